@@ -1,0 +1,196 @@
+"""The tiny world model: a diffusion transformer in the manner of Wan, small enough for two CPU cores.
+
+It predicts the clean block from a noisy one (x0 prediction of flow matching, x_t = (1 - t) x_0 + t noise),
+given the blocks before it through the KV cache, one action per frame, and a prompt of three tokens.
+A block is 3 frames of 8 x 8 tokens; a token is one 12 x 12 patch of pixels: there is no VAE.
+
+The model does not know how attention is carried out: `forward` is handed an `attend` function. Training gives
+one that is dense over a doubled sequence, the decode loop one that writes pages and reads a page list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
+
+# (layer index, packed q|k|v [B, S, L, 3 * heads * head_dim], norm_q, norm_k) -> [B, S, L, heads * head_dim]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """Sizes of the model; saved beside its weights."""
+
+    dim: int = 128
+    layers: int = 6
+    heads: int = 4
+    head_dim: int = 64
+    ffn: int = 512
+    block_frames: int = 3
+    eps: float = 1e-6
+
+    patch: int = TILE * TILE * 3  # values per token
+    grid: int = GRID  # tokens along a side of a frame
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_frames * self.frame_tokens
+
+
+def patchify(frames: Tensor, grid: int = GRID) -> Tensor:
+    """[..., F, side, side, 3] -> [..., F * grid * grid, patch], rows before columns."""
+    *lead, n, side, _, channels = frames.shape
+    tile = side // grid
+    x = frames.reshape(*lead, n, grid, tile, grid, tile, channels).transpose(-4, -3)
+    return x.reshape(*lead, n * grid * grid, tile * tile * channels)
+
+
+def unpatchify(tokens: Tensor, grid: int = GRID) -> Tensor:
+    """[..., F * grid * grid, patch] -> [..., F, side, side, 3]."""
+    *lead, length, patch = tokens.shape
+    tile = math.isqrt(patch // 3)
+    x = tokens.reshape(*lead, length // grid**2, grid, grid, tile, tile, 3).transpose(-4, -3)
+    return x.reshape(*lead, length // grid**2, grid * tile, grid * tile, 3)
+
+
+def rope_angles(config: TinyConfig, frames: Tensor) -> Tensor:
+    """Angle of each channel pair: frames [...] (global frame indices) -> [..., frame_tokens, head_dim / 2] float64.
+
+    Pairs are split over (time, row, column) as Wan splits them. The bases fit a grid of 8 x 8 and a window of a
+    few blocks: Wan's base of 10,000 would leave neighbouring tiles almost the same angle.
+    """
+    pairs = config.head_dim // 2
+    spatial = pairs // 3
+    temporal = pairs - 2 * spatial
+    time = 1.5 * 100.0 ** (-torch.arange(temporal, dtype=torch.float64) / temporal)
+    place = 2.5 * 16.0 ** (-torch.arange(spatial, dtype=torch.float64) / spatial)
+    side = torch.arange(config.grid, dtype=torch.float64)[:, None] * place
+    shape = (*frames.shape, config.grid, config.grid)
+    angles = [
+        (frames.double()[..., None] * time)[..., None, None, :].expand(*shape, temporal),
+        side[:, None].expand(*shape, spatial),
+        side.expand(*shape, spatial),
+    ]
+    return torch.cat(angles, -1).flatten(-3, -2)
+
+
+class Layer(nn.Module):
+    """Self-attention over the cache, cross-attention to the prompt, feed-forward; adaLN per frame."""
+
+    def __init__(self, config: TinyConfig):
+        super().__init__()
+        dim, inner = config.dim, config.heads * config.head_dim
+        self.heads, self.eps = config.heads, config.eps
+        self.qkv = nn.Linear(dim, 3 * inner)
+        self.norm_q = nn.Parameter(torch.full((inner,), 1.4))  # RMS norm over all heads, as in Wan
+        self.norm_k = nn.Parameter(torch.full((inner,), 1.4))
+        self.out = nn.Linear(inner, dim)
+        self.norm_cross = nn.LayerNorm(dim)
+        self.cross_q = nn.Linear(dim, dim)
+        self.cross_kv = nn.Linear(dim, 2 * dim)
+        self.cross_out = nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, config.ffn), nn.Linear(config.ffn, dim)
+        self.modulation = nn.Parameter(torch.randn(6, dim) * 0.02)
+
+    def cross_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of prompts, once per prompt: [..., words, dim] -> 2 x [..., heads, words, dim / heads]."""
+        k, v = self.cross_kv(context).unflatten(-1, (2, self.heads, -1)).transpose(-4, -2).unbind(-3)
+        return k, v
+
+    def forward(self, i: int, x: Tensor, modulation: Tensor, cross: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x [B, S, L, dim]; modulation [B, S, frames, 6, dim]; cross 2 x [B, S, heads, words, dim / heads]."""
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + self.modulation).unsqueeze(-3).unbind(-2)
+        frames = modulation.shape[-3]
+
+        def per_frame(y: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
+            return (y.unflatten(-2, (frames, -1)) * scale + shift).flatten(-3, -2)
+
+        y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale, shift)
+        x = x + per_frame(self.out(attend(i, self.qkv(y), self.norm_q, self.norm_k)), gate, 0.0)
+        q = self.cross_q(self.norm_cross(x)).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        y = F.scaled_dot_product_attention(q, cross[0].to(q.dtype), cross[1].to(q.dtype))
+        x = x + self.cross_out(y.transpose(-3, -2).flatten(-2))
+        y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale_ffn, shift_ffn)
+        return x + per_frame(self.down(F.gelu(self.up(y), approximate="tanh")), gate_ffn, 0.0)
+
+
+class TinyWorldModel(nn.Module):
+    """See the module's docstring. B videos, S blocks of each, L tokens per block."""
+
+    def __init__(self, config: TinyConfig = TinyConfig()):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Linear(config.patch, dim)
+        self.position = nn.Parameter(torch.randn(config.frame_tokens, dim) * 0.8)
+        self.time_in, self.time_out = nn.Linear(128, dim), nn.Linear(dim, dim)
+        self.time_projection = nn.Linear(dim, 6 * dim)
+        # One table per action since the block began: a frame knows the moves that led to it from the block's start.
+        self.action = nn.Embedding(config.block_frames * (len(ACTIONS) + 1), dim)
+        self.action_token = nn.Embedding(config.block_frames * (len(ACTIONS) + 1), dim)
+        self.words = nn.Embedding(1 + len(PLACES) + len(TIMES), dim)
+        self.text = nn.Linear(dim, dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.head_modulation = nn.Parameter(torch.randn(2, dim) * 0.02)
+        self.head_up, self.head = nn.Linear(dim, config.ffn), nn.Linear(config.ffn, config.patch)
+
+    def prompt_cache(self, themes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values of every layer for themes [..., 2] (place, time)."""
+        start = torch.zeros_like(themes[..., :1])
+        words = torch.cat([start, themes[..., :1] + 1, themes[..., 1:] + 1 + len(PLACES)], -1)
+        context = self.text(self.words(words))
+        return [layer.cross_cache(context) for layer in self.layers]  # type: ignore[operator]
+
+    def action_history(self, actions: Tensor) -> Tensor:
+        """[..., frames] actions -> [..., frames, lags] rows of the action tables; lags past the block's start are empty."""
+        frames, kinds = actions.shape[-1], len(ACTIONS) + 1
+        lags = [F.pad(actions[..., : frames - lag], (lag, 0), value=kinds - 1) + lag * kinds for lag in range(frames)]
+        return torch.stack(lags, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        actions: Tensor,
+        cross: list[tuple[Tensor, Tensor]],
+        attend: Attend,
+        predict: slice = slice(None),
+    ) -> Tensor:
+        """Clean prediction of the blocks in `predict`.
+
+        Args:
+            x: [B, S, L, patch] blocks at noise level t.
+            t: [B, S] float32 in [0, 1]; 0 is clean.
+            actions: [B, S, block_frames] int64.
+            cross: prompt_cache of [B, S, 2] themes.
+            attend: carries out self-attention over these blocks and whatever came before them.
+            predict: which of the S blocks need a prediction; the others only leave their keys and values.
+
+        Returns:
+            [B, len(predict), L, patch].
+        """
+        history = self.action_history(actions)
+        frequencies = torch.exp(-math.log(1000) * torch.arange(64, device=x.device) / 64)
+        angles = t.float()[..., None] * 1000 * frequencies
+        time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))))
+        condition = time.unsqueeze(-2) + self.action(history).sum(-2)  # [B, S, frames, dim]
+        modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, -1))
+        h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
+        h = (h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position).flatten(-3, -2)
+        for i, layer in enumerate(self.layers):
+            h = layer(i, h, modulation, cross[i], attend)
+        h, condition = h[:, predict], condition[:, predict]
+        scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
+        h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps).unflatten(-2, (actions.shape[-1], -1))
+        return self.head(F.gelu(self.head_up((h * (1 + scale) + shift).flatten(-3, -2)), approximate="tanh"))
