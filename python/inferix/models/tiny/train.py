@@ -59,7 +59,9 @@ class DenseAttend:
         for s, block in enumerate(self.order):
             seen = [*range(block), s]
             keys, values = (torch.cat([z[:, i] for i in seen], 2) for z in (k, v))
-            out.append(F.scaled_dot_product_attention(q[:, s], keys, values))
+            # Written out: compiled, this is about twice as fast on a CPU as the fused op and its backward.
+            scores = (q[:, s] * self.config.head_dim**-0.5) @ keys.transpose(-1, -2)
+            out.append(scores.float().softmax(-1).to(v.dtype) @ values)
         return torch.stack(out, 1).transpose(2, 3).flatten(3)
 
 
@@ -209,8 +211,8 @@ class Trainer:
         blocks, first = 4 if late else 2, int(self.step % 3 > 0)
         self.world.reset(self.world.rng.random(self.world.batch) < 0.5)
         clip = simulate(self.world, blocks, self.config.block_frames)
-        if late:  # half the clips, as they are twice as long
-            clip = Clip(*(z[: args.batch // 2] for z in dataclasses.astuple(clip)))
+        if late:  # a third of the clips, as they are longer and rolled out first
+            clip = Clip(*(z[: args.batch // 3] for z in dataclasses.astuple(clip)))
         truth, shape = clip.tokens, clip.tokens.shape[:2]
         block_weight = torch.ones(shape)
         block_weight[:, 0] = args.first_weight
@@ -273,8 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m inferix.models.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("tiny_training"), help="folder of checkpoint and log")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=16, help="clips per step")
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--batch", type=int, default=12, help="clips per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay", type=float, default=0.3, help="share of the run over which the learning rate falls")
@@ -283,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-weight", type=float, default=0.3, help="weight of the block without context")
     parser.add_argument("--shift", type=float, default=8.0, help="noise schedule shift")
     parser.add_argument("--sample-steps", type=int, default=2, help="few-step schedule the model is distilled for")
-    parser.add_argument("--own-from", type=float, default=0.6, help="share of the run after which self-rollout begins")
+    parser.add_argument("--own-from", type=float, default=0.65, help="share of the run after which self-rollout begins")
     parser.add_argument("--own-share", type=float, default=0.6, help="share of those steps on the model's own context")
     parser.add_argument("--sound", type=float, default=0.04, help="largest sprite error of a context block still learned from")
     parser.add_argument("--seed", type=int, default=0)
