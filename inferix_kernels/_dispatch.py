@@ -1,0 +1,58 @@
+"""Which implementation of an op runs. The two tables below are the whole answer."""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKENDS = {"compiled": "inferix_kernels.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
+            "triton": "inferix_kernels.triton_kernels",
+            "reference": "inferix_kernels.reference"}
+# What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise.
+AUTO = {"cpu": ("compiled", "reference"), "cuda": ("compiled", "triton")}
+
+
+class Unsupported(RuntimeError):
+    """Raised by a backend, before it writes anything: it cannot take these arguments, and why."""
+
+
+def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """Run an op now, or record it when torch.compile is tracing.
+
+    A call through torch.library costs microseconds that buy nothing outside a graph.
+    """
+    if torch.compiler.is_compiling():
+        library = importlib.import_module("inferix_kernels._library")
+        return getattr(library, op)(*args, **kwargs, backend=backend)
+    return run(op, backend, device, *args, **kwargs)
+
+
+def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    if backend != "auto":
+        return implementation(op, backend)(*args, **kwargs)
+    reasons = []
+    for name in AUTO.get(device.type, ()):
+        try:
+            return implementation(op, name)(*args, **kwargs)
+        except Unsupported as error:
+            reasons.append(f"{name}: {error}")
+    if not reasons:
+        raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
+    raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function of this name in a backend's module, or Unsupported with the reason."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if importlib.util.find_spec(BACKENDS[backend]) is None:
+        raise Unsupported(f"{backend}: not written yet")
+    try:
+        module = importlib.import_module(BACKENDS[backend])
+    except ImportError as error:
+        raise Unsupported(str(error)) from error
+    function: Callable[..., Any] = getattr(module, op)
+    return function

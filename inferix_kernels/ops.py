@@ -1,0 +1,245 @@
+"""The public ops: what each computes, what it accepts, what it refuses. No kernels here.
+
+Every op takes `backend`: "auto", "compiled", "triton" or "reference". "auto" takes the first that can run (the table
+is in _dispatch.py); a backend asked for by name never falls back, it raises Unsupported. Every op that returns
+tensors takes `out`, so that a pass over a model can run without an allocation. There is no backward.
+
+A page list's numbers (ids, lens) must fit the pools: on the CPU every backend checks them before it writes;
+a CUDA kernel skips what does not fit, since looking would cost a wait for the device.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._check import (
+    FLOATS,
+    check_inference,
+    check_page_list,
+    check_pages,
+    check_plan,
+    check_pools,
+    check_shape,
+    check_tensor,
+)
+from ._dispatch import call
+from .layout import KVPages, PageList, Plan
+
+
+def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
+    """Write T tokens into pages, from the first slot of each page on.
+
+    Slots past lens[i] store what a token of zeros would, so that no NaN can hide there (0 * NaN is NaN). int8 codes
+    are x / scale rounded half to even, with scale = max(largest |x|, 1e-12) / 127 over the D channels of a key, and
+    over the tokens of the page for each channel of the values. What is quantized must be finite.
+
+    Args:
+        k, v: [T, H, D] float32 or bfloat16, same dtype.
+        pages: written. fp32, bf16 or int8.
+        where: lens sum to T; no page twice.
+    """
+    sizes: dict[str, int] = {}
+    check_inference("kv_append", k, v)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x, FLOATS if name == "k" else (k.dtype,), k.device)
+        check_shape(name, x, "T H D", sizes)
+    check_pages("pages", pages, sizes, k.device)
+    check_page_list("where", where, k.device, sizes)
+    call("kv_append", backend, k.device, k, v, pages, where)
+
+
+def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList,
+              k_mean: Tensor | None = None, *, backend: str = "auto") -> None:
+    """Copy whole pages from one pool to another, page i of the one list to page i of the other.
+
+    Same format: bit for bit. Another format: through float32, quantized by kv_append's rule. Within one pool no
+    page may be both read and written.
+
+    Args:
+        source, target: same H, page_size and D; any two formats.
+        source_list, target_list: same lens; no target page twice.
+        k_mean: [H, D] float32, subtracted from every key on the way, or None. One frozen mean for all keys that a
+            query sees leaves softmax as it is (each lse falls by scale * q . mean) and makes 8 bits go further.
+
+    Raises:
+        ValueError: k_mean with an int8 source and target: the keys would be quantized a second time.
+    """
+    sizes: dict[str, int] = {}
+    device = source.k.device
+    check_pages("source", source, sizes, device)
+    check_pages("target", target, sizes, device)
+    check_page_list("source_list", source_list, device, sizes)
+    sizes["target_list_length"] = sizes["source_list_length"]
+    check_page_list("target_list", target_list, device, sizes)
+    if k_mean is not None:
+        check_tensor("k_mean", k_mean, (torch.float32,), device)
+        check_shape("k_mean", k_mean, "H D", sizes)
+        if source.format == target.format == "int8":
+            raise ValueError("k_mean must be None when int8 pages are copied to int8 pages: subtracting it would"
+                             " quantize the keys a second time; give it to the op that first quantizes them")
+    call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
+
+
+def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *,
+              out: tuple[Tensor, Tensor] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Read the tokens of a page list, dequantized, as (k, v), each [T, H, D].
+
+    Args:
+        pools: one or more, same H, page_size and D, formats may differ. A page id counts through them in order.
+        where: T is the sum of its lens.
+        dtype: float32 or bfloat16, of the tensors returned. Not used when out is given.
+        out: (k, v), each [T, H, D], to write to. Without it T must be read from the device, which waits for it.
+    """
+    sizes: dict[str, int] = {}
+    device = where.ids.device
+    check_pools(pools, sizes, device)
+    check_page_list("where", where, device, sizes)
+    if out is None:
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        shape = (int(where.lens.sum()), sizes["H"], sizes["D"])
+        out = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))  # type: ignore[assignment]
+    assert out is not None
+    for name, x in (("out[0]", out[0]), ("out[1]", out[1])):
+        check_tensor(name, x, FLOATS if name == "out[0]" else (out[0].dtype,), device)
+        check_shape(name, x, "T H D", sizes)
+    call("kv_gather", backend, device, pools, where, out[0].dtype, out=out)
+    return out
+
+
+def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float | None = None,
+                    out: Tensor | None = None, lse: Tensor | None = None, accumulate: bool = False,
+                    backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Attention of ragged segments of queries over lists of pages: (out, lse).
+
+    One softmax runs across all pages of a segment's list, whatever their formats. A segment with an empty list gets
+    out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
+
+    Args:
+        q: [T, Hq, D] float32 or bfloat16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).
+        pools: one or more, same H, page_size and D, formats may differ. A page id counts through them in order.
+            Either all or none of their keys had a mean removed.
+        plan: its segments cover the T queries.
+        scale: of q . k; D ** -0.5 by default.
+        out: [T, Hq, D] in q's dtype or float32, to write to.
+        lse: [T, Hq] float32, to write to: log of the sum of exp(scale * q . k), natural.
+        accumulate: out and lse hold the result over other keys; merge these into it. Give a float32 out, or every
+            call rounds.
+
+    Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135.
+    """
+    sizes: dict[str, int] = {}
+    check_inference("paged_attention", q)
+    check_tensor("q", q, FLOATS, q.device)
+    check_shape("q", q, "T Hq D", sizes)
+    check_pools(pools, sizes, q.device)
+    check_plan(plan, q.device)
+    if sizes["Hq"] % sizes["H"]:
+        raise ValueError(f"q must have a multiple of the pools' H={sizes['H']} heads, got {sizes['Hq']}")
+    if accumulate and (out is None or lse is None):
+        raise ValueError("out and lse must be given with accumulate=True: they are what is added to, got None")
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    check_tensor("out", out, (q.dtype, torch.float32), q.device)
+    check_shape("out", out, "T Hq D", sizes)
+    check_tensor("lse", lse, (torch.float32,), q.device)
+    check_shape("lse", lse, "T Hq", sizes)
+    call("paged_attention", backend, q.device, q, pools, plan, scale=sizes["D"] ** -0.5 if scale is None else scale,
+         out=out, lse=lse, accumulate=accumulate)
+    return out, lse
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor | None = None,
+                    lse: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Join attention over two disjoint sets of keys into attention over both: (out, lse).
+
+    A side whose lse is -inf saw no key and contributes nothing, whatever its out holds; both sides -inf give 0, -inf.
+
+    Args:
+        out_a, out_b: [T, Hq, D] float32 or bfloat16, same dtype.
+        lse_a, lse_b: [T, Hq] float32, natural logarithm.
+        out: [T, Hq, D] in out_a's dtype or float32, to write to; may be out_a or out_b.
+        lse: [T, Hq] float32, to write to; may be lse_a or lse_b.
+    """
+    sizes: dict[str, int] = {}
+    device = out_a.device
+    check_inference("merge_attention", out_a, lse_a, out_b, lse_b)
+    out = torch.empty_like(out_a) if out is None else out
+    lse = torch.empty_like(lse_a) if lse is None else lse
+    for name, x, dtypes in (("out_a", out_a, FLOATS), ("out_b", out_b, (out_a.dtype,)),
+                            ("out", out, (out_a.dtype, torch.float32))):
+        check_tensor(name, x, dtypes, device)
+        check_shape(name, x, "T Hq D", sizes)
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b), ("lse", lse)):
+        check_tensor(name, x, (torch.float32,), device)
+        check_shape(name, x, "T Hq", sizes)
+    call("merge_attention", backend, device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
+    return out, lse
+
+
+def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, pages: KVPages,
+                 where: PageList, *, bias: Tensor | None = None, k_mean: Tensor | None = None, eps: float = 1e-6,
+                 interleaved: bool = True, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """From the output of a layer's QKV projection to q, with K and V written to their pages: bias, norm, rotate, store.
+
+    All arithmetic is float32. K and V are stored by kv_append's rule.
+
+    Args:
+        qkv: [T, (Hq + 2H) * D] float32 or bfloat16: q, k and v side by side, each head by head. H and D are the
+            pages'; Hq follows from the width.
+        norm_q, norm_k: RMS norm weights, float32 or bfloat16; [Hq * D] and [H * D] normalise all heads together
+            (Wan), [D] each head by itself; None is no norm.
+        rope: [T, R/2, 2] float32, (cos, sin) of each token's angles; the first R <= D channels of every q and k
+            head are turned. None turns nothing.
+        pages, where: as for kv_append. pages is written.
+        bias: [(Hq + 2H) * D] float32 or bfloat16, added to qkv first.
+        k_mean: [H, D] float32, subtracted from the rotated keys. See kv_commit.
+        eps: added to the mean square.
+        interleaved: a pair of channels is (2j, 2j+1) (Wan); otherwise (j, j + R/2).
+        out: [T, Hq, D] in qkv's dtype, to write to.
+
+    Returns:
+        q, [T, Hq, D] in qkv's dtype.
+
+    Source: RMSNorm, arXiv:1910.07467; rotary embedding, arXiv:2104.09864.
+    """
+    sizes: dict[str, int] = {}
+    device = qkv.device
+    check_inference("qkv_prologue", qkv)
+    check_tensor("qkv", qkv, FLOATS, device)
+    check_shape("qkv", qkv, "T width", sizes)
+    check_pages("pages", pages, sizes, device)
+    check_page_list("where", where, device, sizes)
+    T, H, D = sizes["T"], sizes["H"], sizes["D"]
+    query_heads = sizes["Hq"] = sizes["width"] // D - 2 * H
+    if query_heads < 1 or sizes["width"] % D or query_heads % H:
+        raise ValueError(f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H,"
+                         f" got {sizes['width']}")
+    for name, weight, heads in (("norm_q", norm_q, query_heads), ("norm_k", norm_k, H)):
+        if weight is not None:
+            check_tensor(name, weight, FLOATS, device)
+            if weight.shape not in ((D,), (heads * D,)):
+                raise ValueError(f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head),"
+                                 f" got {list(weight.shape)}")
+    if rope is not None:
+        check_tensor("rope", rope, (torch.float32,), device)
+        check_shape("rope", rope, "T R/2 2", sizes)
+        if 2 * rope.shape[1] > D:
+            raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
+    if bias is not None:
+        check_tensor("bias", bias, FLOATS, device)
+        check_shape("bias", bias, "width", sizes)
+    if k_mean is not None:
+        check_tensor("k_mean", k_mean, (torch.float32,), device)
+        check_shape("k_mean", k_mean, "H D", sizes)
+    if out is None:
+        out = torch.empty(T, query_heads, D, dtype=qkv.dtype, device=device)
+    check_tensor("out", out, (qkv.dtype,), device)
+    check_shape("out", out, "T Hq D", sizes)
+    call("qkv_prologue", backend, device, qkv, norm_q, norm_k, rope, pages, where, bias=bias, k_mean=k_mean, eps=eps,
+         interleaved=interleaved, out=out)
+    return out

@@ -1,0 +1,201 @@
+"""What every op means, in plain torch. This is the specification: written to be read, and every backend is held to it.
+
+Same names and parameters as in ops.py, which fills in every optional one.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import KVPages, PageList, Plan
+
+QMAX = 127.0  # int8 is used symmetrically: -128 is never stored
+AMAX_FLOOR = 1e-12  # an all-zero row gets a scale above 0: it stores zeros, not NaN
+
+
+def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
+    for page, start, stop in spans("where", where, pages, tokens=k.shape[0], written=True):
+        write_page(pages, page, k[start:stop].float(), v[start:stop].float())
+
+
+def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList,
+              k_mean: Tensor | None = None) -> None:
+    reads = spans("source_list", source_list, source)
+    writes = spans("target_list", target_list, target, written=True)
+    if source_list.lens.tolist() != target_list.lens.tolist():
+        raise ValueError("target_list.lens must equal source_list.lens, "
+                         f"got {target_list.lens.tolist()} and {source_list.lens.tolist()}")
+    for (from_page, start, stop), (to_page, _, _) in zip(reads, writes, strict=True):
+        if source.format == target.format and k_mean is None:
+            copy_page(source, from_page, target, to_page, stop - start)
+        else:
+            k, v = read_page(source, from_page, stop - start)
+            write_page(target, to_page, k if k_mean is None else k - k_mean, v)
+
+
+def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *,
+              out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    for page, start, stop in spans("where", where, *pools, tokens=out[0].shape[0]):
+        k, v = read_page(*locate(pools, page), stop - start)
+        out[0][start:stop], out[1][start:stop] = k, v
+    return out
+
+
+def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor,
+                    accumulate: bool = False) -> tuple[Tensor, Tensor]:
+    T, query_heads, D = q.shape
+    H = pools[0].heads
+    queries, lists = indptr("q_indptr", plan.q_indptr, T), indptr("page_indptr", plan.page_indptr, len(plan.page_ids))
+    entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
+    for s in range(len(queries) - 1):
+        rows = slice(queries[s], queries[s + 1])
+        tokens = [read_page(*locate(pools, page), stop - start)
+                  for page, start, stop in entries[lists[s]:lists[s + 1]]]
+        k = torch.cat([q.new_empty(0, H, D, dtype=torch.float32), *(k for k, _ in tokens)])  # [L, H, D]
+        v = torch.cat([q.new_empty(0, H, D, dtype=torch.float32), *(v for _, v in tokens)])
+        # Query head j reads KV head j // (query_heads // H).
+        grouped = q[rows].float().unflatten(1, (H, query_heads // H))  # [t, H, group, D]
+        scores = torch.einsum("thgd,lhd->thgl", grouped, k) * scale
+        segment_lse = scores.logsumexp(-1) if len(k) else scores.new_full(scores.shape[:-1], -torch.inf)
+        segment_out = torch.einsum("thgl,lhd->thgd", scores.softmax(-1), v)
+        segment_out, segment_lse = segment_out.flatten(1, 2), segment_lse.flatten(1, 2)
+        if accumulate:
+            segment_out, segment_lse = merge(out[rows].float(), lse[rows], segment_out, segment_lse)
+        out[rows], lse[rows] = segment_out, segment_lse
+    return out, lse
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor,
+                    lse: Tensor) -> tuple[Tensor, Tensor]:
+    merged_out, merged_lse = merge(out_a.float(), lse_a, out_b.float(), lse_b)
+    out.copy_(merged_out)
+    lse.copy_(merged_lse)
+    return out, lse
+
+
+def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, pages: KVPages,
+                 where: PageList, *, bias: Tensor | None = None, k_mean: Tensor | None = None, eps: float = 1e-6,
+                 interleaved: bool = True, out: Tensor) -> Tensor:
+    H, D = pages.heads, pages.head_dim
+    x = qkv.float() if bias is None else qkv.float() + bias.float()
+    q, k, v = x.split([out.shape[1] * D, H * D, H * D], dim=1)
+    q = rotate(rms_norm(q, norm_q, eps).unflatten(1, (-1, D)), rope, interleaved)
+    k = rotate(rms_norm(k, norm_k, eps).unflatten(1, (-1, D)), rope, interleaved)
+    kv_append(k if k_mean is None else k - k_mean, v.unflatten(1, (-1, D)), pages, where)
+    return out.copy_(q)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [T, heads * D]. The weight's length is the size of the group that is normalised together: all heads, or one."""
+    if weight is None:
+        return x
+    groups = x.unflatten(1, (-1, min(len(weight), x.shape[1])))
+    return (groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).flatten(1)
+
+
+def rotate(x: Tensor, rope: Tensor | None, interleaved: bool) -> Tensor:
+    """x [T, heads, D], rope [T, R/2, 2]: turns the first R channels by pairs (2j, 2j+1), or (j, j + R/2)."""
+    if rope is None:
+        return x
+    half = rope.shape[1]
+    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]  # [T, 1, R/2]
+    pairs = x[..., : 2 * half]
+    a, b = (pairs[..., 0::2], pairs[..., 1::2]) if interleaved else (pairs[..., :half], pairs[..., half:])
+    turned = (a * cos - b * sin, a * sin + b * cos)
+    turned_pairs = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([turned_pairs, x[..., 2 * half:]], -1)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the union of two disjoint sets of keys, from the results over each: out [..., D], lse [...]."""
+    largest = torch.maximum(lse_a, lse_b)
+    # -inf on both sides: any finite number in the maximum's place makes both weights 0.
+    largest = torch.where(largest == -torch.inf, 0.0, largest)
+    weight_a, weight_b = (lse_a - largest).exp(), (lse_b - largest).exp()
+    total = weight_a + weight_b
+    lse = largest + total.log()
+    # A side that saw no key contributes nothing, whatever its out holds: 0 * NaN is NaN, so it is chosen away.
+    share_a = torch.where((weight_a > 0)[..., None], out_a * (weight_a / total)[..., None], 0.0)
+    share_b = torch.where((weight_b > 0)[..., None], out_b * (weight_b / total)[..., None], 0.0)
+    return share_a + share_b, lse
+
+
+def quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x float32 -> int8 codes and the float32 scale shared along dim. Halves go to even."""
+    scale = x.abs().amax(dim, keepdim=True).clamp(min=AMAX_FLOOR) / QMAX
+    return (x / scale).round().clamp(-QMAX, QMAX).to(torch.int8), scale.squeeze(dim)
+
+
+def write_page(pages: KVPages, page: int, k: Tensor, v: Tensor) -> None:
+    """k, v [L, H, D] float32 fill slots 0 : L. The others store what a token of zeros would: no NaN hides there."""
+    k_tile, v_tile = (x.new_zeros(pages.k.shape[1:]) for x in (k, v))  # [H, page_size, D]
+    k_tile[:, : len(k)], v_tile[:, : len(v)] = k.transpose(0, 1), v.transpose(0, 1)
+    if pages.k_scales is not None and pages.v_scales is not None:
+        k_tile, pages.k_scales[page] = quantize(k_tile, dim=-1)
+        v_tile, pages.v_scales[page] = quantize(v_tile, dim=-2)
+    pages.k[page], pages.v[page] = k_tile, v_tile
+
+
+def read_page(pages: KVPages, page: int, length: int) -> tuple[Tensor, Tensor]:
+    """The first tokens of a page, dequantized: k, v [length, H, D] float32."""
+    k, v = pages.k[page, :, :length].float(), pages.v[page, :, :length].float()
+    if pages.k_scales is not None and pages.v_scales is not None:
+        k, v = k * pages.k_scales[page, :, :length, None], v * pages.v_scales[page, :, None]
+    return k.transpose(0, 1), v.transpose(0, 1)
+
+
+def copy_page(source: KVPages, from_page: int, target: KVPages, to_page: int, length: int) -> None:
+    """Bit for bit; slots past length as write_page leaves them."""
+    for x, y in ((source.k, target.k), (source.v, target.v)):
+        y[to_page, :, :length] = x[from_page, :, :length]
+        y[to_page, :, length:] = 0
+    if target.k_scales is not None and target.v_scales is not None:
+        assert source.k_scales is not None and source.v_scales is not None
+        target.k_scales[to_page, :, :length] = source.k_scales[from_page, :, :length]
+        target.k_scales[to_page, :, length:] = torch.tensor(AMAX_FLOOR) / QMAX
+        target.v_scales[to_page] = source.v_scales[from_page]
+
+
+def locate(pools: Sequence[KVPages], page: int) -> tuple[KVPages, int]:
+    """Page ids count through the pools in the order given."""
+    for pages in pools:
+        if page < pages.pages:
+            return pages, page
+        page -= pages.pages
+    raise AssertionError("spans() checked the ids")
+
+
+def spans(name: str, where: PageList, *pools: KVPages, tokens: int | None = None,
+          written: bool = False) -> list[tuple[int, int, int]]:
+    """(page, first token, one past the last token) of every entry of a page list, checked."""
+    num_pages, page_size = sum(pages.pages for pages in pools), pools[0].page_size
+    ids, lens = where.ids.tolist(), where.lens.tolist()
+    # plan.page_ids and plan.page_lens are fields of their own; where.ids and where.lens belong to a PageList.
+    ids_name, lens_name = (f"{name}_ids", f"{name}_lens") if name == "plan.page" else (f"{name}.ids", f"{name}.lens")
+    for i, (page, length) in enumerate(zip(ids, lens, strict=True)):
+        if not 0 <= page < num_pages:
+            raise ValueError(f"{ids_name}[{i}] must be in [0, {num_pages}), got {page}")
+        if not 0 <= length <= page_size:
+            raise ValueError(f"{lens_name}[{i}] must be in [0, {page_size}], got {length}")
+    if tokens is not None and sum(lens) != tokens:
+        raise ValueError(f"{lens_name} must sum to T={tokens}, got {sum(lens)}")
+    if written and len(set(ids)) != len(ids):
+        raise ValueError(f"{ids_name} must name each written page once, got {max(ids, key=ids.count)} twice")
+    return list(_spans(ids, lens))
+
+
+def _spans(ids: list[int], lens: list[int]) -> Iterator[tuple[int, int, int]]:
+    start = 0
+    for page, length in zip(ids, lens, strict=True):
+        yield page, start, start + length
+        start += length
+
+
+def indptr(name: str, pointers: Tensor, end: int) -> list[int]:
+    """A CSR row pointer, checked: it starts at 0, never falls and ends at `end`."""
+    values: list[int] = pointers.tolist()
+    if values[0] != 0 or values[-1] != end or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"plan.{name} must rise from 0 to {end}, got {values}")
+    return values
