@@ -1,0 +1,98 @@
+"""What the decode loop asks of a model, and the table of models it can run.
+
+A model adapter is data, not a pipeline class: an `Adapter` says how blocks are denoised and what they see; a
+`BlockModel` turns noisy blocks into clean predictions. The loop in `inferix.loop` does the rest for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """How a model is sampled.
+
+    Attributes:
+        name: as given to --model.
+        block_frames: latent frames denoised together.
+        times: noise levels of a block's denoising steps, descending from 1. After each but the last the prediction
+            is noised again with fresh noise, x = (1 - t) x0 + t noise (few-step sampling of CausVid and Self Forcing).
+        first_times: the same for a block without a past, which has more to invent. Empty: as `times`.
+        prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
+        context_time: noise level of the clean pass.
+        fused: run a block's clean pass in one forward with the next block's first step.
+        window, sink: frames a block sees; see inferix_kernels.paged_kv.Policy.
+        fps: frames per second at the world's own pace.
+        size: pixels (height, width).
+        actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
+        example_prompt: shows what may be said.
+    """
+
+    name: str
+    block_frames: int
+    times: tuple[float, ...]
+    first_times: tuple[float, ...] = ()
+    prediction: str = "x0"
+    context_time: float = 0.0
+    fused: bool = True
+    window: int | None = None
+    sink: int = 0
+    fps: int = 16
+    size: tuple[int, int] = (480, 832)
+    actions: tuple[str, ...] = ()
+    example_prompt: str = ""
+
+
+# (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.paged_kv.Pass.attend
+PagedAttend = Callable[..., "Tensor | None"]
+
+
+class BlockModel(Protocol):
+    """A network that denoises blocks of latent frames.
+
+    Attributes:
+        layers, heads, head_dim: of the keys and values it caches.
+        frame_tokens: tokens per latent frame.
+        latent_shape: of one frame.
+    """
+
+    adapter: Adapter
+    layers: int
+    heads: int
+    head_dim: int
+    frame_tokens: int
+    latent_shape: tuple[int, ...]
+
+    def rope(self, frames: Sequence[int]) -> Tensor:
+        """[len(frames) * frame_tokens, R / 2, 2] float32 (cos, sin) for these global frame indices."""
+
+    def condition(self, prompt: str, actions: Sequence[int | str]) -> Any:
+        """What steers one block. Raises ValueError for a prompt or an action it does not know."""
+
+    def predict(
+        self, blocks: Sequence[Tensor], times: Sequence[float], conditions: Sequence[Any], attend: PagedAttend
+    ) -> Tensor:
+        """Prediction for the last of `blocks` ([frames, *latent_shape] each); empty if `attend` ended the pass."""
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 [frames, height, width, 3] -> latents [frames, *latent_shape]."""
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents [frames, *latent_shape] -> uint8 [frames, height, width, 3]."""
+
+
+MODELS = {"tiny": "inferix.models.tiny"}  # name -> module with load(weights) -> BlockModel
+
+
+def load_model(name: str, weights: str | None = None) -> BlockModel:
+    """The model called `name`, from its checkpoint file or, if it ships with one, from that."""
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return importlib.import_module(MODELS[name]).load(weights)

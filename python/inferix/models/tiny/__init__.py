@@ -1,0 +1,129 @@
+"""The tiny world: a small world model trained by `train.py` on `simulator.py`, shipped with its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import Adapter, PagedAttend
+from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
+from .simulator import ACTIONS, FPS, KEYS, SIZE, parse_theme
+
+SHIFT, STEPS, FIRST_STEPS = 8.0, 2, 16
+ADAPTER = Adapter(
+    name="tiny",
+    block_frames=3,
+    times=few_step_times(STEPS, SHIFT),
+    first_times=few_step_times(FIRST_STEPS, SHIFT),
+    window=9,
+    sink=0,
+    fps=FPS,
+    size=(SIZE, SIZE),
+    actions=ACTIONS,
+    example_prompt="meadow day",
+)
+
+Cross = list[tuple[Tensor, Tensor]]
+
+
+class TinyWorld:
+    """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
+
+    adapter = ADAPTER
+
+    def __init__(self, network: TinyWorldModel):
+        self.network, config = network.eval().requires_grad_(False), network.config
+        self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
+        self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
+        self._prompts: dict[str, Cross] = {}
+
+    def rope(self, frames: Sequence[int]) -> Tensor:
+        angles = rope_angles(self.network.config, torch.tensor(frames)).flatten(0, 1)
+        return torch.stack([angles.cos(), angles.sin()], -1).float()
+
+    @torch.inference_mode()
+    def condition(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, Cross]:
+        """Actions [1, 1, frames], and the prompt's cross-attention keys and values, computed once per prompt."""
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self.network.prompt_cache(torch.tensor([[parse_theme(prompt)]]))
+        return torch.tensor([[[parse_action(action) for action in actions]]]), self._prompts[prompt]
+
+    def predict(
+        self,
+        blocks: Sequence[Tensor],
+        times: Sequence[float],
+        conditions: Sequence[tuple[Tensor, Cross]],
+        attend: PagedAttend,
+    ) -> Tensor:
+        config, count = self.network.config, len(blocks)
+
+        def paged(layer: int, qkv: Tensor, norm_q: Tensor, norm_k: Tensor) -> Tensor | None:
+            out = attend(layer, qkv.flatten(0, 2), norm_q, norm_k, config.eps)
+            return None if out is None else out.view(1, count, config.block_tokens, -1)
+
+        x = torch.stack([block.flatten(0, 1) for block in blocks])[None]
+        actions = torch.cat([actions for actions, _ in conditions], 1)
+        per_layer = zip(*(cross for _, cross in conditions))
+        cross = [tuple(torch.cat(part, 1) for part in zip(*layer)) for layer in per_layer]
+        predicted = self.network(x, torch.tensor([times]), actions, cross, paged, predict=slice(count - 1, None))
+        if predicted is None:
+            return torch.empty(0, *self.latent_shape)
+        return predicted[0, 0].unflatten(0, (config.block_frames, -1)).clamp(-1, 1)
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):
+            raise ValueError(f"frames must be uint8 [n, {SIZE}, {SIZE}, 3], got {frames.dtype} {list(frames.shape)}")
+        return patchify(torch.from_numpy(frames).float() / 127.5 - 1).unflatten(0, (len(frames), -1))
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        frames = unpatchify(latents.flatten(0, 1))
+        return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def parse_action(action: int | str) -> int:
+    """Index into ACTIONS of an index, a name ("up") or a key ("w")."""
+    if isinstance(action, str):
+        name = action.strip().lower()
+        if name in ACTIONS:
+            return ACTIONS.index(name)
+        if name in KEYS:
+            return KEYS[name]
+    elif 0 <= action < len(ACTIONS):
+        return int(action)
+    raise ValueError(f"action must be one of {', '.join(ACTIONS)} (or w, a, s, d), got {action!r}")
+
+
+def load(weights: str | Path | None = None) -> TinyWorld:
+    """The tiny world from a checkpoint, by default the one shipped in this package.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds another model; says which.
+    """
+    path = Path(weights) if weights else Path(str(resources.files(__package__) / "tiny_world.safetensors"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, not a dict
+    except FileNotFoundError:
+        raise ValueError(f"weights: there is no file {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"weights: {path} is damaged or not a safetensors file ({error})") from None
+    try:
+        config = TinyConfig(**json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"weights: {path} is not a tiny world checkpoint: its metadata has no 'config' we know") from None
+    network = TinyWorldModel(config)
+    expected = network.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        want, got = (list(d[name].shape) if name in d else "nothing" for d in (expected, state))
+        if want != got:
+            raise ValueError(f"weights: {path}: {name} must be {want}, got {got}")
+    network.load_state_dict(state)
+    return TinyWorld(network)

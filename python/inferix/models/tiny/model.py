@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
 
-# (layer index, packed q|k|v [B, S, L, 3 * heads * head_dim], norm_q, norm_k) -> [B, S, L, heads * head_dim]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer index, packed q|k|v [B, S, L, 3 * heads * head_dim], norm_q, norm_k) -> [B, S, L, heads * head_dim], or
+# None when the keys and values were all that was wanted: nothing after them is computed.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,12 @@ def rope_angles(config: TinyConfig, frames: Tensor) -> Tensor:
     return torch.cat(angles, -1).flatten(-3, -2)
 
 
+def few_step_times(steps: int, shift: float) -> tuple[float, ...]:
+    """Noise levels of a few-step sampler: t = s u / (1 + (s - 1) u) for u = 1, 1 - 1/steps, ..., 1/steps."""
+    levels = (1 - i / steps for i in range(steps))
+    return tuple(shift * u / (1 + (shift - 1) * u) for u in levels)
+
+
 class Layer(nn.Module):
     """Self-attention over the cache, cross-attention to the prompt, feed-forward; adaLN per frame."""
 
@@ -108,7 +115,9 @@ class Layer(nn.Module):
         k, v = self.cross_kv(context).unflatten(-1, (2, self.heads, -1)).transpose(-4, -2).unbind(-3)
         return k, v
 
-    def forward(self, i: int, x: Tensor, modulation: Tensor, cross: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(
+        self, i: int, x: Tensor, modulation: Tensor, cross: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor | None:
         """x [B, S, L, dim]; modulation [B, S, frames, 6, dim]; cross 2 x [B, S, heads, words, dim / heads]."""
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + self.modulation).unsqueeze(-3).unbind(-2)
         frames = modulation.shape[-3]
@@ -117,7 +126,10 @@ class Layer(nn.Module):
             return (y.unflatten(-2, (frames, -1)) * scale + shift).flatten(-3, -2)
 
         y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale, shift)
-        x = x + per_frame(self.out(attend(i, self.qkv(y), self.norm_q, self.norm_k)), gate, 0.0)
+        attended = attend(i, self.qkv(y), self.norm_q, self.norm_k)
+        if attended is None:
+            return None
+        x = x + per_frame(self.out(attended), gate, 0.0)
         q = self.cross_q(self.norm_cross(x)).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         y = F.scaled_dot_product_attention(q, cross[0].to(q.dtype), cross[1].to(q.dtype))
         x = x + self.cross_out(y.transpose(-3, -2).flatten(-2))
@@ -166,8 +178,8 @@ class TinyWorldModel(nn.Module):
         cross: list[tuple[Tensor, Tensor]],
         attend: Attend,
         predict: slice = slice(None),
-    ) -> Tensor:
-        """Clean prediction of the blocks in `predict`.
+    ) -> Tensor | None:
+        """Clean prediction of the blocks in `predict`; None if `attend` ends the pass early.
 
         Args:
             x: [B, S, L, patch] blocks at noise level t.
@@ -190,6 +202,8 @@ class TinyWorldModel(nn.Module):
         h = (h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position).flatten(-3, -2)
         for i, layer in enumerate(self.layers):
             h = layer(i, h, modulation, cross[i], attend)
+            if h is None:
+                return None
         h, condition = h[:, predict], condition[:, predict]
         scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
         h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps).unflatten(-2, (actions.shape[-1], -1))

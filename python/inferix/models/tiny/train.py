@@ -17,15 +17,17 @@ import copy
 import dataclasses
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .model import TinyConfig, TinyWorldModel, patchify, rope_angles
+from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles
 from .simulator import SPRITE, TILE, Simulator
 
 
@@ -134,12 +136,6 @@ def _sprite_tokens(world: Simulator) -> np.ndarray:
         for dx in (0, SPRITE - 1):
             covered[rooms, (corners[..., 0] + dy) // TILE, (corners[..., 1] + dx) // TILE] = True
     return covered
-
-
-def few_step_times(steps: int, shift: float) -> list[float]:
-    """Noise levels of a few-step sampler: t = s u / (1 + (s - 1) u) for u = 1, 1 - 1/steps, ..."""
-    levels = [1 - i / steps for i in range(steps)]
-    return [shift * u / (1 + (shift - 1) * u) for u in levels]
 
 
 class Trainer:
@@ -271,6 +267,12 @@ class Trainer:
         self.world = Simulator(self.args.batch, np.random.default_rng(self.args.seed + self.step))
 
 
+def export(model: TinyWorldModel, path: Path, note: dict[str, str]) -> None:
+    """Write the weights as float16 safetensors, with the config that `inferix.models.tiny.load` needs."""
+    state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path, {"config": json.dumps(dataclasses.asdict(model.config))} | note)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m inferix.models.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("tiny_training"), help="folder of checkpoint and log")
@@ -314,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.step % 250 == 0 or trainer.step == args.steps:
             torch.save(trainer.state(), checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    note = {"command": " ".join(sys.argv[1:] if argv is None else argv), "steps": str(trainer.step)}
+    export(trainer.average, args.out / "tiny_world.safetensors", note)
 
 
 if __name__ == "__main__":

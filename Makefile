@@ -1,0 +1,42 @@
+# Everything happens in .venv, from package registries alone. `make demo` and `make test` need only Python >= 3.10,
+# a C++ compiler and make.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := 2.13.0
+
+.PHONY: demo play test lint build bench clean
+
+build: .venv/built
+
+demo: build
+	$(BIN)/inferix generate --model tiny --seconds 60 --seed 7 --actions random \
+	    --prompt-file examples/tour.txt --out demo.mp4
+
+play: build
+	$(BIN)/inferix play --model tiny
+
+test: build
+	$(BIN)/python -m pytest -q
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: build
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info inferix_kernels/_C*.so
+
+# pip's default torch for Linux is the CUDA build, several gigabytes: without a GPU, take the CPU build where there is one.
+.venv/torch:
+	$(PYTHON) -m venv .venv || { echo "make: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 1; }
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install -q torch==$(TORCH)+cpu 2>/dev/null || $(BIN)/pip install -q torch==$(TORCH)
+	command -v nvidia-smi >/dev/null && $(BIN)/pip install -q torch==$(TORCH) || true
+	touch $@
+
+.venv/built: .venv/torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/pip install -q setuptools pybind11 cmake ninja
+	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[test,lint]'
+	touch $@
