@@ -214,13 +214,14 @@ class PageTable:
         return self.store.format != "int8" or self.k_means[0] is not None
 
     def seal(self, block: Block) -> None:
-        """The block's clean pass is done: it joins the past, and what nobody will see any more is freed."""
+        """The block's clean pass is done: it joins the past."""
         if not self.open_blocks or block is not self.open_blocks[0] or not block.target:
             raise RuntimeError("seal needs the oldest open block after a pass that committed it")
         self.open_blocks.pop(0)
         self.held.update(zip(block.frames, block.target))
         self.next_frame = block.end
-        self._evict(self.open_blocks[0].end if self.open_blocks else block.end + 1)
+        if self.open_blocks:
+            self._evict(self.open_blocks[0].end)
 
     def abandon(self, keep: Block | None = None) -> None:
         """Forget the blocks that are still open, but for `keep`; the past stays as it is."""

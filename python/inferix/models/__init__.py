@@ -87,6 +87,9 @@ class BlockModel(Protocol):
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents [frames, *latent_shape] -> uint8 [frames, height, width, 3]."""
 
+    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+        """Shares in [0, 1] that can be read off a video [n, height, width, 3] alone; may be empty."""
+
 
 MODELS = {"tiny": "inferix.models.tiny"}  # name -> module with load(weights) -> BlockModel
 

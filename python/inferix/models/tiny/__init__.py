@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import Adapter, PagedAttend
+from .checker import UNKNOWN, look
 from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
-from .simulator import ACTIONS, FPS, KEYS, SIZE, parse_theme
+from .simulator import ACTIONS, FPS, KEYS, SIZE, TIMES, parse_theme
 
 SHIFT, STEPS, FIRST_STEPS = 8.0, 2, 16
 ADAPTER = Adapter(
@@ -85,6 +86,16 @@ class TinyWorld:
     def decode(self, latents: Tensor) -> np.ndarray:
         frames = unpatchify(latents.flatten(0, 1))
         return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+        seen = look(frames)
+        asked = [place * len(TIMES) + time for place, time in map(parse_theme, prompts)]
+        return {
+            "player exactly once": float(seen.once[:, 0].mean()),
+            "both boats exactly once": float(seen.once[:, 1:].all(1).mean()),
+            "tiles recognised": float((seen.tiles != UNKNOWN).mean()),
+            "theme as asked": float((seen.theme == asked).mean()),
+        }
 
 
 def parse_action(action: int | str) -> int:

@@ -1,0 +1,72 @@
+"""`inferix doctor`: what this machine can run, and what to do about what it can't."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+
+Finding = tuple[bool, str]
+
+
+def _python() -> Finding:
+    return True, f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+
+
+def _torch() -> Finding:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return True, f"{torch.__version__}, {torch.get_num_threads()} threads, {gpu}"
+
+
+def _extension() -> Finding:
+    try:
+        extension = importlib.import_module("inferix_kernels._C")
+    except ImportError as error:
+        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        hint = "run `make build`" if compiler else "install a C++ compiler (g++), then run `make build`"
+        return False, f"not built ({error}); the reference would run instead, slowly: {hint}"
+    return True, "built, C++ and CUDA" if extension.has_cuda else "built, C++ only (no nvcc was found)"
+
+
+def _video() -> Finding:
+    import av
+
+    has = "libx264" in av.codecs_available
+    return has, f"PyAV {av.__version__}, " + ("H.264" if has else "without libx264: MP4 cannot be written")
+
+
+def _tiny() -> Finding:
+    from .models import load_model
+
+    try:
+        load_model("tiny")
+    except ValueError as error:
+        return False, str(error)
+    return True, "weights found"
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "python": _python,
+    "torch": _torch,
+    "inferix_kernels._C": _extension,
+    "video": _video,
+    "tiny world": _tiny,
+}
+
+
+def examine() -> int:
+    """Print one line per check and the table of kernels; 0 if everything is well, 1 if not."""
+    well = True
+    for name, check in CHECKS.items():
+        try:
+            good, text = check()
+        except ImportError as error:
+            good, text = False, f"{error}; run `make build`"
+        well &= good
+        print(f"{'ok ' if good else '!! '} {name}: {text}")
+    print("\nkernels: python -m inferix_kernels")
+    return 0 if well else 1

@@ -1,0 +1,122 @@
+"""The decode loop: block by block over pages equals everything at once, in every way of running the clean pass."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from inferix.models.tiny import ADAPTER, TinyWorld
+from inferix.models.tiny.model import TinyConfig, TinyWorldModel
+from inferix.models.tiny.train import DenseAttend
+from inferix.world import World
+
+SMALL = TinyConfig(dim=32, layers=2, heads=2, head_dim=16, ffn=48)
+
+
+def small_world(fused=True, kv="fp32", seed=0, window=12, sink=0, steps=2):
+    torch.manual_seed(0)
+    model = TinyWorld(TinyWorldModel(SMALL))
+    model.adapter = dataclasses.replace(ADAPTER, fused=fused, times=(1.0, 0.7, 0.4)[:steps], first_times=())
+    return World(model, kv=kv, seed=seed, window=window, sink=sink)
+
+
+def play(world, blocks, prompts=("desert day",)):
+    generator = np.random.default_rng(5)
+    steps = ((generator.integers(0, 5, 3).tolist(), prompts[i % len(prompts)]) for i in range(blocks))
+    return [world.decoder.step(world._condition(actions, prompt)) for actions, prompt in steps]
+
+
+def test_paged_blocks_equal_the_dense_forward_that_training_uses():
+    """Given the same blocks, the last prediction over pages is the one that training computes in one go."""
+    world = small_world()
+    config, network = SMALL, world.model.network
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 4, config.block_tokens, config.patch, generator=generator).clamp(-1, 1)
+    actions = torch.randint(0, 5, (1, 4, 3), generator=generator)
+    themes = torch.tensor([[[0, 1], [0, 1], [2, 0], [2, 0]]])
+    order = [0, 1, 2, 3]  # clean blocks 0, 1, 2 and noisy block 3
+    times = torch.tensor([[0.0, 0.0, 0.0, 0.7]])
+    with torch.inference_mode():
+        cross = network.prompt_cache(themes[:, order])
+        dense = network(x, times, actions, cross, DenseAttend(config, 4, 3), predict=slice(3, None))
+        conditions = [world.model.condition(("meadow night", "glacier day")[i // 2], actions[0, i].tolist()) for i in range(4)]
+        for i in range(3):
+            world.decoder.observe(x[0, i].unflatten(0, (3, -1)), conditions[i])
+        block = world.table.open_block(3)
+        noisy = world.table.plan([block], world.model.rope(block.frames))
+        paged = world.model.predict([x[0, 3].unflatten(0, (3, -1))], [0.7], conditions[3:], noisy.attend)
+    # Same sums in another order, float32: 1e-5 of values about 1.
+    assert torch.allclose(paged.flatten(0, 1), dense[0, 0].clamp(-1, 1), atol=2e-5)
+    assert dense.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+def test_fused_and_separate_clean_passes_make_the_same_video(kv):
+    fused, separate = (play(small_world(fused, kv, window=6, sink=1), 5) for fused in (True, False))
+    # The forward of two blocks multiplies larger matrices, which sums in another order: not bit for bit.
+    bound = 2e-5 if kv == "fp32" else 2e-2  # a rounding of a key may flip: one step of bf16 or int8
+    assert all(torch.allclose(a, b, atol=bound) for a, b in zip(fused, separate))
+
+
+def test_the_past_matters_and_the_window_bounds_it():
+    long, short = (play(small_world(window=window), 4) for window in (12, 3))
+    assert torch.equal(long[0], short[0])
+    assert (long[3] - short[3]).abs().max() > 1e-4
+
+
+def test_a_prompt_takes_effect_with_its_block():
+    same, changed = (play(small_world(), 4, prompts) for prompts in (["desert day"], ["desert day"] * 2 + ["meadow day"]))
+    assert all(torch.equal(a, b) for a, b in zip(same[:2], changed[:2]))
+    assert not torch.equal(same[2], changed[2])
+
+
+def test_one_seed_makes_one_world():
+    a, b, c = (play(small_world(seed=seed), 2) for seed in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(a[0], c[0])
+
+
+def test_int8_pages_stay_close_to_fp32():
+    exact, quantized = (play(small_world(kv=kv), 3) for kv in ("fp32", "int8"))
+    assert torch.equal(exact[0], quantized[0])  # nothing cached yet
+    assert 0 < (exact[2] - quantized[2]).abs().max() < 0.05
+
+
+def test_a_world_goes_on_after_a_block_that_failed():
+    calm, shaken = small_world(), small_world()
+    first = calm.step(action="up", prompt="desert day")
+    assert np.array_equal(first, shaken.step(action="up", prompt="desert day"))
+    state = shaken.decoder.generator.get_state()
+    predict = shaken.model.predict
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    shaken.model.predict = fail
+    with pytest.raises(KeyboardInterrupt):
+        shaken.step(action="left")
+    shaken.model.predict = predict
+    shaken.decoder.generator.set_state(state)
+    assert np.array_equal(calm.step(action="left"), shaken.step(action="left"))
+    assert calm.frames == shaken.frames == 6
+
+
+@pytest.mark.parametrize(
+    "do, message",
+    [
+        (lambda: small_world(kv="fp7"), "kv must be one of fp32, bf16, int8, got 'fp7'"),
+        (lambda: small_world(window=2), "window must be at least the 3 frames of one block.* got 2"),
+        (lambda: small_world(window=-1), "window must be at least 1 frame, got -1"),
+        (lambda: World("giant"), "model must be one of tiny, got 'giant'"),
+        (lambda: small_world().step(action="up"), "prompt must be given with the first block"),
+        (lambda: small_world().step(prompt="desert day"), "step needs actions"),
+        (lambda: small_world().step(["up"], "desert day"), "actions must be 3, one per frame, got 1"),
+        (lambda: small_world().step(action="jump", prompt="desert day"), "action must be one of none, up, .* got 'jump'"),
+        (lambda: small_world().step(action="up", prompt="purple day"), "unknown word 'purple'"),
+        (lambda: small_world().observe(np.zeros((2, 96, 96, 3), np.uint8), [0, 0], "desert"), "multiple of 3"),
+        (lambda: small_world().observe(np.zeros((3, 9, 9, 3), np.uint8), [0] * 3, "desert"), r"frames must be uint8 \[n, 96"),
+    ],
+)
+def test_bad_input_says_what_it_must_be(do, message):
+    with pytest.raises(ValueError, match=message):
+        do()
