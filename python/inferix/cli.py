@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:
+        print(f"inferix {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,11 +3,13 @@
 Two stages in one run, under one warm-up / hold / decay schedule:
 
 1. Teacher forcing (until --own-from): clips of two blocks, each denoised given the true, lightly noised block before it.
-2. Self-rollout with few-step distillation: clips of four blocks whose context blocks are what the model itself generates in its own
-   few-step schedule, and the noisy input is its own previous estimate, noised again; the target stays the true
-   frame. The model learns to heal its own errors, at the noise levels at which it will be sampled.
+2. Self-rollout with few-step distillation (two steps in three; the third stays as before): streams of the model's own
+   video run beside the simulator under the same actions. The context is what the model generated, the noisy input
+   its own previous estimate, noised again as its few-step sampler does; the target stays the true block. The model
+   learns to heal its own errors, at the noise levels at which it will be sampled. A stream that went astray, where
+   the true block is no longer the right answer, starts over.
 
-Clips are simulated on the fly. A checkpoint holds everything, so that `--resume` continues where it stopped.
+Clips are simulated on the fly. `--resume` continues from the checkpoint; the flags may differ from the first run's.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles
-from .simulator import SPRITE, TILE, Simulator
+from .simulator import PLACES, SPRITE, TILE, TIMES, Simulator
+
+OWN_CONTEXT = 2  # blocks of its own that a stream attends to
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,15 +105,14 @@ class Clip:
     touched: Tensor
 
 
-def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1) -> Clip:
+def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1, first_switch: float = 0.0) -> Clip:
     """Play `blocks` blocks under a wandering player; the theme changes at a block boundary with chance `switch`."""
     images, actions, themes, touched = [], [], [], []
     before = _sprite_tokens(world)
     for block in range(blocks):
-        if block:
-            new = world.rng.random(world.batch) < switch
-            theme = np.stack([world.rng.integers(0, 4, world.batch), world.rng.integers(0, 2, world.batch)], 1)
-            world.theme = np.where(new[:, None], theme, world.theme)
+        new = world.rng.random(world.batch) < (switch if block else first_switch)
+        theme = np.stack([world.rng.integers(0, n, world.batch) for n in (len(PLACES), len(TIMES))], 1)
+        world.theme = np.where(new[:, None], theme, world.theme)
         themes.append(world.theme.copy())
         for _ in range(frames):
             actions.append(world.wander())
@@ -138,6 +141,40 @@ def _sprite_tokens(world: Simulator) -> np.ndarray:
     return covered
 
 
+def noised(x: Tensor, t: Tensor) -> Tensor:
+    """x [B, n, L, patch] at noise level t [B, n]."""
+    return x + t[..., None, None] * (torch.randn_like(x) - x)
+
+
+class Stream:
+    """One video of the model's own making, beside the simulator that says what it should have been.
+
+    Attributes:
+        tokens [2, L, patch], actions [2, frames], themes [2, 2]: the last blocks, as the model sees them.
+        age: blocks since it began from true ones; error: of its last block's sprites.
+    """
+
+    HISTORY = ("tokens", "actions", "themes")
+    LONGEST = 80
+
+    def __init__(self, config: TinyConfig, rng: np.random.Generator):
+        self.config, self.rng, self.error = config, rng, float("inf")
+
+    def restart_if_astray(self, args: argparse.Namespace) -> None:
+        if self.error <= args.sound and self.age < self.LONGEST:
+            return
+        self.world = Simulator(1, self.rng)
+        clip = simulate(self.world, OWN_CONTEXT, self.config.block_frames)
+        self.tokens, self.actions, self.themes = clip.tokens[0], clip.actions[0], clip.themes[0]
+        self.age, self.error = 0, 0.0
+
+    def advance(self, tokens: Tensor, actions: Tensor, themes: Tensor, error: float) -> None:
+        """Take the block [1, L, patch] just made as the newest one."""
+        for name, new in zip(self.HISTORY, (tokens, actions, themes)):
+            setattr(self, name, torch.cat([getattr(self, name)[1:], new]))
+        self.age, self.error = self.age + 1, error
+
+
 class Trainer:
     """Model, optimizers, schedule and one training step. `state` and `load` make a run resumable."""
 
@@ -154,10 +191,14 @@ class Trainer:
             torch.optim.Muon(matrices, lr=args.lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.attends = {key: DenseAttend(config, *key) for key in ((2, 0), (2, 1), (4, 0), (4, 1))}
+        self.attends = {key: DenseAttend(config, *key) for key in ((2, 0), (2, 1), (OWN_CONTEXT + 1, OWN_CONTEXT))}
         self.world = Simulator(args.batch, np.random.default_rng(args.seed))
+        self._restart_streams()
         self.step = 0
         self.predict = torch.compile(self._predict, dynamic=False) if args.compile else self._predict
+
+    def _restart_streams(self) -> None:
+        self.streams = [Stream(self.config, self.world.rng) for _ in range(max(1, self.args.batch // 2))]
 
     def _predict(
         self, first: int, context: Tensor, noisy: Tensor, t_context: Tensor, t: Tensor, actions: Tensor, themes: Tensor
@@ -180,78 +221,77 @@ class Trainer:
         left = (self.args.steps - self.step) / (self.args.decay * self.args.steps)
         return min(1.0, (self.step + 1) / self.args.warmup, left + 0.01)
 
-    @torch.no_grad()
-    def own_blocks(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """What the model makes of a clip from its first block on: [B, n, L, patch], and the error of each block [B, n].
-
-        All blocks are predicted at once from the previous round's blocks, so d rounds are an exact rollout of depth
-        d; deeper blocks are rollouts from nearer context.
-        """
-        own = clip.tokens
-        clean = torch.zeros(own.shape[0], own.shape[1] - 1)
-        levels = few_step_times(self.args.sample_steps, self.args.shift)
-        for _ in range(int(self.world.rng.integers(1, 4))):
-            x0 = own[:, 1:]
-            for i, level in enumerate(levels[: 1 + int(self.world.rng.integers(len(levels)))]):
-                noise = torch.randn_like(x0)
-                noisy = noise if i == 0 else (1 - level) * x0 + level * noise
-                x0 = self.predict(1, own[:, :-1], noisy, clean, clean + level, clip.actions, clip.themes).float()
-                x0 = x0.clamp(-1, 1)
-            own = torch.cat([clip.tokens[:, :1], x0], 1)
-        error = ((own - clip.tokens).square().mean(-1) * clip.touched).sum(-1) / clip.touched.sum(-1)
-        return own, error
-
     def train_step(self) -> dict[str, float]:
-        args = self.args
-        late = self.step >= args.own_from * args.steps
-        blocks, first = 4 if late else 2, int(self.step % 3 > 0)
-        self.world.reset(self.world.rng.random(self.world.batch) < 0.5)
-        clip = simulate(self.world, blocks, self.config.block_frames)
-        if late:  # a third of the clips, as they are longer and rolled out first
-            clip = Clip(*(z[: args.batch // 3] for z in dataclasses.astuple(clip)))
-        truth, shape = clip.tokens, clip.tokens.shape[:2]
-        block_weight = torch.ones(shape)
-        block_weight[:, 0] = args.first_weight
-        context = origin = truth
-        if late and self.world.rng.random() < args.own_share:
-            context, error = self.own_blocks(clip)
-            # Past the first block that went astray the true frames are no longer the right answer.
-            sound = (error < args.sound).float().cumprod(1)
-            block_weight[:, 1:] *= sound[:, :-1]
-            on_policy = (torch.rand(shape) < 0.5) & (sound > 0)
-            on_policy[:, 0] = False
-            origin = torch.where(on_policy[..., None, None], context, truth)
-        t = torch.rand(shape)
-        t = (args.shift * t / (1 + (args.shift - 1) * t)).clamp(min=0.02)
-        t_context = (torch.rand(shape[0], 1) * 0.25 * (torch.rand(shape[0], 1) < 0.5)).expand(-1, blocks - 1)
-        noisy = origin + t[..., None, None] * (torch.randn_like(origin) - origin)
-        context = context[:, :-1] + t_context[..., None, None] * (torch.randn_like(context[:, :-1]) - context[:, :-1])
-
-        x0 = self.predict(first, context, noisy[:, first:], t_context, t[:, first:], clip.actions, clip.themes).float()
-        error = (x0 - truth[:, first:]).square().mean(-1)  # [B, n - first, L]
-        weight = (1 + args.motion * clip.touched) * (block_weight / t.clamp(min=0.3))[..., None]
-        loss = (error * weight[:, first:]).mean()
+        late = self.step >= self.args.own_from * self.args.steps
+        loss, report = self._own_loss() if late and self.step % 3 else self._forced_loss()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * self.learning_rate()
+                group["lr"] = self.args.lr * self.learning_rate()
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        report["norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        keep = min(args.average, self.step / (self.step + 100))
+        keep = min(self.args.average, self.step / (self.step + 100))
         for mean, new in zip(self.average.parameters(), self.model.parameters()):
             mean.lerp_(new.detach(), 1 - keep)
         self.step += 1
-        touched = clip.touched[:, 1:].unflatten(2, (self.config.block_frames, -1))
-        nexts = error[:, 1 - first :].detach()
-        sprites = (nexts.unflatten(2, (self.config.block_frames, -1)) * touched).sum((0, 1, 3)) / touched.sum((0, 1, 3))
-        report = {"next": nexts.mean(), "norm": norm} | {f"sprites{f}": value for f, value in enumerate(sprites)}
+        return {name: float(value) for name, value in report.items()}
+
+    def _forced_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 1: two blocks, the true first one (lightly noised in half the clips) as context of the second."""
+        args, first = self.args, int(self.step % 3 > 0)  # every third step also learns a block without a past
+        self.world.reset(self.world.rng.random(self.world.batch) < 0.5)
+        clip = simulate(self.world, 2, self.config.block_frames)
+        truth, shape = clip.tokens, clip.tokens.shape[:2]
+        t = torch.rand(shape)
+        t = (args.shift * t / (1 + (args.shift - 1) * t)).clamp(min=0.02)
+        t_context = torch.rand(shape[0], 1) * 0.25 * (torch.rand(shape[0], 1) < 0.5)
+        noisy, context = noised(truth, t), noised(truth[:, :-1], t_context)
+        x0 = self.predict(first, context, noisy[:, first:], t_context, t[:, first:], clip.actions, clip.themes).float()
+        error = (x0 - truth[:, first:]).square().mean(-1)  # [B, 2 - first, L]
+        weight = self._weight(clip.touched) / t.clamp(min=0.3)[..., None]
+        weight[:, 0] *= args.first_weight
+        report = self._sprite_errors("sprites", error[:, -1], clip.touched[:, -1]) | {"next": error[:, -1].detach().mean()}
         if not first:
             report["first"] = error[:, 0].detach().mean()
-        if late:
-            report["unsound"] = (block_weight[:, 1:] == 0).float().mean()
-        return {name: float(value) for name, value in report.items()}
+        return (error * weight[:, first:]).mean(), report
+
+    def _own_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 2: every stream makes its next block in the few-step schedule, and learns from each step."""
+        args = self.args
+        for stream in self.streams:
+            stream.restart_if_astray(args)
+        next_blocks = [simulate(stream.world, 1, self.config.block_frames, first_switch=0.1) for stream in self.streams]
+        truth, touched = (torch.cat([getattr(block, name) for block in next_blocks]) for name in ("tokens", "touched"))
+        context, actions, themes = (torch.stack([getattr(s, name) for s in self.streams]) for name in Stream.HISTORY)
+        actions = torch.cat([actions, torch.cat([block.actions for block in next_blocks])], 1)
+        themes = torch.cat([themes, torch.cat([block.themes for block in next_blocks])], 1)
+        clean = torch.zeros(context.shape[:2])
+        x, losses = torch.randn_like(truth), []
+        levels = few_step_times(args.sample_steps, args.shift)
+        for i, t in enumerate(levels):
+            level = torch.full(truth.shape[:2], t)
+            x0 = self.predict(OWN_CONTEXT, context, x, clean, level, actions, themes).float()
+            error = (x0 - truth).square().mean(-1)
+            losses.append((error * self._weight(touched) / t).mean())
+            x0 = x0.detach().clamp(-1, 1)
+            x = noised(x0, torch.full(truth.shape[:2], levels[i + 1])) if i + 1 < len(levels) else x0
+        strayed = ((x - truth).square().mean(-1) * touched).sum((1, 2)) / touched.sum((1, 2))
+        for i, stream in enumerate(self.streams):
+            stream.advance(x[i], actions[i, -1:], themes[i, -1:], float(strayed[i]))
+        report = self._sprite_errors("own_sprites", error[:, -1], touched[:, -1])
+        report["age"] = torch.tensor([float(stream.age) for stream in self.streams]).mean()
+        report["astray"] = (strayed > args.sound).float().mean()
+        return torch.stack(losses).mean(), report
+
+    def _weight(self, touched: Tensor) -> Tensor:
+        return 1 + self.args.motion * touched
+
+    def _sprite_errors(self, name: str, error: Tensor, touched: Tensor) -> dict[str, Tensor]:
+        """Mean error of tokens with a sprite, by frame of the block; error, touched [B, L]."""
+        error, touched = (z.detach().unflatten(1, (self.config.block_frames, -1)) for z in (error, touched))
+        return {f"{name}{f}": value for f, value in enumerate((error * touched).sum((0, 2)) / touched.sum((0, 2)))}
 
     def state(self) -> dict:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -265,6 +305,7 @@ class Trainer:
         self.step = state["step"]
         torch.manual_seed(self.args.seed + self.step)
         self.world = Simulator(self.args.batch, np.random.default_rng(self.args.seed + self.step))
+        self._restart_streams()
 
 
 def export(model: TinyWorldModel, path: Path, note: dict[str, str]) -> None:
@@ -287,9 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-weight", type=float, default=0.3, help="weight of the block without context")
     parser.add_argument("--shift", type=float, default=8.0, help="noise schedule shift")
     parser.add_argument("--sample-steps", type=int, default=2, help="few-step schedule the model is distilled for")
-    parser.add_argument("--own-from", type=float, default=0.65, help="share of the run after which self-rollout begins")
-    parser.add_argument("--own-share", type=float, default=0.6, help="share of those steps on the model's own context")
-    parser.add_argument("--sound", type=float, default=0.04, help="largest sprite error of a context block still learned from")
+    parser.add_argument("--own-from", type=float, default=0.45, help="share of the run after which self-rollout begins")
+    parser.add_argument("--sound", type=float, default=0.04, help="sprite error past which a stream has gone astray")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -1,0 +1,158 @@
+"""The command line: what it writes, and that bad input is one line, exit code 2, and nothing left behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import pytest
+import torch
+
+from inferix.cli import main
+from inferix.models.tiny.model import TinyConfig, TinyWorldModel
+from inferix.models.tiny.train import export
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny world that has learned nothing: enough for everything but the picture."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    export(TinyWorldModel(TinyConfig(dim=32, layers=2, heads=2, head_dim=16, ffn=48)), path, {})
+    return str(path)
+
+
+def generate(weights, out, *options):
+    return main(["generate", "--weights", weights, "--out", str(out), *map(str, options)])
+
+
+def frames_in(path):
+    with av.open(str(path)) as video:
+        return sum(1 for _ in video.decode(video=0))
+
+
+def test_generate_writes_a_video_a_sheet_and_a_summary(weights, tmp_path, capsys):
+    out = tmp_path / "v.mp4"
+    options = ("--seconds", 0.5, "--kv", "bf16", "--actions", "scripted", "--prompt", "a desert at night")
+    assert generate(weights, out, *options) == 0
+    assert frames_in(out) == 8  # 16 FPS; not a multiple of the block of 3
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "v.json").read_text())
+    assert summary["frames"] == 8 and summary["seconds_of_video"] == 0.5 and summary["kv"] == "bf16"
+    # 9 frames of 64 tokens, 2 layers, 2 heads x 16 channels, K and V of 2 bytes.
+    assert summary["kv_bytes"]["bf16"] == 9 * 64 * 2 * 2 * 16 * 2 * 2
+    assert summary["fps"] > 0 and 0 < summary["block_seconds_p50"] <= summary["block_seconds_p95"]
+    assert set(summary["measures"]) >= {"player exactly once", "theme as asked"}
+    assert "8 frames" in capsys.readouterr().out
+
+
+def test_the_same_seed_makes_the_same_video(weights, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert generate(weights, tmp_path / f"{name}.mp4", "--seconds", 0.4, "--seed", seed) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_actions_and_prompts_come_from_files(weights, tmp_path):
+    (tmp_path / "actions").write_text("up 2  # then\nright\n")
+    (tmp_path / "prompts").write_text("0 meadow day\n\n0.3 volcano night\n")
+    files = ("--actions", tmp_path / "actions", "--prompt-file", tmp_path / "prompts")
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5, *files) == 0
+
+
+BAD = {
+    "model": (["--model", "giant"], "model must be one of tiny, got 'giant'"),
+    "weights": (["--weights", "nowhere.safetensors"], "weights: there is no file nowhere.safetensors"),
+    "prompt": (["--prompt", "purple night"], "prompt: unknown word 'purple'"),
+    "no place": (["--prompt", "night"], "prompt must name one place"),
+    "zero": (["--seconds", "0"], "--seconds must be a positive number, got 0"),
+    "negative": (["--seconds", "-3"], "--seconds must be a positive number, got -3"),
+    "endless": (["--seconds", "inf"], "--seconds must be a positive number, got inf"),
+    "too short": (["--seconds", "0.01"], "--seconds must be at least one frame, 1/16, got 0.01"),
+    "window": (["--window", "2"], "window must be at least the 3 frames of one block"),
+    "sink": (["--sink", "-1"], "sink must be 0 or more frames, got -1"),
+    "kv": (["--kv", "int3"], "kv must be one of fp32, bf16, int8, got 'int3'"),
+    "threads": (["--threads", "0"], "--threads must be at least 1, got 0"),
+    "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
+    "backend": (["--backend", "abacus"], "backend must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, weights, tmp_path, capsys):
+    options, message = BAD[case]
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("jump", ":1: action must be one of none, up"), ("up\nup x", ":2: frames must be one positive number"), ("", "no action")],
+)
+def test_a_bad_action_file_names_its_line(text, message, weights, tmp_path, capsys):
+    (tmp_path / "actions").write_text(text)
+    assert generate(weights, tmp_path / "v.mp4", "--actions", tmp_path / "actions") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["actions"]
+
+
+@pytest.mark.parametrize("text", ["5 desert", "0 desert\n0 meadow", "now desert", "0", ""])
+def test_a_bad_prompt_file_is_refused(text, weights, tmp_path, capsys):
+    (tmp_path / "prompts").write_text(text)
+    assert generate(weights, tmp_path / "v.mp4", "--prompt-file", tmp_path / "prompts") == 2
+    assert "--prompt-file:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.5])
+def test_a_truncated_checkpoint_is_refused(keep, weights, tmp_path, capsys):
+    whole = open(weights, "rb").read()
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    assert generate(str(broken), tmp_path / "v.mp4") == 2
+    error = capsys.readouterr().err
+    assert "is damaged or not a safetensors file" in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, capsys):
+    config = TinyConfig(dim=32, layers=1, heads=2, head_dim=16, ffn=48)
+    model = TinyWorldModel(config)
+    model.text = torch.nn.Linear(32, 31)
+    path = tmp_path / "other.safetensors"
+    export(model, path, {})
+    assert generate(str(path), tmp_path / "v.mp4") == 2
+    assert "text.bias must be [32], got [31]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["missing/v.mp4", "folder"])
+def test_an_unwritable_output_is_refused(where, weights, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    assert generate(weights, tmp_path / where, "--seconds", 0.5) == 2
+    error = capsys.readouterr().err
+    assert "--out" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not list((tmp_path / "folder").iterdir())
+
+
+def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):
+    out = tmp_path / "v.mp4"
+    command = [sys.executable, "-m", "inferix", "generate", "--weights", weights, "--out", str(out), "--seconds", "600"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(2)  # some blocks in
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    made = json.loads((tmp_path / "v.json").read_text())["frames"]
+    assert 0 < made < 9600 and frames_in(out) == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
+
+
+def test_doctor_names_every_part(capsys):
+    main(["doctor"])
+    lines = capsys.readouterr().out
+    assert all(f"{part}:" in lines for part in ("python", "torch", "inferix_kernels._C", "video", "tiny world"))
