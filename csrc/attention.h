@@ -1,0 +1,36 @@
+// paged_attention, merge_attention: see inferix_kernels/reference.py for what they mean.
+#pragma once
+#include "kv_pages.h"
+
+namespace inferix {
+
+struct PagedAttentionParams {
+  Rows q;    // [T, query_heads, D]  q_dtype
+  Rows out;  // [T, query_heads, D]  out_dtype, written; read too when accumulating
+  float* lse;  // [T, query_heads]   natural logarithm
+  Pools pools;
+  const int32_t* q_indptr;     // [segments + 1]  from 0 to T
+  const int32_t* page_indptr;  // [segments + 1]  from 0 to entries
+  PageList entries;            // pages of all segments
+  PageShape shape;
+  int64_t T, query_heads, segments;
+  float scale;
+  bool accumulate;  // out and lse hold a result over other keys: merge into it
+  DType q_dtype, out_dtype;
+};
+
+struct MergeAttentionParams {
+  const void *out_a, *out_b;   // [rows, D]  in_dtype
+  const float *lse_a, *lse_b;  // [rows]
+  void* out;                   // [rows, D]  out_dtype; may be out_a or out_b
+  float* lse;                  // [rows]     may be lse_a or lse_b
+  int64_t rows, D;
+  DType in_dtype, out_dtype;
+};
+
+void paged_attention_cpu(const PagedAttentionParams& params, int threads);
+void merge_attention_cpu(const MergeAttentionParams& params, int threads);
+
+void merge_attention_cuda(const MergeAttentionParams& params, void* stream);
+
+}  // namespace inferix

@@ -1,0 +1,161 @@
+// inferix_kernels._C: every compiled kernel, as functions over raw addresses. The only file that knows Python.
+//
+// Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU kernel on
+// `threads` threads; a number is a cudaStream_t.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "attention.h"
+#include "kv_pages.h"
+#include "qkv.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace inferix;
+
+namespace {
+
+using Address = uintptr_t;
+using Stream = std::optional<Address>;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Pools pools_of(const std::vector<Pool>& list) {
+  if (list.empty() || list.size() > kMaxPools)
+    throw std::invalid_argument("pools must be 1 to " + std::to_string(kMaxPools) + ", got " +
+                                std::to_string(list.size()));
+  Pools pools{};
+  for (const Pool& pool : list) pools.pool[pools.count++] = pool;
+  return pools;
+}
+
+// Not deduced, so that a null pointer will do.
+template <typename Params>
+using CudaKernel = std::common_type_t<void (*)(const Params&, void* stream)>;
+
+// Built without nvcc, an op's CUDA kernel is a null pointer.
+#ifdef INFERIX_CUDA
+#define INFERIX_CUDA_KERNEL(kernel) kernel
+#else
+#define INFERIX_CUDA_KERNEL(kernel) nullptr
+#endif
+
+template <typename Params>
+void launch(const Params& params, Stream stream, int threads, void (*cpu)(const Params&, int), CudaKernel<Params> cuda) {
+  py::gil_scoped_release release;
+  if (!stream) return cpu(params, threads);
+  if (!cuda) throw std::invalid_argument("this op has no CUDA kernel in this build");
+  cuda(params, at<void>(*stream));
+}
+
+void define_types(py::module_& m) {
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::f32)
+      .value("bfloat16", DType::bf16)
+      .value("int8", DType::i8);
+  py::class_<Pool>(m, "Pool").def(
+      py::init([](Address k, Address v, Address k_scales, Address v_scales, int64_t pages, DType dtype) {
+        return Pool{at<void>(k), at<void>(v), at<float>(k_scales), at<float>(v_scales), pages, dtype};
+      }));
+  py::class_<PageShape>(m, "PageShape").def(py::init<int64_t, int64_t, int64_t>());
+  py::class_<Rows>(m, "Rows").def(py::init([](Address data, int64_t token_stride, int64_t head_stride) {
+    return Rows{at<void>(data), token_stride, head_stride};
+  }));
+  py::class_<PageList>(m, "PageList").def(py::init([](Address ids, Address lens, int64_t n) {
+    return PageList{at<const int32_t>(ids), at<const int32_t>(lens), n};
+  }));
+}
+
+void define_kv_pages(py::module_& m) {
+  m.def(
+      "kv_append",
+      [](const Rows& k, const Rows& v, const Pool& pages, const PageList& where, const PageShape& shape, int64_t T,
+         DType x_dtype, Stream stream, int threads) {
+        const KvAppendParams params{k, v, pages, where, shape, T, x_dtype};
+        launch(params, stream, threads, kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
+      },
+      py::kw_only(), "k"_a, "v"_a, "pages"_a, "where"_a, "shape"_a, "T"_a, "x_dtype"_a, "stream"_a, "threads"_a);
+  m.def(
+      "kv_commit",
+      [](const Pool& source, const PageList& source_list, const Pool& target, const PageList& target_list,
+         Address k_mean, const PageShape& shape, Stream stream, int threads) {
+        const KvCommitParams params{source, target, source_list, target_list, at<float>(k_mean), shape};
+        launch(params, stream, threads, kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));
+      },
+      py::kw_only(), "source"_a, "source_list"_a, "target"_a, "target_list"_a, "k_mean"_a, "shape"_a, "stream"_a,
+      "threads"_a);
+  m.def(
+      "kv_gather",
+      [](const std::vector<Pool>& pools, const PageList& where, const PageShape& shape, const Rows& k, const Rows& v,
+         int64_t T, DType out_dtype, Stream stream, int threads) {
+        const KvGatherParams params{pools_of(pools), where, shape, k, v, T, out_dtype};
+        launch(params, stream, threads, kv_gather_cpu, INFERIX_CUDA_KERNEL(kv_gather_cuda));
+      },
+      py::kw_only(), "pools"_a, "where"_a, "shape"_a, "k"_a, "v"_a, "T"_a, "out_dtype"_a, "stream"_a, "threads"_a);
+}
+
+void define_attention(py::module_& m) {
+  m.def(
+      "paged_attention",
+      [](const Rows& q, const Rows& out, Address lse, const std::vector<Pool>& pools, Address q_indptr,
+         Address page_indptr, const PageList& entries, const PageShape& shape, int64_t T, int64_t query_heads,
+         int64_t segments, float scale, bool accumulate, DType q_dtype, DType out_dtype, int threads) {
+        const PagedAttentionParams params{q, out, at<float>(lse), pools_of(pools), at<const int32_t>(q_indptr),
+                                          at<const int32_t>(page_indptr), entries, shape, T, query_heads, segments,
+                                          scale, accumulate, q_dtype, out_dtype};
+        launch(params, std::nullopt, threads, paged_attention_cpu, {});
+      },
+      py::kw_only(), "q"_a, "out"_a, "lse"_a, "pools"_a, "q_indptr"_a, "page_indptr"_a, "entries"_a, "shape"_a, "T"_a,
+      "query_heads"_a, "segments"_a, "scale"_a, "accumulate"_a, "q_dtype"_a, "out_dtype"_a, "threads"_a);
+  m.def(
+      "merge_attention",
+      [](Address out_a, Address lse_a, Address out_b, Address lse_b, Address out, Address lse, int64_t rows, int64_t D,
+         DType in_dtype, DType out_dtype, Stream stream, int threads) {
+        const MergeAttentionParams params{at<void>(out_a), at<void>(out_b), at<float>(lse_a), at<float>(lse_b),
+                                          at<void>(out), at<float>(lse), rows, D, in_dtype, out_dtype};
+        launch(params, stream, threads, merge_attention_cpu, INFERIX_CUDA_KERNEL(merge_attention_cuda));
+      },
+      py::kw_only(), "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a, "lse"_a, "rows"_a, "D"_a, "in_dtype"_a,
+      "out_dtype"_a, "stream"_a, "threads"_a);
+}
+
+void define_qkv(py::module_& m) {
+  m.def(
+      "qkv_prologue",
+      [](Address qkv, int64_t qkv_stride, Address q, Address bias, Address norm_q, int64_t norm_q_size, Address norm_k,
+         int64_t norm_k_size, Address rope, int64_t rope_pairs, Address k_mean, bool interleaved, float eps,
+         const Pool& pages, const PageList& where, const PageShape& shape, int64_t T, int64_t query_heads, DType dtype,
+         int threads) {
+        const QkvPrologueParams params{at<void>(qkv), at<void>(q), qkv_stride, at<float>(bias), at<float>(norm_q),
+                                       at<float>(norm_k), norm_q_size, norm_k_size, at<float>(rope),
+                                       at<float>(k_mean), rope_pairs, interleaved, eps, pages, where, shape, T,
+                                       query_heads, dtype};
+        launch(params, std::nullopt, threads, qkv_prologue_cpu, {});
+      },
+      py::kw_only(), "qkv"_a, "qkv_stride"_a, "q"_a, "bias"_a, "norm_q"_a, "norm_q_size"_a, "norm_k"_a,
+      "norm_k_size"_a, "rope"_a, "rope_pairs"_a, "k_mean"_a, "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a,
+      "T"_a, "query_heads"_a, "dtype"_a, "threads"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  define_types(m);
+  define_kv_pages(m);
+  define_attention(m);
+  define_qkv(m);
+  m.attr("max_pools") = kMaxPools;
+#ifdef INFERIX_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

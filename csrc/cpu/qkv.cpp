@@ -1,0 +1,81 @@
+// qkv_prologue on the CPU: one task per page written. Bias, norm and rotation of a page's tokens in float32, then the
+// page's tiles.
+#include "../qkv.h"
+
+#include <cmath>
+#include <vector>
+
+#include "pages.h"
+#include "parallel.h"
+
+namespace inferix {
+namespace {
+
+// x[size] becomes x / rms * weight, in groups of group_size, the weight's length.
+void rms_norm(float* x, int64_t size, const float* weight, int64_t group_size, float eps) {
+  for (float* end = x + size; x < end; x += group_size) {
+    // Sixteen partial sums: a single one is a chain of dependent additions, and less exact.
+    constexpr int kParts = 16;
+    float parts[kParts] = {};
+    int64_t i = 0;
+    for (; i + kParts <= group_size; i += kParts)
+      for (int j = 0; j < kParts; ++j) parts[j] += x[i + j] * x[i + j];
+    for (; i < group_size; ++i) parts[0] += x[i] * x[i];
+    float sum = 0.f;
+    for (const float part : parts) sum += part;
+    const float inverse = 1.f / std::sqrt(sum / float(group_size) + eps);
+    for (i = 0; i < group_size; ++i) x[i] = x[i] * inverse * weight[i];
+  }
+}
+
+// Turns the first 2 * pairs channels of one head; rope is [pairs, 2]: cos, sin.
+void rotate(float* x, const float* rope, int64_t pairs, bool interleaved) {
+  const int64_t step = interleaved ? 2 : 1, distance = interleaved ? 1 : pairs;
+  for (int64_t j = 0; j < pairs; ++j) {
+    float &a = x[j * step], &b = x[j * step + distance];
+    const float cos = rope[2 * j], sin = rope[2 * j + 1], turned = a * cos - b * sin;
+    b = a * sin + b * cos;
+    a = turned;
+  }
+}
+
+template <typename X>
+void prepare_token(const QkvPrologueParams& p, int64_t token, float* x) {
+  const int64_t D = p.shape.D, q_size = p.query_heads * D, k_size = p.shape.H * D, width = q_size + 2 * k_size;
+  const X* from = static_cast<const X*>(p.qkv) + token * p.qkv_stride;
+  for (int64_t i = 0; i < width; ++i) x[i] = to_float(from[i]);
+  if (p.bias)
+    for (int64_t i = 0; i < width; ++i) x[i] += p.bias[i];
+  if (p.norm_q) rms_norm(x, q_size, p.norm_q, p.norm_q_size, p.eps);
+  if (p.norm_k) rms_norm(x + q_size, k_size, p.norm_k, p.norm_k_size, p.eps);
+  if (p.rope)
+    for (int64_t head = 0; head < p.query_heads + p.shape.H; ++head)
+      rotate(x + head * D, p.rope + token * p.rope_pairs * 2, p.rope_pairs, p.interleaved);
+  if (p.k_mean)
+    for (int64_t i = 0; i < k_size; ++i) x[q_size + i] -= p.k_mean[i];
+  X* q = static_cast<X*>(p.q) + token * q_size;
+  for (int64_t i = 0; i < q_size; ++i) q[i] = from_float<X>(x[i]);
+}
+
+}  // namespace
+
+void qkv_prologue_cpu(const QkvPrologueParams& p, int threads) {
+  const PageShape& s = p.shape;
+  const auto starts = entry_starts("where.ids", "where.lens", p.where, p.pages.pages, s.page_size, p.T, true);
+  const int64_t q_size = p.query_heads * s.D, k_size = s.H * s.D, width = q_size + 2 * k_size;
+  with_float_type("qkv", p.dtype, [&](auto type) {
+    parallel_for(threads, p.where.n, [&](int64_t entry) {
+      const int64_t length = p.where.lens[entry];
+      thread_local std::vector<float> rows;  // [length, width]
+      rows.resize(length * width);
+      for (int64_t t = 0; t < length; ++t)
+        prepare_token<decltype(type)>(p, starts[entry] + t, rows.data() + t * width);
+      for (int64_t head = 0; head < s.H; ++head) {
+        const float* k = rows.data() + q_size + head * s.D;
+        write_tile({&p.pages, p.where.ids[entry], head}, s, length, k, k + k_size, width);
+      }
+    });
+  });
+}
+
+}  // namespace inferix

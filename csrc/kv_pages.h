@@ -1,0 +1,76 @@
+// kv_append, kv_commit, kv_gather: the contract shared by the CPU kernels, the CUDA kernels and the binding.
+// What the ops mean is written in inferix_kernels/reference.py.
+#pragma once
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace inferix {
+
+struct Pool {
+  void *k, *v;       // [pages, H, page_size, D]  dtype
+  float* k_scales;   // [pages, H, page_size]     int8 only, else null: key = code * scale
+  float* v_scales;   // [pages, H, D]             int8 only, else null: value = code * scale
+  int64_t pages;
+  DType dtype;
+};
+
+struct PageShape {
+  int64_t H, page_size, D;
+};
+
+// Rows of a [T, H, D] tensor; the last dimension is contiguous.
+struct Rows {
+  void* data;
+  int64_t token_stride, head_stride;  // in elements
+};
+
+// Tokens fill, or are read from, these pages in order.
+struct PageList {
+  const int32_t* ids;   // [n]
+  const int32_t* lens;  // [n]  valid tokens of each page
+  int64_t n;
+};
+
+constexpr int kMaxPools = 8;
+
+// Page ids count through the pools in order.
+struct Pools {
+  Pool pool[kMaxPools];
+  int count;
+};
+
+struct KvAppendParams {
+  Rows k, v;  // [T, H, D]  x_dtype
+  Pool pages;
+  PageList where;
+  PageShape shape;
+  int64_t T;
+  DType x_dtype;
+};
+
+struct KvCommitParams {
+  Pool source, target;
+  PageList source_list, target_list;  // same lens
+  const float* k_mean;                // [H, D] or null
+  PageShape shape;
+};
+
+struct KvGatherParams {
+  Pools pools;
+  PageList where;
+  PageShape shape;
+  Rows k, v;  // [T, H, D]  out_dtype, written
+  int64_t T;
+  DType out_dtype;
+};
+
+void kv_append_cpu(const KvAppendParams& params, int threads);
+void kv_commit_cpu(const KvCommitParams& params, int threads);
+void kv_gather_cpu(const KvGatherParams& params, int threads);
+
+void kv_append_cuda(const KvAppendParams& params, void* stream);
+void kv_commit_cuda(const KvCommitParams& params, void* stream);
+void kv_gather_cuda(const KvGatherParams& params, void* stream);
+
+}  // namespace inferix

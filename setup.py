@@ -1,0 +1,67 @@
+"""Builds inferix_kernels._C with CMake; CMakeLists.txt says what goes in, pyproject.toml holds the metadata."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# cmake and ninja installed by pip lie beside python, which need not be on PATH.
+SEARCH = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
+
+
+def find(what: str, *names: str, remedy: str) -> str:
+    for name in names:
+        if path := shutil.which(name, path=SEARCH):
+            return path
+    raise SystemExit(f"inferix: no {what} found (looked for {', '.join(names)}): {remedy}")
+
+
+def compiler_names() -> list[str]:
+    return os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        find("C++ compiler", *compiler_names(), remedy="install one (on Debian: apt install g++)")
+        cmake = find("cmake", "cmake", remedy="pip install cmake")
+        ninja = find("ninja", "ninja", "ninja-build", remedy="pip install ninja")
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            raise SystemExit("inferix: no Python.h found: install Python's headers (on Debian: apt install python3-dev)")
+        import pybind11  # needed to build, not to install from a wheel
+
+        nvcc = shutil.which("nvcc")
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,  # the cached one may have gone with the environment of an earlier build
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "Python_EXECUTABLE": sys.executable,
+            "INFERIX_CUDA": "ON" if nvcc else "OFF",
+        }
+        build = Path(self.build_temp).resolve()
+        print(f"inferix: building the C++ kernels {f'and the CUDA kernels ({nvcc})' if nvcc else '(no nvcc on PATH)'}")
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        self.step([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], nvcc)
+        self.step([cmake, "--build", str(build)], nvcc)
+
+    def step(self, command: list[str], nvcc: str | None) -> None:
+        if subprocess.run(command).returncode:
+            hint = f"; to build without CUDA, take {Path(nvcc).parent} off PATH" if nvcc else ""
+            raise SystemExit(f"inferix: the build of inferix_kernels._C failed, see above{hint}")
+
+
+setup(
+    packages=[*find_packages(include=["inferix_kernels*"]), *find_packages("python")],
+    package_dir={"inferix": "python/inferix"},
+    package_data={"": ["*.safetensors", "*.json", "*.md", "*.html", "*.js", "*.css"]},
+    ext_modules=[Extension("inferix_kernels._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)
