@@ -1,4 +1,4 @@
-"""The command line: `inferix generate`, `inferix doctor`."""
+"""The command line: `inferix generate`, `inferix play`, `inferix doctor`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")
     generate.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     generate.set_defaults(run=_generate)
+    play = commands.add_parser("play", help="steer a world in this terminal")
+    play.add_argument("--model", default="tiny", help="which model (default: tiny)")
+    play.add_argument("--weights", help="checkpoint file, for models that do not ship one")
+    play.add_argument("--seed", type=int, default=0)
+    play.add_argument("--kv", default="int8", help="format of the KV pages: fp32, bf16 or int8 (default: int8)")
+    play.set_defaults(run=_play)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -83,7 +89,7 @@ def _generate(args: argparse.Namespace) -> int:
     )
     adapter = world.model.adapter
     prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
-    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompt),))
+    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed)
@@ -187,6 +193,16 @@ def _write_beside(out: Path, frames: np.ndarray, summary: dict[str, Any]) -> Non
     print(f"{sheet}: contact sheet · {report}: summary")
     for name, value in summary["measures"].items():
         print(f"  {name}: {value:.1%}")
+
+
+def _play(args: argparse.Namespace) -> int:
+    from .terminal import play
+    from .world import World
+
+    world = World(args.model, kv=args.kv, seed=args.seed, weights=args.weights)
+    adapter = world.model.adapter
+    play(world, adapter.example_prompts, adapter.keys)
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

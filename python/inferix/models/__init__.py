@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +32,8 @@ class Adapter:
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
-        example_prompt: shows what may be said.
+        keys: keyboard key -> action.
+        example_prompts: show what may be said; the first is the default.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Adapter:
     fps: int = 16
     size: tuple[int, int] = (480, 832)
     actions: tuple[str, ...] = ()
-    example_prompt: str = ""
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    example_prompts: tuple[str, ...] = ("",)
 
 
 # (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.paged_kv.Pass.attend

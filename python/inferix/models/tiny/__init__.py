@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import Adapter, PagedAttend
 from .checker import UNKNOWN, look
 from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
-from .simulator import ACTIONS, FPS, KEYS, SIZE, TIMES, parse_theme
+from .simulator import ACTIONS, FPS, KEYS, SIZE, THEMES, TIMES, parse_theme
 
 SHIFT, STEPS, FIRST_STEPS = 8.0, 2, 16
 ADAPTER = Adapter(
@@ -28,7 +28,8 @@ ADAPTER = Adapter(
     fps=FPS,
     size=(SIZE, SIZE),
     actions=ACTIONS,
-    example_prompt="meadow day",
+    keys={" ": "none"} | {key: ACTIONS[action] for key, action in KEYS.items()},
+    example_prompts=THEMES,
 )
 
 Cross = list[tuple[Tensor, Tensor]]

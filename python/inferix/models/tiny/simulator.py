@@ -24,7 +24,7 @@ BOATS = 2  # one on a horizontal canal, one on a vertical canal
 FPS = 16  # frames per second of a world played at its own pace
 
 ACTIONS = ("none", "up", "left", "down", "right")
-KEYS = {"": 0, "w": 1, "a": 2, "s": 3, "d": 4}
+KEYS = {"w": 1, "a": 2, "s": 3, "d": 4}
 MOVES = np.array([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]])  # (row, column) units
 
 PLACES = ("meadow", "desert", "glacier", "volcano")
