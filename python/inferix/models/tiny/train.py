@@ -33,6 +33,7 @@ from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_an
 from .simulator import PLACES, SPRITE, TILE, TIMES, Simulator
 
 OWN_CONTEXT = 2  # blocks of its own that a stream attends to
+PLAYER_WEIGHT = 3.0  # the player, who must be steered, is learned later than the boats
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def initialise(model: TinyWorldModel) -> None:
 @dataclasses.dataclass
 class Clip:
     """B clips of `blocks` blocks: tokens [B, blocks, L, patch], actions [B, blocks, frames], themes [B, blocks, 2], and
-    touched [B, blocks, L] bool: tokens where a sprite is, or was one frame ago."""
+    touched [B, blocks, L] float: PLAYER_WEIGHT where the player is, or was one frame ago; else 1 where a boat does; else 0."""
 
     tokens: Tensor
     actions: Tensor
@@ -119,7 +120,7 @@ def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1, fi
             world.step(actions[-1])
             images.append(world.render())
             now = _sprite_tokens(world)
-            touched.append(now | before)
+            touched.append(np.maximum(now, before))
             before = now
     tokens = patchify(torch.from_numpy(np.stack(images, 1)).float() / 127.5 - 1)
     return Clip(
@@ -131,13 +132,14 @@ def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1, fi
 
 
 def _sprite_tokens(world: Simulator) -> np.ndarray:
-    """[B, 8, 8] bool: tiles that a sprite covers in part."""
-    covered = np.zeros_like(world.kinds, bool)
+    """[B, 8, 8] float32: weight of the sprite that covers a tile in part."""
+    covered = np.zeros(world.kinds.shape, np.float32)
     corners = world.sprite_corners()
-    rooms = np.arange(world.batch)[:, None]
-    for dy in (0, SPRITE - 1):
-        for dx in (0, SPRITE - 1):
-            covered[rooms, (corners[..., 0] + dy) // TILE, (corners[..., 1] + dx) // TILE] = True
+    rooms = np.arange(world.batch)
+    for sprite, weight in ((1, 1.0), (2, 1.0), (0, PLAYER_WEIGHT)):
+        for dy in (0, SPRITE - 1):
+            for dx in (0, SPRITE - 1):
+                covered[rooms, (corners[:, sprite, 0] + dy) // TILE, (corners[:, sprite, 1] + dx) // TILE] = weight
     return covered
 
 
