@@ -111,7 +111,9 @@ def main() -> None:
             p20, _, _, p80 = statistics.quantiles(times[name], n=5)
             median = statistics.median(times[name])
             milliseconds = [f"{1e3 * seconds:.2f}" for seconds in (median, p20, p80)]
-            table.add_row(name, f"{error:.1e}", *milliseconds, f"{work / median / 1e9:.0f}", f"{torch_best / median:.2f}")
+            table.add_row(
+                name, f"{error:.1e}", *milliseconds, f"{work / median / 1e9:.0f}", f"{torch_best / median:.2f}"
+            )
         Console().print(table)
 
 

@@ -53,7 +53,7 @@ class Policy:
 
 @dataclasses.dataclass
 class Block:
-    """Frames [first, end) while they are denoised together. `pages` are its scratch pages; `target` its committed ones."""
+    """Frames [first, end) while they are denoised together: their scratch pages and, once planned, their own."""
 
     first: int
     end: int
@@ -97,7 +97,13 @@ class KVStore:
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ):
-        counts = {"layers": layers, "heads": heads, "head_dim": head_dim, "frame_tokens": frame_tokens, "frames": frames}
+        counts = {
+            "layers": layers,
+            "heads": heads,
+            "head_dim": head_dim,
+            "frame_tokens": frame_tokens,
+            "frames": frames,
+        }
         for name, count in (counts | {"block_frames": block_frames}).items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
@@ -179,9 +185,7 @@ class PageTable:
         seen = {frame: pages for frame, pages in (self.held | planned).items() if frame < block.first}
         return [pages for frame, pages in seen.items() if self.policy.sees(frame, block.end)]
 
-    def plan(
-        self, blocks: Sequence[Block], rope: Tensor, commit: Block | None = None, predict: bool = True
-    ) -> Pass:
+    def plan(self, blocks: Sequence[Block], rope: Tensor, commit: Block | None = None, predict: bool = True) -> Pass:
         """Everything that all layers of a pass over `blocks` share.
 
         Args:
@@ -197,14 +201,17 @@ class PageTable:
         if commit is not None and (commit is not self.open_blocks[0] or commit is not blocks[0]):
             raise ValueError("commit must be the oldest open block and the first of the pass")
         if commit is not None and len(blocks) > 1 and not self.can_fuse:
-            raise ValueError("commit must be alone in the pass that freezes the mean key: the first clean pass is separate")
+            raise ValueError(
+                "commit must be alone in the pass that freezes the mean key: the first clean pass is separate"
+            )
         if commit is not None and not commit.target:
             commit.target = self.store.allocate(len(commit.frames))
         base, lens = self.store.num_pages, self.store.page_lens
         segments = []
         for block in blocks:
-            frames = self.past(block) + [[base + page for page in pages] for pages in block.scratch]
-            segments.append((len(block.frames) * self.store.frame_tokens, sum(frames, []), lens * len(frames)))
+            frames = self.past(block) + [[base + page for page in frame] for frame in block.scratch]
+            pages = [page for frame in frames for page in frame]
+            segments.append((len(block.frames) * self.store.frame_tokens, pages, lens * len(frames)))
         written = self.store.page_list(pages for block in blocks for pages in block.scratch)
         return Pass(self, make_plan(segments, self.store.device), written, rope, commit, predict)
 

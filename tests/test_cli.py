@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import av
 import pytest
@@ -91,7 +92,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, weights, tmp_path, capsy
 
 @pytest.mark.parametrize(
     "text, message",
-    [("jump", ":1: action must be one of none, up"), ("up\nup x", ":2: frames must be one positive number"), ("", "no action")],
+    [
+        ("jump", ":1: action must be one of none, up"),
+        ("up\nup x", ":2: frames must be one positive number"),
+        ("", "no action"),
+    ],
 )
 def test_a_bad_action_file_names_its_line(text, message, weights, tmp_path, capsys):
     (tmp_path / "actions").write_text(text)
@@ -109,7 +114,7 @@ def test_a_bad_prompt_file_is_refused(text, weights, tmp_path, capsys):
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5])
 def test_a_truncated_checkpoint_is_refused(keep, weights, tmp_path, capsys):
-    whole = open(weights, "rb").read()
+    whole = Path(weights).read_bytes()
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
     assert generate(str(broken), tmp_path / "v.mp4") == 2

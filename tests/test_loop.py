@@ -40,7 +40,9 @@ def test_paged_blocks_equal_the_dense_forward_that_training_uses():
     with torch.inference_mode():
         cross = network.prompt_cache(themes[:, order])
         dense = network(x, times, actions, cross, DenseAttend(config, 4, 3), predict=slice(3, None))
-        conditions = [world.model.condition(("meadow night", "glacier day")[i // 2], actions[0, i].tolist()) for i in range(4)]
+        conditions = [
+            world.model.condition(("meadow night", "glacier day")[i // 2], actions[0, i].tolist()) for i in range(4)
+        ]
         for i in range(3):
             world.decoder.observe(x[0, i].unflatten(0, (3, -1)), conditions[i])
         block = world.table.open_block(3)
@@ -66,7 +68,9 @@ def test_the_past_matters_and_the_window_bounds_it():
 
 
 def test_a_prompt_takes_effect_with_its_block():
-    same, changed = (play(small_world(), 4, prompts) for prompts in (["desert day"], ["desert day"] * 2 + ["meadow day"]))
+    same, changed = (
+        play(small_world(), 4, prompts) for prompts in (["desert day"], ["desert day"] * 2 + ["meadow day"])
+    )
     assert all(torch.equal(a, b) for a, b in zip(same[:2], changed[:2]))
     assert not torch.equal(same[2], changed[2])
 
@@ -111,10 +115,16 @@ def test_a_world_goes_on_after_a_block_that_failed():
         (lambda: small_world().step(action="up"), "prompt must be given with the first block"),
         (lambda: small_world().step(prompt="desert day"), "step needs actions"),
         (lambda: small_world().step(["up"], "desert day"), "actions must be 3, one per frame, got 1"),
-        (lambda: small_world().step(action="jump", prompt="desert day"), "action must be one of none, up, .* got 'jump'"),
+        (
+            lambda: small_world().step(action="jump", prompt="desert day"),
+            "action must be one of none, up, .* got 'jump'",
+        ),
         (lambda: small_world().step(action="up", prompt="purple day"), "unknown word 'purple'"),
         (lambda: small_world().observe(np.zeros((2, 96, 96, 3), np.uint8), [0, 0], "desert"), "multiple of 3"),
-        (lambda: small_world().observe(np.zeros((3, 9, 9, 3), np.uint8), [0] * 3, "desert"), r"frames must be uint8 \[n, 96"),
+        (
+            lambda: small_world().observe(np.zeros((3, 9, 9, 3), np.uint8), [0] * 3, "desert"),
+            r"frames must be uint8 \[n, 96",
+        ),
     ],
 )
 def test_bad_input_says_what_it_must_be(do, message):

@@ -39,17 +39,23 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make a video of a world")
     generate.add_argument("--model", default="tiny", help="which model (default: tiny)")
     generate.add_argument("--weights", help="checkpoint file, for models that do not ship one")
-    generate.add_argument("--out", default="world.mp4", help="MP4 to write; a PNG sheet and a JSON summary go beside it")
+    generate.add_argument(
+        "--out", default="world.mp4", help="MP4 to write; a PNG sheet and a JSON summary go beside it"
+    )
     generate.add_argument("--seconds", type=float, default=10.0, help="length of the video (default: 10)")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--actions", default="random", metavar="FILE|random|scripted", help="a file has one ACTION [FRAMES] a line")
+    generate.add_argument(
+        "--actions", default="random", metavar="FILE|random|scripted", help="a file has one ACTION [FRAMES] a line"
+    )
     prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
     prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
     generate.add_argument("--kv", default="int8", help="format of the KV pages: fp32, bf16 or int8 (default: int8)")
     generate.add_argument("--window", type=int, help="frames a block sees, its own included (default: the model's)")
     generate.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
-    generate.add_argument("--scale", type=int, default=4, help="pixels of the video per pixel of the world (default: 4)")
+    generate.add_argument(
+        "--scale", type=int, default=4, help="pixels of the video per pixel of the world (default: 4)"
+    )
     generate.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")
     generate.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     generate.set_defaults(run=_generate)

@@ -33,7 +33,7 @@ def _wander(actions: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
     held = actions[0]
     while True:
         if rng.random() < 0.2:
-            held = actions[rng.integers(len(actions))]
+            held = actions[int(rng.integers(len(actions)))]
         yield held
 
 

@@ -130,7 +130,9 @@ def load(weights: str | Path | None = None) -> TinyWorld:
     try:
         config = TinyConfig(**json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"weights: {path} is not a tiny world checkpoint: its metadata has no 'config' we know") from None
+        raise ValueError(
+            f"weights: {path} is not a tiny world checkpoint: its metadata has no 'config' we know"
+        ) from None
     network = TinyWorldModel(config)
     expected = network.state_dict()
     for name in sorted(expected.keys() | state.keys()):

@@ -165,7 +165,7 @@ class TinyWorldModel(nn.Module):
         return [layer.cross_cache(context) for layer in self.layers]  # type: ignore[operator]
 
     def action_history(self, actions: Tensor) -> Tensor:
-        """[..., frames] actions -> [..., frames, lags] rows of the action tables; lags past the block's start are empty."""
+        """[..., frames] actions -> [..., frames, lags] rows of the action tables; before the block's start: empty."""
         frames, kinds = actions.shape[-1], len(ACTIONS) + 1
         lags = [F.pad(actions[..., : frames - lag], (lag, 0), value=kinds - 1) + lag * kinds for lag in range(frames)]
         return torch.stack(lags, -1)

@@ -131,13 +131,15 @@ class Simulator:
     def reset(self, which: np.ndarray) -> None:
         """Give the rooms of a [B] bool mask a new map, theme and sprites."""
         for b in np.flatnonzero(which):
-            self._new_room(b)
+            self._new_room(int(b))
 
     def _new_room(self, b: int) -> None:
         rng = self.rng
         while True:
             kinds = np.where(rng.random((GRID, GRID)) < self.wall_share, WALL, FLOOR)
-            canals = np.array([(rng.integers(GRID), rng.integers(GRID - (n := rng.integers(4, 7)) + 1), n) for _ in range(2)])
+            canals = np.array(
+                [(rng.integers(GRID), rng.integers(GRID - (n := rng.integers(4, 7)) + 1), n) for _ in range(2)]
+            )
             canals[1, :2] = canals[1, 1::-1]
             water = np.zeros((GRID, GRID), int)
             (row, column, length), (row2, column2, length2) = canals

@@ -2,7 +2,7 @@
 
 Two stages in one run, under one warm-up / hold / decay schedule:
 
-1. Teacher forcing (until --own-from): clips of two blocks, each denoised given the true, lightly noised block before it.
+1. Teacher forcing (until --own-from): clips of two blocks, each denoised given the true, lightly noised one before.
 2. Self-rollout with few-step distillation (two steps in three; the third stays as before): streams of the model's own
    video run beside the simulator under the same actions. The context is what the model generated, the noisy input
    its own previous estimate, noised again as its few-step sampler does; the target stays the true block. The model
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles
+from .model import Layer, TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles
 from .simulator import PLACES, SPRITE, TILE, TIMES, Simulator
 
 OWN_CONTEXT = 2  # blocks of its own that a stream attends to
@@ -73,7 +73,7 @@ class DenseAttend:
 
 
 def initialise(model: TinyWorldModel) -> None:
-    """Mimetic start: a query finds the key of its own place, and attention copies. Without it, nothing is learned early."""
+    """Mimetic start: a query finds the key of its own place, and attention copies."""
     config = model.config
     for table in (model.action, model.words):
         torch.nn.init.normal_(table.weight, std=0.5)
@@ -83,6 +83,7 @@ def initialise(model: TinyWorldModel) -> None:
         torch.nn.init.zeros_(linear.bias)
     torch.nn.init.zeros_(model.head.weight)
     for layer in model.layers:
+        assert isinstance(layer, Layer)
         q, k, v = layer.qkv.weight.data.chunk(3)
         for head in range(config.heads):
             rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
@@ -97,8 +98,11 @@ def initialise(model: TinyWorldModel) -> None:
 
 @dataclasses.dataclass
 class Clip:
-    """B clips of `blocks` blocks: tokens [B, blocks, L, patch], actions [B, blocks, frames], themes [B, blocks, 2], and
-    touched [B, blocks, L] float: PLAYER_WEIGHT where the player is, or was one frame ago; else 1 where a boat does; else 0."""
+    """B clips of n blocks.
+
+    tokens [B, n, L, patch], actions [B, n, frames], themes [B, n, 2]; touched [B, n, L] float: PLAYER_WEIGHT where the
+    player is, or was one frame ago; else 1 where a boat is or was; else 0.
+    """
 
     tokens: Tensor
     actions: Tensor
@@ -160,7 +164,7 @@ class Stream:
     LONGEST = 80
 
     def __init__(self, config: TinyConfig, rng: np.random.Generator):
-        self.config, self.rng, self.error = config, rng, float("inf")
+        self.config, self.rng, self.age, self.error = config, rng, 0, float("inf")
 
     def restart_if_astray(self, args: argparse.Namespace) -> None:
         if self.error <= args.sound and self.age < self.LONGEST:
@@ -254,7 +258,9 @@ class Trainer:
         error = (x0 - truth[:, first:]).square().mean(-1)  # [B, 2 - first, L]
         weight = self._weight(clip.touched) / t.clamp(min=0.3)[..., None]
         weight[:, 0] *= args.first_weight
-        report = self._sprite_errors("sprites", error[:, -1], clip.touched[:, -1]) | {"next": error[:, -1].detach().mean()}
+        report = self._sprite_errors("sprites", error[:, -1], clip.touched[:, -1]) | {
+            "next": error[:, -1].detach().mean()
+        }
         if not first:
             report["first"] = error[:, 0].detach().mean()
         return (error * weight[:, first:]).mean(), report
@@ -297,7 +303,12 @@ class Trainer:
 
     def state(self) -> dict:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"model": self.model.state_dict(), "average": self.average.state_dict(), "optimizers": optimizers, "step": self.step}
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": optimizers,
+            "step": self.step,
+        }
 
     def load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
