@@ -132,7 +132,7 @@ def test_a_table_says_what_is_missed_and_what_has_no_data() -> None:
     rows = {row[0]: row for row in report.rows()}
     assert rows["player exactly once"][1:] == (
         *("98.99 %", "100.00", "100.00", "100.00", "100.00", "95.00"),
-        *(">= 99 %, no fifth 2 under the first", "NO"),
+        *(">= 99 %, drop <= 2", "NO"),
     )
     assert rows["player inside a wall"][-1] == "NO" and rows["player inside a wall"][1] == "- %"
     assert rows["PSNR"][-2:] == ("", "")
@@ -144,6 +144,7 @@ def test_a_table_says_what_is_missed_and_what_has_no_data() -> None:
     [
         (("--frames", "0"), "--frames must be at least 15, got 0"),
         (("--seeds", "-1"), "--seeds must be at least 1, got -1"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--json", "/nowhere/e.json"), "--json: cannot write '/nowhere/e.json': No such file or directory"),
         (("--sheet", "/nowhere/e.png"), "--sheet: cannot write '/nowhere/e.png': No such file or directory"),

@@ -106,7 +106,7 @@ class World:
         size = self.model.adapter.block_frames
         if len(frames) % size or len(frames) != len(actions) or not len(frames):
             raise ValueError(
-                f"frames must be a multiple of {size} with one action each, got {len(frames)} and {len(actions)} actions"
+                f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
         latents = self.model.encode(frames)
         conditions = [self._condition(actions[i : i + size], prompt) for i in range(0, len(frames), size)]

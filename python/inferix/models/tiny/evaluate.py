@@ -32,7 +32,7 @@ from inferix.media import contact_sheet, require_writable
 
 from .checker import COVERED, KINDS, look
 from .measures import BLOCK, FIFTHS, GATES, Gate, Measures, Summary, measure, summarise, true_video
-from .report import Report
+from .report import WIDTH, Report
 from .simulator import ACTIONS, THEMES, TIMES
 
 HELD_OUT = 10_000  # seed of the first stream; training draws all of its rooms from one generator with another seed
@@ -180,15 +180,17 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--seeds", type=int, default=8, help="held-out streams (default: 8)")
     parser.add_argument("--kv", default="int8", help="format of the KV pages (default: int8)")
     parser.add_argument("--weights", help="checkpoint (default: the one that ships)")
-    parser.add_argument("--jobs", type=int, default=1, help="streams at a time (default: 1)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument("--jobs", type=int, default=1, help="streams at a time, which share the threads (default: 1)")
     args = parser.parse_args(argv)
     try:
-        for name, least in (("frames", FIFTHS * BLOCK), ("seeds", 1), ("jobs", 1)):
+        for name, least in (("frames", FIFTHS * BLOCK), ("seeds", 1), ("threads", 1), ("jobs", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         for name in ("json", "sheet"):
             if getattr(args, name):
                 require_writable(getattr(args, name), f"--{name}")
+        torch.set_num_threads(args.threads)
         opened = functools.partial(factory, kv=args.kv, weights=args.weights)
         opened(0)  # a missing checkpoint or an unknown format is said before any work
         return _run(args, opened)
@@ -219,7 +221,7 @@ def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
     if args.markdown:
         print(report.markdown())
     else:
-        Console().print(report.table())
+        Console(width=max(WIDTH, Console().width)).print(report.table())
     for gate in report.failed:
         print(f"missed: {gate.name}", file=sys.stderr)
     return 1 if report.failed else 0

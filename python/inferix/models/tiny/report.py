@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from .measures import FIFTHS, HORIZON, NEAR, Gate, Summary, verdict
 
-HEADER = ("measure", "all", *(f"fifth {i + 1}" for i in range(FIFTHS)), "must be", "")
+HEADER = ("measure", "all", *(f"{i + 1}/{FIFTHS}" for i in range(FIFTHS)), "must be", "met")
+WIDTH = 108  # characters of a table on the terminal
 ROWS = (  # measure, what it is called, unit
     ("player_once", "player exactly once", "%"),
     ("boats_once", "both boats exactly once", "%"),
@@ -61,7 +63,9 @@ class Report:
         return rows
 
     def table(self) -> Table:
-        table = Table(*HEADER, title=self.title())
+        table = Table(title=self.title(), box=SIMPLE, padding=(0, 1, 0, 0), min_width=WIDTH)
+        for name in HEADER:
+            table.add_column(name, no_wrap=True, justify="left" if name in ("measure", "must be") else "right")
         for row in self.rows():
             table.add_row(*row, style="red" if row[-1] == "NO" else None)
         return table
@@ -76,7 +80,8 @@ class Report:
         setting = self.setting
         return (
             f"{setting['seeds']} held-out seeds x {setting['frames']} frames, {setting['context_frames']} true frames "
-            f"to start from, {setting['kv']} pages; {setting['machine']}"
+            f"to start from, {setting['kv']} pages; columns 1/5 to 5/5 are fifths of the video, drop is how far a later one "
+            f"may lie under the first; {setting['machine']}"
         )
 
     def json(self) -> dict[str, Any]:
@@ -115,6 +120,6 @@ def _number(value: float, unit: str) -> str:
 
 def _bound(gate: Gate, unit: str) -> str:
     if gate.compare == "drop at most":
-        return f"no fifth {100 * gate.bound:g} under the first"
+        return f"drop <= {100 * gate.bound:g}"
     scale = 100 if unit == "%" else 1
-    return f"{'>=' if gate.compare == 'at least' else '<='} {scale * gate.bound:g}{unit and ' ' + unit}"
+    return f"{'>=' if gate.compare == 'at least' else '<='} {scale * gate.bound:g} {unit}".strip()

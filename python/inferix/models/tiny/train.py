@@ -250,8 +250,10 @@ class Trainer:
         self.world.reset(self.world.rng.random(self.world.batch) < 0.5)
         clip = simulate(self.world, 2, self.config.block_frames)
         truth, shape = clip.tokens, clip.tokens.shape[:2]
-        t = torch.rand(shape)
-        t = (args.shift * t / (1 + (args.shift - 1) * t)).clamp(min=0.02)
+        u = torch.rand(shape)
+        if self.step >= args.own_from * args.steps:
+            u[:, 1:] = 1 - u[:, 1:] / args.sample_steps  # with a past: only as noisy as the few-step sampler will have it
+        t = (args.shift * u / (1 + (args.shift - 1) * u)).clamp(min=0.02)
         t_context = torch.rand(shape[0], 1) * 0.25 * (torch.rand(shape[0], 1) < 0.5)
         noisy, context = noised(truth, t), noised(truth[:, :-1], t_context)
         x0 = self.predict(first, context, noisy[:, first:], t_context, t[:, first:], clip.actions, clip.themes).float()
