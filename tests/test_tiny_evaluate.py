@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from inferix.models.tiny.evaluate import (
     CHANGE_EVERY,
     CONTEXT,
@@ -26,7 +28,6 @@ from inferix.models.tiny.evaluate import (
 from inferix.models.tiny.measures import GATES, Summary, summarise, true_video, verdict
 from inferix.models.tiny.report import HEADER, ROWS, Report
 from inferix.models.tiny.simulator import SIZE, Simulator, parse_theme
-from PIL import Image
 
 FRAMES = 65  # not a whole number of blocks, and one change of theme
 

@@ -2,8 +2,8 @@
 
 Streams of held-out rooms are generated under the simulator's own actions and prompts and compared with it, frame by
 frame; see `measures.py` for what is measured and `checker.py` for how a frame is read. Each stream starts from six
-true frames: two blocks, the least that shows which way the boats go. Worlds are also started from nothing,
-and timed in a process of their own.
+true frames, for a world takes its past in whole blocks of three. Worlds are also started from nothing, and timed in a
+process of their own.
 
 Exit code: 0 if every gate passes, 1 if not, 2 for bad input.
 """

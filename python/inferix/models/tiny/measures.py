@@ -218,7 +218,11 @@ class Summary:
 
 
 def summarise(streams: Sequence[Measures]) -> dict[str, Summary]:
-    """Summaries by name: every measure of Measures, `near_at_horizon`, and `drift` of PSNR."""
+    """Summaries by name: every measure of Measures, `near_at_horizon`, and `drift`.
+
+    `near_at_horizon` is taken at the last frame if a video is shorter. `drift` is how far PSNR in the later fifths
+    lies from the first, as a share of it (the Video Drift Error, VDE, of this one metric).
+    """
     summary = {}
     for field in dataclasses.fields(Measures):
         values = np.stack([getattr(stream, field.name) for stream in streams])

@@ -13,7 +13,7 @@ from rich.table import Table
 from .measures import FIFTHS, HORIZON, NEAR, Gate, Summary, verdict
 
 HEADER = ("measure", "all", *(f"{i + 1}/{FIFTHS}" for i in range(FIFTHS)), "must be", "met")
-WIDTH = 108  # characters of a table on the terminal
+WIDTH = 118  # characters of a table on the terminal
 ROWS = (  # measure, what it is called, unit
     ("player_once", "player exactly once", "%"),
     ("boats_once", "both boats exactly once", "%"),
@@ -24,9 +24,9 @@ ROWS = (  # measure, what it is called, unit
     ("near", f"within {NEAR} px of the simulator", "%"),
     ("near_at_horizon", f"the same at frame {HORIZON}", "%"),
     ("tiles_right", "scenery tiles right", "%"),
-    ("theme_right", "theme right, a block after a change", "%"),
-    ("start_player", "from nothing: player exactly once", "%"),
-    ("start_boats", "from nothing: both boats exactly once", "%"),
+    ("theme_right", "theme right, a block after change", "%"),
+    ("start_player", "from nothing: player once", "%"),
+    ("start_boats", "from nothing: both boats once", "%"),
     ("start_tiles", "from nothing: tiles of the theme", "%"),
     ("start_theme", "from nothing: theme right", "%"),
     ("fps", "frames per second", ""),
@@ -63,7 +63,7 @@ class Report:
         return rows
 
     def table(self) -> Table:
-        table = Table(title=self.title(), box=SIMPLE, padding=(0, 1, 0, 0), min_width=WIDTH)
+        table = Table(caption=self.title(), box=SIMPLE, padding=(0, 1, 0, 0), width=WIDTH)
         for name in HEADER:
             table.add_column(name, no_wrap=True, justify="left" if name in ("measure", "must be") else "right")
         for row in self.rows():
@@ -80,8 +80,8 @@ class Report:
         setting = self.setting
         return (
             f"{setting['seeds']} held-out seeds x {setting['frames']} frames, {setting['context_frames']} true frames "
-            f"to start from, {setting['kv']} pages; columns 1/5 to 5/5 are fifths of the video, drop is how far a later one "
-            f"may lie under the first; {setting['machine']}"
+            f"to start from, {setting['kv']} pages; 1/5 to 5/5 are fifths of the video, drop is how far a later one "
+            f"lies under the first; {setting['machine']}"
         )
 
     def json(self) -> dict[str, Any]:
