@@ -12,9 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
+
 from inferix.media import GAP, STRIP, VideoWriter, contact_sheet, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from inferix.models.tiny.checker import COVERED, UNKNOWN, look
 from inferix.models.tiny.measures import FIFTHS, GATES, Measures, Truth, measure, summarise, true_video, verdict
 from inferix.models.tiny.simulator import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from inferix.models.tiny.simulator import (
     ACTIONS,
     BOAT_SPRITES,

@@ -55,7 +55,8 @@ class VideoWriter:
             raise ValueError(f"--scale must make {height} x {width} pixels an even height and width, got {scale}")
         self.partial = self.path.with_name(f".{self.path.name}.part")
         require_writable(self.path, "--out")  # PyAV opens its file with the first packet, too late
-        # A packet is on disk as soon as it is encoded; hybrid: fragments while writing, one index once it is closed.
+        # A packet is on disk as soon as it is encoded. Hybrid: fragments while writing, one index once it is closed, so
+        # that players can seek; FFmpeg 7.1 brought it, hence av >= 14.
         options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
         self._container = av.open(str(self.partial), "w", format="mp4", options=options)
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
