@@ -3,11 +3,11 @@
 Two stages in one run, under one warm-up / hold / decay schedule:
 
 1. Teacher forcing (until --own-from): clips of two blocks, each denoised given the true, lightly noised one before.
-2. Self-rollout with few-step distillation (two steps in three; the third stays as before): streams of the model's own
-   video run beside the simulator under the same actions. The context is what the model generated, the noisy input
-   its own previous estimate, noised again as its few-step sampler does; the target stays the true block. The model
-   learns to heal its own errors, at the noise levels at which it will be sampled. A stream that went astray, where
-   the true block is no longer the right answer, starts over.
+2. Self-rollout with few-step distillation (two steps in three; the third is for blocks without a past): streams of
+   the model's own video run beside the simulator under the same actions. The context is what the model generated,
+   the noisy input its own previous estimate, noised again as its few-step sampler does; the target stays the true
+   block. The model learns to heal its own errors, at the noise levels at which it will be sampled. A stream that
+   went astray, where the true block is no longer the right answer, starts over.
 
 Clips are simulated on the fly. `--resume` continues from the checkpoint; the flags may differ from the first run's.
 """
@@ -197,13 +197,16 @@ class Trainer:
             torch.optim.Muon(matrices, lr=args.lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.attends = {key: DenseAttend(config, *key) for key in ((2, 0), (2, 1), (OWN_CONTEXT + 1, OWN_CONTEXT))}
+        self.attends = {
+            key: DenseAttend(config, *key) for key in ((1, 0), (2, 0), (2, 1), (OWN_CONTEXT + 1, OWN_CONTEXT))
+        }
         self.world = Simulator(args.batch, np.random.default_rng(args.seed))
         self._restart_streams()
         self.step = 0
         self.predict = torch.compile(self._predict, dynamic=False) if args.compile else self._predict
 
     def _restart_streams(self) -> None:
+        self.starts = Simulator(self.args.batch * 5 // 2, self.world.rng)
         self.streams = [Stream(self.config, self.world.rng) for _ in range(max(1, self.args.batch // 2))]
 
     def _predict(
@@ -229,7 +232,10 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         late = self.step >= self.args.own_from * self.args.steps
-        loss, report = self._own_loss() if late and self.step % 3 else self._forced_loss()
+        if late:
+            loss, report = self._own_loss() if self.step % 3 else self._nothing_loss()
+        else:
+            loss, report = self._forced_loss()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.args.lr * self.learning_rate()
@@ -250,10 +256,7 @@ class Trainer:
         self.world.reset(self.world.rng.random(self.world.batch) < 0.5)
         clip = simulate(self.world, 2, self.config.block_frames)
         truth, shape = clip.tokens, clip.tokens.shape[:2]
-        u = torch.rand(shape)
-        if self.step >= args.own_from * args.steps:
-            u[:, 1:] = 1 - u[:, 1:] / args.sample_steps  # with a past: only as noisy as the few-step sampler will have it
-        t = (args.shift * u / (1 + (args.shift - 1) * u)).clamp(min=0.02)
+        t = self._times(shape)
         t_context = torch.rand(shape[0], 1) * 0.25 * (torch.rand(shape[0], 1) < 0.5)
         noisy, context = noised(truth, t), noised(truth[:, :-1], t_context)
         x0 = self.predict(first, context, noisy[:, first:], t_context, t[:, first:], clip.actions, clip.themes).float()
@@ -266,6 +269,22 @@ class Trainer:
         if not first:
             report["first"] = error[:, 0].detach().mean()
         return (error * weight[:, first:]).mean(), report
+
+    def _nothing_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 2, every third step: blocks without a past."""
+        self.starts.reset(self.world.rng.random(self.starts.batch) < 0.5)
+        clip = simulate(self.starts, 1, self.config.block_frames)
+        t = self._times(clip.tokens.shape[:2])
+        none = clip.tokens[:, :0]
+        x0 = self.predict(0, none, noised(clip.tokens, t), t[:, :0], t, clip.actions, clip.themes).float()
+        error = (x0 - clip.tokens).square().mean(-1)
+        weight = self.args.first_weight * self._weight(clip.touched) / t.clamp(min=0.3)[..., None]
+        return (error * weight).mean(), {"first": error.detach().mean()}
+
+    def _times(self, shape: tuple[int, ...]) -> Tensor:
+        """Noise levels, shifted towards noise."""
+        u = torch.rand(shape)
+        return (self.args.shift * u / (1 + (self.args.shift - 1) * u)).clamp(min=0.02)
 
     def _own_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 2: every stream makes its next block in the few-step schedule, and learns from each step."""
