@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scale", type=int, default=4, help="pixels of the video per pixel of the world (default: 4)"
     )
     generate.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")
-    generate.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    generate.add_argument("--threads", type=int, help="CPU threads (default: the model's)")
     generate.set_defaults(run=_generate)
     play = commands.add_parser("play", help="steer a world in this terminal")
     play.add_argument("--model", default="tiny", help="which model (default: tiny)")
@@ -82,8 +82,6 @@ def _generate(args: argparse.Namespace) -> int:
     from .media import VideoWriter
     from .world import World
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     world = World(
         args.model,
         kv=args.kv,
@@ -94,6 +92,8 @@ def _generate(args: argparse.Namespace) -> int:
         backend=args.backend,
     )
     adapter = world.model.adapter
+    if threads := args.threads or adapter.threads:
+        torch.set_num_threads(threads)
     prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
     prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
@@ -202,11 +202,15 @@ def _write_beside(out: Path, frames: np.ndarray, summary: dict[str, Any]) -> Non
 
 
 def _play(args: argparse.Namespace) -> int:
+    import torch
+
     from .terminal import play
     from .world import World
 
     world = World(args.model, kv=args.kv, seed=args.seed, weights=args.weights)
     adapter = world.model.adapter
+    if adapter.threads:
+        torch.set_num_threads(adapter.threads)
     play(world, adapter.example_prompts, adapter.keys)
     return 0
 

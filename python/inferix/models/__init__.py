@@ -31,6 +31,7 @@ class Adapter:
         window, sink: frames a block sees; see inferix_kernels.paged_kv.Policy.
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
+        threads: CPU threads that serve it best; None: all cores.
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
         keys: keyboard key -> action.
         example_prompts: show what may be said; the first is the default.
@@ -47,6 +48,7 @@ class Adapter:
     sink: int = 0
     fps: int = 16
     size: tuple[int, int] = (480, 832)
+    threads: int | None = None
     actions: tuple[str, ...] = ()
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example_prompts: tuple[str, ...] = ("",)

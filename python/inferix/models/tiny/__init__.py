@@ -27,6 +27,7 @@ ADAPTER = Adapter(
     sink=0,
     fps=FPS,
     size=(SIZE, SIZE),
+    threads=1,  # its matrices are small: a second thread gains little, and on a busy machine loses a factor of ten
     actions=ACTIONS,
     keys={" ": "none"} | {key: ACTIONS[action] for key, action in KEYS.items()},
     example_prompts=THEMES,

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from inferix.media import contact_sheet, require_writable
 
+from . import ADAPTER
 from .checker import COVERED, KINDS, look
 from .measures import BLOCK, FIFTHS, GATES, Gate, Measures, Summary, measure, summarise, true_video
 from .report import WIDTH, Report
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--seeds", type=int, default=8, help="held-out streams (default: 8)")
     parser.add_argument("--kv", default="int8", help="format of the KV pages (default: int8)")
     parser.add_argument("--weights", help="checkpoint (default: the one that ships)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=int, default=ADAPTER.threads, help="CPU threads (default: the world's)")
     parser.add_argument("--jobs", type=int, default=1, help="streams at a time, which share the threads (default: 1)")
     args = parser.parse_args(argv)
     try:
