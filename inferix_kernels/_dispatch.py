@@ -49,7 +49,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     if importlib.util.find_spec(BACKENDS[backend]) is None:
-        raise Unsupported(f"{backend}: not written yet")
+        raise Unsupported(f"the {backend} backend is not written yet")
     try:
         module = importlib.import_module(BACKENDS[backend])
     except ImportError as error:

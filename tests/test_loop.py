@@ -39,7 +39,7 @@ def test_paged_blocks_equal_the_dense_forward_that_training_uses():
     times = torch.tensor([[0.0, 0.0, 0.0, 0.7]])
     with torch.inference_mode():
         cross = network.prompt_cache(themes[:, order])
-        dense = network(x, times, actions, cross, DenseAttend(config, 4, 3), predict=slice(3, None))
+        dense = network(x, times, actions, cross, DenseAttend(config, 3, [3]), predict=slice(3, None))
         conditions = [
             world.model.condition(("meadow night", "glacier day")[i // 2], actions[0, i].tolist()) for i in range(4)
         ]

@@ -10,7 +10,7 @@ All positions count *units* of 4 pixels: a tile is 3 x 3 units, a sprite 2 x 2, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -163,6 +163,20 @@ class Simulator:
             self.boats[b, boat, 1 - boat] += rng.integers(3 * length - 1)
         self.heading[b] = rng.choice([-1, 1], BOATS)
         self.theme[b] = rng.integers(len(PLACES)), rng.integers(len(TIMES))
+
+    def repeat(self, times: int) -> Simulator:
+        """`times` copies of every room, side by side: one past, several futures. They share the random generator."""
+        return self._with(lambda rooms: rooms.repeat(times, 0), self.batch * times)
+
+    def pick(self, room: int) -> Simulator:
+        """One room by itself."""
+        return self._with(lambda rooms: rooms[room : room + 1].copy(), 1)
+
+    def _with(self, change: Callable[[np.ndarray], np.ndarray], batch: int) -> Simulator:
+        other = Simulator.__new__(Simulator)
+        other.__dict__ = {k: change(v) if isinstance(v, np.ndarray) else v for k, v in self.__dict__.items()}
+        other.batch = batch
+        return other
 
     def blocked(self, position: np.ndarray) -> np.ndarray:
         """[B] bool: would a player at [B, 2] units stand outside the room or on a tile that is not floor?"""

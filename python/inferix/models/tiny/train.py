@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from .model import Layer, TinyConfig, TinyWorldModel, few_step_times, patchify, 
 from .simulator import PLACES, SPRITE, TILE, TIMES, Simulator
 
 OWN_CONTEXT = 2  # blocks of its own that a stream attends to
+FUTURES = 4  # next blocks that a stream tries, each under other actions
 PLAYER_WEIGHT = 3.0  # the player, who must be steered, is learned later than the boats
 
 
@@ -43,15 +45,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DenseAttend:
-    """Block-causal attention over clean blocks 0 .. n-2 followed by noisy blocks first .. n-1.
+    """Block-causal attention over clean blocks 0 .. clean-1 followed by noisy blocks of the indices `noisy`.
 
-    Block j of either stream sees the clean blocks before j and itself. This is what the paged cache computes block
-    by block, written densely for training: a second stream instead of a mask.
+    Block j, clean or noisy, sees the clean blocks before j and itself. This is what the paged cache computes block by
+    block, written densely for training: more blocks along S instead of a mask. An index may stand in `noisy` several
+    times: several futures of one past.
     """
 
-    def __init__(self, config: TinyConfig, blocks: int, first: int):
-        self.config, self.clean = config, blocks - 1
-        self.order = [*range(blocks - 1), *range(first, blocks)]  # block index along S
+    def __init__(self, config: TinyConfig, clean: int, noisy: Sequence[int]):
+        self.config, self.order = config, [*range(clean), *noisy]  # block index along S
         frames = torch.tensor(self.order)[:, None] * config.block_frames + torch.arange(config.block_frames)
         angles = rope_angles(config, frames).flatten(1, 2)[:, :, None]  # [S, L, 1, D / 2]
         self.cos, self.sin = angles.cos().float(), angles.sin().float()
@@ -174,8 +176,9 @@ class Stream:
         self.tokens, self.actions, self.themes = clip.tokens[0], clip.actions[0], clip.themes[0]
         self.age, self.error = 0, 0.0
 
-    def advance(self, tokens: Tensor, actions: Tensor, themes: Tensor, error: float) -> None:
-        """Take the block [1, L, patch] just made as the newest one."""
+    def advance(self, world: Simulator, tokens: Tensor, actions: Tensor, themes: Tensor, error: float) -> None:
+        """Take the block [1, L, patch] just made as the newest one; `world` is the simulator after it."""
+        self.world = world
         for name, new in zip(self.HISTORY, (tokens, actions, themes)):
             setattr(self, name, torch.cat([getattr(self, name)[1:], new]))
         self.age, self.error = self.age + 1, error
@@ -197,9 +200,9 @@ class Trainer:
             torch.optim.Muon(matrices, lr=args.lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.attends = {
-            key: DenseAttend(config, *key) for key in ((1, 0), (2, 0), (2, 1), (OWN_CONTEXT + 1, OWN_CONTEXT))
-        }
+        orders = {"forced": (1, [1]), "forced, first": (1, [0, 1]), "nothing": (0, [0])}
+        orders["own"] = (OWN_CONTEXT, [OWN_CONTEXT] * FUTURES)
+        self.attends = {name: DenseAttend(config, *order) for name, order in orders.items()}
         self.world = Simulator(args.batch, np.random.default_rng(args.seed))
         self._restart_streams()
         self.step = 0
@@ -210,20 +213,15 @@ class Trainer:
         self.streams = [Stream(self.config, self.world.rng) for _ in range(max(1, self.args.batch // 2))]
 
     def _predict(
-        self, first: int, context: Tensor, noisy: Tensor, t_context: Tensor, t: Tensor, actions: Tensor, themes: Tensor
+        self, order: str, context: Tensor, noisy: Tensor, t_context: Tensor, t: Tensor, actions: Tensor, themes: Tensor
     ) -> Tensor:
-        """Clean prediction [B, n - first, L, patch] of noisy blocks first .. n-1, from the n-1 context blocks.
+        """Clean prediction [B, n, L, patch] of n noisy blocks from m context blocks, in one of self.attends' orders.
 
-        noisy, t are [B, n - first, ...]; context, t_context [B, n - 1, ...]; actions, themes [B, n, ...].
+        noisy, t are [B, n, ...]; context, t_context [B, m, ...]; actions, themes [B, m + n, ...].
         """
-
-        def both(z: Tensor) -> Tensor:
-            return torch.cat([z[:, :-1], z[:, first:]], 1)
-
-        cross = self.model.prompt_cache(both(themes))
+        cross = self.model.prompt_cache(themes)
         x, levels = torch.cat([context, noisy], 1), torch.cat([t_context, t], 1)
-        attend = self.attends[themes.shape[1], first]
-        return self.model(x, levels, both(actions), cross, attend, predict=slice(context.shape[1], None))
+        return self.model(x, levels, actions, cross, self.attends[order], predict=slice(context.shape[1], None))
 
     def learning_rate(self) -> float:
         """Share of the peak: linear warm-up, hold, linear decay over the last part of the run."""
@@ -233,7 +231,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         late = self.step >= self.args.own_from * self.args.steps
         if late:
-            loss, report = self._own_loss() if self.step % 3 else self._nothing_loss()
+            loss, report = self._own_loss() if self.step % 4 else self._nothing_loss()
         else:
             loss, report = self._forced_loss()
         for optimizer in self.optimizers:
@@ -259,7 +257,9 @@ class Trainer:
         t = self._times(shape)
         t_context = torch.rand(shape[0], 1) * 0.25 * (torch.rand(shape[0], 1) < 0.5)
         noisy, context = noised(truth, t), noised(truth[:, :-1], t_context)
-        x0 = self.predict(first, context, noisy[:, first:], t_context, t[:, first:], clip.actions, clip.themes).float()
+        order, blocks = ("forced", [0, 1]) if first else ("forced, first", [0, 0, 1])
+        actions, themes = clip.actions[:, blocks], clip.themes[:, blocks]
+        x0 = self.predict(order, context, noisy[:, first:], t_context, t[:, first:], actions, themes).float()
         error = (x0 - truth[:, first:]).square().mean(-1)  # [B, 2 - first, L]
         weight = self._weight(clip.touched) / t.clamp(min=0.3)[..., None]
         weight[:, 0] *= args.first_weight
@@ -271,12 +271,12 @@ class Trainer:
         return (error * weight[:, first:]).mean(), report
 
     def _nothing_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 2, every third step: blocks without a past."""
+        """Stage 2, every fourth step: blocks without a past."""
         self.starts.reset(self.world.rng.random(self.starts.batch) < 0.5)
         clip = simulate(self.starts, 1, self.config.block_frames)
         t = self._times(clip.tokens.shape[:2])
         none = clip.tokens[:, :0]
-        x0 = self.predict(0, none, noised(clip.tokens, t), t[:, :0], t, clip.actions, clip.themes).float()
+        x0 = self.predict("nothing", none, noised(clip.tokens, t), t[:, :0], t, clip.actions, clip.themes).float()
         error = (x0 - clip.tokens).square().mean(-1)
         weight = self.args.first_weight * self._weight(clip.touched) / t.clamp(min=0.3)[..., None]
         return (error * weight).mean(), {"first": error.detach().mean()}
@@ -287,29 +287,38 @@ class Trainer:
         return (self.args.shift * u / (1 + (self.args.shift - 1) * u)).clamp(min=0.02)
 
     def _own_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 2: every stream makes its next block in the few-step schedule, and learns from each step."""
+        """Stage 2: every stream makes its next block in the few-step schedule, and learns from each step.
+
+        It makes several next blocks, under different actions: the past is computed once, and what an action changes
+        is seen side by side.
+        """
         args = self.args
         for stream in self.streams:
             stream.restart_if_astray(args)
-        next_blocks = [simulate(stream.world, 1, self.config.block_frames, first_switch=0.1) for stream in self.streams]
-        truth, touched = (torch.cat([getattr(block, name) for block in next_blocks]) for name in ("tokens", "touched"))
-        context, actions, themes = (torch.stack([getattr(s, name) for s in self.streams]) for name in Stream.HISTORY)
-        actions = torch.cat([actions, torch.cat([block.actions for block in next_blocks])], 1)
-        themes = torch.cat([themes, torch.cat([block.themes for block in next_blocks])], 1)
+        futures = [stream.world.repeat(FUTURES) for stream in self.streams]
+        clips = [simulate(world, 1, self.config.block_frames, first_switch=0.1) for world in futures]
+        truth, touched, actions, themes = (  # [streams, FUTURES, ...]
+            torch.stack([getattr(clip, name)[:, 0] for clip in clips])
+            for name in ("tokens", "touched", "actions", "themes")
+        )
+        context, past_actions, past_themes = (
+            torch.stack([getattr(s, n) for s in self.streams]) for n in Stream.HISTORY
+        )
+        both = torch.cat([past_actions, actions], 1), torch.cat([past_themes, themes], 1)
         clean = torch.zeros(context.shape[:2])
         x, losses = torch.randn_like(truth), []
         levels = few_step_times(args.sample_steps, args.shift)
         for i, t in enumerate(levels):
             level = torch.full(truth.shape[:2], t)
-            x0 = self.predict(OWN_CONTEXT, context, x, clean, level, actions, themes).float()
+            x0 = self.predict("own", context, x, clean, level, *both).float()
             error = (x0 - truth).square().mean(-1)
             losses.append((error * self._weight(touched) / t).mean())
             x0 = x0.detach().clamp(-1, 1)
             x = noised(x0, torch.full(truth.shape[:2], levels[i + 1])) if i + 1 < len(levels) else x0
-        strayed = ((x - truth).square().mean(-1) * touched).sum((1, 2)) / touched.sum((1, 2))
-        for i, stream in enumerate(self.streams):
-            stream.advance(x[i], actions[i, -1:], themes[i, -1:], float(strayed[i]))
-        report = self._sprite_errors("own_sprites", error[:, -1], touched[:, -1])
+        strayed = ((x - truth).square().mean(-1) * touched).sum(2) / touched.sum(2)
+        for i, stream in enumerate(self.streams):  # life goes on along the first future
+            stream.advance(futures[i].pick(0), x[i, :1], actions[i, :1], themes[i, :1], float(strayed[i, 0]))
+        report = self._sprite_errors("own_sprites", error.flatten(0, 1), touched.flatten(0, 1))
         report["age"] = torch.tensor([float(stream.age) for stream in self.streams]).mean()
         report["astray"] = (strayed > args.sound).float().mean()
         return torch.stack(losses).mean(), report
