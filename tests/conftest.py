@@ -1,0 +1,46 @@
+"""Backends and devices that exist on this machine. A test that takes `backend` and `device` runs once on each pair."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from inferix_kernels import Unsupported
+from inferix_kernels._dispatch import AUTO, implementation
+
+
+def pairs() -> list:
+    """(backend, device) of every backend but the reference, which is what they are compared with."""
+    found = []
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for backend in set(AUTO[device]) - {"reference"}:
+            marks = [pytest.mark.gpu] if device == "cuda" else []
+            try:
+                implementation("kv_append", backend)
+            except Unsupported as error:
+                marks.append(pytest.mark.skip(reason=str(error)))
+            found.append(pytest.param((backend, device), marks=marks, id=f"{backend}-{device}"))
+    return found
+
+
+@pytest.fixture(params=pairs())
+def backend_and_device(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def backend(backend_and_device: tuple[str, str]) -> str:
+    return backend_and_device[0]
+
+
+@pytest.fixture
+def device(backend_and_device: tuple[str, str]) -> str:
+    return backend_and_device[1]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that change the number of threads: puts it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

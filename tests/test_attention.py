@@ -1,0 +1,185 @@
+"""paged_attention and merge_attention: the reference against plain softmax, every backend against the reference."""
+
+import pytest
+import torch
+
+from inferix_kernels import FORMATS, PageList, kv_gather, make_plan, merge_attention, paged_attention
+from inferix_kernels.testing import assert_close, attention_inputs, filled_pool
+
+# queries per segment, lens of the pages, Hq, H, D, page_size: ragged tails, one token, empty pages, GQA 1 / 3 / 6,
+# rows that do not fill a register, pages larger than the tile of a kernel.
+CASES = {
+    "one token": ([1], [1], 1, 1, 64, 16),
+    "ragged": ([3, 2], [16, 5, 16, 1], 2, 2, 16, 16),
+    "an empty page": ([17], [16, 0, 9], 2, 2, 96, 16),
+    "three query heads read one": ([5, 20], [8, 8, 3], 6, 2, 64, 8),
+    "six query heads read one": ([33], [40, 40, 39], 6, 1, 128, 40),
+    "rows of several tasks": ([150, 3], [64, 64, 17], 4, 4, 64, 64),
+    "a page of several tiles": ([20], [200, 130], 2, 2, 64, 200),
+    "odd sizes": ([7, 1], [7, 3], 3, 3, 20, 7),
+}
+MIXES = [("fp32",), ("bf16",), ("int8",), FORMATS]
+
+
+def inputs(case: str, **kwargs):
+    queries, lens, query_heads, heads, head_dim, page_size = CASES[case]
+    sizes = {"query_heads": query_heads, "heads": heads, "head_dim": head_dim, "page_size": page_size}
+    return attention_inputs(queries, lens, **sizes, **kwargs)
+
+
+def keys(plan) -> int:
+    return int(plan.page_lens.sum())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_softmax_over_gathered_tokens(case):
+    q, pools, plan = inputs(case, formats=FORMATS)
+    out, lse = paged_attention(q, pools, plan, backend="reference")
+    starts, lists = plan.q_indptr.tolist(), plan.page_indptr.tolist()
+    for s in range(len(starts) - 1):
+        entries = slice(lists[s], lists[s + 1])
+        k, v = kv_gather(pools, PageList(plan.page_ids[entries], plan.page_lens[entries]), backend="reference")
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1).double() for x in (k, v))
+        rows = q[starts[s] : starts[s + 1]].transpose(0, 1).double()
+        scores = rows @ k.mT * q.shape[2] ** -0.5
+        assert_close(
+            "out", out[starts[s] : starts[s + 1]], (scores.softmax(-1) @ v).transpose(0, 1).float(), keys(plan)
+        )
+        assert_close("lse", lse[starts[s] : starts[s + 1]], scores.logsumexp(-1).T.float(), q.shape[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("formats", MIXES, ids="+".join)
+@pytest.mark.parametrize("case", CASES)
+def test_attention_matches_the_reference(case, formats, dtype, backend, device):
+    q, pools, plan = inputs(case, formats=formats, dtype=dtype, device=device)
+    out, lse = paged_attention(q, pools, plan, backend=backend)
+    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
+    assert not out.isnan().any()  # every slot that must not be read is poisoned
+    assert_close("out", out, want_out, keys(plan))
+    assert_close("lse", lse, want_lse, q.shape[2])
+
+
+def test_a_given_out_may_be_float32(backend, device):
+    q, pools, plan = inputs("ragged", dtype=torch.bfloat16, device=device)
+    out = torch.full(q.shape, torch.nan, device=device)
+    got, lse = paged_attention(q, pools, plan, out=out, backend=backend)
+    want, _ = paged_attention(q, pools, plan, out=torch.empty_like(out), backend="reference")
+    assert got is out
+    assert_close("out", out, want, keys(plan))
+
+
+def test_a_query_may_be_a_slice_of_a_packed_projection(backend, device):
+    q, pools, plan = inputs("ragged", device=device)
+    packed = torch.cat((q, torch.full_like(q, torch.nan)), dim=1)
+    out, _ = paged_attention(packed[:, : q.shape[1]], pools, plan, backend=backend)
+    assert torch.equal(out, paged_attention(q, pools, plan, backend=backend)[0])
+
+
+def test_scale_is_an_argument(backend, device):
+    q, pools, plan = inputs("ragged", device=device)
+    got = paged_attention(q, pools, plan, scale=0.3, backend=backend)
+    want = paged_attention(q * (0.3 * q.shape[2] ** 0.5), pools, plan, backend="reference")
+    assert_close("out", got[0], want[0], keys(plan))
+    assert_close("lse", got[1], want[1], q.shape[2])
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+def test_an_empty_list_gives_zero_and_minus_infinity(which):
+    pool, where = filled_pool("fp32", [8], 1, 8, 16)
+    plan = make_plan([(2, [], []), (1, where.ids.tolist(), [8]), (3, where.ids.tolist(), [0])])
+    out, lse = paged_attention(torch.randn(6, 2, 16), [pool], plan, backend=which)
+    assert not out[:2].any() and not out[3:].any() and out[2].any()
+    assert (lse[:2] == -torch.inf).all() and (lse[3:] == -torch.inf).all() and lse[2].isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+def test_no_queries_and_no_segments_are_no_error(which):
+    pool, _ = filled_pool("fp32", [8], 1, 8, 16)
+    for segments in ([], [(0, [], [])]):
+        out, lse = paged_attention(torch.empty(0, 2, 16), [pool], make_plan(segments), backend=which)
+        assert out.shape == (0, 2, 16) and lse.shape == (0, 2)
+
+
+@pytest.mark.parametrize("formats", [("fp32",), FORMATS], ids="+".join)
+def test_accumulating_over_groups_of_pages_equals_one_call(formats, backend, device):
+    q, pools, whole = inputs("rows of several tasks", formats=formats, device=device)
+    want_out, want_lse = paged_attention(q, pools, whole, backend="reference")
+    starts, lists = whole.q_indptr.tolist(), whole.page_indptr.tolist()
+    ids, lens = whole.page_ids.tolist(), whole.page_lens.tolist()
+    # Garbage where lse is -inf: it must contribute nothing.
+    out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], -torch.inf, device=device)
+    for part in (0, 1, 2):  # the last group is empty
+        segments = []
+        for s in range(len(starts) - 1):
+            middle = (lists[s] + lists[s + 1]) // 2
+            entries = (slice(lists[s], middle), slice(middle, lists[s + 1]), slice(0, 0))[part]
+            segments.append((starts[s + 1] - starts[s], ids[entries], lens[entries]))
+        paged_attention(q, pools, make_plan(segments, device), out=out, lse=lse, accumulate=True, backend=backend)
+    assert_close("out", out, want_out, keys(whole))
+    assert_close("lse", lse, want_lse, q.shape[2])
+
+
+def test_large_scores_do_not_overflow(backend, device):
+    q, pools, plan = inputs("ragged", device=device)
+    out, lse = paged_attention(q * 300, pools, plan, backend=backend)
+    want_out, want_lse = paged_attention(q * 300, pools, plan, backend="reference")
+    assert out.isfinite().all() and lse.isfinite().all()
+    torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=0)
+    # Scores of about 1,000 carry an absolute error of 1e-4, and so do the exponentials.
+    torch.testing.assert_close(out, want_out, rtol=0, atol=2e-3)
+
+
+def test_nan_in_a_query_stays_in_its_row(backend, device):
+    q, pools, plan = inputs("ragged", device=device)
+    q[1, 0, 3] = torch.nan
+    out, lse = paged_attention(q, pools, plan, backend=backend)
+    assert out[1, 0].isnan().all() and lse[1, 0].isnan()
+    out[1, 0], lse[1, 0] = 0, 0
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_the_number_of_threads_changes_no_bit(threads):
+    q, pools, plan = inputs("rows of several tasks", formats=FORMATS)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(paged_attention(q, pools, plan, backend="compiled"))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+def test_merging_two_halves_equals_the_whole(which, dtype):
+    q, pools, whole = inputs("six query heads read one")
+    ids, lens = whole.page_ids.tolist(), whole.page_lens.tolist()
+    a, b = (paged_attention(q, pools, make_plan([(len(q), ids[part], lens[part])]), backend="reference")
+            for part in (slice(0, 1), slice(1, None)))  # fmt: skip
+    out, lse = merge_attention(a[0].to(dtype), a[1], b[0].to(dtype), b[1], backend=which)
+    want_out, want_lse = paged_attention(q, pools, whole, backend="reference")
+    assert out.dtype == dtype
+    # bfloat16 inputs carry half a step of 2^-8 each.
+    torch.testing.assert_close(out.float(), want_out, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+    assert_close("lse", lse, want_lse, q.shape[2])
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+def test_merging_with_a_side_that_saw_nothing(which):
+    empty = torch.tensor([[-torch.inf]])
+    some = torch.tensor([[0.7]])
+    out, garbage = torch.randn(1, 1, 16), torch.full((1, 1, 16), torch.nan)
+    for a, b in (((out, some), (garbage, empty)), ((garbage, empty), (out, some))):
+        merged, lse = merge_attention(*a, *b, backend=which)
+        assert torch.equal(merged, out) and torch.equal(lse, some)
+    merged, lse = merge_attention(garbage, empty, garbage, empty, backend=which)
+    assert not merged.any() and lse.item() == -torch.inf
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+def test_merging_in_place(which):
+    (a, lse_a), (b, lse_b) = ((torch.randn(3, 2, 16), torch.randn(3, 2)) for _ in range(2))
+    want, want_lse = merge_attention(a, lse_a, b, lse_b, backend=which)
+    out, lse = merge_attention(a, lse_a, b, lse_b, out=a, lse=lse_a, backend=which)
+    assert out is a and lse is lse_a and torch.equal(a, want) and torch.equal(lse_a, want_lse)

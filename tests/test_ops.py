@@ -1,0 +1,233 @@
+"""The public surface: torch.library registration, tracing, error texts, dispatch."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import inferix_kernels as ik
+from inferix_kernels import KVPages, PageList, Plan, Unsupported, _library
+from inferix_kernels.__main__ import OPS
+from inferix_kernels.testing import attention_inputs, filled_pool, mixed_pools, rope_table
+
+
+def calls() -> dict[str, tuple]:
+    """op -> (args, kwargs) of a call in which every output is passed in."""
+    lens = [8, 3]
+    pools, ids, page_lens = mixed_pools(lens, 2, 8, 16, ("fp32", "int8"))
+    source, source_list = filled_pool("fp32", lens, 2, 8, 16)
+    target, target_list = filled_pool("int8", lens, 2, 8, 16, seed=1)
+    k, v = torch.randn(2, 11, 2, 16)
+    gathered = tuple(torch.empty(2, sum(page_lens), 2, 16))
+    q, attention_pools, plan = attention_inputs([3, 2], lens, query_heads=4, heads=2, head_dim=16, page_size=8)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    others = [torch.randn(5, 4, 16), torch.randn(5, 4), torch.randn(5, 4, 16), torch.randn(5, 4)]
+    rope = rope_table(11, 16)
+    prologue = [torch.randn(11, 8 * 16), torch.rand(4 * 16), torch.rand(16), rope, target, target_list]
+    options = {"bias": torch.randn(8 * 16), "k_mean": torch.randn(2, 16), "eps": 1e-6, "interleaved": True}
+    return {
+        "kv_append": ((k, v, target, target_list), {}),
+        "kv_commit": ((source, source_list, target, target_list, torch.randn(2, 16)), {}),
+        "kv_gather": ((pools, PageList.of(ids, page_lens), torch.float32), {"out": gathered}),
+        "paged_attention": (
+            (q, attention_pools, plan),
+            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False},
+        ),
+        "merge_attention": (others, {"out": torch.empty(5, 4, 16), "lse": torch.empty(5, 4)}),
+        "qkv_prologue": (prologue, {**options, "out": torch.empty(11, 4, 16)}),
+    }
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    """Every tensor of a call's arguments, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+def flat_arguments(op: str, monkeypatch) -> tuple:
+    """What the public op hands to torch.library when it is traced."""
+    seen = []
+    monkeypatch.setattr(_library, f"_{op}", lambda *args: seen.append(args))
+    args, kwargs = calls()[op]
+    getattr(_library, op)(*args, **kwargs, backend="reference")
+    monkeypatch.undo()
+    return seen[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registration_is_sound(op, monkeypatch):
+    torch.library.opcheck(getattr(torch.ops.inferix_kernels, op).default, flat_arguments(op, monkeypatch))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_tensors_run_no_kernel(op, monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, flat_arguments(op, monkeypatch))
+        assert getattr(torch.ops.inferix_kernels, op).default(*fake) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph_with_the_same_result(op, dynamic):
+    torch.manual_seed(0)
+    args, kwargs = calls()[op]
+    torch.manual_seed(0)
+    traced_args, traced_kwargs = calls()[op]
+    torch._dynamo.reset()
+    function = getattr(ik, op)
+    function(*args, **kwargs, backend="reference")
+    with torch.no_grad():
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        compiled(*traced_args, **traced_kwargs, backend="reference")
+    for want, got in zip(tensors([args, kwargs]), tensors([traced_args, traced_kwargs])):
+        assert torch.equal(want.view(torch.uint8), got.view(torch.uint8))  # poisoned slots hold NaN
+
+
+def page(format="fp32", **kwargs) -> KVPages:
+    sizes = {"pages": 2, "heads": 2, "page_size": 8, "head_dim": 16}
+    return KVPages.empty(format, **{**sizes, **kwargs})
+
+
+def x(tokens=3, heads=2, head_dim=16, dtype=torch.float32) -> torch.Tensor:
+    return torch.zeros(tokens, heads, head_dim, dtype=dtype)
+
+
+ONE = PageList.of([0], [3])
+
+# What is wrong -> (call, error, the message: which argument, what it must be, what it got).
+MISTAKES = {
+    "heads of v": (lambda: ik.kv_append(x(), x(heads=1), page(), ONE), ValueError,
+                   r"v must be \[T=3, H=2, D=16\], got \[3, 1, 16\]"),
+    "dtype of k": (lambda: ik.kv_append(x(dtype=torch.float64), x(), page(), ONE), TypeError,
+                   "k must be float32 or bfloat16, got float64"),
+    "two dtypes": (lambda: ik.kv_append(x(), x(dtype=torch.bfloat16), page(), ONE), TypeError,
+                   "v must be float32, got bfloat16"),
+    "head_dim of the pages": (lambda: ik.kv_append(x(), x(), page(head_dim=32), ONE), ValueError,
+                              r"pages.k must be \[pages_pages, H=2, page_size, D=16\], got \[2, 2, 8, 32\]"),
+    "a gradient": (lambda: ik.kv_append(x().requires_grad_(), x(), page(), ONE), RuntimeError,
+                   r"kv_append has no backward: call it under torch.no_grad\(\)"),
+    "ids as int64": (lambda: ik.kv_append(x(), x(), page(), PageList(ONE.ids.long(), ONE.lens)), TypeError,
+                     "where.ids must be int32, got int64"),
+    "scales of fp32 pages": (lambda: ik.kv_append(x(), x(), page()._replace(k_scales=torch.ones(2, 2, 8)), ONE),
+                             ValueError, "pages.k_scales must be given for int8 pages and None for fp32 and bf16"),
+    "no scales of int8 pages": (lambda: ik.kv_append(x(), x(), page("int8")._replace(v_scales=None), ONE), ValueError,
+                                "pages.v_scales must be given for int8 pages"),
+    "strided pages": (lambda: ik.kv_append(x(), x(), KVPages(*(torch.zeros(2, 2, 8, 32)[..., ::2],) * 2), ONE),
+                      ValueError, "pages.k and pages.v must be contiguous, got strides"),
+    "int8 twice": (lambda: ik.kv_commit(page("int8"), ONE, page("int8"), ONE, torch.zeros(2, 16)), ValueError,
+                   "k_mean must be None when int8 pages are copied to int8 pages"),
+    "page sizes": (lambda: ik.kv_commit(page(), ONE, page(page_size=16), ONE), ValueError,
+                   r"target.k must be \[target_pages, H=2, page_size=8, D=16\], got \[2, 2, 16, 16\]"),
+    "one pool": (lambda: ik.kv_gather(page(), ONE), ValueError,
+                 "pools must be a list of one or more KVPages, got a single KVPages"),
+    "no pool": (lambda: ik.kv_gather([], ONE), ValueError, "got an empty list"),
+    "gather dtype": (lambda: ik.kv_gather([page()], ONE, torch.int8), TypeError, "dtype must be .* got torch.int8"),
+    "query heads": (lambda: ik.paged_attention(x(heads=3), [page()], ik.make_plan([(3, [0], [3])])), ValueError,
+                    "q must have a multiple of the pools' H=2 heads, got 3"),
+    "accumulate into nothing": (lambda: ik.paged_attention(x(), [page()], ik.make_plan([(3, [0], [3])]),
+                                                           accumulate=True), ValueError, "out and lse must be given"),
+    "lse dtype": (lambda: ik.merge_attention(x(), x()[..., 0], x(), x()[..., 0].double()), TypeError,
+                  "lse_b must be float32, got float64"),
+    "qkv width": (lambda: ik.qkv_prologue(torch.zeros(3, 100), None, None, None, page(), ONE), ValueError,
+                  r"qkv must be \(Hq \+ 2H\) \* D wide with the pages' H=2, D=16 .* got 100"),
+    "norm size": (lambda: ik.qkv_prologue(torch.zeros(3, 96), torch.ones(8), None, None, page(), ONE), ValueError,
+                  r"norm_q must be \[32\] \(all heads together\) or \[16\] \(each head\), got \[8\]"),
+    "rope channels": (lambda: ik.qkv_prologue(torch.zeros(3, 96), None, None, torch.zeros(3, 9, 2), page(), ONE),
+                      ValueError, "rope must turn at most D=16 channels, got 18"),
+    "rope tokens": (lambda: ik.qkv_prologue(torch.zeros(3, 96), None, None, torch.zeros(4, 8, 2), page(), ONE),
+                    ValueError, r"rope must be \[T=3, R/2, 2\], got \[4, 8, 2\]"),
+    "format": (lambda: page("fp4"), ValueError, "format must be one of fp32, bf16, int8, got 'fp4'"),
+    "empty pool": (lambda: page(pages=0), ValueError, "pages must be positive, got 0"),
+    "negative queries": (lambda: ik.make_plan([(-1, [], [])]), ValueError,
+                         r"segments\[0\]: the number of queries must not be negative, got -1"),
+    "ids without lens": (lambda: ik.make_plan([(1, [0], [])]), ValueError, "got 1 ids and 0 lens"),
+    "negative len": (lambda: PageList.of([0], [-2]), ValueError, "got page 0 with -2 tokens"),
+    "backend": (lambda: ik.kv_append(x(), x(), page(), ONE, backend="cudnn"), ValueError,
+                "backend must be auto or one of compiled, triton, reference, got 'cudnn'"),
+}  # fmt: skip
+
+# The same, of numbers that only a backend looks at: every CPU backend says the same, before it writes.
+WRONG_NUMBERS = {
+    "id": (PageList.of([2], [3]), r"where.ids\[0\] must be in \[0, 2\), got 2"),
+    "len": (PageList.of([0], [9]), r"where.lens\[0\] must be in \[0, 8\], got 9"),
+    "sum": (PageList.of([0], [4]), "where.lens must sum to T=3, got 4"),
+    "page twice": (PageList.of([1, 1], [2, 1]), "where.ids must name each written page once, got 1 twice"),
+}
+WRONG_PLANS = {
+    "id": (ik.make_plan([(3, [7], [1])]), r"plan.page_ids\[0\] must be in \[0, 2\), got 7"),
+    "len": (ik.make_plan([(3, [0], [9])]), r"plan.page_lens\[0\] must be in \[0, 8\], got 9"),
+    "queries": (ik.make_plan([(2, [0], [3])]), "plan.q_indptr must rise from 0 to 3, got"),
+    "pages": (ik.make_plan([(3, [0], [3])])._replace(page_indptr=torch.tensor([0, 2], dtype=torch.int32)),
+              "plan.page_indptr must rise from 0 to 1, got"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake):
+    call, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+@pytest.mark.parametrize("mistake", WRONG_NUMBERS)
+def test_a_wrong_page_list_is_named_before_anything_is_written(mistake, which):
+    where, message = WRONG_NUMBERS[mistake]
+    pool = page()
+    pool.k.fill_(7.0)
+    with pytest.raises(ValueError, match=message):
+        ik.kv_append(x(), x(), pool, where, backend=which)
+    with pytest.raises(ValueError, match=message):
+        ik.qkv_prologue(torch.zeros(3, 96), None, None, None, pool, where, backend=which)
+    if "twice" not in message:
+        with pytest.raises(ValueError, match=message):
+            ik.kv_gather([pool], where, out=(x(), x()), backend=which)
+    assert (pool.k == 7).all()
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+def test_lists_of_a_commit_must_agree(which):
+    with pytest.raises(ValueError, match=r"target_list.lens must equal source_list.lens, got"):
+        ik.kv_commit(page(), ONE, page(), PageList.of([0], [4]), backend=which)
+
+
+@pytest.mark.parametrize("which", ["reference", "compiled"])
+@pytest.mark.parametrize("mistake", WRONG_PLANS)
+def test_a_wrong_plan_is_named(mistake, which):
+    plan, message = WRONG_PLANS[mistake]
+    with pytest.raises(ValueError, match=message):
+        ik.paged_attention(x(), [page()], plan, backend=which)
+
+
+def test_a_named_backend_never_falls_back():
+    q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16)
+    with pytest.raises(Unsupported, match="the triton backend is not written yet"):
+        ik.paged_attention(q, pools, plan, backend="triton")
+    strided = torch.zeros(2, 1, 32)[..., ::2]
+    with pytest.raises(Unsupported, match="q must be contiguous in its last dimension, got strides"):
+        ik.paged_attention(strided, pools, plan, backend="compiled")
+    ik.paged_attention(strided, pools, plan)  # auto goes on to the reference
+    with pytest.raises(Unsupported, match="pools must be at most 8, got 9"):
+        ik.paged_attention(q, pools * 9, plan, backend="compiled")
+
+
+def test_a_device_without_backends_is_named():
+    meta = torch.empty(3, 2, 16, device="meta")
+    pool = KVPages.empty("fp32", 2, 2, 8, 16, device="meta")
+    with pytest.raises(Unsupported, match="no backend runs on meta tensors, only on cpu and cuda"):
+        ik.kv_append(meta, meta, pool, PageList(*(t.to("meta") for t in ONE)))
+
+
+def test_sizes_of_a_pool():
+    pool = page("int8", pages=3)
+    assert (pool.format, pool.pages, pool.heads, pool.page_size, pool.head_dim) == ("int8", 3, 2, 8, 16)
+    assert pool.nbytes == 2 * 3 * 2 * 8 * 16 + 4 * (3 * 2 * 8 + 3 * 2 * 16)
+    assert page().nbytes == 4 * page("bf16").nbytes // 2
+
+
+def test_a_plan_lists_its_segments():
+    plan = ik.make_plan([(2, [4, 1], [8, 3]), (0, [], []), (5, [2], [1])])
+    assert isinstance(plan, Plan)
+    want = ([0, 2, 2, 7], [0, 2, 2, 3], [4, 1, 2], [8, 3, 1])
+    assert tuple(t.tolist() for t in plan) == want and all(t.dtype == torch.int32 for t in plan)

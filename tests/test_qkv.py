@@ -1,0 +1,129 @@
+"""qkv_prologue: the reference against the formulas, every backend against the reference."""
+
+import pytest
+import torch
+
+from inferix_kernels import FORMATS, KVPages, PageList, kv_gather, qkv_prologue
+from inferix_kernels.testing import assert_close, poisoned_pool, rope_table
+
+# lens, Hq, H, D, page_size
+SHAPES = [
+    ([1], 1, 1, 16, 8),
+    ([8, 3], 4, 4, 64, 8),
+    ([16, 0, 5], 6, 2, 96, 16),
+    ([9], 6, 1, 128, 16),
+    ([5], 3, 3, 20, 8),
+]
+NORMS = ["across all heads", "per head", "none"]
+
+
+def arguments(shape, norm, *, channels=None, dtype=torch.float32, format="fp32", device="cpu", **options):
+    """(args, kwargs) of one call, with a poisoned pool to write to."""
+    lens, query_heads, heads, head_dim, page_size = shape
+    generator = torch.Generator().manual_seed(3)
+    width = (query_heads + 2 * heads) * head_dim
+    qkv = (torch.randn(sum(lens), width, generator=generator) * 2).to(device, dtype)
+    sizes = {"across all heads": (query_heads * head_dim, heads * head_dim), "per head": (head_dim, head_dim)}
+    norms = [torch.rand(size, generator=generator).add(0.5).to(device) for size in sizes.get(norm, ())] or [None, None]
+    rope = rope_table(sum(lens), head_dim if channels is None else channels).to(device)
+    pool = poisoned_pool(format, len(lens) + 1, heads, page_size, head_dim, device)
+    where = PageList.of(range(len(lens), 0, -1), lens, device)
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(width, generator=generator).to(device, dtype)
+    if options.pop("k_mean", False):
+        options["k_mean"] = torch.randn(heads, head_dim, generator=generator).to(device)
+    return (qkv, *norms, rope, pool, where), options
+
+
+def run(args, options, backend):
+    """(q, the keys and values that the pages hold, the pages), from a fresh copy of the pool."""
+    *head, pool, where = args
+    pool = KVPages(*(None if x is None else x.clone() for x in pool))
+    q = qkv_prologue(*head, pool, where, **options, backend=backend)
+    return q, *kv_gather([pool], where, backend="reference"), pool
+
+
+def assert_same(got, want, format, head_dim):
+    assert_close("q", got[0], want[0], head_dim)
+    pool, expected = got[3], want[3]
+    if format == "int8":
+        # Keys pass a norm whose sum is taken in another order: a code next to a half may go the other way.
+        assert (pool.k.int() - expected.k.int()).abs()[1:].max() <= 1
+        torch.testing.assert_close(pool.k_scales[1:], expected.k_scales[1:], rtol=1e-5, atol=0)
+        assert torch.equal(pool.v[1:], expected.v[1:]) and torch.equal(pool.v_scales[1:], expected.v_scales[1:])
+    else:
+        dtype = pool.k.dtype
+        assert_close("k", got[1].to(dtype), want[1].to(dtype), head_dim)
+        assert torch.equal(got[2], want[2])  # values are only moved, and added to a bias
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prologue_matches_the_reference(shape, norm, dtype, format, backend, device):
+    args, options = arguments(shape, norm, dtype=dtype, format=format, device=device)
+    assert_same(run(args, options, backend), run(args, options, "reference"), format, shape[3])
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("channels", [0, 12, 64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("k_mean", [True, False])
+def test_prologue_options_match_the_reference(interleaved, channels, bias, k_mean, backend, device):
+    args, options = arguments(
+        SHAPES[1], NORMS[0], channels=channels, bias=bias, k_mean=k_mean, interleaved=interleaved, device=device
+    )
+    assert_same(run(args, options, backend), run(args, options, "reference"), "fp32", 64)
+
+
+def test_prologue_without_rope_or_norm_only_splits(backend, device):
+    args, _ = arguments(SHAPES[1], "none", device=device)
+    qkv, *_, pool, where = args
+    q, k, v, _ = run((qkv, None, None, None, pool, where), {}, backend)
+    assert torch.equal(torch.cat((q, k, v), dim=1).flatten(1), qkv)
+
+
+def test_weights_may_be_bfloat16(backend, device):
+    args, options = arguments(SHAPES[1], NORMS[0], device=device)
+    qkv, norm_q, norm_k, *rest = args
+    args = (qkv, norm_q.bfloat16(), norm_k.bfloat16(), *rest)
+    assert_same(run(args, options, backend), run(args, options, "reference"), "fp32", 64)
+
+
+def test_qkv_may_be_rows_of_a_wider_tensor(backend, device):
+    args, options = arguments(SHAPES[1], NORMS[0], device=device)
+    wide = torch.cat((args[0], torch.full_like(args[0], torch.nan)), dim=1)[:, : args[0].shape[1]]
+    assert torch.equal(run((wide, *args[1:]), options, backend)[0], run(args, options, backend)[0])
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_reference_rotates_pairs_as_complex_numbers(interleaved):
+    args, options = arguments(SHAPES[1], "none", channels=12, interleaved=interleaved)
+    q = run(args, options, "reference")[0]
+    x = args[0].unflatten(1, (-1, 64))[:, :4]
+    turned = x[..., :12].unflatten(-1, (6, 2) if interleaved else (2, 6))
+    turned = turned if interleaved else turned.mT
+    angle = torch.view_as_complex(args[3])[:, None]
+    turned = torch.view_as_real(torch.view_as_complex(turned.contiguous()) * angle)
+    want = torch.cat(((turned if interleaved else turned.mT).flatten(-2), x[..., 12:]), dim=-1)
+    assert_close("q", q, want, 2)
+
+
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_the_reference_normalises_as_torch_does(norm):
+    args, options = arguments(SHAPES[1], norm, channels=0)
+    qkv, norm_q = args[0], args[1]
+    x = qkv[:, : 4 * 64].unflatten(1, (-1, len(norm_q)))
+    want = torch.nn.functional.rms_norm(x, (len(norm_q),), norm_q, 1e-6).reshape(-1, 4, 64)
+    assert_close("q", run(args, options, "reference")[0], want, 64)
+
+
+def test_the_number_of_threads_changes_no_bit(threads):
+    args, options = arguments(([8, 8, 3], 6, 2, 64, 8), NORMS[0], format="int8", k_mean=True)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(args, options, "compiled"))
+    for got in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(got[:3], results[0][:3]))
