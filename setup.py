@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
         cmake = find("cmake", "cmake", remedy="pip install cmake")
         ninja = find("ninja", "ninja", "ninja-build", remedy="pip install ninja")
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            raise SystemExit("inferix: no Python.h found: install Python's headers (on Debian: apt install python3-dev)")
+            raise SystemExit("inferix: no Python.h found: install it (on Debian: apt install python3-dev)")
         import pybind11  # needed to build, not to install from a wheel
 
         nvcc = shutil.which("nvcc")

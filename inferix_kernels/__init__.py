@@ -2,9 +2,22 @@
 
 Needs torch alone. `python -m inferix_kernels` says what runs on this machine, and why the rest does not.
 """
+
 from ._dispatch import Unsupported
 from .layout import FORMATS, KVPages, PageList, Plan, make_plan
 from .ops import kv_append, kv_commit, kv_gather, merge_attention, paged_attention, qkv_prologue
 
-__all__ = ["FORMATS", "KVPages", "PageList", "Plan", "Unsupported", "kv_append", "kv_commit", "kv_gather", "make_plan",
-           "merge_attention", "paged_attention", "qkv_prologue"]
+__all__ = [
+    "FORMATS",
+    "KVPages",
+    "PageList",
+    "Plan",
+    "Unsupported",
+    "kv_append",
+    "kv_commit",
+    "kv_gather",
+    "make_plan",
+    "merge_attention",
+    "paged_attention",
+    "qkv_prologue",
+]

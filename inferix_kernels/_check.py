@@ -1,4 +1,5 @@
 """Argument checks. Every message names the argument, what it must be, and what it is."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,22 +18,24 @@ def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -
 
     A number stands for itself: "T half 2".
     """
-    dims = layout.split()
-    shape = tensor.shape
+    dims, shape, known = layout.split(), tensor.shape, len(sizes)
     if len(dims) == len(shape):
         for dim, size in zip(dims, shape, strict=True):
             if (int(dim) if dim.isdigit() else sizes.setdefault(dim, size)) != size:
                 break
         else:
             return
-    want = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in dims)
+    before = dict(list(sizes.items())[:known])  # what an earlier argument has settled, not this one
+    want = ", ".join(f"{dim}={before[dim]}" if dim in before else dim for dim in dims)
     raise ValueError(f"{name} must be [{want}], got {list(shape)}")
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)},"
-                        f" got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)},"
+            f" got {str(tensor.dtype).removeprefix('torch.')}"
+        )
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the op's first argument, got {tensor.device}")
 
@@ -51,18 +54,20 @@ def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.
         raise TypeError(f"{name} must be a KVPages, got {type(pages).__name__}")
     check_tensor(f"{name}.k", pages.k, _PAGE_DTYPES, device)
     check_tensor(f"{name}.v", pages.v, (pages.k.dtype,), device)
-    count = f"{name}_pages"
-    sizes.pop(count, None)
-    check_shape(f"{name}.k", pages.k, f"{count} H page_size D", sizes)
-    check_shape(f"{name}.v", pages.v, f"{count} H page_size D", sizes)
+    sizes.pop("P", None)  # each pool has its own
+    check_shape(f"{name}.k", pages.k, "P H page_size D", sizes)
+    check_shape(f"{name}.v", pages.v, "P H page_size D", sizes)
     if not (pages.k.is_contiguous() and pages.v.is_contiguous()):
-        raise ValueError(f"{name}.k and {name}.v must be contiguous,"
-                         f" got strides {pages.k.stride()} and {pages.v.stride()}")
-    scales = {"k_scales": (pages.k_scales, f"{count} H page_size"), "v_scales": (pages.v_scales, f"{count} H D")}
+        raise ValueError(
+            f"{name}.k and {name}.v must be contiguous, got strides {pages.k.stride()} and {pages.v.stride()}"
+        )
+    scales = {"k_scales": (pages.k_scales, "P H page_size"), "v_scales": (pages.v_scales, "P H D")}
     for field, (tensor, layout) in scales.items():
         if (tensor is None) != (pages.k.dtype != torch.int8):
-            raise ValueError(f"{name}.{field} must be given for int8 pages and None for {' and '.join(FORMATS[:2])},"
-                             f" got {'None' if tensor is None else 'a tensor'} with {pages.format} pages")
+            raise ValueError(
+                f"{name}.{field} must be given for int8 pages and None for {' and '.join(FORMATS[:2])},"
+                f" got {'None' if tensor is None else 'a tensor'} with {pages.format} pages"
+            )
         if tensor is not None:
             check_tensor(f"{name}.{field}", tensor, (torch.float32,), device)
             check_shape(f"{name}.{field}", tensor, layout, sizes)
@@ -73,15 +78,17 @@ def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.
 def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.device) -> None:
     # A KVPages is itself a tuple: without this line a lone pool would be read as a list of four strange ones.
     if isinstance(pools, KVPages) or not pools:
-        raise ValueError(f"pools must be a list of one or more KVPages, got "
-                         f"{'a single KVPages' if isinstance(pools, KVPages) else 'an empty list'}")
+        raise ValueError(
+            f"pools must be a list of one or more KVPages, got "
+            f"{'a single KVPages' if isinstance(pools, KVPages) else 'an empty list'}"
+        )
     for i, pages in enumerate(pools):
         check_pages(f"pools[{i}]", pages, sizes, device)
 
 
 def check_page_list(name: str, where: PageList, device: torch.device, sizes: dict[str, int]) -> None:
     """Shapes and dtypes. What the numbers say is checked by the backend, where it costs no host sync."""
-    length = f"{name}_length"
+    length = f"len({name})"
     for field, tensor in (("ids", where.ids), ("lens", where.lens)):
         check_tensor(f"{name}.{field}", tensor, (torch.int32,), device)
         check_shape(f"{name}.{field}", tensor, length, sizes)

@@ -1,4 +1,5 @@
 """Which implementation of an op runs. The two tables below are the whole answer."""
+
 from __future__ import annotations
 
 import importlib
@@ -8,26 +9,17 @@ from typing import Any
 
 import torch
 
-BACKENDS = {"compiled": "inferix_kernels.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
-            "triton": "inferix_kernels.triton_kernels",
-            "reference": "inferix_kernels.reference"}
+BACKENDS = {
+    "compiled": "inferix_kernels.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
+    "triton": "inferix_kernels.triton_kernels",
+    "reference": "inferix_kernels.reference",
+}
 # What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise.
 AUTO = {"cpu": ("compiled", "reference"), "cuda": ("compiled", "triton")}
 
 
 class Unsupported(RuntimeError):
     """Raised by a backend, before it writes anything: it cannot take these arguments, and why."""
-
-
-def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-    """Run an op now, or record it when torch.compile is tracing.
-
-    A call through torch.library costs microseconds that buy nothing outside a graph.
-    """
-    if torch.compiler.is_compiling():
-        library = importlib.import_module("inferix_kernels._library")
-        return getattr(library, op)(*args, **kwargs, backend=backend)
-    return run(op, backend, device, *args, **kwargs)
 
 
 def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,9 @@
 """The ops as torch.library sees them: flat tensors in, outputs passed in and mutated, the backend's name last.
 
-torch.compile and opcheck need this form. A float pool has empty tensors in place of its scales.
+torch.compile and opcheck need this form; `call` takes it only there, since outside a graph a call through torch.library
+costs microseconds that buy nothing. A float pool has empty tensors in place of its scales.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -23,8 +25,9 @@ FlatPages = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def flatten(pages: KVPages) -> FlatPages:
     # Two tensors, not one twice: a mutated argument must not alias another.
-    k_scales, v_scales = (pages.k.new_empty(0, dtype=torch.float32) if s is None else s
-                          for s in (pages.k_scales, pages.v_scales))
+    k_scales, v_scales = (
+        pages.k.new_empty(0, dtype=torch.float32) if s is None else s for s in (pages.k_scales, pages.v_scales)
+    )
     return pages.k, pages.v, k_scales, v_scales
 
 
@@ -54,8 +57,9 @@ def define(op: str, schema: str) -> Callable[[Callable[..., None]], Any]:
 
 
 @define("kv_append", f"Tensor k, Tensor v, {_POOL.format(n='', **_WRITTEN)}, Tensor ids, Tensor lens")
-def _kv_append(k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, ks: Tensor, vs: Tensor, ids: Tensor, lens: Tensor,
-               backend: str) -> None:
+def _kv_append(
+    k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, ks: Tensor, vs: Tensor, ids: Tensor, lens: Tensor, backend: str
+) -> None:
     run("kv_append", backend, k.device, k, v, unflatten(kp, vp, ks, vs), PageList(ids, lens))
 
 
@@ -63,70 +67,186 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     _kv_append(k, v, *flatten(pages), *where, backend)
 
 
-@define("kv_commit", f"{_POOL.format(n='source_', **_READ)}, Tensor source_ids, Tensor source_lens, "
-                     f"{_POOL.format(n='target_', **_WRITTEN)}, Tensor target_ids, Tensor target_lens, Tensor? k_mean")
+@define(
+    "kv_commit",
+    f"{_POOL.format(n='source_', **_READ)}, Tensor source_ids, Tensor source_lens, "
+    f"{_POOL.format(n='target_', **_WRITTEN)}, Tensor target_ids, Tensor target_lens, Tensor? k_mean",
+)
 def _kv_commit(*args: Any) -> None:
     *pools, k_mean, backend = args
-    run("kv_commit", backend, args[0].device, unflatten(*pools[0:4]), PageList(*pools[4:6]),
-        unflatten(*pools[6:10]), PageList(*pools[10:12]), k_mean)
+    run(
+        "kv_commit",
+        backend,
+        args[0].device,
+        unflatten(*pools[0:4]),
+        PageList(*pools[4:6]),
+        unflatten(*pools[6:10]),
+        PageList(*pools[10:12]),
+        k_mean,
+    )
 
 
-def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList,
-              k_mean: Tensor | None, *, backend: str) -> None:
+def kv_commit(
+    source: KVPages,
+    source_list: PageList,
+    target: KVPages,
+    target_list: PageList,
+    k_mean: Tensor | None,
+    *,
+    backend: str,
+) -> None:
     _kv_commit(*flatten(source), *source_list, *flatten(target), *target_list, k_mean, backend)
 
 
 @define("kv_gather", f"{_POOLS}, Tensor ids, Tensor lens, Tensor(a!) k, Tensor(b!) v")
-def _kv_gather(kp: list[Tensor], vp: list[Tensor], ks: list[Tensor], vs: list[Tensor], ids: Tensor, lens: Tensor,
-               k: Tensor, v: Tensor, backend: str) -> None:
+def _kv_gather(
+    kp: list[Tensor],
+    vp: list[Tensor],
+    ks: list[Tensor],
+    vs: list[Tensor],
+    ids: Tensor,
+    lens: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: str,
+) -> None:
     run("kv_gather", backend, k.device, unflatten_all(kp, vp, ks, vs), PageList(ids, lens), k.dtype, out=(k, v))
 
 
-def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype, *, out: tuple[Tensor, Tensor],
-              backend: str) -> tuple[Tensor, Tensor]:
+def kv_gather(
+    pools: Sequence[KVPages], where: PageList, dtype: torch.dtype, *, out: tuple[Tensor, Tensor], backend: str
+) -> None:
     _kv_gather(*flatten_all(pools), *where, *out, backend)
-    return out
 
 
-@define("paged_attention", f"Tensor q, {_POOLS}, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
-                           "Tensor page_lens, float scale, Tensor(a!) out, Tensor(b!) lse, bool accumulate")
-def _paged_attention(q: Tensor, kp: list[Tensor], vp: list[Tensor], ks: list[Tensor], vs: list[Tensor],
-                     q_indptr: Tensor, page_indptr: Tensor, page_ids: Tensor, page_lens: Tensor, scale: float,
-                     out: Tensor, lse: Tensor, accumulate: bool, backend: str) -> None:
-    run("paged_attention", backend, q.device, q, unflatten_all(kp, vp, ks, vs),
-        Plan(q_indptr, page_indptr, page_ids, page_lens), scale=scale, out=out, lse=lse, accumulate=accumulate)
+@define(
+    "paged_attention",
+    f"Tensor q, {_POOLS}, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
+    "Tensor page_lens, float scale, Tensor(a!) out, Tensor(b!) lse, bool accumulate",
+)
+def _paged_attention(
+    q: Tensor,
+    kp: list[Tensor],
+    vp: list[Tensor],
+    ks: list[Tensor],
+    vs: list[Tensor],
+    q_indptr: Tensor,
+    page_indptr: Tensor,
+    page_ids: Tensor,
+    page_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    run(
+        "paged_attention",
+        backend,
+        q.device,
+        q,
+        unflatten_all(kp, vp, ks, vs),
+        Plan(q_indptr, page_indptr, page_ids, page_lens),
+        scale=scale,
+        out=out,
+        lse=lse,
+        accumulate=accumulate,
+    )
 
 
-def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor,
-                    accumulate: bool, backend: str) -> tuple[Tensor, Tensor]:
+def paged_attention(
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    *,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool,
+    backend: str,
+) -> None:
     _paged_attention(q, *flatten_all(pools), *plan, scale, out, lse, accumulate, backend)
-    return out, lse
 
 
 @define("merge_attention", "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse")
-def _merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor,
-                     backend: str) -> None:
+def _merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, backend: str
+) -> None:
     run("merge_attention", backend, out_a.device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
 
 
-def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor,
-                    backend: str) -> tuple[Tensor, Tensor]:
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor, backend: str
+) -> None:
     _merge_attention(out_a, lse_a, out_b, lse_b, out, lse, backend)
-    return out, lse
 
 
-@define("qkv_prologue", f"Tensor qkv, Tensor? norm_q, Tensor? norm_k, Tensor? rope, {_POOL.format(n='', **_WRITTEN)}, "
-                        "Tensor ids, Tensor lens, Tensor? bias, Tensor? k_mean, float eps, bool interleaved, "
-                        "Tensor(e!) out")
-def _qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, kp: Tensor,
-                  vp: Tensor, ks: Tensor, vs: Tensor, ids: Tensor, lens: Tensor, bias: Tensor | None,
-                  k_mean: Tensor | None, eps: float, interleaved: bool, out: Tensor, backend: str) -> None:
-    run("qkv_prologue", backend, qkv.device, qkv, norm_q, norm_k, rope, unflatten(kp, vp, ks, vs),
-        PageList(ids, lens), bias=bias, k_mean=k_mean, eps=eps, interleaved=interleaved, out=out)
+@define(
+    "qkv_prologue",
+    f"Tensor qkv, Tensor? norm_q, Tensor? norm_k, Tensor? rope, {_POOL.format(n='', **_WRITTEN)}, "
+    "Tensor ids, Tensor lens, Tensor? bias, Tensor? k_mean, float eps, bool interleaved, "
+    "Tensor(e!) out",
+)
+def _qkv_prologue(
+    qkv: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    rope: Tensor | None,
+    kp: Tensor,
+    vp: Tensor,
+    ks: Tensor,
+    vs: Tensor,
+    ids: Tensor,
+    lens: Tensor,
+    bias: Tensor | None,
+    k_mean: Tensor | None,
+    eps: float,
+    interleaved: bool,
+    out: Tensor,
+    backend: str,
+) -> None:
+    run(
+        "qkv_prologue",
+        backend,
+        qkv.device,
+        qkv,
+        norm_q,
+        norm_k,
+        rope,
+        unflatten(kp, vp, ks, vs),
+        PageList(ids, lens),
+        bias=bias,
+        k_mean=k_mean,
+        eps=eps,
+        interleaved=interleaved,
+        out=out,
+    )
 
 
-def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, pages: KVPages,
-                 where: PageList, *, bias: Tensor | None, k_mean: Tensor | None, eps: float, interleaved: bool,
-                 out: Tensor, backend: str) -> Tensor:
+def qkv_prologue(
+    qkv: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    rope: Tensor | None,
+    pages: KVPages,
+    where: PageList,
+    *,
+    bias: Tensor | None,
+    k_mean: Tensor | None,
+    eps: float,
+    interleaved: bool,
+    out: Tensor,
+    backend: str,
+) -> None:
     _qkv_prologue(qkv, norm_q, norm_k, rope, *flatten(pages), *where, bias, k_mean, eps, interleaved, out, backend)
-    return out
+
+
+TRACED = {f.__name__: f for f in (kv_append, kv_commit, kv_gather, paged_attention, merge_attention, qkv_prologue)}
+
+
+def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> None:
+    """Run an op now, or record it when torch.compile is tracing."""
+    if torch.compiler.is_compiling():
+        TRACED[op](*args, **kwargs, backend=backend)
+    else:
+        run(op, backend, device, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 This file turns tensors into addresses, sizes and strides, and does nothing else.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,64 +24,141 @@ _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, t
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
     stream, threads = _runs_on("kv_append", k)
-    _C.kv_append(k=_rows("k", k), v=_rows("v", v), pages=_pool(pages), where=_page_list(*where), shape=_shape(pages),
-                 T=k.shape[0], x_dtype=_DTYPES[k.dtype], stream=stream, threads=threads)
+    _C.kv_append(
+        k=_rows("k", k),
+        v=_rows("v", v),
+        pages=_pool(pages),
+        where=_page_list(*where),
+        shape=_shape(pages),
+        T=k.shape[0],
+        x_dtype=_DTYPES[k.dtype],
+        stream=stream,
+        threads=threads,
+    )
 
 
-def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList,
-              k_mean: Tensor | None = None) -> None:
+def kv_commit(
+    source: KVPages, source_list: PageList, target: KVPages, target_list: PageList, k_mean: Tensor | None = None
+) -> None:
     stream, threads = _runs_on("kv_commit", source.k)
-    _C.kv_commit(source=_pool(source), source_list=_page_list(*source_list), target=_pool(target),
-                 target_list=_page_list(*target_list), k_mean=_address("k_mean", k_mean), shape=_shape(source),
-                 stream=stream, threads=threads)
+    _C.kv_commit(
+        source=_pool(source),
+        source_list=_page_list(*source_list),
+        target=_pool(target),
+        target_list=_page_list(*target_list),
+        k_mean=_address("k_mean", k_mean),
+        shape=_shape(source),
+        stream=stream,
+        threads=threads,
+    )
 
 
-def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *,
-              out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def kv_gather(
+    pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     stream, threads = _runs_on("kv_gather", out[0])
     k, v = out
-    _C.kv_gather(pools=_pools(pools), where=_page_list(*where), shape=_shape(pools[0]), k=_rows("out[0]", k),
-                 v=_rows("out[1]", v), T=k.shape[0], out_dtype=_DTYPES[k.dtype], stream=stream, threads=threads)
+    _C.kv_gather(
+        pools=_pools(pools),
+        where=_page_list(*where),
+        shape=_shape(pools[0]),
+        k=_rows("out[0]", k),
+        v=_rows("out[1]", v),
+        T=k.shape[0],
+        out_dtype=_DTYPES[k.dtype],
+        stream=stream,
+        threads=threads,
+    )
     return out
 
 
-def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor,
-                    accumulate: bool = False) -> tuple[Tensor, Tensor]:
+def paged_attention(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
     _, threads = _runs_on("paged_attention", q)
-    _C.paged_attention(q=_rows("q", q), out=_rows("out", out), lse=_address("lse", lse), pools=_pools(pools),
-                       q_indptr=_address("plan.q_indptr", plan.q_indptr),
-                       page_indptr=_address("plan.page_indptr", plan.page_indptr),
-                       entries=_page_list(plan.page_ids, plan.page_lens), shape=_shape(pools[0]), T=q.shape[0],
-                       query_heads=q.shape[1], segments=len(plan.q_indptr) - 1, scale=scale, accumulate=accumulate,
-                       q_dtype=_DTYPES[q.dtype], out_dtype=_DTYPES[out.dtype], threads=threads)
+    _C.paged_attention(
+        q=_rows("q", q),
+        out=_rows("out", out),
+        lse=_address("lse", lse),
+        pools=_pools(pools),
+        q_indptr=_address("plan.q_indptr", plan.q_indptr),
+        page_indptr=_address("plan.page_indptr", plan.page_indptr),
+        entries=_page_list(plan.page_ids, plan.page_lens),
+        shape=_shape(pools[0]),
+        T=q.shape[0],
+        query_heads=q.shape[1],
+        segments=len(plan.q_indptr) - 1,
+        scale=scale,
+        accumulate=accumulate,
+        q_dtype=_DTYPES[q.dtype],
+        out_dtype=_DTYPES[out.dtype],
+        threads=threads,
+    )
     return out, lse
 
 
-def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor,
-                    lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     stream, threads = _runs_on("merge_attention", out_a)
-    _C.merge_attention(out_a=_address("out_a", out_a), lse_a=_address("lse_a", lse_a),
-                       out_b=_address("out_b", out_b), lse_b=_address("lse_b", lse_b), out=_address("out", out),
-                       lse=_address("lse", lse), rows=lse.numel(), D=out.shape[2], in_dtype=_DTYPES[out_a.dtype],
-                       out_dtype=_DTYPES[out.dtype], stream=stream, threads=threads)
+    _C.merge_attention(
+        out_a=_address("out_a", out_a),
+        lse_a=_address("lse_a", lse_a),
+        out_b=_address("out_b", out_b),
+        lse_b=_address("lse_b", lse_b),
+        out=_address("out", out),
+        lse=_address("lse", lse),
+        rows=lse.numel(),
+        D=out.shape[2],
+        in_dtype=_DTYPES[out_a.dtype],
+        out_dtype=_DTYPES[out.dtype],
+        stream=stream,
+        threads=threads,
+    )
     return out, lse
 
 
-def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, pages: KVPages,
-                 where: PageList, *, bias: Tensor | None = None, k_mean: Tensor | None = None, eps: float = 1e-6,
-                 interleaved: bool = True, out: Tensor) -> Tensor:
+def qkv_prologue(
+    qkv: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    rope: Tensor | None,
+    pages: KVPages,
+    where: PageList,
+    *,
+    bias: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = True,
+    out: Tensor,
+) -> Tensor:
     _, threads = _runs_on("qkv_prologue", qkv)
     if qkv.stride(1) != 1:
         raise Unsupported(f"qkv must be contiguous in its last dimension, got strides {qkv.stride()}")
     # Held here until the call returns: .float() may make new tensors, and _C sees only their addresses.
     norm_q, norm_k, bias = (None if x is None else x.float() for x in (norm_q, norm_k, bias))
-    _C.qkv_prologue(qkv=qkv.data_ptr(), qkv_stride=qkv.stride(0), q=_address("out", out), bias=_address("bias", bias),
-                    norm_q=_address("norm_q", norm_q), norm_q_size=0 if norm_q is None else len(norm_q),
-                    norm_k=_address("norm_k", norm_k), norm_k_size=0 if norm_k is None else len(norm_k),
-                    rope=_address("rope", rope), rope_pairs=0 if rope is None else rope.shape[1],
-                    k_mean=_address("k_mean", k_mean), interleaved=interleaved, eps=eps, pages=_pool(pages),
-                    where=_page_list(*where), shape=_shape(pages), T=qkv.shape[0], query_heads=out.shape[1],
-                    dtype=_DTYPES[qkv.dtype], threads=threads)
+    _C.qkv_prologue(
+        qkv=qkv.data_ptr(),
+        qkv_stride=qkv.stride(0),
+        q=_address("out", out),
+        bias=_address("bias", bias),
+        norm_q=_address("norm_q", norm_q),
+        norm_q_size=0 if norm_q is None else len(norm_q),
+        norm_k=_address("norm_k", norm_k),
+        norm_k_size=0 if norm_k is None else len(norm_k),
+        rope=_address("rope", rope),
+        rope_pairs=0 if rope is None else rope.shape[1],
+        k_mean=_address("k_mean", k_mean),
+        interleaved=interleaved,
+        eps=eps,
+        pages=_pool(pages),
+        where=_page_list(*where),
+        shape=_shape(pages),
+        T=qkv.shape[0],
+        query_heads=out.shape[1],
+        dtype=_DTYPES[qkv.dtype],
+        threads=threads,
+    )
     return out
 
 
@@ -122,8 +200,7 @@ def _shape(pages: KVPages) -> _C.PageShape:
 def _pool(pages: KVPages) -> _C.Pool:
     # ops.py has checked that all four are contiguous.
     k_scales, v_scales = (0 if scales is None else scales.data_ptr() for scales in (pages.k_scales, pages.v_scales))
-    return _C.Pool(pages.k.data_ptr(), pages.v.data_ptr(), k_scales, v_scales, pages.k.shape[0],
-                   _DTYPES[pages.k.dtype])
+    return _C.Pool(pages.k.data_ptr(), pages.v.data_ptr(), k_scales, v_scales, pages.k.shape[0], _DTYPES[pages.k.dtype])
 
 
 def _pools(pools: Sequence[KVPages]) -> list[_C.Pool]:

@@ -2,6 +2,7 @@
 
 Plain tuples of tensors, so that they pass through torch.compile and cost nothing to build.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ class KVPages(NamedTuple):
     v_scales: Tensor | None = None  # [P, H, D] float32, int8 only
 
     @classmethod
-    def empty(cls, format: str, pages: int, heads: int, page_size: int, head_dim: int,
-              device: torch.device | str = "cpu") -> KVPages:
+    def empty(
+        cls, format: str, pages: int, heads: int, page_size: int, head_dim: int, device: torch.device | str = "cpu"
+    ) -> KVPages:
         """Allocate a pool. Its contents are undefined: a slot means something once an op has written its page."""
         if format not in DTYPES:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -42,8 +44,12 @@ class KVPages(NamedTuple):
         k, v = (torch.empty(shape, dtype=DTYPES[format], device=device) for _ in range(2))
         if format != "int8":
             return cls(k, v)
-        return cls(k, v, torch.empty(shape[:3], dtype=torch.float32, device=device),
-                   torch.empty(pages, heads, head_dim, dtype=torch.float32, device=device))
+        return cls(
+            k,
+            v,
+            torch.empty(shape[:3], dtype=torch.float32, device=device),
+            torch.empty(pages, heads, head_dim, dtype=torch.float32, device=device),
+        )
 
     @property
     def format(self) -> str:
@@ -96,8 +102,7 @@ class Plan(NamedTuple):
     page_lens: Tensor  # [N] int32, valid tokens of each page
 
 
-def make_plan(segments: Sequence[tuple[int, Sequence[int], Sequence[int]]],
-              device: torch.device | str = "cpu") -> Plan:
+def make_plan(segments: Sequence[tuple[int, Sequence[int], Sequence[int]]], device: torch.device | str = "cpu") -> Plan:
     """Build a plan from (number of queries, page ids, valid tokens of each page) per segment, in query order.
 
     An empty page list is allowed: its queries get out = 0 and lse = -inf.
@@ -112,9 +117,12 @@ def make_plan(segments: Sequence[tuple[int, Sequence[int], Sequence[int]]],
         _check_list(f"segments[{s}]: page ids", ids, lens)
     q_indptr = accumulate((queries for queries, _, _ in segments), initial=0)
     page_indptr = accumulate((len(ids) for _, ids, _ in segments), initial=0)
-    return Plan(_int32(list(q_indptr), device), _int32(list(page_indptr), device),
-                _int32([page for _, ids, _ in segments for page in ids], device),
-                _int32([length for _, _, lens in segments for length in lens], device))
+    return Plan(
+        _int32(list(q_indptr), device),
+        _int32(list(page_indptr), device),
+        _int32([page for _, ids, _ in segments for page in ids], device),
+        _int32([length for _, _, lens in segments for length in lens], device),
+    )
 
 
 def _check_list(name: str, ids: Sequence[int], lens: Sequence[int]) -> None:

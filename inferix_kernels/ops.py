@@ -7,6 +7,7 @@ tensors takes `out`, so that a pass over a model can run without an allocation. 
 A page list's numbers (ids, lens) must fit the pools: on the CPU every backend checks them before it writes;
 a CUDA kernel skips what does not fit, since looking would cost a wait for the device.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from ._check import (
     check_shape,
     check_tensor,
 )
-from ._dispatch import call
+from ._library import call
 from .layout import KVPages, PageList, Plan
 
 
@@ -50,8 +51,15 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     call("kv_append", backend, k.device, k, v, pages, where)
 
 
-def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList,
-              k_mean: Tensor | None = None, *, backend: str = "auto") -> None:
+def kv_commit(
+    source: KVPages,
+    source_list: PageList,
+    target: KVPages,
+    target_list: PageList,
+    k_mean: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
     """Copy whole pages from one pool to another, page i of the one list to page i of the other.
 
     Same format: bit for bit. Another format: through float32, quantized by kv_append's rule. Within one pool no
@@ -71,19 +79,27 @@ def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_li
     check_pages("source", source, sizes, device)
     check_pages("target", target, sizes, device)
     check_page_list("source_list", source_list, device, sizes)
-    sizes["target_list_length"] = sizes["source_list_length"]
+    sizes["len(target_list)"] = sizes["len(source_list)"]
     check_page_list("target_list", target_list, device, sizes)
     if k_mean is not None:
         check_tensor("k_mean", k_mean, (torch.float32,), device)
         check_shape("k_mean", k_mean, "H D", sizes)
         if source.format == target.format == "int8":
-            raise ValueError("k_mean must be None when int8 pages are copied to int8 pages: subtracting it would"
-                             " quantize the keys a second time; give it to the op that first quantizes them")
+            raise ValueError(
+                "k_mean must be None when int8 pages are copied to int8 pages: subtracting it would"
+                " quantize the keys a second time; give it to the op that first quantizes them"
+            )
     call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
 
 
-def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *,
-              out: tuple[Tensor, Tensor] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def kv_gather(
+    pools: Sequence[KVPages],
+    where: PageList,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Read the tokens of a page list, dequantized, as (k, v), each [T, H, D].
 
     Args:
@@ -109,9 +125,17 @@ def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = to
     return out
 
 
-def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float | None = None,
-                    out: Tensor | None = None, lse: Tensor | None = None, accumulate: bool = False,
-                    backend: str = "auto") -> tuple[Tensor, Tensor]:
+def paged_attention(
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    accumulate: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Attention of ragged segments of queries over lists of pages: (out, lse).
 
     One softmax runs across all pages of a segment's list, whatever their formats. A segment with an empty list gets
@@ -148,13 +172,31 @@ def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: f
     check_shape("out", out, "T Hq D", sizes)
     check_tensor("lse", lse, (torch.float32,), q.device)
     check_shape("lse", lse, "T Hq", sizes)
-    call("paged_attention", backend, q.device, q, pools, plan, scale=sizes["D"] ** -0.5 if scale is None else scale,
-         out=out, lse=lse, accumulate=accumulate)
+    call(
+        "paged_attention",
+        backend,
+        q.device,
+        q,
+        pools,
+        plan,
+        scale=sizes["D"] ** -0.5 if scale is None else scale,
+        out=out,
+        lse=lse,
+        accumulate=accumulate,
+    )
     return out, lse
 
 
-def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor | None = None,
-                    lse: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def merge_attention(
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Join attention over two disjoint sets of keys into attention over both: (out, lse).
 
     A side whose lse is -inf saw no key and contributes nothing, whatever its out holds; both sides -inf give 0, -inf.
@@ -170,8 +212,11 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
     check_inference("merge_attention", out_a, lse_a, out_b, lse_b)
     out = torch.empty_like(out_a) if out is None else out
     lse = torch.empty_like(lse_a) if lse is None else lse
-    for name, x, dtypes in (("out_a", out_a, FLOATS), ("out_b", out_b, (out_a.dtype,)),
-                            ("out", out, (out_a.dtype, torch.float32))):
+    for name, x, dtypes in (
+        ("out_a", out_a, FLOATS),
+        ("out_b", out_b, (out_a.dtype,)),
+        ("out", out, (out_a.dtype, torch.float32)),
+    ):
         check_tensor(name, x, dtypes, device)
         check_shape(name, x, "T Hq D", sizes)
     for name, x in (("lse_a", lse_a), ("lse_b", lse_b), ("lse", lse)):
@@ -181,9 +226,21 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, 
     return out, lse
 
 
-def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, pages: KVPages,
-                 where: PageList, *, bias: Tensor | None = None, k_mean: Tensor | None = None, eps: float = 1e-6,
-                 interleaved: bool = True, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+def qkv_prologue(
+    qkv: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    rope: Tensor | None,
+    pages: KVPages,
+    where: PageList,
+    *,
+    bias: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = True,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """From the output of a layer's QKV projection to q, with K and V written to their pages: bias, norm, rotate, store.
 
     All arithmetic is float32. K and V are stored by kv_append's rule.
@@ -217,14 +274,16 @@ def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope
     T, H, D = sizes["T"], sizes["H"], sizes["D"]
     query_heads = sizes["Hq"] = sizes["width"] // D - 2 * H
     if query_heads < 1 or sizes["width"] % D or query_heads % H:
-        raise ValueError(f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H,"
-                         f" got {sizes['width']}")
+        raise ValueError(
+            f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H, got {sizes['width']}"
+        )
     for name, weight, heads in (("norm_q", norm_q, query_heads), ("norm_k", norm_k, H)):
         if weight is not None:
             check_tensor(name, weight, FLOATS, device)
             if weight.shape not in ((D,), (heads * D,)):
-                raise ValueError(f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head),"
-                                 f" got {list(weight.shape)}")
+                raise ValueError(
+                    f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
+                )
     if rope is not None:
         check_tensor("rope", rope, (torch.float32,), device)
         check_shape("rope", rope, "T R/2 2", sizes)
@@ -240,6 +299,20 @@ def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope
         out = torch.empty(T, query_heads, D, dtype=qkv.dtype, device=device)
     check_tensor("out", out, (qkv.dtype,), device)
     check_shape("out", out, "T Hq D", sizes)
-    call("qkv_prologue", backend, device, qkv, norm_q, norm_k, rope, pages, where, bias=bias, k_mean=k_mean, eps=eps,
-         interleaved=interleaved, out=out)
+    call(
+        "qkv_prologue",
+        backend,
+        device,
+        qkv,
+        norm_q,
+        norm_k,
+        rope,
+        pages,
+        where,
+        bias=bias,
+        k_mean=k_mean,
+        eps=eps,
+        interleaved=interleaved,
+        out=out,
+    )
     return out

@@ -2,9 +2,11 @@
 
 Same names and parameters as in ops.py, which fills in every optional one.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,13 +22,16 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
         write_page(pages, page, k[start:stop].float(), v[start:stop].float())
 
 
-def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList,
-              k_mean: Tensor | None = None) -> None:
+def kv_commit(
+    source: KVPages, source_list: PageList, target: KVPages, target_list: PageList, k_mean: Tensor | None = None
+) -> None:
     reads = spans("source_list", source_list, source)
     writes = spans("target_list", target_list, target, written=True)
     if source_list.lens.tolist() != target_list.lens.tolist():
-        raise ValueError("target_list.lens must equal source_list.lens, "
-                         f"got {target_list.lens.tolist()} and {source_list.lens.tolist()}")
+        raise ValueError(
+            "target_list.lens must equal source_list.lens, "
+            f"got {target_list.lens.tolist()} and {source_list.lens.tolist()}"
+        )
     for (from_page, start, stop), (to_page, _, _) in zip(reads, writes, strict=True):
         if source.format == target.format and k_mean is None:
             copy_page(source, from_page, target, to_page, stop - start)
@@ -35,24 +40,27 @@ def kv_commit(source: KVPages, source_list: PageList, target: KVPages, target_li
             write_page(target, to_page, k if k_mean is None else k - k_mean, v)
 
 
-def kv_gather(pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *,
-              out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def kv_gather(
+    pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     for page, start, stop in spans("where", where, *pools, tokens=out[0].shape[0]):
         k, v = read_page(*locate(pools, page), stop - start)
         out[0][start:stop], out[1][start:stop] = k, v
     return out
 
 
-def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor,
-                    accumulate: bool = False) -> tuple[Tensor, Tensor]:
+def paged_attention(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
     T, query_heads, D = q.shape
     H = pools[0].heads
     queries, lists = indptr("q_indptr", plan.q_indptr, T), indptr("page_indptr", plan.page_indptr, len(plan.page_ids))
     entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
     for s in range(len(queries) - 1):
         rows = slice(queries[s], queries[s + 1])
-        tokens = [read_page(*locate(pools, page), stop - start)
-                  for page, start, stop in entries[lists[s]:lists[s + 1]]]
+        tokens = [
+            read_page(*locate(pools, page), stop - start) for page, start, stop in entries[lists[s] : lists[s + 1]]
+        ]
         k = torch.cat([q.new_empty(0, H, D, dtype=torch.float32), *(k for k, _ in tokens)])  # [L, H, D]
         v = torch.cat([q.new_empty(0, H, D, dtype=torch.float32), *(v for _, v in tokens)])
         # Query head j reads KV head j // (query_heads // H).
@@ -67,17 +75,29 @@ def paged_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: f
     return out, lse
 
 
-def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor,
-                    lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     merged_out, merged_lse = merge(out_a.float(), lse_a, out_b.float(), lse_b)
     out.copy_(merged_out)
     lse.copy_(merged_lse)
     return out, lse
 
 
-def qkv_prologue(qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, rope: Tensor | None, pages: KVPages,
-                 where: PageList, *, bias: Tensor | None = None, k_mean: Tensor | None = None, eps: float = 1e-6,
-                 interleaved: bool = True, out: Tensor) -> Tensor:
+def qkv_prologue(
+    qkv: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    rope: Tensor | None,
+    pages: KVPages,
+    where: PageList,
+    *,
+    bias: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = True,
+    out: Tensor,
+) -> Tensor:
     H, D = pages.heads, pages.head_dim
     x = qkv.float() if bias is None else qkv.float() + bias.float()
     q, k, v = x.split([out.shape[1] * D, H * D, H * D], dim=1)
@@ -105,7 +125,7 @@ def rotate(x: Tensor, rope: Tensor | None, interleaved: bool) -> Tensor:
     a, b = (pairs[..., 0::2], pairs[..., 1::2]) if interleaved else (pairs[..., :half], pairs[..., half:])
     turned = (a * cos - b * sin, a * sin + b * cos)
     turned_pairs = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat([turned_pairs, x[..., 2 * half:]], -1)
+    return torch.cat([turned_pairs, x[..., 2 * half :]], -1)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,8 +187,9 @@ def locate(pools: Sequence[KVPages], page: int) -> tuple[KVPages, int]:
     raise AssertionError("spans() checked the ids")
 
 
-def spans(name: str, where: PageList, *pools: KVPages, tokens: int | None = None,
-          written: bool = False) -> list[tuple[int, int, int]]:
+def spans(
+    name: str, where: PageList, *pools: KVPages, tokens: int | None = None, written: bool = False
+) -> list[tuple[int, int, int]]:
     """(page, first token, one past the last token) of every entry of a page list, checked."""
     num_pages, page_size = sum(pages.pages for pages in pools), pools[0].page_size
     ids, lens = where.ids.tolist(), where.lens.tolist()
@@ -196,6 +217,6 @@ def _spans(ids: list[int], lens: list[int]) -> Iterator[tuple[int, int, int]]:
 def indptr(name: str, pointers: Tensor, end: int) -> list[int]:
     """A CSR row pointer, checked: it starts at 0, never falls and ends at `end`."""
     values: list[int] = pointers.tolist()
-    if values[0] != 0 or values[-1] != end or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != end or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"plan.{name} must rise from 0 to {end}, got {values}")
     return values

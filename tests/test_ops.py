@@ -62,8 +62,9 @@ def test_registration_is_sound(op, monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_fake_tensors_run_no_kernel(op, monkeypatch):
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, flat_arguments(op, monkeypatch))
+    arguments = flat_arguments(op, monkeypatch)
+    with FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         assert getattr(torch.ops.inferix_kernels, op).default(*fake) is None
 
 
@@ -104,7 +105,7 @@ MISTAKES = {
     "two dtypes": (lambda: ik.kv_append(x(), x(dtype=torch.bfloat16), page(), ONE), TypeError,
                    "v must be float32, got bfloat16"),
     "head_dim of the pages": (lambda: ik.kv_append(x(), x(), page(head_dim=32), ONE), ValueError,
-                              r"pages.k must be \[pages_pages, H=2, page_size, D=16\], got \[2, 2, 8, 32\]"),
+                              r"pages.k must be \[P, H=2, page_size, D=16\], got \[2, 2, 8, 32\]"),
     "a gradient": (lambda: ik.kv_append(x().requires_grad_(), x(), page(), ONE), RuntimeError,
                    r"kv_append has no backward: call it under torch.no_grad\(\)"),
     "ids as int64": (lambda: ik.kv_append(x(), x(), page(), PageList(ONE.ids.long(), ONE.lens)), TypeError,
@@ -118,7 +119,7 @@ MISTAKES = {
     "int8 twice": (lambda: ik.kv_commit(page("int8"), ONE, page("int8"), ONE, torch.zeros(2, 16)), ValueError,
                    "k_mean must be None when int8 pages are copied to int8 pages"),
     "page sizes": (lambda: ik.kv_commit(page(), ONE, page(page_size=16), ONE), ValueError,
-                   r"target.k must be \[target_pages, H=2, page_size=8, D=16\], got \[2, 2, 16, 16\]"),
+                   r"target.k must be \[P, H=2, page_size=8, D=16\], got \[2, 2, 16, 16\]"),
     "one pool": (lambda: ik.kv_gather(page(), ONE), ValueError,
                  "pools must be a list of one or more KVPages, got a single KVPages"),
     "no pool": (lambda: ik.kv_gather([], ONE), ValueError, "got an empty list"),
