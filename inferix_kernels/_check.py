@@ -30,7 +30,14 @@ def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -
     raise ValueError(f"{name} must be [{want}], got {list(shape)}")
 
 
-def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    layout: str,
+    sizes: dict[str, int],
+    device: torch.device,
+) -> None:
     if tensor.dtype not in dtypes:
         raise TypeError(
             f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)},"
@@ -38,6 +45,19 @@ def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], devic
         )
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the op's first argument, got {tensor.device}")
+    check_shape(name, tensor, layout, sizes)
+
+
+def check_optional(
+    name: str,
+    tensor: Tensor | None,
+    dtypes: Sequence[torch.dtype],
+    layout: str,
+    sizes: dict[str, int],
+    device: torch.device,
+) -> None:
+    if tensor is not None:
+        check_tensor(name, tensor, dtypes, layout, sizes, device)
 
 
 def check_inference(op: str, *tensors: Tensor) -> None:
@@ -52,11 +72,9 @@ def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.
     """Shapes, dtypes and scales of one pool. Sets sizes H, page_size and D, or holds the pool against them."""
     if not isinstance(pages, KVPages):
         raise TypeError(f"{name} must be a KVPages, got {type(pages).__name__}")
-    check_tensor(f"{name}.k", pages.k, _PAGE_DTYPES, device)
-    check_tensor(f"{name}.v", pages.v, (pages.k.dtype,), device)
     sizes.pop("P", None)  # each pool has its own
-    check_shape(f"{name}.k", pages.k, "P H page_size D", sizes)
-    check_shape(f"{name}.v", pages.v, "P H page_size D", sizes)
+    check_tensor(f"{name}.k", pages.k, _PAGE_DTYPES, "P H page_size D", sizes, device)
+    check_tensor(f"{name}.v", pages.v, (pages.k.dtype,), "P H page_size D", sizes, device)
     if not (pages.k.is_contiguous() and pages.v.is_contiguous()):
         raise ValueError(
             f"{name}.k and {name}.v must be contiguous, got strides {pages.k.stride()} and {pages.v.stride()}"
@@ -69,8 +87,7 @@ def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.
                 f" got {'None' if tensor is None else 'a tensor'} with {pages.format} pages"
             )
         if tensor is not None:
-            check_tensor(f"{name}.{field}", tensor, (torch.float32,), device)
-            check_shape(f"{name}.{field}", tensor, layout, sizes)
+            check_tensor(f"{name}.{field}", tensor, (torch.float32,), layout, sizes, device)
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}.{field} must be contiguous, got strides {tensor.stride()}")
 
@@ -86,19 +103,16 @@ def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.d
         check_pages(f"pools[{i}]", pages, sizes, device)
 
 
-def check_page_list(name: str, where: PageList, device: torch.device, sizes: dict[str, int]) -> None:
+def check_page_list(name: str, where: PageList, sizes: dict[str, int], device: torch.device) -> None:
     """Shapes and dtypes. What the numbers say is checked by the backend, where it costs no host sync."""
-    length = f"len({name})"
     for field, tensor in (("ids", where.ids), ("lens", where.lens)):
-        check_tensor(f"{name}.{field}", tensor, (torch.int32,), device)
-        check_shape(f"{name}.{field}", tensor, length, sizes)
+        check_tensor(f"{name}.{field}", tensor, (torch.int32,), f"len({name})", sizes, device)
 
 
 def check_plan(plan: Plan, device: torch.device) -> None:
     sizes: dict[str, int] = {}
     for field, layout in (("q_indptr", "S+1"), ("page_indptr", "S+1"), ("page_ids", "N"), ("page_lens", "N")):
         tensor = getattr(plan, field)
-        check_tensor(f"plan.{field}", tensor, (torch.int32,), device)
-        check_shape(f"plan.{field}", tensor, layout, sizes)
+        check_tensor(f"plan.{field}", tensor, (torch.int32,), layout, sizes, device)
     if sizes["S+1"] == 0:
         raise ValueError("plan.q_indptr must hold at least its leading 0, got an empty tensor")

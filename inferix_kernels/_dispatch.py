@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +39,11 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function of this name in a backend's module, or Unsupported with the reason."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if importlib.util.find_spec(BACKENDS[backend]) is None:
-        raise Unsupported(f"the {backend} backend is not written yet")
     try:
         module = importlib.import_module(BACKENDS[backend])
+    except ModuleNotFoundError as error:
+        unwritten = error.name == BACKENDS[backend]
+        raise Unsupported(f"the {backend} backend is not written yet" if unwritten else str(error)) from error
     except ImportError as error:
         raise Unsupported(str(error)) from error
     function: Callable[..., Any] = getattr(module, op)

@@ -14,10 +14,11 @@ from ._dispatch import Unsupported
 from .layout import KVPages, PageList, Plan
 
 try:
-    from . import _C
+    import inferix_kernels._C as _C
 except ImportError as error:
     raise ImportError(f"the extension inferix_kernels._C is not built ({error}): pip install -e .") from error
 
+HAS_CUDA: bool = _C.has_cuda
 CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "merge_attention"))
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.int8: _C.DType.int8}
 
@@ -166,7 +167,7 @@ def _runs_on(op: str, tensor: Tensor) -> tuple[int | None, int]:
     """(CUDA stream, CPU threads). A stream of None means the C++ kernel."""
     if not tensor.is_cuda:
         return None, torch.get_num_threads()
-    if not _C.has_cuda:
+    if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     if op not in CUDA_OPS:
         raise Unsupported(f"{op}: no CUDA kernel yet")

@@ -18,11 +18,11 @@ from torch import Tensor
 from ._check import (
     FLOATS,
     check_inference,
+    check_optional,
     check_page_list,
     check_pages,
     check_plan,
     check_pools,
-    check_shape,
     check_tensor,
 )
 from ._library import call
@@ -44,10 +44,9 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     sizes: dict[str, int] = {}
     check_inference("kv_append", k, v)
     for name, x in (("k", k), ("v", v)):
-        check_tensor(name, x, FLOATS if name == "k" else (k.dtype,), k.device)
-        check_shape(name, x, "T H D", sizes)
+        check_tensor(name, x, FLOATS if name == "k" else (k.dtype,), "T H D", sizes, k.device)
     check_pages("pages", pages, sizes, k.device)
-    check_page_list("where", where, k.device, sizes)
+    check_page_list("where", where, sizes, k.device)
     call("kv_append", backend, k.device, k, v, pages, where)
 
 
@@ -78,17 +77,15 @@ def kv_commit(
     device = source.k.device
     check_pages("source", source, sizes, device)
     check_pages("target", target, sizes, device)
-    check_page_list("source_list", source_list, device, sizes)
+    check_page_list("source_list", source_list, sizes, device)
     sizes["len(target_list)"] = sizes["len(source_list)"]
-    check_page_list("target_list", target_list, device, sizes)
-    if k_mean is not None:
-        check_tensor("k_mean", k_mean, (torch.float32,), device)
-        check_shape("k_mean", k_mean, "H D", sizes)
-        if source.format == target.format == "int8":
-            raise ValueError(
-                "k_mean must be None when int8 pages are copied to int8 pages: subtracting it would"
-                " quantize the keys a second time; give it to the op that first quantizes them"
-            )
+    check_page_list("target_list", target_list, sizes, device)
+    check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
+    if k_mean is not None and source.format == target.format == "int8":
+        raise ValueError(
+            "k_mean must be None when int8 pages are copied to int8 pages: subtracting it would"
+            " quantize the keys a second time; give it to the op that first quantizes them"
+        )
     call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
 
 
@@ -111,7 +108,7 @@ def kv_gather(
     sizes: dict[str, int] = {}
     device = where.ids.device
     check_pools(pools, sizes, device)
-    check_page_list("where", where, device, sizes)
+    check_page_list("where", where, sizes, device)
     if out is None:
         if dtype not in FLOATS:
             raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -119,8 +116,7 @@ def kv_gather(
         out = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))  # type: ignore[assignment]
     assert out is not None
     for name, x in (("out[0]", out[0]), ("out[1]", out[1])):
-        check_tensor(name, x, FLOATS if name == "out[0]" else (out[0].dtype,), device)
-        check_shape(name, x, "T H D", sizes)
+        check_tensor(name, x, FLOATS if name == "out[0]" else (out[0].dtype,), "T H D", sizes, device)
     call("kv_gather", backend, device, pools, where, out[0].dtype, out=out)
     return out
 
@@ -156,8 +152,7 @@ def paged_attention(
     """
     sizes: dict[str, int] = {}
     check_inference("paged_attention", q)
-    check_tensor("q", q, FLOATS, q.device)
-    check_shape("q", q, "T Hq D", sizes)
+    check_tensor("q", q, FLOATS, "T Hq D", sizes, q.device)
     check_pools(pools, sizes, q.device)
     check_plan(plan, q.device)
     if sizes["Hq"] % sizes["H"]:
@@ -168,10 +163,8 @@ def paged_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if lse is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    check_tensor("out", out, (q.dtype, torch.float32), q.device)
-    check_shape("out", out, "T Hq D", sizes)
-    check_tensor("lse", lse, (torch.float32,), q.device)
-    check_shape("lse", lse, "T Hq", sizes)
+    check_tensor("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
+    check_tensor("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
     call(
         "paged_attention",
         backend,
@@ -217,11 +210,9 @@ def merge_attention(
         ("out_b", out_b, (out_a.dtype,)),
         ("out", out, (out_a.dtype, torch.float32)),
     ):
-        check_tensor(name, x, dtypes, device)
-        check_shape(name, x, "T Hq D", sizes)
+        check_tensor(name, x, dtypes, "T Hq D", sizes, device)
     for name, x in (("lse_a", lse_a), ("lse_b", lse_b), ("lse", lse)):
-        check_tensor(name, x, (torch.float32,), device)
-        check_shape(name, x, "T Hq", sizes)
+        check_tensor(name, x, (torch.float32,), "T Hq", sizes, device)
     call("merge_attention", backend, device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
     return out, lse
 
@@ -267,10 +258,9 @@ def qkv_prologue(
     sizes: dict[str, int] = {}
     device = qkv.device
     check_inference("qkv_prologue", qkv)
-    check_tensor("qkv", qkv, FLOATS, device)
-    check_shape("qkv", qkv, "T width", sizes)
+    check_tensor("qkv", qkv, FLOATS, "T width", sizes, device)
     check_pages("pages", pages, sizes, device)
-    check_page_list("where", where, device, sizes)
+    check_page_list("where", where, sizes, device)
     T, H, D = sizes["T"], sizes["H"], sizes["D"]
     query_heads = sizes["Hq"] = sizes["width"] // D - 2 * H
     if query_heads < 1 or sizes["width"] % D or query_heads % H:
@@ -278,27 +268,19 @@ def qkv_prologue(
             f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H, got {sizes['width']}"
         )
     for name, weight, heads in (("norm_q", norm_q, query_heads), ("norm_k", norm_k, H)):
-        if weight is not None:
-            check_tensor(name, weight, FLOATS, device)
-            if weight.shape not in ((D,), (heads * D,)):
-                raise ValueError(
-                    f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
-                )
-    if rope is not None:
-        check_tensor("rope", rope, (torch.float32,), device)
-        check_shape("rope", rope, "T R/2 2", sizes)
-        if 2 * rope.shape[1] > D:
-            raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
-    if bias is not None:
-        check_tensor("bias", bias, FLOATS, device)
-        check_shape("bias", bias, "width", sizes)
-    if k_mean is not None:
-        check_tensor("k_mean", k_mean, (torch.float32,), device)
-        check_shape("k_mean", k_mean, "H D", sizes)
+        check_optional(name, weight, FLOATS, f"{name}_size", sizes, device)
+        if weight is not None and len(weight) not in (D, heads * D):
+            raise ValueError(
+                f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
+            )
+    check_optional("rope", rope, (torch.float32,), "T R/2 2", sizes, device)
+    if rope is not None and 2 * rope.shape[1] > D:
+        raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
+    check_optional("bias", bias, FLOATS, "width", sizes, device)
+    check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
     if out is None:
         out = torch.empty(T, query_heads, D, dtype=qkv.dtype, device=device)
-    check_tensor("out", out, (qkv.dtype,), device)
-    check_shape("out", out, "T Hq D", sizes)
+    check_tensor("out", out, (qkv.dtype,), "T Hq D", sizes, device)
     call(
         "qkv_prologue",
         backend,

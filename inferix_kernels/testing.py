@@ -72,7 +72,8 @@ def mixed_pools(
     seed: int = 0,
 ) -> tuple[list[KVPages], list[int], list[int]]:
     """One filled pool per format, and the pages of all of them as one shuffled list of (ids, lens)."""
-    pools, entries = [], []
+    pools: list[KVPages] = []
+    entries: list[tuple[int, int]] = []
     for i, format in enumerate(formats):
         pool, where = filled_pool(format, lens, heads, page_size, head_dim, device, seed + i)
         base = sum(earlier.pages for earlier in pools)
