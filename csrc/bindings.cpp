@@ -107,14 +107,16 @@ void define_attention(py::module_& m) {
       "paged_attention",
       [](const Rows& q, const Rows& out, Address lse, const std::vector<Pool>& pools, Address q_indptr,
          Address page_indptr, const PageList& entries, const PageShape& shape, int64_t T, int64_t query_heads,
-         int64_t segments, float scale, bool accumulate, DType q_dtype, DType out_dtype, int threads) {
+         int64_t segments, float scale, bool accumulate, DType q_dtype, DType out_dtype, Stream stream,
+         int threads) {
         const PagedAttentionParams params{q, out, at<float>(lse), pools_of(pools), at<const int32_t>(q_indptr),
                                           at<const int32_t>(page_indptr), entries, shape, T, query_heads, segments,
                                           scale, accumulate, q_dtype, out_dtype};
-        launch(params, std::nullopt, threads, paged_attention_cpu, {});
+        launch(params, stream, threads, paged_attention_cpu, nullptr);
       },
       py::kw_only(), "q"_a, "out"_a, "lse"_a, "pools"_a, "q_indptr"_a, "page_indptr"_a, "entries"_a, "shape"_a, "T"_a,
-      "query_heads"_a, "segments"_a, "scale"_a, "accumulate"_a, "q_dtype"_a, "out_dtype"_a, "threads"_a);
+      "query_heads"_a, "segments"_a, "scale"_a, "accumulate"_a, "q_dtype"_a, "out_dtype"_a, "stream"_a,
+      "threads"_a);
   m.def(
       "merge_attention",
       [](Address out_a, Address lse_a, Address out_b, Address lse_b, Address out, Address lse, int64_t rows, int64_t D,
@@ -133,16 +135,16 @@ void define_qkv(py::module_& m) {
       [](Address qkv, int64_t qkv_stride, Address q, Address bias, Address norm_q, int64_t norm_q_size, Address norm_k,
          int64_t norm_k_size, Address rope, int64_t rope_pairs, Address k_mean, bool interleaved, float eps,
          const Pool& pages, const PageList& where, const PageShape& shape, int64_t T, int64_t query_heads, DType dtype,
-         int threads) {
+         Stream stream, int threads) {
         const QkvPrologueParams params{at<void>(qkv), at<void>(q), qkv_stride, at<float>(bias), at<float>(norm_q),
                                        at<float>(norm_k), norm_q_size, norm_k_size, at<float>(rope),
                                        at<float>(k_mean), rope_pairs, interleaved, eps, pages, where, shape, T,
                                        query_heads, dtype};
-        launch(params, std::nullopt, threads, qkv_prologue_cpu, {});
+        launch(params, stream, threads, qkv_prologue_cpu, nullptr);
       },
       py::kw_only(), "qkv"_a, "qkv_stride"_a, "q"_a, "bias"_a, "norm_q"_a, "norm_q_size"_a, "norm_k"_a,
       "norm_k_size"_a, "rope"_a, "rope_pairs"_a, "k_mean"_a, "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a,
-      "T"_a, "query_heads"_a, "dtype"_a, "threads"_a);
+      "T"_a, "query_heads"_a, "dtype"_a, "stream"_a, "threads"_a);
 }
 
 }  // namespace

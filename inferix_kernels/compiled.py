@@ -6,6 +6,7 @@ This file turns tensors into addresses, sizes and strides, and does nothing else
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, t
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
-    stream, threads = _runs_on("kv_append", k)
-    _C.kv_append(
+    _run(
+        "kv_append",
+        k,
         k=_rows("k", k),
         v=_rows("v", v),
         pages=_pool(pages),
@@ -33,33 +35,31 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
         shape=_shape(pages),
         T=k.shape[0],
         x_dtype=_DTYPES[k.dtype],
-        stream=stream,
-        threads=threads,
     )
 
 
 def kv_commit(
     source: KVPages, source_list: PageList, target: KVPages, target_list: PageList, k_mean: Tensor | None = None
 ) -> None:
-    stream, threads = _runs_on("kv_commit", source.k)
-    _C.kv_commit(
+    _run(
+        "kv_commit",
+        source.k,
         source=_pool(source),
         source_list=_page_list(*source_list),
         target=_pool(target),
         target_list=_page_list(*target_list),
         k_mean=_address("k_mean", k_mean),
         shape=_shape(source),
-        stream=stream,
-        threads=threads,
     )
 
 
 def kv_gather(
     pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *, out: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    stream, threads = _runs_on("kv_gather", out[0])
     k, v = out
-    _C.kv_gather(
+    _run(
+        "kv_gather",
+        out[0],
         pools=_pools(pools),
         where=_page_list(*where),
         shape=_shape(pools[0]),
@@ -67,8 +67,6 @@ def kv_gather(
         v=_rows("out[1]", v),
         T=k.shape[0],
         out_dtype=_DTYPES[k.dtype],
-        stream=stream,
-        threads=threads,
     )
     return out
 
@@ -76,8 +74,9 @@ def kv_gather(
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _, threads = _runs_on("paged_attention", q)
-    _C.paged_attention(
+    _run(
+        "paged_attention",
+        q,
         q=_rows("q", q),
         out=_rows("out", out),
         lse=_address("lse", lse),
@@ -93,7 +92,6 @@ def paged_attention(
         accumulate=accumulate,
         q_dtype=_DTYPES[q.dtype],
         out_dtype=_DTYPES[out.dtype],
-        threads=threads,
     )
     return out, lse
 
@@ -101,8 +99,9 @@ def paged_attention(
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    stream, threads = _runs_on("merge_attention", out_a)
-    _C.merge_attention(
+    _run(
+        "merge_attention",
+        out_a,
         out_a=_address("out_a", out_a),
         lse_a=_address("lse_a", lse_a),
         out_b=_address("out_b", out_b),
@@ -113,8 +112,6 @@ def merge_attention(
         D=out.shape[2],
         in_dtype=_DTYPES[out_a.dtype],
         out_dtype=_DTYPES[out.dtype],
-        stream=stream,
-        threads=threads,
     )
     return out, lse
 
@@ -133,12 +130,13 @@ def qkv_prologue(
     interleaved: bool = True,
     out: Tensor,
 ) -> Tensor:
-    _, threads = _runs_on("qkv_prologue", qkv)
     if qkv.stride(1) != 1:
         raise Unsupported(f"qkv must be contiguous in its last dimension, got strides {qkv.stride()}")
     # Held here until the call returns: .float() may make new tensors, and _C sees only their addresses.
     norm_q, norm_k, bias = (None if x is None else x.float() for x in (norm_q, norm_k, bias))
-    _C.qkv_prologue(
+    _run(
+        "qkv_prologue",
+        qkv,
         qkv=qkv.data_ptr(),
         qkv_stride=qkv.stride(0),
         q=_address("out", out),
@@ -158,20 +156,21 @@ def qkv_prologue(
         T=qkv.shape[0],
         query_heads=out.shape[1],
         dtype=_DTYPES[qkv.dtype],
-        threads=threads,
     )
     return out
 
 
-def _runs_on(op: str, tensor: Tensor) -> tuple[int | None, int]:
-    """(CUDA stream, CPU threads). A stream of None means the C++ kernel."""
-    if not tensor.is_cuda:
-        return None, torch.get_num_threads()
+def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
+    """Call _C's function of this name: the C++ kernel for a CPU tensor, the CUDA kernel on torch's current stream."""
+    kernel = getattr(_C, op)
+    if not like.is_cuda:
+        return kernel(**arguments, stream=None, threads=torch.get_num_threads())
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     if op not in CUDA_OPS:
         raise Unsupported(f"{op}: no CUDA kernel yet")
-    return torch.cuda.current_stream(tensor.device).cuda_stream, 0
+    with torch.cuda.device(like.device):  # a stream only takes launches while its device is current
+        kernel(**arguments, stream=torch.cuda.current_stream().cuda_stream, threads=0)
 
 
 def _address(name: str, tensor: Tensor | None) -> int:

@@ -41,7 +41,7 @@ def test_a_run_resumes_with_all_its_state(tmp_path):
     run(tmp_path, 25)
     before = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     args = dict(seed=0, lr=3e-3, batch=4, compile=False, steps=50, decay=0.3, warmup=5, average=0.998, motion=12.0)
-    args |= dict(first_weight=0.3, shift=8.0, sample_steps=2, own_from=0.5, sound=0.04)
+    args |= dict(first_weight=0.3, shift=8.0, sample_steps=2, own_from=0.5, sound=0.04, one_step=0.75)
     trainer = train.Trainer(argparse.Namespace(**args), SMALL)
     trainer.load(before)
     assert trainer.step == 25

@@ -10,36 +10,60 @@ namespace {
 
 std::string entry(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
-template <typename T>
-void store_row(T* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i]);
+// __restrict below: int8_t is a character type, which may alias anything, and the compiler would not vectorise.
+void convert(const float* __restrict from, float* __restrict to, int64_t count) { std::copy_n(from, count, to); }
+
+INFERIX_CLONES void convert(const float* __restrict from, Bf16* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_float<Bf16>(from[i]);
+}
+
+INFERIX_CLONES void convert(const Bf16* __restrict from, float* __restrict to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+INFERIX_CLONES void scale_key(const int8_t* __restrict codes, float scale, float* __restrict to, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d] = to_float(codes[d]) * scale;
+}
+
+INFERIX_CLONES void scale_value(const int8_t* __restrict codes, const float* __restrict scales, float* __restrict to,
+                                int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d] = to_float(codes[d]) * scales[d];
+}
+
+INFERIX_CLONES float quantize_key(const float* __restrict k, int8_t* __restrict codes, int64_t D) {
+  uint32_t largest = 0;
+  for (int64_t d = 0; d < D; ++d) largest = max_magnitude(largest, k[d]);
+  const float scale = int8_scale(largest);
+  for (int64_t d = 0; d < D; ++d) codes[d] = quantized(k[d], scale);
+  return scale;
+}
+
+INFERIX_CLONES void widen_range(const float* __restrict v, uint32_t* __restrict largest, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) largest[d] = max_magnitude(largest[d], v[d]);
+}
+
+INFERIX_CLONES void quantize_value(const float* __restrict v, const float* __restrict scales,
+                                   int8_t* __restrict codes, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) codes[d] = quantized(v[d], scales[d]);
 }
 
 template <typename T>
 void write_floats(T* to, const float* from, int64_t stride, int64_t length, const PageShape& s) {
-  for (int64_t t = 0; t < length; ++t) store_row(to + t * s.D, from + t * stride, s.D);
+  for (int64_t t = 0; t < length; ++t) convert(from + t * stride, to + t * s.D, s.D);
   std::fill(to + length * s.D, to + s.page_size * s.D, T{});
 }
 
 void write_int8_keys(int8_t* to, float* scales, const float* k, int64_t stride, int64_t length, const PageShape& s) {
-  for (int64_t t = 0; t < length; ++t) {
-    const float* row = k + t * stride;
-    uint32_t largest = 0;
-    for (int64_t d = 0; d < s.D; ++d) largest = max_magnitude(largest, row[d]);
-    const float scale = scales[t] = int8_scale(largest);
-    for (int64_t d = 0; d < s.D; ++d) to[t * s.D + d] = quantized(row[d], scale);
-  }
+  for (int64_t t = 0; t < length; ++t) scales[t] = quantize_key(k + t * stride, to + t * s.D, s.D);
   std::fill(to + length * s.D, to + s.page_size * s.D, int8_t{0});
   std::fill(scales + length, scales + s.page_size, int8_scale(0));
 }
 
 void write_int8_values(int8_t* to, float* scales, const float* v, int64_t stride, int64_t length, const PageShape& s) {
   std::vector<uint32_t> largest(s.D, 0);
-  for (int64_t t = 0; t < length; ++t)
-    for (int64_t d = 0; d < s.D; ++d) largest[d] = max_magnitude(largest[d], v[t * stride + d]);
-  for (int64_t d = 0; d < s.D; ++d) scales[d] = int8_scale(largest[d]);
-  for (int64_t t = 0; t < length; ++t)
-    for (int64_t d = 0; d < s.D; ++d) to[t * s.D + d] = quantized(v[t * stride + d], scales[d]);
+  for (int64_t t = 0; t < length; ++t) widen_range(v + t * stride, largest.data(), s.D);
+  std::transform(largest.begin(), largest.end(), scales, int8_scale);
+  for (int64_t t = 0; t < length; ++t) quantize_value(v + t * stride, scales, to + t * s.D, s.D);
   std::fill(to + length * s.D, to + s.page_size * s.D, int8_t{0});
 }
 
@@ -83,12 +107,12 @@ void read_tile(const Tile& tile, const PageShape& s, int64_t first, int64_t coun
     if constexpr (std::is_same_v<T, int8_t>) {
       const float *k_scales = tile_k_scales(tile, s) + first, *v_scales = tile_v_scales(tile, s);
       for (int64_t t = 0; t < count; ++t) {
-        for (int64_t d = 0; d < s.D; ++d) k[t * s.D + d] = to_float(from_k[t * s.D + d]) * k_scales[t];
-        for (int64_t d = 0; d < s.D; ++d) v[t * s.D + d] = to_float(from_v[t * s.D + d]) * v_scales[d];
+        scale_key(from_k + t * s.D, k_scales[t], k + t * s.D, s.D);
+        scale_value(from_v + t * s.D, v_scales, v + t * s.D, s.D);
       }
     } else {
-      for (int64_t i = 0; i < count * s.D; ++i) k[i] = to_float(from_k[i]);
-      for (int64_t i = 0; i < count * s.D; ++i) v[i] = to_float(from_v[i]);
+      convert(from_k, k, count * s.D);
+      convert(from_v, v, count * s.D);
     }
   });
 }

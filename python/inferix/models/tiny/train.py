@@ -308,6 +308,8 @@ class Trainer:
         clean = torch.zeros(context.shape[:2])
         x, losses = torch.randn_like(truth), []
         levels = few_step_times(args.sample_steps, args.shift)
+        if self.world.rng.random() < args.one_step:
+            levels = levels[:1]  # the first step decides; the others refine
         for i, t in enumerate(levels):
             level = torch.full(truth.shape[:2], t)
             x0 = self.predict("own", context, x, clean, level, *both).float()
@@ -372,6 +374,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shift", type=float, default=8.0, help="noise schedule shift")
     parser.add_argument("--sample-steps", type=int, default=2, help="few-step schedule the model is distilled for")
     parser.add_argument("--own-from", type=float, default=0.45, help="share of the run after which self-rollout begins")
+    parser.add_argument(
+        "--one-step", type=float, default=0.75, help="share of own steps that stop after the first level"
+    )
     parser.add_argument("--sound", type=float, default=0.04, help="sprite error past which a stream has gone astray")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
