@@ -1,10 +1,17 @@
 """paged_attention and merge_attention: the reference against plain softmax, every backend against the reference."""
 
+import concurrent.futures
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from inferix_kernels import FORMATS, PageList, kv_gather, make_plan, merge_attention, paged_attention
 from inferix_kernels.testing import assert_close, attention_inputs, filled_pool
+
+ROOT = Path(__file__).parent.parent
 
 # queries per segment, lens of the pages, Hq, H, D, page_size: ragged tails, one token, empty pages, GQA 1 / 3 / 6,
 # rows that do not fill a register, pages larger than the tile of a kernel.
@@ -183,3 +190,27 @@ def test_merging_in_place(which):
     want, want_lse = merge_attention(a, lse_a, b, lse_b, backend=which)
     out, lse = merge_attention(a, lse_a, b, lse_b, out=a, lse=lse_a, backend=which)
     assert out is a and lse is lse_a and torch.equal(a, want) and torch.equal(lse_a, want_lse)
+
+
+def test_calls_from_several_python_threads_do_not_mix(threads):
+    torch.set_num_threads(2)
+    q, pools, plan = inputs("rows of several tasks")
+    want, _ = paged_attention(q, pools, plan, backend="compiled")
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        results = list(executor.map(lambda _: paged_attention(q, pools, plan, backend="compiled")[0], range(40)))
+    assert all(torch.equal(out, want) for out in results)
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    code = (
+        "import os, torch, inferix_kernels as ik\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(600, 2, 16)\n"
+        "run = lambda: ik.merge_attention(x, x[..., 0].contiguous(), x, x[..., 0].contiguous(), backend='compiled')[0]\n"
+        "want = run()\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(run(), want) else 1)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert result.stdout.strip() == "0", result.stderr

@@ -38,49 +38,69 @@ struct Workspace {
 };
 
 // acc[i] += sum over n < count of a[offsets[i] + n * step] * columns[n]
-template <int kRows>
+template <typename S, int kRows>
 INFERIX_INLINE void multiply_add(const float* a, const int64_t (&offsets)[kRows], int64_t step, const Column* columns,
-                                 int64_t count, Lanes (&acc)[kRows]) {
+                                 int64_t count, typename S::Lanes (&acc)[kRows][S::kParts]) {
   for (int64_t n = 0; n < count; ++n) {
-    const Lanes column = columns[n].lanes;
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) acc[i] += a[offsets[i] + n * step] * column;
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int part = 0; part < S::kParts; ++part)
+        acc[i][part] += a[offsets[i] + n * step] * S::part(columns[n], part);
+    }
   }
 }
 
-// Sixteen query rows attend to `count` keys: k and v are [count, D].
-template <int kRows>
-INFERIX_INLINE void attend_to_keys(const float* k, const float* v, int64_t count, int64_t D, const Column* q, Column* out,
-                                   Column& largest, Column& sum) {
-  Column scores[kKeys];
-  int64_t offsets[kRows];
-  Lanes highest = largest.lanes;
+// scores[key] = k[key] . q for each of sixteen queries.
+template <typename S, int kRows>
+INFERIX_INLINE void score_keys(const float* k, int64_t count, int64_t D, const Column* q, Column* scores) {
   for (int64_t first = 0; first < count; first += kRows) {
     // Past the last key the last one again: nothing invalid is read, and its result is dropped.
+    int64_t offsets[kRows];
     for (int i = 0; i < kRows; ++i) offsets[i] = std::min(first + i, count - 1) * D;
-    Lanes acc[kRows] = {};
-    multiply_add(k, offsets, 1, q, D, acc);
-    for (int i = 0; i < kRows && first + i < count; ++i) {
-      scores[first + i].lanes = acc[i];
-      highest = larger(acc[i], highest);
+    typename S::Lanes acc[kRows][S::kParts] = {};
+    multiply_add<S>(k, offsets, 1, q, D, acc);
+    for (int i = 0; i < kRows && first + i < count; ++i)
+      for (int part = 0; part < S::kParts; ++part) S::part(scores[first + i], part) = acc[i][part];
+  }
+}
+
+// scores become 2^(score - largest); returns what everything summed before must be multiplied with.
+template <typename S>
+INFERIX_INLINE Column soften(Column* scores, int64_t count, Column& largest, Column& sum) {
+  Column shrink;
+  for (int part = 0; part < S::kParts; ++part) {
+    typename S::Lanes highest = S::part(largest, part);
+    for (int64_t key = 0; key < count; ++key) highest = S::larger(S::part(scores[key], part), highest);
+    const typename S::Lanes factor = S::exp2(S::part(largest, part) - highest);
+    typename S::Lanes total = S::part(sum, part) * factor;
+    for (int64_t key = 0; key < count; ++key) {
+      const typename S::Lanes weight = S::exp2(S::part(scores[key], part) - highest);
+      S::part(scores[key], part) = weight;
+      total += weight;
     }
+    S::part(largest, part) = highest;
+    S::part(sum, part) = total;
+    S::part(shrink, part) = factor;
   }
-  const Lanes shrink = exp2(largest.lanes - highest);
-  largest.lanes = highest;
-  Lanes total = sum.lanes * shrink;
-  for (int64_t key = 0; key < count; ++key) {
-    scores[key].lanes = exp2(scores[key].lanes - highest);
-    total += scores[key].lanes;
-  }
-  sum.lanes = total;
+  return shrink;
+}
+
+// out[d] = out[d] * shrink + sum over keys of weights[key] * v[key][d]
+template <typename S, int kRows>
+INFERIX_INLINE void add_values(const float* v, int64_t count, int64_t D, const Column* weights, const Column& shrink,
+                               Column* out) {
   for (int64_t first = 0; first < D; first += kRows) {
-    Lanes acc[kRows];
+    int64_t offsets[kRows];
+    typename S::Lanes acc[kRows][S::kParts];
     for (int i = 0; i < kRows; ++i) {
-      offsets[i] = std::min(first + i, D - 1);
-      acc[i] = out[first + i].lanes * shrink;
+      offsets[i] = std::min(first + i, D - 1);  // out has room for a whole last step
+      for (int part = 0; part < S::kParts; ++part)
+        acc[i][part] = S::part(out[first + i], part) * S::part(shrink, part);
     }
-    multiply_add(v, offsets, D, scores, count, acc);
-    for (int i = 0; i < kRows; ++i) out[first + i].lanes = acc[i];
+    multiply_add<S>(v, offsets, D, weights, count, acc);
+    for (int i = 0; i < kRows; ++i)
+      for (int part = 0; part < S::kParts; ++part) S::part(out[first + i], part) = acc[i][part];
   }
 }
 
@@ -100,21 +120,23 @@ int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / mult
 template <typename Q, typename Out>
 void begin(const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
   const int64_t D = p.shape.D, groups = round_up(task.rows, kLanes) / kLanes;
+  Column lowest;
+  std::fill_n(lowest.lane, kLanes, -kInfinity);
   w.q.assign(groups * D, Column{});
   w.out.assign(groups * out_columns, Column{});
-  w.largest.assign(groups, Column{Lanes{} - kInfinity});
+  w.largest.assign(groups, lowest);
   w.sum.assign(groups, Column{});
   for (int64_t row = 0; row < task.rows; ++row) {
     const int64_t group = row / kLanes, lane = row % kLanes;
     const RowAddress at = address(p, task, row);
     const Q* q = static_cast<const Q*>(p.q.data) + at.element(p.q);
-    for (int64_t d = 0; d < D; ++d) w.q[group * D + d].lanes[lane] = to_float(q[d]) * (p.scale * kLog2E);
+    for (int64_t d = 0; d < D; ++d) w.q[group * D + d].lane[lane] = to_float(q[d]) * (p.scale * kLog2E);
     const float lse = p.lse[at.token * p.query_heads + at.head];
     if (!p.accumulate || lse == -kInfinity) continue;
     const Out* out = static_cast<const Out*>(p.out.data) + at.element(p.out);
-    for (int64_t d = 0; d < D; ++d) w.out[group * out_columns + d].lanes[lane] = to_float(out[d]);
-    w.largest[group].lanes[lane] = lse * kLog2E;
-    w.sum[group].lanes[lane] = 1.f;
+    for (int64_t d = 0; d < D; ++d) w.out[group * out_columns + d].lane[lane] = to_float(out[d]);
+    w.largest[group].lane[lane] = lse * kLog2E;
+    w.sum[group].lane[lane] = 1.f;
   }
 }
 
@@ -123,21 +145,22 @@ void finish(const PagedAttentionParams& p, const Task& task, int64_t out_columns
   for (int64_t row = 0; row < task.rows; ++row) {
     const int64_t group = row / kLanes, lane = row % kLanes;
     const RowAddress at = address(p, task, row);
-    const float sum = w.sum[group].lanes[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
+    const float sum = w.sum[group].lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
     Out* out = static_cast<Out*>(p.out.data) + at.element(p.out);
     for (int64_t d = 0; d < p.shape.D; ++d)
-      out[d] = from_float<Out>(w.out[group * out_columns + d].lanes[lane] * inverse);
+      out[d] = from_float<Out>(w.out[group * out_columns + d].lane[lane] * inverse);
     p.lse[at.token * p.query_heads + at.head] =
-        sum == 0.f ? -kInfinity : (w.largest[group].lanes[lane] + std::log2(sum)) * kLn2;
+        sum == 0.f ? -kInfinity : (w.largest[group].lane[lane] + std::log2(sum)) * kLn2;
   }
 }
 
-template <int kRows>
+template <typename S, int kRows>
 INFERIX_INLINE void attend(const PagedAttentionParams& p, const Task& task, Workspace& w) {
   const int64_t D = p.shape.D, out_columns = (D + kRows - 1) / kRows * kRows;
   with_float_type("q", p.q_dtype, [&](auto q) {
     with_float_type("out", p.out_dtype, [&](auto out) { begin<decltype(q), decltype(out)>(p, task, out_columns, w); });
   });
+  Column scores[kKeys];
   for (int64_t i = p.page_indptr[task.segment]; i < p.page_indptr[task.segment + 1]; ++i) {
     const Tile tile = locate(p.pools, p.entries.ids[i], task.head);
     for (int64_t first = 0; first < p.entries.lens[i]; first += kKeys) {
@@ -149,9 +172,11 @@ INFERIX_INLINE void attend(const PagedAttentionParams& p, const Task& task, Work
       } else {
         read_tile(tile, p.shape, first, count, w.k.data(), w.v.data());
       }
-      for (size_t group = 0; group < w.sum.size(); ++group)
-        attend_to_keys<kRows>(k, v, count, D, &w.q[group * D], &w.out[group * out_columns], w.largest[group],
-                              w.sum[group]);
+      for (size_t group = 0; group < w.sum.size(); ++group) {
+        score_keys<S, kRows>(k, count, D, &w.q[group * D], scores);
+        const Column shrink = soften<S>(scores, count, w.largest[group], w.sum[group]);
+        add_values<S, kRows>(v, count, D, scores, shrink, &w.out[group * out_columns]);
+      }
     }
   }
   with_float_type("out", p.out_dtype, [&](auto out) { finish<decltype(out)>(p, task, out_columns, w); });
@@ -159,18 +184,26 @@ INFERIX_INLINE void attend(const PagedAttentionParams& p, const Task& task, Work
 
 using Attend = void (*)(const PagedAttentionParams&, const Task&, Workspace&);
 
-// kRows accumulators, kLanes wide, should fill the registers: 8 of 32 zmm (more would wait for loads), 8 of 16 ymm.
-void attend_portable(const PagedAttentionParams& p, const Task& task, Workspace& w) { attend<4>(p, task, w); }
+// kRows * kParts sums must fit the registers beside a column: 8 of 32 zmm (more would wait for loads), 8 of 16 ymm or
+// xmm, 16 of 32 on Arm.
+#if defined(__aarch64__)
+constexpr int kPortableRows = 4;
+#else
+constexpr int kPortableRows = 2;
+#endif
+void attend_portable(const PagedAttentionParams& p, const Task& task, Workspace& w) {
+  attend<Simd<4>, kPortableRows>(p, task, w);
+}
 
 #if defined(__x86_64__)
 __attribute__((target("arch=x86-64-v3"))) void attend_v3(const PagedAttentionParams& p, const Task& task,
                                                          Workspace& w) {
-  attend<4>(p, task, w);
+  attend<Simd<8>, 4>(p, task, w);
 }
 
 __attribute__((target("arch=x86-64-v4"))) void attend_v4(const PagedAttentionParams& p, const Task& task,
                                                          Workspace& w) {
-  attend<8>(p, task, w);
+  attend<Simd<16>, 8>(p, task, w);
 }
 
 Attend best_attend() {
