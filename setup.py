@@ -61,7 +61,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["inferix_kernels*"]), *find_packages("python")],
     package_dir={"inferix": "python/inferix"},
-    package_data={"": ["*.safetensors", "*.json", "*.md", "*.html", "*.js", "*.css"]},
     ext_modules=[Extension("inferix_kernels._C", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

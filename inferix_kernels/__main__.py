@@ -22,6 +22,8 @@ def try_op(op: str, backend: str, device: str) -> str:
         if device == "cuda" and not torch.cuda.is_available():
             return "no GPU here" + built
         call_for(op, backend, device)()
+        if device == "cuda":
+            torch.cuda.synchronize()  # a kernel that fails does so here
     except Unsupported as error:
         return str(error)
     return "runs"

@@ -100,7 +100,7 @@ def kv_gather(
     """Read the tokens of a page list, dequantized, as (k, v), each [T, H, D].
 
     Args:
-        pools: one or more, same H, page_size and D, formats may differ. A page id counts through them in order.
+        pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
         where: T is the sum of its lens.
         dtype: float32 or bfloat16, of the tensors returned. Not used when out is given.
         out: (k, v), each [T, H, D], to write to. Without it T must be read from the device, which waits for it.
@@ -139,7 +139,7 @@ def paged_attention(
 
     Args:
         q: [T, Hq, D] float32 or bfloat16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).
-        pools: one or more, same H, page_size and D, formats may differ. A page id counts through them in order.
+        pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
             Either all or none of their keys had a mean removed.
         plan: its segments cover the T queries.
         scale: of q . k; D ** -0.5 by default.

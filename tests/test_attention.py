@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
@@ -66,6 +68,24 @@ def test_attention_matches_the_reference(case, formats, dtype, backend, device):
     assert not out.isnan().any()  # every slot that must not be read is poisoned
     assert_close("out", out, want_out, keys(plan))
     assert_close("lse", lse, want_lse, q.shape[2])
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    queries=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    lens=st.lists(st.integers(0, 24), min_size=1, max_size=8),
+    heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 6]),
+    head_dim=st.integers(1, 72),
+    formats=st.sampled_from(MIXES),
+)
+def test_attention_matches_the_reference_on_any_sizes(queries, lens, heads, group, head_dim, formats):
+    sizes = {"query_heads": heads * group, "heads": heads, "head_dim": head_dim, "page_size": 24}
+    q, pools, plan = attention_inputs(queries, lens, **sizes, formats=formats)
+    out, lse = paged_attention(q, pools, plan, backend="compiled")
+    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
+    assert_close("out", out, want_out, keys(plan))
+    assert_close("lse", lse, want_lse, head_dim)
 
 
 def test_a_given_out_may_be_float32(backend, device):
@@ -206,7 +226,8 @@ def test_a_forked_child_has_threads_of_its_own():
         "import os, torch, inferix_kernels as ik\n"
         "torch.set_num_threads(2)\n"
         "x = torch.randn(600, 2, 16)\n"
-        "run = lambda: ik.merge_attention(x, x[..., 0].contiguous(), x, x[..., 0].contiguous(), backend='compiled')[0]\n"
+        "lse = x[..., 0].contiguous()\n"
+        "run = lambda: ik.merge_attention(x, lse, x, lse, backend='compiled')[0]\n"
         "want = run()\n"
         "child = os.fork()\n"
         "if child == 0: os._exit(0 if torch.equal(run(), want) else 1)\n"
