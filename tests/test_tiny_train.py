@@ -50,3 +50,10 @@ def test_a_run_resumes_with_all_its_state(tmp_path):
     for a, b in zip(after["optimizers"], before["optimizers"]):
         assert a["state"].keys() == b["state"].keys() and a["state"]
     assert run(tmp_path, 50, "--resume")[-1]["step"] == 50
+
+
+def test_a_run_starts_from_shipped_weights(tmp_path):
+    run(tmp_path / "first", 50)
+    log = run(tmp_path / "second", 25, "--init", str(tmp_path / "first" / "tiny_world.safetensors"))
+    fresh = run(tmp_path / "third", 25)
+    assert log[0]["next"] < 0.8 * fresh[0]["next"]

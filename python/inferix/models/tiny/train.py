@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .clips import OWN_CONTEXT, Stream, simulate
@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m inferix.models.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("tiny_training"), help="folder of checkpoint and log")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--init", type=Path, help="start from these weights (safetensors), with a fresh optimizer")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=12, help="clips per step")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -304,6 +305,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
     trainer = Trainer(args, TinyConfig())
+    if args.init:
+        for network in (trainer.model, trainer.average):
+            network.load_state_dict({name: tensor.float() for name, tensor in load_file(args.init).items()})
     if args.resume:
         trainer.load(torch.load(checkpoint, weights_only=True))
     started, recent = time.time(), []
