@@ -9,7 +9,7 @@ TORCH := 2.13.0
 build: .venv/built
 
 demo: build
-	$(BIN)/inferix generate --model tiny --seconds 60 --seed 7 --actions random \
+	$(BIN)/inferix generate --model tiny --seconds 60 --seed 10 --actions random \
 	    --prompt-file examples/tour.txt --out demo.mp4
 
 play: build
