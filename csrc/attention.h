@@ -8,7 +8,7 @@ struct PagedAttentionParams {
   Rows q;    // [T, query_heads, D]  q_dtype
   Rows out;  // [T, query_heads, D]  out_dtype, written; read too when accumulating
   float* lse;  // [T, query_heads]   natural logarithm
-  Pools pools;
+  Pools pools;  // Dv = D
   const int32_t* q_indptr;     // [segments + 1]  from 0 to T
   const int32_t* page_indptr;  // [segments + 1]  from 0 to entries
   PageList entries;            // pages of all segments

@@ -49,7 +49,8 @@ using CudaKernel = std::common_type_t<void (*)(const Params&, void* stream)>;
 #endif
 
 template <typename Params>
-void launch(const Params& params, Stream stream, int threads, void (*cpu)(const Params&, int), CudaKernel<Params> cuda) {
+void launch(const Params& params, Stream stream, int threads, void (*cpu)(const Params&, int),
+            CudaKernel<Params> cuda) {
   py::gil_scoped_release release;
   if (!stream) return cpu(params, threads);
   if (!cuda) throw std::invalid_argument("this op has no CUDA kernel in this build");
@@ -60,12 +61,25 @@ void define_types(py::module_& m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::f32)
       .value("bfloat16", DType::bf16)
-      .value("int8", DType::i8);
-  py::class_<Pool>(m, "Pool").def(
-      py::init([](Address k, Address v, Address k_scales, Address v_scales, int64_t pages, DType dtype) {
-        return Pool{at<void>(k), at<void>(v), at<float>(k_scales), at<float>(v_scales), pages, dtype};
+      .value("float16", DType::f16);
+  py::enum_<Codec>(m, "Codec")
+      .value("float32", Codec::f32)
+      .value("bfloat16", Codec::bf16)
+      .value("float16", Codec::f16)
+      .value("int8_token", Codec::i8_token)
+      .value("int8_channel", Codec::i8_channel)
+      .value("e4m3_token", Codec::e4m3_token)
+      .value("e4m3_channel", Codec::e4m3_channel)
+      .value("u4_token", Codec::u4_token)
+      .value("u4_channel", Codec::u4_channel);
+  py::class_<Plane>(m, "Plane").def(
+      py::init([](Address codes, Address scales, Address offsets, int64_t width, Codec codec) {
+        return Plane{at<void>(codes), at<void>(scales), at<void>(offsets), width, codec};
       }));
-  py::class_<PageShape>(m, "PageShape").def(py::init<int64_t, int64_t, int64_t>());
+  py::class_<Pool>(m, "Pool").def(
+      py::init([](const Plane& k, const Plane& v, int64_t pages) { return Pool{k, v, pages}; }));
+  py::class_<PageShape>(m, "PageShape").def(
+      py::init([](int64_t H, int64_t page_size) { return PageShape{H, page_size}; }));
   py::class_<Rows>(m, "Rows").def(py::init([](Address data, int64_t token_stride, int64_t head_stride) {
     return Rows{at<void>(data), token_stride, head_stride};
   }));

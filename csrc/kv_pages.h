@@ -7,16 +7,22 @@
 
 namespace inferix {
 
+// The keys or the values of a pool: tiles of page_size tokens, one for each page and head.
+struct Plane {
+  void* codes;    // [pages, H, page_size, width]; width / 2 bytes if u4; [pages, H, width, page_size] if transposed
+  void* scales;   // [pages, H, page_size or width]  float, float16 if u4; null for floats. x = code * scale + offset
+  void* offsets;  // [pages, H, page_size or width]  float16; u4 only, else null
+  int64_t width;
+  Codec codec;
+};
+
 struct Pool {
-  void *k, *v;       // [pages, H, page_size, D]  dtype
-  float* k_scales;   // [pages, H, page_size]     int8 only, else null: key = code * scale
-  float* v_scales;   // [pages, H, D]             int8 only, else null: value = code * scale
+  Plane k, v;  // D and Dv wide
   int64_t pages;
-  DType dtype;
 };
 
 struct PageShape {
-  int64_t H, page_size, D;
+  int64_t H, page_size;
 };
 
 // Rows of a [T, H, D] tensor; the last dimension is contiguous.
@@ -41,7 +47,7 @@ struct Pools {
 };
 
 struct KvAppendParams {
-  Rows k, v;  // [T, H, D]  x_dtype
+  Rows k, v;  // [T, H, D], [T, H, Dv]  x_dtype
   Pool pages;
   PageList where;
   PageShape shape;
@@ -50,7 +56,7 @@ struct KvAppendParams {
 };
 
 struct KvCommitParams {
-  Pool source, target;
+  Pool source, target;                // of the same widths
   PageList source_list, target_list;  // same lens
   const float* k_mean;                // [H, D] or null
   PageShape shape;
@@ -60,7 +66,7 @@ struct KvGatherParams {
   Pools pools;
   PageList where;
   PageShape shape;
-  Rows k, v;  // [T, H, D]  out_dtype, written
+  Rows k, v;  // [T, H, D], [T, H, Dv]  out_dtype, written
   int64_t T;
   DType out_dtype;
 };

@@ -17,7 +17,7 @@ struct QkvPrologueParams {
   int64_t rope_pairs;
   bool interleaved;      // pairs are (2j, 2j+1), else (j, j + rope_pairs)
   float eps;
-  Pool pages;            // written
+  Pool pages;            // written; Dv = D
   PageList where;
   PageShape shape;
   int64_t T, query_heads;

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import FORMATS, KVPages, PageList, Plan
+from .layout import FORMATS, KVPages, PageList, Plan, Side
 
-FLOATS = (torch.float32, torch.bfloat16)
-_PAGE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
 
 
 def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
@@ -69,27 +69,48 @@ def check_inference(op: str, *tensors: Tensor) -> None:
 
 
 def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.device) -> None:
-    """Shapes, dtypes and scales of one pool. Sets sizes H, page_size and D, or holds the pool against them."""
+    """Shapes, dtypes and scales of one pool. Sets sizes H, page_size, D and Dv, or holds the pool against them."""
     if not isinstance(pages, KVPages):
         raise TypeError(f"{name} must be a KVPages, got {type(pages).__name__}")
-    sizes.pop("P", None)  # each pool has its own
-    check_tensor(f"{name}.k", pages.k, _PAGE_DTYPES, "P H page_size D", sizes, device)
-    check_tensor(f"{name}.v", pages.v, (pages.k.dtype,), "P H page_size D", sizes, device)
-    if not (pages.k.is_contiguous() and pages.v.is_contiguous()):
-        raise ValueError(
-            f"{name}.k and {name}.v must be contiguous, got strides {pages.k.stride()} and {pages.v.stride()}"
+    if (pages.k.dtype, pages.v.dtype) not in _DTYPES:
+        raise TypeError(
+            f"{name}.k and {name}.v must have the dtypes of a format ({', '.join(FORMATS)}),"
+            f" got {pages.k.dtype} and {pages.v.dtype}"
         )
-    scales = {"k_scales": (pages.k_scales, "P H page_size"), "v_scales": (pages.v_scales, "P H D")}
-    for field, (tensor, layout) in scales.items():
-        if (tensor is None) != (pages.k.dtype != torch.int8):
+    sizes.pop("P", None)  # each pool has its own
+    for letter, width, side in (("k", "D", pages.sides[0]), ("v", "Dv", pages.sides[1])):
+        _check_side(f"{name}.{letter}", width, side, pages.format, sizes, device)
+
+
+def _check_side(name: str, width: str, side: Side, format: str, sizes: dict[str, int], device: torch.device) -> None:
+    codec = side.codec
+    stored = f"{width}/2" if codec.packed else width
+    if codec.packed and width in sizes:
+        sizes[stored] = sizes[width] // 2
+    rows = f"{stored} page_size" if codec.transposed else f"page_size {stored}"
+    check_tensor(name, side.codes, (codec.dtype,), f"P H {rows}", sizes, device)
+    if codec.packed:
+        sizes[width] = 2 * sizes.pop(stored)
+    row = "page_size" if codec.scaled_by == "token" else width
+    for field, tensor, present in (
+        ("scales", side.scales, codec.scaled_by is not None),
+        ("offsets", side.offsets, codec.packed),
+    ):
+        if (tensor is not None) != present:
             raise ValueError(
-                f"{name}.{field} must be given for int8 pages and None for {' and '.join(FORMATS[:2])},"
-                f" got {'None' if tensor is None else 'a tensor'} with {pages.format} pages"
+                f"{name}_{field} must be {'given' if present else 'None'} for {format} pages,"
+                f" got {'None' if tensor is None else 'a tensor'}"
             )
         if tensor is not None:
-            check_tensor(f"{name}.{field}", tensor, (torch.float32,), layout, sizes, device)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}.{field} must be contiguous, got strides {tensor.stride()}")
+            check_tensor(f"{name}_{field}", tensor, (codec.scale_dtype,), f"P H {row}", sizes, device)
+    for field, tensor in ((name, side.codes), (f"{name}_scales", side.scales), (f"{name}_offsets", side.offsets)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{field} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_same_width(name: str, sizes: dict[str, int]) -> None:
+    if sizes["D"] != sizes["Dv"]:
+        raise ValueError(f"{name} must have values as wide as keys here, got D={sizes['D']} and Dv={sizes['Dv']}")
 
 
 def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.device) -> None:

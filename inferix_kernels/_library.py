@@ -1,7 +1,7 @@
 """The ops as torch.library sees them: flat tensors in, outputs passed in and mutated, the backend's name last.
 
 torch.compile and opcheck need this form; `call` takes it only there, since outside a graph a call through torch.library
-costs microseconds that buy nothing. A float pool has empty tensors in place of its scales.
+costs microseconds that buy nothing. A pool has empty tensors where it has no scales.
 """
 
 from __future__ import annotations
@@ -15,32 +15,18 @@ from torch import Tensor
 from ._dispatch import run
 from .layout import KVPages, PageList, Plan
 
-_POOL = "Tensor{w} {n}k_pages, Tensor{x} {n}v_pages, Tensor{y} {n}k_scales, Tensor{z} {n}v_scales"
-_WRITTEN = dict(zip("wxyz", ("(a!)", "(b!)", "(c!)", "(d!)"), strict=True))
-_READ = dict.fromkeys("wxyz", "")
-_POOLS = _POOL.format(n="", **dict.fromkeys("wxyz", "[]"))
-
-FlatPages = tuple[Tensor, Tensor, Tensor, Tensor]
+# A pool is the list of its six tensors; several pools are one list after the other.
+_WIDTH = len(KVPages._fields)
 
 
-def flatten(pages: KVPages) -> FlatPages:
-    # Two tensors, not one twice: a mutated argument must not alias another.
-    k_scales, v_scales = (
-        pages.k.new_empty(0, dtype=torch.float32) if s is None else s for s in (pages.k_scales, pages.v_scales)
-    )
-    return pages.k, pages.v, k_scales, v_scales
+def flatten(*pools: KVPages) -> list[Tensor]:
+    # A new tensor for each None: a mutated argument must not alias another.
+    return [pages.k.new_empty(0, dtype=torch.float32) if x is None else x for pages in pools for x in pages]
 
 
-def unflatten(k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor) -> KVPages:
-    return KVPages(k, v, k_scales, v_scales) if k.dtype == torch.int8 else KVPages(k, v)
-
-
-def flatten_all(pools: Sequence[KVPages]) -> tuple[list[Tensor], ...]:
-    return tuple(list(tensors) for tensors in zip(*map(flatten, pools), strict=True))
-
-
-def unflatten_all(*columns: Sequence[Tensor]) -> list[KVPages]:
-    return [unflatten(*pool) for pool in zip(*columns, strict=True)]
+def unflatten(tensors: list[Tensor]) -> list[KVPages]:
+    optional = [x if x.ndim > 1 else None for x in tensors]
+    return [KVPages(*optional[i : i + _WIDTH]) for i in range(0, len(tensors), _WIDTH)]  # type: ignore[arg-type]
 
 
 def define(op: str, schema: str) -> Callable[[Callable[..., None]], Any]:
@@ -56,34 +42,32 @@ def define(op: str, schema: str) -> Callable[[Callable[..., None]], Any]:
     return register
 
 
-@define("kv_append", f"Tensor k, Tensor v, {_POOL.format(n='', **_WRITTEN)}, Tensor ids, Tensor lens")
-def _kv_append(
-    k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, ks: Tensor, vs: Tensor, ids: Tensor, lens: Tensor, backend: str
-) -> None:
-    run("kv_append", backend, k.device, k, v, unflatten(kp, vp, ks, vs), PageList(ids, lens))
+@define("kv_append", "Tensor k, Tensor v, Tensor(a!)[] pages, Tensor ids, Tensor lens")
+def _kv_append(k: Tensor, v: Tensor, pages: list[Tensor], ids: Tensor, lens: Tensor, backend: str) -> None:
+    run("kv_append", backend, k.device, k, v, *unflatten(pages), PageList(ids, lens))
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str) -> None:
-    _kv_append(k, v, *flatten(pages), *where, backend)
+    _kv_append(k, v, flatten(pages), *where, backend)
 
 
 @define(
     "kv_commit",
-    f"{_POOL.format(n='source_', **_READ)}, Tensor source_ids, Tensor source_lens, "
-    f"{_POOL.format(n='target_', **_WRITTEN)}, Tensor target_ids, Tensor target_lens, Tensor? k_mean",
+    "Tensor[] source, Tensor source_ids, Tensor source_lens, "
+    "Tensor(a!)[] target, Tensor target_ids, Tensor target_lens, Tensor? k_mean",
 )
-def _kv_commit(*args: Any) -> None:
-    *pools, k_mean, backend = args
-    run(
-        "kv_commit",
-        backend,
-        args[0].device,
-        unflatten(*pools[0:4]),
-        PageList(*pools[4:6]),
-        unflatten(*pools[6:10]),
-        PageList(*pools[10:12]),
-        k_mean,
-    )
+def _kv_commit(
+    source: list[Tensor],
+    source_ids: Tensor,
+    source_lens: Tensor,
+    target: list[Tensor],
+    target_ids: Tensor,
+    target_lens: Tensor,
+    k_mean: Tensor | None,
+    backend: str,
+) -> None:
+    reads, writes = PageList(source_ids, source_lens), PageList(target_ids, target_lens)
+    run("kv_commit", backend, source_ids.device, *unflatten(source), reads, *unflatten(target), writes, k_mean)
 
 
 def kv_commit(
@@ -95,41 +79,28 @@ def kv_commit(
     *,
     backend: str,
 ) -> None:
-    _kv_commit(*flatten(source), *source_list, *flatten(target), *target_list, k_mean, backend)
+    _kv_commit(flatten(source), *source_list, flatten(target), *target_list, k_mean, backend)
 
 
-@define("kv_gather", f"{_POOLS}, Tensor ids, Tensor lens, Tensor(a!) k, Tensor(b!) v")
-def _kv_gather(
-    kp: list[Tensor],
-    vp: list[Tensor],
-    ks: list[Tensor],
-    vs: list[Tensor],
-    ids: Tensor,
-    lens: Tensor,
-    k: Tensor,
-    v: Tensor,
-    backend: str,
-) -> None:
-    run("kv_gather", backend, k.device, unflatten_all(kp, vp, ks, vs), PageList(ids, lens), k.dtype, out=(k, v))
+@define("kv_gather", "Tensor[] pools, Tensor ids, Tensor lens, Tensor(a!) k, Tensor(b!) v")
+def _kv_gather(pools: list[Tensor], ids: Tensor, lens: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+    run("kv_gather", backend, k.device, unflatten(pools), PageList(ids, lens), k.dtype, out=(k, v))
 
 
 def kv_gather(
     pools: Sequence[KVPages], where: PageList, dtype: torch.dtype, *, out: tuple[Tensor, Tensor], backend: str
 ) -> None:
-    _kv_gather(*flatten_all(pools), *where, *out, backend)
+    _kv_gather(flatten(*pools), *where, *out, backend)
 
 
 @define(
     "paged_attention",
-    f"Tensor q, {_POOLS}, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
+    "Tensor q, Tensor[] pools, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
     "Tensor page_lens, float scale, Tensor(a!) out, Tensor(b!) lse, bool accumulate",
 )
 def _paged_attention(
     q: Tensor,
-    kp: list[Tensor],
-    vp: list[Tensor],
-    ks: list[Tensor],
-    vs: list[Tensor],
+    pools: list[Tensor],
     q_indptr: Tensor,
     page_indptr: Tensor,
     page_ids: Tensor,
@@ -145,7 +116,7 @@ def _paged_attention(
         backend,
         q.device,
         q,
-        unflatten_all(kp, vp, ks, vs),
+        unflatten(pools),
         Plan(q_indptr, page_indptr, page_ids, page_lens),
         scale=scale,
         out=out,
@@ -165,7 +136,7 @@ def paged_attention(
     accumulate: bool,
     backend: str,
 ) -> None:
-    _paged_attention(q, *flatten_all(pools), *plan, scale, out, lse, accumulate, backend)
+    _paged_attention(q, flatten(*pools), *plan, scale, out, lse, accumulate, backend)
 
 
 @define("merge_attention", "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse")
@@ -183,19 +154,16 @@ def merge_attention(
 
 @define(
     "qkv_prologue",
-    f"Tensor qkv, Tensor? norm_q, Tensor? norm_k, Tensor? rope, {_POOL.format(n='', **_WRITTEN)}, "
+    "Tensor qkv, Tensor? norm_q, Tensor? norm_k, Tensor? rope, Tensor(a!)[] pages, "
     "Tensor ids, Tensor lens, Tensor? bias, Tensor? k_mean, float eps, bool interleaved, "
-    "Tensor(e!) out",
+    "Tensor(b!) out",
 )
 def _qkv_prologue(
     qkv: Tensor,
     norm_q: Tensor | None,
     norm_k: Tensor | None,
     rope: Tensor | None,
-    kp: Tensor,
-    vp: Tensor,
-    ks: Tensor,
-    vs: Tensor,
+    pages: list[Tensor],
     ids: Tensor,
     lens: Tensor,
     bias: Tensor | None,
@@ -213,7 +181,7 @@ def _qkv_prologue(
         norm_q,
         norm_k,
         rope,
-        unflatten(kp, vp, ks, vs),
+        *unflatten(pages),
         PageList(ids, lens),
         bias=bias,
         k_mean=k_mean,
@@ -238,7 +206,7 @@ def qkv_prologue(
     out: Tensor,
     backend: str,
 ) -> None:
-    _qkv_prologue(qkv, norm_q, norm_k, rope, *flatten(pages), *where, bias, k_mean, eps, interleaved, out, backend)
+    _qkv_prologue(qkv, norm_q, norm_k, rope, flatten(pages), *where, bias, k_mean, eps, interleaved, out, backend)
 
 
 TRACED = {f.__name__: f for f in (kv_append, kv_commit, kv_gather, paged_attention, merge_attention, qkv_prologue)}

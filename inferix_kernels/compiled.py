@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Unsupported
-from .layout import KVPages, PageList, Plan
+from .layout import Codec, KVPages, PageList, Plan, Side
 
 try:
     import inferix_kernels._C as _C
@@ -21,7 +21,19 @@ except ImportError as error:
 
 HAS_CUDA: bool = _C.has_cuda
 CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "merge_attention"))
-_DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.int8: _C.DType.int8}
+_DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
+_CODECS = {
+    Codec(torch.float32): _C.Codec.float32,
+    Codec(torch.bfloat16): _C.Codec.bfloat16,
+    Codec(torch.float16): _C.Codec.float16,
+    Codec(torch.int8, "token"): _C.Codec.int8_token,
+    Codec(torch.int8, "channel"): _C.Codec.int8_channel,
+    Codec(torch.float8_e4m3fn, "token"): _C.Codec.e4m3_token,
+    Codec(torch.float8_e4m3fn, "channel", transposed=True): _C.Codec.e4m3_channel,
+    Codec(torch.uint8, "token"): _C.Codec.u4_token,
+    Codec(torch.uint8, "channel"): _C.Codec.u4_channel,
+}
+_CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int8))  # of codes
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
@@ -194,13 +206,20 @@ def _page_list(ids: Tensor, lens: Tensor) -> _C.PageList:
 
 
 def _shape(pages: KVPages) -> _C.PageShape:
-    return _C.PageShape(*pages.k.shape[1:])
+    return _C.PageShape(pages.heads, pages.page_size)
+
+
+def _plane(side: Side, width: int) -> _C.Plane:
+    # ops.py has checked that all of them are contiguous.
+    codes, scales, offsets = (0 if x is None else x.data_ptr() for x in (side.codes, side.scales, side.offsets))
+    return _C.Plane(codes, scales, offsets, width, _CODECS[side.codec])
 
 
 def _pool(pages: KVPages) -> _C.Pool:
-    # ops.py has checked that all four are contiguous.
-    k_scales, v_scales = (0 if scales is None else scales.data_ptr() for scales in (pages.k_scales, pages.v_scales))
-    return _C.Pool(pages.k.data_ptr(), pages.v.data_ptr(), k_scales, v_scales, pages.k.shape[0], _DTYPES[pages.k.dtype])
+    if pages.k.is_cuda and not _CUDA_DTYPES.issuperset((pages.k.dtype, pages.v.dtype)):
+        raise Unsupported(f"no CUDA kernel yet for {pages.format} pages")
+    k, v = pages.sides
+    return _C.Pool(_plane(k, pages.head_dim), _plane(v, pages.value_dim), pages.pages)
 
 
 def _pools(pools: Sequence[KVPages]) -> list[_C.Pool]:

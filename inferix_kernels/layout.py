@@ -1,4 +1,4 @@
-"""How keys and values lie in memory: pages, lists of pages, and the plan that an attention call follows.
+"""How keys and values lie in memory: formats, pages, lists of pages, and the plan that an attention call follows.
 
 Plain tuples of tensors, so that they pass through torch.compile and cost nothing to build.
 """
@@ -12,48 +12,132 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# How a page stores K and V. int8 keeps two float32 scales beside the codes, see KVPages.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-FORMATS = tuple(DTYPES)
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+class Codec(NamedTuple):
+    """How one side of a page, its keys or its values, is stored.
+
+    What shares a scale is a row of the (page, head) tile: one "token", or one "channel" over the page's valid tokens.
+    x = code * scale, or code * scale + offset for 4-bit codes, which are unsigned and lie two to a byte, the even
+    channel in the low half.
+    """
+
+    dtype: torch.dtype  # of the codes
+    scaled_by: str | None = None  # "token", "channel" or, for floats stored as they are, None
+    transposed: bool = False  # codes lie [width, page_size], as the 8-bit tensor cores read values
+
+    @property
+    def packed(self) -> bool:
+        return self.dtype == torch.uint8
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """4 bits leave no room for float32 scales: they would be a tenth of the page."""
+        return torch.float16 if self.packed else torch.float32
+
+
+class Format(NamedTuple):
+    k: Codec
+    v: Codec
+
+    @property
+    def quantized(self) -> bool:
+        return self.k.scaled_by is not None
+
+
+_E4M3 = torch.float8_e4m3fn
+FORMATS = {
+    "fp32": Format(Codec(torch.float32), Codec(torch.float32)),
+    "fp16": Format(Codec(torch.float16), Codec(torch.float16)),
+    "bf16": Format(Codec(torch.bfloat16), Codec(torch.bfloat16)),
+    "int8": Format(Codec(torch.int8, "token"), Codec(torch.int8, "channel")),
+    "i8f8": Format(Codec(torch.int8, "token"), Codec(_E4M3, "channel", transposed=True)),
+    "fp8": Format(Codec(_E4M3, "token"), Codec(_E4M3, "channel", transposed=True)),
+    "int4": Format(Codec(torch.uint8, "channel"), Codec(torch.uint8, "token")),
+    # Multi-head latent attention: 8-bit latent rows as keys, the rotated part of the key, kept exact, as values.
+    "latent8": Format(Codec(torch.int8, "token"), Codec(torch.bfloat16)),
+}
+KV_FORMATS = tuple(name for name in FORMATS if name != "latent8")  # those that attention reads
+_NAMES = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
+
+
+class Side(NamedTuple):
+    """The keys or the values of a pool: one Codec's tensors."""
+
+    codec: Codec
+    codes: Tensor
+    scales: Tensor | None
+    offsets: Tensor | None
 
 
 class KVPages(NamedTuple):
-    """A pool of P pages, each with room for page_size tokens of H KV heads.
+    """A pool of P pages, each with room for page_size tokens of H KV heads; keys D wide, values Dv wide.
 
-    One (page, head) tile is contiguous: it is what a kernel loads at once. int8 holds
-    key = code * k_scales (one scale per token and head) and value = code * v_scales (one per page, head and channel).
+    One (page, head) tile is contiguous: it is what a kernel loads at once. Its codes are [page_size, width],
+    [page_size, width / 2] packed, or [width, page_size] transposed, as the format's codecs say; scales and offsets
+    hold one number per token, [P, H, page_size], or per channel, [P, H, width].
+
+    Dv differs from D in stores of latent rows (MLA): H = 1, the latent as keys and its rotary part as values.
     """
 
-    k: Tensor  # [P, H, page_size, D] float32, bfloat16 or int8
-    v: Tensor  # [P, H, page_size, D] same dtype
-    k_scales: Tensor | None = None  # [P, H, page_size] float32, int8 only
-    v_scales: Tensor | None = None  # [P, H, D] float32, int8 only
+    k: Tensor  # [P, H, page_size, D] codes
+    v: Tensor  # [P, H, page_size, Dv] codes
+    k_scales: Tensor | None = None  # float32, float16 for 4-bit codes; None for floats
+    v_scales: Tensor | None = None
+    k_offsets: Tensor | None = None  # float16, for 4-bit codes only
+    v_offsets: Tensor | None = None
 
     @classmethod
     def empty(
-        cls, format: str, pages: int, heads: int, page_size: int, head_dim: int, device: torch.device | str = "cpu"
+        cls,
+        format: str,
+        pages: int,
+        heads: int,
+        page_size: int,
+        head_dim: int | tuple[int, int],
+        device: torch.device | str = "cpu",
+        pin_memory: bool = False,
     ) -> KVPages:
-        """Allocate a pool. Its contents are undefined: a slot means something once an op has written its page."""
-        if format not in DTYPES:
+        """Allocate a pool. Its contents are undefined: a slot means something once an op has written its page.
+
+        head_dim is the width of keys and values, or the two widths (D, Dv).
+        """
+        if format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-        for name, size in (("pages", pages), ("heads", heads), ("page_size", page_size), ("head_dim", head_dim)):
+        widths = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
+        sizes = {"pages": pages, "heads": heads, "page_size": page_size, "head_dim": min(widths)}
+        for name, size in sizes.items():
             if size <= 0:
                 raise ValueError(f"{name} must be positive, got {size}")
-        shape = (pages, heads, page_size, head_dim)
-        k, v = (torch.empty(shape, dtype=DTYPES[format], device=device) for _ in range(2))
-        if format != "int8":
-            return cls(k, v)
-        return cls(
-            k,
-            v,
-            torch.empty(shape[:3], dtype=torch.float32, device=device),
-            torch.empty(pages, heads, head_dim, dtype=torch.float32, device=device),
-        )
+        sides = []
+        for codec, width in zip(FORMATS[format], widths, strict=True):
+            if codec.packed and width % 2:
+                raise ValueError(f"head_dim must be even for {format} pages, got {width}")
+            tile, parameters = tile_shapes(codec, page_size, width)
+            sides.append(
+                [
+                    torch.empty(pages, heads, *shape, dtype=dtype, device=device, pin_memory=pin_memory)
+                    if present
+                    else None
+                    for shape, dtype, present in (
+                        (tile, codec.dtype, True),
+                        (parameters, codec.scale_dtype, codec.scaled_by is not None),
+                        (parameters, codec.scale_dtype, codec.packed),
+                    )
+                ]
+            )
+        return cls(*(tensor for both in zip(*sides, strict=True) for tensor in both))
 
     @property
     def format(self) -> str:
-        return _NAMES[self.k.dtype]
+        return _NAMES[self.k.dtype, self.v.dtype]
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        codecs = FORMATS[self.format]
+        return (
+            Side(codecs.k, self.k, self.k_scales, self.k_offsets),
+            Side(codecs.v, self.v, self.v_scales, self.v_offsets),
+        )
 
     @property
     def pages(self) -> int:
@@ -65,16 +149,39 @@ class KVPages(NamedTuple):
 
     @property
     def page_size(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[2]  # keys are never transposed
 
     @property
     def head_dim(self) -> int:
-        return self.k.shape[3]
+        """D, the width of keys."""
+        return self.k.shape[3] * (2 if FORMATS[self.format].k.packed else 1)
+
+    @property
+    def value_dim(self) -> int:
+        """Dv, the width of values."""
+        codec = FORMATS[self.format].v
+        return self.v.shape[2 if codec.transposed else 3] * (2 if codec.packed else 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, scales included."""
         return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+    def part(self, start: int, stop: int) -> KVPages:
+        """Pages start .. stop - 1 as a pool of their own, in the same memory."""
+        return KVPages(*(None if tensor is None else tensor[start:stop] for tensor in self))  # type: ignore[arg-type]
+
+
+def tile_shapes(codec: Codec, page_size: int, width: int) -> tuple[tuple[int, int], tuple[int]]:
+    """Shapes of the codes of one (page, head) tile, and of its scales."""
+    stored = width // 2 if codec.packed else width
+    codes = (stored, page_size) if codec.transposed else (page_size, stored)
+    return codes, (page_size if codec.scaled_by == "token" else width,)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """8-bit floats as their bits, which torch can slice and copy anywhere; other tensors as they are."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 class PageList(NamedTuple):

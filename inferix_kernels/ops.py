@@ -23,28 +23,28 @@ from ._check import (
     check_pages,
     check_plan,
     check_pools,
+    check_same_width,
     check_tensor,
 )
 from ._library import call
-from .layout import KVPages, PageList, Plan
+from .layout import FORMATS, KVPages, PageList, Plan
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
     """Write T tokens into pages, from the first slot of each page on.
 
-    Slots past lens[i] store what a token of zeros would, so that no NaN can hide there (0 * NaN is NaN). int8 codes
-    are x / scale rounded half to even, with scale = max(largest |x|, 1e-12) / 127 over the D channels of a key, and
-    over the tokens of the page for each channel of the values. What is quantized must be finite.
+    Slots past lens[i] store code 0, so that no NaN can hide there (0 * NaN is NaN). How a format quantizes is written
+    in reference.encode; scales are taken over a page's valid tokens. What is quantized must be finite.
 
     Args:
-        k, v: [T, H, D] float32 or bfloat16, same dtype.
-        pages: written. fp32, bf16 or int8.
+        k, v: [T, H, D] and [T, H, Dv] float32, bfloat16 or float16, same dtype.
+        pages: written. Any format.
         where: lens sum to T; no page twice.
     """
     sizes: dict[str, int] = {}
     check_inference("kv_append", k, v)
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(name, x, FLOATS if name == "k" else (k.dtype,), "T H D", sizes, k.device)
+    check_tensor("k", k, FLOATS, "T H D", sizes, k.device)
+    check_tensor("v", v, (k.dtype,), "T H Dv", sizes, k.device)
     check_pages("pages", pages, sizes, k.device)
     check_page_list("where", where, sizes, k.device)
     call("kv_append", backend, k.device, k, v, pages, where)
@@ -65,13 +65,13 @@ def kv_commit(
     page may be both read and written.
 
     Args:
-        source, target: same H, page_size and D; any two formats.
+        source, target: same H, page_size, D and Dv; any two formats.
         source_list, target_list: same lens; no target page twice.
         k_mean: [H, D] float32, subtracted from every key on the way, or None. One frozen mean for all keys that a
             query sees leaves softmax as it is (each lse falls by scale * q . mean) and makes 8 bits go further.
 
     Raises:
-        ValueError: k_mean with an int8 source and target: the keys would be quantized a second time.
+        ValueError: k_mean with a quantized source: it must be taken off before keys are first quantized.
     """
     sizes: dict[str, int] = {}
     device = source.k.device
@@ -81,10 +81,10 @@ def kv_commit(
     sizes["len(target_list)"] = sizes["len(source_list)"]
     check_page_list("target_list", target_list, sizes, device)
     check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
-    if k_mean is not None and source.format == target.format == "int8":
+    if k_mean is not None and FORMATS[source.format].quantized:
         raise ValueError(
-            "k_mean must be None when int8 pages are copied to int8 pages: subtracting it would"
-            " quantize the keys a second time; give it to the op that first quantizes them"
+            f"k_mean must be None for {source.format} source pages: a mean is taken off before keys are first "
+            "quantized, give it to the op that does"
         )
     call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
 
@@ -97,13 +97,13 @@ def kv_gather(
     out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Read the tokens of a page list, dequantized, as (k, v), each [T, H, D].
+    """Read the tokens of a page list, dequantized, as (k, v): [T, H, D] and [T, H, Dv].
 
     Args:
-        pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
+        pools: one to 8, same H, page_size, D and Dv, formats may differ. A page id counts through them in order.
         where: T is the sum of its lens.
-        dtype: float32 or bfloat16, of the tensors returned. Not used when out is given.
-        out: (k, v), each [T, H, D], to write to. Without it T must be read from the device, which waits for it.
+        dtype: float32, bfloat16 or float16, of the tensors returned. Not used when out is given.
+        out: (k, v) to write to. Without it T must be read from the device, which waits for it.
     """
     sizes: dict[str, int] = {}
     device = where.ids.device
@@ -111,12 +111,12 @@ def kv_gather(
     check_page_list("where", where, sizes, device)
     if out is None:
         if dtype not in FLOATS:
-            raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-        shape = (int(where.lens.sum()), sizes["H"], sizes["D"])
-        out = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))  # type: ignore[assignment]
-    assert out is not None
-    for name, x in (("out[0]", out[0]), ("out[1]", out[1])):
-        check_tensor(name, x, FLOATS if name == "out[0]" else (out[0].dtype,), "T H D", sizes, device)
+            raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        tokens = int(where.lens.sum())
+        k, v = (torch.empty(tokens, sizes["H"], sizes[width], dtype=dtype, device=device) for width in ("D", "Dv"))
+        out = k, v
+    check_tensor("out[0]", out[0], FLOATS, "T H D", sizes, device)
+    check_tensor("out[1]", out[1], (out[0].dtype,), "T H Dv", sizes, device)
     call("kv_gather", backend, device, pools, where, out[0].dtype, out=out)
     return out
 
@@ -138,7 +138,7 @@ def paged_attention(
     out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
 
     Args:
-        q: [T, Hq, D] float32 or bfloat16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).
+        q: [T, Hq, D] float32, bfloat16 or float16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).
         pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
             Either all or none of their keys had a mean removed.
         plan: its segments cover the T queries.
@@ -154,6 +154,7 @@ def paged_attention(
     check_inference("paged_attention", q)
     check_tensor("q", q, FLOATS, "T Hq D", sizes, q.device)
     check_pools(pools, sizes, q.device)
+    check_same_width("pools", sizes)
     check_plan(plan, q.device)
     if sizes["Hq"] % sizes["H"]:
         raise ValueError(f"q must have a multiple of the pools' H={sizes['H']} heads, got {sizes['Hq']}")
@@ -195,7 +196,7 @@ def merge_attention(
     A side whose lse is -inf saw no key and contributes nothing, whatever its out holds; both sides -inf give 0, -inf.
 
     Args:
-        out_a, out_b: [T, Hq, D] float32 or bfloat16, same dtype.
+        out_a, out_b: [T, Hq, D] float32, bfloat16 or float16, same dtype.
         lse_a, lse_b: [T, Hq] float32, natural logarithm.
         out: [T, Hq, D] in out_a's dtype or float32, to write to; may be out_a or out_b.
         lse: [T, Hq] float32, to write to; may be lse_a or lse_b.
@@ -237,14 +238,14 @@ def qkv_prologue(
     All arithmetic is float32. K and V are stored by kv_append's rule.
 
     Args:
-        qkv: [T, (Hq + 2H) * D] float32 or bfloat16: q, k and v side by side, each head by head. H and D are the
-            pages'; Hq follows from the width.
-        norm_q, norm_k: RMS norm weights, float32 or bfloat16; [Hq * D] and [H * D] normalise all heads together
+        qkv: [T, (Hq + 2H) * D] float32, bfloat16 or float16: q, k and v side by side, each head by head. H and D are
+            the pages'; Hq follows from the width.
+        norm_q, norm_k: RMS norm weights of any of these dtypes; [Hq * D] and [H * D] normalise all heads together
             (Wan), [D] each head by itself; None is no norm.
         rope: [T, R/2, 2] float32, (cos, sin) of each token's angles; the first R <= D channels of every q and k
             head are turned. None turns nothing.
         pages, where: as for kv_append. pages is written.
-        bias: [(Hq + 2H) * D] float32 or bfloat16, added to qkv first.
+        bias: [(Hq + 2H) * D] float32, bfloat16 or float16, added to qkv first.
         k_mean: [H, D] float32, subtracted from the rotated keys. See kv_commit.
         eps: added to the mean square.
         interleaved: a pair of channels is (2j, 2j+1) (Wan); otherwise (j, j + R/2).
@@ -260,6 +261,7 @@ def qkv_prologue(
     check_inference("qkv_prologue", qkv)
     check_tensor("qkv", qkv, FLOATS, "T width", sizes, device)
     check_pages("pages", pages, sizes, device)
+    check_same_width("pages", sizes)
     check_page_list("where", where, sizes, device)
     T, H, D = sizes["T"], sizes["H"], sizes["D"]
     query_heads = sizes["Hq"] = sizes["width"] // D - 2 * H

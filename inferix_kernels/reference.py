@@ -11,10 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .layout import KVPages, PageList, Plan
+from .layout import Codec, KVPages, PageList, Plan, Side, as_bytes
 
-QMAX = 127.0  # int8 is used symmetrically: -128 is never stored
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: 15.0}  # int8 is symmetric: -128 is never stored
 AMAX_FLOOR = 1e-12  # an all-zero row gets a scale above 0: it stores zeros, not NaN
+STEP_FLOOR = 2.0**-14  # the same for 4-bit codes: the smallest normal float16
+HALF_MAX = 65504.0
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
@@ -142,40 +144,84 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return share_a + share_b, lse
 
 
-def quantize(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """x float32 -> int8 codes and the float32 scale shared along dim. Halves go to even."""
-    scale = x.abs().amax(dim, keepdim=True).clamp(min=AMAX_FLOOR) / QMAX
-    return (x / scale).round().clamp(-QMAX, QMAX).to(torch.int8), scale.squeeze(dim)
+def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [H, L, width] float32 -> codes of the same shape, not yet packed or transposed, scales and offsets [H, n].
+
+    8-bit codes are x / scale with scale = max(largest |x|, 1e-12) / 127 (int8) or 448 (e4m3). 4-bit codes are
+    (x - offset) / scale with offset = the smallest x and scale = max((largest x - offset) / 15, 2^-14), both
+    float16. Divisions are float32, roundings half to even.
+    """
+    if codec.scaled_by is None:
+        return x.to(codec.dtype), None, None
+    dim, top = (-1 if codec.scaled_by == "token" else -2), x.new_full((), LARGEST[codec.dtype])
+    if codec.packed:
+        shape = x.sum(dim, keepdim=True).shape  # amin of no tokens is undefined
+        low, high = (x.amin(dim, True), x.amax(dim, True)) if x.shape[dim] else (x.new_zeros(shape),) * 2
+        offset = low.clamp(-HALF_MAX, HALF_MAX).half() + 0.0  # -0 becomes 0
+        scale = ((high.clamp(max=HALF_MAX) - offset.float()) / top).clamp(min=STEP_FLOOR).half()
+        codes = ((x - offset.float()) / scale.float()).round().clamp(0, LARGEST[codec.dtype]).to(codec.dtype)
+        return codes, scale.squeeze(dim), offset.squeeze(dim)
+    amax = x.abs().amax(dim, True) if x.shape[dim] else x.new_zeros(x.sum(dim, keepdim=True).shape)
+    scale = amax.clamp(min=AMAX_FLOOR) / top  # a tensor: by a Python number CUDA multiplies with the reciprocal
+    codes = (x / scale).clamp(-top, top)
+    return (codes if codec.dtype.is_floating_point else codes.round()).to(codec.dtype), scale.squeeze(dim), None
+
+
+def decode(codes: Tensor, scales: Tensor | None, offsets: Tensor | None, codec: Codec) -> Tensor:
+    """The inverse of encode: [H, L, width] float32."""
+    x = codes.float()
+    if scales is None:
+        return x
+    dim = -1 if codec.scaled_by == "token" else -2
+    x = x * scales.float().unsqueeze(dim)
+    return x if offsets is None else x + offsets.float().unsqueeze(dim)
 
 
 def write_page(pages: KVPages, page: int, k: Tensor, v: Tensor) -> None:
-    """k, v [L, H, D] float32 fill slots 0 : L. The others store what a token of zeros would: no NaN hides there."""
-    k_tile, v_tile = (x.new_zeros(pages.k.shape[1:]) for x in (k, v))  # [H, page_size, D]
-    k_tile[:, : len(k)], v_tile[:, : len(v)] = k.transpose(0, 1), v.transpose(0, 1)
-    if pages.k_scales is not None and pages.v_scales is not None:
-        k_tile, pages.k_scales[page] = quantize(k_tile, dim=-1)
-        v_tile, pages.v_scales[page] = quantize(v_tile, dim=-2)
-    pages.k[page], pages.v[page] = k_tile, v_tile
+    """k [L, H, D] and v [L, H, Dv] float32 fill slots 0 : L. The others hold code 0: no NaN hides there."""
+    for side, x in zip(pages.sides, (k, v), strict=True):
+        write_side(side, page, *encode(x.transpose(0, 1), side.codec))
+
+
+def write_side(side: Side, page: int, codes: Tensor, scales: Tensor | None, offsets: Tensor | None) -> None:
+    """Store encode's results for the first L tokens; unused slots hold code 0, the least scale and offset 0."""
+    codec, length = side.codec, codes.shape[1]
+    tile = as_bytes(side.codes[page])  # [H, ...]: torch can't assign to slices of float8
+    tile.zero_()
+    rows = tile.transpose(1, 2) if codec.transposed else tile  # [H, page_size, stored]
+    rows[:, :length] = codes[..., 0::2] | codes[..., 1::2] << 4 if codec.packed else as_bytes(codes)
+    if side.scales is not None and scales is not None:
+        side.scales[page] = STEP_FLOOR if codec.packed else torch.tensor(AMAX_FLOOR) / LARGEST[codec.dtype]
+        side.scales[page, :, : scales.shape[1]] = scales
+    if side.offsets is not None and offsets is not None:
+        side.offsets[page] = 0
+        side.offsets[page, :, : offsets.shape[1]] = offsets
+
+
+def read_side(side: Side, page: int, length: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What write_side was given for the first `length` tokens."""
+    codec = side.codec
+    codes = side.codes[page].transpose(1, 2) if codec.transposed else side.codes[page]
+    codes = codes[:, :length]
+    if codec.packed:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    scales, offsets = (
+        x if x is None else x[page, :, :length] if codec.scaled_by == "token" else x[page]
+        for x in (side.scales, side.offsets)
+    )
+    return codes, scales, offsets
 
 
 def read_page(pages: KVPages, page: int, length: int) -> tuple[Tensor, Tensor]:
-    """The first tokens of a page, dequantized: k, v [length, H, D] float32."""
-    k, v = pages.k[page, :, :length].float(), pages.v[page, :, :length].float()
-    if pages.k_scales is not None and pages.v_scales is not None:
-        k, v = k * pages.k_scales[page, :, :length, None], v * pages.v_scales[page, :, None]
-    return k.transpose(0, 1), v.transpose(0, 1)
+    """The first tokens of a page, dequantized: k [length, H, D], v [length, H, Dv] float32."""
+    k, v = (decode(*read_side(side, page, length), side.codec).transpose(0, 1) for side in pages.sides)
+    return k, v
 
 
 def copy_page(source: KVPages, from_page: int, target: KVPages, to_page: int, length: int) -> None:
     """Bit for bit; slots past length as write_page leaves them."""
-    for x, y in ((source.k, target.k), (source.v, target.v)):
-        y[to_page, :, :length] = x[from_page, :, :length]
-        y[to_page, :, length:] = 0
-    if target.k_scales is not None and target.v_scales is not None:
-        assert source.k_scales is not None and source.v_scales is not None
-        target.k_scales[to_page, :, :length] = source.k_scales[from_page, :, :length]
-        target.k_scales[to_page, :, length:] = torch.tensor(AMAX_FLOOR) / QMAX
-        target.v_scales[to_page] = source.v_scales[from_page]
+    for from_side, to_side in zip(source.sides, target.sides, strict=True):
+        write_side(to_side, to_page, *read_side(from_side, from_page, length))
 
 
 def locate(pools: Sequence[KVPages], page: int) -> tuple[KVPages, int]:

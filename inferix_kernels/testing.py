@@ -7,34 +7,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import KVPages, PageList, Plan, make_plan
+from .layout import KVPages, PageList, Plan, as_bytes, make_plan
 from .reference import kv_append, spans
 
-# Bytes that are NaN as float32 and bfloat16, and a large code as int8.
+# Bytes that are NaN in every float format, a large code as int8 and a pair of them as 4 bits.
 POISON = 0x7F
 
 
 def poisoned_pool(
-    format: str, pages: int, heads: int, page_size: int, head_dim: int, device: torch.device | str = "cpu"
+    format: str,
+    pages: int,
+    heads: int,
+    page_size: int,
+    head_dim: int | tuple[int, int],
+    device: torch.device | str = "cpu",
 ) -> KVPages:
-    """A pool that nobody has written: whoever reads a slot of it gets NaN, or for int8 garbage times a NaN scale."""
+    """A pool that nobody has written: whoever reads a slot of it gets NaN, if only from its scale."""
     pool = KVPages.empty(format, pages, heads, page_size, head_dim, device)
     for tensor in pool:
         if tensor is not None:
-            tensor.view(torch.uint8).fill_(POISON)
-            if tensor.dtype == torch.float32:
-                tensor.fill_(torch.nan)
+            _poison(tensor)
     return pool
 
 
 def poison_unused(pool: KVPages, where: PageList) -> None:
     """Overwrite every slot past the valid tokens of each page with what must not be read."""
     for page, start, stop in spans("where", where, pool):
-        unused = slice(stop - start, None)
-        pool.k[page, :, unused] = POISON if pool.k_scales is not None else torch.nan
-        pool.v[page, :, unused] = POISON if pool.k_scales is not None else torch.nan
-        if pool.k_scales is not None:
-            pool.k_scales[page, :, unused] = torch.nan
+        for side in pool.sides:
+            codes = side.codes[page].transpose(1, 2) if side.codec.transposed else side.codes[page]
+            _poison(codes[:, stop - start :])
+            for tensor in (side.scales, side.offsets):
+                if tensor is not None and side.codec.scaled_by == "token":
+                    _poison(tensor[page, :, stop - start :])
+
+
+def _poison(x: Tensor) -> None:
+    x.fill_(torch.nan) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else as_bytes(x).fill_(POISON)
 
 
 def random_page_list(pool: KVPages, lens: Sequence[int], generator: torch.Generator) -> PageList:
@@ -48,7 +56,7 @@ def filled_pool(
     lens: Sequence[int],
     heads: int,
     page_size: int,
-    head_dim: int,
+    head_dim: int | tuple[int, int],
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> tuple[KVPages, PageList]:
@@ -56,7 +64,8 @@ def filled_pool(
     generator = torch.Generator().manual_seed(seed)
     pool = poisoned_pool(format, len(lens) + 2, heads, page_size, head_dim, device)
     where = random_page_list(pool, lens, generator)
-    k, v = (torch.randn(sum(lens), heads, head_dim, generator=generator).to(device) for _ in range(2))
+    widths = (pool.head_dim, pool.value_dim)
+    k, v = (torch.randn(sum(lens), heads, width, generator=generator).to(device) for width in widths)
     kv_append(k, v, pool, where)
     poison_unused(pool, where)
     return pool, where
@@ -103,6 +112,22 @@ def attention_inputs(
     return q.to(device=device, dtype=dtype), pools, plan
 
 
+def clustered_keys_and_values(
+    tokens: int, queries: int, heads: int, head_dim: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [queries, heads, D], k and v [tokens, heads, D] as quantization meets them in real models: tokens that gather
+    in 64 clusters, and six channels of the keys whose mean is eight times what varies."""
+    generator = torch.Generator().manual_seed(seed)
+    k_centres, v_centres = (torch.randn(64, heads, head_dim, generator=generator) for _ in range(2))
+    cluster = torch.randint(64, (tokens,), generator=generator)
+    k, v = (
+        centres[cluster] + 0.5 * torch.randn(tokens, heads, head_dim, generator=generator)
+        for centres in (k_centres, v_centres)
+    )
+    k[:, :, torch.randperm(head_dim, generator=generator)[:6]] += 8 * torch.randn(heads, 6, generator=generator)
+    return torch.randn(queries, heads, head_dim, generator=generator), k, v
+
+
 def rope_table(tokens: int, channels: int, seed: int = 0) -> Tensor:
     """[tokens, channels / 2, 2] cosines and sines of random angles."""
     angles = torch.rand(tokens, channels // 2, generator=torch.Generator().manual_seed(seed)) * 6.2832
@@ -112,11 +137,11 @@ def rope_table(tokens: int, channels: int, seed: int = 0) -> Tensor:
 def assert_close(name: str, got: Tensor, want: Tensor, terms: int) -> None:
     """Equal up to rounding: float32 sums of `terms` products taken in another order, then one rounding to got's dtype.
 
-    The error of a sum grows with the square root of its terms; 8 leaves room for the exponentials. A bfloat16 result
-    may in addition fall to the other side of a rounding boundary: one step, 2^-7 of the value.
+    The error of a sum grows with the square root of its terms; 8 leaves room for the exponentials. A half
+    result may in addition fall to the other side of a rounding boundary: one step, 2^-7 of the value in bfloat16.
     """
     assert got.dtype == want.dtype, f"{name} must be {want.dtype}, got {got.dtype}"
-    rtol = 2.0**-7 if got.dtype == torch.bfloat16 else 0.0
+    rtol = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps
     atol = (
         8 * max(terms, 1) ** 0.5 * 2.0**-24 * float(want[want.isfinite()].abs().max() if want.isfinite().any() else 1)
     )

@@ -99,9 +99,9 @@ ONE = PageList.of([0], [3])
 # What is wrong -> (call, error, the message: which argument, what it must be, what it got).
 MISTAKES = {
     "heads of v": (lambda: ik.kv_append(x(), x(heads=1), page(), ONE), ValueError,
-                   r"v must be \[T=3, H=2, D=16\], got \[3, 1, 16\]"),
+                   r"v must be \[T=3, H=2, Dv\], got \[3, 1, 16\]"),
     "dtype of k": (lambda: ik.kv_append(x(dtype=torch.float64), x(), page(), ONE), TypeError,
-                   "k must be float32 or bfloat16, got float64"),
+                   "k must be float32 or bfloat16 or float16, got float64"),
     "two dtypes": (lambda: ik.kv_append(x(), x(dtype=torch.bfloat16), page(), ONE), TypeError,
                    "v must be float32, got bfloat16"),
     "head_dim of the pages": (lambda: ik.kv_append(x(), x(), page(head_dim=32), ONE), ValueError,
@@ -111,13 +111,40 @@ MISTAKES = {
     "ids as int64": (lambda: ik.kv_append(x(), x(), page(), PageList(ONE.ids.long(), ONE.lens)), TypeError,
                      "where.ids must be int32, got int64"),
     "scales of fp32 pages": (lambda: ik.kv_append(x(), x(), page()._replace(k_scales=torch.ones(2, 2, 8)), ONE),
-                             ValueError, "pages.k_scales must be given for int8 pages and None for fp32 and bf16"),
+                             ValueError, "pages.k_scales must be None for fp32 pages, got a tensor"),
     "no scales of int8 pages": (lambda: ik.kv_append(x(), x(), page("int8")._replace(v_scales=None), ONE), ValueError,
-                                "pages.v_scales must be given for int8 pages"),
+                                "pages.v_scales must be given for int8 pages, got None"),
     "strided pages": (lambda: ik.kv_append(x(), x(), KVPages(*(torch.zeros(2, 2, 8, 32)[..., ::2],) * 2), ONE),
-                      ValueError, "pages.k and pages.v must be contiguous, got strides"),
+                      ValueError, "pages.k must be contiguous, got strides"),
     "int8 twice": (lambda: ik.kv_commit(page("int8"), ONE, page("int8"), ONE, torch.zeros(2, 16)), ValueError,
-                   "k_mean must be None when int8 pages are copied to int8 pages"),
+                   "k_mean must be None for int8 source pages"),
+    "a mean for 4-bit pages": (lambda: ik.kv_commit(page("int4"), ONE, page(), ONE, torch.zeros(2, 16)), ValueError,
+                               "k_mean must be None for int4 source pages"),
+    "no offsets of int4 pages": (lambda: ik.kv_append(x(), x(), page("int4")._replace(k_offsets=None), ONE), ValueError,
+                                 "pages.k_offsets must be given for int4 pages, got None"),
+    "dtypes of no format": (lambda: ik.kv_append(x(), x(), KVPages(page().k, page("int8").v), ONE), TypeError,
+                            "pages.k and pages.v must have the dtypes of a format .* got torch.float32 and torch.int8"),
+    "odd 4-bit width": (lambda: page("int4", head_dim=15), ValueError, "head_dim must be even for int4 pages, got 15"),
+    "width of packed pages": (lambda: ik.kv_append(x(), x(), page("int4", head_dim=32), ONE), ValueError,
+                              r"pages.k must be \[P, H=2, page_size, D/2=8\], got \[2, 2, 8, 16\]"),
+    "values narrower than keys": (lambda: ik.paged_attention(x(), [page(head_dim=(16, 8))],
+                                                             ik.make_plan([(3, [0], [3])])), ValueError,
+                                  "pools must have values as wide as keys here, got D=16 and Dv=8"),
+    "scales by token": (lambda: ik.kv_append(x(), x(), page("fp8")._replace(v_scales=torch.ones(2, 2, 8)), ONE),
+                        ValueError, r"pages.v_scales must be \[P=2, H=2, Dv=16\], got \[2, 2, 8\]"),
+    "long scales of int4 pages": (lambda: ik.kv_append(x(), x(), page("int4")._replace(v_scales=torch.ones(2, 2, 8)),
+                                                       ONE), TypeError, "pages.v_scales must be float16, got float32"),
+    "codes not transposed": (lambda: ik.kv_append(x(), x(), page("fp8")._replace(v=page("fp8").k), ONE), ValueError,
+                             r"pages.v must be \[P=2, H=2, Dv=16, page_size=8\], got \[2, 2, 8, 16\]"),
+    "values of another width": (lambda: ik.kv_append(x(), x(), page("latent8", head_dim=(16, 8)), ONE), ValueError,
+                                r"pages.v must be \[P=2, H=2, page_size=8, Dv=16\], got \[2, 2, 8, 8\]"),
+    "odd second width": (lambda: page("int4", head_dim=(16, 7)), ValueError,
+                         "head_dim must be even for int4 pages, got 7"),
+    "widths of a commit": (lambda: ik.kv_commit(page(), ONE, page("latent8", head_dim=(16, 8)), ONE), ValueError,
+                           r"target.v must be \[P=2, H=2, page_size=8, Dv=16\], got \[2, 2, 8, 8\]"),
+    "narrow values in a prologue": (lambda: ik.qkv_prologue(torch.zeros(3, 96), None, None, None,
+                                                            page(head_dim=(16, 8)), ONE), ValueError,
+                                    "pages must have values as wide as keys here, got D=16 and Dv=8"),
     "page sizes": (lambda: ik.kv_commit(page(), ONE, page(page_size=16), ONE), ValueError,
                    r"target.k must be \[P, H=2, page_size=8, D=16\], got \[2, 2, 16, 16\]"),
     "one pool": (lambda: ik.kv_gather(page(), ONE), ValueError,
@@ -138,7 +165,7 @@ MISTAKES = {
                       ValueError, "rope must turn at most D=16 channels, got 18"),
     "rope tokens": (lambda: ik.qkv_prologue(torch.zeros(3, 96), None, None, torch.zeros(4, 8, 2), page(), ONE),
                     ValueError, r"rope must be \[T=3, R/2, 2\], got \[4, 8, 2\]"),
-    "format": (lambda: page("fp4"), ValueError, "format must be one of fp32, bf16, int8, got 'fp4'"),
+    "format": (lambda: page("fp4"), ValueError, "format must be one of fp32, fp16, bf16, int8, .* got 'fp4'"),
     "empty pool": (lambda: page(pages=0), ValueError, "pages must be positive, got 0"),
     "negative queries": (lambda: ik.make_plan([(-1, [], [])]), ValueError,
                          r"segments\[0\]: the number of queries must not be negative, got -1"),
@@ -203,7 +230,7 @@ def test_a_wrong_plan_is_named(mistake, which):
 
 def test_a_named_backend_never_falls_back():
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16)
-    with pytest.raises(Unsupported, match="the triton backend is not written yet"):
+    with pytest.raises(Unsupported, match=r"paged_attention: no Triton kernel yet|Triton is not installed"):
         ik.paged_attention(q, pools, plan, backend="triton")
     strided = torch.zeros(2, 1, 32)[..., ::2]
     with pytest.raises(Unsupported, match="q must be contiguous in its last dimension, got strides"):
@@ -224,7 +251,15 @@ def test_sizes_of_a_pool():
     pool = page("int8", pages=3)
     assert (pool.format, pool.pages, pool.heads, pool.page_size, pool.head_dim) == ("int8", 3, 2, 8, 16)
     assert pool.nbytes == 2 * 3 * 2 * 8 * 16 + 4 * (3 * 2 * 8 + 3 * 2 * 16)
-    assert page().nbytes == 4 * page("bf16").nbytes // 2
+    assert page().nbytes == 4 * page("bf16").nbytes // 2 == 4 * page("fp16").nbytes // 2
+    latent = page("latent8", pages=3, heads=1, head_dim=(32, 6))
+    assert (latent.head_dim, latent.value_dim, latent.page_size) == (32, 6, 8)
+    assert latent.nbytes == 3 * 8 * (32 + 4 + 2 * 6)
+    packed = page("int4", pages=3, head_dim=(16, 12))
+    assert (packed.head_dim, packed.value_dim) == (16, 12)
+    assert packed.nbytes == 3 * 2 * (8 * (8 + 6) + 2 * 2 * (16 + 8))
+    part = packed.part(1, 3)
+    assert (part.pages, part.format, part.value_dim) == (2, "int4", 12) and part.k.data_ptr() == packed.k[1].data_ptr()
 
 
 def test_a_plan_lists_its_segments():

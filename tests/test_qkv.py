@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inferix_kernels import FORMATS, KVPages, PageList, kv_gather, qkv_prologue
+from inferix_kernels.layout import KV_FORMATS
 from inferix_kernels.testing import assert_close, poisoned_pool, rope_table
 
 # lens, Hq, H, D, page_size
@@ -43,21 +44,47 @@ def run(args, options, backend):
     return q, *kv_gather([pool], where, backend="reference"), pool
 
 
+def steps(codes):
+    """Codes as integers that count a format's steps."""
+    if codes.dtype == torch.uint8:
+        return torch.stack((codes & 15, codes >> 4), -1).int()
+    if codes.dtype == torch.float8_e4m3fn:
+        bits = codes.view(torch.uint8).int()
+        return torch.where(bits > 127, 128 - bits, bits)
+    return codes.int()
+
+
 def assert_same(got, want, format, head_dim):
     assert_close("q", got[0], want[0], head_dim)
-    pool, expected = got[3], want[3]
-    if format == "int8":
-        # Keys pass a norm whose sum is taken in another order: a code next to a half may go the other way.
-        assert (pool.k.int() - expected.k.int()).abs()[1:].max() <= 1
-        torch.testing.assert_close(pool.k_scales[1:], expected.k_scales[1:], rtol=1e-5, atol=0)
-        assert torch.equal(pool.v[1:], expected.v[1:]) and torch.equal(pool.v_scales[1:], expected.v_scales[1:])
+    pool, expected = (KVPages(*(None if x is None else x[1:] for x in pages)) for pages in (got[3], want[3]))
+    if FORMATS[format].quantized:
+        # Keys pass a norm whose sum is taken in another order: a code next to a boundary may go the other way.
+        assert (steps(pool.k) - steps(expected.k)).abs().max() <= 1
+        for name in ("k_scales", "k_offsets"):
+            a, b = getattr(pool, name), getattr(expected, name)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-5 if a.dtype == torch.float32 else 2**-10, atol=1e-6)
     else:
         dtype = pool.k.dtype
         assert_close("k", got[1].to(dtype), want[1].to(dtype), head_dim)
-        assert torch.equal(got[2], want[2])  # values are only moved, and added to a bias
+    # Values are only moved, and added to a bias: every bit.
+    for a, b in zip(pool, expected):
+        assert a is None or a is pool.k or a is pool.k_scales or a is pool.k_offsets or same(a, b)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+def same(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape, norm", [(shape, NORMS[i % 3]) for i, shape in enumerate(SHAPES)], ids=str)
+def test_prologue_stores_what_the_reference_stores(shape, norm, dtype, format, backend, device):
+    args, options = arguments(shape, norm, dtype=dtype, format=format, device=device)
+    assert_same(run(args, options, backend), run(args, options, "reference"), format, shape[3])
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

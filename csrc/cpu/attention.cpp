@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "elements.h"
 #include "pages.h"
 #include "parallel.h"
 #include "simd.h"
@@ -34,7 +35,7 @@ struct Task {
 struct Workspace {
   std::vector<Column> q, out;        // [groups][D], [groups][D rounded up to the kernel's rows]
   std::vector<Column> largest, sum;  // [groups]  of the scores, in units of log 2; of 2^(score - largest)
-  std::vector<float> k, v;           // [kKeys, D]  a converted part of a page
+  Buffer k, v;                       // [kKeys, D]  a decoded part of a page
 };
 
 // acc[i] += sum over n < count of a[offsets[i] + n * step] * columns[n]
@@ -114,12 +115,14 @@ RowAddress address(const PagedAttentionParams& p, const Task& task, int64_t row)
   return {p.q_indptr[task.segment] + r / group, task.head * group + r % group};
 }
 
+int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
+
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Queries in, scaled so that scores come out in units of log 2, and the running state to start from.
 template <typename Q, typename Out>
 void begin(const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
-  const int64_t D = p.shape.D, groups = round_up(task.rows, kLanes) / kLanes;
+  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes;
   Column lowest;
   std::fill_n(lowest.lane, kLanes, -kInfinity);
   w.q.assign(groups * D, Column{});
@@ -147,7 +150,7 @@ void finish(const PagedAttentionParams& p, const Task& task, int64_t out_columns
     const RowAddress at = address(p, task, row);
     const float sum = w.sum[group].lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
     Out* out = static_cast<Out*>(p.out.data) + at.element(p.out);
-    for (int64_t d = 0; d < p.shape.D; ++d)
+    for (int64_t d = 0; d < width(p); ++d)
       out[d] = from_float<Out>(w.out[group * out_columns + d].lane[lane] * inverse);
     p.lse[at.token * p.query_heads + at.head] =
         sum == 0.f ? -kInfinity : (w.largest[group].lane[lane] + std::log2(sum)) * kLn2;
@@ -156,22 +159,18 @@ void finish(const PagedAttentionParams& p, const Task& task, int64_t out_columns
 
 template <typename S, int kRows>
 INFERIX_INLINE void attend(const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  const int64_t D = p.shape.D, out_columns = (D + kRows - 1) / kRows * kRows;
-  with_float_type("q", p.q_dtype, [&](auto q) {
-    with_float_type("out", p.out_dtype, [&](auto out) { begin<decltype(q), decltype(out)>(p, task, out_columns, w); });
+  const int64_t D = width(p), out_columns = (D + kRows - 1) / kRows * kRows;
+  with_float_type(p.q_dtype, [&](auto q) {
+    with_float_type(p.out_dtype, [&](auto out) { begin<decltype(q), decltype(out)>(p, task, out_columns, w); });
   });
   Column scores[kKeys];
   for (int64_t i = p.page_indptr[task.segment]; i < p.page_indptr[task.segment + 1]; ++i) {
-    const Tile tile = locate(p.pools, p.entries.ids[i], task.head);
+    const Location page = locate(p.pools, p.entries.ids[i]);
+    const Tile keys = tile_of(page.pool->k, p.shape, page.page, task.head);
+    const Tile values = tile_of(page.pool->v, p.shape, page.page, task.head);
     for (int64_t first = 0; first < p.entries.lens[i]; first += kKeys) {
       const int64_t count = std::min<int64_t>(kKeys, p.entries.lens[i] - first);
-      const float *k = w.k.data(), *v = w.v.data();
-      if (tile.pool->dtype == DType::f32) {
-        k = static_cast<const float*>(tile.pool->k) + tile_offset(tile, p.shape) + first * D;
-        v = static_cast<const float*>(tile.pool->v) + tile_offset(tile, p.shape) + first * D;
-      } else {
-        read_tile(tile, p.shape, first, count, w.k.data(), w.v.data());
-      }
+      const float *k = floats_of(keys, first, count, w.k), *v = floats_of(values, first, count, w.v);
       for (size_t group = 0; group < w.sum.size(); ++group) {
         score_keys<S, kRows>(k, count, D, &w.q[group * D], scores);
         const Column shrink = soften<S>(scores, count, w.largest[group], w.sum[group]);
@@ -179,7 +178,7 @@ INFERIX_INLINE void attend(const PagedAttentionParams& p, const Task& task, Work
       }
     }
   }
-  with_float_type("out", p.out_dtype, [&](auto out) { finish<decltype(out)>(p, task, out_columns, w); });
+  with_float_type(p.out_dtype, [&](auto out) { finish<decltype(out)>(p, task, out_columns, w); });
 }
 
 using Attend = void (*)(const PagedAttentionParams&, const Task&, Workspace&);
@@ -196,22 +195,15 @@ void attend_portable(const PagedAttentionParams& p, const Task& task, Workspace&
 }
 
 #if defined(__x86_64__)
-__attribute__((target("arch=x86-64-v3"))) void attend_v3(const PagedAttentionParams& p, const Task& task,
-                                                         Workspace& w) {
+INFERIX_V3 void attend_v3(const PagedAttentionParams& p, const Task& task, Workspace& w) {
   attend<Simd<8>, 4>(p, task, w);
 }
 
-__attribute__((target("arch=x86-64-v4"))) void attend_v4(const PagedAttentionParams& p, const Task& task,
-                                                         Workspace& w) {
+INFERIX_V4 void attend_v4(const PagedAttentionParams& p, const Task& task, Workspace& w) {
   attend<Simd<16>, 8>(p, task, w);
 }
 
-Attend best_attend() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    return attend_v4;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? attend_v3 : attend_portable;
-}
+Attend best_attend() { return best<Attend>(attend_portable, attend_v3, attend_v4); }
 #else
 Attend best_attend() { return attend_portable; }
 #endif
@@ -261,16 +253,14 @@ void paged_attention_cpu(const PagedAttentionParams& p, int threads) {
   const Attend attend_task = best_attend();
   parallel_for(threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Workspace workspace;
-    workspace.k.resize(kKeys * p.shape.D);
-    workspace.v.resize(kKeys * p.shape.D);
     attend_task(p, tasks[i], workspace);
   });
 }
 
 void merge_attention_cpu(const MergeAttentionParams& p, int threads) {
   constexpr int64_t kRowsPerChunk = 256;
-  with_float_type("out_a", p.in_dtype, [&](auto in) {
-    with_float_type("out", p.out_dtype, [&](auto out) {
+  with_float_type(p.in_dtype, [&](auto in) {
+    with_float_type(p.out_dtype, [&](auto out) {
       parallel_for(threads, (p.rows + kRowsPerChunk - 1) / kRowsPerChunk, [&](int64_t chunk) {
         const int64_t end = std::min(p.rows, (chunk + 1) * kRowsPerChunk);
         for (int64_t row = chunk * kRowsPerChunk; row < end; ++row) merge_row<decltype(in), decltype(out)>(p, row);

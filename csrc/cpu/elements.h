@@ -1,19 +1,12 @@
-// Element types the CPU kernels read and write, and the conversions a GPU has in hardware.
+// Element types the CPU kernels read and write, and the conversions a GPU has in hardware: without branches, on
+// integers and float32 alone, so that loops over them vectorise on every CPU and give the same bits.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "../dtypes.h"
-
-// A function compiled for three generations of x86, chosen when the module is loaded. With a * b + c left in two
-// roundings (see CMakeLists.txt) all of them give the same bits.
-#if defined(__x86_64__) && defined(__GLIBC__) && ((defined(__clang__) && __clang_major__ >= 16) || __GNUC__ >= 12)
-#define INFERIX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define INFERIX_CLONES
-#endif
+#include "simd.h"
 
 namespace inferix {
 
@@ -21,62 +14,95 @@ struct Bf16 {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float x) {
+struct Half {
+  uint16_t bits;
+};
+
+// 4 bits of exponent, 3 of mantissa, no infinities, NaN is all ones.
+struct E4m3 {
+  uint8_t bits;
+};
+
+INFERIX_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-inline float float_of(uint32_t bits) {
+INFERIX_INLINE float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
-inline float to_float(int8_t x) { return float(x); }
+// bits without the sign: of two, positive floats order as integers do, and integer maxima vectorise.
+INFERIX_INLINE int32_t magnitude(float x) { return static_cast<int32_t>(bits_of(x) & 0x7fffffff); }
+
+INFERIX_INLINE float to_float(float x) { return x; }
+INFERIX_INLINE float to_float(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+INFERIX_INLINE float to_float(Half x) {
+  const uint32_t m = x.bits & 0x7fff, shifted = m << 13;
+  const float normal = float_of(shifted + ((m < 0x7c00 ? 127 - 15 : 2 * (127 - 15)) << 23));
+  return float_of(bits_of(m < 0x0400 ? float(int32_t(m)) * 0x1p-24f : normal) | uint32_t(x.bits & 0x8000) << 16);
+}
+INFERIX_INLINE float to_float(E4m3 x) {
+  const uint32_t m = x.bits & 0x7f;
+  const float normal = float_of(m == 0x7f ? 0x7fc00000 : (m << 20) + ((127 - 7) << 23));
+  return float_of(bits_of(m < 0x08 ? float(int32_t(m)) * 0x1p-9f : normal) | uint32_t(x.bits & 0x80) << 24);
+}
+
+// The float with this magnitude, to the nearest with kMantissa bits, halves to even: its exponent and mantissa fields,
+// still with the bias of float32.
+template <int kMantissa>
+INFERIX_INLINE uint32_t shortened(uint32_t magnitude) {
+  constexpr int kDropped = 23 - kMantissa;
+  return (magnitude + ((1u << (kDropped - 1)) - 1) + ((magnitude >> kDropped) & 1)) >> kDropped;
+}
+
+// The same in steps of `least`: the sum's last place is worth one step.
+INFERIX_INLINE uint32_t steps_of(uint32_t magnitude, float least) {
+  const float lift = least * 0x1p23f;
+  return bits_of(float_of(magnitude) + lift) - bits_of(lift);
+}
 
 template <typename T> T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-// To the nearest, halves to even. A NaN stays one: rounding up its mantissa could carry it to infinity.
-template <> inline Bf16 from_float<Bf16>(float x) {
+template <> INFERIX_INLINE float from_float<float>(float x) { return x; }
+// A NaN stays one: rounding up its mantissa could carry it to infinity.
+template <> INFERIX_INLINE Bf16 from_float<Bf16>(float x) {
+  const uint32_t bits = bits_of(x), m = bits & 0x7fffffff;
+  const uint32_t rounded = shortened<7>(m) | (bits >> 16 & 0x8000);
+  return {static_cast<uint16_t>(m > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+template <> INFERIX_INLINE Half from_float<Half>(float x) {
+  const uint32_t bits = bits_of(x), m = bits & 0x7fffffff;
+  const uint32_t normal = std::min(shortened<10>(std::min(m, 0x47800000u)) - ((127 - 15) << 10), 0x7c00u);
+  const uint32_t rounded = m < 0x38800000 ? steps_of(m, 0x1p-24f) : m > 0x7f800000 ? 0x7e00 : normal;
+  return {static_cast<uint16_t>(rounded | (bits >> 16 & 0x8000))};
+}
+// |x| < 464: it does not saturate. In 2^20 times the power of two below |x| the last place is a step of the mantissa;
+// below 2^-6, the least normal number, steps stay what they are there. The code is put together in the highest byte:
+// GCC would otherwise narrow each of its parts to a byte first. The sign is that of `like`.
+INFERIX_INLINE E4m3 e4m3_of(float x, float like) {
+  constexpr int32_t kLeast = (127 - 6) << 23;
   const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+  const uint32_t exponent = static_cast<uint32_t>(std::max(static_cast<int32_t>(bits & 0x7f800000), kLeast));
+  // Only the lowest bits count: those of the power of two are 0.
+  const uint32_t steps = bits_of(float_of(bits & 0x7fffffff) + float_of(exponent + (20 << 23)));
+  const uint32_t code = (steps << 24) + ((exponent - kLeast) << 4);
+  return {static_cast<uint8_t>((code | (bits_of(like) & 0x80000000)) >> 24)};
 }
 
-// |x| <= 2^22. Adding 1.5 * 2^23 pushes the fraction out of the mantissa, halves to even; unlike nearbyint it
-// vectorises on every x86.
-inline float round_half_even(float x) { return (x + 12582912.f) - 12582912.f; }
-
-// Rounding first keeps |x / scale|, which rounding of the scale can push past 127 by an ulp, at 127.
-inline int8_t quantized(float x, float scale) {
-  const float code = round_half_even(x / scale);
-  return static_cast<int8_t>(code > kInt8Max ? kInt8Max : code < -kInt8Max ? -kInt8Max : code);
-}
-
-// Largest |x| as bits: positive floats order as integers do, and integer maxima vectorise without -ffast-math.
-inline uint32_t max_magnitude(uint32_t largest, float x) { return std::max(largest, bits_of(x) & 0x7fffffff); }
-
-inline float int8_scale(uint32_t largest) { return std::max(float_of(largest), kAmaxFloor) / kInt8Max; }
+// |x| <= 2^22, to the nearest integer, halves to even: adding 1.5 * 2^23 pushes the fraction out of the mantissa and
+// leaves the integer in its low bits. Unlike nearbyint it vectorises on every x86.
+INFERIX_INLINE int32_t rounded(float x) { return static_cast<int32_t>(bits_of(x + 12582912.f) - bits_of(12582912.f)); }
 
 // Calls function(T{}) with the element type of a dtype.
 template <typename Function>
-void with_float_type(const char* argument, DType dtype, Function&& function) {
+void with_float_type(DType dtype, Function&& function) {
   switch (dtype) {
     case DType::f32: return function(float{});
     case DType::bf16: return function(Bf16{});
-    default: unsupported(argument, dtype);
-  }
-}
-
-template <typename Function>
-void with_page_type(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::f32: return function(float{});
-    case DType::bf16: return function(Bf16{});
-    case DType::i8: return function(int8_t{});
+    case DType::f16: return function(Half{});
   }
 }
 

@@ -2,8 +2,7 @@
 #include "../kv_pages.h"
 
 #include <algorithm>
-#include <cstring>
-#include <vector>
+#include <string>
 
 #include "pages.h"
 #include "parallel.h"
@@ -11,65 +10,80 @@
 namespace inferix {
 namespace {
 
-// [count, D] floats of a [T, H, D] tensor's rows, for one head.
-template <typename T>
-void load_rows(const Rows& rows, int64_t first, int64_t head, int64_t count, int64_t D, float* to) {
-  const T* from = static_cast<const T*>(rows.data) + first * rows.token_stride + head * rows.head_stride;
-  for (int64_t t = 0; t < count; ++t, from += rows.token_stride, to += D)
-    for (int64_t d = 0; d < D; ++d) to[d] = to_float(from[d]);
+int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+char* row_of(const Rows& rows, DType dtype, int64_t token, int64_t head) {
+  return static_cast<char*>(rows.data) + (token * rows.token_stride + head * rows.head_stride) * element_bytes(dtype);
 }
 
-template <typename T>
-void store_rows(const Rows& rows, int64_t first, int64_t head, int64_t count, int64_t D, const float* from) {
-  T* to = static_cast<T*>(rows.data) + first * rows.token_stride + head * rows.head_stride;
-  for (int64_t t = 0; t < count; ++t, to += rows.token_stride, from += D)
-    for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(from[d]);
+// Decoded tokens on their way, one side at a time; each thread keeps its own.
+Buffer& buffer() {
+  thread_local Buffer mine;
+  return mine;
 }
 
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::bf16 ? 2 : 1; }
-
-void copy_slots(const void* from, int64_t from_offset, void* to, int64_t to_offset, int64_t length, int64_t page_size,
-                int64_t slot_bytes) {
-  const char* source = static_cast<const char*>(from) + from_offset;
-  char* target = static_cast<char*>(to) + to_offset;
-  std::memcpy(target, source, length * slot_bytes);
-  std::memset(target + length * slot_bytes, 0, (page_size - length) * slot_bytes);
+void append(const Rows& rows, DType dtype, int64_t first, int64_t head, int64_t length, const Tile& to) {
+  const char* from = row_of(rows, dtype, first, head);
+  if (dtype == DType::f32) return write_tile(to, reinterpret_cast<const float*>(from), rows.token_stride, length);
+  float* x = buffer().floats(length * to.width);
+  to_floats(dtype, from, rows.token_stride, length, to.width, x, to.width);
+  write_tile(to, x, to.width, length);
 }
 
-// Bit for bit; slots past length as write_tile leaves them.
-void copy_tile(const Tile& source, const Tile& target, const PageShape& s, int64_t length) {
-  const int64_t size = element_size(source.pool->dtype);
-  const int64_t from = tile_offset(source, s) * size, to = tile_offset(target, s) * size;
-  copy_slots(source.pool->k, from, target.pool->k, to, length, s.page_size, s.D * size);
-  copy_slots(source.pool->v, from, target.pool->v, to, length, s.page_size, s.D * size);
-  if (source.pool->dtype != DType::i8) return;
-  float* scales = tile_k_scales(target, s);
-  std::copy_n(tile_k_scales(source, s), length, scales);
-  std::fill(scales + length, scales + s.page_size, int8_scale(0));
-  std::copy_n(tile_v_scales(source, s), s.D, tile_v_scales(target, s));
+void gather(const Tile& from, int64_t length, const Rows& rows, DType dtype, int64_t first, int64_t head) {
+  char* to = row_of(rows, dtype, first, head);
+  if (dtype == DType::f32) return decode(from, 0, length, reinterpret_cast<float*>(to), rows.token_stride);
+  from_floats(dtype, floats_of(from, 0, length, buffer()), from.width, length, from.width, to, rows.token_stride);
 }
 
-// Room for one tile of keys and one of values.
-struct TileBuffer {
-  explicit TileBuffer(const PageShape& s) : data(2 * s.page_size * s.D), v(data.data() + s.page_size * s.D) {}
-  std::vector<float> data;
-  float *k = data.data(), *v;
+// x may be `to`.
+void subtract(const float* x, const float* mean, int64_t length, int64_t width, float* to) {
+  for (int64_t t = 0; t < length; ++t)
+    for (int64_t d = 0; d < width; ++d) to[t * width + d] = x[t * width + d] - mean[d];
+}
+
+// One side of an entry and head on its way to another pool.
+struct Move {
+  Tile from, to;
+  int64_t length;
+  const float* mean;  // [width], subtracted; or null
+
+  Move(const KvCommitParams& p, int64_t index) {
+    const int64_t entry = index / 2 / p.shape.H, head = index / 2 % p.shape.H;
+    const bool keys = index % 2 == 0;
+    from = tile_of(keys ? p.source.k : p.source.v, p.shape, p.source_list.ids[entry], head);
+    to = tile_of(keys ? p.target.k : p.target.v, p.shape, p.target_list.ids[entry], head);
+    length = p.source_list.lens[entry];
+    mean = keys && p.k_mean ? p.k_mean + head * from.width : nullptr;
+  }
+
+  // All codes of this move, while `tokens` tokens of another are computed.
+  Ahead ahead(int64_t tokens) const {
+    const int64_t rows = tokens ? from.page_size : 0, share = std::max<int64_t>(tokens, 1);
+    return {from.codes, to.codes, rows * row_bytes(from.codec, from.width) / share,
+            rows * row_bytes(to.codec, to.width) / share};
+  }
 };
+
+void convert(const Move& move, const Ahead& ahead) {
+  const float* x = floats_of(move.from, 0, move.length, buffer());
+  if (move.mean) {
+    float* less = buffer().floats(move.length * move.from.width);
+    subtract(x, move.mean, move.length, move.from.width, less);
+    x = less;
+  }
+  write_tile(move.to, x, move.from.width, move.length, ahead);
+}
 
 }  // namespace
 
 void kv_append_cpu(const KvAppendParams& p, int threads) {
   const PageShape& s = p.shape;
   const auto starts = entry_starts("where.ids", "where.lens", p.where, p.pages.pages, s.page_size, p.T, true);
-  with_float_type("k", p.x_dtype, [&](auto type) {
-    using X = decltype(type);
-    parallel_for(threads, p.where.n * s.H, [&](int64_t task) {
-      const int64_t entry = task / s.H, head = task % s.H, length = p.where.lens[entry];
-      TileBuffer tile(s);
-      load_rows<X>(p.k, starts[entry], head, length, s.D, tile.k);
-      load_rows<X>(p.v, starts[entry], head, length, s.D, tile.v);
-      write_tile({&p.pages, p.where.ids[entry], head}, s, length, tile.k, tile.v, s.D);
-    });
+  parallel_for(threads, p.where.n * s.H, [&](int64_t task) {
+    const int64_t entry = task / s.H, head = task % s.H, page = p.where.ids[entry], length = p.where.lens[entry];
+    append(p.k, p.x_dtype, starts[entry], head, length, tile_of(p.pages.k, s, page, head));
+    append(p.v, p.x_dtype, starts[entry], head, length, tile_of(p.pages.v, s, page, head));
   });
 }
 
@@ -83,33 +97,30 @@ void kv_commit_cpu(const KvCommitParams& p, int threads) {
                                   std::to_string(p.target_list.lens[i]) + " and " +
                                   std::to_string(p.source_list.lens[i]) + " for page " + std::to_string(i));
   }
-  const bool verbatim = p.source.dtype == p.target.dtype && !p.k_mean;
-  parallel_for(threads, p.source_list.n * s.H, [&](int64_t task) {
-    const int64_t entry = task / s.H, head = task % s.H, length = p.source_list.lens[entry];
-    const Tile source{&p.source, p.source_list.ids[entry], head}, target{&p.target, p.target_list.ids[entry], head};
-    if (verbatim) return copy_tile(source, target, s, length);
-    TileBuffer tile(s);
-    read_tile(source, s, 0, length, tile.k, tile.v);
-    if (p.k_mean) {
-      for (int64_t t = 0; t < length; ++t)
-        for (int64_t d = 0; d < s.D; ++d) tile.k[t * s.D + d] -= p.k_mean[head * s.D + d];
+  const bool verbatim = p.source.k.codec == p.target.k.codec && p.source.v.codec == p.target.v.codec && !p.k_mean;
+  // Runs of tiles, so that a thread knows what it reads next; four for each thread even out their speed.
+  const int64_t moves = 2 * p.source_list.n * s.H, run = std::clamp<int64_t>(moves / (4 * std::max(threads, 1)), 1, 32);
+  parallel_for(threads, (moves + run - 1) / run, [&](int64_t task) {
+    const int64_t end = std::min(moves, (task + 1) * run);
+    for (int64_t i = task * run; i < end; ++i) {
+      const Move move(p, i);
+      if (verbatim) {
+        copy_tile(move.from, move.to, move.length);
+      } else {
+        convert(move, i + 1 < end ? Move(p, i + 1).ahead(move.length) : Ahead{});
+      }
     }
-    write_tile(target, s, length, tile.k, tile.v, s.D);
   });
 }
 
 void kv_gather_cpu(const KvGatherParams& p, int threads) {
   const PageShape& s = p.shape;
   const auto starts = entry_starts("where.ids", "where.lens", p.where, total_pages(p.pools), s.page_size, p.T, false);
-  with_float_type("out", p.out_dtype, [&](auto type) {
-    using X = decltype(type);
-    parallel_for(threads, p.where.n * s.H, [&](int64_t task) {
-      const int64_t entry = task / s.H, head = task % s.H, length = p.where.lens[entry];
-      TileBuffer tile(s);
-      read_tile(locate(p.pools, p.where.ids[entry], head), s, 0, length, tile.k, tile.v);
-      store_rows<X>(p.k, starts[entry], head, length, s.D, tile.k);
-      store_rows<X>(p.v, starts[entry], head, length, s.D, tile.v);
-    });
+  parallel_for(threads, p.where.n * s.H, [&](int64_t task) {
+    const int64_t entry = task / s.H, head = task % s.H, length = p.where.lens[entry];
+    const Location at = locate(p.pools, p.where.ids[entry]);
+    gather(tile_of(at.pool->k, s, at.page, head), length, p.k, p.out_dtype, starts[entry], head);
+    gather(tile_of(at.pool->v, s, at.page, head), length, p.v, p.out_dtype, starts[entry], head);
   });
 }
 

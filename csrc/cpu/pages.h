@@ -1,9 +1,8 @@
-// Reading and writing one (page, head) tile of a pool, and the checks of page lists: shared by the CPU kernels.
+// Whole (page, head) tiles, and the checks of page lists: shared by the CPU kernels.
 #pragma once
 #include <vector>
 
-#include "../kv_pages.h"
-#include "elements.h"
+#include "codecs.h"
 
 namespace inferix {
 
@@ -14,35 +13,21 @@ std::vector<int64_t> entry_starts(const char* ids, const char* lens, const PageL
 
 int64_t total_pages(const Pools& pools);
 
-struct Tile {
+struct Location {
   const Pool* pool;
-  int64_t page, head;
+  int64_t page;
 };
 
-inline Tile locate(const Pools& pools, int64_t page, int64_t head) {
+inline Location locate(const Pools& pools, int64_t page) {
   const Pool* pool = pools.pool;
   for (; page >= pool->pages; ++pool) page -= pool->pages;
-  return {pool, page, head};
+  return {pool, page};
 }
 
-inline int64_t tile_offset(const Tile& tile, const PageShape& s) {
-  return (tile.page * s.H + tile.head) * s.page_size * s.D;
-}
+// x [length, width], rows `stride` apart, fills slots 0 : length. The others store what a token of zeros would.
+void write_tile(const Tile& tile, const float* x, int64_t stride, int64_t length, const Ahead& ahead = {});
 
-inline float* tile_k_scales(const Tile& tile, const PageShape& s) {
-  return tile.pool->k_scales + (tile.page * s.H + tile.head) * s.page_size;
-}
-
-inline float* tile_v_scales(const Tile& tile, const PageShape& s) {
-  return tile.pool->v_scales + (tile.page * s.H + tile.head) * s.D;
-}
-
-// Tokens first : first + count of a tile as floats, k and v each [count, D].
-void read_tile(const Tile& tile, const PageShape& shape, int64_t first, int64_t count, float* k, float* v);
-
-// k and v, each [length, D] with rows `stride` apart, fill slots 0 : length. The other slots store what a token of
-// zeros would.
-void write_tile(const Tile& tile, const PageShape& shape, int64_t length, const float* k, const float* v,
-                int64_t stride);
+// Bit for bit between tiles of one codec; slots past length as write_tile leaves them.
+void copy_tile(const Tile& from, const Tile& to, int64_t length);
 
 }  // namespace inferix

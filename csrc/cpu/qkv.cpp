@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "elements.h"
 #include "pages.h"
 #include "parallel.h"
 
@@ -41,7 +42,7 @@ void rotate(float* x, const float* rope, int64_t pairs, bool interleaved) {
 
 template <typename X>
 void prepare_token(const QkvPrologueParams& p, int64_t token, float* x) {
-  const int64_t D = p.shape.D, q_size = p.query_heads * D, k_size = p.shape.H * D, width = q_size + 2 * k_size;
+  const int64_t D = p.pages.k.width, q_size = p.query_heads * D, k_size = p.shape.H * D, width = q_size + 2 * k_size;
   const X* from = static_cast<const X*>(p.qkv) + token * p.qkv_stride;
   for (int64_t i = 0; i < width; ++i) x[i] = to_float(from[i]);
   if (p.bias)
@@ -62,8 +63,8 @@ void prepare_token(const QkvPrologueParams& p, int64_t token, float* x) {
 void qkv_prologue_cpu(const QkvPrologueParams& p, int threads) {
   const PageShape& s = p.shape;
   const auto starts = entry_starts("where.ids", "where.lens", p.where, p.pages.pages, s.page_size, p.T, true);
-  const int64_t q_size = p.query_heads * s.D, k_size = s.H * s.D, width = q_size + 2 * k_size;
-  with_float_type("qkv", p.dtype, [&](auto type) {
+  const int64_t D = p.pages.k.width, q_size = p.query_heads * D, k_size = s.H * D, width = q_size + 2 * k_size;
+  with_float_type(p.dtype, [&](auto type) {
     parallel_for(threads, p.where.n, [&](int64_t entry) {
       const int64_t length = p.where.lens[entry];
       thread_local std::vector<float> rows;  // [length, width]
@@ -71,8 +72,9 @@ void qkv_prologue_cpu(const QkvPrologueParams& p, int threads) {
       for (int64_t t = 0; t < length; ++t)
         prepare_token<decltype(type)>(p, starts[entry] + t, rows.data() + t * width);
       for (int64_t head = 0; head < s.H; ++head) {
-        const float* k = rows.data() + q_size + head * s.D;
-        write_tile({&p.pages, p.where.ids[entry], head}, s, length, k, k + k_size, width);
+        const float* k = rows.data() + q_size + head * D;
+        write_tile(tile_of(p.pages.k, s, p.where.ids[entry], head), k, width, length);
+        write_tile(tile_of(p.pages.v, s, p.where.ids[entry], head), k + k_size, width, length);
       }
     });
   });

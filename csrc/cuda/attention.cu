@@ -34,8 +34,8 @@ __global__ void merge_attention_kernel(MergeAttentionParams p) {
 void merge_attention_cuda(const MergeAttentionParams& p, void* stream) {
   if (p.rows == 0) return;
   const dim3 grid(static_cast<unsigned>((p.rows + kRowsPerBlock - 1) / kRowsPerBlock));
-  with_float_type("out_a", p.in_dtype, [&](auto in) {
-    with_float_type("out", p.out_dtype, [&](auto out) {
+  with_float_type(p.in_dtype, [&](auto in) {
+    with_float_type(p.out_dtype, [&](auto out) {
       merge_attention_kernel<decltype(in), decltype(out)>
           <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
     });

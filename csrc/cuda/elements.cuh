@@ -1,6 +1,7 @@
 // Element types of the CUDA kernels. Their rounding is that of inferix_kernels/reference.py.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -12,11 +13,12 @@ constexpr int kWarp = 32;
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(int8_t x) { return float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
 
 template <typename T> __device__ T from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
 
 __device__ inline float int8_scale(float largest) { return __fdiv_rn(fmaxf(largest, kAmaxFloor), kInt8Max); }
 
@@ -32,20 +34,11 @@ __device__ inline float warp_max(float x) {
 
 // Calls function(T{}) with the element type of a dtype.
 template <typename Function>
-void with_float_type(const char* argument, DType dtype, Function&& function) {
+void with_float_type(DType dtype, Function&& function) {
   switch (dtype) {
     case DType::f32: return function(float{});
     case DType::bf16: return function(__nv_bfloat16{});
-    default: unsupported(argument, dtype);
-  }
-}
-
-template <typename Function>
-void with_page_type(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::f32: return function(float{});
-    case DType::bf16: return function(__nv_bfloat16{});
-    case DType::i8: return function(int8_t{});
+    case DType::f16: return function(__half{});
   }
 }
 

@@ -2,8 +2,6 @@
 //
 // Compiled for sm_80 and sm_90a, never run on a GPU. The numbers of a page list are not checked on the host, which
 // would wait for the device: an entry that does not fit its pool is skipped.
-#include <type_traits>
-
 #include "../kv_pages.h"
 #include "check.cuh"
 #include "elements.cuh"
@@ -37,136 +35,141 @@ __device__ int64_t first_token(const PageList& list) {
   return static_cast<int64_t>(total);
 }
 
-__device__ int64_t tile_offset(const PageShape& s, int64_t page, int64_t head) {
-  return (page * s.H + head) * s.page_size * s.D;
-}
+// One side of a (page, head) tile. The codecs here are neither packed nor transposed, and their scales are float32.
+struct Tile {
+  Codec codec;
+  int64_t page_size, width;
+  char* codes;    // [page_size, width]
+  float* scales;  // [page_size] or [width]; int8 only
 
-// A source of float32 tokens for write_tile: rows of a tensor, or a page of another pool.
-template <typename X>
-struct TensorTile {
-  const X *k_rows, *v_rows;
-  int64_t k_stride, v_stride;
-  __device__ float k(int64_t t, int64_t d) const { return to_float(k_rows[t * k_stride + d]); }
-  __device__ float v(int64_t t, int64_t d) const { return to_float(v_rows[t * v_stride + d]); }
-};
-
-template <typename T>
-struct PageTile {
-  const T *k_tile, *v_tile;               // [page_size, D]
-  const float *k_scales, *v_scales;       // [page_size], [D]; int8 only
-  const float* k_mean;                    // [D] or null
-  int64_t D;
-
-  __device__ PageTile(const Pool& pool, const PageShape& s, int64_t page, int64_t head, const float* mean)
-      : k_tile(static_cast<const T*>(pool.k) + tile_offset(s, page, head)),
-        v_tile(static_cast<const T*>(pool.v) + tile_offset(s, page, head)),
-        k_scales(pool.k_scales + (page * s.H + head) * s.page_size),
-        v_scales(pool.v_scales + (page * s.H + head) * s.D),
-        k_mean(mean ? mean + head * s.D : nullptr),
-        D(s.D) {}
-  __device__ float k(int64_t t, int64_t d) const {
-    float x = to_float(k_tile[t * D + d]);
-    if constexpr (std::is_same_v<T, int8_t>) x = __fmul_rn(x, k_scales[t]);
-    return k_mean ? __fsub_rn(x, k_mean[d]) : x;
+  __device__ Tile(const Plane& plane, const PageShape& s, int64_t page, int64_t head)
+      : codec(plane.codec), page_size(s.page_size), width(plane.width) {
+    const int64_t index = page * s.H + head;
+    codes = static_cast<char*>(plane.codes) + index * page_size * width * code_bytes();
+    scales = static_cast<float*>(plane.scales) + (quantized() ? index * scale_count() : 0);
   }
-  __device__ float v(int64_t t, int64_t d) const {
-    const float x = to_float(v_tile[t * D + d]);
-    if constexpr (std::is_same_v<T, int8_t>) return __fmul_rn(x, v_scales[d]);
-    return x;
+  __device__ bool quantized() const { return codec == Codec::i8_token || codec == Codec::i8_channel; }
+  __device__ int64_t code_bytes() const { return codec == Codec::f32 ? 4 : quantized() ? 1 : 2; }
+  __device__ int64_t scale_count() const { return codec == Codec::i8_token ? page_size : width; }
+  template <typename T>
+  __device__ T* as() const {
+    return reinterpret_cast<T*>(codes);
   }
-};
-
-template <typename Source>
-__device__ void write_int8_tile(const Pool& pool, const PageShape& s, const Entry& e, const Source& source) {
-  const int64_t tile = e.page * s.H + e.head;
-  int8_t* to_k = static_cast<int8_t*>(pool.k) + tile * s.page_size * s.D;
-  int8_t* to_v = static_cast<int8_t*>(pool.v) + tile * s.page_size * s.D;
-  // Keys: a warp per token, which shares one scale. A token past the end is one of zeros.
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t t = threadIdx.x / kWarp; t < s.page_size; t += kWarpsPerBlock) {
-    float largest = 0.f;
-    for (int64_t d = lane; d < s.D; d += kWarp) largest = fmaxf(largest, t < e.length ? fabsf(source.k(t, d)) : 0.f);
-    const float scale = int8_scale(warp_max(largest));
-    for (int64_t d = lane; d < s.D; d += kWarp) to_k[t * s.D + d] = quantized(t < e.length ? source.k(t, d) : 0.f, scale);
-    if (lane == 0) pool.k_scales[tile * s.page_size + t] = scale;
-  }
-  // Values: a thread per channel, which shares one scale.
-  for (int64_t d = threadIdx.x; d < s.D; d += kThreads) {
-    float largest = 0.f;
-    for (int64_t t = 0; t < e.length; ++t) largest = fmaxf(largest, fabsf(source.v(t, d)));
-    const float scale = int8_scale(largest);
-    for (int64_t t = 0; t < s.page_size; ++t)
-      to_v[t * s.D + d] = quantized(t < e.length ? source.v(t, d) : 0.f, scale);
-    pool.v_scales[tile * s.D + d] = scale;
-  }
-}
-
-template <typename T, typename Source>
-__device__ void write_tile(const Pool& pool, const PageShape& s, const Entry& e, const Source& source) {
-  if constexpr (std::is_same_v<T, int8_t>) {
-    write_int8_tile(pool, s, e, source);
-  } else {
-    T* to_k = static_cast<T*>(pool.k) + tile_offset(s, e.page, e.head);
-    T* to_v = static_cast<T*>(pool.v) + tile_offset(s, e.page, e.head);
-    for (int64_t i = threadIdx.x; i < s.page_size * s.D; i += kThreads) {
-      const int64_t t = i / s.D, d = i % s.D;
-      to_k[i] = from_float<T>(t < e.length ? source.k(t, d) : 0.f);
-      to_v[i] = from_float<T>(t < e.length ? source.v(t, d) : 0.f);
+  __device__ float operator()(int64_t t, int64_t d) const {
+    const int64_t i = t * width + d;
+    switch (codec) {
+      case Codec::f32: return as<float>()[i];
+      case Codec::bf16: return to_float(as<__nv_bfloat16>()[i]);
+      case Codec::f16: return to_float(as<__half>()[i]);
+      default: return __fmul_rn(float(as<int8_t>()[i]), scales[codec == Codec::i8_token ? t : d]);
     }
   }
+};
+
+// A source of float32 tokens for write_tile is called with (token, channel): a Tile, or one of these.
+template <typename X>
+struct TensorRows {
+  const X* rows;
+  int64_t stride;
+  __device__ TensorRows(const Rows& x, int64_t first, int64_t head)
+      : rows(static_cast<const X*>(x.data) + first * x.token_stride + head * x.head_stride), stride(x.token_stride) {}
+  __device__ float operator()(int64_t t, int64_t d) const { return to_float(rows[t * stride + d]); }
+};
+
+struct Centred {
+  Tile tile;
+  const float* mean;  // [width]
+  __device__ float operator()(int64_t t, int64_t d) const { return __fsub_rn(tile(t, d), mean[d]); }
+};
+
+template <typename T, typename Source>
+__device__ void write_floats(const Tile& to, int64_t length, const Source& source) {
+  for (int64_t i = threadIdx.x; i < to.page_size * to.width; i += kThreads) {
+    const int64_t t = i / to.width, d = i % to.width;
+    to.as<T>()[i] = from_float<T>(t < length ? source(t, d) : 0.f);
+  }
 }
 
-template <typename X, typename T>
+// A warp per token, which shares one scale. A token past the end is one of zeros.
+template <typename Source>
+__device__ void write_int8_tokens(const Tile& to, int64_t length, const Source& source) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t t = threadIdx.x / kWarp; t < to.page_size; t += kWarpsPerBlock) {
+    float largest = 0.f;
+    for (int64_t d = lane; d < to.width; d += kWarp) largest = fmaxf(largest, t < length ? fabsf(source(t, d)) : 0.f);
+    const float scale = int8_scale(warp_max(largest));
+    for (int64_t d = lane; d < to.width; d += kWarp)
+      to.as<int8_t>()[t * to.width + d] = quantized(t < length ? source(t, d) : 0.f, scale);
+    if (lane == 0) to.scales[t] = scale;
+  }
+}
+
+// A thread per channel, which shares one scale.
+template <typename Source>
+__device__ void write_int8_channels(const Tile& to, int64_t length, const Source& source) {
+  for (int64_t d = threadIdx.x; d < to.width; d += kThreads) {
+    float largest = 0.f;
+    for (int64_t t = 0; t < length; ++t) largest = fmaxf(largest, fabsf(source(t, d)));
+    const float scale = int8_scale(largest);
+    for (int64_t t = 0; t < to.page_size; ++t)
+      to.as<int8_t>()[t * to.width + d] = quantized(t < length ? source(t, d) : 0.f, scale);
+    to.scales[d] = scale;
+  }
+}
+
+template <typename Source>
+__device__ void write_tile(const Tile& to, int64_t length, const Source& source) {
+  switch (to.codec) {
+    case Codec::f32: return write_floats<float>(to, length, source);
+    case Codec::bf16: return write_floats<__nv_bfloat16>(to, length, source);
+    case Codec::f16: return write_floats<__half>(to, length, source);
+    case Codec::i8_token: return write_int8_tokens(to, length, source);
+    default: return write_int8_channels(to, length, source);
+  }
+}
+
+// Bit for bit; slots past length as write_tile leaves them.
+__device__ void copy_tile(const Tile& from, const Tile& to, int64_t length) {
+  const int64_t row = to.width * to.code_bytes();
+  for (int64_t i = threadIdx.x; i < to.page_size * row; i += kThreads)
+    to.codes[i] = i < length * row ? from.codes[i] : 0;
+  if (!to.quantized()) return;
+  const int64_t valid = to.codec == Codec::i8_token ? length : to.width;
+  for (int64_t i = threadIdx.x; i < to.scale_count(); i += kThreads)
+    to.scales[i] = i < valid ? from.scales[i] : int8_scale(0.f);
+}
+
+template <typename X>
 __global__ void kv_append_kernel(KvAppendParams p) {
   const Entry e = this_entry(p.where, p.pages.pages, p.shape.page_size);
   const int64_t first = first_token(p.where);
   if (!e.valid || first + e.length > p.T) return;
-  const TensorTile<X> source{
-      static_cast<const X*>(p.k.data) + first * p.k.token_stride + e.head * p.k.head_stride,
-      static_cast<const X*>(p.v.data) + first * p.v.token_stride + e.head * p.v.head_stride,
-      p.k.token_stride, p.v.token_stride};
-  write_tile<T>(p.pages, p.shape, e, source);
+  write_tile(Tile(p.pages.k, p.shape, e.page, e.head), e.length, TensorRows<X>(p.k, first, e.head));
+  write_tile(Tile(p.pages.v, p.shape, e.page, e.head), e.length, TensorRows<X>(p.v, first, e.head));
 }
 
-// int8 to int8: the codes and scales themselves.
-__device__ void copy_int8_tile(const KvCommitParams& p, const Entry& from, const Entry& to) {
-  const PageShape& s = p.shape;
-  const int64_t source = from.page * s.H + from.head, target = to.page * s.H + to.head, size = s.page_size * s.D;
-  const int8_t *k = static_cast<const int8_t*>(p.source.k), *v = static_cast<const int8_t*>(p.source.v);
-  int8_t *to_k = static_cast<int8_t*>(p.target.k), *to_v = static_cast<int8_t*>(p.target.v);
-  for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-    const bool valid = i < from.length * s.D;
-    to_k[target * size + i] = valid ? k[source * size + i] : int8_t{0};
-    to_v[target * size + i] = valid ? v[source * size + i] : int8_t{0};
-  }
-  for (int64_t t = threadIdx.x; t < s.page_size; t += kThreads)
-    p.target.k_scales[target * s.page_size + t] =
-        t < from.length ? p.source.k_scales[source * s.page_size + t] : int8_scale(0.f);
-  for (int64_t d = threadIdx.x; d < s.D; d += kThreads)
-    p.target.v_scales[target * s.D + d] = p.source.v_scales[source * s.D + d];
-}
-
-template <typename S, typename T>
 __global__ void kv_commit_kernel(KvCommitParams p) {
   const Entry from = this_entry(p.source_list, p.source.pages, p.shape.page_size);
   const Entry to = this_entry(p.target_list, p.target.pages, p.shape.page_size);
   if (!from.valid || !to.valid || from.length != to.length) return;
-  if constexpr (std::is_same_v<S, int8_t> && std::is_same_v<T, int8_t>) {
-    copy_int8_tile(p, from, to);
+  const Tile from_k(p.source.k, p.shape, from.page, from.head), to_k(p.target.k, p.shape, to.page, to.head);
+  const Tile from_v(p.source.v, p.shape, from.page, from.head), to_v(p.target.v, p.shape, to.page, to.head);
+  if (from_k.codec == to_k.codec && from_v.codec == to_v.codec && !p.k_mean) {
+    copy_tile(from_k, to_k, to.length);
+    copy_tile(from_v, to_v, to.length);
   } else {
-    // float to the same float keeps the bits of every number; a NaN's payload may change.
-    write_tile<T>(p.target, p.shape, to, PageTile<S>(p.source, p.shape, from.page, from.head, p.k_mean));
+    if (p.k_mean) write_tile(to_k, to.length, Centred{from_k, p.k_mean + to.head * to_k.width});
+    else write_tile(to_k, to.length, from_k);
+    write_tile(to_v, to.length, from_v);
   }
 }
 
-template <typename X, typename T>
-__device__ void gather_tile(const KvGatherParams& p, const PageTile<T>& tile, const Entry& e, int64_t first) {
-  X* k = static_cast<X*>(p.k.data) + first * p.k.token_stride + e.head * p.k.head_stride;
-  X* v = static_cast<X*>(p.v.data) + first * p.v.token_stride + e.head * p.v.head_stride;
-  for (int64_t i = threadIdx.x; i < e.length * p.shape.D; i += kThreads) {
-    const int64_t t = i / p.shape.D, d = i % p.shape.D;
-    k[t * p.k.token_stride + d] = from_float<X>(tile.k(t, d));
-    v[t * p.v.token_stride + d] = from_float<X>(tile.v(t, d));
+template <typename X>
+__device__ void gather_tile(const Tile& from, const Entry& e, const Rows& to, int64_t first) {
+  X* rows = static_cast<X*>(to.data) + first * to.token_stride + e.head * to.head_stride;
+  for (int64_t i = threadIdx.x; i < e.length * from.width; i += kThreads) {
+    const int64_t t = i / from.width, d = i % from.width;
+    rows[t * to.token_stride + d] = from_float<X>(from(t, d));
   }
 }
 
@@ -177,13 +180,14 @@ __global__ void kv_gather_kernel(KvGatherParams p, int64_t total_pages) {
   if (!e.valid || first + e.length > p.T) return;
   int i = 0;
   for (; e.page >= p.pools.pool[i].pages; ++i) e.page -= p.pools.pool[i].pages;
-  const Pool& pool = p.pools.pool[i];
-  switch (pool.dtype) {
-    case DType::f32: return gather_tile<X>(p, PageTile<float>(pool, p.shape, e.page, e.head, nullptr), e, first);
-    case DType::bf16:
-      return gather_tile<X>(p, PageTile<__nv_bfloat16>(pool, p.shape, e.page, e.head, nullptr), e, first);
-    case DType::i8: return gather_tile<X>(p, PageTile<int8_t>(pool, p.shape, e.page, e.head, nullptr), e, first);
-  }
+  gather_tile<X>(Tile(p.pools.pool[i].k, p.shape, e.page, e.head), e, p.k, first);
+  gather_tile<X>(Tile(p.pools.pool[i].v, p.shape, e.page, e.head), e, p.v, first);
+}
+
+// compiled.py refuses these before it comes here.
+void check_codecs(const Pool& pool) {
+  for (const Codec codec : {pool.k.codec, pool.v.codec})
+    if (codec > Codec::i8_channel) throw std::invalid_argument("pages of this format have no CUDA kernel yet");
 }
 
 dim3 grid(const PageList& list, const PageShape& shape) {
@@ -194,31 +198,29 @@ dim3 grid(const PageList& list, const PageShape& shape) {
 
 void kv_append_cuda(const KvAppendParams& p, void* stream) {
   if (p.where.n == 0) return;
-  with_float_type("k", p.x_dtype, [&](auto x) {
-    with_page_type(p.pages.dtype, [&](auto page) {
-      kv_append_kernel<decltype(x), decltype(page)>
-          <<<grid(p.where, p.shape), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-    });
+  check_codecs(p.pages);
+  with_float_type(p.x_dtype, [&](auto x) {
+    kv_append_kernel<decltype(x)><<<grid(p.where, p.shape), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   });
   check_launch("kv_append");
 }
 
 void kv_commit_cuda(const KvCommitParams& p, void* stream) {
   if (p.source_list.n == 0) return;
-  with_page_type(p.source.dtype, [&](auto source) {
-    with_page_type(p.target.dtype, [&](auto target) {
-      kv_commit_kernel<decltype(source), decltype(target)>
-          <<<grid(p.source_list, p.shape), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-    });
-  });
+  check_codecs(p.source);
+  check_codecs(p.target);
+  kv_commit_kernel<<<grid(p.source_list, p.shape), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
   check_launch("kv_commit");
 }
 
 void kv_gather_cuda(const KvGatherParams& p, void* stream) {
   if (p.where.n == 0) return;
   int64_t total_pages = 0;
-  for (int i = 0; i < p.pools.count; ++i) total_pages += p.pools.pool[i].pages;
-  with_float_type("out", p.out_dtype, [&](auto x) {
+  for (int i = 0; i < p.pools.count; ++i) {
+    check_codecs(p.pools.pool[i]);
+    total_pages += p.pools.pool[i].pages;
+  }
+  with_float_type(p.out_dtype, [&](auto x) {
     kv_gather_kernel<decltype(x)>
         <<<grid(p.where, p.shape), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, total_pages);
   });
