@@ -15,16 +15,16 @@ demo: build
 play: build
 	$(BIN)/inferix play --model tiny
 
-test: build
+test: .venv/tools
 	$(BIN)/python -m pytest -q
 
-lint: build
+lint: .venv/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: build
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks run
 
 clean:
 	rm -rf .venv build *.egg-info inferix_kernels/_C*.so
@@ -38,5 +38,10 @@ clean:
 
 .venv/built: .venv/torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
+	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e .
+	touch $@
+
+# What only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.
+.venv/tools: .venv/built
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[test,lint]'
 	touch $@

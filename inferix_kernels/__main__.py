@@ -18,19 +18,22 @@ def try_op(op: str, backend: str, device: str) -> str:
     """Run an op on a handful of numbers: "runs", or the reason why it can not."""
     try:
         implementation(op, backend)
-        built = cuda_build(op) if (backend, device) == ("compiled", "cuda") else ""
         if device == "cuda" and not torch.cuda.is_available():
-            return "no GPU here" + built
+            return "no GPU here" + without_gpu(op, backend)
         call_for(op, backend, device)()
         if device == "cuda":
             torch.cuda.synchronize()  # a kernel that fails does so here
     except Unsupported as error:
-        return str(error)
-    return "runs"
+        return str(error).removeprefix(f"{op}: ")
+    return "runs, in Triton's interpreter" if (backend, device) == ("triton", "cpu") else "runs"
 
 
-def cuda_build(op: str) -> str:
-    """What is known of an op's CUDA kernel without a GPU."""
+def without_gpu(op: str, backend: str) -> str:
+    """What is known of an op's GPU kernel without a GPU."""
+    if backend == "triton":
+        return "; its kernel is checked in Triton's interpreter, never run on a GPU"
+    if backend != "compiled":
+        return ""
     from . import compiled
 
     if not compiled.HAS_CUDA:

@@ -41,10 +41,9 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     try:
         module = importlib.import_module(BACKENDS[backend])
-    except ModuleNotFoundError as error:
-        unwritten = error.name == BACKENDS[backend]
-        raise Unsupported(f"the {backend} backend is not written yet" if unwritten else str(error)) from error
     except ImportError as error:
         raise Unsupported(str(error)) from error
-    function: Callable[..., Any] = getattr(module, op)
+    function: Callable[..., Any] | None = getattr(module, op, None)
+    if function is None:
+        raise Unsupported(f"{op}: no {backend.title()} kernel yet")
     return function

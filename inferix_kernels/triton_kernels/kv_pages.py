@@ -1,0 +1,334 @@
+"""kv_append, kv_commit and kv_gather in Triton: a program per entry of the page list, head and part of a tile.
+
+Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU. There the numbers of
+a page list are not checked on the host, which would wait for the device: an entry that does not fit is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..layout import KVPages, PageList, as_bytes
+from .codecs import Tile, copy_part, part_of, read_part, round_to, tile_of, write_part
+from .launch import check_device, launch
+
+# A page list's lens are added up in steps of this many.
+LIST_STEP = tl.constexpr(1024)
+
+
+def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
+    check_device("kv_append", k)
+    if not k.is_cuda:
+        reference.spans("where", where, pages, tokens=k.shape[0], written=True)
+    key, value = _tiles(pages)
+    launch(
+        append_kernel,
+        len(where.ids) * pages.heads * (key.parts + value.parts),
+        k.device,
+        *(k, *k.stride(), v, *v.stride(), k.shape[0]),
+        *_list(where),
+        *_tensors(pages),
+        pages.pages,
+        ENTRIES=_entries(where),
+        HEADS=pages.heads,
+        KEY=key,
+        VALUE=value,
+        num_warps=max(key.warps, value.warps),
+    )
+
+
+def kv_commit(
+    source: KVPages, source_list: PageList, target: KVPages, target_list: PageList, k_mean: Tensor | None = None
+) -> None:
+    check_device("kv_commit", source.k)
+    if not source.k.is_cuda:
+        _check_commit(source, source_list, target, target_list)
+    from_key, from_value = _tiles(source)
+    key, value = _tiles(target)
+    launch(
+        commit_kernel,
+        len(source_list.ids) * target.heads * (key.parts + value.parts),
+        source.k.device,
+        *_list(source_list),
+        *_tensors(source),
+        source.pages,
+        *_list(target_list),
+        *_tensors(target),
+        target.pages,
+        None if k_mean is None else k_mean.contiguous(),
+        HEADS=target.heads,
+        FROM_KEY=from_key,
+        FROM_VALUE=from_value,
+        KEY=key,
+        VALUE=value,
+        COPY=source.format == target.format and k_mean is None,
+        num_warps=max(key.warps, value.warps),
+    )
+
+
+def kv_gather(
+    pools: Sequence[KVPages], where: PageList, dtype: torch.dtype = torch.float32, *, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    k, v = out
+    check_device("kv_gather", k)
+    if not k.is_cuda:
+        reference.spans("where", where, *pools, tokens=k.shape[0])
+    first_page = 0
+    for pages in pools:  # a launch for each, which leaves the entries of other pools alone
+        key, value = _tiles(pages, split=0)  # by tokens, as they are written, however the scales run
+        launch(
+            gather_kernel,
+            len(where.ids) * pages.heads * (key.parts + value.parts),
+            k.device,
+            *(k, *k.stride(), v, *v.stride(), k.shape[0]),
+            *_list(where),
+            *_tensors(pages),
+            first_page,
+            pages.pages,
+            ENTRIES=_entries(where),
+            HEADS=pages.heads,
+            KEY=key,
+            VALUE=value,
+            num_warps=max(key.warps, value.warps),
+        )
+        first_page += pages.pages
+    return out
+
+
+def _check_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList) -> None:
+    reference.spans("source_list", source_list, source)
+    reference.spans("target_list", target_list, target, written=True)
+    wants, gets = source_list.lens.tolist(), target_list.lens.tolist()
+    if wants != gets:
+        raise ValueError(f"target_list.lens must equal source_list.lens, got {gets} and {wants}")
+
+
+def _tiles(pages: KVPages, split: int | None = None) -> tuple[Tile, Tile]:
+    key, value = pages.sides
+    return (
+        tile_of(key.codec, pages.page_size, pages.head_dim, split),
+        tile_of(value.codec, pages.page_size, pages.value_dim, split),
+    )
+
+
+def _tensors(pages: KVPages) -> list[Tensor | None]:
+    """codes, scales, offsets of the keys, then of the values. sm_80 knows no 8-bit floats: it gets their bits."""
+    return [x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets)]
+
+
+def _list(where: PageList) -> tuple[Tensor, Tensor]:
+    return where.ids.contiguous(), where.lens.contiguous()
+
+
+def _entries(where: PageList) -> int:
+    """The length of a list, rounded up so that a list that grows is seldom a reason to compile again."""
+    return max(64, triton.next_power_of_2(len(where.ids)))
+
+
+@triton.jit(do_not_specialize=["tokens", "pages"])
+def append_kernel(
+    k,  # [tokens, HEADS, D]
+    k_token_stride,
+    k_head_stride,
+    k_stride,
+    v,  # [tokens, HEADS, Dv]
+    v_token_stride,
+    v_head_stride,
+    v_stride,
+    tokens,
+    ids,
+    lens,
+    k_codes,
+    k_scales,
+    k_offsets,
+    v_codes,
+    v_scales,
+    v_offsets,
+    pages,
+    ENTRIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+):
+    entry, head, part = this_program(HEADS, KEY, VALUE)
+    page, length = tl.load(ids + entry), tl.load(lens + entry)
+    first = first_token(lens, entry, ENTRIES)
+    if fits(page, length, pages, KEY) & (first + length <= tokens):
+        to = page.to(tl.int64) * HEADS + head
+        if part < KEY.parts:
+            k += first * k_token_stride + head.to(tl.int64) * k_head_stride
+            append_part(k, k_token_stride, k_stride, k_codes, k_scales, k_offsets, to, part, length, KEY)
+        else:
+            v += first * v_token_stride + head.to(tl.int64) * v_head_stride
+            append_part(v, v_token_stride, v_stride, v_codes, v_scales, v_offsets, to, part - KEY.parts, length, VALUE)
+
+
+@triton.jit
+def append_part(x, token_stride, stride, codes, scales, offsets, to, part, length, tile: tl.constexpr):
+    row, col = part_of(tile, part)
+    places, mask = token_places(token_stride, stride, row, col, length, tile)
+    tokens = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+    write_part(tokens, codes, scales, offsets, to, row, col, length, tile)
+
+
+@triton.jit(do_not_specialize=["from_pages", "pages"])
+def commit_kernel(
+    from_ids,
+    from_lens,
+    from_k_codes,
+    from_k_scales,
+    from_k_offsets,
+    from_v_codes,
+    from_v_scales,
+    from_v_offsets,
+    from_pages,
+    ids,
+    lens,
+    k_codes,
+    k_scales,
+    k_offsets,
+    v_codes,
+    v_scales,
+    v_offsets,
+    pages,
+    k_mean,  # [HEADS, D] or None
+    HEADS: tl.constexpr,
+    FROM_KEY: tl.constexpr,
+    FROM_VALUE: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    COPY: tl.constexpr,  # one format, nothing to subtract: bit for bit
+):
+    entry, head, part = this_program(HEADS, KEY, VALUE)
+    from_page, page, length = tl.load(from_ids + entry), tl.load(ids + entry), tl.load(lens + entry)
+    agree = tl.load(from_lens + entry) == length
+    if agree & fits(from_page, length, from_pages, KEY) & fits(page, length, pages, KEY):
+        at, to = from_page.to(tl.int64) * HEADS + head, page.to(tl.int64) * HEADS + head
+        if part < KEY.parts:
+            commit_part(
+                *(from_k_codes, from_k_scales, from_k_offsets, at, k_codes, k_scales, k_offsets, to),
+                *(k_mean, head, part, length, FROM_KEY, KEY, COPY),
+            )
+        else:
+            commit_part(
+                *(from_v_codes, from_v_scales, from_v_offsets, at, v_codes, v_scales, v_offsets, to),
+                *(None, head, part - KEY.parts, length, FROM_VALUE, VALUE, COPY),
+            )
+
+
+@triton.jit
+def commit_part(
+    from_codes,
+    from_scales,
+    from_offsets,
+    at,
+    codes,
+    scales,
+    offsets,
+    to,
+    mean,
+    head,
+    part,
+    length,
+    source: tl.constexpr,
+    tile: tl.constexpr,
+    COPY: tl.constexpr,
+):
+    row, col = part_of(tile, part)
+    if COPY:
+        copy_part(from_codes, from_scales, from_offsets, at, codes, scales, offsets, to, row, col, length, tile)
+    else:
+        x = read_part(from_codes, from_scales, from_offsets, at, row, col, length, source, tile.rows, tile.cols)
+        if mean is not None:
+            rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
+            x -= tl.load(mean + head * tile.width + cols, mask=cols < tile.width, other=0.0)[None, :]
+            x = tl.where((rows < length)[:, None], x, 0.0)
+        write_part(x, codes, scales, offsets, to, row, col, length, tile)
+
+
+@triton.jit(do_not_specialize=["tokens", "first_page", "pages"])
+def gather_kernel(
+    k,  # [tokens, HEADS, D], written
+    k_token_stride,
+    k_head_stride,
+    k_stride,
+    v,  # [tokens, HEADS, Dv], written
+    v_token_stride,
+    v_head_stride,
+    v_stride,
+    tokens,
+    ids,
+    lens,
+    k_codes,
+    k_scales,
+    k_offsets,
+    v_codes,
+    v_scales,
+    v_offsets,
+    first_page,  # of this pool, in the count through all of them
+    pages,
+    ENTRIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+):
+    entry, head, part = this_program(HEADS, KEY, VALUE)
+    page, length = tl.load(ids + entry) - first_page, tl.load(lens + entry)
+    if fits(page, length, pages, KEY):
+        first = first_token(lens, entry, ENTRIES)
+        if first + length <= tokens:
+            at = page.to(tl.int64) * HEADS + head
+            if part < KEY.parts:
+                k += first * k_token_stride + head.to(tl.int64) * k_head_stride
+                gather_part(k, k_token_stride, k_stride, k_codes, k_scales, k_offsets, at, part, length, KEY)
+            else:
+                v += first * v_token_stride + head.to(tl.int64) * v_head_stride
+                part -= KEY.parts
+                gather_part(v, v_token_stride, v_stride, v_codes, v_scales, v_offsets, at, part, length, VALUE)
+
+
+@triton.jit
+def gather_part(x, token_stride, stride, codes, scales, offsets, at, part, length, tile: tl.constexpr):
+    row, col = part_of(tile, part)
+    tokens = read_part(codes, scales, offsets, at, row, col, length, tile, tile.rows, tile.cols)
+    places, mask = token_places(token_stride, stride, row, col, length, tile)
+    tl.store(x + places, round_to(tokens, x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def this_program(HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr):
+    """(entry of the page list, head, part of a tile): the keys' parts come first, then the values'."""
+    PARTS: tl.constexpr = KEY.parts + VALUE.parts
+    program = tl.program_id(0)
+    tile = program // PARTS
+    return tile // HEADS, tile % HEADS, program % PARTS
+
+
+@triton.jit
+def fits(page, length, pages, tile: tl.constexpr):
+    return (page >= 0) & (page < pages) & (length >= 0) & (length <= tile.page_size)
+
+
+@triton.jit
+def first_token(lens, entry, ENTRIES: tl.constexpr):
+    """Tokens in the entries before this one. Each program adds them up: a prefix sum would be a launch of its own."""
+    STEP: tl.constexpr = ENTRIES if ENTRIES < LIST_STEP else LIST_STEP
+    total = tl.full([], 0, tl.int64)
+    for start in range(0, ENTRIES, STEP):
+        i = start + tl.arange(0, STEP)
+        total += tl.sum(tl.maximum(tl.load(lens + i, mask=i < entry, other=0), 0), 0)
+    return total
+
+
+@triton.jit
+def token_places(token_stride, stride, row, col, length, tile: tl.constexpr):
+    """Where a part's tokens and channels lie in k or v, from its first token on, and which of them there are."""
+    rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
+    places = rows.to(tl.int64)[:, None] * token_stride + cols[None, :] * stride
+    return places, (rows < length)[:, None] & (cols < tile.width)[None, :]
