@@ -6,12 +6,16 @@ Needs torch alone. `python -m inferix_kernels` says what runs on this machine, a
 from ._dispatch import Unsupported
 from .layout import FORMATS, KVPages, PageList, Plan, make_plan
 from .ops import kv_append, kv_commit, kv_gather, merge_attention, paged_attention, qkv_prologue
-from .paged_kv import KVStore, OutOfPages, PageTable, Pass, Policy
+from .page_table import PageTable
+from .paged_kv import KVStore, NotResident, OutOfPages
+from .passes import Pass
+from .policy import Policy
 
 __all__ = [
     "FORMATS",
     "KVPages",
     "KVStore",
+    "NotResident",
     "OutOfPages",
     "PageList",
     "PageTable",

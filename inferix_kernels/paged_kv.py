@@ -1,85 +1,109 @@
-"""The KV store: pages shared by all layers' bookkeeping, one page table per world, and the passes that use them.
+"""The KV store: pools of pages for all layers, shared by any number of worlds.
 
-    store = KVStore(layers=30, heads=12, head_dim=128, frame_tokens=1560, format="int8", frames=21)
-    table = store.open(Policy(window=18, sink=3))
-    block = table.open_block(frames=3)                     # evicts by table edit, hands out scratch pages
-    noisy = table.plan([block], rope=...)                  # once per block: page lists for all layers and steps
-    for t in steps:
-        x = update(x, model(x, t, attend=noisy.attend))    # every layer writes scratch, attends to past + scratch
-    clean = table.plan([block], rope=..., commit=block)    # the clean pass quantizes each layer as it goes by
-    model(x, 0, attend=clean.attend)
-    table.seal(block)                                      # only now is the block part of the past
+    store = KVStore(layers=30, heads=12, head_dim=128, frame_tokens=1560, block_frames=3, pools={"int8": 21})
+    table = store.open(Policy(window=18, sink=3))          # one world: see page_table.py
 
-Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes write scratch and only the clean pass is
-committed, quantized once; eviction is an edit of the table. A block that an exception leaves unsealed was never there.
+The unit that is allocated, shared, moved and freed is the *extent*: the pages of one frame, in one format, in every
+layer. A committed extent never changes, so worlds share it by counting references, and whoever wants it otherwise
+(another format, other contents) makes another. Extents live on the store's device, in host memory, or in both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import KVPages, PageList, Plan, make_plan
-from .ops import kv_commit, kv_gather, paged_attention, qkv_prologue
+from .layout import FORMATS, KVPages, PageList, as_bytes
+from .ops import kv_commit
+
+if TYPE_CHECKING:
+    from .page_table import PageTable
+    from .policy import Policy
 
 
 class OutOfPages(RuntimeError):
-    """The store has no free page left; nothing was changed."""
+    """A pool has no room for what was asked; nothing was changed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """What a block sees of the past: the first `sink` frames, and recent frames up to `window` with its own.
+class NotResident(RuntimeError):
+    """A frame that was to be read lies in host memory alone; nothing was changed."""
 
-    With window 18, sink 3 and blocks of 3, the block of frames 30..32 sees 0..2 and 15..32. `window=None` keeps all.
+
+@dataclasses.dataclass(eq=False)
+class Extent:
+    """One frame's keys and values, in every layer.
+
+    Attributes:
+        slot: its place in the format's pool on the device; host_slot: in host memory. One may be None.
+        arriving: the copy to the device is still under way.
+        references: worlds that hold it; hot: those of them that want it on the device.
+        derived: the same frame in other formats, made from this one, so that forks that age alike share that too.
     """
 
-    window: int | None = None
-    sink: int = 0
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 frame, got {self.window}")
-        if self.sink < 0:
-            raise ValueError(f"sink must be 0 or more frames, got {self.sink}")
-
-    def sees(self, frame: int, block_end: int) -> bool:
-        """Does a block that ends before frame `block_end` attend to the past frame `frame`?"""
-        return self.window is None or frame < self.sink or frame >= block_end - self.window
-
-
-@dataclasses.dataclass
-class Block:
-    """Frames [first, end) while they are denoised together: their scratch pages and, once planned, their own."""
-
-    first: int
-    end: int
-    scratch: list[list[int]]  # [frame][page] ids in the scratch pool
-    target: list[list[int]] = dataclasses.field(default_factory=list)  # the same in the store's pools, once planned
+    format: str
+    slot: int | None = None
+    host_slot: int | None = None
+    arriving: bool = False
+    references: int = 1
+    hot: int = 1
+    origin: Extent | None = None
+    derived: dict[str, Extent] = dataclasses.field(default_factory=dict)
 
     @property
-    def frames(self) -> range:
-        return range(self.first, self.end)
+    def resident(self) -> bool:
+        return self.slot is not None and not self.arriving
+
+
+class Pool:
+    """The slots of one format on one device, each pages_per_frame pages in every layer."""
+
+    def __init__(self, store: KVStore, format: str, frames: int, device: torch.device | str, base: int, pin: bool):
+        self.format, self.frames, self.base = format, frames, base
+        self.pages_per_frame, self.num_pages = store.pages_per_frame, frames * store.pages_per_frame
+        shape = (store.heads, store.page_size, store.head_dim, device, pin)
+        self.pages = KVPages.empty(format, store.num_layers * self.num_pages, *shape)
+        self.layers = [self.layer(i) for i in range(store.num_layers)]
+        self.free = list(range(frames))[::-1]
+
+    def layer(self, layer: int) -> KVPages:
+        return self.pages.part(layer * self.num_pages, (layer + 1) * self.num_pages)
+
+    def slot(self, layer: int, slot: int) -> KVPages:
+        """The pages of one slot in one layer."""
+        return self.layers[layer].part(slot * self.pages_per_frame, (slot + 1) * self.pages_per_frame)
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.pages.nbytes // self.frames
 
 
 class KVStore:
-    """Pools of pages for every layer, and the free list they share.
+    """Pools of pages, and who holds them.
 
-    A page id means the same page in every layer. A frame's tokens begin on a page boundary; its last page may be
-    partly valid. Scratch is one layer deep: a layer's noisy keys are read only by its own attention, and the clean
-    pass commits each layer as it goes by.
+    A page id means the same page in every layer. Ids count through the pools in their order, then through scratch.
+    A frame's tokens begin on a page boundary; its last page may be partly valid. Scratch is one layer deep: a layer's
+    noisy keys are read only by its own attention, and the clean pass commits each layer as it goes by.
 
     Args:
-        layers, heads, head_dim: of the keys and values (heads is the number of KV heads).
+        layers, heads, head_dim: of the keys and values (heads is the number of KV heads). head_dim may be the widths
+            of keys and values, (D, Dv), for rows of latents (MLA, with heads=1).
         frame_tokens: tokens per latent frame; any count.
-        frames: frames the store can hold, over all its worlds.
-        block_frames: frames per block; scratch holds two blocks, for the fused clean pass.
-        format: "fp32", "bf16" or "int8", how committed pages store K and V.
-        scratch_format: "fp32" or "bf16", how the current block does.
+        block_frames: frames per block, at most; scratch holds two blocks, for the fused clean pass.
+        pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
+        host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
+        scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V.
         page_size: token slots per page, a multiple of 8.
+        model: any name; a snapshot is refused by a store of another one.
+
+    Raises:
+        ValueError: an argument is not what it must be; nothing was allocated.
     """
 
     def __init__(
@@ -87,215 +111,229 @@ class KVStore:
         *,
         layers: int,
         heads: int,
-        head_dim: int,
+        head_dim: int | tuple[int, int],
         frame_tokens: int,
-        frames: int,
         block_frames: int,
-        format: str = "int8",
+        pools: Mapping[str, int],
+        host: Mapping[str, int] | None = None,
         scratch_format: str = "fp32",
         page_size: int = 64,
+        model: str = "",
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ):
-        counts = {
-            "layers": layers,
-            "heads": heads,
-            "head_dim": head_dim,
-            "frame_tokens": frame_tokens,
-            "frames": frames,
-        }
-        for name, count in (counts | {"block_frames": block_frames}).items():
+        host = host or {}
+        counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
+        counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
+        counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
+        counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
+        for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if unknown := [format for format in (*pools, *host, scratch_format) if format not in FORMATS]:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {unknown[0]!r}")
+        if not pools:
+            raise ValueError("pools must name at least one format, got none")
         if page_size < 8 or page_size % 8:
             raise ValueError(f"page_size must be a positive multiple of 8, got {page_size}")
-        if scratch_format == "int8":
-            raise ValueError("scratch_format must be 'fp32' or 'bf16', got 'int8': noise is never quantized")
-        self.frame_tokens, self.page_size, self.device, self.backend = frame_tokens, page_size, device, backend
+        if FORMATS[scratch_format].quantized:
+            raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
+        self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
+        self.block_frames, self.page_size, self.model = block_frames, page_size, model
+        self.device, self.backend = torch.device(device), backend
         self.pages_per_frame = -(-frame_tokens // page_size)
-        self.page_lens = [page_size] * (frame_tokens // page_size)
-        self.page_lens += [frame_tokens % page_size] if frame_tokens % page_size else []
-        self.num_pages = frames * self.pages_per_frame
-        self.block_frames, self.format, self.heads, self.head_dim = block_frames, format, heads, head_dim
-        shape = (heads, page_size, head_dim, device)
-        self.layers = [KVPages.empty(format, self.num_pages, *shape) for _ in range(layers)]
+        last = frame_tokens - (self.pages_per_frame - 1) * page_size
+        lens = [page_size] * (self.pages_per_frame - 1) + [last]
+        self._lens = torch.tensor([lens], dtype=torch.int32, device=device)  # of each frame, as many as were asked for
+        self._steps = np.arange(self.pages_per_frame, dtype=np.int32)
+        self.pools: dict[str, Pool] = {}
+        base = 0
+        for format, frames in pools.items():
+            self.pools[format] = Pool(self, format, frames, self.device, base, False)
+            base += self.pools[format].num_pages
+        self.scratch_base = base
+        pin = self.device.type == "cuda"
+        self.host = {format: Pool(self, format, frames, "cpu", 0, pin) for format, frames in host.items()}
+        shape = (heads, page_size, head_dim, self.device)
         self.scratch = KVPages.empty(scratch_format, 2 * block_frames * self.pages_per_frame, *shape)
-        self.free = list(range(self.num_pages))[::-1]
+        # Page ids count through these, in this order.
+        self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
+        # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
+        quantizes = any(FORMATS[format].quantized for format in pools)
+        self.freezes_mean = quantizes and isinstance(head_dim, int)
+        self._unsettled: dict[Extent, None] = {}  # an ordered set: extents with a copy under way
+        self._copies = torch.cuda.Stream(self.device) if pin else None
 
     def open(self, policy: Policy) -> PageTable:
         """A new, empty world over this store."""
-        if policy.window is not None and policy.window < self.block_frames:
-            raise ValueError(
-                f"window must be at least one block of {self.block_frames} frames, as it counts the block "
-                f"being made, got {policy.window}"
-            )
+        from .page_table import PageTable
+
         return PageTable(self, policy)
 
-    def allocate(self, frames: int) -> list[list[int]]:
-        """Page ids of `frames` new frames, [frame][page]."""
-        need = frames * self.pages_per_frame
-        if need > len(self.free):
-            raise OutOfPages(f"{need} pages needed for {frames} frames, {len(self.free)} of {self.num_pages} are free")
-        return [[self.free.pop() for _ in range(self.pages_per_frame)] for _ in range(frames)]
-
-    def page_list(self, frames: Iterable[list[int]]) -> PageList:
-        """The page list of whole frames, in order."""
-        pages = [page for frame in frames for page in frame]
-        lens = self.page_lens * (len(pages) // self.pages_per_frame)
-        return PageList(*(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (pages, lens)))
+    @property
+    def geometry(self) -> dict[str, object]:
+        """What must agree for pages to move between two stores."""
+        names = ("model", "num_layers", "heads", "head_dim", "frame_tokens", "page_size")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of committed pages by format, and of scratch."""
-        return {self.format: sum(pages.nbytes for pages in self.layers), "scratch": self.scratch.nbytes}
+        """Bytes of the pools by format, of scratch, and of host memory."""
+        sizes = {format: pool.pages.nbytes for format, pool in self.pools.items()} | {"scratch": self.scratch.nbytes}
+        return sizes | ({"host": sum(pool.pages.nbytes for pool in self.host.values())} if self.host else {})
 
+    # Page lists
 
-class PageTable:
-    """Which pages hold which frames of one world. All of it lives on the host; attention sees only page lists."""
+    def page_list(self, first_pages: Iterable[int]) -> PageList:
+        """The tokens of whole frames, given by the first page of each."""
+        frames = list(first_pages)
+        (ids,) = self.upload([frames])
+        return PageList(ids, self.page_lens(len(frames)))
 
-    def __init__(self, store: KVStore, policy: Policy):
-        self.store, self.policy = store, policy
-        self.held: dict[int, list[int]] = {}  # frame -> pages, in the order of the frames
-        self.next_frame = 0
-        self.open_blocks: list[Block] = []
-        # One mean key per layer, frozen after the first block and taken off every key since: softmax does not change,
-        # and what is left is smaller to quantize. None until then, and for formats that do not quantize.
-        self.k_means: list[Tensor | None] = [None] * len(store.layers)
+    def upload(self, frames: Sequence[Sequence[int]], others: Sequence[Sequence[int]] = ()) -> tuple[Tensor, ...]:
+        """int32 tensors on the device, in one copy: page ids of frames given by their first pages, and plain lists."""
+        firsts = np.fromiter(chain(*frames), np.int32)
+        ids = (firsts[:, None] + self._steps).ravel()
+        packed = np.concatenate([ids, np.fromiter(chain(*others), np.int32)])
+        sizes = [len(group) * self.pages_per_frame for group in frames] + [len(group) for group in others]
+        return torch.from_numpy(packed).to(self.device).split(sizes)
 
-    def open_block(self, frames: int) -> Block:
-        """The next `frames` frames, with scratch pages. At most two blocks are open: one to commit, one to denoise."""
-        if not 1 <= frames <= self.store.block_frames:
-            raise ValueError(f"frames must be 1 to {self.store.block_frames}, got {frames}")
-        if len(self.open_blocks) == 2:
-            raise RuntimeError("two blocks are open already: seal the first one before opening a third")
-        per_frame, half = self.store.pages_per_frame, self.store.block_frames * self.store.pages_per_frame
-        # The half of the scratch pool that the other open block does not use.
-        start = half if self.open_blocks and self.open_blocks[0].scratch[0][0] < half else 0
-        first = self.open_blocks[-1].end if self.open_blocks else self.next_frame
-        scratch = [list(range(start + i * per_frame, start + (i + 1) * per_frame)) for i in range(frames)]
-        block = Block(first, first + frames, scratch)
-        self.open_blocks.append(block)
-        if len(self.open_blocks) == 1:
-            self._evict(block.end)
-        return block
+    def page_lens(self, frames: int) -> Tensor:
+        """Valid tokens of each page of so many frames, [frames * pages_per_frame] int32 on the device."""
+        if frames > self._lens.shape[0]:
+            self._lens = self._lens[:1].repeat(2 * frames, 1)
+        return self._lens[:frames].flatten()
 
-    def past(self, block: Block) -> list[list[int]]:
-        """[frame][page] of what the policy lets a block see, a block still to be committed in this pass included."""
-        planned = {frame: pages for b in self.open_blocks if b is not block for frame, pages in zip(b.frames, b.target)}
-        seen = {frame: pages for frame, pages in (self.held | planned).items() if frame < block.first}
-        return [pages for frame, pages in seen.items() if self.policy.sees(frame, block.end)]
+    def first_page(self, extent: Extent) -> int:
+        assert extent.slot is not None, "callers have checked that it is resident"
+        return self.pools[extent.format].base + extent.slot * self.pages_per_frame
 
-    def plan(self, blocks: Sequence[Block], rope: Tensor, commit: Block | None = None, predict: bool = True) -> Pass:
-        """Everything that all layers of a pass over `blocks` share.
+    # Holding and letting go
 
-        Args:
-            blocks: open blocks, oldest first; each is one segment of the queries.
-            rope: [tokens of all blocks, R / 2, 2] float32, cos and sin.
-            commit: the block whose K and V this pass makes final; only the oldest open block can be. A later block
-                of the same pass already reads its committed pages, so the fused clean pass equals the separate one.
-            predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
+    def allocate(self, formats: Sequence[str]) -> list[Extent]:
+        """A new extent per format named, all or none.
+
+        Raises:
+            OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
-        for block in blocks:
-            if not any(block is b for b in self.open_blocks):
-                raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
-        if commit is not None and (commit is not self.open_blocks[0] or commit is not blocks[0]):
-            raise ValueError("commit must be the oldest open block and the first of the pass")
-        if commit is not None and len(blocks) > 1 and not self.can_fuse:
-            raise ValueError(
-                "commit must be alone in the pass that freezes the mean key: the first clean pass is separate"
-            )
-        if commit is not None and not commit.target:
-            commit.target = self.store.allocate(len(commit.frames))
-        base, lens = self.store.num_pages, self.store.page_lens
-        segments = []
-        for block in blocks:
-            frames = self.past(block) + [[base + page for page in frame] for frame in block.scratch]
-            pages = [page for frame in frames for page in frame]
-            segments.append((len(block.frames) * self.store.frame_tokens, pages, lens * len(frames)))
-        written = self.store.page_list(pages for block in blocks for pages in block.scratch)
-        return Pass(self, make_plan(segments, self.store.device), written, rope, commit, predict)
+        for format in formats:
+            if format not in self.pools:
+                raise ValueError(f"format must have a pool in this store ({', '.join(self.pools)}), got {format!r}")
+        return [Extent(format, slot) for format, slot in zip(formats, self._take(self.pools, formats, "on the device"))]
 
-    @property
-    def can_fuse(self) -> bool:
-        """May a clean pass share its forward with the next block? Not the first one of a world that quantizes."""
-        return self.store.format != "int8" or self.k_means[0] is not None
+    def _take(self, pools: Mapping[str, Pool], formats: Sequence[str], where: str) -> list[int]:
+        """A free slot per format named, all or none."""
+        need = {format: formats.count(format) for format in dict.fromkeys(formats)}
+        if any(frames > len(pools[format].free) for format, frames in need.items()):
+            self.settle()
+        for format, frames in need.items():
+            pool = pools[format]
+            if frames > len(pool.free):
+                raise OutOfPages(
+                    f"{format} pool {where}: {frames} frames ({frames * pool.frame_bytes:,} bytes) asked for, "
+                    f"{pool.frames - len(pool.free)} of {pool.frames} are held and {len(pool.free)} free"
+                )
+        return [pools[format].free.pop() for format in formats]
 
-    def seal(self, block: Block) -> None:
-        """The block's clean pass is done: it joins the past."""
-        if not self.open_blocks or block is not self.open_blocks[0] or not block.target:
-            raise RuntimeError("seal needs the oldest open block after a pass that committed it")
-        self.open_blocks.pop(0)
-        self.held.update(zip(block.frames, block.target))
-        self.next_frame = block.end
-        if self.open_blocks:
-            self._evict(self.open_blocks[0].end)
+    def share(self, extent: Extent, hot: bool = True) -> Extent:
+        extent.references += 1
+        extent.hot += hot
+        return extent
 
-    def abandon(self, keep: Block | None = None) -> None:
-        """Forget the blocks that are still open, but for `keep`; the past stays as it is."""
-        for block in self.open_blocks:
-            self.store.free.extend(page for pages in block.target for page in pages)
-            block.target = []
-        self.open_blocks = [block for block in self.open_blocks if block is keep]
+    def release(self, extent: Extent, hot: bool = True) -> None:
+        extent.references -= 1
+        extent.hot -= hot
+        if extent.references and extent.hot == 0:
+            self._unsettled[extent] = None  # the worlds that are left have a host copy
+        elif extent.references == 0 and extent not in self._unsettled:
+            self._free(extent)
 
-    def release(self) -> None:
-        """Give every page back to the store."""
-        self.abandon()
-        self._free(list(self.held))
+    def _free(self, extent: Extent) -> None:
+        if extent.slot is not None:
+            self.pools[extent.format].free.append(extent.slot)
+        if extent.host_slot is not None:
+            self.host[extent.format].free.append(extent.host_slot)
+        extent.slot = extent.host_slot = None
+        if extent.origin is not None:
+            del extent.origin.derived[extent.format]
+        for other in extent.derived.values():
+            other.origin = None
 
-    def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """K (rotated, frozen mean removed) and V of held frames, [tokens, heads, head_dim] each."""
-        missing = [frame for frame in frames if frame not in self.held]
-        if missing:
-            raise KeyError(f"frames must be held (now {list(self.held)}), got {missing}")
-        where = self.store.page_list(self.held[frame] for frame in frames)
-        return kv_gather([self.store.layers[layer]], where, dtype, backend=self.store.backend)
+    def converted(self, extents: Sequence[Extent], format: str) -> list[Extent]:
+        """The same frames in another format, one reference more each: found if a fork made them already, else made."""
+        fresh = [extent for extent in extents if format not in extent.derived]
+        for extent, new in zip(fresh, self.allocate([format] * len(fresh))):
+            extent.derived[format], new.origin, new.references, new.hot = new, extent, 0, 0
+        for source in {extent.format for extent in fresh}:
+            group = [extent for extent in fresh if extent.format == source]
+            lists = (self._all_layers(group), self._all_layers([extent.derived[format] for extent in group]))
+            pages = (self.pools[source].pages, self.pools[format].pages)
+            kv_commit(pages[0], lists[0], pages[1], lists[1], backend=self.backend)
+        return [self.share(extent.derived[format]) for extent in extents]
 
-    def _evict(self, block_end: int) -> None:
-        self._free([frame for frame in self.held if not self.policy.sees(frame, block_end)])
+    def _all_layers(self, extents: Sequence[Extent]) -> PageList:
+        """Pages of extents of one format in every layer, for the pool of all layers."""
+        pool = self.pools[extents[0].format]
+        offsets = range(0, self.num_layers * pool.num_pages, pool.num_pages)
+        slots = [extent.slot * self.pages_per_frame for extent in extents if extent.slot is not None]
+        return self.page_list(offset + slot for offset in offsets for slot in slots)
 
-    def _free(self, frames: Sequence[int]) -> None:
-        for frame in frames:
-            self.store.free.extend(self.held.pop(frame))
+    # Host memory
 
+    def offload(self, extents: Sequence[Extent]) -> None:
+        """Start to copy to host memory what is not there yet; `settle` gives the slots on the device back.
 
-@dataclasses.dataclass
-class Pass:
-    """One forward over one or two blocks: its `attend` is all that a layer needs to know of the store."""
-
-    table: PageTable
-    plan: Plan
-    written: PageList  # scratch pages of all blocks, in the order of the tokens
-    rope: Tensor
-    commit: Block | None
-    predict: bool
-
-    def __post_init__(self) -> None:
-        store = self.table.store
-        self._source = self._target = None
-        if self.commit is not None:
-            self._source, self._target = (store.page_list(x) for x in (self.commit.scratch, self.commit.target))
-
-    def attend(
-        self, layer: int, qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, eps: float = 1e-6
-    ) -> Tensor | None:
-        """Normalise, rotate, write, commit if this is the clean pass, and attend.
-
-        qkv [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation -> [T, Hq * D], or
-        None from the last layer of a pass that predicts nothing.
+        Raises:
+            OutOfPages: host memory has no room, or no pool of this format; nothing was started.
         """
-        store, means = self.table.store, self.table.k_means
-        pages, mean = store.layers[layer], means[layer]
-        q = qkv_prologue(
-            qkv, norm_q, norm_k, self.rope, store.scratch, self.written, k_mean=mean, eps=eps, backend=store.backend
-        )
-        if self._source is not None and self._target is not None:
-            if store.format == "int8" and mean is None:
-                k, _ = kv_gather([store.scratch], self._source, backend=store.backend)
-                means[layer] = fresh = k.mean(0)
-            else:
-                fresh = None  # scratch keys had their mean removed already
-            kv_commit(store.scratch, self._source, pages, self._target, k_mean=fresh, backend=store.backend)
-        if not self.predict and layer == len(store.layers) - 1:
-            return None
-        out, _ = paged_attention(q, [pages, store.scratch], self.plan, backend=store.backend)
-        return out.flatten(1)
+        new = [extent for extent in extents if extent.host_slot is None]
+        for extent in new:
+            if extent.format not in self.host:
+                raise OutOfPages(f"{extent.format} pool in host memory: there is none, see KVStore(host=...)")
+        for extent, slot in zip(new, self._take(self.host, [extent.format for extent in new], "in host memory")):
+            extent.host_slot = slot
+        self._copy(new, to_host=True)
+        self._unsettled.update(dict.fromkeys(extents))
+
+    def prefetch(self, extents: Sequence[Extent]) -> None:
+        """Start to copy to the device what is not there; the next `settle` makes it readable.
+
+        Raises:
+            OutOfPages: the device has no room; nothing was started.
+        """
+        new = [extent for extent in extents if extent.slot is None]
+        for extent, slot in zip(new, self._take(self.pools, [extent.format for extent in new], "on the device")):
+            extent.slot, extent.arriving = slot, True
+        self._copy(new, to_host=False)
+        self._unsettled.update(dict.fromkeys(new))
+
+    def settle(self) -> None:
+        """A block boundary: what was being copied has arrived, and slots that no world wants on the device are free.
+
+        On a GPU the current stream waits for the copies; the host does not.
+        """
+        if self._copies is not None and self._unsettled:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        moved, self._unsettled = self._unsettled, {}
+        for extent in moved:
+            extent.arriving = False
+            if extent.references == 0:
+                self._free(extent)
+            elif extent.hot == 0 and extent.slot is not None and extent.host_slot is not None:
+                self.pools[extent.format].free.append(extent.slot)
+                extent.slot = None
+
+    def _copy(self, extents: Sequence[Extent], to_host: bool) -> None:
+        """Whole extents between device and host, on the copy stream where there is one."""
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
+            for extent in extents:
+                assert extent.slot is not None and extent.host_slot is not None
+                for layer in range(self.num_layers):
+                    device = self.pools[extent.format].slot(layer, extent.slot)
+                    host = self.host[extent.format].slot(layer, extent.host_slot)
+                    source, target = (device, host) if to_host else (host, device)
+                    for x, y in zip(source, target):
+                        if x is not None and y is not None:
+                            as_bytes(y).copy_(as_bytes(x), non_blocking=True)

@@ -1,0 +1,134 @@
+"""One forward over one or two blocks: what all layers share, and what each of them does with its K and V."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .layout import PageList, Plan
+from .ops import kv_append, kv_commit, kv_gather, paged_attention, qkv_prologue
+from .paged_kv import Extent, KVStore
+
+if TYPE_CHECKING:
+    from .page_table import PageTable
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """Frames [first, end) while they are denoised together: their scratch pages and, once planned, their extents."""
+
+    first: int
+    end: int
+    scratch: list[int]  # first page of each frame, in the scratch pool
+    target: list[Extent] = dataclasses.field(default_factory=list)
+
+    @property
+    def frames(self) -> range:
+        return range(self.first, self.end)
+
+
+def _by_format(store: KVStore, commit: Block) -> list[tuple[str, list[int], list[int]]]:
+    """(format, scratch pages, pages of its pool) of what is committed, by the first page of each frame."""
+    parts = []
+    for format in dict.fromkeys(extent.format for extent in commit.target):
+        pairs = [(page, extent) for page, extent in zip(commit.scratch, commit.target) if extent.format == format]
+        base = store.pools[format].base
+        parts.append((format, [page for page, _ in pairs], [store.first_page(extent) - base for _, extent in pairs]))
+    return parts
+
+
+class Pass:
+    """One forward over one or two blocks: its `attend` is all that a layer needs to know of the store."""
+
+    def __init__(
+        self,
+        table: PageTable,
+        blocks: Sequence[Block],
+        past: Sequence[Sequence[int]],
+        rope: Tensor | None,
+        commit: Block | None,
+        predict: bool,
+    ):
+        self.table, self.rope, self.commit, self.predict = table, rope, commit, predict
+        store = table.store
+        held = table.held if commit is None else table.held | dict(zip(commit.frames, commit.target))
+        seen = [[store.first_page(held[frame]) for frame in frames] for frames in past]
+        for block, pages in zip(blocks, seen):
+            pages += [store.scratch_base + page for page in block.scratch]
+        written = [page for block in blocks for page in block.scratch]
+        commits = [] if commit is None else _by_format(store, commit)
+        groups = [list(chain(*seen)), written, *(pages for _, *pair in commits for pages in pair)]
+        indptrs = [
+            list(accumulate((len(block.frames) * store.frame_tokens for block in blocks), initial=0)),
+            list(accumulate((len(pages) * store.pages_per_frame for pages in seen), initial=0)),
+        ]
+        # One copy to the device for all of them.
+        *ids, q_indptr, page_indptr = store.upload(groups, indptrs)
+        seen_list, self.written, *lists = (
+            PageList(pages, store.page_lens(len(group))) for pages, group in zip(ids, groups)
+        )
+        self.plan = Plan(q_indptr, page_indptr, *seen_list)
+        # (format, scratch pages, pages of its pool) of what is committed
+        self.commits = [(c[0], *pair) for c, pair in zip(commits, zip(lists[0::2], lists[1::2]))]
+        self._buffers: tuple[Tensor, Tensor] | None = None  # q and lse, of every layer in turn
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norm_q: Tensor | None,
+        norm_k: Tensor | None,
+        eps: float = 1e-6,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """Normalise, rotate, write, commit if this is the clean pass, and attend.
+
+        Args:
+            qkv: [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation.
+            norm_q, norm_k, eps: as for `qkv_prologue`.
+            out: [T, Hq, D] to write to.
+
+        Returns:
+            [T, Hq * D], or None from the last layer of a pass that predicts nothing.
+        """
+        store = self.table.store
+        q, lse = self._room(qkv)
+        mean, backend = self.table.k_means[layer], store.backend
+        qkv_prologue(
+            qkv, norm_q, norm_k, self.rope, store.scratch, self.written, k_mean=mean, eps=eps, out=q, backend=backend
+        )
+        self._commit(layer)
+        if not self.predict and layer == store.num_layers - 1:
+            return None
+        return paged_attention(q, store.layers[layer], self.plan, out=out, lse=lse, backend=backend)[0].flatten(1)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass."""
+        store, mean = self.table.store, self.table.k_means[layer]
+        kv_append(k if mean is None else k - mean, v, store.scratch, self.written, backend=store.backend)
+        self._commit(layer)
+
+    def _commit(self, layer: int) -> None:
+        store, means = self.table.store, self.table.k_means
+        fresh = None  # scratch keys had their mean removed, if there is one
+        if self.commits and store.freezes_mean and means[layer] is None:
+            keys = [kv_gather([store.scratch], source, backend=store.backend)[0] for _, source, _ in self.commits]
+            means[layer] = fresh = torch.cat(keys).mean(0)
+        for format, source, target in self.commits:
+            pages = store.pools[format].layers[layer]
+            kv_commit(store.scratch, source, pages, target, fresh, backend=store.backend)
+
+    def _room(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        if self._buffers is None:
+            store = self.table.store
+            width = store.scratch.head_dim
+            heads = qkv.shape[1] // width - 2 * store.heads
+            q = torch.empty(len(qkv), heads, width, dtype=qkv.dtype, device=qkv.device)
+            self._buffers = q, torch.empty(len(qkv), heads, dtype=torch.float32, device=qkv.device)
+        return self._buffers

@@ -1,0 +1,75 @@
+"""What a world keeps of its past, and how: data, not code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What a block sees of the past: the first `sink` frames, and recent frames up to `window` with its own.
+
+    With window 18, sink 3 and blocks of 3, the block of frames 30..32 sees 0..2 and 15..32.
+
+    Attributes:
+        window: frames, the block's own included; None keeps all.
+        sink: first frames, which are never evicted and are protected from being rewritten.
+        format: in which a block is committed; None: the store's first pool.
+        sink_format: the same for frames of the sink; None: as the others.
+        older: (age, format): past so many recent frames, the block's own included, a frame is held in this format.
+            With format "int8" and older (9, "int4"), the last 9 frames are int8 and the rest of the window int4.
+        undo: frames kept out of sight behind the window, so that `rewind` by as many finds what was seen then.
+        archive: frames that leave the window go to host memory instead of being forgotten.
+        on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink.
+    """
+
+    window: int | None = None
+    sink: int = 0
+    format: str | None = None
+    sink_format: str | None = None
+    older: tuple[int, str] | None = None
+    undo: int = 0
+    archive: bool = False
+    on_evict: Callable[[Any, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 frame, got {self.window}")
+        for name, frames in (("sink", self.sink), ("undo", self.undo)):
+            if frames < 0:
+                raise ValueError(f"{name} must be 0 or more frames, got {frames}")
+        if self.older is not None and self.older[0] < 1:
+            raise ValueError(f"older must begin after at least 1 frame, got {self.older[0]}")
+
+    def sees(self, frame: int, block_end: int) -> bool:
+        """Does a block that ends before frame `block_end` attend to the past frame `frame`?"""
+        return self.window is None or frame < self.sink or frame >= block_end - self.window
+
+    def keeps(self, frame: int, block_end: int) -> bool:
+        return self.window is None or frame < self.sink or frame >= block_end - self.window - self.undo
+
+    def format_of(self, frame: int, block_end: int) -> str:
+        """The format of a frame while the block that ends before `block_end` is made."""
+        if self.format is None:
+            raise ValueError("format must be named in the policy, or by the store that a world is opened in, got None")
+        if frame < self.sink and self.sink_format is not None:
+            return self.sink_format
+        if self.older is not None and frame < block_end - self.older[0]:
+            return self.older[1]
+        return self.format
+
+    def capacity(self, frames: int | None = None) -> dict[str, int]:
+        """format -> frames of it that one world holds at most: what KVStore(pools=...) wants.
+
+        Args:
+            frames: length of the video, for policies that keep all; otherwise a bound that may be left out.
+        """
+        if self.window is None and frames is None:
+            raise ValueError("frames must be given for a policy without a window: it keeps all of them")
+        length = frames if self.window is None else self.window + self.undo + self.sink
+        assert length is not None
+        length = length if frames is None else min(length, frames)
+        formats = [self.format_of(frame, length) for frame in range(length)]
+        return {format: formats.count(format) for format in dict.fromkeys(formats)}

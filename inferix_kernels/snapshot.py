@@ -1,0 +1,127 @@
+"""A world's past on disk: `save` and `load`, bit for bit, in one safetensors file.
+
+The file holds, for each format in use, one tensor per part of its pages (codes, scales, offsets), [layers, pages, ...]
+with the frames in the order of the table; the frozen key means; and as metadata the version, the store's geometry, the
+policy and the list of frames. Blocks that are still open are not part of the past, and not of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .layout import KVPages, as_bytes
+from .paged_kv import Extent, KVStore
+from .policy import Policy
+
+if TYPE_CHECKING:
+    from .page_table import PageTable
+
+VERSION = 1
+
+
+def save(table: PageTable, path: str | os.PathLike[str]) -> None:
+    """Write the table's past to `path`. A crash in the middle leaves what was there before.
+
+    A policy's `on_evict` is code and not saved: give it again to `load`.
+    """
+    from safetensors.torch import save_file
+
+    store, path = table.store, Path(path)
+    tensors: dict[str, Tensor] = {}
+    for format in dict.fromkeys(extent.format for extent in table.held.values()):
+        extents = [extent for extent in table.held.values() if extent.format == format]
+        layers = [[_pages(store, extent, layer) for extent in extents] for layer in range(store.num_layers)]
+        for i, field in enumerate(KVPages._fields):
+            parts = [[as_bytes(x).cpu() for pages in frames if (x := pages[i]) is not None] for frames in layers]
+            if parts[0]:
+                tensors[f"{format}.{field}"] = torch.stack([torch.cat(frames) for frames in parts])
+    means = [mean for mean in table.k_means if mean is not None]
+    if means:
+        tensors["k_means"] = torch.stack(means).cpu()
+    policy = {f.name: getattr(table.policy, f.name) for f in dataclasses.fields(Policy) if f.name != "on_evict"}
+    state = {
+        "version": VERSION,
+        "geometry": store.geometry,
+        "policy": policy,
+        "next_frame": table.next_frame,
+        "frames": [[frame, extent.format] for frame, extent in table.held.items()],
+        "pinned": sorted(table.pinned),
+    }
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, {"inferix": json.dumps(state)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = None) -> PageTable:
+    """The world saved in `path`, over `store`; under another policy if one is given.
+
+    Raises:
+        ValueError: the file is not a snapshot, or of another version, model or geometry: the difference is named.
+        OutOfPages: the store has no room for it. Nothing was changed.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        state = _checked(store, file.metadata(), path)
+        saved = state["policy"]
+        saved["older"] = saved["older"] and tuple(saved["older"])
+        table = store.open(policy or Policy(**saved))
+        extents = store.allocate([format for _, format in state["frames"]])
+        try:
+            table.held = {frame: extent for (frame, _), extent in zip(state["frames"], extents)}
+            for format in dict.fromkeys(format for _, format in state["frames"]):
+                _restore(store, [extent for extent in extents if extent.format == format], format, file)
+            if "k_means" in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                table.k_means = list(file.get_tensor("k_means").to(store.device).unbind())
+        except BaseException:
+            table.release()
+            raise
+    table.next_frame, table.pinned = state["next_frame"], set(state["pinned"])
+    return table
+
+
+def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
+    if not metadata or "inferix" not in metadata:
+        raise ValueError(f"path must be a snapshot of a world, got {path}: it has no such header")
+    state: dict[str, Any] = json.loads(metadata["inferix"])
+    if state["version"] != VERSION:
+        raise ValueError(f"path must be a snapshot of version {VERSION}, got version {state['version']} in {path}")
+    ours = json.loads(json.dumps(store.geometry))  # tuples become lists, as in the file
+    differences = [f"{n} {theirs!r} (here {ours[n]!r})" for n, theirs in state["geometry"].items() if theirs != ours[n]]
+    if differences:
+        raise ValueError(f"path must be a snapshot of this store's model, got {path} with {', '.join(differences)}")
+    return state
+
+
+def _pages(store: KVStore, extent: Extent, layer: int) -> KVPages:
+    if extent.resident:
+        assert extent.slot is not None
+        return store.pools[extent.format].slot(layer, extent.slot)
+    assert extent.host_slot is not None
+    return store.host[extent.format].slot(layer, extent.host_slot)
+
+
+def _restore(store: KVStore, extents: list[Extent], format: str, file: Any) -> None:
+    n = store.pages_per_frame
+    for i, field in enumerate(KVPages._fields):
+        if f"{format}.{field}" not in file.keys():  # noqa: SIM118
+            continue
+        tensor = file.get_tensor(f"{format}.{field}")  # [layers, frames * n, ...]
+        for layer in range(store.num_layers):
+            for j, extent in enumerate(extents):
+                target = _pages(store, extent, layer)[i]
+                assert target is not None, "the format has this field"
+                as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n])

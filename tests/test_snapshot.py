@@ -1,0 +1,156 @@
+"""Snapshots: what comes back is what was saved, in another process too; what does not belong is refused."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inferix_kernels import KVStore, OutOfPages, Policy
+from inferix_kernels.snapshot import load, save
+
+MIXED = Policy(window=9, sink=2, format="i8f8", sink_format="bf16", older=(5, "int4"))
+
+
+def open_store(**options):
+    sizes = {"layers": 2, "heads": 2, "head_dim": 16, "frame_tokens": 21, "page_size": 8, "block_frames": 3}
+    return KVStore(**(sizes | {"pools": MIXED.capacity(), "model": "test", "backend": "reference"} | options))
+
+
+def add_block(table, seed):
+    generator = torch.Generator().manual_seed(seed)
+    block = table.open_block(3)
+    passed = table.plan([block], commit=block)
+    for layer in range(2):
+        passed.append(layer, *(torch.randn(63, 2, 16, generator=generator) for _ in range(2)))
+    table.seal(block)
+
+
+def video(blocks=4):
+    table = open_store().open(MIXED)
+    for seed in range(blocks):
+        add_block(table, seed)
+    return table
+
+
+def digest(table):
+    frames = [f for f in table.held if f not in table.cold]
+    bits = [x.numpy().tobytes() for layer in range(2) for x in table.gather(layer, frames)]
+    return hashlib.sha256(b"".join([repr(list(table.held)).encode(), *bits])).hexdigest()
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_snapshot import add_block, digest, open_store
+from inferix_kernels.snapshot import load
+table = load(open_store(), {path!r})
+print(digest(table))
+add_block(table, 99)
+print(digest(table))
+"""
+
+
+def test_another_process_goes_on_from_a_snapshot_bit_for_bit(tmp_path):
+    table, path = video(), tmp_path / "world.safetensors"
+    save(table, path)
+    code = CHILD.format(folder=os.path.dirname(__file__), path=str(path))
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    before = digest(table)
+    add_block(table, 99)
+    assert said == [before, digest(table)] and before != digest(table)
+
+
+def test_everything_about_a_world_comes_back(tmp_path):
+    table, path = video(), tmp_path / "world.safetensors"
+    table.pin([5])
+    save(table, path)
+    again = load(open_store(), path)
+    assert again.policy == table.policy and again.next_frame == 12 and again.pinned == {5}
+    assert {f: e.format for f, e in again.held.items()} == {f: e.format for f, e in table.held.items()}
+    assert all(torch.equal(a, b) for a, b in zip(again.k_means, table.k_means))
+    assert load(open_store(pools={"i8f8": 20}), path_of(tmp_path, table="plain"), Policy(12)).policy.window == 12
+
+
+def path_of(tmp_path, table):
+    plain = open_store(pools={"i8f8": 9}).open(Policy(9))
+    add_block(plain, 0)
+    save(plain, tmp_path / f"{table}.safetensors")
+    return tmp_path / f"{table}.safetensors"
+
+
+def test_frames_in_host_memory_are_saved_too(tmp_path):
+    store = open_store(pools={"i8f8": 9}, host={"i8f8": 9})
+    table = store.open(Policy())
+    add_block(table, 0)
+    want = digest(table)
+    table.offload([0, 2])
+    table.open_block(3)
+    save(table, tmp_path / "w")
+    assert digest(load(open_store(pools={"i8f8": 9}), tmp_path / "w")) == want
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before the rename"])
+def test_a_crash_while_saving_leaves_the_snapshot_that_was_there(tmp_path, moment):
+    path = tmp_path / "world.safetensors"
+    save(video(2), path)
+    before = path.read_bytes()
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import safetensors.torch
+from test_snapshot import video
+from inferix_kernels.snapshot import save
+def die(*args):
+    if {moment!r} == "while writing":
+        open(args[1], "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+if {moment!r} == "while writing":
+    safetensors.torch.save_file = die
+else:
+    os.replace = die
+save(video(4), {str(path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert path.read_bytes() == before and load(open_store(), path).next_frame == 6
+
+
+def test_a_save_that_fails_leaves_no_file_behind(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(video(2), tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_belong_is_refused_with_the_difference(tmp_path):
+    path = tmp_path / "world.safetensors"
+    save(video(), path)
+    store = open_store(model="another", heads=4)
+    with pytest.raises(ValueError, match=r"this store's model.*model 'test' \(here 'another'\), heads 2 \(here 4\)"):
+        load(store, path)
+    with pytest.raises(OutOfPages, match="i8f8 pool on the device"):
+        load(open_store(pools={"bf16": 2, "i8f8": 2, "int4": 9}), path)
+    with pytest.raises(ValueError, match=r"the policy's format 'i8f8' has no pool in this store \(fp32\)"):
+        load(open_store(pools={"fp32": 20}), path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"must be a snapshot of a world, got .*other"):
+        load(open_store(), tmp_path / "other")
+    save_file({}, tmp_path / "later", {"inferix": '{"version": 99}'})
+    with pytest.raises(ValueError, match="must be a snapshot of version 1, got version 99"):
+        load(open_store(), tmp_path / "later")
+
+
+def test_a_load_that_is_refused_takes_no_pages(tmp_path):
+    save(video(), tmp_path / "w")
+    store = open_store(pools={"bf16": 2, "i8f8": 2, "int4": 9})
+    with pytest.raises(OutOfPages):
+        load(store, tmp_path / "w")
+    assert {format: len(pool.free) for format, pool in store.pools.items()} == {"bf16": 2, "i8f8": 2, "int4": 9}
