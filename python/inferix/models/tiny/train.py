@@ -6,8 +6,8 @@ Two stages in one run, under one warm-up / hold / decay schedule:
 2. Self-rollout with few-step distillation (two steps in three; the third is for blocks without a past): streams of
    the model's own video run beside the simulator under the same actions. The context is what the model generated,
    the noisy input its own previous estimate, noised again as its few-step sampler does; the target stays the true
-   block. The model learns to heal its own errors, at the noise levels at which it will be sampled. A stream that
-   went astray, where the true block is no longer the right answer, starts over.
+   block. The model learns to heal its own errors, at the noise levels at which it will be sampled. After every block
+   the simulator goes on from what the last frame shows, so a player gone astray has a right next place as well: one.
 
 Clips are simulated on the fly. `--resume` continues from the checkpoint; the flags may differ from the first run's.
 """
@@ -34,6 +34,7 @@ from .clips import OWN_CONTEXT, Stream, simulate
 from .model import Layer, TinyConfig, TinyWorldModel, few_step_times, rope_angles
 from .simulator import Simulator
 
+ASTRAY = 0.04  # error of a block's sprites past which the log counts it as gone astray
 FUTURES = 4  # next blocks that a stream tries, each under other actions
 
 
@@ -212,7 +213,7 @@ class Trainer:
         """
         args = self.args
         for stream in self.streams:
-            stream.restart_if_astray(args.sound)
+            stream.restart_if_lost(args.sound)
         futures = [stream.world.repeat(FUTURES) for stream in self.streams]
         clips = [simulate(world, 1, self.config.block_frames, first_switch=0.1) for world in futures]
         truth, touched, actions, themes = (  # [streams, FUTURES, ...]
@@ -236,11 +237,14 @@ class Trainer:
             x0 = x0.detach().clamp(-1, 1)
             x = noised(x0, torch.full(truth.shape[:2], levels[i + 1])) if i + 1 < len(levels) else x0
         strayed = ((x - truth).square().mean(-1) * touched).sum(2) / touched.sum(2)
-        for i, stream in enumerate(self.streams):  # life goes on along the first future
-            stream.advance(futures[i].pick(0), x[i, :1], actions[i, :1], themes[i, :1], float(strayed[i, 0]))
+        moved = [  # life goes on along the first future
+            stream.advance(futures[i].pick(0), x[i, :1], actions[i, :1], themes[i, :1])
+            for i, stream in enumerate(self.streams)
+        ]
         report = self._sprite_errors("own_sprites", error.flatten(0, 1), touched.flatten(0, 1))
         report["age"] = torch.tensor([float(stream.age) for stream in self.streams]).mean()
-        report["astray"] = (strayed > args.sound).float().mean()
+        report["astray"] = (strayed > ASTRAY).float().mean()
+        report["moved"] = torch.tensor(moved).float().mean()
         return torch.stack(losses).mean(), report
 
     def _weight(self, touched: Tensor) -> Tensor:
@@ -296,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--one-step", type=float, default=0.75, help="share of own steps that stop after the first level"
     )
-    parser.add_argument("--sound", type=float, default=0.04, help="sprite error past which a stream has gone astray")
+    parser.add_argument("--sound", type=float, default=0.02, help="error of a frame past which a stream starts over")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
