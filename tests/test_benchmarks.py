@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.__main__ import SHAPES, Shape, contenders, measure
+from benchmarks.attention import SHAPES, Shape, contenders
+from benchmarks.timing import measure
 
 SMALL = [Shape("grouped, ragged", 33, 150, 6, 2, 64), SHAPES[0]]
 

@@ -14,6 +14,7 @@ import torch
 from inferix.cli import main
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
+from inferix_kernels.layout import KV_FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ BAD = {
     "too short": (["--seconds", "0.01"], "--seconds must be at least one frame, 1/16, got 0.01"),
     "window": (["--window", "2"], "window must be at least the 3 frames of one block"),
     "sink": (["--sink", "-1"], "sink must be 0 or more frames, got -1"),
-    "kv": (["--kv", "int3"], "kv must be one of fp32, bf16, int8, got 'int3'"),
+    "kv": (["--kv", "int3"], "kv must be one of fp32, fp16, bf16, int8, i8f8, fp8, int4, got 'int3'"),
     "threads": (["--threads", "0"], "--threads must be at least 1, got 0"),
     "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
     "backend": (["--backend", "abacus"], "backend must be"),
@@ -161,3 +162,9 @@ def test_doctor_names_every_part(capsys):
     main(["doctor"])
     lines = capsys.readouterr().out
     assert all(f"{part}:" in lines for part in ("python", "torch", "inferix_kernels._C", "video", "tiny world"))
+
+
+def test_help_names_every_format(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert f"{', '.join(KV_FORMATS)} (default" in " ".join(capsys.readouterr().out.split())

@@ -14,11 +14,11 @@ from inferix.world import World
 SMALL = TinyConfig(dim=32, layers=2, heads=2, head_dim=16, ffn=48)
 
 
-def small_world(fused=True, kv="fp32", seed=0, window=12, sink=0, steps=2):
+def small_world(fused=True, kv="fp32", seed=0, window=12, sink=0, steps=2, **options):
     torch.manual_seed(0)
     model = TinyWorld(TinyWorldModel(SMALL))
     model.adapter = dataclasses.replace(ADAPTER, fused=fused, times=(1.0, 0.7, 0.4)[:steps], first_times=())
-    return World(model, kv=kv, seed=seed, window=window, sink=sink)
+    return World(model, kv=kv, seed=seed, window=window, sink=sink, **options)
 
 
 def play(world, blocks, prompts=("desert day",)):
@@ -108,7 +108,7 @@ def test_a_world_goes_on_after_a_block_that_failed():
 @pytest.mark.parametrize(
     "do, message",
     [
-        (lambda: small_world(kv="fp7"), "kv must be one of fp32, bf16, int8, got 'fp7'"),
+        (lambda: small_world(kv="fp7"), "kv must be one of fp32, fp16, bf16, int8, i8f8, fp8, int4, got 'fp7'"),
         (lambda: small_world(window=2), "window must be at least the 3 frames of one block.* got 2"),
         (lambda: small_world(window=-1), "window must be at least 1 frame, got -1"),
         (lambda: World("giant"), "model must be one of tiny, got 'giant'"),
@@ -130,3 +130,43 @@ def test_a_world_goes_on_after_a_block_that_failed():
 def test_bad_input_says_what_it_must_be(do, message):
     with pytest.raises(ValueError, match=message):
         do()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+def test_a_fork_that_does_the_same_makes_the_same_and_does_not_disturb(fused, kv):
+    alone = play(small_world(fused, kv, window=6), 6)
+    world = small_world(fused, kv, window=6, worlds=3)
+    first = play(world, 3)
+    fork, other = world.fork(), world.fork(seed=7)
+    differs = play(other, 2, ("glacier night",))
+    ours, theirs = play(world, 2), play(fork, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert not torch.equal(ours[0], differs[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, alone))
+    for each in (world, fork, other):
+        each.release()
+    assert {format: len(pool.free) for format, pool in world.store.pools.items()} == {kv: 18}
+
+
+def test_a_rewound_world_stands_where_it_stood():
+    # Not fused: a forward of two blocks sums in another order than one of a single block.
+    world, straight = (small_world(False, "int8", window=6, undo=6) for _ in range(2))
+    play(world, 5)
+    play(straight, 3)
+    world.rewind(6)
+    assert world.frames == straight.frames == 9
+    world.decoder.generator.manual_seed(1)
+    straight.decoder.generator.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))
+
+
+def test_a_rewind_too_far_changes_nothing():
+    world, straight = (small_world(True, "int8", window=6) for _ in range(2))
+    play(world, 5)
+    play(straight, 5)
+    for frames, message in ((9, "have left the window"), (2, "frames must be whole blocks, the last one of 3, got 2")):
+        with pytest.raises(ValueError, match=message):
+            world.rewind(frames)
+    assert world.frames == 15
+    assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))

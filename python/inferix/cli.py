@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 USAGE, INTERRUPTED = 2, 130
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
+KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
     prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
-    generate.add_argument("--kv", default="int8", help="format of the KV pages: fp32, bf16 or int8 (default: int8)")
+    generate.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
     generate.add_argument("--window", type=int, help="frames a block sees, its own included (default: the model's)")
     generate.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
     generate.add_argument(
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--model", default="tiny", help="which model (default: tiny)")
     play.add_argument("--weights", help="checkpoint file, for models that do not ship one")
     play.add_argument("--seed", type=int, default=0)
-    play.add_argument("--kv", default="int8", help="format of the KV pages: fp32, bf16 or int8 (default: int8)")
+    play.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
     play.set_defaults(run=_play)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)

@@ -1,7 +1,7 @@
 """The semi-autoregressive decode loop: denoise a block, make it the past, go on.
 
 This is the paper's figure as code. Whatever differs between models is data in their `Adapter`; whatever concerns
-pages is in `inferix_kernels.paged_kv`.
+pages is in `inferix_kernels.page_table`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inferix_kernels.paged_kv import Block, PageTable, Pass
+from inferix_kernels.page_table import PageTable
+from inferix_kernels.passes import Block, Pass
 
 from .models import BlockModel
 
@@ -75,6 +76,30 @@ class Decoder:
             self._clean_pass()
         self.owed = Clean(self.table.open_block(len(latents)), latents, condition)
         self._clean_pass()
+
+    def fork(self) -> Decoder:
+        """Another world's loop with the same past; the clean pass owed is owed by both."""
+        other = Decoder(self.model, self.table.fork(), torch.Generator().set_state(self.generator.get_state()))
+        if self.owed:
+            block = other.table.open_block(len(self.owed.block.frames))
+            other.owed = dataclasses.replace(self.owed, block=block)
+        return other
+
+    def rewind(self, frames: int) -> None:
+        """Forget the last `frames` frames, whole blocks. See PageTable.rewind for how far back one can go."""
+        if self.owed and frames:
+            size = len(self.owed.block.frames)
+            if frames < size:
+                raise ValueError(f"frames must be whole blocks, the last one of {size}, got {frames}")
+            self.table.abandon()
+            owed, self.owed = self.owed, None
+            try:
+                self.table.rewind(frames - size)
+            except BaseException:
+                self.owed = dataclasses.replace(owed, block=self.table.open_block(size))
+                raise
+        else:
+            self.table.rewind(frames)
 
     def _fused_first_step(self, block: Block, x: Tensor, t: float, condition: Any) -> Tensor:
         """One forward over the owed block, clean, and the new one, noisy, which reads what the former commits."""

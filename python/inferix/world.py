@@ -6,14 +6,15 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from inferix_kernels.layout import FORMATS
-from inferix_kernels.paged_kv import KVStore, Policy
+from inferix_kernels import KVStore, Policy
+from inferix_kernels.layout import KV_FORMATS
 
 from .loop import Decoder
 from .models import BlockModel, load_model
@@ -26,9 +27,11 @@ class World:
 
     Args:
         model: a name from inferix.models.MODELS, or a BlockModel.
-        kv: format of the committed pages: "fp32", "bf16" or "int8".
+        kv: format of the committed pages, see inferix_kernels.layout.FORMATS.
         window: frames a block sees, its own included; by default what the model was trained for.
         sink: first frames that are never forgotten.
+        undo: frames that `rewind` can take back, besides the block made last.
+        worlds: that the store has room for, this one and its forks, should they come to share nothing.
         seed: of all noise. The same seed, actions and prompts give the same frames.
         weights: checkpoint file, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
@@ -44,27 +47,31 @@ class World:
         kv: str = "int8",
         window: int | None = None,
         sink: int | None = None,
+        undo: int = 0,
+        worlds: int = 1,
         seed: int = 0,
         weights: str | None = None,
         backend: str = "auto",
     ):
-        if kv not in FORMATS:
-            raise ValueError(f"kv must be one of {', '.join(FORMATS)}, got {kv!r}")
+        if kv not in KV_FORMATS:
+            raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
         self.model = load_model(model, weights) if isinstance(model, str) else model
         adapter = self.model.adapter
-        policy = Policy(adapter.window if window is None else window, adapter.sink if sink is None else sink)
+        window, sink = adapter.window if window is None else window, adapter.sink if sink is None else sink
+        policy = Policy(window, sink, format=kv, undo=undo)
         if policy.window is None or policy.window < adapter.block_frames:
             raise ValueError(
                 f"window must be at least the {adapter.block_frames} frames of one block, which it counts, got {window}"
             )
+        if worlds < 1:
+            raise ValueError(f"worlds must be at least 1, got {worlds}")
         self.store = KVStore(
             layers=self.model.layers,
             heads=self.model.heads,
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
-            frames=policy.window + policy.sink,
             block_frames=adapter.block_frames,
-            format=kv,
+            pools={format: worlds * frames for format, frames in policy.capacity().items()},
             backend=backend,
         )
         self.table = self.store.open(policy)
@@ -112,6 +119,29 @@ class World:
         conditions = [self._condition(actions[i : i + size], prompt) for i in range(0, len(frames), size)]
         for block, condition in zip(latents.split(size), conditions):
             self.decoder.observe(block, condition)
+
+    def fork(self, seed: int | None = None) -> World:
+        """Another world with the same past: it shares the pages and goes its own way. The store needs `worlds` for it.
+
+        Args:
+            seed: of the fork's noise; None goes on with a copy of this world's, so that the same actions give the
+                same frames.
+        """
+        other = copy.copy(self)
+        other.decoder = self.decoder.fork()
+        other.table = other.decoder.table
+        if seed is not None:
+            other.decoder.generator.manual_seed(seed)
+        return other
+
+    def rewind(self, frames: int) -> None:
+        """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
+        `undo` frames before it too."""
+        self.decoder.rewind(frames)
+
+    def release(self) -> None:
+        """Give this world's pages back to the store; it can't go on."""
+        self.table.release()
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of the KV store by format, scratch apart."""

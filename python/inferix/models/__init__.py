@@ -28,7 +28,7 @@ class Adapter:
         prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
         context_time: noise level of the clean pass.
         fused: run a block's clean pass in one forward with the next block's first step.
-        window, sink: frames a block sees; see inferix_kernels.paged_kv.Policy.
+        window, sink: frames a block sees; see inferix_kernels.policy.Policy.
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
         threads: CPU threads that serve it best; None: all cores.
@@ -54,7 +54,7 @@ class Adapter:
     example_prompts: tuple[str, ...] = ("",)
 
 
-# (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.paged_kv.Pass.attend
+# (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.passes.Pass.attend
 PagedAttend = Callable[..., "Tensor | None"]
 
 
