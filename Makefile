@@ -36,12 +36,15 @@ clean:
 	command -v nvidia-smi >/dev/null && $(BIN)/pip install -q torch==$(TORCH) || true
 	touch $@
 
-.venv/built: .venv/torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.venv/built: .venv/torch $(SOURCES)
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e .
 	touch $@
 
-# What only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.
-.venv/tools: .venv/built
+# With what only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.
+.venv/tools: .venv/torch $(SOURCES)
+	$(BIN)/pip install -q setuptools pybind11 cmake ninja
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[test,lint]'
-	touch $@
+	touch .venv/built $@
