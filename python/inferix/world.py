@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from inferix_kernels.layout import FORMATS
-from inferix_kernels.paged_kv import KVStore, Policy
+from inferix_kernels.paged_kv import KVStore, PageTable, Policy
 
 from .loop import Decoder
 from .models import BlockModel, load_model
@@ -30,8 +31,9 @@ class World:
         window: frames a block sees, its own included; by default what the model was trained for.
         sink: first frames that are never forgotten.
         seed: of all noise. The same seed, actions and prompts give the same frames.
-        weights: checkpoint file, for models that do not ship one.
+        weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
+        options: passed on to the model's loader, for example size=(height, width) in pixels.
 
     Raises:
         ValueError: an argument is not what it must be; nothing has been allocated.
@@ -47,15 +49,17 @@ class World:
         seed: int = 0,
         weights: str | None = None,
         backend: str = "auto",
+        **options: Any,
     ):
         if kv not in FORMATS:
             raise ValueError(f"kv must be one of {', '.join(FORMATS)}, got {kv!r}")
-        self.model = load_model(model, weights) if isinstance(model, str) else model
+        self.model = load_model(model, weights, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
         policy = Policy(adapter.window if window is None else window, adapter.sink if sink is None else sink)
-        if policy.window is None or policy.window < adapter.block_frames:
+        largest = max(adapter.block_frames, adapter.first_block_frames)
+        if policy.window is None or policy.window < largest:
             raise ValueError(
-                f"window must be at least the {adapter.block_frames} frames of one block, which it counts, got {window}"
+                f"window must be at least the {largest} frames of one block, which it counts, got {window}"
             )
         self.store = KVStore(
             layers=self.model.layers,
@@ -63,37 +67,55 @@ class World:
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
             frames=policy.window + policy.sink,
-            block_frames=adapter.block_frames,
+            block_frames=largest,
             format=kv,
+            device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
-        self.table = self.store.open(policy)
-        self.decoder = Decoder(self.model, self.table, torch.Generator().manual_seed(seed))
+        self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed))
+        self.pictures = self.model.stream()
+        self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
         self.prompt: str | None = None
 
     @property
+    def table(self) -> PageTable:
+        """The world's page table; a new one with every rollout."""
+        return self.decoder.table
+
+    @property
     def frames(self) -> int:
-        """Frames made or observed so far."""
-        return self.table.next_frame + (len(self.decoder.owed.block.frames) if self.decoder.owed else 0)
+        """Latent frames made or observed so far."""
+        return self.decoder.frames
 
     def step(
-        self, actions: Sequence[Action] | None = None, prompt: str | None = None, *, action: Action | None = None
+        self,
+        actions: Sequence[Action] | None = None,
+        prompt: str | None = None,
+        *,
+        action: Action | None = None,
+        known: Tensor | None = None,
     ) -> np.ndarray:
         """Make the next block.
 
         Args:
-            actions: one per frame of the block.
+            actions: one per frame of the block; none for a model that takes none.
             action: instead, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
+            known: latents of this very block from an earlier run with the same seed; see Decoder.step.
 
         Returns:
-            uint8 [block_frames, height, width, 3].
+            uint8 [pictures, height, width, 3].
         """
         if actions is None:
-            if action is None:
+            if action is None and self.model.adapter.actions:
                 raise ValueError("step needs actions, one per frame, or one action for the whole block; got neither")
-            actions = [action] * self.model.adapter.block_frames
-        return self.model.decode(self.decoder.step(self._condition(actions, prompt)))
+            actions = [] if action is None else [action] * self.model.adapter.block_frames
+        before = self.prompt
+        condition = self._condition(actions, prompt)
+        if self.model.adapter.recache and before not in (None, self.prompt):
+            self.decoder.recache(condition)
+        self.latents = self.decoder.step(condition, known)
+        return self.pictures(self.latents)
 
     def observe(self, frames: np.ndarray, actions: Sequence[Action], prompt: str | None = None) -> None:
         """Take given frames as the world's past, as if it had made them.
@@ -121,8 +143,9 @@ class World:
         prompt = self.prompt if prompt is None else prompt
         if prompt is None:
             raise ValueError("prompt must be given with the first block: the world has no look yet")
-        if len(actions) != self.model.adapter.block_frames:
-            raise ValueError(f"actions must be {self.model.adapter.block_frames}, one per frame, got {len(actions)}")
+        wanted = self.model.adapter.block_frames if self.model.adapter.actions else len(actions)
+        if len(actions) != wanted:
+            raise ValueError(f"actions must be {wanted}, one per frame, got {len(actions)}")
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
