@@ -205,3 +205,14 @@ class DenseTable:
 
     def gather(self, layer, frames):
         return tuple(torch.cat(part) for part in zip(*(self.cache[layer][frame] for frame in frames)))
+
+
+def published(network):
+    """The network's tensors under the names that Wan published: q, k and v apart."""
+    state = {}
+    for name, x in network.state_dict().items():
+        if ".qkv." in name:
+            state |= {name.replace("qkv", letter): part.clone() for letter, part in zip("qkv", x.chunk(3))}
+        else:
+            state[name] = x
+    return state

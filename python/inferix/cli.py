@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--seed", type=int, default=0)
     play.add_argument("--kv", default="int8", help="format of the KV pages: fp32, bf16 or int8 (default: int8)")
     play.set_defaults(run=_play)
+    convert = commands.add_parser("convert", help="write a Wan checkpoint as one safetensors file that needs no other")
+    convert.add_argument("source", help="checkpoint file, or the folder that holds it")
+    convert.add_argument("out", type=Path, help=".safetensors to write")
+    convert.add_argument("--model", default="self-forcing", help="whose weights to take if the file holds several")
+    convert.add_argument("--lora", help="low-rank updates to merge (default: the *lora* file in the folder)")
+    convert.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights (default: fp32)")
+    convert.set_defaults(run=_convert)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -212,6 +219,25 @@ def _play(args: argparse.Namespace) -> int:
     if adapter.threads:
         torch.set_num_threads(adapter.threads)
     play(world, adapter.example_prompts, adapter.keys)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from .media import require_writable
+    from .models import load_model
+    from .models.wan import Wan
+    from .models.wan.checkpoint import save_network
+
+    require_writable(args.out, "out")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = load_model(args.model, args.source, lora=args.lora, dtype=dtype)
+    if not isinstance(model, Wan):
+        raise ValueError(f"--model must be a Wan model, got {args.model!r}")
+    save_network(model.network, args.out)
+    config = model.network.config
+    print(f"{args.out}: {config.layers} layers of width {config.dim}, {config.heads} heads, {args.dtype}")
     return 0
 
 
