@@ -117,23 +117,37 @@ class World:
         self.latents = self.decoder.step(condition, known)
         return self.pictures(self.latents)
 
-    def observe(self, frames: np.ndarray, actions: Sequence[Action], prompt: str | None = None) -> None:
+    def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
 
         Args:
-            frames: uint8 [n, height, width, 3]; n a multiple of the block.
-            actions: n, each the one that led to its frame.
+            frames: uint8 [n, height, width, 3], whole blocks: for a model with a VAE, n = 1 + 4 k makes 1 + k latents.
+            actions: n, each the one that led to its frame; none for a model that takes none.
             prompt: as in `step`.
+
+        Returns:
+            uint8 [n, height, width, 3], as the model sees them: encoded and decoded again.
         """
-        size = self.model.adapter.block_frames
-        if len(frames) % size or len(frames) != len(actions) or not len(frames):
+        adapter = self.model.adapter
+        size = adapter.block_frames
+        if adapter.actions and (len(frames) % size or len(frames) != len(actions) or not len(frames)):
             raise ValueError(
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
-        latents = self.model.encode(frames)
-        conditions = [self._condition(actions[i : i + size], prompt) for i in range(0, len(frames), size)]
-        for block, condition in zip(latents.split(size), conditions):
+        latents, start, blocks = self.model.encode(frames), 0, []
+        while start < len(latents):
+            count = adapter.frames(first=self.frames + start == 0)
+            blocks.append((latents[start : start + count], self._condition(actions[start : start + count], prompt)))
+            start += count
+        if start != len(latents):
+            raise ValueError(
+                f"frames must make whole blocks of latents, {start} or {start - count}, got {len(latents)}"
+            )
+        seen = []
+        for block, condition in blocks:
             self.decoder.observe(block, condition)
+            seen.append(self.pictures(block))
+        return np.concatenate(seen)
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of the KV store by format, scratch apart."""

@@ -36,6 +36,9 @@ class Adapter:
         recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
+        scale: edge of the square that each pixel becomes in a video, unless asked for otherwise.
+        live: made in real time and small. Its frames are kept to be measured; a video of any other model is written
+            with a journal beside it, so that what was made before a kill need not be made again.
         threads: CPU threads that serve it best; None: all cores.
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
         keys: keyboard key -> action.
@@ -58,6 +61,8 @@ class Adapter:
     recache: bool = False
     fps: int = 16
     size: tuple[int, int] = (480, 832)
+    scale: int = 1
+    live: bool = False
     threads: int | None = None
     actions: tuple[str, ...] = ()
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)

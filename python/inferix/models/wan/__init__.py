@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,8 @@ from .. import Adapter, PagedAttend
 from .adapters import ADAPTERS, PARTS, variant
 from .checkpoint import find_checkpoint, find_lora, load_network
 from .network import Cross, WanConfig, WanNetwork, rope_table
+from .text import CACHE, PromptEncoder, has_encoder
+from .vae import has_vae, load_vae
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
@@ -80,7 +83,10 @@ class Wan:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
         if prompt not in self._crosses:
             if self.text is None:
-                raise ValueError(f"prompt: this {self.adapter.name} has no text encoder")
+                raise ValueError(
+                    f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
+                    "text_encoder/ and tokenizer/, or the files that Wan published"
+                )
             self._crosses = {prompt: self.condition_on(self.text(prompt))}  # the last prompt alone: 190 MB for 1.3B
         return self._crosses[prompt]
 
@@ -106,7 +112,10 @@ class Wan:
 
     def stream(self) -> VideoDecoder:
         if self.open_video is None:
-            raise ValueError(f"this {self.adapter.name} has no VAE to make pictures of its latents")
+            raise ValueError(
+                f"weights of {self.adapter.name} have no VAE beside them to make pictures: its folder needs vae/, or "
+                "the file that Wan published"
+            )
         return self.open_video()
 
     def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
@@ -119,24 +128,38 @@ def load(
     *,
     size: tuple[int, int] | None = None,
     lora: str | Path | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    prompt_cache: str | Path = CACHE,
 ) -> Wan:
     """A model of ADAPTERS from its checkpoint.
 
     Args:
-        weights: the checkpoint, or a folder with it; a folder's *lora* file is merged.
+        weights: a folder with the network and, to be told prompts and to make pictures, text_encoder/, tokenizer/ and
+            vae/ or the files that Wan published; its *lora* file is merged. Or the network's file alone.
         size: pixels (height, width); by default what the model was trained at.
         lora: another file of low-rank updates.
+        device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
+        prompt_cache: folder for prompt embeddings.
 
     Raises:
         ValueError: something is missing, damaged or of another architecture; says what.
     """
     adapter = ADAPTERS[name] if size is None else variant(ADAPTERS[name], name, size=size)
     path = find_checkpoint(weights)
+    folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
     if lora is None and weights is not None and Path(weights).is_dir():
         lora = find_lora(weights)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, PARTS[name], lora=Path(lora) if lora else None, dtype=dtype, device=device)
-    return Wan(network, adapter)
+    text = PromptEncoder(folder, network.config.text_len, Path(prompt_cache)) if has_encoder(folder) else None
+    vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
+    return Wan(
+        network,
+        adapter,
+        text,
+        open_video=None if vae is None else lambda: vae().open(),
+        encode_video=None if vae is None else lambda frames: vae().encode(frames),
+    )

@@ -57,15 +57,14 @@ def find_checkpoint(weights: str | Path | None) -> Path:
             raise ValueError(f"weights: there is no file or folder {path}")
         return path
     for folder in (path, path / "transformer"):
-        for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt", "*.pth"):
-            found = sorted(
-                file for file in folder.glob(pattern) if not any(word in file.name.lower() for word in NOT_THE_NETWORK)
-            )
-            if len(found) == 1:
-                return found[0]
-            if found:
-                names = ", ".join(file.name for file in found)
-                raise ValueError(f"weights: {folder} holds several networks ({names}): name one")
+        found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+        found += [*sorted(folder.glob("*.pt")), *sorted(folder.glob("*.pth"))]
+        found = [file for file in found if not any(word in file.name.lower() for word in NOT_THE_NETWORK)]
+        if len(found) > 1:  # base Wan and a model made from it, say: taking either would be a guess
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"weights: {folder} holds several networks ({names}): name one")
+        if found:
+            return found[0]
     raise ValueError(f"weights: {path} holds no network: no .safetensors, .pt or .pth file, nor a folder transformer/")
 
 
