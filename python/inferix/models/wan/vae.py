@@ -69,7 +69,7 @@ class VAE:
         """uint8 [1 + 4 k, height, width, 3] -> latents [1 + k, channels, height / 8, width / 8] float32."""
         if (len(frames) - 1) % PICTURES:
             raise ValueError(f"frames must be 1 + {PICTURES} k for the VAE to encode, got {len(frames)}")
-        pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None]
+        pictures = torch.tensor(frames).permute(3, 0, 1, 2)[None]
         return self.encode_pictures(pictures.to(self.model.device, self.model.dtype) / 127.5 - 1)
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
