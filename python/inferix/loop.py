@@ -101,9 +101,8 @@ class Decoder:
         table, blocks = self.table, [clean for clean in self.recent if clean.block.first >= self.table.policy.sink]
         if not blocks:
             return
-        table.abandon()
-        table._free([frame for frame in table.held if frame >= blocks[0].block.first])
-        table.next_frame, self.owed, self.recent = blocks[0].block.first, None, []
+        _forget(table, blocks[0].block.first)
+        self.owed, self.recent = None, []
         self.frames -= sum(len(clean.latents) for clean in blocks)
         for clean in blocks:
             if self.owed:
@@ -161,3 +160,10 @@ class Decoder:
 
     def _rope(self, *blocks: Block) -> Tensor:
         return self.model.rope([frame for block in blocks for frame in block.frames])
+
+
+def _forget(table: PageTable, first: int) -> None:
+    """Go back to before frame `first`; what was evicted before it stays so, since the blocks to come make it anew."""
+    table.abandon()
+    table._free([frame for frame in table.held if frame >= first])
+    table.next_frame = first

@@ -114,7 +114,7 @@ class World:
         condition = self._condition(actions, prompt)
         if self.model.adapter.recache and before not in (None, self.prompt):
             self.decoder.recache(condition)
-        self.latents = self.decoder.step(condition, known)
+        self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents)
 
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:

@@ -82,8 +82,7 @@ def merge_lora(tensors: dict[str, Tensor], updates: Mapping[str, Tensor], source
             strangers.append(name)
             continue
         side = "alpha" if match["alpha"] else {"down": "A", "up": "B"}.get(match["side"], match["side"])
-        weight = _published(match["module"] + ".weight", from_diffusers)
-        found.setdefault(weight, {})[side] = tensor
+        found.setdefault(_published(match["module"] + ".weight", from_diffusers), {})[side] = tensor
     strangers += sorted(found.keys() - tensors.keys())
     if strangers or not found:
         raise ValueError(f"lora: {source} must hold updates of this network's weights, got {shown(strangers)}")

@@ -151,7 +151,7 @@ def published_encoder(path: Path) -> Any:
     renamed = {}
     for name, tensor in tensors.items():
         for pattern, replacement in NAMES:
-            name = pattern.sub(replacement, name)  # type: ignore[arg-type]
+            name = pattern.sub(replacement, name)
         renamed[name] = tensor
     with torch.device("meta"):
         encoder = transformers.UMT5EncoderModel(config)
