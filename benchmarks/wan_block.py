@@ -22,7 +22,6 @@ from inferix_kernels.paged_kv import KVStore, Policy
 SIZES = {
     "1.3B": WanConfig(dim=1536, layers=30, heads=12, ffn=8960),
     "14B": WanConfig(dim=5120, layers=40, heads=40, ffn=13824),
-    "14B-i2v": WanConfig(dim=5120, layers=40, heads=40, ffn=13824, channels_in=36, image_dim=1280),
 }
 PARTS = ("qkv", "o", "cross_attn", "ffn")
 
@@ -101,9 +100,7 @@ def main() -> None:
         format=args.kv,
     )
     decoder = Decoder(model, store.open(Policy(window=6)), torch.Generator().manual_seed(0))
-    config = SIZES[args.model]
-    image = torch.randn(257, config.image_dim) if config.image_dim else None
-    condition = network.cross(torch.randn(40, config.text_dim), image)
+    condition = network.cross(torch.randn(40, SIZES[args.model].text_dim))
     for number in range(args.blocks):
         clock.seconds.clear()
         started = time.perf_counter()

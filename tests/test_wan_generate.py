@@ -19,7 +19,7 @@ from wan_folder import WORDS, write_encoder, write_folder, write_vae
 from inferix.cli import main
 from inferix.models import load_model
 from inferix.models.wan.text import PromptEncoder, published_encoder
-from inferix.models.wan.vae import VAE
+from inferix.models.wan.vae import VAE, load_vae
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra: wan)")
@@ -183,6 +183,43 @@ def test_the_encoder_that_wan_published_is_the_same(tmp_path):
     torch.save({name: x for name, x in state.items() if "blocks.1.ffn" not in name}, tmp_path / "t5.pth")
     with pytest.raises(ValueError, match=r"is no UMT5 encoder: missing \['encoder.block.1.layer.1.DenseReluDense"):
         published_encoder(tmp_path / "t5.pth")
+
+
+def test_the_vae_that_wan_published_is_the_same(tmp_path):
+    """Its names carried over: the VAE of diffusers makes the same pictures."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKLWan(base_dim=8).eval()
+    state, published = theirs.state_dict(), {}
+    leaves = [f"residual.{i}.{leaf}" for i in (0, 2, 3, 6) for leaf in ("gamma", "weight", "bias")]
+    leaves += [f"{part}.{leaf}" for part in ("shortcut", "resample.1", "time_conv") for leaf in ("weight", "bias")]
+    names = [
+        f"{side}.{i}.{leaf}"
+        for side in ("encoder.downsamples", "decoder.upsamples")
+        for i in range(15)
+        for leaf in leaves
+    ]
+    for side in ("encoder", "decoder"):
+        middle = [f"residual.{i}.{leaf}" for i in (0, 2, 3, 6) for leaf in ("gamma", "weight", "bias")]
+        middle += ["norm.gamma", *(f"{part}.{leaf}" for part in ("to_qkv", "proj") for leaf in ("weight", "bias"))]
+        names += [f"{side}.middle.{i}.{leaf}" for i in range(3) for leaf in middle]
+        names += [
+            f"{side}.{part}" for part in ("conv1.weight", "conv1.bias", "head.0.gamma", "head.2.weight", "head.2.bias")
+        ]
+    names += [f"{conv}.{leaf}" for conv in ("conv1", "conv2") for leaf in ("weight", "bias")]
+    for name in names:
+        for called in convert_wan_vae_to_diffusers({name: torch.zeros(1)}):
+            if called in state and called not in published.values():
+                published[name] = called
+    assert set(published.values()) == set(state)
+    torch.save({name: state[called] for name, called in published.items()}, tmp_path / "Wan2.1_VAE.pth")
+    latents = torch.randn(2, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(load_vae(tmp_path).open()(latents), VAE(theirs).open()(latents))
+    torch.save({"encoder.conv1.weight": torch.zeros(8, 3, 3, 3, 3)}, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(ValueError, match="is no Wan VAE"):
+        load_vae(tmp_path)
 
 
 def test_absent_parts_are_one_line(folder, prompt_cache, tmp_path, capsys, monkeypatch):

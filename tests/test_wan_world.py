@@ -223,6 +223,10 @@ def test_memory_does_not_grow_with_the_video():
             lambda: Wan(random_network(tiny_config()), dataclasses.replace(ADAPTERS["causvid"], size=(50, 80))),
             r"size must be multiples of 16 x 16 pixels, got \(50, 80\)",
         ),
+        (
+            lambda: Wan(random_network(tiny_config(channels_in=36)), ADAPTERS["causvid"]),
+            "takes 36 channels and gives 16",
+        ),
         (lambda: wan().network.cross(torch.zeros(25, 40)), r"text must be \[<= 24, 40\], got \[25, 40\]"),
         (
             lambda: wan().network.cross(torch.zeros(2, 40), torch.zeros(1, 2)),

@@ -61,6 +61,11 @@ class Wan:
         step = [LATENT_STRIDE * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
+        if config.channels_in != config.channels_out:
+            raise ValueError(
+                f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}: an "
+                "image-to-video model that is told the image beside each latent, which no block-wise model here is"
+            )
         self.network, self.adapter = network.eval().requires_grad_(False), adapter
         self.text, self.open_video, self.encode_video = text, open_video, encode_video
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim

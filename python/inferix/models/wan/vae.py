@@ -43,11 +43,23 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
             reason = str(error).splitlines()[0]
             raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
     else:
-        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-        model = AutoencoderKLWan()  # its defaults are Wan2.1's sizes
-        model.load_state_dict(convert_wan_vae_to_diffusers(read_tensors(folder / PUBLISHED)[0]))
+        model = _published_vae(folder / PUBLISHED, AutoencoderKLWan)
     return VAE(model.eval().requires_grad_(False).to(device))
+
+
+def _published_vae(path: Path, kind: Any) -> Any:
+    """diffusers' model from the file that Wan published: its defaults are Wan2.1's sizes, but for the width."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    tensors, _ = read_tensors(path)
+    if "encoder.conv1.weight" not in tensors:
+        raise ValueError(f"weights: {path} is no Wan VAE: it has no encoder.conv1.weight")
+    model = kind(base_dim=len(tensors["encoder.conv1.weight"]))
+    try:
+        model.load_state_dict(convert_wan_vae_to_diffusers(tensors))
+    except RuntimeError as error:
+        raise ValueError(f"weights: {path} is no Wan VAE: {' '.join(str(error).split())[:200]}") from None
+    return model
 
 
 class VAE:
