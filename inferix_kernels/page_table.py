@@ -223,7 +223,13 @@ class PageTable:
                 f"frames {gone} have left the window, which frame {end} would see: rewind less, give the policy "
                 f"undo={self.policy.undo + frames}, or keep a fork"
             )
-        self._forget([f for f in self.held if f >= end])
+        self.truncate(end)
+
+    def truncate(self, end: int) -> None:
+        """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open."""
+        if self.open_blocks:
+            raise RuntimeError("truncate needs all blocks sealed or abandoned")
+        self._forget([frame for frame in self.held if frame >= end])
         self.next_frame = end
         if end == 0:
             self.k_means = [None] * len(self.k_means)

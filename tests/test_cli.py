@@ -65,7 +65,7 @@ def test_actions_and_prompts_come_from_files(weights, tmp_path):
 
 
 BAD = {
-    "model": (["--model", "giant"], "model must be one of tiny, got 'giant'"),
+    "model": (["--model", "giant"], "model must be one of tiny, self-forcing, "),
     "weights": (["--weights", "nowhere.safetensors"], "weights: there is no file nowhere.safetensors"),
     "prompt": (["--prompt", "purple night"], "prompt: unknown word 'purple'"),
     "no place": (["--prompt", "night"], "prompt must name one place"),

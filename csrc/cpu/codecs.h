@@ -11,7 +11,7 @@ namespace inferix {
 class Buffer {
  public:
   float* floats(int64_t count) {
-    const size_t columns = static_cast<size_t>((count + kLanes - 1) / kLanes);
+    const size_t columns = static_cast<size_t>(count / kLanes + 1);  // at least one: no null pointer for no floats
     if (columns > columns_.size()) columns_.resize(columns);
     return columns_.data()->lane;
   }

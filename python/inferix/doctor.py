@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -49,12 +50,20 @@ def _tiny() -> Finding:
     return True, "weights found"
 
 
+def _wan() -> Finding:
+    missing = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return True, f"no {' and no '.join(missing)}, which prompts and pictures of Wan models need: extra `wan`"
+    return True, "diffusers and transformers found"
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
     "torch": _torch,
     "inferix_kernels._C": _extension,
     "video": _video,
     "tiny world": _tiny,
+    "Wan models": _wan,
 }
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 QUALITY = "16"  # x264's constant rate factor: at 4-fold scale pixels keep their colour to about 40 dB
 GAP, STRIP = 4, 15  # pixels between the pictures of a sheet, and of the strip that holds their labels
@@ -106,6 +106,16 @@ class VideoWriter:
 
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}")
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A picture file as uint8 [1, height, width, 3]: scaled to cover `size`, then cut about its middle."""
+    try:
+        with Image.open(path) as image:
+            picture = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise ValueError(f"--image: cannot read {str(path)!r} ({error})") from None
+    return np.asarray(picture)[None]
 
 
 def contact_sheet(

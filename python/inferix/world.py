@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from inferix_kernels import KVStore, Policy
+from inferix_kernels import KVStore, PageTable, Policy
 from inferix_kernels.layout import KV_FORMATS
 
 from .loop import Decoder
@@ -33,8 +34,9 @@ class World:
         undo: frames that `rewind` can take back, besides the block made last.
         worlds: that the store has room for, this one and its forks, should they come to share nothing.
         seed: of all noise. The same seed, actions and prompts give the same frames.
-        weights: checkpoint file, for models that do not ship one.
+        weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
+        options: passed on to the model's loader, for example size=(height, width) in pixels.
 
     Raises:
         ValueError: an argument is not what it must be; nothing has been allocated.
@@ -52,16 +54,18 @@ class World:
         seed: int = 0,
         weights: str | None = None,
         backend: str = "auto",
+        **options: Any,
     ):
         if kv not in KV_FORMATS:
             raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
-        self.model = load_model(model, weights) if isinstance(model, str) else model
+        self.model = load_model(model, weights, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
         window, sink = adapter.window if window is None else window, adapter.sink if sink is None else sink
         policy = Policy(window, sink, format=kv, undo=undo)
-        if policy.window is None or policy.window < adapter.block_frames:
+        largest = max(adapter.block_frames, adapter.first_block_frames)
+        if policy.window is None or policy.window < largest:
             raise ValueError(
-                f"window must be at least the {adapter.block_frames} frames of one block, which it counts, got {window}"
+                f"window must be at least the {largest} frames of one block, which it counts, got {window}"
             )
         if worlds < 1:
             raise ValueError(f"worlds must be at least 1, got {worlds}")
@@ -70,55 +74,87 @@ class World:
             heads=self.model.heads,
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
-            block_frames=adapter.block_frames,
+            block_frames=largest,
             pools={format: worlds * frames for format, frames in policy.capacity().items()},
+            device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
-        self.table = self.store.open(policy)
-        self.decoder = Decoder(self.model, self.table, torch.Generator().manual_seed(seed))
+        self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed))
+        self.pictures = self.model.stream()
+        self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
         self.prompt: str | None = None
 
     @property
+    def table(self) -> PageTable:
+        """The world's page table; a new one with every rollout."""
+        return self.decoder.table
+
+    @property
     def frames(self) -> int:
-        """Frames made or observed so far."""
-        return self.table.next_frame + (len(self.decoder.owed.block.frames) if self.decoder.owed else 0)
+        """Latent frames made or observed so far."""
+        return self.decoder.frames
 
     def step(
-        self, actions: Sequence[Action] | None = None, prompt: str | None = None, *, action: Action | None = None
+        self,
+        actions: Sequence[Action] | None = None,
+        prompt: str | None = None,
+        *,
+        action: Action | None = None,
+        known: Tensor | None = None,
     ) -> np.ndarray:
         """Make the next block.
 
         Args:
-            actions: one per frame of the block.
+            actions: one per frame of the block; none for a model that takes none.
             action: instead, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
+            known: latents of this very block from an earlier run with the same seed; see Decoder.step.
 
         Returns:
-            uint8 [block_frames, height, width, 3].
+            uint8 [pictures, height, width, 3].
         """
         if actions is None:
-            if action is None:
+            if action is None and self.model.adapter.actions:
                 raise ValueError("step needs actions, one per frame, or one action for the whole block; got neither")
-            actions = [action] * self.model.adapter.block_frames
-        return self.model.decode(self.decoder.step(self._condition(actions, prompt)))
+            actions = [] if action is None else [action] * self.model.adapter.block_frames
+        before = self.prompt
+        condition = self._condition(actions, prompt)
+        if self.model.adapter.recache and before not in (None, self.prompt):
+            self.decoder.recache(condition)
+        self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
+        return self.pictures(self.latents)
 
-    def observe(self, frames: np.ndarray, actions: Sequence[Action], prompt: str | None = None) -> None:
+    def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
 
         Args:
-            frames: uint8 [n, height, width, 3]; n a multiple of the block.
-            actions: n, each the one that led to its frame.
+            frames: uint8 [n, height, width, 3], whole blocks: for a model with a VAE, n = 1 + 4 k makes 1 + k latents.
+            actions: n, each the one that led to its frame; none for a model that takes none.
             prompt: as in `step`.
+
+        Returns:
+            uint8 [n, height, width, 3], as the model sees them: encoded and decoded again.
         """
-        size = self.model.adapter.block_frames
-        if len(frames) % size or len(frames) != len(actions) or not len(frames):
+        adapter = self.model.adapter
+        size = adapter.block_frames
+        if adapter.actions and (len(frames) % size or len(frames) != len(actions) or not len(frames)):
             raise ValueError(
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
-        latents = self.model.encode(frames)
-        conditions = [self._condition(actions[i : i + size], prompt) for i in range(0, len(frames), size)]
-        for block, condition in zip(latents.split(size), conditions):
+        latents, start, blocks = self.model.encode(frames), 0, []
+        while start < len(latents):
+            count = adapter.frames(first=self.frames + start == 0)
+            blocks.append((latents[start : start + count], self._condition(actions[start : start + count], prompt)))
+            start += count
+        if start != len(latents):
+            raise ValueError(
+                f"frames must make whole blocks of latents, {start} or {start - count}, got {len(latents)}"
+            )
+        seen = []
+        for block, condition in blocks:
             self.decoder.observe(block, condition)
+            seen.append(self.pictures(block))
+        return np.concatenate(seen)
 
     def fork(self, seed: int | None = None) -> World:
         """Another world with the same past: it shares the pages and goes its own way. The store needs `worlds` for it.
@@ -129,14 +165,24 @@ class World:
         """
         other = copy.copy(self)
         other.decoder = self.decoder.fork()
-        other.table = other.decoder.table
+        if hasattr(self.pictures, "fork"):
+            other.pictures = self.pictures.fork()
+        other.decoder.restart = getattr(other.pictures, "restart", other.decoder.restart)
         if seed is not None:
             other.decoder.generator.manual_seed(seed)
         return other
 
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
-        `undo` frames before it too."""
+        `undo` frames before it too.
+
+        Raises:
+            RuntimeError: the pictures of this model depend on those before them, which can't be unmade: keep a fork.
+        """
+        if hasattr(self.pictures, "fork"):
+            raise RuntimeError(
+                f"rewind: a decoder that looks back in time, {self.model.adapter.name}'s, can't: keep a fork"
+            )
         self.decoder.rewind(frames)
 
     def release(self) -> None:
@@ -151,8 +197,9 @@ class World:
         prompt = self.prompt if prompt is None else prompt
         if prompt is None:
             raise ValueError("prompt must be given with the first block: the world has no look yet")
-        if len(actions) != self.model.adapter.block_frames:
-            raise ValueError(f"actions must be {self.model.adapter.block_frames}, one per frame, got {len(actions)}")
+        wanted = self.model.adapter.block_frames if self.model.adapter.actions else len(actions)
+        if len(actions) != wanted:
+            raise ValueError(f"actions must be {wanted}, one per frame, got {len(actions)}")
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition

@@ -22,15 +22,23 @@ class Adapter:
     Attributes:
         name: as given to --model.
         block_frames: latent frames denoised together.
+        first_block_frames: the same for the first block of a world; 0: as `block_frames`.
         times: noise levels of a block's denoising steps, descending from 1. After each but the last the prediction
             is noised again with fresh noise, x = (1 - t) x0 + t noise (few-step sampling of CausVid and Self Forcing).
-        first_times: the same for a block without a past, which has more to invent. Empty: as `times`.
+        timesteps: what the network is told at each of `times`; empty: `times`.
+        first_times: `times` for a block without a past, which has more to invent. Empty: as `times`.
         prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
-        context_time: noise level of the clean pass.
+        context_time: what the network is told in the clean pass. The block itself is not noised again.
         fused: run a block's clean pass in one forward with the next block's first step.
         window, sink: frames a block sees; see inferix_kernels.policy.Policy.
+        rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
+            whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
+        recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
+        scale: edge of the square that each pixel becomes in a video, unless asked for otherwise.
+        live: made in real time and small. Its frames are kept to be measured; a video of any other model is written
+            with a journal beside it, so that what was made before a kill need not be made again.
         threads: CPU threads that serve it best; None: all cores.
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
         keys: keyboard key -> action.
@@ -40,18 +48,35 @@ class Adapter:
     name: str
     block_frames: int
     times: tuple[float, ...]
+    timesteps: tuple[float, ...] = ()
+    first_block_frames: int = 0
     first_times: tuple[float, ...] = ()
     prediction: str = "x0"
     context_time: float = 0.0
     fused: bool = True
     window: int | None = None
     sink: int = 0
+    rollout: int | None = None
+    overlap: int = 0
+    recache: bool = False
     fps: int = 16
     size: tuple[int, int] = (480, 832)
+    scale: int = 1
+    live: bool = False
     threads: int | None = None
     actions: tuple[str, ...] = ()
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example_prompts: tuple[str, ...] = ("",)
+
+    def schedule(self, first: bool) -> list[tuple[float, float]]:
+        """(noise level, what the network is told) of every step of a block; `first`: it has no past."""
+        if first and self.first_times:
+            return [(t, t) for t in self.first_times]
+        return list(zip(self.times, self.timesteps or self.times, strict=True))
+
+    def frames(self, first: bool) -> int:
+        """Latent frames of a block; `first`: it is the first of its world."""
+        return self.first_block_frames if first and self.first_block_frames else self.block_frames
 
 
 # (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.passes.Pass.attend
@@ -88,18 +113,37 @@ class BlockModel(Protocol):
     def encode(self, frames: np.ndarray) -> Tensor:
         """uint8 [frames, height, width, 3] -> latents [frames, *latent_shape]."""
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents [frames, *latent_shape] -> uint8 [frames, height, width, 3]."""
+    def stream(self) -> Callable[[Tensor], np.ndarray]:
+        """A decoder for one world: latents [frames, *latent_shape] by block -> uint8 [pictures, height, width, 3].
+
+        It may keep what it needs of earlier blocks, and then has a method `fork` that returns another such decoder. A
+        method `restart` is what Decoder.restart asks for.
+        """
 
     def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         """Shares in [0, 1] that can be read off a video [n, height, width, 3] alone; may be empty."""
 
 
-MODELS = {"tiny": "inferix.models.tiny"}  # name -> module with load(weights) -> BlockModel
+_WAN = "inferix.models.wan"
+# name -> module with load(weights, name, **options) -> BlockModel
+MODELS = {
+    "tiny": "inferix.models.tiny",
+    "self-forcing": _WAN,
+    "self-forcing-framewise": _WAN,
+    "self-forcing-first-frame": _WAN,
+    "causvid": _WAN,
+    "longlive": _WAN,
+}
 
 
-def load_model(name: str, weights: str | None = None) -> BlockModel:
-    """The model called `name`, from its checkpoint file or, if it ships with one, from that."""
+def load_model(name: str, weights: str | None = None, **options: Any) -> BlockModel:
+    """The model called `name`, from its checkpoint or, if it ships with one, from that.
+
+    Args:
+        options: what else the model's module takes; None is its default.
+    """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    return importlib.import_module(MODELS[name]).load(weights)
+    given = {option: value for option, value in options.items() if value is not None}
+    model: BlockModel = importlib.import_module(MODELS[name]).load(weights, name, **given)
+    return model

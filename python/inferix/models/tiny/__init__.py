@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -26,6 +26,8 @@ ADAPTER = Adapter(
     sink=0,
     fps=FPS,
     size=(SIZE, SIZE),
+    scale=4,
+    live=True,
     threads=1,  # its matrices are small: a second thread gains little, and on a busy machine loses a factor of ten
     actions=ACTIONS,
     keys={" ": "none"} | {key: ACTIONS[action] for key, action in KEYS.items()},
@@ -88,6 +90,9 @@ class TinyWorld:
         frames = unpatchify(latents.flatten(0, 1))
         return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 
+    def stream(self) -> Callable[[Tensor], np.ndarray]:
+        return self.decode
+
     def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         seen = look(frames)
         asked = [place * len(TIMES) + time for place, time in map(parse_theme, prompts)]
@@ -112,12 +117,15 @@ def parse_action(action: int | str) -> int:
     raise ValueError(f"action must be one of {', '.join(ACTIONS)} (or w, a, s, d), got {action!r}")
 
 
-def load(weights: str | Path | None = None) -> TinyWorld:
+def load(weights: str | Path | None = None, name: str = "tiny", **options: object) -> TinyWorld:
     """The tiny world from a checkpoint, by default the one shipped in this package.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds another model; says which.
+        ValueError: the file is missing, damaged, or holds another model, or an option is given: there is none. Says
+            which.
     """
+    if options:
+        raise ValueError(f"{next(iter(options))}: the tiny world has one size, and runs on the CPU")
     path = Path(weights) if weights else Path(str(resources.files(__package__) / "tiny_world.safetensors"))
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,0 +1,122 @@
+"""`python -m benchmarks.wan_block`: a full-size Wan with random weights makes a block, and says where the time went.
+
+The architecture is the published one, the picture small, so that it runs on a CPU: by default 1.3B at 128 x 224, which
+holds 5.7 GB of float32 weights. Each block is made with its clean pass; the first has no past.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from inferix.loop import Decoder
+from inferix.models.wan import ADAPTERS, Wan, WanConfig, WanNetwork
+from inferix_kernels import KVStore, Policy
+
+SIZES = {
+    "1.3B": WanConfig(dim=1536, layers=30, heads=12, ffn=8960),
+    "14B": WanConfig(dim=5120, layers=40, heads=40, ffn=13824),
+}
+PARTS = ("qkv", "o", "cross_attn", "ffn")
+
+
+def random_network(config: WanConfig, dtype: torch.dtype) -> WanNetwork:
+    """Random weights of a trained one's size: matrices keep the size of what goes through them."""
+    with torch.device("meta"):
+        network = WanNetwork(config)
+    generator = torch.Generator().manual_seed(0)
+    network = network.to(dtype).to_empty(device="cpu")
+    for name, x in network.named_parameters():
+        if x.ndim > 1 and "modulation" not in name:
+            x.data.normal_(0, x[0].numel() ** -0.5, generator=generator)
+        else:
+            x.data.normal_(0, 0.02, generator=generator).add_(
+                1.0 if "norm" in name and name.endswith("weight") else 0.0
+            )
+    return network
+
+
+class Clock:
+    """Seconds spent inside modules and calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.started: dict[str, float] = {}
+
+    def watch(self, name: str, module: torch.nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: self.started.update({name: time.perf_counter()}))
+        module.register_forward_hook(lambda *_: self.stop(name))
+
+    def stop(self, name: str) -> None:
+        self.seconds[name] += time.perf_counter() - self.started[name]
+
+    def around(self, name: str, call: Any) -> Any:
+        def timed(*args: Any) -> Any:
+            self.started[name] = time.perf_counter()
+            out = call(*args)
+            self.stop(name)
+            return out
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.wan_block", description=__doc__)
+    parser.add_argument("--model", choices=SIZES, default="1.3B")
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=224)
+    parser.add_argument("--kv", default="int8")
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    network = random_network(SIZES[args.model], dtype)
+    adapter = dataclasses.replace(ADAPTERS["self-forcing"], size=(args.height, args.width), fused=False)
+    model, clock = Wan(network, adapter), Clock()
+    count = sum(x.numel() for x in network.parameters())
+    print(f"{args.model}: {count / 1e9:.2f} G parameters built in {time.perf_counter() - started:.0f} s")
+    for block in network.blocks:
+        for part in PARTS:
+            holder = block.self_attn if part in ("qkv", "o") else block
+            clock.watch(part, getattr(holder, part))
+    predict = model.predict
+    model.predict = lambda blocks, times, conditions, attend: predict(  # type: ignore[method-assign]
+        blocks, times, conditions, clock.around("attend", attend)
+    )
+    store = KVStore(
+        layers=model.layers,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        frame_tokens=model.frame_tokens,
+        block_frames=3,
+        pools={args.kv: 6},
+    )
+    decoder = Decoder(model, store.open(Policy(window=6)), torch.Generator().manual_seed(0))
+    condition = network.cross(torch.randn(40, SIZES[args.model].text_dim))
+    for number in range(args.blocks):
+        clock.seconds.clear()
+        started = time.perf_counter()
+        latents = decoder.step(condition)
+        with torch.inference_mode():
+            decoder._clean_pass()
+        total = time.perf_counter() - started
+        assert torch.isfinite(latents).all()
+        split = " · ".join(f"{part} {seconds / total:.0%}" for part, seconds in clock.seconds.items())
+        rest = 1 - sum(clock.seconds.values()) / total
+        print(
+            f"block {number}: {total:.1f} s for {len(adapter.times)} steps and a clean pass: {split} · rest {rest:.0%}"
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    tokens = 3 * model.frame_tokens
+    print(f"{tokens} tokens a block, {torch.get_num_threads()} threads, peak memory {peak:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""`inferix generate`: a video of a world, written while it is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from .controls import Prompts, actions_from
+from .journal import Journal, journal_path
+from .media import VideoWriter, contact_sheet, read_picture
+from .models import Adapter
+from .world import World
+
+INTERRUPTED = 130
+SHEET_COLUMNS, SHEET_ROWS = 8, 4
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make the video that the command line asks for; 130 if Ctrl-C ended it early."""
+    _check(args)
+    world = _open(args)
+    adapter = world.model.adapter
+    if threads := args.threads or adapter.threads:
+        torch.set_num_threads(threads)
+    prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
+    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
+    for _, prompt in prompts.starts:  # every word is checked before the first frame is made
+        world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
+    actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
+    total = round(args.seconds * adapter.fps)
+    if total < 1:
+        raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
+    given = None if args.image is None else read_picture(args.image, adapter.size)
+    scale = adapter.scale if args.scale is None else args.scale
+    with VideoWriter(args.out, adapter.fps, adapter.size, scale=scale) as video:
+        journal = None if adapter.live else _journal(args, world, prompts)
+        maker = Maker(world, actions, prompts, total, video, journal)
+        try:
+            maker.run(given)
+        finally:
+            if journal is not None:
+                nothing = not maker.made and not journal.blocks
+                journal.close(done=nothing or maker.made == total)
+    if not maker.made:
+        raise ValueError("interrupted before the first frame: nothing was written")
+    maker.write_beside(Path(args.out), {"seed": args.seed, "kv": args.kv})
+    return INTERRUPTED if maker.made < total else 0
+
+
+class Maker:
+    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block.
+
+    What is kept in memory does not grow with the video, but for a live world's frames, which are small and measured.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        actions: Iterator[str] | None,
+        prompts: Prompts,
+        total: int,
+        video: VideoWriter,
+        journal: Journal | None,
+    ):
+        self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
+        self.video, self.journal = video, journal
+        self.made = 0
+        self.all: list[np.ndarray] = []
+        self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
+        self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
+
+    def run(self, given: np.ndarray | None) -> None:
+        adapter = self.world.model.adapter
+        known = iter(self.journal.blocks if self.journal else [])
+        memory = sum(self.world.kv_bytes().values()) / 2**20
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[fps]:.1f} FPS · KV {task.fields[memory]:.1f} MiB ·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        with bar, _Interrupt() as interrupt:
+            task = bar.add_task(f"{adapter.name} world", total=self.total, fps=0.0, memory=memory)
+            started = time.perf_counter()
+            if given is not None:
+                self._take(self.world.observe(given, prompt=self.prompts.at(0.0)))
+            while self.made < self.total and not interrupt.asked:
+                chosen = None if self.actions is None else [next(self.actions) for _ in range(adapter.block_frames)]
+                again = next(known, None)
+                prompt = self.prompts.at(self.made / adapter.fps)
+                self._take(self.world.step(chosen, prompt=prompt, known=again))
+                if self.journal is not None and again is None:
+                    self.journal.append(self.world.latents)
+                bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
+
+    def _take(self, frames: np.ndarray) -> None:
+        frames = frames[: self.total - self.made]
+        self.video.write(frames)
+        self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
+        if self.world.model.adapter.live:
+            self.all.append(frames)
+        self.made += len(frames)
+
+    def summary(self) -> dict[str, Any]:
+        adapter = self.world.model.adapter
+        seconds = np.array(self.world.decoder.seconds)
+        blocks = seconds[1:] if len(seconds) > 1 else seconds
+        per_block = adapter.block_frames
+        asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
+        return {
+            "model": adapter.name,
+            "frames": self.made,
+            "seconds_of_video": self.made / adapter.fps,
+            "fps": self.made / seconds.sum(),
+            "first_block_seconds": seconds[0],
+            "block_seconds_p50": float(np.percentile(blocks, 50)),
+            "block_seconds_p95": float(np.percentile(blocks, 95)),
+            "kv_bytes": self.world.kv_bytes(),
+            "measures": self.world.model.measures(np.concatenate(self.all), asked) if adapter.live else {},
+        }
+
+    def write_beside(self, out: Path, extra: dict[str, Any]) -> None:
+        """The contact sheet and the summary, beside the video, and what they say on the terminal."""
+        summary, fps = self.summary() | extra, self.world.model.adapter.fps
+        sheet, report = out.with_suffix(".png"), out.with_suffix(".json")
+        rows = -(-len(self.shown) // SHEET_COLUMNS)
+        pictures, labels = np.stack(list(self.shown.values())), [f"{i / fps:.1f} s" for i in self.shown]
+        contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
+        report.write_text(json.dumps(summary, indent=2) + "\n")
+        print(
+            f"{out}: {self.made} frames ({summary['seconds_of_video']:.1f} s) at {summary['fps']:.1f} FPS, "
+            f"block p50 {1e3 * summary['block_seconds_p50']:.0f} ms, p95 {1e3 * summary['block_seconds_p95']:.0f} ms"
+        )
+        print(f"{sheet}: contact sheet · {report}: summary")
+        for name, value in summary["measures"].items():
+            print(f"  {name}: {value:.1%}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 < args.seconds < float("inf"):
+        raise ValueError(f"--seconds must be a positive number, got {args.seconds:g}")
+    for option in ("scale", "threads"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+
+
+def _open(args: argparse.Namespace) -> World:
+    return World(
+        args.model,
+        kv=args.kv,
+        window=args.window,
+        sink=args.sink,
+        seed=args.seed,
+        weights=args.weights,
+        backend=args.backend,
+        size=args.size,
+        lora=args.lora,
+        device=args.device,
+        prompt_cache=args.prompt_cache,
+    )
+
+
+def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journal:
+    adapter: Adapter = world.model.adapter
+    weights = Path(args.weights).resolve()
+    settings = {
+        "model": adapter.name,
+        "weights": str(weights),
+        "lora": args.lora,
+        "size": adapter.size,
+        "seed": args.seed,
+        "kv": args.kv,
+        "window": args.window,
+        "sink": args.sink,
+        "backend": args.backend,
+        "image": args.image and str(args.image.resolve()),
+        "prompts": prompts.starts,
+    }
+    return Journal(journal_path(Path(args.out)), settings, args.resume)
+
+
+class _Interrupt:
+    """Ctrl-C as a flag: the block in the making is finished and the file closed. A second Ctrl-C ends at once."""
+
+    asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._previous)

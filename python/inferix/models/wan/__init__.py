@@ -1,0 +1,170 @@
+"""Wan2.1 made causal: Self Forcing, CausVid, LongLive and what differs from them by a table entry."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import Adapter, PagedAttend
+from .adapters import ADAPTERS, PARTS, variant
+from .checkpoint import find_checkpoint, find_lora, load_network
+from .network import Cross, WanConfig, WanNetwork, rope_table
+from .text import CACHE, PromptEncoder, has_encoder
+from .vae import has_vae, load_vae
+
+__all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
+
+LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direction
+
+
+class TextEncoder(Protocol):
+    def __call__(self, prompt: str) -> Tensor:
+        """[tokens, text_dim] embedding of a prompt, without padding."""
+
+
+class VideoDecoder(Protocol):
+    """One world's VAE: it keeps what it needs of earlier blocks."""
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """[frames, channels, height, width] -> uint8 [pictures, 8 height, 8 width, 3]."""
+
+    def restart(self, latents: Tensor) -> Tensor:
+        """These, the last latents decoded, begin a new rollout; as the VAE itself would have made them."""
+
+
+class Wan:
+    """A Wan network as the decode loop sees it.
+
+    Args:
+        network: its dtype is that of the products; latents stay float32 (float64 for a float64 network).
+        adapter: how it is sampled; adapter.size says how large its pictures are.
+        text: encodes prompts; without it only `condition_on` works.
+        open_video: opens a VAE for one world; without it only latents come out.
+        encode_video: uint8 [n, height, width, 3] -> latents [frames, channels, h, w].
+    """
+
+    def __init__(
+        self,
+        network: WanNetwork,
+        adapter: Adapter,
+        text: TextEncoder | None = None,
+        open_video: Callable[[], VideoDecoder] | None = None,
+        encode_video: Callable[[np.ndarray], Tensor] | None = None,
+    ):
+        config = network.config
+        step = [LATENT_STRIDE * side for side in config.patch]
+        if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
+            raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
+        if config.channels_in != config.channels_out:
+            raise ValueError(
+                f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}: an "
+                "image-to-video model that is told the image beside each latent, which no block-wise model here is"
+            )
+        self.network, self.adapter = network.eval().requires_grad_(False), adapter
+        self.text, self.open_video, self.encode_video = text, open_video, encode_video
+        self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
+        height, width = (side // LATENT_STRIDE for side in adapter.size)
+        self.grid = height // config.patch[0], width // config.patch[1]
+        self.frame_tokens = self.grid[0] * self.grid[1]
+        self.latent_shape = (config.channels_out, height, width)
+        self.device = network.head.modulation.device
+        self._crosses: dict[str, Cross] = {}
+
+    def rope(self, frames: Sequence[int]) -> Tensor:
+        # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
+        dtype = torch.promote_types(self.network.dtype, torch.float32)
+        return rope_table(frames, self.grid, self.head_dim, dtype).to(self.device)
+
+    @torch.inference_mode()
+    def condition(self, prompt: str, actions: Sequence[int | str]) -> Cross:
+        """The prompt's cross-attention keys and values, computed once per prompt. Wan takes no actions."""
+        if actions:
+            raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
+        if prompt not in self._crosses:
+            if self.text is None:
+                raise ValueError(
+                    f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
+                    "text_encoder/ and tokenizer/, or the files that Wan published"
+                )
+            self._crosses = {prompt: self.condition_on(self.text(prompt))}  # the last prompt alone: 190 MB for 1.3B
+        return self._crosses[prompt]
+
+    @torch.inference_mode()
+    def condition_on(self, embedding: Tensor) -> Cross:
+        """The same from a prompt embedding [tokens, text_dim]."""
+        return self.network.cross(embedding.to(self.device))
+
+    def predict(
+        self, blocks: Sequence[Tensor], times: Sequence[float], conditions: Sequence[Cross], attend: PagedAttend
+    ) -> Tensor:
+        told = [time for block, time in zip(blocks, times) for _ in block]
+        flow = self.network(blocks, torch.tensor(told, dtype=torch.float64), conditions, attend)
+        return blocks[-1].new_empty(0, *self.latent_shape) if flow is None else flow.to(blocks[-1].dtype)
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        height, width = self.adapter.size
+        if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
+            raise ValueError(f"frames must be uint8 [n, {height}, {width}, 3], got {frames.dtype} {list(frames.shape)}")
+        if self.encode_video is None:
+            raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them")
+        return self.encode_video(frames)
+
+    def stream(self) -> VideoDecoder:
+        if self.open_video is None:
+            raise ValueError(
+                f"weights of {self.adapter.name} have no VAE beside them to make pictures: its folder needs vae/, or "
+                "the file that Wan published"
+            )
+        return self.open_video()
+
+    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+        return {}
+
+
+def load(
+    weights: str | Path | None = None,
+    name: str = "self-forcing",
+    *,
+    size: tuple[int, int] | None = None,
+    lora: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    prompt_cache: str | Path = CACHE,
+) -> Wan:
+    """A model of ADAPTERS from its checkpoint.
+
+    Args:
+        weights: a folder with the network and, to be told prompts and to make pictures, text_encoder/, tokenizer/ and
+            vae/ or the files that Wan published; its *lora* file is merged. Or the network's file alone.
+        size: pixels (height, width); by default what the model was trained at.
+        lora: another file of low-rank updates.
+        device: by default a GPU, if there is one.
+        dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
+        prompt_cache: folder for prompt embeddings.
+
+    Raises:
+        ValueError: something is missing, damaged or of another architecture; says what.
+    """
+    adapter = ADAPTERS[name] if size is None else variant(ADAPTERS[name], name, size=size)
+    path = find_checkpoint(weights)
+    folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
+    if lora is None and weights is not None and Path(weights).is_dir():
+        lora = find_lora(weights)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    network = load_network(path, PARTS[name], lora=Path(lora) if lora else None, dtype=dtype, device=device)
+    text = PromptEncoder(folder, network.config.text_len, Path(prompt_cache)) if has_encoder(folder) else None
+    vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
+    return Wan(
+        network,
+        adapter,
+        text,
+        open_video=None if vae is None else lambda: vae().open(),
+        encode_video=None if vae is None else lambda frames: vae().encode(frames),
+    )

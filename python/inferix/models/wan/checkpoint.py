@@ -1,0 +1,202 @@
+"""From a checkpoint file, whoever wrote it, to a WanNetwork; and back into a file of our own.
+
+Read: torch pickles that hold one state dict or several by name (generator, generator_ema), safetensors, shards with an
+index, the prefixes that training wrappers leave, diffusers' names. Nothing is ignored: what is missing, what is too
+much and what has another size is named. Pickles are read with weights_only, so a file can not run code.
+
+Source of the key names: github.com/Wan-Video/Wan2.1, guandeh17/Self-Forcing and huggingface/diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .containers import read_tensors, shown
+from .names import canonical, merge_lora
+from .network import WanConfig, WanNetwork
+
+FORMAT = "inferix-wan/1"
+HEAD_DIM = 128  # of every published Wan: the one size that no tensor's shape shows
+NOT_THE_NETWORK = ("vae", "models_t5", "models_clip", "lora")  # files that lie beside a network's
+PACKED = ".self_attn.qkv."
+# What config files, Wan's and diffusers', call the fields of WanConfig.
+HINTS = {
+    "dim": ("dim",),
+    "layers": ("num_layers",),
+    "heads": ("num_heads", "num_attention_heads"),
+    "ffn": ("ffn_dim",),
+    "channels_in": ("in_dim", "in_channels"),
+    "channels_out": ("out_dim", "out_channels"),
+    "freq_dim": ("freq_dim",),
+    "text_dim": ("text_dim",),
+    "text_len": ("text_len",),
+    "image_dim": ("image_dim",),
+    "eps": ("eps",),
+}
+
+
+def find_checkpoint(weights: str | Path | None) -> Path:
+    """The network's file: `weights` itself or, if that is a folder, the one network in it.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    if weights is None:
+        raise ValueError("weights must be a checkpoint file or the folder that holds it: this model ships none")
+    path = Path(weights)
+    if not path.is_dir():
+        if not path.exists():
+            raise ValueError(f"weights: there is no file or folder {path}")
+        return path
+    for folder in (path, path / "transformer"):
+        found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+        found += [*sorted(folder.glob("*.pt")), *sorted(folder.glob("*.pth"))]
+        found = [file for file in found if not any(word in file.name.lower() for word in NOT_THE_NETWORK)]
+        if len(found) > 1:  # base Wan and a model made from it, say: taking either would be a guess
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"weights: {folder} holds several networks ({names}): name one")
+        if found:
+            return found[0]
+    raise ValueError(f"weights: {path} holds no network: no .safetensors, .pt or .pth file, nor a folder transformer/")
+
+
+def find_lora(weights: str | Path) -> Path | None:
+    """The file with low-rank updates that lies in the folder `weights`, if one does."""
+    found = sorted(file for file in Path(weights).glob("*lora*") if file.suffix in (".pt", ".pth", ".safetensors"))
+    if len(found) > 1:
+        raise ValueError(f"lora: {weights} holds several ({', '.join(file.name for file in found)}): name one")
+    return found[0] if found else None
+
+
+def load_network(
+    path: Path,
+    parts: Sequence[str] = ("generator_ema", "generator"),
+    *,
+    lora: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> WanNetwork:
+    """A network from a checkpoint. Tensors that need no change stay mapped from the file.
+
+    Args:
+        path: from `find_checkpoint`.
+        parts: names of the state dicts to take, if the file holds several; the first that is there.
+        lora: low-rank updates to merge into the weights.
+        dtype: of the weights, and so of the network's products.
+
+    Raises:
+        ValueError: the file is damaged or holds another architecture; says which tensor, and what differs.
+    """
+    raw, metadata = read_tensors(path, parts)
+    tensors = canonical(raw, str(path))
+    if lora is not None:
+        merge_lora(tensors, read_tensors(lora, ("generator_lora", *parts))[0], str(lora))
+    config = config_of(tensors, _hints(path, metadata), str(path))
+    with torch.device("meta"):
+        network = WanNetwork(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
+    _check(tensors, wanted, str(path))
+    state = {name: _assemble(tensors, name).to(device, dtype) for name in wanted}
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def save_network(network: WanNetwork, path: Path) -> None:
+    """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file."""
+    config = json.dumps(dataclasses.asdict(network.config))
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(state, path, metadata={"format": FORMAT, "config": config})
+
+
+def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str) -> WanConfig:
+    """Sizes read off the tensors; `hints`, from a config file, give what shapes do not show and must not disagree.
+
+    Raises:
+        ValueError: a tensor that shows a size is missing, or a size is not what the config file says.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise ValueError(f"weights: {source} is no Wan transformer: it has no {name}")
+        return tensors[name].shape
+
+    patch = shape("patch_embedding.weight")
+    if len(patch) != 5 or patch[2] != 1:
+        raise ValueError(
+            f"weights: {source}: patch_embedding.weight must be [dim, channels, 1, rows, columns], got {list(patch)}"
+        )
+    found = {
+        "dim": patch[0],
+        "layers": 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")), default=-1),
+        "ffn": shape("blocks.0.ffn.0.weight")[0],
+        "channels_in": patch[1],
+        "channels_out": shape("head.head.weight")[0] // (patch[3] * patch[4]),
+        "freq_dim": shape("time_embedding.0.weight")[1],
+        "text_dim": shape("text_embedding.0.weight")[1],
+        "image_dim": shape("img_emb.proj.0.weight")[0] if "img_emb.proj.0.weight" in tensors else 0,
+    }
+    for name, size in found.items():
+        if (hints.get(name) or size) != size:
+            raise ValueError(f"weights: {source}: {name} must be {hints[name]}, as its config says, got {size}")
+    heads = hints.get("heads") or found["dim"] / HEAD_DIM
+    if heads != int(heads) or found["dim"] % int(heads):
+        raise ValueError(
+            f"weights: {source}: heads must divide dim={found['dim']}, got {heads:g}; a config.json beside "
+            f"it with num_heads says how many there are where a head has not {HEAD_DIM} channels"
+        )
+    given = {name: hints[name] for name in ("text_len", "eps") if name in hints}
+    return WanConfig(heads=int(heads), patch=(patch[3], patch[4]), **found, **given)
+
+
+def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What our own metadata, or a config.json beside the file, says about sizes."""
+    if metadata.get("format") == FORMAT:
+        return json.loads(metadata["config"])
+    file = path.parent / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"weights: {file} is not JSON ({error})") from None
+    hints = {name: config[key] for name, keys in HINTS.items() for key in keys if config.get(key) is not None}
+    if "heads" in hints and "attention_head_dim" in config:  # diffusers gives the width of a head instead of dim
+        hints["dim"] = hints["heads"] * config["attention_head_dim"]
+    return hints
+
+
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Every tensor that must be there is, with its shape, and no other."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in wanted.items():
+        if PACKED in name and name not in tensors:
+            third = (shape[0] // 3, *shape[1:])
+            expected |= {name.replace(PACKED, f".self_attn.{letter}."): third for letter in "qkv"}
+        else:
+            expected[name] = shape
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"weights: {source} does not fit: {len(missing)} tensors are missing ({shown(missing)}), "
+            f"{len(unexpected)} are unexpected ({shown(unexpected)})"
+        )
+    for name, shape in expected.items():
+        got = tuple(tensors[name].shape)
+        if got != shape:
+            axes = [i for i, (a, b) in enumerate(zip(shape, got)) if a != b]
+            where = f"dimension {axes[0]} differs" if len(got) == len(shape) else "the number of dimensions differs"
+            raise ValueError(f"weights: {source}: {name} must be {list(shape)}, got {list(got)}: {where}")
+
+
+def _assemble(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name in tensors or PACKED not in name:
+        return tensors[name]
+    return torch.cat([tensors[name.replace(PACKED, f".self_attn.{letter}.")] for letter in "qkv"])

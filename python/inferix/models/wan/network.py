@@ -1,0 +1,304 @@
+"""The Wan2.1 transformer, made causal: what Self Forcing, CausVid and their relatives run.
+
+    x ── patches ──┐                     (per layer)
+    t ── modulation ├─ self-attention over pages ─ cross-attention to the prompt ─ feed-forward ── head ── flow
+    prompt ─────────┘
+
+It denoises blocks of latent frames. It does not know how self-attention is carried out: `forward` is handed an `attend`
+that takes the packed projection and does norm, rotation, cache and softmax (inferix_kernels.passes.Pass.attend, or
+anything of that signature). Every size comes from a WanConfig; resolutions and frame counts are free.
+
+Source: formulas and key names of Wan2.1 (github.com/Wan-Video/Wan2.1) as Self Forcing and CausVid use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROPE_BASE = TIME_BASE = 10_000.0
+IMAGE_HIDDEN = 1280  # width of CLIP's image tokens where a checkpoint does not say
+
+# (layer, packed q|k|v [T, 3 * dim], norm_q [dim], norm_k [dim], eps) -> [T, dim], or None: nothing more is wanted.
+Attend = Callable[..., "Tensor | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan transformer, as `checkpoint.config_of` reads them off the tensors of a checkpoint.
+
+    Attributes:
+        dim, layers, heads, ffn: width, depth, attention heads, hidden width of the feed-forward.
+        channels_in, channels_out: of the latents; an image-to-video model takes more in than it gives out.
+        patch: pixels of the latent per token, (rows, columns).
+        freq_dim: sinusoids of the timestep.
+        text_dim, text_len: of the prompt embedding; shorter prompts are padded with zeros, which are attended to.
+        image_dim: width of the image tokens of an image-to-video model; 0: a text-to-video model.
+        eps: of every norm.
+    """
+
+    dim: int
+    layers: int
+    heads: int
+    ffn: int
+    channels_in: int = 16
+    channels_out: int = 16
+    patch: tuple[int, int] = (2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    image_dim: int = 0
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"heads must divide dim={self.dim} into even parts, got {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Cross:
+    """Keys and values of a prompt for every layer, computed once: cross-attention's cache.
+
+    Attributes:
+        text: per layer (k, v), each [1, heads, text_len, head_dim].
+        image: the same for the image tokens of an image-to-video model, or None.
+    """
+
+    text: list[tuple[Tensor, Tensor]]
+    image: list[tuple[Tensor, Tensor]] | None = None
+
+
+def rope_table(frames: Sequence[int], grid: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tensor:
+    """(cos, sin) of every token of these frames: [len(frames) * rows * columns, head_dim / 2, 2].
+
+    The channel pairs of a head are split over time, row and column, 2 * (head_dim // 6) channels for each of the last
+    two. Angles are computed in float64 from the frame's global index, so there is no table to run off the end of.
+    """
+    spatial = 2 * (head_dim // 6)
+    sizes = (head_dim - 2 * spatial, spatial, spatial)
+    places = (torch.tensor(frames), torch.arange(grid[0]), torch.arange(grid[1]))
+    axes = torch.meshgrid(*places, indexing="ij")
+    rates = (ROPE_BASE ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for n in sizes)
+    angles = torch.cat([at.double()[..., None] * rate for at, rate in zip(axes, rates)], -1).flatten(0, 2)
+    return torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
+
+
+class SelfAttention(nn.Module):
+    """Projections around `attend`. q, k and v are one matrix: one product, and the packing that the kernel takes."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt and, in an image-to-video model, to the image; both through one output projection."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
+        if config.image_dim:
+            self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[L, dim] -> [1, heads, L, head_dim]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
+
+    def text_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
+
+    def image_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.norm_k_img(self.k_img(context))), self.split(self.v_img(context))
+
+    def forward(self, x: Tensor, layer: int, segments: Sequence[tuple[slice, Cross]]) -> Tensor:
+        """x [T, dim]; each segment of its rows attends to the prompt of its block."""
+        q = self.split(self.norm_q(self.q(x)))
+        parts = []
+        for rows, cross in segments:
+            out = F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer])
+            if cross.image is not None:
+                out = out + F.scaled_dot_product_attention(q[:, :, rows], *cross.image[layer])
+            parts.append(out)
+        joined: Tensor = torch.cat(parts, 2)[0].transpose(0, 1).flatten(1)
+        return self.o(joined)
+
+
+class WanBlock(nn.Module):
+    """One layer. The six rows of the modulation are shift, scale and gate of attention, then of the feed-forward."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn, self.cross_attn = SelfAttention(config), CrossAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) * config.dim**-0.5)
+
+    def forward(
+        self, layer: int, x: Tensor, e: Tensor, segments: Sequence[tuple[slice, Cross]], attend: Attend
+    ) -> Tensor | None:
+        """x [F, n, dim]: F frames of n tokens; e [F, 6, dim]."""
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).unsqueeze(2).unbind(1)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
+        attention = self.self_attn
+        attended = attend(
+            layer, attention.qkv(y).flatten(0, 1), attention.norm_q.weight, attention.norm_k.weight, self.eps
+        )
+        if attended is None:
+            return None
+        x = x + attention.o(attended).view_as(x) * gate
+        x = x + self.cross_attn(self.norm3(x).flatten(0, 1), layer, segments).view_as(x)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale_ffn) + shift_ffn
+        return x + self.ffn(y) * gate_ffn
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, math.prod(config.patch) * config.channels_out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) * config.dim**-0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [F, n, dim], e [F, dim] -> [F, n, patch * channels]."""
+        shift, scale = (self.modulation + e[:, None]).unsqueeze(2).unbind(1)
+        return self.head(F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift)
+
+
+class ImageEmbedding(nn.Module):
+    """Image tokens of the CLIP tower, made as wide as the text's."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        width, dim = config.image_dim, config.dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.proj(tokens)
+
+
+class WanNetwork(nn.Module):
+    """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.config, dim = config, config.dim
+        kernel = (1, *config.patch)
+        self.patch_embedding = nn.Conv3d(config.channels_in, dim, kernel, kernel)  # for its parameters; see _patches
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.layers))
+        self.head = Head(config)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.modulation.dtype
+
+    def cross(self, text: Tensor, image: Tensor | None = None) -> Cross:
+        """The cross-attention cache of a prompt.
+
+        Args:
+            text: [L, text_dim] prompt embedding of at most text_len tokens; padded with zeros, which take part.
+            image: [tokens, image_dim] of the conditioning image; an image-to-video model needs it.
+
+        Raises:
+            ValueError: the embedding is too long or of another width, or an image is missing or not expected.
+        """
+        config = self.config
+        if text.ndim != 2 or len(text) > config.text_len or text.shape[1] != config.text_dim:
+            raise ValueError(f"text must be [<= {config.text_len}, {config.text_dim}], got {list(text.shape)}")
+        if (image is not None) != bool(config.image_dim):
+            wanted = f"[tokens, {config.image_dim}]" if config.image_dim else "None: this is a text-to-video model"
+            raise ValueError(f"image must be {wanted}, got {None if image is None else list(image.shape)}")
+        text = F.pad(text.to(self.head.modulation), (0, 0, 0, config.text_len - len(text)))
+        context = self.text_embedding(text)
+        layers = [block.cross_attn for block in self.blocks]
+        cache = Cross([layer.text_cache(context) for layer in layers])  # type: ignore[operator, union-attr]
+        if image is None:
+            return cache
+        tokens = self.img_emb(image.to(self.head.modulation))
+        return Cross(cache.text, [layer.image_cache(tokens) for layer in layers])  # type: ignore[operator, union-attr]
+
+    def forward(
+        self, blocks: Sequence[Tensor], timesteps: Tensor, crosses: Sequence[Cross], attend: Attend
+    ) -> Tensor | None:
+        """Flow (noise minus clean latent) of the last block; the blocks before it only leave their keys and values.
+
+        Args:
+            blocks: [frames, channels_in, height, width] each; frames may differ.
+            timesteps: [frames of all blocks], 0 (clean) to 1000 (noise).
+            crosses: the prompt of each block, from `cross`.
+            attend: carries out self-attention over these blocks and whatever came before them.
+
+        Returns:
+            [frames of the last block, channels_out, height, width] in the network's dtype, or None if attend was.
+        """
+        x = torch.cat([block.to(self.dtype) for block in blocks])
+        grid = x.shape[2] // self.config.patch[0], x.shape[3] // self.config.patch[1]
+        h = self._patches(x, grid)
+        e = self._time(timesteps.to(x.device))
+        modulation = self.time_projection(e).unflatten(1, (6, -1))
+        segments = _segments([len(block) * grid[0] * grid[1] for block in blocks], crosses)
+        for i, layer in enumerate(self.blocks):
+            h = layer(i, h, modulation, segments, attend)
+            if h is None:
+                return None
+        last = len(blocks[-1])
+        return self._unpatch(self.head(h[-last:], e[-last:]), grid)
+
+    def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[F, C, height, width] -> [F, rows * columns, dim]: the convolution, as the matrix product that it is."""
+        rows, columns = self.config.patch
+        if x.shape[1] != self.config.channels_in or x.shape[2] % rows or x.shape[3] % columns:
+            raise ValueError(
+                f"blocks must be [frames, {self.config.channels_in}, multiple of {rows}, multiple of {columns}], "
+                f"got {list(x.shape)}"
+            )
+        tiles = x.unflatten(3, (grid[1], columns)).unflatten(2, (grid[0], rows))  # [F, C, gh, rows, gw, columns]
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(tiles, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _time(self, timesteps: Tensor) -> Tensor:
+        """[F] -> [F, dim]. The sinusoids are computed in float64: at t = 1000 a float32 angle is off by 3e-5."""
+        half = self.config.freq_dim // 2
+        rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
+        angles = timesteps.double()[:, None] * rates
+        return self.time_embedding(torch.cat([angles.cos(), angles.sin()], 1).to(self.dtype))
+
+    def _unpatch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[F, rows * columns, patch row * patch column * channel] -> [F, channels, height, width]."""
+        rows, columns = self.config.patch
+        tiles = x.unflatten(2, (rows, columns, -1)).unflatten(1, grid)  # [F, gh, gw, rows, columns, C]
+        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _segments(lengths: Sequence[int], crosses: Sequence[Cross]) -> list[tuple[slice, Cross]]:
+    """Which rows attend to which prompt; blocks of one prompt are one segment."""
+    if all(cross is crosses[0] for cross in crosses):
+        return [(slice(0, sum(lengths)), crosses[0])]
+    ends = accumulate(lengths, initial=0)
+    return [(slice(start, end), cross) for (start, end), cross in zip(pairwise(ends), crosses)]

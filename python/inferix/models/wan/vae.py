@@ -1,0 +1,146 @@
+"""Pictures from latents, block by block: the Wan VAE of diffusers, with its cache kept from one block to the next.
+
+The decoder is causal in time: the first latent frame of a world gives one picture, every other four, and what it needs
+of earlier frames is the input of its convolutions. Keeping that for each world, a block is decoded as it comes, and the
+video is the one that decoding everything at once would give.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .containers import read_tensors
+from .text import EXTRA
+
+PUBLISHED = "Wan2.1_VAE.pth"
+PICTURES = 4  # per latent frame after the first
+
+
+def has_vae(folder: Path) -> bool:
+    return (folder / "vae").is_dir() or (folder / PUBLISHED).exists()
+
+
+def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
+    """The VAE in a folder: vae/ (diffusers' layout) or the file that Wan published.
+
+    Raises:
+        ImportError: diffusers is not installed; names the extra.
+    """
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError:
+        raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
+    if (folder / "vae").is_dir():
+        try:
+            model = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        except (OSError, json.JSONDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
+    else:
+        model = _published_vae(folder / PUBLISHED, AutoencoderKLWan)
+    return VAE(model.eval().requires_grad_(False).to(device))
+
+
+def _published_vae(path: Path, kind: Any) -> Any:
+    """diffusers' model from the file that Wan published: its defaults are Wan2.1's sizes, but for the width."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    tensors, _ = read_tensors(path)
+    if "encoder.conv1.weight" not in tensors:
+        raise ValueError(f"weights: {path} is no Wan VAE: it has no encoder.conv1.weight")
+    model = kind(base_dim=len(tensors["encoder.conv1.weight"]))
+    try:
+        model.load_state_dict(convert_wan_vae_to_diffusers(tensors))
+    except RuntimeError as error:
+        raise ValueError(f"weights: {path} is no Wan VAE: {' '.join(str(error).split())[:200]}") from None
+    return model
+
+
+class VAE:
+    """One VAE for all worlds; `open` gives each its own stream.
+
+    Anything with diffusers' `decoder(x, feat_cache=, feat_idx=, first_chunk=)` and `encode` will do.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        mean, std = (torch.tensor(model.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+        self.mean, self.std = (x.to(model.device, model.dtype) for x in (mean, std))
+
+    def open(self) -> VideoStream:
+        return VideoStream(self)
+
+    @torch.inference_mode()
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 [1 + 4 k, height, width, 3] -> latents [1 + k, channels, height / 8, width / 8] float32."""
+        if (len(frames) - 1) % PICTURES:
+            raise ValueError(f"frames must be 1 + {PICTURES} k for the VAE to encode, got {len(frames)}")
+        pictures = torch.tensor(frames).permute(3, 0, 1, 2)[None]
+        return self.encode_pictures(pictures.to(self.model.device, self.model.dtype) / 127.5 - 1)
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """[1, 3, pictures, height, width] in [-1, 1] -> latents [frames, channels, h, w] float32."""
+        latents = (self.model.encode(pictures).latent_dist.mode() - self.mean) / self.std
+        return latents[0].transpose(0, 1).float()
+
+
+class VideoStream:
+    """One world's decoder. Call it with each block's latents in turn."""
+
+    def __init__(self, vae: VAE):
+        self.vae = vae
+        self._reset()
+
+    def _reset(self) -> None:
+        # One entry per convolution that looks back in time; as many as the model counts for itself.
+        self.vae.model.clear_cache()
+        self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
+        self._first = True
+        self._tail: Tensor | None = None  # the last pictures, for `restart`
+
+    def fork(self) -> VideoStream:
+        """Another stream that goes on from here. What is kept of the past is replaced, never changed."""
+        other = copy.copy(self)
+        other._cache = list(self._cache)
+        return other
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
+        pictures = self._decode(latents)
+        self._tail = pictures[:, :, -PICTURES * (len(latents) - 1) - 1 :].clone()
+        return ((pictures[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+    @torch.inference_mode()
+    def restart(self, latents: Tensor) -> Tensor:
+        """Begin anew with the latents decoded last; returns them as a rollout that begins there has them.
+
+        A stream's first latent stands for one picture, not four, so the first of these is encoded again, from the last
+        picture that it gave. The others stay. The pictures of the overlap have been shown and are not given again.
+
+        Source: the long-video script of github.com/tianweiy/CausVid.
+        """
+        assert self._tail is not None and self._tail.shape[2] == PICTURES * (len(latents) - 1) + 1
+        first = self.vae.encode_pictures(self._tail[:, :, :1]).to(latents)
+        begun = torch.cat([first, latents[1:]])
+        self._reset()
+        self._tail = self._decode(begun)
+        return begun
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """[1, 3, pictures, height, width] in [-1, 1]."""
+        vae = self.vae
+        z = latents.transpose(0, 1)[None].to(vae.mean) * vae.std + vae.mean
+        x, pictures = vae.model.post_quant_conv(z), []
+        for i in range(x.shape[2]):
+            frame = x[:, :, i : i + 1]
+            pictures.append(vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
+            self._first = False
+        return torch.cat(pictures, 2).clamp(-1, 1)

@@ -1,0 +1,63 @@
+"""A folder as people have it on disk, with tiny random weights: network, text encoder, tokenizer and VAE.
+
+Needs diffusers and transformers. Run as a script, it writes one: `python tests/wan_folder.py FOLDER`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+HEADS, TEXT_DIM, TEXT_LEN = 3, 40, 24
+WORDS = ["a", "the", "red", "panda", "fox", "walks", "runs", "in", "fog", "rain", "snow", "at", "night", "city"]
+
+
+def write_network(folder, **config):
+    """A Self Forcing checkpoint: a pickle with generator and generator_ema under the names that FSDP leaves."""
+    from wan_golden import published, random_network, tiny_config
+
+    state = published(random_network(tiny_config(**config)))
+    prefixed = {f"model._fsdp_wrapped_module.{name}": x for name, x in state.items()}
+    torch.save(
+        {"generator_ema": prefixed, "generator": {f"model.{name}": x for name, x in state.items()}}, folder / "m.pt"
+    )
+    (folder / "config.json").write_text(json.dumps({"num_heads": HEADS, "text_len": TEXT_LEN}))
+
+
+def write_encoder(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=len(vocabulary), d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    encoder = UMT5EncoderModel(config)
+    encoder.save_pretrained(folder / "text_encoder")
+    return encoder
+
+
+def write_vae(folder):
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.save_pretrained(folder / "vae")
+    return vae.eval()
+
+
+def write_folder(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_network(folder)
+    write_encoder(folder)
+    write_vae(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    print(write_folder(Path(sys.argv[1])))
