@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .layout import PageList
-from .ops import kv_append, kv_gather
+from .ops import kv_append
 from .paged_kv import Extent, KVStore, NotResident
 from .passes import Block, Pass
 from .policy import Policy
@@ -128,7 +128,7 @@ class PageTable:
 
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv]."""
-        return kv_gather(self.store.layers[layer], self.select(frames), dtype, backend=self.store.backend)
+        return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
 
     def _held(self, frames: Sequence[int]) -> list[Extent]:
         missing = [frame for frame in frames if frame not in self.held]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .layout import FORMATS, KVPages, PageList, as_bytes
-from .ops import kv_commit
+from .ops import kv_commit, kv_gather
 
 if TYPE_CHECKING:
     from .page_table import PageTable
@@ -207,6 +207,13 @@ class KVStore:
     def first_page(self, extent: Extent) -> int:
         assert extent.slot is not None, "callers have checked that it is resident"
         return self.pools[extent.format].base + extent.slot * self.pages_per_frame
+
+    def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """kv_gather of whole frames. How many tokens that makes is known here: nothing is read from the device."""
+        tokens = len(where.ids) // self.pages_per_frame * self.frame_tokens
+        widths = (self.scratch.head_dim, self.scratch.value_dim)
+        k, v = (torch.empty(tokens, self.heads, width, dtype=dtype, device=self.device) for width in widths)
+        return kv_gather(pools, where, out=(k, v), backend=self.backend)
 
     # Holding and letting go
 

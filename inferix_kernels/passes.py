@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .layout import PageList, Plan
-from .ops import kv_append, kv_commit, kv_gather, paged_attention, qkv_prologue
+from .ops import kv_append, kv_commit, paged_attention, qkv_prologue
 from .paged_kv import Extent, KVStore
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Pass:
         store, means = self.table.store, self.table.k_means
         fresh = None  # scratch keys had their mean removed, if there is one
         if self.commits and store.freezes_mean and means[layer] is None:
-            keys = [kv_gather([store.scratch], source, backend=store.backend)[0] for _, source, _ in self.commits]
+            keys = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in self.commits]
             means[layer] = fresh = torch.cat(keys).mean(0)
         for format, source, target in self.commits:
             pages = store.pools[format].layers[layer]

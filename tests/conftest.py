@@ -23,6 +23,17 @@ def pairs() -> list:
     return found
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """On a GPU, an op that has no kernel there yet is skipped by name. On the CPU every op has one."""
+    try:
+        return (yield)
+    except Unsupported as error:
+        if item.get_closest_marker("gpu"):
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.fixture(params=pairs())
 def backend_and_device(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
