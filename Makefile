@@ -15,8 +15,9 @@ demo: build
 play: build
 	$(BIN)/inferix play --model tiny
 
+# One thread: the tests' operations are too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 lint: .venv/tools
 	$(BIN)/ruff check .

@@ -70,6 +70,21 @@ def run(*arguments: str, factory: Any = Oracle) -> int:
     return main(["--frames", str(FRAMES), "--seeds", "2", *arguments], factory=factory)
 
 
+@pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast this one happens to be is measured by the evaluation, not by its tests."""
+    speed = {"first_frame": 1.0, "fps": 40.0, "block_seconds_p50": 0.07, "block_seconds_p95": 0.08}
+    values = {name: Summary(value, ()) for name, value in speed.items()}
+    monkeypatch.setattr("inferix.models.tiny.evaluate.measure_speed", lambda opened: values)
+
+
+def test_speed_is_measured_in_a_process_of_its_own() -> None:
+    speed = measure_speed(Oracle)
+    assert set(speed) == {"first_frame", "fps", "block_seconds_p50", "block_seconds_p95"}
+    assert all(0 < summary.overall < float("inf") for summary in speed.values())
+
+
+@pytest.mark.usefixtures("quick_machine")
 def test_the_simulator_passes_and_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--json", str(tmp_path / "e.json"), "--sheet", str(tmp_path / "e.png"), "--markdown") == 0
     written = json.loads((tmp_path / "e.json").read_text())
@@ -86,6 +101,7 @@ def test_the_simulator_passes_and_everything_is_written(tmp_path: Path, capsys: 
     assert "2 held-out seeds x 65 frames, 6 true frames to start from, int8 pages" in lines[-1]
 
 
+@pytest.mark.usefixtures("quick_machine")
 def test_a_world_that_stands_still_misses_its_gates(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(factory=Statue) == 1
     missed = capsys.readouterr().err

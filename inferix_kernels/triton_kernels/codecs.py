@@ -141,6 +141,7 @@ def encode_u4(x, rows, cols, length, tile: tl.constexpr):
     low = tl.min(tl.where(counted, x, INFINITY), tile.axis)
     high = tl.max(tl.where(counted, x, -INFINITY), tile.axis)
     offset = tl.minimum(tl.maximum(low, -HALF_MAX), HALF_MAX).to(tl.float16)
+    offset = (offset.to(tl.float32) + 0.0).to(tl.float16)  # -0 becomes 0
     span = tl.minimum(high, HALF_MAX) - offset.to(tl.float32)
     scale = tl.maximum(tl.div_rn(span, tile.top), tile.floor).to(tl.float16)
     above = x - tl.expand_dims(offset.to(tl.float32), tile.axis)
