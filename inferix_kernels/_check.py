@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import FORMATS, KVPages, PageList, Plan, Side
+from .layout import FORMAT_OF, FORMATS, KVPages, PageList, Plan, Side
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
 
 
 def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
@@ -72,7 +71,7 @@ def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.
     """Shapes, dtypes and scales of one pool. Sets sizes H, page_size, D and Dv, or holds the pool against them."""
     if not isinstance(pages, KVPages):
         raise TypeError(f"{name} must be a KVPages, got {type(pages).__name__}")
-    if (pages.k.dtype, pages.v.dtype) not in _DTYPES:
+    if (pages.k.dtype, pages.v.dtype) not in FORMAT_OF:
         raise TypeError(
             f"{name}.k and {name}.v must have the dtypes of a format ({', '.join(FORMATS)}),"
             f" got {pages.k.dtype} and {pages.v.dtype}"

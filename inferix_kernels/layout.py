@@ -57,7 +57,7 @@ FORMATS = {
     "latent8": Format(Codec(torch.int8, "token"), Codec(torch.bfloat16)),
 }
 KV_FORMATS = tuple(name for name in FORMATS if name != "latent8")  # those that attention reads
-_NAMES = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
+FORMAT_OF = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
 
 
 class Side(NamedTuple):
@@ -129,7 +129,7 @@ class KVPages(NamedTuple):
 
     @property
     def format(self) -> str:
-        return _NAMES[self.k.dtype, self.v.dtype]
+        return FORMAT_OF[self.k.dtype, self.v.dtype]
 
     @property
     def sides(self) -> tuple[Side, Side]:

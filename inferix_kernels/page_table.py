@@ -90,6 +90,7 @@ class PageTable:
                 self.store.release(extent)
             block.target = []
         self.open_blocks = [block for block in self.open_blocks if block is keep]
+        self._thaw()
 
     def _turn_page(self, block_end: int) -> None:
         """A block boundary: what was fetched has arrived, old frames go, and those that grew old change format."""
@@ -231,7 +232,11 @@ class PageTable:
             raise RuntimeError("truncate needs all blocks sealed or abandoned")
         self._forget([frame for frame in self.held if frame >= end])
         self.next_frame = end
-        if end == 0:
+        self._thaw()
+
+    def _thaw(self) -> None:
+        """A world without a first block has no mean key, even if a clean pass that failed had frozen some layers'."""
+        if self.next_frame == 0:
             self.k_means = [None] * len(self.k_means)
 
     def release(self) -> None:

@@ -54,7 +54,7 @@ class Pass:
         commit: Block | None,
         predict: bool,
     ):
-        self.table, self.rope, self.commit, self.predict = table, rope, commit, predict
+        self.table, self.rope, self.predict = table, rope, predict
         store = table.store
         held = table.held if commit is None else table.held | dict(zip(commit.frames, commit.target))
         seen = [[store.first_page(held[frame]) for frame in frames] for frames in past]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from stores import (
     FRAME_TOKENS,
+    HEAD_DIM,
+    HEADS,
     add_block,
     add_blocks,
     contents,
@@ -64,6 +66,21 @@ def test_rewinding_to_nothing_frees_the_mean_too():
     assert not table.held and table.next_frame == 0 and not table.can_fuse
     fresh = open_store("int8").open(Policy(6))
     assert all(torch.equal(a, b) for a, b in zip(add_block(table, 3, seed=5), add_block(fresh, 3, seed=5)))
+
+
+def test_a_first_clean_pass_that_fails_half_way_freezes_nothing():
+    """Otherwise the next pass could be fused, while its later layers have no mean yet."""
+    table = open_store("int8").open(Policy(6))
+    block = table.open_block(3)
+    clean = table.plan([block], rope(3), commit=block)
+    clean.attend(0, torch.randn(3 * FRAME_TOKENS, 3 * HEADS * HEAD_DIM), None, None)  # and not layer 1
+    table.abandon(keep=block)
+    assert not table.can_fuse and table.k_means == [None, None]
+    run(table.plan([block], rope(3), commit=block), 3 * FRAME_TOKENS, seed=5)
+    table.seal(block)
+    fresh = open_store("int8").open(Policy(6))
+    add_block(fresh, 3, seed=5)
+    assert equal(contents(table), contents(fresh)) and table.can_fuse
 
 
 def test_pinned_frames_stay_and_are_seen():

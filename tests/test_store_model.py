@@ -127,7 +127,6 @@ class StoreModel(RuleBasedStateMachine):
             layers.append((k - means[layer], v))
         if not seal:
             table.abandon()
-            table.k_means = list(world.means or [None] * LAYERS)  # a pass that went through has frozen them
             return
         table.seal(block)
         world.next_frame, world.means = end, means
