@@ -1,7 +1,7 @@
 """Kernels for block-diffusion world models: attention over paged, quantized K/V, and what surrounds it.
 
-Needs torch and numpy, and safetensors for snapshots. `python -m inferix_kernels` says what runs on this machine, and why
-the rest does not.
+Needs torch and numpy, and safetensors for snapshots. `python -m inferix_kernels` says what runs on this machine, and
+why the rest does not.
 """
 
 from ._dispatch import Unsupported
