@@ -86,6 +86,8 @@ def kv_gather(
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
+    if q.ndim == 4 or plan.page_bias is not None or len(plan.page_indptr) != len(plan.q_indptr):
+        raise Unsupported("paged_attention: no compiled kernel yet for variants, page bias or page lists per head")
     _run(
         "paged_attention",
         q,
@@ -136,6 +138,8 @@ def qkv_prologue(
     pages: KVPages,
     where: PageList,
     *,
+    norm_q_bias: Tensor | None = None,
+    norm_k_bias: Tensor | None = None,
     bias: Tensor | None = None,
     k_mean: Tensor | None = None,
     eps: float = 1e-6,
@@ -144,6 +148,8 @@ def qkv_prologue(
 ) -> Tensor:
     if qkv.stride(1) != 1:
         raise Unsupported(f"qkv must be contiguous in its last dimension, got strides {qkv.stride()}")
+    if norm_q_bias is not None or norm_k_bias is not None:
+        raise Unsupported("qkv_prologue: no compiled kernel yet for layer norms")
     # Held here until the call returns: .float() may make new tensors, and _C sees only their addresses.
     norm_q, norm_k, bias = (None if x is None else x.float() for x in (norm_q, norm_k, bias))
     _run(

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .layout import Codec, KVPages, PageList, Plan, Side, as_bytes
+from .layout import Codec, KVPages, PageList, Plan, Quantized, Side, as_bytes
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: 15.0}  # int8 is symmetric: -128 is never stored
 AMAX_FLOOR = 1e-12  # an all-zero row gets a scale above 0: it stores zeros, not NaN
@@ -54,27 +54,40 @@ def kv_gather(
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    T, query_heads, D = q.shape
-    H = pools[0].heads
-    queries, lists = indptr("q_indptr", plan.q_indptr, T), indptr("page_indptr", plan.page_indptr, len(plan.page_ids))
+    queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
+    H, D = pools[0].heads, q.shape[-1]
+    starts = indptr("q_indptr", plan.q_indptr, queries.shape[1])
+    lists = indptr("page_indptr", plan.page_indptr, len(plan.page_ids))
     entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
-    for s in range(len(queries) - 1):
-        rows = slice(queries[s], queries[s + 1])
-        tokens = [
-            read_page(*locate(pools, page), stop - start) for page, start, stop in entries[lists[s] : lists[s + 1]]
-        ]
-        k = torch.cat([q.new_empty(0, H, D, dtype=torch.float32), *(k for k, _ in tokens)])  # [L, H, D]
-        v = torch.cat([q.new_empty(0, H, D, dtype=torch.float32), *(v for _, v in tokens)])
-        # Query head j reads KV head j // (query_heads // H).
-        grouped = q[rows].float().unflatten(1, (H, query_heads // H))  # [t, H, group, D]
-        scores = torch.einsum("thgd,lhd->thgl", grouped, k) * scale
-        segment_lse = scores.logsumexp(-1) if len(k) else scores.new_full(scores.shape[:-1], -torch.inf)
-        segment_out = torch.einsum("thgl,lhd->thgd", scores.softmax(-1), v)
-        segment_out, segment_lse = segment_out.flatten(1, 2), segment_lse.flatten(1, 2)
+    bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
+    variants = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, len(queries))
+    group = queries.shape[2] // H  # query head j reads KV head j // group
+    shared = H if len(lists) == len(starts) else 1  # KV heads that share a page list
+    for i in range(len(lists) - 1):
+        s, head = divmod(i * shared, H)
+        at = slice(starts[s], starts[s + 1]), slice(head * group, (head + shared) * group)
+        x = queries[:, at[0], at[1]].float().unflatten(2, (shared, group))  # [V, t, heads, group, D]
+        scores, values = [x.new_empty(*x.shape[1:4], 0)], [x.new_empty(0, shared, D)]
+        for entry in range(lists[i], lists[i + 1]):
+            page, start, stop = entries[entry]
+            k, v = (side[:, head : head + shared] for side in read_page(*locate(pools, page), stop - start))
+            scores.append(torch.einsum("thgd,lhd->thgl", x[variants[entry]], k) * scale + bias[entry])
+            values.append(v)
+        list_out, list_lse = softmax_sum(torch.cat(scores, -1), torch.cat(values))
         if accumulate:
-            segment_out, segment_lse = merge(out[rows].float(), lse[rows], segment_out, segment_lse)
-        out[rows], lse[rows] = segment_out, segment_lse
+            list_out, list_lse = merge(out[at].float(), lse[at], list_out, list_lse)
+        out[at], lse[at] = list_out, list_lse
     return out, lse
+
+
+def softmax_sum(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """scores [t, H, group, L], values [L, H, D] -> out [t, H * group, D], lse [t, H * group].
+
+    Without a key, or with none above -inf, out is 0 and lse -inf.
+    """
+    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+    weights = (scores - lse.where(lse != -torch.inf, 0.0)[..., None]).exp()
+    return torch.einsum("thgl,lhd->thgd", weights, values).flatten(1, 2), lse.flatten(1, 2)
 
 
 def merge_attention(
@@ -94,6 +107,8 @@ def qkv_prologue(
     pages: KVPages,
     where: PageList,
     *,
+    norm_q_bias: Tensor | None = None,
+    norm_k_bias: Tensor | None = None,
     bias: Tensor | None = None,
     k_mean: Tensor | None = None,
     eps: float = 1e-6,
@@ -103,18 +118,82 @@ def qkv_prologue(
     H, D = pages.heads, pages.head_dim
     x = qkv.float() if bias is None else qkv.float() + bias.float()
     q, k, v = x.split([out.shape[1] * D, H * D, H * D], dim=1)
-    q = rotate(rms_norm(q, norm_q, eps).unflatten(1, (-1, D)), rope, interleaved)
-    k = rotate(rms_norm(k, norm_k, eps).unflatten(1, (-1, D)), rope, interleaved)
+    q = rotate(normalise(q, norm_q, norm_q_bias, eps).unflatten(1, (-1, D)), rope, interleaved)
+    k = rotate(normalise(k, norm_k, norm_k_bias, eps).unflatten(1, (-1, D)), rope, interleaved)
     kv_append(k if k_mean is None else k - k_mean, v.unflatten(1, (-1, D)), pages, where)
     return out.copy_(q)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x [T, heads * D]. The weight's length is the size of the group that is normalised together: all heads, or one."""
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    *,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    out: Quantized,
+) -> Quantized:
+    y = x.float()
+    if norm == "layer":
+        y = y - y.mean(-1, keepdim=True)
+    if norm is not None:
+        y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight.float()
+    y = y if bias is None else y + bias.float()
+    y = y if scale is None else y * (1 + per_row(scale, len(y)))
+    y = y if shift is None else y + per_row(shift, len(y))
+    y = activate(y, activation)
+    codes, scales, _ = encode(y[None], Codec(dtype, "token"))
+    as_bytes(out.codes).copy_(as_bytes(codes[0]))
+    out.scales.copy_(scales[0])  # type: ignore[index]
+    return out
+
+
+def linear(
+    x: Quantized,
+    weight: Quantized,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor,
+) -> Tensor:
+    # float64 holds every sum of products of 8-bit codes exactly.
+    y = (x.codes.double() @ weight.codes.double().mT).float() * (x.scales[:, None] * weight.scales)
+    y = y if bias is None else y + bias.float()
+    y = activate(y, activation)
+    y = y if gate is None else y * per_row(gate, len(y))
+    return out.copy_(y if residual is None else y + residual.float())
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    gelu = {"gelu": "none", "gelu_tanh": "tanh"}  # by the error function, and its approximation
+    return y if activation is None else torch.nn.functional.gelu(y, approximate=gelu[activation])
+
+
+def per_row(groups: Tensor, rows: int) -> Tensor:
+    """[G, N] -> [rows, N]: each group's row for rows / G rows in turn."""
+    return groups.float().repeat_interleave(rows // max(len(groups), 1), 0)
+
+
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x [T, heads * D]: the RMS norm, or the layer norm if there is a bias.
+
+    The weight's length is the size of the group that is normalised together: all heads, or one.
+    """
     if weight is None:
         return x
     groups = x.unflatten(1, (-1, min(len(weight), x.shape[1])))
-    return (groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).flatten(1)
+    if bias is not None:
+        groups = groups - groups.mean(-1, keepdim=True)
+    groups = groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+    return (groups if bias is None else groups + bias.float()).flatten(1)
 
 
 def rotate(x: Tensor, rope: Tensor | None, interleaved: bool) -> Tensor:
@@ -258,6 +337,14 @@ def _spans(ids: list[int], lens: list[int]) -> Iterator[tuple[int, int, int]]:
     for page, length in zip(ids, lens, strict=True):
         yield page, start, start + length
         start += length
+
+
+def choices(variants: Tensor, count: int) -> list[int]:
+    values: list[int] = variants.tolist()
+    for i, value in enumerate(values):
+        if not 0 <= value < count:
+            raise ValueError(f"plan.page_variants[{i}] must be in [0, {count}), got {value}")
+    return values
 
 
 def indptr(name: str, pointers: Tensor, end: int) -> list[int]:
