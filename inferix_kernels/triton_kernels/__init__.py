@@ -9,5 +9,16 @@ except ImportError as error:
     raise ImportError(f"Triton is not installed ({error}): pip install 'triton>=3.5'") from error
 
 from .kv_pages import kv_append, kv_commit, kv_gather
+from .linear import linear, quantize_rows
+from .merge import merge_attention
+from .qkv import qkv_prologue
 
-__all__ = ["kv_append", "kv_commit", "kv_gather"]
+__all__ = [
+    "kv_append",
+    "kv_commit",
+    "kv_gather",
+    "linear",
+    "merge_attention",
+    "qkv_prologue",
+    "quantize_rows",
+]
