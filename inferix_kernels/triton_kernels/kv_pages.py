@@ -6,8 +6,9 @@ a page list are not checked on the host, which would wait for the device: an ent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, as_bytes
 from .codecs import Tile, copy_part, part_of, read_part, round_to, tile_of, write_part
-from .launch import check_device, launch
+from .launch import Case, check_device, launch
 
 # A page list's lens are added up in steps of this many.
 LIST_STEP = tl.constexpr(1024)
@@ -102,26 +103,32 @@ def kv_gather(
     return out
 
 
-def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Frames of 88 tokens, as wide as Wan's heads or, for latent8, as the rows of MLA."""
-    where = PageList.of([1, 0], [64, 24])
-    pools = {
-        format: KVPages.empty(format, 2, *((1, 64, (512, 64)) if format == "latent8" else (12, 64, 128)))
-        for format in FORMATS
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """A block of Wan 1.3B, three frames of 1560 tokens; for latent8, rows of MLA."""
+    where = frames_of(1560, 3, 64, device)
+    shapes: dict[str, tuple[int, int, Any]] = {format: (12, 64, 128) for format in KV_FORMATS} | {
+        "latent8": (1, 64, (512, 64))
     }
+    pools = {format: KVPages.empty(format, len(where.ids), *shapes[format], device) for format in FORMATS}
     for format, pool in pools.items():
         k, v = (
-            torch.empty(88, pool.heads, 3 * width, dtype=torch.bfloat16)[..., :width]
+            torch.empty(4680, pool.heads, 3 * width, dtype=torch.bfloat16, device=device)[..., :width]
             for width in (pool.head_dim, pool.value_dim)
         )
-        yield "kv_append", f"bf16 to {format}", partial(kv_append, k, v, pool, where)
-        yield "kv_gather", f"{format} as bf16", partial(kv_gather, [pool], where, out=(k, v))
+        yield Case("kv_append", format, "from bf16", partial(kv_append, k, v, pool, where))
+        yield Case("kv_gather", format, "to bf16", partial(kv_gather, [pool], where, out=(k, v)))
     pairs = [("bf16", format) for format in KV_FORMATS if format != "bf16"]
     pairs += [(format, "int4") for format in ("int8", "i8f8", "fp8")] + [("i8f8", "i8f8"), ("int4", "int4")]
-    mean = torch.empty(12, 128)
+    mean = torch.empty(12, 128, device=device)
     for source, target in pairs:
         call = partial(kv_commit, pools[source], where, pools[target], where, mean if source == "bf16" else None)
-        yield "kv_commit", f"{source} to {target}", call
+        yield Case("kv_commit", target, f"from {source}", call)
+
+
+def frames_of(tokens: int, frames: int, page_size: int, device: torch.device | str) -> PageList:
+    """The pages of so many frames, each of which begins on a page of its own."""
+    lens = ([page_size] * (tokens // page_size) + ([tokens % page_size] if tokens % page_size else [])) * frames
+    return PageList.of(range(len(lens)), lens, device)
 
 
 def _check_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList) -> None:

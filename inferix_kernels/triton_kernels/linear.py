@@ -9,7 +9,7 @@ Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from .._dispatch import Unsupported
 from ..layout import Quantized, as_bytes
 from .codecs import round_to, round_to_int, to_e4m3
 from .config import config, rows_and_warps
-from .launch import architecture, check_device, launch
+from .launch import Case, architecture, check_device, launch
 
 _WIDEST = 32768  # numbers of a row: 64 in each of 16 warps' threads
 
@@ -86,7 +86,7 @@ def linear(
     if codes == torch.float8_e4m3fn and target is not None and target < 89:
         raise Unsupported(f"linear: e4m3 codes need sm_89 or later, this is sm_{target}; int8 codes run here")
     (M, K), N = x.codes.shape, len(weight.codes)
-    tile = config("linear", shape_class(codes, M), device)
+    tile = config("linear", f"{kind_of(codes)}, {size_of(M)}", device)
     launch(
         linear_kernel,
         triton.cdiv(M, tile["m"]) * triton.cdiv(N, tile["n"]),
@@ -110,29 +110,33 @@ def linear(
     return out
 
 
-def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     """The layers of Wan 1.3B: what stands before its projections and its second matrix, and the products."""
-    x, wide = (torch.empty(4680, width, dtype=torch.bfloat16) for width in (1536, 8960))
-    modulation, bias = torch.empty(3, 1536), torch.empty(1536, dtype=torch.bfloat16)
+    empty = partial(torch.empty, device=device)
+    x, wide = (empty(4680, width, dtype=torch.bfloat16) for width in (1536, 8960))
+    modulation, bias = empty(3, 1536), empty(1536, dtype=torch.bfloat16)
     for dtype in (torch.int8, torch.float8_e4m3fn):
-        name = "int8" if dtype == torch.int8 else "e4m3"
-        codes, wide_codes = (Quantized(torch.empty(y.shape, dtype=dtype), torch.empty(len(y))) for y in (x, wide))
+        kind = kind_of(dtype)
+        codes, wide_codes = (Quantized(empty(y.shape, dtype=dtype), empty(len(y))) for y in (x, wide))
         adaln: dict[str, Any] = {"norm": "layer", "scale": modulation, "shift": modulation}
-        yield "quantize_rows", f"adaLN, bf16 to {name}", partial(quantize_rows, x, out=codes, **adaln)
-        yield "quantize_rows", f"RMSNorm, bf16 to {name}", partial(quantize_rows, x, norm="rms", weight=bias, out=codes)
-        gelu = partial(quantize_rows, wide, activation="gelu_tanh", out=wide_codes)
-        yield "quantize_rows", f"GELU, bf16 to {name}", gelu
+        yield Case("quantize_rows", kind, "adaLN", partial(quantize_rows, x, out=codes, **adaln))
+        yield Case("quantize_rows", kind, "RMSNorm", partial(quantize_rows, x, norm="rms", weight=bias, out=codes))
+        wide_gelu = partial(quantize_rows, wide, activation="gelu_tanh", out=wide_codes)
+        yield Case("quantize_rows", kind, "GELU", wide_gelu)
         for rows in (64, 1024, 4680):
             part, weight, y = Quantized(*(t[:rows] for t in codes)), Quantized(*(t[:1536] for t in codes)), x[:rows]
             gated = partial(linear, part, weight, bias=bias, gate=modulation[:1], residual=y, out=y)
-            yield "linear", f"{shape_class(dtype, rows)}, gate and residual", gated
             gelu = partial(linear, part, weight, bias=bias, activation="gelu_tanh", out=y)
-            yield "linear", f"{shape_class(dtype, rows)}, GELU", gelu
+            for what, call in (("gate and residual", gated), ("GELU", gelu)):
+                yield Case("linear", kind, f"{size_of(rows)}, {what}", call, f"{kind}, {size_of(rows)}")
 
 
-def shape_class(codes: torch.dtype, rows: int) -> str:
-    size = "up to 64 rows" if rows <= 64 else "up to 1024 rows" if rows <= 1024 else "many rows"
-    return f"{'int8' if codes == torch.int8 else 'e4m3'}, {size}"
+def kind_of(codes: torch.dtype) -> str:
+    return "int8" if codes == torch.int8 else "e4m3"
+
+
+def size_of(rows: int) -> str:
+    return "up to 64 rows" if rows <= 64 else "up to 1024 rows" if rows <= 1024 else "many rows"
 
 
 def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:

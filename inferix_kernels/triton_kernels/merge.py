@@ -5,7 +5,7 @@ Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codecs import round_to
 from .config import rows_and_warps
-from .launch import check_device, launch
+from .launch import Case, check_device, launch
 
 NOTHING = tl.constexpr(float("-inf"))  # the lse of no keys
 
@@ -44,10 +44,11 @@ def merge_attention(
     return out, lse
 
 
-def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        x, lse = torch.empty(4680, 12, 128, dtype=dtype), torch.empty(4680, 12)
-        yield "merge_attention", name, partial(merge_attention, x, lse, x, lse, out=x, lse=lse)
+        x = torch.empty(4680, 12, 128, dtype=dtype, device=device)
+        lse = torch.empty(4680, 12, device=device)
+        yield Case("merge_attention", name, "", partial(merge_attention, x, lse, x, lse, out=x, lse=lse))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -9,7 +9,7 @@ Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,16 +22,16 @@ from .. import reference
 from ..layout import KV_FORMATS, Codec, KVPages, PageList
 from .codecs import part_of, round_to, tile_of, write_part
 from .config import config, rows_and_warps, warps_of
-from .kv_pages import entries, first_token, fits, list_tensors, pool_tensors, tiles_of, token_places
-from .launch import check_device, launch
+from .kv_pages import entries, first_token, fits, frames_of, list_tensors, pool_tensors, tiles_of, token_places
+from .launch import Case, check_device, launch
 
 
 class Heads(NamedTuple):
     """What a kernel is compiled for about the heads of q, k or v in a row of qkv."""
 
     column: int  # where the first one begins
-    count: int
-    width: int
+    heads: int
+    width: int  # of one
     norms: int  # groups of channels that are normalised together: none, 1 or one for each head
     group: int  # channels of one
     layer: bool  # takes off the mean before
@@ -93,23 +93,23 @@ def qkv_prologue(
     return out
 
 
-def cases() -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """The layers of Wan, 12 heads normalised together, and of MAGI, a layer norm for each of 24 + 8."""
-    where = PageList.of([1, 0], [64, 24])
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """A block of three frames in Wan, 12 heads normalised together, and in MAGI, a layer norm for each of 24 + 8."""
+    where, empty = frames_of(1560, 3, 64, device), partial(torch.empty, device=device)
     for format in KV_FORMATS:
         for name, query_heads, heads, sizes, channels in (
             ("Wan", 12, 12, (1536, 1536), 128),
             ("MAGI", 24, 8, (128, 128), 96),
         ):
-            qkv = torch.empty(88, (query_heads + 2 * heads) * 128, dtype=torch.bfloat16)
-            norms = [torch.empty(size, dtype=torch.bfloat16) for size in sizes]
-            options: dict[str, Any] = {"bias": qkv[0], "k_mean": torch.empty(heads, 128)}
+            qkv = empty(4680, (query_heads + 2 * heads) * 128, dtype=torch.bfloat16)
+            norm_q, norm_k = (empty(size, dtype=torch.bfloat16) for size in sizes)
+            options: dict[str, Any] = {"bias": qkv[0], "k_mean": empty(heads, 128)}
             if name == "MAGI":
-                options = {"norm_q_bias": norms[0], "norm_k_bias": norms[1], "interleaved": False}
-            pool, rope = KVPages.empty(format, 2, heads, 64, 128), torch.empty(88, channels // 2, 2)
-            out = torch.empty(88, query_heads, 128, dtype=torch.bfloat16)
-            call = partial(qkv_prologue, qkv, *norms, rope, pool, where, out=out, **options)
-            yield "qkv_prologue", f"{name}, bf16 to {format}", call
+                options = {"norm_q_bias": norm_q, "norm_k_bias": norm_k, "interleaved": False}
+            pool = KVPages.empty(format, len(where.ids), heads, 64, 128, device)
+            rope, out = empty(4680, channels // 2, 2), empty(4680, query_heads, 128, dtype=torch.bfloat16)
+            call = partial(qkv_prologue, qkv, norm_q, norm_k, rope, pool, where, out=out, **options)
+            yield Case("qkv_prologue", format, f"from bf16, {name}", call)
 
 
 def _heads(before: int, count: int, width: int, norm: Tensor | None, norm_bias: Tensor | None) -> Heads:
@@ -197,13 +197,13 @@ def prologue_kernel(
     bias,  # [columns] or None
     tokens,
     sums,  # of row_sums_kernel, or None
-    norm_q,  # [QUERIES.count * D], [D] or None, and so on
+    norm_q,  # [QUERIES.heads * D], [D] or None, and so on
     norm_q_bias,
     norm_k,
     norm_k_bias,
     rope,  # [tokens, TURNED / 2, 2] or None
-    k_mean,  # [KEYS.count, D] or None
-    out,  # [tokens, QUERIES.count, D], written
+    k_mean,  # [KEYS.heads, D] or None
+    out,  # [tokens, QUERIES.heads, D], written
     out_token_stride,
     out_head_stride,
     out_stride,
@@ -227,14 +227,14 @@ def prologue_kernel(
     INTERLEAVED: tl.constexpr,
 ):
     # Of an entry: the parts of its queries, of its keys, of its values.
-    FIRST_KEY: tl.constexpr = QUERIES.count * QUERY.parts
-    FIRST_VALUE: tl.constexpr = FIRST_KEY + KEYS.count * KEY.parts
-    PARTS: tl.constexpr = FIRST_VALUE + VALUES.count * VALUE.parts
+    FIRST_KEY: tl.constexpr = QUERIES.heads * QUERY.parts
+    FIRST_VALUE: tl.constexpr = FIRST_KEY + KEYS.heads * KEY.parts
+    PARTS: tl.constexpr = FIRST_VALUE + VALUES.heads * VALUE.parts
     entry, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     page, length = tl.load(ids + entry), tl.load(lens + entry)
     first = first_token(lens, entry, ENTRIES)
     if fits(page, length, pages, KEY) & (first + length <= tokens):
-        to = page.to(tl.int64) * KEYS.count
+        to = page.to(tl.int64) * KEYS.heads
         qkv += first * token_stride
         if rope is not None:
             rope += first * TURNED
