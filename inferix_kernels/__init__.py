@@ -5,16 +5,19 @@ why the rest does not.
 """
 
 from ._dispatch import Unsupported
-from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, make_plan
+from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, even_plan, make_plan
 from .ops import (
     kv_append,
     kv_commit,
     kv_gather,
     linear,
     merge_attention,
+    page_scores,
+    page_summaries,
     paged_attention,
     qkv_prologue,
     quantize_rows,
+    select_pages,
 )
 from .page_table import PageTable
 from .paged_kv import KVStore, NotResident, OutOfPages
@@ -35,13 +38,17 @@ __all__ = [
     "Quantized",
     "Segment",
     "Unsupported",
+    "even_plan",
     "kv_append",
     "kv_commit",
     "kv_gather",
     "linear",
     "make_plan",
     "merge_attention",
+    "page_scores",
+    "page_summaries",
     "paged_attention",
     "qkv_prologue",
     "quantize_rows",
+    "select_pages",
 ]

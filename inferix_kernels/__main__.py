@@ -27,6 +27,9 @@ OPS = (
     "qkv_prologue",
     "quantize_rows",
     "linear",
+    "page_summaries",
+    "page_scores",
+    "select_pages",
 )
 DEVICES = tuple(AUTO)
 
@@ -68,6 +71,7 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
     tokens = torch.zeros(3, 1, 16, device=device)
     matrix = Quantized(torch.zeros(3, 16, dtype=torch.int8, device=device), torch.ones(3, device=device))
     target, target_list = testing.filled_pool("int8", [3], heads=1, page_size=8, head_dim=16, device=device)
+    summaries = torch.zeros(pool.pages, 1, 1, 16, device=device)
     calls: dict[str, Callable[[], object]] = {
         "kv_append": lambda: ops.kv_append(tokens, tokens, pool, where, backend=backend),
         "kv_commit": lambda: ops.kv_commit(pool, where, target, target_list, backend=backend),
@@ -77,6 +81,9 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
         "qkv_prologue": lambda: ops.qkv_prologue(qkv, None, None, None, pool, where, backend=backend),
         "quantize_rows": lambda: ops.quantize_rows(qkv, backend=backend),
         "linear": lambda: ops.linear(matrix, matrix, backend=backend),
+        "page_summaries": lambda: ops.page_summaries([pool], where, backend=backend),
+        "page_scores": lambda: ops.page_scores(q, plan.q_indptr, summaries, where, backend=backend),
+        "select_pages": lambda: ops.select_pages(torch.zeros(1, 1, 1, device=device), where, 1, backend=backend),
     }
     return calls[op]
 

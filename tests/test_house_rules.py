@@ -22,8 +22,14 @@ def names(paths):
     return {"argvalues": paths, "ids": [str(path.relative_to(ROOT)) for path in paths]}
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("module", [reference, compiled], ids=lambda module: module.__name__)
+SELECTION = ("page_summaries", "page_scores", "select_pages")  # no C++ yet: on the CPU the reference serves
+
+
+@pytest.mark.parametrize(
+    "module, op",
+    [(reference, op) for op in OPS] + [(compiled, op) for op in OPS if op not in SELECTION],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
 def test_backends_take_what_the_public_op_takes(module, op):
     public = list(inspect.signature(getattr(ops, op)).parameters.values())
     mine = list(inspect.signature(getattr(module, op)).parameters.values())

@@ -45,6 +45,18 @@ def calls() -> dict[str, tuple]:
             (torch.randn(6, 16), torch.int8),
             {**modulate, "eps": 1e-6, "activation": None, "out": quantized},
         ),
+        "page_summaries": (
+            (attention_pools, PageList(plan.page_ids[:2], plan.page_lens[:2]), True),
+            {"out": torch.zeros(sum(pool.pages for pool in attention_pools), 2, 2, 16)},
+        ),
+        "page_scores": (
+            (q, plan.q_indptr, torch.randn(4, 2, 1, 16), PageList.of([3, 0], [8, 0])),
+            {"scale": 0.25, "out": torch.empty(2, 2, 2)},
+        ),
+        "select_pages": (
+            (torch.randn(2, 2, 6), PageList.of(range(6), [8] * 6), 3),
+            {"keep": torch.arange(6) == 4, "frames": 2, "pages_per_frame": 2, "out": PageList.of([7] * 12, [7] * 12)},
+        ),
         "linear": ((x, weight), {**epilogue, "dtype": torch.float32, "out": torch.empty(6, 8)}),
     }
 
@@ -210,6 +222,18 @@ MISTAKES = {
                            "weight.codes must be int8, got float8_e4m3fn"),
     "a weight in floats": (lambda: ik.linear(torch.zeros(4, 16), torch.zeros(2, 16)), TypeError,
                            "weight must be a Quantized, got Tensor"),
+    "rows of a summary": (lambda: ik.page_scores(x(), ik.make_plan([(3, [0], [3])]).q_indptr, torch.zeros(2, 2, 3, 16),
+                                                 ONE), ValueError,
+                          r"summaries must be contiguous \[P, H, 1 or 2, D\], got \[2, 2, 3, 16\]"),
+    "summaries of bounds": (lambda: ik.page_summaries([page()], ONE, True, out=torch.zeros(2, 2, 1, 16)), ValueError,
+                            r"out must be \[P=2, H=2, 2, D=16\], got \[2, 2, 1, 16\]"),
+    "scores of other pages": (lambda: ik.select_pages(torch.zeros(1, 2, 4), ONE, 2), ValueError,
+                              r"where.ids must be \[len\(where\)=4\], got \[1\]"),
+    "no pages": (lambda: ik.select_pages(torch.zeros(1, 2, 1), ONE, 0), ValueError, "k must be at least 1, got 0"),
+    "parts of a frame": (lambda: ik.select_pages(torch.zeros(1, 2, 1), ONE, 1, frames=1, pages_per_frame=2), ValueError,
+                         "pages_per_frame must divide n=1, got 2"),
+    "lists of a plan": (lambda: ik.even_plan(torch.zeros(2), ONE, 2), ValueError,
+                        "lists must be a divisor of the 1 pages, got 2"),
     "negative len": (lambda: PageList.of([0], [-2]), ValueError, "got page 0 with -2 tokens"),
     "backend": (lambda: ik.kv_append(x(), x(), page(), ONE, backend="cudnn"), ValueError,
                 "backend must be auto or one of compiled, triton, reference, got 'cudnn'"),
@@ -272,8 +296,8 @@ def test_a_wrong_plan_is_named(mistake, which):
 
 def test_a_named_backend_never_falls_back():
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16)
-    with pytest.raises(Unsupported, match=r"paged_attention: no Triton kernel yet|Triton is not installed"):
-        ik.paged_attention(q, pools, plan, backend="triton")
+    with pytest.raises(Unsupported, match="page_scores: no Compiled kernel yet"):
+        ik.page_scores(q, plan.q_indptr, torch.zeros(3, 1, 1, 16), PageList.of([0], [3]), backend="compiled")
     strided = torch.zeros(2, 1, 32)[..., ::2]
     with pytest.raises(Unsupported, match="q must be contiguous in its last dimension, got strides"):
         ik.paged_attention(strided, pools, plan, backend="compiled")

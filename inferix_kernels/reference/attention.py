@@ -17,8 +17,8 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
     H, D = pools[0].heads, q.shape[-1]
-    starts = indptr("q_indptr", plan.q_indptr, queries.shape[1])
-    lists = indptr("page_indptr", plan.page_indptr, len(plan.page_ids))
+    starts = indptr("plan.q_indptr", plan.q_indptr, queries.shape[1])
+    lists = indptr("plan.page_indptr", plan.page_indptr, len(plan.page_ids))
     entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
     bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
     variants = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, len(queries))
@@ -86,5 +86,5 @@ def indptr(name: str, pointers: Tensor, end: int) -> list[int]:
     """A CSR row pointer, checked: it starts at 0, never falls and ends at `end`."""
     values: list[int] = pointers.tolist()
     if values[0] != 0 or values[-1] != end or any(a > b for a, b in pairwise(values)):
-        raise ValueError(f"plan.{name} must rise from 0 to {end}, got {values}")
+        raise ValueError(f"{name} must rise from 0 to {end}, got {values}")
     return values

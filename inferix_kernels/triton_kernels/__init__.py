@@ -12,6 +12,7 @@ from .kv_pages import kv_append, kv_commit, kv_gather
 from .linear import linear, quantize_rows
 from .merge import merge_attention
 from .qkv import qkv_prologue
+from .select import page_scores, page_summaries, select_pages
 
 __all__ = [
     "kv_append",
@@ -19,6 +20,9 @@ __all__ = [
     "kv_gather",
     "linear",
     "merge_attention",
+    "page_scores",
+    "page_summaries",
     "qkv_prologue",
     "quantize_rows",
+    "select_pages",
 ]

@@ -24,8 +24,9 @@ from .launch import Case, compile_only
 from .linear import cases as linear_cases
 from .merge import cases as merge_cases
 from .qkv import cases as prologue_cases
+from .select import cases as select_cases
 
-CASES = (page_cases, prologue_cases, merge_cases, linear_cases)
+CASES = (page_cases, prologue_cases, merge_cases, linear_cases, select_cases)
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
 

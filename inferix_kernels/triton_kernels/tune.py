@@ -29,6 +29,9 @@ CANDIDATES: dict[str, list[Config]] = {
         {"m": m, "n": n, "k": k, "tall": 8, "warps": warps, "stages": stages}
         for m, n, k, warps, stages in product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5))
     ],
+    "page_scores": [
+        {"queries": q, "pages": p, "warps": w} for q, p, w in product((16, 32, 64), (16, 32, 64, 128), (2, 4, 8))
+    ],
     **{
         op: [{"numbers": n, "numbers_per_thread": t} for n, t in product((1024, 2048, 4096, 8192), (4, 8, 16, 32))]
         for op in ("merge_attention", "qkv_prologue", "quantize_rows")
