@@ -27,7 +27,7 @@ def config(op: str, shape: str, device: torch.device) -> Config:
     """The entry of this op and class of shapes; where it has none, the op's "any"."""
     if (op, shape) in _trials:
         return _trials[op, shape]
-    entries = _table(file_of(device))[op]
+    entries = _table(device, architecture(device))[op]
     return entries.get(shape) or entries["any"]
 
 
@@ -64,7 +64,6 @@ def file_of(device: torch.device) -> Path:
     return FOLDER / f"sm_{max(x for x in shipped if x <= target)}.json"
 
 
-@cache
 def own_file(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device)
     return FOLDER / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
@@ -81,6 +80,6 @@ def write(file: Path, table: dict[str, dict[str, Config]]) -> None:
 
 
 @cache
-def _table(file: Path) -> dict[str, dict[str, Config]]:
-    table: dict[str, dict[str, Config]] = json.loads(file.read_text())
+def _table(device: torch.device, target: int | None) -> dict[str, dict[str, Config]]:
+    table: dict[str, dict[str, Config]] = json.loads(file_of(device).read_text())
     return table
