@@ -21,7 +21,7 @@ from .ops import (
 )
 from .page_table import PageTable
 from .paged_kv import KVStore, NotResident, OutOfPages
-from .passes import Pass
+from .passes import Pass, TopK
 from .policy import Policy
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Policy",
     "Quantized",
     "Segment",
+    "TopK",
     "Unsupported",
     "even_plan",
     "kv_append",
