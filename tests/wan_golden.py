@@ -17,7 +17,7 @@ from inferix.models.wan.checkpoint import config_of
 from inferix.models.wan.names import canonical
 from inferix.models.wan.network import WanConfig, WanNetwork
 from inferix_kernels import KVStore, Policy
-from inferix_kernels.reference import rms_norm, rotate
+from inferix_kernels.reference import normalise, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = {"heads": 3, "text_len": 24}  # what the shapes of the recorded weights do not show
@@ -152,7 +152,7 @@ class DensePass:
         table, dim = self.table, qkv.shape[1] // 3
         q, k, v = qkv.split(dim, 1)
         q, k = (
-            rotate(rms_norm(x, weight, eps).unflatten(1, (table.heads, -1)), self.rope, True)
+            rotate(normalise(x, weight, None, eps).unflatten(1, (table.heads, -1)), self.rope, True)
             for x, weight in ((q, norm_q), (k, norm_k))
         )
         v = v.unflatten(1, (table.heads, -1))
