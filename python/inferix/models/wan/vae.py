@@ -85,6 +85,13 @@ class VAE:
         pictures = torch.tensor(frames).permute(3, 0, 1, 2)[None]
         return self.encode_pictures(pictures.to(self.model.device, self.model.dtype) / 127.5 - 1)
 
+    @torch.inference_mode()
+    def encode_start(self, picture: np.ndarray, frames: int) -> Tensor:
+        """Latents [frames, ...] of a video that begins with a picture, uint8 [height, width, 3], and then is grey."""
+        pictures = torch.zeros(1, 3, 1 + PICTURES * (frames - 1), *picture.shape[:2])
+        pictures[0, :, 0] = torch.tensor(picture).permute(2, 0, 1) / 127.5 - 1
+        return self.encode_pictures(pictures.to(self.model.device, self.model.dtype))
+
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """[1, 3, pictures, height, width] in [-1, 1] -> latents [frames, channels, h, w] float32."""
         latents = (self.model.encode(pictures).latent_dist.mode() - self.mean) / self.std
