@@ -57,10 +57,13 @@ def test_one_command_makes_a_video(folder, prompt_cache, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
 
 
-@pytest.mark.parametrize("model, seconds", [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0)])
+@pytest.mark.parametrize(
+    "model, seconds",
+    [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0), ("wan-causal", 2.0), ("wan-t2v", 2.0)],
+)
 def test_the_other_models_run_too(model, seconds, folder, prompt_cache, tmp_path):
     out = tmp_path / "v.mp4"
-    more = []
+    more = ["--steps", 2, "--negative-prompt", "fog"] if model.startswith("wan") else []
     if model == "longlive":
         (tmp_path / "prompts").write_text("0 the fox walks in fog\n1.0 the fox runs in rain\n")
         more = ["--prompt-file", tmp_path / "prompts"]

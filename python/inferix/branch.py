@@ -33,7 +33,8 @@ class Branch:
     """Denoises blocks over one page table.
 
     The clean pass of a block, which turns its K and V into the past, is owed until the next block begins: then it
-    shares that block's first forward (fused) or runs just before it (separate).
+    shares that block's first forward (fused) or runs just before it (separate). The results are the same, bit for bit
+    as far as a library's matrix product does not depend on how many rows it is given.
 
     Args:
         condition: what this branch is told; None: what the world is told, block by block.
