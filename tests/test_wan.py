@@ -141,7 +141,7 @@ class ByBlock:
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
 def test_fused_differs_from_separate_by_the_size_of_its_products_alone(backend, kv, recorded, monkeypatch):
     """A product of twice the rows sums in another order: 2e-6. With the products by block, all bits are the same."""
-    frames, blocks, policy = ROLLING["local6_sink1"]
+    _, blocks, policy = ROLLING["local6_sink1"]
     tensors = recorded["self_forcing_static"] | recorded["self_forcing_rolling"]
 
     def final(fused, by_block):

@@ -181,11 +181,7 @@ class DenseTable:
     def __init__(self, model, policy=Policy()):
         self.policy, self.heads, self.frame_tokens = policy, model.heads, model.frame_tokens
         self.cache = [{} for _ in range(model.layers)]  # per layer: frame -> (k, v)
-        self.sealed, self.open = [], []
-
-    @property
-    def next_frame(self):
-        return self.sealed[-1] + 1 if self.sealed else 0
+        self.sealed, self.open, self.next_frame, self.pinned = [], [], 0, set()
 
     @property
     def held(self):
@@ -203,9 +199,20 @@ class DenseTable:
     def seal(self, block):
         self.open.remove(block)
         self.sealed += block.frames
+        self.next_frame = block.end
 
     def abandon(self, keep=None):
         self.open = [block for block in self.open if block is keep]
+
+    def truncate(self, end):
+        self.forget([frame for frame in self.sealed if frame >= end])
+        self.next_frame = end
+
+    def forget(self, frames):
+        self.sealed = [frame for frame in self.sealed if frame not in frames]
+        for layer in self.cache:
+            for frame in frames:
+                layer.pop(frame, None)
 
     def fork(self):
         other = copy.copy(self)

@@ -118,10 +118,13 @@ class Branch:
             self.owed = None
 
     def replay(self, blocks: Sequence[Clean], condition: Any) -> list[Clean]:
-        """Take these blocks, the last ones, again under another condition; the last one's clean pass stays owed."""
-        self.table.abandon()
-        self.table.truncate(blocks[0].block.first)
-        self.owed = None
+        """Take these blocks, the last ones, again under another condition, with the sink and pinned frames alone before
+        them; the last one's clean pass stays owed.
+        """
+        table, self.owed = self.table, None
+        table.abandon()
+        table.truncate(blocks[0].block.first)
+        table.forget([frame for frame in table.held if frame >= table.policy.sink and frame not in table.pinned])
         return [self.take(clean.latents, condition) for clean in blocks]
 
     def restart(self) -> None:

@@ -119,10 +119,14 @@ class Decoder:
     def recache(self, condition: Any) -> None:
         """Compute K and V of what the window holds again, as if it had been made under this condition.
 
-        Oldest block first, each seeing what the policy lets it see; the sink keeps what it has. The last block's clean
-        pass stays owed.
+        Oldest block first, each seeing the sink, which keeps what it has, and those before it that are made anew. The
+        last block's clean pass stays owed.
+
+        Source: _recache_after_switch of github.com/NVlabs/LongLive (4f69408), with its global sink.
         """
-        if blocks := [clean for clean in self.recent if clean.block.first >= self.table.policy.sink]:
+        policy = self.table.policy
+        begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))
+        if blocks := [clean for clean in self.recent if clean.block.first >= begin]:
             self.recent = self.branches[0].replay(blocks, condition)
 
     def _new_rollout(self, condition: Any) -> None:
@@ -144,7 +148,7 @@ class Decoder:
 
     def _remember(self, clean: Clean) -> None:
         policy, end = self.table.policy, clean.block.end
-        depth = max(self.model.adapter.overlap, (policy.window or end) + policy.sink)
+        depth = max(self.model.adapter.overlap, policy.window or end)
         self.frames += len(clean.latents)
         self.recent = [old for old in self.recent if old.block.end > end - depth] + [clean]
 

@@ -39,7 +39,9 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
         raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
     if (folder / "vae").is_dir():
         try:
-            model = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+            # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
+            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+            model = AutoencoderKLWan.from_pretrained(folder / "vae", **options)
         except (OSError, json.JSONDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
