@@ -117,7 +117,7 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
         )
         yield Case("kv_append", format, "from bf16", partial(kv_append, k, v, pool, where))
         yield Case("kv_gather", format, "to bf16", partial(kv_gather, [pool], where, out=(k, v)))
-    pairs = [("bf16", format) for format in KV_FORMATS if format != "bf16"]
+    pairs = [("bf16", format) for format in KV_FORMATS]
     pairs += [(format, "int4") for format in ("int8", "i8f8", "fp8")] + [("i8f8", "i8f8"), ("int4", "int4")]
     mean = torch.empty(12, 128, device=device)
     for source, target in pairs:
