@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(f"Triton is not installed ({error}): pip install 'triton>=3.5'") from error
 
+from .attention import paged_attention
 from .kv_pages import kv_append, kv_commit, kv_gather
 
-__all__ = ["kv_append", "kv_commit", "kv_gather"]
+__all__ = ["kv_append", "kv_commit", "kv_gather", "paged_attention"]

@@ -1,8 +1,10 @@
-"""Where a Triton kernel can run, and running it there."""
+"""Where a Triton kernel can run, and running it there; or only compiling it, for a GPU that is not here."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import contextlib
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,19 +22,64 @@ def _probe() -> None:
 # TRITON_INTERPRET=1 makes Triton's decorator hand out Python functions in place of kernels. Triton reads the variable
 # when it is imported, so what it did is the only trustworthy answer.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
+_ahead: tuple[int, list[Any]] | None = None  # while compiling ahead: the architecture, and the kernels compiled for it
 
 
 def check_device(op: str, like: Tensor) -> None:
-    if not like.is_cuda and not INTERPRETED:
+    if not like.is_cuda and not INTERPRETED and _ahead is None:
         raise Unsupported(
             f"{op}: Triton takes {like.device.type} tensors only in its interpreter: set TRITON_INTERPRET=1 before "
             "triton is imported"
         )
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, **kwargs: Any) -> None:
+def architecture(device: torch.device) -> int | None:
+    """90 for sm_90; None in the interpreter."""
+    if _ahead is not None:
+        return _ahead[0]
+    return _capability(device) if device.type == "cuda" else None
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch(
+    kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, fma: bool = False, **kwargs: Any
+) -> None:
+    """Without fma, products and sums round one by one, as in the reference."""
     if programs == 0:
         return  # CUDA refuses an empty grid
-    # Triton launches on the current device. Products and sums must round one by one, as in the reference: no fma.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](*args, **kwargs, num_warps=num_warps, enable_fp_fusion=False)
+    options = {**kwargs, "num_warps": num_warps, "enable_fp_fusion": fma}
+    if _ahead is not None:
+        _ahead[1].append(kernel.warmup(*args, **options, grid=(programs,)))
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton takes the current
+        kernel[(programs,)](*args, **options)
+
+
+@contextlib.contextmanager
+def compile_only(target: int) -> Iterator[list[Any]]:
+    """Inside, ops on CPU tensors compile what they would launch on a GPU of this architecture, and run nothing.
+
+    Yields the list of compiled kernels, which grows. Works without a GPU, and not in Triton's interpreter.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        get_current_device = staticmethod(lambda: target)
+        get_current_stream = staticmethod(lambda device=None: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", target, 32))
+
+    global _ahead
+    if INTERPRETED:
+        raise Unsupported("Triton compiles nothing in its interpreter: unset TRITON_INTERPRET")
+    _ahead = target, []
+    triton.runtime.driver.set_active(Driver())
+    try:
+        yield _ahead[1]
+    finally:
+        _ahead = None
+        triton.runtime.driver.set_active(None)  # the machine's own again, if it has one
