@@ -158,10 +158,11 @@ def sum_kernel(
     total = tl.sum(tl.exp2((logs - largest[None, :]) * LOG2E), 0)
     x = tl.zeros([ROWS, COLS], tl.float32)
     mask = here[:, None] & (cols < WIDTH)[None, :]
-    for split in range(splits):
-        at = split.to(tl.int64) * rows + row
+    at = row.to(tl.int64)
+    for _ in range(splits):
         weight = tl.exp2((tl.load(lses + at, mask=here, other=NOTHING) - largest) * LOG2E)
         x += weight[:, None] * tl.load(outs + at[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
+        at += rows
     token, head = row // HEADS, row % HEADS
     out_at = token.to(tl.int64) * out_token_stride + head * out_head_stride
     lse_at = token.to(tl.int64) * lse_token_stride + head * lse_head_stride
@@ -180,7 +181,8 @@ def finish(
     mask = here[:, None] & (cols < WIDTH)[None, :]
     places = out + out_at[:, None] + cols[None, :] * out_stride
     saw = total != 0  # and true for NaN, which must stay
-    x = x / tl.where(saw, total, 1.0)[:, None]
+    total = tl.where(saw, total, 1.0)
+    x = x / total[:, None]
     logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
     if ACCUMULATE:
         before = tl.load(lse + lse_at, mask=here, other=NOTHING)
@@ -189,9 +191,10 @@ def finish(
         total = old + new
         # What saw no key is not read: it may be NaN.
         kept = tl.load(places, mask=mask & (old != 0)[:, None], other=0.0).to(tl.float32)
-        safe = tl.where(total != 0, total, 1.0)
-        x = kept * (old / safe)[:, None] + x * (new / safe)[:, None]
-        logs = tl.where(total != 0, largest + tl.log2(total) * LN2, NOTHING)
+        saw = total != 0
+        total = tl.where(saw, total, 1.0)
+        x = kept * (old / total)[:, None] + x * (new / total)[:, None]
+        logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
     tl.store(places, round_to(x, out.dtype.element_ty), mask=mask)
     tl.store(lse + lse_at, logs, mask=here)
 
