@@ -23,7 +23,13 @@ def names(paths):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("module", [reference, compiled], ids=lambda module: module.__name__)
+def test_the_reference_has_every_op(op):
+    assert hasattr(reference, op)
+
+
+@pytest.mark.parametrize(
+    "module, op", [(module, op) for module in (reference, compiled) for op in OPS if hasattr(module, op)], ids=str
+)
 def test_backends_take_what_the_public_op_takes(module, op):
     public = list(inspect.signature(getattr(ops, op)).parameters.values())
     mine = list(inspect.signature(getattr(module, op)).parameters.values())

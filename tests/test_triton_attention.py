@@ -224,7 +224,7 @@ def error_bound(q, pools, plan, weight_error, score_error):
 
 
 def check_within(bound, got, q, pools, plan):
-    k, weights, v = dense(q, pools, plan)
+    _, weights, v = dense(q, pools, plan)
     want = torch.einsum("thl,lhd->thd", weights, v)
     excess = (got.double() - want).abs() - bound
     assert excess.max() <= 0, f"{float(excess.max()):.2g} over a bound of {float(bound.mean()):.2g}"

@@ -10,5 +10,6 @@ except ImportError as error:
 
 from .attention import paged_attention
 from .kv_pages import kv_append, kv_commit, kv_gather
+from .latent import latent_attention
 
-__all__ = ["kv_append", "kv_commit", "kv_gather", "paged_attention"]
+__all__ = ["kv_append", "kv_commit", "kv_gather", "latent_attention", "paged_attention"]

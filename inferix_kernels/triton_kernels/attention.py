@@ -4,8 +4,8 @@ Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, nev
 are not checked on the host, which would wait for the device: an entry that does not fit is skipped.
 
 Two ways to multiply. In floats, of q's type: a tile of keys and values is dequantized once and serves all rows of the
-program; a scale that a key has for itself multiplies its scores instead, so that its codes are exact. In 8 bits, where
-a configuration says "eight_bit": q is quantized row by row to the type of the keys' codes and multiplied with them;
+program; a scale that a key has for itself multiplies its scores instead, so that its codes are exact. In 8 bits, when
+ALLOW_8_BIT is set: q is quantized row by row to the type of the keys' codes and multiplied with them;
 weights are rounded to e4m3 and multiplied with e4m3 values, and the sum over each tile of at most 128 keys goes to
 float32, which Hopper's e4m3 units do not keep, in the step that applies the channels' scales. Sides that are neither,
 bf16 keys or int8 values say, stay with floats.
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .. import reference
 from .._dispatch import Unsupported
-from ..layout import KVPages, Plan
-from .codecs import INTERPRETED, Tile, from_e4m3, read_codes, read_part, round_to, round_to_int, scale_places, to_e4m3
+from ..layout import Codec, KVPages, Plan
+from . import online
+from .codecs import INTERPRETED, from_e4m3, read_codes, read_part, round_to, round_to_int, scale_places, to_e4m3
 from .config import Config, config
 from .launch import architecture, check_device
 from .online import (
@@ -33,20 +34,18 @@ from .online import (
     entry_of,
     finish,
     finite,
+    load_rows,
     multiply,
     multiply_add,
-    pages_of,
-    pool_arguments,
-    processors,
-    rows_of,
     run_in_pool,
-    run_split,
-    splits_for,
-    tiles_of,
+    tile_at,
     weigh,
+    work_of,
 )
 
-_MOST_POOLS = 8  # each is a loop of its own in the kernel
+# Whether bfloat16 and float16 queries on 8-bit keys are multiplied in 8 bits: faster, and further from the reference
+# (tests/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.
+ALLOW_8_BIT = False
 # e4m3 weights are stored times this: at most 256 of 448, and down to 2^-17 of the largest.
 WEIGHT_SCALE = tl.constexpr(256.0)
 
@@ -62,11 +61,12 @@ def paged_attention(
 
 
 def shape_class(q: Tensor, pools: Sequence[KVPages]) -> str:
-    """The rows of configs/*.json: what q is multiplied as, how keys lie, how wide they are, how many rows meet."""
+    """Which row of configs/*.json: what q is multiplied as, how keys lie, how wide they are."""
     if q.dtype == torch.float32:
         return "float32"
-    pages = "quantized" if any(p.sides[0].codec.scaled_by for p in pools) else "floats"
-    return f"{pages}, D {64 if pools[0].head_dim <= 64 else 128 if pools[0].head_dim <= 128 else 256}"
+    scaled = [pages.sides[0].codec.scaled_by for pages in pools]
+    pages = "8 bits" if ALLOW_8_BIT and "token" in scaled else "quantized" if any(scaled) else "floats"
+    return f"{pages}, D {next(width for width in (64, 128, 256, 512) if pools[0].head_dim <= width)}"
 
 
 def attend(
@@ -74,82 +74,34 @@ def attend(
     chosen: Config, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """paged_attention with given tiles, and lists split as given or so that they fill the GPU."""
-    if len(pools) > _MOST_POOLS:
-        raise Unsupported(f"paged_attention: pools must be at most {_MOST_POOLS}, got {len(pools)}")
-    eight_bit = bool(chosen.get("eight_bit", 0))
-    keys, values = tiles_of(pools)
-    target = architecture(q.device) or 90
-    if eight_bit and target < 89 and any(tile.kind == "e4m3" for tile in keys + values):
+    eight_bit, target = bool(chosen.get("eight_bit", 0)), architecture(q.device) or 90
+    if eight_bit and target < 89 and any(codec.dtype == torch.float8_e4m3fn for codec in codecs_of(pools)):
         raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
-    heads, tokens, segments = pools[0].heads, q.shape[-3], len(plan.q_indptr) - 1
-    lists = len(plan.page_indptr) - 1
-    group = q.shape[-2] // heads
-    least = 32 if eight_bit else 16  # of any side of a product
-    block_m = tile_rows(chosen["m"], tokens * group, segments)
-    block_n = max(least, min(chosen["n"], triton.next_power_of_2(pools[0].page_size)))
-    tiles = tokens * group // block_m + segments
-    if splits is None:
-        key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(pools[0].page_size, block_n)
-        splits = splits_for(tiles * heads, key_tiles, processors(q.device))
-    run_split(
-        attention_kernel,
-        *(q, plan, out, lse, accumulate, splits, tiles * heads, block_m),
-        *(tiles, pool_arguments(pools), scale),
-        HEADS=heads,
-        GROUP=group,
-        KEYS=keys,
-        VALUES=values,
-        VARIANTS=1 if q.ndim == 3 else len(q),
-        PER_HEAD=lists != segments,
-        BLOCK_N=block_n,
-        COLS=max(least, keys[0].cols),
+    online.attend(
+        *(attention_kernel, q, pools, plan, scale, out, lse, accumulate, chosen, splits, 32 if eight_bit else 16),
         EIGHT_BIT=eight_bit,
         E4M3=target >= 89,
-        num_warps=max(1, chosen["warps"] * block_m // chosen["m"]),
-        num_stages=chosen["stages"],
     )
     return out, lse
 
 
-def tile_rows(most: int, rows: int, segments: int) -> int:
-    """Rows of a tile: not many more than a segment has."""
-    return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
-
-
-@triton.constexpr_function
-def tile_at(tiles, i) -> Tile:
-    return tiles[i]
+def codecs_of(pools: Sequence[KVPages]) -> list[Codec]:
+    return [side.codec for pages in pools for side in pages.sides]
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])
 def attention_kernel(
-    q,  # [V, tokens, HEADS * GROUP, D]
-    q_variant_stride,
-    q_token_stride,
-    q_head_stride,
-    q_stride,
-    out,  # [splits, tokens, HEADS * GROUP, D], written, as lse
-    out_split_stride,
-    out_token_stride,
-    out_head_stride,
-    out_stride,
-    lse,  # [splits, tokens, HEADS * GROUP]
-    lse_split_stride,
-    lse_token_stride,
-    lse_head_stride,
-    q_indptr,
-    page_indptr,
-    page_ids,
-    page_lens,
-    page_bias,
-    page_variants,
+    q,  # online.Rows [V, tokens, HEADS * GROUP, D]
+    out,  # online.Rows [splits, tokens, HEADS * GROUP, D], written, as lse
+    lse,  # online.Rows [splits, tokens, HEADS * GROUP]
+    plan,
+    pools,  # online.Pool of each
+    scale,
     tokens,
     segments,
-    entries,
+    entries,  # of all page lists
     splits,
-    tiles,
-    pools,  # online.pool_arguments
-    scale,
+    tiles,  # of queries, for each head and split
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     KEYS: tl.constexpr,
@@ -164,23 +116,12 @@ def attention_kernel(
     E4M3: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    # Tiles of one head run side by side: they read the same pages.
-    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    split, head = part % splits, part // splits
-    segment, first_token, first_row, rows = rows_of(tile, q_indptr, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
-    if first_row >= rows:
+    head, split, token, query_head, here, first, last = work_of(
+        plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    if tl.max(here.to(tl.int32), 0) == 0:
         return
-    row = first_row + tl.arange(0, BLOCK_M)
-    here = row < rows
-    token, query_head = (first_token + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
-    at = segment
-    if PER_HEAD:
-        at = segment * HEADS + head
-    first, last = pages_of(page_indptr, entries, at, split, splits)
-
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
-    cols = tl.arange(0, COLS)
-    places = (token * q_token_stride + query_head * q_head_stride)[:, None] + cols[None, :] * q_stride
     largest = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum = tl.zeros([BLOCK_M, COLS], tl.float32)
@@ -188,18 +129,13 @@ def attention_kernel(
         for variant in tl.static_range(VARIANTS):
             begin, end = first, last
             if len(KEYS) * VARIANTS > 1:
-                begin, end = run_in_pool(first, last, page_ids, page_variants, variant, pools[p])
-            queries = tl.load(
-                q + variant * q_variant_stride + places, mask=here[:, None] & (cols < WIDTH)[None, :], other=0.0
-            )
+                begin, end = run_in_pool(first, last, plan, variant, pools[p])
+            queries = load_rows(q, variant, token, query_head, here, 0, WIDTH, COLS)
             largest, total, sum = attend_run(
-                *(queries, scale * LOG2E, largest, total, sum, begin, end),
-                *(page_ids, page_lens, page_bias, page_variants, variant, pools[p], head),
+                *(queries, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], head),
                 *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, EIGHT_BIT, E4M3),
             )
-    out_at = split.to(tl.int64) * out_split_stride + token * out_token_stride + query_head * out_head_stride
-    lse_at = split.to(tl.int64) * lse_split_stride + token * lse_token_stride + query_head * lse_head_stride
-    finish(sum, finite(largest) * LN2, total, out, out_at, out_stride, lse, lse_at, here, WIDTH, ACCUMULATE)
+    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, WIDTH, ACCUMULATE)
 
 
 @triton.jit
@@ -211,10 +147,7 @@ def attend_run(
     sum,
     first,
     last,
-    page_ids,
-    page_lens,
-    page_bias,
-    page_variants,
+    plan,
     variant,
     pool,
     head,
@@ -235,42 +168,43 @@ def attend_run(
         queries, scales = quantize(queries.to(tl.float32), KEY)
         row_scale *= scales
     # The next entry is read while this one is multiplied: nothing waits for a page id.
-    page, length, bias = entry_of(
-        first, last, page_ids, page_lens, page_bias, page_variants, variant, pool, KEY.page_size
-    )
+    page, length, bias = entry_of(first, last, plan, variant, pool, KEY.page_size)
     for i in range(first * PARTS, last * PARTS):
         at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         if CODES:
-            codes = read_codes(pool[0], at, row, 0, length, KEY, BLOCK_N, COLS)
+            codes = read_codes(pool.k, at, row, 0, length, KEY, BLOCK_N, COLS)
             scores = multiply_codes(queries, tl.trans(codes), KEY)
         else:
             keys = read_keys(pool, at, row, length, KEY, DTYPE, BLOCK_N, COLS, E4M3)
             scores = multiply(queries, tl.trans(keys))
         scores *= row_scale[:, None]
         if KEY.kind == "int8" or KEY.kind == "e4m3":
-            along, mask = scale_places(at, rows, tl.arange(0, COLS), length, KEY)
-            scores *= tl.load(pool[1] + along, mask=mask, other=0.0)[None, :]
-        if page_bias is not None:
+            scores *= read_scales(pool.k_scales, at, row, length, KEY, BLOCK_N, COLS)[None, :]
+        if plan.page_bias is not None:
             scores += bias
         if row + BLOCK_N > length:
             scores = tl.where((rows < length)[None, :], scores, NOTHING)
         weights, shrink, largest, total = weigh(scores, largest, total)
         if EIGHT_BIT and VALUE.kind == "e4m3":
-            stored = read_codes(pool[3], at, row, 0, length, VALUE, BLOCK_N, COLS)
-            stored = tl.where((rows < length)[:, None], stored, 0).to(tl.uint8)
-            along, mask = scale_places(at, rows, tl.arange(0, COLS), length, VALUE)
-            channel_scale = tl.load(pool[4] + along, mask=mask, other=0.0) / WEIGHT_SCALE
+            codes = read_codes(pool.v, at, row, 0, length, VALUE, BLOCK_N, COLS)
+            codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
-            tile_sum = multiply_codes(as_e4m3(weights * WEIGHT_SCALE), stored, VALUE)
+            tile_sum = multiply_codes(as_e4m3(weights * WEIGHT_SCALE), codes, VALUE)
+            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
             sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
         else:
             values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
-            sum = multiply_add(round_to(weights, values.dtype), values, sum * shrink[:, None])
-        page, length, bias = entry_of(
-            (i + 1) // PARTS, last, page_ids, page_lens, page_bias, page_variants, variant, pool, KEY.page_size
-        )
+            sum = multiply_add(round_to(weights, DTYPE), values, sum * shrink[:, None])
+        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, KEY.page_size)
     return largest, total, sum
+
+
+@triton.jit
+def read_scales(scales, at, row, length, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of tokens row .. row + ROWS, or of the channels, as the tile has them; 0 for tokens past the length."""
+    along, mask = scale_places(at, row + tl.arange(0, ROWS), tl.arange(0, COLS), length, tile)
+    return tl.load(scales + along, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -308,9 +242,9 @@ def read_keys(
 ):  # fmt: skip
     """[ROWS, COLS] of this type; where each token has a scale, without it: its codes are exact in every type."""
     if tile.kind == "u4":
-        return round_to(read_part(pool[0], pool[1], pool[2], at, row, 0, length, tile, ROWS, COLS), DTYPE)
+        return round_to(read_part(pool.k, pool.k_scales, pool.k_offsets, at, row, 0, length, tile, ROWS, COLS), DTYPE)
     else:
-        return as_floats(read_codes(pool[0], at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+        return as_floats(read_codes(pool.k, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
 
 
 @triton.jit
@@ -320,9 +254,9 @@ def read_values(
 ):  # fmt: skip
     """[ROWS, COLS] of this type, dequantized; 0 past the length."""
     if tile.kind == "float":
-        return as_floats(read_codes(pool[3], at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+        return as_floats(read_codes(pool.v, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
     else:
-        return round_to(read_part(pool[3], pool[4], pool[5], at, row, 0, length, tile, ROWS, COLS), DTYPE)
+        return round_to(read_part(pool.v, pool.v_scales, pool.v_offsets, at, row, 0, length, tile, ROWS, COLS), DTYPE)
 
 
 @triton.jit

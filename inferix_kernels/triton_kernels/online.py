@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch import Unsupported
 from ..layout import KVPages, Plan, as_bytes
 from .codecs import INTERPRETED, Tile, round_to, tile_of
+from .config import Config
 from .launch import launch
 
 NOTHING = tl.constexpr(float("-inf"))  # the logarithm of no sum
@@ -24,6 +27,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of two inside a ke
 LN2 = tl.constexpr(0.6931471805599453)
 STEP = tl.constexpr(1024)  # numbers of a plan that are looked through at once
 
+MOST_POOLS = 8  # each is a loop of its own in a kernel
 # What a program costs besides its keys, in tiles of keys: finding its work, loading queries, writing partial sums.
 _OVERHEAD = 2
 _MOST_SPLITS = 64
@@ -49,76 +53,115 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+class Rows(NamedTuple):
+    """A tensor [several, tokens, heads, width] or, for lse, [several, tokens, heads]: where it lies and its strides."""
+
+    pointer: Tensor
+    of: int  # variants of q, or splits
+    token: int
+    head: int
+    channel: int = 0
+
+
+class Pool(NamedTuple):
+    """A pool as kernels get it. sm_80 knows no 8-bit floats: codes come as their bits."""
+
+    k: Tensor
+    k_scales: Tensor | None
+    k_offsets: Tensor | None
+    v: Tensor
+    v_scales: Tensor | None
+    v_offsets: Tensor | None
+    first_page: int  # in the count through all pools
+    pages: int
+
+
+def rows(x: Tensor) -> Rows:
+    return Rows(x, *x.stride())
+
+
+def pools_of(pools: Sequence[KVPages]) -> tuple[Pool, ...]:
+    found, first_page = [], 0
+    for pages in pools:
+        tensors = (x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets))
+        found.append(Pool(*tensors, first_page, pages.pages))
+        first_page += pages.pages
+    return tuple(found)
+
+
 def tiles_of(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
     """Keys and values of every pool."""
     keys = tuple(tile_of(p.sides[0].codec, p.page_size, p.head_dim, 0) for p in pools)
     return keys, tuple(tile_of(p.sides[1].codec, p.page_size, p.value_dim, 0) for p in pools)
 
 
-def pool_arguments(pools: Sequence[KVPages]) -> tuple:
-    """For each pool: codes, scales, offsets of keys and of values, its first page and number of pages.
-
-    sm_80 knows no 8-bit floats: kernels get their bits.
-    """
-    arguments, first_page = [], 0
-    for pages in pools:
-        tensors = [x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets)]
-        arguments.append((*tensors, first_page, pages.pages))
-        first_page += pages.pages
-    return tuple(arguments)
-
-
-def plan_arguments(plan: Plan) -> tuple:
-    return tuple(None if x is None else x.contiguous() for x in plan)
-
-
-def run_split(
-    kernel: object, q: Tensor, plan: Plan, out: Tensor, lse: Tensor, accumulate: bool, splits: int, programs: int,
-    rows: int, *args: object, **options: object,
+def attend(
+    kernel: object, q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor,
+    accumulate: bool, chosen: Config, splits: int | None, least: int, **options: object,
 ) -> None:  # fmt: skip
     """Launch an attention kernel and, if lists are split, the kernel that adds up in the order of the list.
 
-    programs: those of one split; rows: of the tile of queries each of them has.
+    chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
+    GPU. least: of any side of a product.
     """
-    results: tuple[Tensor, Tensor] = out[None], lse[None]
+    if len(pools) > MOST_POOLS:
+        raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
+    heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
+    segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
+    block_m = tile_rows(chosen["m"], tokens * group, segments)
+    block_n = max(least, min(chosen["n"], triton.next_power_of_2(page_size)))
+    tiles = tokens * group // block_m + segments
+    if splits is None:
+        key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(page_size, block_n)
+        splits = splits_for(tiles * heads, key_tiles, processors(q.device))
+    outs, lses = out[None], lse[None]
     if splits > 1:
-        results = (
-            torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device),
-            torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device),
-        )
-    tokens, segments = q.shape[-3], len(plan.q_indptr) - 1
+        outs, lses = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
+    keys, values = tiles_of(pools)
     launch(
         kernel,
-        programs * splits,
+        tiles * heads * splits,
         q.device,
-        *(q, *((0,) * (4 - q.ndim)), *q.stride()),
-        *(results[0], *results[0].stride(), results[1], *results[1].stride()),
-        *plan_arguments(plan),
-        *(tokens, segments, len(plan.page_ids), splits),
-        *args,
+        *(rows(q if q.ndim == 4 else q[None]), rows(outs), rows(lses)),
+        *(Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), scale),  # type: ignore[arg-type]
+        *(tokens, segments, len(plan.page_ids), splits, tiles),
+        HEADS=heads,
+        GROUP=group,
+        KEYS=keys,
+        VALUES=values,
+        VARIANTS=1 if q.ndim == 3 else len(q),
         SEGMENTS=triton.next_power_of_2(max(segments, 1)),
-        BLOCK_M=rows,
+        PER_HEAD=lists != segments,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        COLS=max(least, keys[0].cols),
         ACCUMULATE=accumulate and splits == 1,
         **options,
+        num_warps=max(min(4, chosen["warps"]), chosen["warps"] * block_m // chosen["m"]),
+        num_stages=chosen["stages"],
         fma=True,
     )
     if splits > 1:
-        sum_splits(*results, out, lse, accumulate)
+        sum_splits(outs, lses, out, lse, accumulate)
+
+
+def tile_rows(most: int, rows: int, segments: int) -> int:
+    """Rows of a tile: not many more than a segment has."""
+    return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
 
 
 def sum_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate: bool) -> None:
     splits, tokens, heads, width = outs.shape
     cols = triton.next_power_of_2(width)
-    rows = max(1, _SUMMED // cols)
+    block = max(1, _SUMMED // cols)
     launch(
         sum_kernel,
-        triton.cdiv(tokens * heads, rows),
+        triton.cdiv(tokens * heads, block),
         out.device,
-        *(outs, lses, out, *out.stride(), lse, *lse.stride()),
-        *(tokens * heads, splits),
+        *(outs, lses, rows(out[None]), rows(lse[None]), tokens * heads, splits),
         HEADS=heads,
         WIDTH=width,
-        ROWS=rows,
+        ROWS=block,
         COLS=cols,
         SPLITS=triton.next_power_of_2(splits),
         ACCUMULATE=accumulate,
@@ -131,13 +174,8 @@ def sum_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate:
 def sum_kernel(
     outs,  # [splits, tokens, HEADS, WIDTH] float32
     lses,  # [splits, tokens, HEADS]
-    out,  # [tokens, HEADS, WIDTH], written, as lse
-    out_token_stride,
-    out_head_stride,
-    out_stride,
-    lse,  # [tokens, HEADS]
-    lse_token_stride,
-    lse_head_stride,
+    out,  # Rows [1, tokens, HEADS, WIDTH], written, as lse
+    lse,  # Rows [1, tokens, HEADS]
     rows,
     splits,
     HEADS: tl.constexpr,
@@ -163,29 +201,26 @@ def sum_kernel(
         weight = tl.exp2((tl.load(lses + at, mask=here, other=NOTHING) - largest) * LOG2E)
         x += weight[:, None] * tl.load(outs + at[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
         at += rows
-    token, head = row // HEADS, row % HEADS
-    out_at = token.to(tl.int64) * out_token_stride + head * out_head_stride
-    lse_at = token.to(tl.int64) * lse_token_stride + head * lse_head_stride
-    finish(x, largest, total, out, out_at, out_stride, lse, lse_at, here, WIDTH, ACCUMULATE)
+    token, head = (row // HEADS).to(tl.int64), row % HEADS
+    finish(x, largest, total, out, lse, 0, token, head, here, WIDTH, ACCUMULATE)
 
 
 @triton.jit
-def finish(
-    x, largest, total, out, out_at, out_stride, lse, lse_at, here, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr
-):
+def finish(x, largest, total, out, lse, split, token, head, here, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
     """Store x / total [rows, COLS] and largest + log(total) [rows], or merge them into what is there.
 
     A row that saw no key has total 0 and becomes 0 and -inf.
     """
     cols = tl.arange(0, x.shape[1])
     mask = here[:, None] & (cols < WIDTH)[None, :]
-    places = out + out_at[:, None] + cols[None, :] * out_stride
+    places = out.pointer + (split * out.of + token * out.token + head * out.head)[:, None] + cols[None, :] * out.channel
+    log_places = lse.pointer + split * lse.of + token * lse.token + head * lse.head
     saw = total != 0  # and true for NaN, which must stay
     total = tl.where(saw, total, 1.0)
     x = x / total[:, None]
     logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
     if ACCUMULATE:
-        before = tl.load(lse + lse_at, mask=here, other=NOTHING)
+        before = tl.load(log_places, mask=here, other=NOTHING)
         largest = finite(tl.maximum(before, logs))
         old, new = tl.exp2((before - largest) * LOG2E), tl.exp2((logs - largest) * LOG2E)
         total = old + new
@@ -195,8 +230,13 @@ def finish(
         total = tl.where(saw, total, 1.0)
         x = kept * (old / total)[:, None] + x * (new / total)[:, None]
         logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
-    tl.store(places, round_to(x, out.dtype.element_ty), mask=mask)
-    tl.store(lse + lse_at, logs, mask=here)
+    tl.store(places, round_to(x, out.pointer.dtype.element_ty), mask=mask)
+    tl.store(log_places, logs, mask=here)
+
+
+@triton.constexpr_function
+def tile_at(tiles, i) -> Tile:
+    return tiles[i]
 
 
 @triton.jit
@@ -206,7 +246,36 @@ def finite(largest):
 
 
 @triton.jit
-def rows_of(tile, q_indptr, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
+def load_rows(q, variant, token, head, here, START: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """[rows, COLS]: channels START .. START + WIDTH of q's rows, 0 past the width."""
+    cols = tl.arange(0, COLS)
+    places = (token * q.token + head * q.head)[:, None] + (START + cols)[None, :] * q.channel
+    mask = here[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(q.pointer + variant * q.of + places, mask=mask, other=0.0)
+
+
+@triton.jit
+def work_of(
+    plan, tokens, segments, entries, splits, tiles,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What this program has to do: (head, split, token and query head of each row, which rows there are, first entry
+    of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
+    """
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    split, head = part % splits, part // splits
+    segment, first_token, first_row, rows = rows_of(tile, plan, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
+    row = first_row + tl.arange(0, BLOCK_M)
+    token, query_head = (first_token + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
+    at = segment
+    if PER_HEAD:
+        at = segment * HEADS + head
+    first, last = pages_of(plan, entries, at, split, splits)
+    return head, split.to(tl.int64), token, query_head, row < rows, first, last
+
+
+@triton.jit
+def rows_of(tile, plan, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """(segment, first token, first row in the segment, rows of the segment) of a tile of queries.
 
     Segment s begins with tile q_indptr[s] * GROUP // BLOCK_M + s, which leaves it enough tiles whatever its length:
@@ -216,26 +285,26 @@ def rows_of(tile, q_indptr, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.
     CHUNK: tl.constexpr = SEGMENTS if SEGMENTS < STEP else STEP
     for start in range(0, SEGMENTS, CHUNK):
         s = start + tl.arange(0, CHUNK)
-        first_tiles = tl.load(q_indptr + s, mask=s < segments, other=0) * GROUP // BLOCK_M + s
+        first_tiles = tl.load(plan.q_indptr + s, mask=s < segments, other=0) * GROUP // BLOCK_M + s
         before += tl.sum(((first_tiles <= tile) & (s < segments)).to(tl.int32), 0)
     segment = before - 1
-    first = tl.load(q_indptr + segment)
-    end = tl.minimum(tl.load(q_indptr + segment + 1), tokens)
+    first = tl.load(plan.q_indptr + segment)
+    end = tl.minimum(tl.load(plan.q_indptr + segment + 1), tokens)
     first_tile = first * GROUP // BLOCK_M + segment
     return segment, first, (tile - first_tile) * BLOCK_M, (end - first) * GROUP
 
 
 @triton.jit
-def pages_of(page_indptr, entries, at, split, splits):
+def pages_of(plan, entries, at, split, splits):
     """Entries [first, last) of the page list `at` that belong to this split."""
-    first = tl.maximum(tl.load(page_indptr + at), 0)
-    last = tl.minimum(tl.load(page_indptr + at + 1), entries)
+    first = tl.maximum(tl.load(plan.page_indptr + at), 0)
+    last = tl.minimum(tl.load(plan.page_indptr + at + 1), entries)
     count = tl.cdiv(last - first, splits)
     return tl.minimum(first + split * count, last), tl.minimum(first + (split + 1) * count, last)
 
 
 @triton.jit
-def run_in_pool(first, last, page_ids, page_variants, variant, pool):
+def run_in_pool(first, last, plan, variant, pool):
     """The shortest run of entries that holds all those of a pool, and of a variant of q.
 
     Lists name a pool's pages in a row, so that a pass for each pool walks over hardly more than the list.
@@ -243,27 +312,27 @@ def run_in_pool(first, last, page_ids, page_variants, variant, pool):
     begin, end = last, first
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
-        page = tl.load(page_ids + i, mask=i < last, other=-1) - pool[6]
-        here = (i < last) & (page >= 0) & (page < pool[7])
-        if page_variants is not None:
-            here &= tl.load(page_variants + i, mask=i < last, other=-1) == variant
+        page = tl.load(plan.page_ids + i, mask=i < last, other=-1) - pool.first_page
+        here = (i < last) & (page >= 0) & (page < pool.pages)
+        if plan.page_variants is not None:
+            here &= tl.load(plan.page_variants + i, mask=i < last, other=-1) == variant
         begin = tl.minimum(begin, tl.min(tl.where(here, i, last), 0))
         end = tl.maximum(end, tl.max(tl.where(here, i + 1, first), 0))
     return begin, end
 
 
 @triton.jit
-def entry_of(i, last, page_ids, page_lens, page_bias, page_variants, variant, pool, PAGE_SIZE: tl.constexpr):
+def entry_of(i, last, plan, variant, pool, PAGE_SIZE: tl.constexpr):
     """(page in its pool, valid tokens, bias in powers of two) of an entry; no tokens if it is none of this pass."""
     there = i < last
-    page = tl.load(page_ids + i, mask=there, other=-1) - pool[6]
-    length = tl.load(page_lens + i, mask=there, other=0)
-    fits = (page >= 0) & (page < pool[7]) & (length <= PAGE_SIZE)
-    if page_variants is not None:
-        fits &= tl.load(page_variants + i, mask=there, other=-1) == variant
+    page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page
+    length = tl.load(plan.page_lens + i, mask=there, other=0)
+    fits = (page >= 0) & (page < pool.pages) & (length <= PAGE_SIZE)
+    if plan.page_variants is not None:
+        fits &= tl.load(plan.page_variants + i, mask=there, other=-1) == variant
     bias = 0.0
-    if page_bias is not None:
-        bias = tl.load(page_bias + i, mask=there, other=0.0) * LOG2E
+    if plan.page_bias is not None:
+        bias = tl.load(plan.page_bias + i, mask=there, other=0.0) * LOG2E
     return tl.where(fits, page, 0), tl.where(fits, length, 0), bias
 
 
