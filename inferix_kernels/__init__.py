@@ -5,7 +5,7 @@ why the rest does not.
 """
 
 from ._dispatch import Unsupported
-from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, make_plan
+from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, even_plan, make_plan
 from .ops import (
     kv_append,
     kv_commit,
@@ -13,13 +13,16 @@ from .ops import (
     latent_attention,
     linear,
     merge_attention,
+    page_scores,
+    page_summaries,
     paged_attention,
     qkv_prologue,
     quantize_rows,
+    select_pages,
 )
 from .page_table import PageTable
 from .paged_kv import KVStore, NotResident, OutOfPages
-from .passes import Pass
+from .passes import Pass, TopK
 from .policy import Policy
 
 __all__ = [
@@ -35,7 +38,9 @@ __all__ = [
     "Policy",
     "Quantized",
     "Segment",
+    "TopK",
     "Unsupported",
+    "even_plan",
     "kv_append",
     "kv_commit",
     "kv_gather",
@@ -43,7 +48,10 @@ __all__ = [
     "linear",
     "make_plan",
     "merge_attention",
+    "page_scores",
+    "page_summaries",
     "paged_attention",
     "qkv_prologue",
     "quantize_rows",
+    "select_pages",
 ]

@@ -1,9 +1,16 @@
-"""`python -m inferix_kernels`: what runs on this machine, and why the rest does not. Each op is tried, not guessed."""
+"""`python -m inferix_kernels`: what runs on this machine, and why the rest does not. Each op is tried, not guessed.
+
+`python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use;
+`python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -21,6 +28,9 @@ OPS = (
     "qkv_prologue",
     "quantize_rows",
     "linear",
+    "page_summaries",
+    "page_scores",
+    "select_pages",
 )
 DEVICES = tuple(AUTO)
 
@@ -64,6 +74,7 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
     tokens = torch.zeros(3, 1, 16, device=device)
     matrix = Quantized(torch.zeros(3, 16, dtype=torch.int8, device=device), torch.ones(3, device=device))
     target, target_list = testing.filled_pool("int8", [3], heads=1, page_size=8, head_dim=16, device=device)
+    summaries = torch.zeros(pool.pages, 1, 1, 16, device=device)
     calls: dict[str, Callable[[], object]] = {
         "kv_append": lambda: ops.kv_append(tokens, tokens, pool, where, backend=backend),
         "kv_commit": lambda: ops.kv_commit(pool, where, target, target_list, backend=backend),
@@ -76,6 +87,9 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
         "qkv_prologue": lambda: ops.qkv_prologue(qkv, None, None, None, pool, where, backend=backend),
         "quantize_rows": lambda: ops.quantize_rows(qkv, backend=backend),
         "linear": lambda: ops.linear(matrix, matrix, backend=backend),
+        "page_summaries": lambda: ops.page_summaries([pool], where, backend=backend),
+        "page_scores": lambda: ops.page_scores(q, plan.q_indptr, summaries, where, backend=backend),
+        "select_pages": lambda: ops.select_pages(torch.zeros(1, 1, 1, device=device), where, 1, backend=backend),
     }
     return calls[op]
 
@@ -86,7 +100,61 @@ def rows() -> list[tuple[str, str, str, str]]:
     ]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m inferix_kernels", description="Without a command: what runs here.")
+    commands = parser.add_subparsers(dest="command")
+    ahead = commands.add_parser("compile", help="compile the Triton kernels ahead of time; needs no GPU")
+    ahead.add_argument("cases", nargs="*", help='what to compile, as "linear" or "kv_append i8f8"; all by default')
+    ahead.add_argument("--arch", nargs="+", metavar="SM", help="80 89 90 100 120 by default")
+    output = ahead.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
+    output.add_argument("--markdown", action="store_true", help="a line for each op")
+    tuner = commands.add_parser("tune", help="choose tile sizes on this GPU, for configs/<device>.json")
+    tuner.add_argument("ops", nargs="*", help="ops to tune; all by default")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "compile":
+            return compile_command(options.arch, options.cases, options.json, options.markdown)
+        if options.command == "tune":
+            from .triton_kernels.tune import tune
+
+            print(f"written: {tune(options.ops)}")
+            return 0
+    except Unsupported as error:
+        print(f"python -m inferix_kernels {options.command}: {error}", file=sys.stderr)
+        return 2
+    print_machine()
+    return 0
+
+
+def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: bool, as_markdown: bool) -> int:
+    """0 if all is sound, 1 if a kernel spills or ptxas warns, 2 if there is nothing to compile."""
+    try:
+        from .triton_kernels import aot
+    except ImportError as error:
+        raise Unsupported(str(error)) from error
+    # sm_90a and its like are targets of the CUDA kernels in csrc/; Triton adds the letter itself.
+    if others := [name for name in names or () if not name.isdigit()]:
+        raise Unsupported(f"Triton's architectures are numbers, as 90: no {', '.join(others)}")
+    rows = list[aot.Row]()
+
+    def seen() -> Iterator[aot.Row]:
+        for row in aot.compile_ahead([int(name) for name in names or aot.ARCHITECTURES], cases):
+            rows.append(row)
+            yield row
+
+    if as_json or as_markdown:
+        list(seen())
+        print(json.dumps([row._asdict() for row in rows], indent=1) if as_json else aot.markdown(rows))
+    else:
+        for line in aot.table(seen()):
+            print(line, flush=True)
+    if not rows:
+        raise Unsupported(f"no case begins with {' or '.join(map(repr, cases))}")
+    return int(not all(row.sound for row in rows))
+
+
+def print_machine() -> None:
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()},"
         f" {torch.get_num_threads()} threads, GPU: {gpu()}"
@@ -104,4 +172,4 @@ def gpu() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,7 @@
 """The ops as torch.library sees them: flat tensors in, outputs passed in and mutated, the backend's name last.
 
+Long because each op's parameters stand here three times: as a schema, flat, and as the op has them.
+
 torch.compile and opcheck need this form; `call` takes it only there, since outside a graph a call through torch.library
 costs microseconds that buy nothing. A pool has empty tensors where it has no scales.
 """
@@ -333,6 +335,74 @@ def linear(
     _linear(*x, *weight, bias, activation or "", gate, residual, out, backend)
 
 
+@define("page_summaries", "Tensor[] pools, Tensor ids, Tensor lens, bool bounds, Tensor(a!) out")
+def _page_summaries(pools: list[Tensor], ids: Tensor, lens: Tensor, bounds: bool, out: Tensor, backend: str) -> None:
+    run("page_summaries", backend, ids.device, unflatten(pools), PageList(ids, lens), bounds, out=out)
+
+
+def page_summaries(pools: Sequence[KVPages], where: PageList, bounds: bool, *, out: Tensor, backend: str) -> None:
+    _page_summaries(flatten(*pools), *where, bounds, out, backend)
+
+
+@define(
+    "page_scores",
+    "Tensor q, Tensor q_indptr, Tensor summaries, Tensor ids, Tensor lens, float scale, Tensor(a!) out",
+)
+def _page_scores(
+    q: Tensor,
+    q_indptr: Tensor,
+    summaries: Tensor,
+    ids: Tensor,
+    lens: Tensor,
+    scale: float,
+    out: Tensor,
+    backend: str,
+) -> None:
+    run("page_scores", backend, q.device, q, q_indptr, summaries, PageList(ids, lens), scale=scale, out=out)
+
+
+def page_scores(
+    q: Tensor, q_indptr: Tensor, summaries: Tensor, where: PageList, *, scale: float, out: Tensor, backend: str
+) -> None:
+    _page_scores(q, q_indptr, summaries, *where, scale, out, backend)
+
+
+@define(
+    "select_pages",
+    "Tensor scores, Tensor ids, Tensor lens, int k, Tensor? keep, int? frames, int pages_per_frame, "
+    "Tensor(a!) out_ids, Tensor(b!) out_lens",
+)
+def _select_pages(
+    scores: Tensor,
+    ids: Tensor,
+    lens: Tensor,
+    k: int,
+    keep: Tensor | None,
+    frames: int | None,
+    pages_per_frame: int,
+    out_ids: Tensor,
+    out_lens: Tensor,
+    backend: str,
+) -> None:
+    options = {"keep": keep, "frames": frames, "pages_per_frame": pages_per_frame}
+    out = PageList(out_ids, out_lens)
+    run("select_pages", backend, scores.device, scores, PageList(ids, lens), k, **options, out=out)
+
+
+def select_pages(
+    scores: Tensor,
+    where: PageList,
+    k: int,
+    *,
+    keep: Tensor | None,
+    frames: int | None,
+    pages_per_frame: int,
+    out: PageList,
+    backend: str,
+) -> None:
+    _select_pages(scores, *where, k, keep, frames, pages_per_frame, *out, backend)
+
+
 TRACED = {
     f.__name__: f
     for f in (
@@ -342,8 +412,11 @@ TRACED = {
         paged_attention,
         latent_attention,
         merge_attention,
+        page_scores,
+        page_summaries,
         qkv_prologue,
         quantize_rows,
+        select_pages,
         linear,
     )
 }

@@ -252,6 +252,14 @@ def make_plan(
     )
 
 
+def even_plan(q_indptr: Tensor, pages: PageList, lists: int) -> Plan:
+    """A plan of so many page lists of one length, as select_pages makes them; nothing is read from the device."""
+    if lists < 1 or len(pages.ids) % lists:
+        raise ValueError(f"lists must be a divisor of the {len(pages.ids)} pages, got {lists}")
+    steps = torch.arange(lists + 1, dtype=torch.int32, device=pages.ids.device)
+    return Plan(q_indptr, steps * (len(pages.ids) // lists), *pages)
+
+
 def _check_segments(lists: list[Segment], lists_per_segment: int) -> None:
     if len(lists) % lists_per_segment:
         raise ValueError(f"segments must be a multiple of {lists_per_segment} page lists, got {len(lists)}")

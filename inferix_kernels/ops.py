@@ -336,6 +336,133 @@ def qkv_prologue(
     return out
 
 
+def page_summaries(
+    pools: Sequence[KVPages], where: PageList, bounds: bool = False, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """What the keys of each page have in common, for page_scores: their mean or, with bounds, least and largest.
+
+    Written when pages are: a page that is committed keeps its summary. A page without tokens gets zeros.
+
+    Args:
+        pools: one to 8, any formats, same H, page_size and D. A page id counts through them in order.
+        where: the pages to summarise.
+        bounds: the least and the largest key of each channel in place of the mean.
+        out: [P, H, 1 or 2, D] float32, bfloat16 or float16, P pages of all pools together; rows of pages that are not
+            in the list stay as they are. Zeros at first, if it is not given.
+
+    Returns:
+        out, indexed by page id.
+
+    Source: bounds, Quest, arXiv:2406.10774; means, VSA, arXiv:2505.13389.
+    """
+    sizes: dict[str, int] = {}
+    device = where.ids.device
+    check_pools(pools, sizes, device)
+    check_page_list("where", where, sizes, device)
+    sizes["P"] = sum(pages.pages for pages in pools)
+    if out is None:
+        out = torch.zeros(sizes["P"], sizes["H"], 1 + bounds, sizes["D"], dtype=torch.float32, device=device)
+    check_tensor("out", out, FLOATS, f"P H {1 + bounds} D", sizes, device)
+    call("page_summaries", backend, device, pools, where, bounds, out=out)
+    return out
+
+
+def page_scores(
+    q: Tensor,
+    q_indptr: Tensor,
+    summaries: Tensor,
+    where: PageList,
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How much runs of queries may have to do with each page, by its summary: [S, H, n].
+
+    With the mean key of a page: the scaled score of the run's mean query. With bounds: the most that this could be for
+    any key of the page. -inf for pages without tokens, and for runs without queries.
+
+    Args:
+        q: [T, Hq, D] float32, bfloat16 or float16; Hq is a multiple of H.
+        q_indptr: [S + 1] int32 from 0 to T, as of a plan: run s is the queries q_indptr[s] : q_indptr[s + 1]. The mean
+            is over them and over the query heads that share a KV head.
+        summaries: [P, H, 1 or 2, D] float32, bfloat16 or float16, see page_summaries.
+        where: n pages to choose among, the same for all runs.
+        scale: D ** -0.5 by default.
+        out: [S, H, n] float32, to write to.
+    """
+    sizes: dict[str, int] = {}
+    check_inference("page_scores", q)
+    check_tensor("q", q, FLOATS, "T Hq D", sizes, q.device)
+    check_tensor("q_indptr", q_indptr, (torch.int32,), "S+1", sizes, q.device)
+    check_tensor("summaries", summaries, FLOATS, "P H rows D", sizes, q.device)
+    check_page_list("where", where, sizes, q.device)
+    if sizes["rows"] not in (1, 2) or not summaries.is_contiguous():
+        raise ValueError(
+            f"summaries must be contiguous [P, H, 1 or 2, D], got {list(summaries.shape)} with strides"
+            f" {summaries.stride()}"
+        )
+    if sizes["Hq"] % sizes["H"]:
+        raise ValueError(f"q must have a multiple of the summaries' H={sizes['H']} heads, got {sizes['Hq']}")
+    if not len(q_indptr):
+        raise ValueError("q_indptr must hold at least its leading 0, got an empty tensor")
+    sizes["S"], sizes["n"] = sizes["S+1"] - 1, len(where.ids)
+    if out is None:
+        out = torch.empty(sizes["S"], sizes["H"], sizes["n"], dtype=torch.float32, device=q.device)
+    check_tensor("out", out, (torch.float32,), "S H n", sizes, q.device)
+    scale = sizes["D"] ** -0.5 if scale is None else scale
+    call("page_scores", backend, q.device, q, q_indptr, summaries, where, scale=scale, out=out)
+    return out
+
+
+def select_pages(
+    scores: Tensor,
+    where: PageList,
+    k: int,
+    *,
+    keep: Tensor | None = None,
+    frames: int | None = None,
+    pages_per_frame: int = 1,
+    out: PageList | None = None,
+    backend: str = "auto",
+) -> PageList:
+    """The k best pages of each run and KV head, on the device: S * H lists of k entries, one after the other.
+
+    Entries keep the order of `where`; of equal scores the earlier wins. Where fewer than k pages have tokens and a
+    score above -inf, the rest of the list is page 0 with no tokens. So lists have one length, and a CUDA graph can
+    hold what follows: even_plan makes a plan of them.
+
+    Args:
+        scores: [S, H, n] float32, see page_scores. Not NaN.
+        where: the n pages that were scored.
+        k: pages of each list, at least 1.
+        keep: [n] bool: pages that go before all others, whatever their score, as those of the block itself.
+        frames: choose among the pages of the so many best frames only, or None. A frame is as good as its best page.
+        pages_per_frame: with frames: entries in a row that make a frame; a divisor of n.
+        out: ids and lens, [S * H * k] each, to write to.
+
+    Source: frames first, then pages in them: Light Forcing, arXiv:2602.04789.
+    """
+    sizes: dict[str, int] = {}
+    device = scores.device
+    check_tensor("scores", scores, (torch.float32,), "S H n", sizes, device)
+    sizes["len(where)"] = sizes["n"]
+    check_page_list("where", where, sizes, device)
+    check_optional("keep", keep, (torch.bool,), "n", sizes, device)
+    for name, number in (("k", k), ("frames", 1 if frames is None else frames), ("pages_per_frame", pages_per_frame)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if sizes["n"] % pages_per_frame:
+        raise ValueError(f"pages_per_frame must divide n={sizes['n']}, got {pages_per_frame}")
+    length = sizes["len(out)"] = sizes["S"] * sizes["H"] * k
+    if out is None:
+        out = PageList(*(torch.empty(length, dtype=torch.int32, device=device) for _ in range(2)))
+    check_page_list("out", out, sizes, device)
+    options = {"keep": keep, "frames": frames, "pages_per_frame": pages_per_frame}
+    call("select_pages", backend, device, scores, where, k, **options, out=out)
+    return out
+
+
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.int8,

@@ -24,7 +24,7 @@ from torch import Tensor
 from .layout import PageList
 from .ops import kv_append
 from .paged_kv import Extent, KVStore, NotResident
-from .passes import Block, Pass
+from .passes import Block, Pass, TopK
 from .policy import Policy
 
 
@@ -153,6 +153,7 @@ class PageTable:
         commit: Block | None = None,
         predict: bool = True,
         see: Sequence[Sequence[int]] | None = None,
+        top_k: TopK | None = None,
     ) -> Pass:
         """Everything that all layers of a pass over `blocks` share.
 
@@ -163,6 +164,7 @@ class PageTable:
                 of the same pass already reads its committed pages, so the fused clean pass equals the separate one.
             predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
             see: for each block, the frames of the past it attends to, instead of what the policy says.
+            top_k: of these, attend only to the pages that suit each run of queries best. For a pass over one block.
         """
         for block in blocks:
             if block not in self.open_blocks:
@@ -173,10 +175,12 @@ class PageTable:
             raise ValueError(
                 "commit must be alone in the pass that freezes the mean key: the first clean pass is separate"
             )
+        if top_k is not None and len(blocks) != 1:
+            raise ValueError(f"top_k needs a pass over one block, got {len(blocks)}")
         past = [self._past(block, commit, see[i] if see else None) for i, block in enumerate(blocks)]
         if commit is not None and not commit.target:
             commit.target = self.store.allocate([self.policy.format_of(f, commit.end) for f in commit.frames])
-        return Pass(self, blocks, past, rope, commit, predict)
+        return Pass(self, blocks, past, rope, commit, predict, top_k)
 
     def past(self, block: Block) -> list[int]:
         """Held frames that the policy lets a block see."""

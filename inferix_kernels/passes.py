@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .layout import PageList, Plan
-from .ops import kv_append, kv_commit, paged_attention, qkv_prologue
+from .layout import PageList, Plan, even_plan
+from .ops import (
+    kv_append,
+    kv_commit,
+    page_scores,
+    page_summaries,
+    paged_attention,
+    qkv_prologue,
+    select_pages,
+)
 from .paged_kv import Extent, KVStore
 
 if TYPE_CHECKING:
@@ -30,6 +38,53 @@ class Block:
     @property
     def frames(self) -> range:
         return range(self.first, self.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Attend to the pages of the past that look best, for each run of queries and KV head, and to all of the block.
+
+    Attributes:
+        pages: of the past, for each run and head.
+        frames: choose them in the so many best frames of the past; None, in all.
+        queries: of a run.
+        bounds: judge a page by the least and largest of its keys in place of their mean; see ops.page_scores.
+    """
+
+    pages: int
+    frames: int | None = None
+    queries: int = 64
+    bounds: bool = False
+
+
+class _Selection:
+    """TopK at work in one pass. Committed pages do not change, so a layer's are summarised when it first comes by."""
+
+    def __init__(self, store: KVStore, top: TopK, block: Block, past: PageList, seen: PageList):
+        self.store, self.top, self.past, self.seen = store, top, past, seen
+        tokens = len(block.frames) * store.frame_tokens
+        own, device = len(seen.ids) - len(past.ids), seen.ids.device
+        self.keep = torch.arange(len(seen.ids), device=device) >= len(past.ids)
+        self.q_indptr = torch.arange(0, tokens + top.queries, top.queries, dtype=torch.int32, device=device)
+        self.q_indptr.clamp_(max=tokens)
+        self.k = own + min(top.pages, len(past.ids))
+        self.frames = None if top.frames is None else len(block.frames) + top.frames
+        self.summaries: dict[int, Tensor] = {}
+
+    def plan(self, layer: int, q: Tensor) -> Plan:
+        store, backend = self.store, self.store.backend
+        if layer not in self.summaries:
+            pools = store.layers[layer]
+            self.summaries[layer] = page_summaries(pools, self.past, self.top.bounds, backend=backend)
+        scores = page_scores(q, self.q_indptr, self.summaries[layer], self.seen, backend=backend)
+        pages = select_pages(
+            *(scores, self.seen, self.k),
+            keep=self.keep,
+            frames=self.frames,
+            pages_per_frame=store.pages_per_frame,
+            backend=backend,
+        )
+        return even_plan(self.q_indptr, pages, scores.shape[0] * scores.shape[1])
 
 
 def _by_format(store: KVStore, commit: Block) -> list[tuple[str, list[int], list[int]]]:
@@ -53,6 +108,7 @@ class Pass:
         rope: Tensor | None,
         commit: Block | None,
         predict: bool,
+        top_k: TopK | None = None,
     ):
         self.table, self.rope, self.predict = table, rope, predict
         store = table.store
@@ -75,6 +131,10 @@ class Pass:
         self.plan = Plan(q_indptr, page_indptr, *seen_list)
         # (format, scratch pages, pages of its pool) of what is committed
         self.commits = [(c[0], *pair) for c, pair in zip(commits, zip(lists[0::2], lists[1::2]))]
+        self._selection: _Selection | None = None
+        if top_k is not None:
+            old = len(seen_list.ids) - len(blocks[0].scratch) * store.pages_per_frame
+            self._selection = _Selection(store, top_k, blocks[0], PageList(*(x[:old] for x in seen_list)), seen_list)
         self._buffers: tuple[Tensor, Tensor] | None = None  # q and lse, of every layer in turn
 
     def attend(
@@ -106,7 +166,8 @@ class Pass:
         self._commit(layer)
         if not self.predict and layer == store.num_layers - 1:
             return None
-        return paged_attention(q, store.layers[layer], self.plan, out=out, lse=lse, backend=backend)[0].flatten(1)
+        plan = self.plan if self._selection is None else self._selection.plan(layer, q)
+        return paged_attention(q, store.layers[layer], plan, out=out, lse=lse, backend=backend)[0].flatten(1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass."""

@@ -22,13 +22,13 @@ def names(paths):
     return {"argvalues": paths, "ids": [str(path.relative_to(ROOT)) for path in paths]}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_the_reference_has_every_op(op):
-    assert hasattr(reference, op)
+NO_CPP = ("latent_attention", "page_summaries", "page_scores", "select_pages")  # yet: on the CPU the reference serves
 
 
 @pytest.mark.parametrize(
-    "module, op", [(module, op) for module in (reference, compiled) for op in OPS if hasattr(module, op)], ids=str
+    "module, op",
+    [(reference, op) for op in OPS] + [(compiled, op) for op in OPS if op not in NO_CPP],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 def test_backends_take_what_the_public_op_takes(module, op):
     public = list(inspect.signature(getattr(ops, op)).parameters.values())

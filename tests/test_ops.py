@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import inferix_kernels as ik
-from inferix_kernels import KVPages, PageList, Plan, Quantized, Unsupported, _dispatch, _library
+from inferix_kernels import KVPages, PageList, Plan, Quantized, Unsupported, _library
 from inferix_kernels.__main__ import OPS
 from inferix_kernels.testing import attention_inputs, filled_pool, mixed_pools, rope_table
 
@@ -50,6 +50,18 @@ def calls() -> dict[str, tuple]:
         "quantize_rows": (
             (torch.randn(6, 16), torch.int8),
             {**modulate, "eps": 1e-6, "activation": None, "out": quantized},
+        ),
+        "page_summaries": (
+            (attention_pools, PageList(plan.page_ids[:2], plan.page_lens[:2]), True),
+            {"out": torch.zeros(sum(pool.pages for pool in attention_pools), 2, 2, 16)},
+        ),
+        "page_scores": (
+            (q, plan.q_indptr, torch.randn(4, 2, 1, 16), PageList.of([3, 0], [8, 0])),
+            {"scale": 0.25, "out": torch.empty(2, 2, 2)},
+        ),
+        "select_pages": (
+            (torch.randn(2, 2, 6), PageList.of(range(6), [8] * 6), 3),
+            {"keep": torch.arange(6) == 4, "frames": 2, "pages_per_frame": 2, "out": PageList.of([7] * 12, [7] * 12)},
         ),
         "linear": ((x, weight), {**epilogue, "dtype": torch.float32, "out": torch.empty(6, 8)}),
     }
@@ -101,6 +113,50 @@ def test_compiles_to_one_graph_with_the_same_result(op, dynamic):
         compiled(*traced_args, **traced_kwargs, backend="reference")
     for want, got in zip(tensors([args, kwargs]), tensors([traced_args, traced_kwargs])):
         assert torch.equal(want.view(torch.uint8), got.view(torch.uint8))  # poisoned slots hold NaN
+
+
+def dit_block(x, weights, scratch, where, past, plan, rope, modulation):
+    """A layer of a diffusion transformer on our ops alone, as a model would write it."""
+    heads, (qkv, projection, up, down, norm) = scratch.heads, weights
+    adaln = {"norm": "layer", "scale": modulation, "shift": modulation, "backend": "reference"}
+    packed = ik.linear(ik.quantize_rows(x, **adaln), qkv, dtype=x.dtype, backend="reference")
+    q = ik.qkv_prologue(packed, norm, norm, rope, scratch, where, backend="reference")
+    old, old_lse = ik.paged_attention(q, [past], plan, backend="reference")
+    new, new_lse = ik.paged_attention(q, [scratch], plan, backend="reference")
+    y, _ = ik.merge_attention(old, old_lse, new, new_lse, backend="reference")
+    y = ik.quantize_rows(y.flatten(1), backend="reference")
+    x = ik.linear(y, projection, gate=modulation, residual=x, dtype=x.dtype, backend="reference")
+    hidden = ik.linear(ik.quantize_rows(x, **adaln), up, activation="gelu_tanh", dtype=x.dtype, backend="reference")
+    hidden = ik.quantize_rows(hidden, backend="reference")
+    return ik.linear(hidden, down, gate=modulation, residual=x, dtype=x.dtype, backend="reference") + heads
+
+
+def test_a_transformer_block_is_one_graph_for_any_number_of_tokens():
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    traced = torch.compile(dit_block, fullgraph=True, dynamic=True, backend=count)
+    shapes = [(96, 32), (32, 32), (64, 32), (32, 64)]
+    weights = [ik.quantize_rows(torch.randn(n, k) / k**0.5, backend="reference") for n, k in shapes]
+    for tokens in (11, 14, 16):
+        scratch, where = filled_pool("fp32", [8, tokens - 8], 2, 8, 16)
+        past, _ = filled_pool("int8", [8, 8], 2, 8, 16)
+        plan = ik.make_plan([(tokens, [0, 1], [8, 3])])
+        modulation = torch.randn(1, 32)
+        arguments = [[*weights, torch.ones(32)], scratch, where, past, plan, rope_table(tokens, 16), modulation]
+        for pool in (scratch, past):
+            for tensor in pool:
+                if tensor is not None:
+                    tensor.zero_() if tensor.dtype == torch.int8 else tensor.fill_(0.01)
+        x = torch.randn(tokens, 32)
+        want = dit_block(x, *arguments)
+        with torch.no_grad():
+            assert torch.equal(traced(x, *arguments), want)
+    assert len(graphs) == 1
 
 
 def page(format="fp32", **kwargs) -> KVPages:
@@ -219,6 +275,18 @@ MISTAKES = {
                            "weight.codes must be int8, got float8_e4m3fn"),
     "a weight in floats": (lambda: ik.linear(torch.zeros(4, 16), torch.zeros(2, 16)), TypeError,
                            "weight must be a Quantized, got Tensor"),
+    "rows of a summary": (lambda: ik.page_scores(x(), ik.make_plan([(3, [0], [3])]).q_indptr, torch.zeros(2, 2, 3, 16),
+                                                 ONE), ValueError,
+                          r"summaries must be contiguous \[P, H, 1 or 2, D\], got \[2, 2, 3, 16\]"),
+    "summaries of bounds": (lambda: ik.page_summaries([page()], ONE, True, out=torch.zeros(2, 2, 1, 16)), ValueError,
+                            r"out must be \[P=2, H=2, 2, D=16\], got \[2, 2, 1, 16\]"),
+    "scores of other pages": (lambda: ik.select_pages(torch.zeros(1, 2, 4), ONE, 2), ValueError,
+                              r"where.ids must be \[len\(where\)=4\], got \[1\]"),
+    "no pages": (lambda: ik.select_pages(torch.zeros(1, 2, 1), ONE, 0), ValueError, "k must be at least 1, got 0"),
+    "parts of a frame": (lambda: ik.select_pages(torch.zeros(1, 2, 1), ONE, 1, frames=1, pages_per_frame=2), ValueError,
+                         "pages_per_frame must divide n=1, got 2"),
+    "lists of a plan": (lambda: ik.even_plan(torch.zeros(2), ONE, 2), ValueError,
+                        "lists must be a divisor of the 1 pages, got 2"),
     "negative len": (lambda: PageList.of([0], [-2]), ValueError, "got page 0 with -2 tokens"),
     "backend": (lambda: ik.kv_append(x(), x(), page(), ONE, backend="cudnn"), ValueError,
                 "backend must be auto or one of compiled, triton, reference, got 'cudnn'"),
@@ -279,11 +347,10 @@ def test_a_wrong_plan_is_named(mistake, which):
         ik.paged_attention(q, [page()], plan, backend=which)
 
 
-def test_a_named_backend_never_falls_back(monkeypatch):
+def test_a_named_backend_never_falls_back():
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16)
-    monkeypatch.setitem(_dispatch.BACKENDS, "triton", "inferix_kernels.not_there")
-    with pytest.raises(Unsupported, match=r"No module named 'inferix_kernels\.not_there'"):
-        ik.paged_attention(q, pools, plan, backend="triton")
+    with pytest.raises(Unsupported, match="page_scores: no Compiled kernel yet"):
+        ik.page_scores(q, plan.q_indptr, torch.zeros(3, 1, 1, 16), PageList.of([0], [3]), backend="compiled")
     strided = torch.zeros(2, 1, 32)[..., ::2]
     with pytest.raises(Unsupported, match="q must be contiguous in its last dimension, got strides"):
         ik.paged_attention(strided, pools, plan, backend="compiled")

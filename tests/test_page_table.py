@@ -17,7 +17,7 @@ from stores import (
     run,
 )
 
-from inferix_kernels import NotResident, OutOfPages, Policy
+from inferix_kernels import NotResident, OutOfPages, Policy, TopK, passes
 
 # Forks, rewinding, pins, rewriting
 
@@ -164,6 +164,38 @@ def test_a_block_can_be_told_what_to_see():
 
 
 # Host memory
+
+
+def test_a_block_may_attend_to_the_best_pages_of_its_past(monkeypatch):
+    """Runs of 8 queries and each head choose 2 pages of 2 of 6 past frames; the block's own 9 pages are always seen."""
+    table = open_store("int8").open(Policy(window=9))
+    add_blocks(table, 2)
+    block = table.open_block(3)
+    plans, attention = [], passes.paged_attention
+
+    def watched(q, pools, plan, **options):
+        plans.append(plan)
+        return attention(q, pools, plan, **options)
+
+    monkeypatch.setattr(passes, "paged_attention", watched)
+    dense = run(table.plan([block], rope(3)), 63)
+    everything = run(table.plan([block], rope(3), top_k=TopK(pages=100, queries=8)), 63)
+    for got, want in zip(everything, dense):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    plans.clear()
+    few = table.plan([block], rope(3), top_k=TopK(pages=2, frames=2, queries=8))
+    sparse = run(few, 63)
+    assert len(plans) == 2 and few.plan.page_indptr.tolist() == [0, 27]
+    past, own = few.plan.page_ids.tolist()[:18], few.plan.page_ids.tolist()[18:]
+    for plan in plans:
+        assert plan.q_indptr.tolist() == [0, 8, 16, 24, 32, 40, 48, 56, 63]
+        lists = plan.page_ids.view(8 * HEADS, 11).tolist()
+        assert all(pages[2:] == own and set(pages[:2]) < set(past) for pages in lists)
+        assert len({tuple(pages) for pages in lists}) > 1  # every run and head for itself
+    assert not torch.equal(plans[0].page_ids, plans[1].page_ids)  # and every layer
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(sparse, dense))
+    with pytest.raises(ValueError, match="top_k needs a pass over one block, got 2"):
+        table.plan([block, table.open_block(3)], rope(6), top_k=TopK(pages=2))
 
 
 def test_frames_wait_in_host_memory_and_come_back_bit_for_bit():

@@ -1,48 +1,24 @@
-"""The page ops in Triton against the reference, bit for bit: in its interpreter, or on a GPU where there is one.
-
-`python tests/test_triton_kv_pages.py 80 90` compiles kernels for those architectures and prints what they use.
-"""
+"""The page ops in Triton against the reference, bit for bit: in its interpreter, or on a GPU where there is one."""
 
 import inspect
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+import triton_mode
+from triton_mode import on
 
-if __name__ != "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
-import triton.language as tl  # noqa: E402
+# isort: split
+import triton
+import triton.language as tl
 
-from inferix_kernels import FORMATS, KVPages, PageList, Unsupported, ops, reference, triton_kernels  # noqa: E402
-from inferix_kernels.__main__ import OPS, try_op  # noqa: E402
-from inferix_kernels._dispatch import implementation  # noqa: E402
-from inferix_kernels.testing import filled_pool, poisoned_pool  # noqa: E402
-from inferix_kernels.triton_kernels import codecs, kv_pages, launch  # noqa: E402
+from inferix_kernels import FORMATS, KVPages, PageList, Unsupported, ops, reference, triton_kernels
+from inferix_kernels.__main__ import OPS, try_op
+from inferix_kernels._dispatch import implementation
+from inferix_kernels.testing import filled_pool, poisoned_pool
+from inferix_kernels.triton_kernels import codecs, kv_pages, launch
 
-INTERPRETED = launch.INTERPRETED
-# On a machine with a GPU the kernels run there; a process can not have both them and the interpreter.
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"]
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter's page lists are checked on the host")
+device = triton_mode.device
 WIDTHS = (24, 20)  # of keys and values: different, no powers of two
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("Triton was imported before this file could set TRITON_INTERPRET=1")
-    return request.param
-
-
-def on(device, pages):
-    if isinstance(pages, torch.Tensor):
-        return pages.to(device)
-    return type(pages)(*(None if x is None else x.to(device) for x in pages))
 
 
 def tokens(count, heads, widths=WIDTHS, dtype=torch.float32, seed=1):
@@ -227,7 +203,7 @@ WRONG_NUMBERS = {
 }
 
 
-@IN_INTERPRETER
+@triton_mode.IN_INTERPRETER
 @pytest.mark.parametrize("mistake", WRONG_NUMBERS)
 def test_a_wrong_page_list_is_named_before_anything_is_written(mistake):
     where, message = WRONG_NUMBERS[mistake]
@@ -242,7 +218,7 @@ def test_a_wrong_page_list_is_named_before_anything_is_written(mistake):
     assert (pool.k == 7).all()
 
 
-@IN_INTERPRETER
+@triton_mode.IN_INTERPRETER
 def test_lists_of_a_commit_must_agree():
     pool = KVPages.empty("fp32", 2, 1, 8, 16)
     with pytest.raises(ValueError, match=r"target_list.lens must equal source_list.lens, got \[4\] and \[3\]"):
@@ -263,87 +239,10 @@ def test_an_op_without_a_kernel_is_named(op):
 
 
 def test_the_backend_says_where_it_runs():
-    got = {(op, try_op(op, "triton", "cpu")) for op in ("kv_append", "kv_commit", "kv_gather")}
-    assert {answer for _, answer in got} == {"runs, in Triton's interpreter"} or not INTERPRETED
+    got = {(op, try_op(op, "triton", "cpu")) for op in triton_kernels.__all__}
+    assert {answer for _, answer in got} == {"runs, in Triton's interpreter"} or not launch.INTERPRETED
 
 
 @pytest.mark.parametrize("op", triton_kernels.__all__)
 def test_parameters_are_the_references(op):
     assert inspect.signature(getattr(triton_kernels, op)) == inspect.signature(getattr(reference, op))
-
-
-ARCHITECTURES = (80, 90, 100, 120)
-
-
-@pytest.fixture(scope="module")
-def compiled_ahead():
-    """Kernels compiled in a process without the interpreter: {"sm_90": {"append i8f8": {"REG": 80, ...}}}."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, *map(str, ARCHITECTURES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_ahead_of_time_and_spill_nothing(architecture, compiled_ahead):
-    kernels = compiled_ahead[f"sm_{architecture}"]
-    if "skip" in kernels:
-        pytest.skip(kernels["skip"])
-    for kernel, usage in kernels.items():
-        print(f"sm_{architecture} {kernel}: {usage}")
-        assert usage["STACK"] == usage["LOCAL"] == 0, f"{kernel} spills: {usage}"
-
-
-def compile_ahead(architecture: int) -> dict[str, dict]:
-    """Compile what calls of real shapes would launch, as a GPU's driver would have it, and read what it uses."""
-    from triton.backends.compiler import GPUTarget
-
-    class Driver:
-        get_current_device = staticmethod(lambda: architecture)
-        get_current_stream = staticmethod(lambda device=None: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", architecture, 32))
-
-    kernels = {}
-
-    def warm_up(kernel, programs, device, *args, **options):
-        kernels[name] = kernel.warmup(*args, **options, grid=(programs,), enable_fp_fusion=False)
-
-    triton.runtime.driver.set_active(Driver())
-    launch.INTERPRETED = True  # CPU tensors stand in for CUDA ones: only their types matter here
-    kv_pages.launch = warm_up
-    pool, older = (KVPages.empty(format, 2, 12, 64, 128) for format in ("i8f8", "int4"))
-    where = PageList.of([1, 0], [64, 24])
-    qkv = torch.empty(88, 36, 128, dtype=torch.bfloat16)
-    name = "append bf16 to i8f8"
-    kv_pages.kv_append(qkv[:, 12:24], qkv[:, 24:], pool, where)
-    if architecture == 80:  # a compilation takes seconds: each on one architecture of its own, the richest on all
-        name = "commit i8f8 to int4"
-        kv_pages.kv_commit(pool, where, older, where)
-    if architecture == 90:
-        name = "gather int4 as bf16"
-        kv_pages.kv_gather([older], where, out=(qkv[:, 12:24], qkv[:, 24:]))
-    return {name: resources(kernel.asm["cubin"]) for name, kernel in kernels.items()}
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    line = next(line for line in text.splitlines() if "REG:" in line)
-    pairs = (word.split(":") for word in line.split() if word.startswith(("REG:", "STACK:", "LOCAL:")))
-    return {name: int(number) for name, number in pairs}
-
-
-if __name__ == "__main__":
-    report = {}
-    for architecture in map(int, sys.argv[1:]):
-        try:
-            report[f"sm_{architecture}"] = compile_ahead(architecture)
-        except (RuntimeError, ValueError) as error:
-            if "not defined for option" not in str(error) and "unsupported" not in str(error).lower():
-                raise
-            report[f"sm_{architecture}"] = {"skip": f"this Triton has no sm_{architecture}: {error}"}
-    print(json.dumps(report))

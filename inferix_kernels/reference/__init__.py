@@ -8,6 +8,7 @@ from .codecs import AMAX_FLOOR, HALF_MAX, LARGEST, STEP_FLOOR, decode, encode
 from .kv_pages import kv_append, kv_commit, kv_gather, read_page, read_side, spans, write_page
 from .linear import linear, quantize_rows
 from .qkv import qkv_prologue, rotate
+from .select import check_scores, page_scores, page_summaries, select_pages
 
 __all__ = [
     "AMAX_FLOOR",
@@ -15,6 +16,7 @@ __all__ = [
     "LARGEST",
     "STEP_FLOOR",
     "check_plan",
+    "check_scores",
     "decode",
     "encode",
     "kv_append",
@@ -23,12 +25,15 @@ __all__ = [
     "latent_attention",
     "linear",
     "merge_attention",
+    "page_scores",
+    "page_summaries",
     "paged_attention",
     "qkv_prologue",
     "quantize_rows",
     "read_page",
     "read_side",
     "rotate",
+    "select_pages",
     "spans",
     "write_page",
 ]

@@ -67,8 +67,8 @@ def check_plan(
     """The numbers of a plan, checked: q_indptr, page_indptr, then (page, first token, one past the last), bias and
     variant of every entry."""
     tokens, variants = q.shape[-3], len(q) if q.ndim == 4 else 1
-    starts = indptr("q_indptr", plan.q_indptr, tokens)
-    lists = indptr("page_indptr", plan.page_indptr, len(plan.page_ids))
+    starts = indptr("plan.q_indptr", plan.q_indptr, tokens)
+    lists = indptr("plan.page_indptr", plan.page_indptr, len(plan.page_ids))
     entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
     bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
     chosen = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, variants)
@@ -120,5 +120,5 @@ def indptr(name: str, pointers: Tensor, end: int) -> list[int]:
     """A CSR row pointer, checked: it starts at 0, never falls and ends at `end`."""
     values: list[int] = pointers.tolist()
     if values[0] != 0 or values[-1] != end or any(a > b for a, b in pairwise(values)):
-        raise ValueError(f"plan.{name} must rise from 0 to {end}, got {values}")
+        raise ValueError(f"{name} must rise from 0 to {end}, got {values}")
     return values

@@ -107,9 +107,8 @@ def spans(
     ids, lens = where.ids.tolist(), where.lens.tolist()
     # plan.page_ids and plan.page_lens are fields of their own; where.ids and where.lens belong to a PageList.
     ids_name, lens_name = (f"{name}_ids", f"{name}_lens") if name == "plan.page" else (f"{name}.ids", f"{name}.lens")
-    for i, (page, length) in enumerate(zip(ids, lens, strict=True)):
-        if not 0 <= page < num_pages:
-            raise ValueError(f"{ids_name}[{i}] must be in [0, {num_pages}), got {page}")
+    check_ids(ids_name, ids, num_pages)
+    for i, length in enumerate(lens):
         if not 0 <= length <= page_size:
             raise ValueError(f"{lens_name}[{i}] must be in [0, {page_size}], got {length}")
     if tokens is not None and sum(lens) != tokens:
@@ -117,6 +116,12 @@ def spans(
     if written and len(set(ids)) != len(ids):
         raise ValueError(f"{ids_name} must name each written page once, got {max(ids, key=ids.count)} twice")
     return list(_spans(ids, lens))
+
+
+def check_ids(name: str, ids: Sequence[int], num_pages: int) -> None:
+    for i, page in enumerate(ids):
+        if not 0 <= page < num_pages:
+            raise ValueError(f"{name}[{i}] must be in [0, {num_pages}), got {page}")
 
 
 def _spans(ids: list[int], lens: list[int]) -> Iterator[tuple[int, int, int]]:

@@ -49,15 +49,19 @@ class Tile(NamedTuple):
         return min(16, max(1, self.rows * self.cols // 1024))
 
 
-def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None) -> Tile:
-    """To write, a tile must be cut so that no scale runs across parts, which is the default; to read, it need not."""
+def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, numbers: int | None = None) -> Tile:
+    """To write, a tile must be cut so that no scale runs across parts, which is the default; to read, it need not.
+
+    Parts have at most so many numbers, unless a single row of them has more.
+    """
     axis = 0 if codec.scaled_by == "channel" else 1
     split = 1 - axis if split is None else split
     rows, cols = triton.next_power_of_2(page_size), triton.next_power_of_2(width)
+    numbers = _PART if numbers is None else numbers
     if split == 0:
-        rows = min(rows, max(1, _PART // cols))
+        rows = min(rows, max(1, numbers // cols))
     else:
-        cols = min(cols, max(_LEAST_CHANNELS, _PART // rows))
+        cols = min(cols, max(_LEAST_CHANNELS, numbers // rows))
     top = reference.LARGEST.get(codec.dtype, 1.0)
     floor = reference.STEP_FLOOR if codec.packed else reference.AMAX_FLOOR
     least = floor if codec.packed else float(torch.tensor(floor) / top)

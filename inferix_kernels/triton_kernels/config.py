@@ -27,7 +27,7 @@ def config(op: str, shape: str, device: torch.device) -> Config:
     """The entry of this op and class of shapes; where it has none, the op's "any"."""
     if (op, shape) in _trials:
         return _trials[op, shape]
-    entries = _table(file_of(device))[op]
+    entries = _table(device, architecture(device))[op]
     return entries.get(shape) or entries["any"]
 
 
@@ -35,7 +35,11 @@ def rows_and_warps(op: str, cols: int, device: torch.device) -> tuple[int, int]:
     """For a kernel whose programs hold whole rows of so many numbers, a power of two: rows of a program, and warps."""
     entry = config(op, "any", device)
     rows = max(1, entry["numbers"] // cols)
-    return rows, min(16, max(1, rows * cols // (32 * entry["numbers_per_thread"])))
+    return rows, warps_of(rows * cols, entry)
+
+
+def warps_of(numbers: int, entry: Config) -> int:
+    return min(16, max(1, numbers // (32 * entry["numbers_per_thread"])))
 
 
 @contextlib.contextmanager
@@ -60,13 +64,22 @@ def file_of(device: torch.device) -> Path:
     return FOLDER / f"sm_{max(x for x in shipped if x <= target)}.json"
 
 
-@cache
 def own_file(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device)
     return FOLDER / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
 
 
+def write(file: Path, table: dict[str, dict[str, Config]]) -> None:
+    """One line for each class of shapes, so that a change is one line of a diff."""
+    ops = []
+    for op, entries in sorted(table.items()):
+        lines = ",\n".join(f"    {json.dumps(shape)}: {json.dumps(entry)}" for shape, entry in entries.items())
+        ops.append(f"  {json.dumps(op)}: {{\n{lines}\n  }}")
+    file.write_text("{\n" + ",\n".join(ops) + "\n}\n")
+    _table.cache_clear()
+
+
 @cache
-def _table(file: Path) -> dict[str, dict[str, Config]]:
-    table: dict[str, dict[str, Config]] = json.loads(file.read_text())
+def _table(device: torch.device, target: int | None) -> dict[str, dict[str, Config]]:
+    table: dict[str, dict[str, Config]] = json.loads(file_of(device).read_text())
     return table

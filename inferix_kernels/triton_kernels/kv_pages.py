@@ -6,7 +6,9 @@ a page list are not checked on the host, which would wait for the device: an ent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -14,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..layout import KVPages, PageList, as_bytes
+from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, as_bytes
 from .codecs import Tile, copy_part, part_of, read_part, round_to, tile_of, write_part
-from .launch import check_device, launch
+from .launch import Case, check_device, launch
 
 # A page list's lens are added up in steps of this many.
 LIST_STEP = tl.constexpr(1024)
@@ -26,16 +28,16 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
     check_device("kv_append", k)
     if not k.is_cuda:
         reference.spans("where", where, pages, tokens=k.shape[0], written=True)
-    key, value = _tiles(pages)
+    key, value = tiles_of(pages)
     launch(
         append_kernel,
         len(where.ids) * pages.heads * (key.parts + value.parts),
         k.device,
         *(k, *k.stride(), v, *v.stride(), k.shape[0]),
-        *_list(where),
-        *_tensors(pages),
+        *list_tensors(where),
+        *pool_tensors(pages),
         pages.pages,
-        ENTRIES=_entries(where),
+        ENTRIES=entries(where),
         HEADS=pages.heads,
         KEY=key,
         VALUE=value,
@@ -49,17 +51,17 @@ def kv_commit(
     check_device("kv_commit", source.k)
     if not source.k.is_cuda:
         _check_commit(source, source_list, target, target_list)
-    from_key, from_value = _tiles(source)
-    key, value = _tiles(target)
+    from_key, from_value = tiles_of(source)
+    key, value = tiles_of(target)
     launch(
         commit_kernel,
         len(source_list.ids) * target.heads * (key.parts + value.parts),
         source.k.device,
-        *_list(source_list),
-        *_tensors(source),
+        *list_tensors(source_list),
+        *pool_tensors(source),
         source.pages,
-        *_list(target_list),
-        *_tensors(target),
+        *list_tensors(target_list),
+        *pool_tensors(target),
         target.pages,
         None if k_mean is None else k_mean.contiguous(),
         HEADS=target.heads,
@@ -81,17 +83,17 @@ def kv_gather(
         reference.spans("where", where, *pools, tokens=k.shape[0])
     first_page = 0
     for pages in pools:  # a launch for each, which leaves the entries of other pools alone
-        key, value = _tiles(pages, split=0)  # by tokens, as they are written, however the scales run
+        key, value = tiles_of(pages, split=0)  # by tokens, as they are written, however the scales run
         launch(
             gather_kernel,
             len(where.ids) * pages.heads * (key.parts + value.parts),
             k.device,
             *(k, *k.stride(), v, *v.stride(), k.shape[0]),
-            *_list(where),
-            *_tensors(pages),
+            *list_tensors(where),
+            *pool_tensors(pages),
             first_page,
             pages.pages,
-            ENTRIES=_entries(where),
+            ENTRIES=entries(where),
             HEADS=pages.heads,
             KEY=key,
             VALUE=value,
@@ -99,6 +101,34 @@ def kv_gather(
         )
         first_page += pages.pages
     return out
+
+
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """A block of Wan 1.3B, three frames of 1560 tokens; for latent8, rows of MLA."""
+    where = frames_of(1560, 3, 64, device)
+    shapes: dict[str, tuple[int, int, Any]] = {format: (12, 64, 128) for format in KV_FORMATS} | {
+        "latent8": (1, 64, (512, 64))
+    }
+    pools = {format: KVPages.empty(format, len(where.ids), *shapes[format], device) for format in FORMATS}
+    for format, pool in pools.items():
+        k, v = (
+            torch.empty(4680, pool.heads, 3 * width, dtype=torch.bfloat16, device=device)[..., :width]
+            for width in (pool.head_dim, pool.value_dim)
+        )
+        yield Case("kv_append", format, "from bf16", partial(kv_append, k, v, pool, where))
+        yield Case("kv_gather", format, "to bf16", partial(kv_gather, [pool], where, out=(k, v)))
+    pairs = [("bf16", format) for format in KV_FORMATS if format != "bf16"]
+    pairs += [(format, "int4") for format in ("int8", "i8f8", "fp8")] + [("i8f8", "i8f8"), ("int4", "int4")]
+    mean = torch.empty(12, 128, device=device)
+    for source, target in pairs:
+        call = partial(kv_commit, pools[source], where, pools[target], where, mean if source == "bf16" else None)
+        yield Case("kv_commit", target, f"from {source}", call)
+
+
+def frames_of(tokens: int, frames: int, page_size: int, device: torch.device | str) -> PageList:
+    """The pages of so many frames, each of which begins on a page of its own."""
+    lens = ([page_size] * (tokens // page_size) + ([tokens % page_size] if tokens % page_size else [])) * frames
+    return PageList.of(range(len(lens)), lens, device)
 
 
 def _check_commit(source: KVPages, source_list: PageList, target: KVPages, target_list: PageList) -> None:
@@ -109,24 +139,24 @@ def _check_commit(source: KVPages, source_list: PageList, target: KVPages, targe
         raise ValueError(f"target_list.lens must equal source_list.lens, got {gets} and {wants}")
 
 
-def _tiles(pages: KVPages, split: int | None = None) -> tuple[Tile, Tile]:
+def tiles_of(pages: KVPages, split: int | None = None, numbers: int | None = None) -> tuple[Tile, Tile]:
     key, value = pages.sides
     return (
-        tile_of(key.codec, pages.page_size, pages.head_dim, split),
-        tile_of(value.codec, pages.page_size, pages.value_dim, split),
+        tile_of(key.codec, pages.page_size, pages.head_dim, split, numbers),
+        tile_of(value.codec, pages.page_size, pages.value_dim, split, numbers),
     )
 
 
-def _tensors(pages: KVPages) -> list[Tensor | None]:
+def pool_tensors(pages: KVPages) -> list[Tensor | None]:
     """codes, scales, offsets of the keys, then of the values. sm_80 knows no 8-bit floats: it gets their bits."""
     return [x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets)]
 
 
-def _list(where: PageList) -> tuple[Tensor, Tensor]:
+def list_tensors(where: PageList) -> tuple[Tensor, Tensor]:
     return where.ids.contiguous(), where.lens.contiguous()
 
 
-def _entries(where: PageList) -> int:
+def entries(where: PageList) -> int:
     """The length of a list, rounded up so that a list that grows is seldom a reason to compile again."""
     return max(64, triton.next_power_of_2(len(where.ids)))
 

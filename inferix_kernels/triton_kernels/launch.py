@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,16 @@ def _probe() -> None:
 # when it is imported, so what it did is the only trustworthy answer.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 _ahead: tuple[int, list[Any]] | None = None  # while compiling ahead: the architecture, and the kernels compiled for it
+
+
+class Case(NamedTuple):
+    """A call of real widths, to be compiled ahead of time and, on a GPU, tuned."""
+
+    op: str
+    format: str  # of the pages or codes it writes, or else reads
+    what: str  # the rest
+    call: Callable[[], object]
+    shape: str = "any"  # the class of shapes that it asks the op's configuration for
 
 
 def check_device(op: str, like: Tensor) -> None:

@@ -1,0 +1,154 @@
+"""Compiling ahead of time, without a GPU: what each kernel uses of one, in every format and shipped configuration.
+
+A kernel module lists its cases, calls of real widths whose launches are compiled in place of being run. The numbers are
+ptxas's and the tensor-core instruction is read off the PTX, so they hold for the Triton that is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .._dispatch import Unsupported
+from .kv_pages import cases as page_cases
+from .launch import Case, compile_only
+from .linear import cases as linear_cases
+from .merge import cases as merge_cases
+from .qkv import cases as prologue_cases
+from .select import cases as select_cases
+
+CASES = (page_cases, prologue_cases, merge_cases, linear_cases, select_cases)
+ARCHITECTURES = (80, 89, 90, 100, 120)
+
+
+class Row(NamedTuple):
+    """One kernel of one case on one architecture; no kernel where the architecture can't."""
+
+    op: str
+    format: str
+    what: str
+    architecture: int
+    kernel: str = ""
+    registers: int = 0
+    spilled: int = 0  # bytes of a thread's stack
+    shared: int = 0  # bytes of shared memory
+    tensor_core: str = ""  # the instruction that most products are made by
+    warning: str = ""
+    unsupported: str = ""
+
+    @property
+    def sound(self) -> bool:
+        return self.spilled == 0 and not self.warning
+
+
+def all_cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    return chain.from_iterable(cases(device) for cases in CASES)
+
+
+def compile_ahead(architectures: Sequence[int], wanted: Sequence[str] = ()) -> Iterator[Row]:
+    """Every case on each architecture; if anything is wanted, those that begin with it: "linear" or "linear int8"."""
+    for case in all_cases():
+        name = f"{case.op} {case.format} {case.what}"
+        if not wanted or any(name.startswith(prefix) for prefix in wanted):
+            for architecture in architectures:
+                yield from _compile(case, architecture)
+
+
+def _compile(case: Case, architecture: int) -> Iterator[Row]:
+    row = Row(*case[:3], architecture)
+    with compile_only(architecture) as kernels:
+        try:
+            case.call()
+        except Unsupported as error:
+            yield row._replace(unsupported=str(error))
+            return
+    for kernel in kernels:
+        usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
+        instruction = tensor_core(ptx)
+        yield row._replace(
+            kernel=kernel.metadata.name,
+            registers=usage["REG"],
+            spilled=usage["STACK"] + usage["LOCAL"],
+            shared=kernel.metadata.shared,
+            tensor_core=instruction,
+            warning=serialized(ptx) if "wgmma" in instruction else "",
+        )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """{"REG": 80, "STACK": 0, ...} as cuobjdump reads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        text = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", line)}
+
+
+def tensor_core(ptx: str) -> str:
+    """The commonest of "wgmma m64n256k32 s8", "mma m16n8k16 bf16", "tcgen05 f8f6f4"; "" if there is none."""
+    found = re.findall(r"\b(wgmma)\.mma_async\S*\.(m\d+n\d+k\d+)\.\w+\.(\w+)", ptx)
+    found += re.findall(r"\b(mma)\.sync\S*\.(m\d+n\d+k\d+)\S*?\.(s8|f16|bf16|tf32|e4m3|f64)\b", ptx)
+    found += [(name, kind) for name, kind in re.findall(r"\b(tcgen05)\.mma\S*kind::(\w+)", ptx)]
+    return " ".join(Counter(found).most_common(1)[0][0]) if found else ""
+
+
+def serialized(ptx: str) -> str:
+    """ptxas's C7510, if it has one to say: wgmma instructions that wait for each other are a silent factor of two."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        said = _run(get_ptxas(90).path, "--gpu-name=sm_90a", str(file), "-o", str(Path(folder, "cubin")))
+    return next((line.strip() for line in said.splitlines() if "C7510" in line), "")
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """As text, line by line while the kernels are compiled."""
+    layout = "{:14} {:8} {:34} {:>6} {:18} {:>9} {:>7} {:>7}  {}"
+    yield layout.format("op", "format", "", "", "kernel", "registers", "spilled", "shared", "")
+    for row in rows:
+        said = row.unsupported or row.warning or row.tensor_core
+        numbers = ("", "", "") if row.unsupported else (row.registers, row.spilled, row.shared)
+        yield layout.format(row.op, row.format, row.what, f"sm_{row.architecture}", row.kernel, *numbers, said).rstrip()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A line for each op: the formats it was compiled for and, by architecture, registers and tensor-core types."""
+    architectures = sorted({row.architecture for row in rows})
+    lines = [
+        f"| op | formats | {' | '.join(f'sm_{x}' for x in architectures)} |",
+        f"|---|---|{'---|' * len(architectures)}",
+    ]
+    for op in dict.fromkeys(row.op for row in rows):
+        mine = [row for row in rows if row.op == op]
+        cells = (_cell([row for row in mine if row.architecture == x]) for x in architectures)
+        formats = " ".join(f"`{format}`" for format in dict.fromkeys(row.format for row in mine))
+        lines.append(f"| `{op}` | {formats} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    compiled = [row for row in rows if row.kernel]
+    if not compiled:
+        return "none"
+    said = [f"{min(row.registers for row in compiled)} to {max(row.registers for row in compiled)}"]
+    said += dict.fromkeys(re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in compiled if row.tensor_core)
+    said += [f"**{row.format}, {row.what}: {row.spilled} bytes spilled**" for row in compiled if row.spilled]
+    said += [f"no `{format}`" for format in dict.fromkeys(row.format for row in rows if row.unsupported)]
+    return ", ".join(said)

@@ -1,0 +1,81 @@
+"""Choosing tile sizes on a GPU: `python -m inferix_kernels tune` rewrites configs/<device>.json. Never when an op runs.
+
+Every candidate is measured on the cases that the kernels are compiled ahead for, and the one of least total time stays.
+Never run on a GPU: the search is tested with a clock of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from .._dispatch import Unsupported
+from . import config
+from .config import Config
+from .launch import Case
+
+Timer = Callable[[Callable[[], object]], float]
+
+# What may be chosen, op by op. A candidate that the GPU can't take (registers, shared memory) is passed over.
+CANDIDATES: dict[str, list[Config]] = {
+    "linear": [
+        {"m": m, "n": n, "k": k, "tall": 8, "warps": warps, "stages": stages}
+        for m, n, k, warps, stages in product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5))
+    ],
+    "page_scores": [
+        {"queries": q, "pages": p, "warps": w} for q, p, w in product((16, 32, 64), (16, 32, 64, 128), (2, 4, 8))
+    ],
+    **{
+        op: [{"numbers": n, "numbers_per_thread": t} for n, t in product((1024, 2048, 4096, 8192), (4, 8, 16, 32))]
+        for op in ("merge_attention", "qkv_prologue", "quantize_rows")
+    },
+}
+
+
+def tune(ops: Sequence[str] = ()) -> Path:
+    """Measure on this GPU, and write its file: the shipped entries of its architecture with what was found better."""
+    if not torch.cuda.is_available():
+        raise Unsupported("tune measures on a GPU, and there is none here")
+    from .aot import all_cases
+
+    if unknown := set(ops) - set(CANDIDATES):
+        raise Unsupported(f"ops must be of {', '.join(CANDIDATES)}, got {', '.join(unknown)}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    table: dict[str, dict[str, Config]] = json.loads(config.file_of(device).read_text())
+    for op in ops or CANDIDATES:
+        table[op] |= best(op, [case for case in all_cases(device) if case.op == op], median_ms)
+    config.write(config.own_file(device), table)
+    return config.own_file(device)
+
+
+def best(op: str, cases: Sequence[Case], timer: Timer) -> dict[str, Config]:
+    """class of shapes -> the candidate under which its cases take the least time together."""
+    found = {}
+    for shape in dict.fromkeys(case.shape for case in cases):
+        calls = [case.call for case in cases if case.shape == shape]
+        found[shape] = min(CANDIDATES[op], key=lambda entry: _total(op, shape, entry, calls, timer))
+    return found
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    time: float = triton.testing.do_bench(call, return_mode="median")
+    return time
+
+
+def _total(op: str, shape: str, entry: Config, calls: Iterable[Callable[[], object]], timer: Timer) -> float:
+    def times() -> Iterator[float]:
+        for call in calls:
+            try:
+                yield timer(call)
+            except (OutOfResources, triton.CompilationError):
+                yield math.inf
+
+    with config.trial(op, shape, entry):
+        return sum(times())
