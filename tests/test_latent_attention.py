@@ -1,29 +1,18 @@
 """latent_attention: the reference against the form that makes keys and values, Triton against the reference."""
 
 import inspect
-import os
 
 import pytest
 import torch
+import triton_mode
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
+from inferix_kernels import KVPages, kv_append, kv_gather, latent_attention, make_plan, paged_attention, reference
+from inferix_kernels.testing import assert_close, mixed_pools
+from inferix_kernels.triton_kernels import latent
 
-from inferix_kernels import KVPages, kv_append, kv_gather, latent_attention, make_plan, paged_attention, reference  # noqa: E402
-from inferix_kernels.testing import assert_close, mixed_pools  # noqa: E402
-from inferix_kernels.triton_kernels import latent, launch  # noqa: E402
-
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"]
+device = triton_mode.device
 TILES = {"m": 32, "n": 16, "warps": 4, "stages": 2}
 SCALE = 0.15
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("Triton was imported before this file could set TRITON_INTERPRET=1")
-    return request.param
 
 
 def inputs(device, formats=("latent8",), queries=(3, 2), lens=(16, 5, 0), heads=4, widths=(48, 8), dtype=torch.float32):

@@ -4,32 +4,18 @@ The interpreter takes some 20 ms for a tile of keys, so these cases are the smal
 """
 
 import inspect
-import os
 
 import pytest
 import torch
+import triton_mode
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
-import triton.language as tl  # noqa: E402
+from inferix_kernels import PageList, Unsupported, kv_append, kv_gather, make_plan, paged_attention, reference
+from inferix_kernels.layout import FORMATS, KV_FORMATS, Codec
+from inferix_kernels.testing import assert_close, attention_inputs, clustered_keys_and_values, filled_pool
+from inferix_kernels.triton_kernels import attention, online
 
-from inferix_kernels import PageList, Unsupported, kv_append, kv_gather, make_plan, paged_attention, reference  # noqa: E402
-from inferix_kernels.layout import FORMATS, KV_FORMATS, Codec  # noqa: E402
-from inferix_kernels.testing import assert_close, attention_inputs, clustered_keys_and_values, filled_pool  # noqa: E402
-from inferix_kernels.triton_kernels import attention, launch, online  # noqa: E402
-
-INTERPRETED = launch.INTERPRETED
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"]
-IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="only in the interpreter are plans checked on the host")
+device = triton_mode.device
 TILES = {"m": 32, "n": 32, "warps": 4, "stages": 2}
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("Triton was imported before this file could set TRITON_INTERPRET=1")
-    return request.param
 
 
 def inputs(device, queries=(3, 18), lens=(16, 5, 0), query_heads=2, heads=2, head_dim=32, page_size=16, **kwargs):
@@ -37,10 +23,10 @@ def inputs(device, queries=(3, 18), lens=(16, 5, 0), query_heads=2, heads=2, hea
     return attention_inputs(queries, lens, **sizes, device=device, **kwargs)
 
 
-def attend(q, pools, plan, scale=0.2, out=None, lse=None, accumulate=False, tiles=TILES, splits=None):
+def attend(q, pools, plan, scale=0.2, out=None, lse=None, accumulate=False, eight_bit=False, tiles=TILES, splits=None):
     out = torch.full(q.shape[-3:], 7.0, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.full(q.shape[-3:-1], 7.0, device=q.device) if lse is None else lse
-    return attention.attend(q, pools, plan, scale, out, lse, accumulate, tiles, splits)
+    return attention.attend(q, pools, plan, scale, out, lse, accumulate, eight_bit, tiles, splits)
 
 
 def check(q, pools, plan, terms=64, **kwargs):
@@ -87,7 +73,7 @@ def test_formats_that_lie_in_runs_or_mixed(device):
         check(q, pools, listed)
 
 
-@IN_INTERPRETER
+@triton_mode.IN_INTERPRETER
 def test_a_pass_for_each_pool_walks_over_its_own_pages(device, monkeypatch):
     seen = []
     whole = attention.attend_run
@@ -144,7 +130,7 @@ def test_splits_fill_the_gpu():
     """Wan 1.3B, 4,680 queries on 32,760 keys, tiles of 128 x 64 on 132 processors."""
     programs, key_tiles = 37 * 12, 525
     splits = online.splits_for(programs, key_tiles, 132)
-    waves = triton.cdiv(programs * splits, 132)
+    waves = -(-programs * splits // 132)
     assert splits > 1 and programs * splits / (132 * waves) >= 0.96 > programs / (132 * 4)
     assert online.splits_for(programs, 1, 132) == 1  # nothing to split
     assert online.splits_for(12, 525, 132) >= 11  # few queries: every processor has keys to read
@@ -243,9 +229,6 @@ def test_products_of_halves(formats, dtype, device):
     assert torch.equal(rounded, out.to(dtype))
 
 
-EIGHT_BIT = {**TILES, "eight_bit": 1}
-
-
 @pytest.mark.parametrize("format", ["int8", "i8f8", "fp8"])
 def test_8_bit_scores_are_those_of_rounded_queries(format, device):
     """int8 products are exact, and those of e4m3 in float32: what differs is q, rounded once, row by row.
@@ -253,7 +236,7 @@ def test_8_bit_scores_are_those_of_rounded_queries(format, device):
     The weights of e4m3 values are rounded to 4 bits: 2^-4 at most, and 2^-18 of the largest where they are tiny.
     """
     q, pools, plan = inputs(device, queries=(5, 18), lens=(32, 9), heads=1, page_size=32, formats=(format,))
-    out, lse = attend(q, pools, plan, tiles=EIGHT_BIT)
+    out, lse = attend(q, pools, plan, eight_bit=True)
     codes, scales, _ = reference.encode(q.cpu(), Codec(FORMATS[format].k.dtype, "token"))
     rounded = (codes.float() * scales[..., None]).to(device)
     want_out, want_lse = paged_attention(rounded, pools, plan, scale=0.2, backend="reference")
@@ -279,7 +262,7 @@ def test_the_error_of_8_bit_products(device):
         kv_append((k - k.mean(0)).to(device), v.to(device), pool, where, backend="reference")
         plan = make_plan([(64, where.ids.tolist(), where.lens.tolist())], device)
         want, _ = paged_attention(q.to(device), [pool], plan, backend="reference")
-        out, _ = attend(q.to(device), [pool], plan, scale=64**-0.5, tiles={**EIGHT_BIT, "m": 64, "n": 64})
+        out, _ = attend(q.to(device), [pool], plan, scale=64**-0.5, eight_bit=True, tiles={**TILES, "m": 64, "n": 64})
         error = float((out - want).norm() / want.norm())
         print(f"{format}: {error:.4f}")
         assert 0 < error < limit, f"{format}: {error:.4f}"
@@ -287,18 +270,30 @@ def test_the_error_of_8_bit_products(device):
 
 def test_8_bit_products_mix_with_others(device):
     q, pools, plan = inputs(device, queries=(5,), lens=(9,), heads=1, formats=("int8", "bf16", "int4"))
-    out, lse = attend(q, pools, plan, tiles=EIGHT_BIT)
+    out, lse = attend(q, pools, plan, eight_bit=True)
     want_out, want_lse = paged_attention(q, pools, plan, scale=0.2, backend="reference")
     torch.testing.assert_close(out, want_out, rtol=0, atol=2e-2)  # q is rounded to int8 for the int8 pages alone
     torch.testing.assert_close(lse, want_lse, rtol=0, atol=2e-2)
     assert not torch.equal(out, attend(q, pools, plan)[0])
 
 
+def test_8_bits_are_asked_for(device, monkeypatch):
+    """Only half queries on keys with a scale for each token are multiplied so, and only if the caller allows it."""
+    seen = []
+    monkeypatch.setattr(attention, "attend", lambda q, pools, plan, *rest: seen.append(rest[4]))
+    for allowed in (False, True):
+        monkeypatch.setattr(attention, "ALLOW_8_BIT", allowed)
+        for formats, dtype in ((("i8f8",), torch.bfloat16), (("i8f8",), torch.float32), (("int4",), torch.bfloat16)):
+            q, pools, plan = inputs(device, queries=(1,), lens=(1,), formats=formats, dtype=dtype)
+            paged_attention(q, pools, plan, backend="triton")
+    assert seen == [False, False, False, True, False, False]
+
+
 def test_what_an_architecture_cannot_do_is_said(device, monkeypatch):
     monkeypatch.setattr(attention, "architecture", lambda device: 80)
     q, pools, plan = inputs(device, queries=(1,), lens=(1,), formats=("fp8",))
     with pytest.raises(Unsupported, match="paged_attention: sm_80 multiplies no e4m3"):
-        attend(q, pools, plan, tiles=EIGHT_BIT)
+        attend(q, pools, plan, eight_bit=True)
     check(q, pools, plan)  # in floats it reads them
     with pytest.raises(Unsupported, match="pools must be at most 8, got 9"):
         attend(q, pools * 9, plan)
@@ -311,7 +306,7 @@ WRONG_PLANS = {
 }
 
 
-@IN_INTERPRETER
+@triton_mode.IN_INTERPRETER
 @pytest.mark.parametrize("mistake", WRONG_PLANS)
 def test_a_wrong_plan_is_named(mistake, device):
     segments, message = WRONG_PLANS[mistake]
@@ -333,11 +328,53 @@ def test_an_entry_that_does_not_fit_is_skipped(device, monkeypatch):
         assert torch.equal(got, want)
 
 
-@IN_INTERPRETER
+@triton_mode.IN_INTERPRETER
 def test_plans_of_many_segments_are_looked_through_in_steps(device, monkeypatch):
-    monkeypatch.setattr(online, "STEP", tl.constexpr(2))
+    monkeypatch.setattr(online, "STEP", type(online.STEP)(2))
     q, pools, plan = inputs(device, queries=(1, 0, 20, 0, 3), lens=(5, 3), heads=1, formats=("fp32", "bf16"))
     check(q, pools, plan)
+
+
+def wan(format, queries=4680, frames=21):
+    """A layer of Wan 1.3B: (q, pools, plan), 1,560 tokens a frame in pages of 64."""
+    lens = ([64] * 24 + [24]) * frames
+    pool, where = filled_pool(format, lens, 12, 64, 128, "cuda")
+    q = torch.randn(queries, 12, 128, device="cuda", dtype=torch.bfloat16)
+    return q, [pool], make_plan([(queries, where.ids.tolist(), lens)], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_real_sizes(format):
+    q, pools, plan = wan(format)
+    out, _ = paged_attention(q, pools, plan, backend="triton")
+    k, v = kv_gather(pools, PageList(plan.page_ids, plan.page_lens), torch.bfloat16)
+    q, k, v = (x.transpose(0, 1)[None].float() for x in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+    assert float((out.float() - want).norm() / want.norm()) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_follows_its_plan():
+    """Fixed addresses, other contents: a longer list, other pages, another length of the last."""
+    q, pools, plan = wan("int8", queries=300, frames=3)
+    short = plan._replace(page_indptr=torch.tensor([0, 20], dtype=torch.int32, device="cuda"))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    held = type(plan)(*(None if x is None else x.clone() for x in short))
+    call = {"out": out, "lse": lse, "backend": "triton"}
+    paged_attention(q, pools, held, **call)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_attention(q, pools, held, **call)
+    for now in (short, plan, plan._replace(page_ids=plan.page_ids.flip(0), page_lens=plan.page_lens.flip(0))):
+        for field, content in zip(held, now):
+            if field is not None:
+                field.copy_(content)
+        graph.replay()
+        want_out, want_lse = paged_attention(q, pools, now, backend="triton")
+        assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
 
 
 def test_parameters_are_the_references():

@@ -13,7 +13,8 @@ bf16 keys or int8 values say, stay with floats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from .. import reference
 from .._dispatch import Unsupported
-from ..layout import Codec, KVPages, Plan
+from ..layout import KV_FORMATS, Codec, KVPages, Plan, make_plan
 from . import online
 from .codecs import INTERPRETED, from_e4m3, read_codes, read_part, round_to, round_to_int, scale_places, to_e4m3
 from .config import Config, config
-from .launch import architecture, check_device
+from .launch import Case, architecture, check_device
 from .online import (
     LN2,
     LOG2E,
@@ -56,37 +57,71 @@ def paged_attention(
     check_device("paged_attention", q)
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
-    chosen = config("paged_attention", shape_class(q, pools), q.device)
-    return attend(q, pools, plan, scale, out, lse, accumulate, chosen)
-
-
-def shape_class(q: Tensor, pools: Sequence[KVPages]) -> str:
-    """Which row of configs/*.json: what q is multiplied as, how keys lie, how wide they are."""
-    if q.dtype == torch.float32:
-        return "float32"
-    scaled = [pages.sides[0].codec.scaled_by for pages in pools]
-    pages = "8 bits" if ALLOW_8_BIT and "token" in scaled else "quantized" if any(scaled) else "floats"
-    return f"{pages}, D {next(width for width in (64, 128, 256, 512) if pools[0].head_dim <= width)}"
+    eight_bit = ALLOW_8_BIT and q.dtype != torch.float32 and any(codec.scaled_by == "token" for codec in keys_of(pools))
+    return attend(q, pools, plan, scale, out, lse, accumulate, eight_bit)
 
 
 def attend(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool,
-    chosen: Config, splits: int | None = None,
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
+    eight_bit: bool = False, chosen: Config | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """paged_attention with given tiles, and lists split as given or so that they fill the GPU."""
-    eight_bit, target = bool(chosen.get("eight_bit", 0)), architecture(q.device) or 90
-    if eight_bit and target < 89 and any(codec.dtype == torch.float8_e4m3fn for codec in codecs_of(pools)):
+    """paged_attention, in floats or in 8 bits; tiles and splits as given, or as the configuration and the GPU ask."""
+    target = architecture(q.device) or 90
+    if eight_bit and target < 89 and any(side.codec.dtype == torch.float8_e4m3fn for p in pools for side in p.sides):
         raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
     online.attend(
-        *(attention_kernel, q, pools, plan, scale, out, lse, accumulate, chosen, splits, 32 if eight_bit else 16),
+        *(attention_kernel, q, pools, plan, scale, out, lse, accumulate),
+        chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
+        *(splits, 32 if eight_bit else 16),
         EIGHT_BIT=eight_bit,
         E4M3=target >= 89,
     )
     return out, lse
 
 
-def codecs_of(pools: Sequence[KVPages]) -> list[Codec]:
-    return [side.codec for pages in pools for side in pages.sides]
+def shape_class(q: Tensor, pools: Sequence[KVPages], eight_bit: bool) -> str:
+    """Which row of configs/*.json: what is multiplied, how keys lie, how wide they are."""
+    if q.dtype == torch.float32:
+        return "float32"
+    kind = "8 bits" if eight_bit else "quantized" if any(codec.scaled_by for codec in keys_of(pools)) else "floats"
+    return f"{kind}, D {next(width for width in (64, 128, 256, 512) if pools[0].head_dim <= width)}"
+
+
+def keys_of(pools: Sequence[KVPages]) -> list[Codec]:
+    return [pages.sides[0].codec for pages in pools]
+
+
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """Attention of Wan 1.3B, three frames of 480p on a window of nine; other widths; q in float32."""
+    formats: list[tuple[str, ...]] = [(format,) for format in KV_FORMATS if format != "fp32"]
+    for mix in [*formats, ("bf16", "int8", "int4")]:
+        yield _case(mix, 128, device=device)
+    for width in (64, 256):
+        for format in ("bf16", "i8f8"):
+            yield _case((format,), width, device=device)
+    for format in ("int8", "i8f8", "fp8"):
+        yield _case((format,), 128, eight_bit=True, device=device)
+    yield _case(("i8f8",), 64, eight_bit=True, device=device)
+    yield _case(("i8f8",), 256, eight_bit=True, device=device)
+    for format in ("fp32", "i8f8"):
+        yield _case((format,), 128, torch.float32, device=device)
+    yield _case(("bf16",), 128, splits=2, device=device)
+
+
+def _case(
+    formats: Sequence[str], width: int, dtype: torch.dtype = torch.bfloat16, eight_bit: bool = False,
+    splits: int | None = None, device: torch.device | str = "cpu",
+) -> Case:  # fmt: skip
+    pools = [KVPages.empty(format, 225 // len(formats), 12, 64, width, device) for format in formats]
+    q = torch.empty(4680, 12, width, dtype=dtype, device=device)
+    pages = sum(pool.pages for pool in pools)
+    plan = make_plan([(len(q), range(pages), [64 if page % 25 < 24 else 24 for page in range(pages)])], device)
+    what = f"{str(dtype).removeprefix('torch.')} q, D {width}{', 8 bits' * eight_bit}{', split' * (splits is not None)}"
+    call = partial(
+        attend, q, pools, plan, width**-0.5, torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32),
+        eight_bit=eight_bit, splits=splits,
+    )  # fmt: skip
+    return Case("paged_attention", "+".join(formats), what, call, shape_class(q, pools, eight_bit))
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])

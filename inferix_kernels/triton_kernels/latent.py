@@ -7,7 +7,8 @@ weight, so that codes are exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -15,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..layout import KVPages, Plan
+from ..layout import KVPages, Plan, make_plan
 from . import online
 from .attention import read_keys, read_scales, read_values
 from .codecs import round_to
 from .config import Config, config
-from .launch import architecture, check_device
+from .launch import Case, architecture, check_device
 from .online import (
     LN2,
     LOG2E,
@@ -44,22 +45,37 @@ def latent_attention(
     check_device("latent_attention", q)
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
-    chosen = config("latent_attention", "float32" if q.dtype == torch.float32 else "halves", q.device)
-    return attend(q, pools, plan, scale, out, lse, accumulate, chosen)
+    return attend(q, pools, plan, scale, out, lse, accumulate)
 
 
 def attend(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool,
-    chosen: Config, splits: int | None = None,
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
+    chosen: Config | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """latent_attention with given tiles, and lists split as given or so that they fill the GPU."""
-    rotary = triton.next_power_of_2(pools[0].value_dim)
+    """latent_attention; tiles and splits as given, or as the configuration and the GPU ask."""
     online.attend(
-        *(latent_kernel, q, pools, plan, scale, out, lse, accumulate, chosen, splits, 16),
-        ROTARY_COLS=max(16, rotary),
+        *(latent_kernel, q, pools, plan, scale, out, lse, accumulate),
+        chosen or config("latent_attention", shape_class(q), q.device),
+        *(splits, 16),
+        ROTARY_COLS=max(16, triton.next_power_of_2(pools[0].value_dim)),
         E4M3=(architecture(q.device) or 90) >= 89,
     )
     return out, lse
+
+
+def shape_class(q: Tensor) -> str:
+    return "float32" if q.dtype == torch.float32 else "halves"
+
+
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """16 heads on a latent of 512 with a rotary part of 64."""
+    for format, dtype in (("latent8", torch.bfloat16), ("bf16", torch.bfloat16), ("latent8", torch.float32)):
+        pool = KVPages.empty(format, 75, 1, 64, (512, 64), device)
+        q = torch.empty(1560, 16, 576, dtype=dtype, device=device)
+        plan = make_plan([(len(q), range(75), [64] * 75)], device)
+        out, lse = q.new_empty(1560, 16, 512), q.new_empty(1560, 16, dtype=torch.float32)
+        what = f"{str(dtype).removeprefix('torch.')} q, latent 512"
+        yield Case("latent_attention", format, what, partial(attend, q, [pool], plan, 0.1, out, lse), shape_class(q))
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])
