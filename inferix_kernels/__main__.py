@@ -16,13 +16,14 @@ import torch
 
 from . import ops, testing
 from ._dispatch import AUTO, BACKENDS, Unsupported, implementation
-from .layout import Quantized
+from .layout import Quantized, make_plan
 
 OPS = (
     "kv_append",
     "kv_commit",
     "kv_gather",
     "paged_attention",
+    "latent_attention",
     "merge_attention",
     "qkv_prologue",
     "quantize_rows",
@@ -67,6 +68,8 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
     pool, where = testing.filled_pool("fp32", [3], heads=1, page_size=8, head_dim=16, device=device)
     q, pools, plan = testing.attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16, device=device)
     lse = q[:, :, 0].contiguous()
+    latent_pool, latents = testing.filled_pool("latent8", [3], heads=1, page_size=8, head_dim=(16, 8), device=device)
+    latent_q, latent_plan = q.new_zeros(2, 1, 24), make_plan([(2, latents.ids.tolist(), [3])], device)
     qkv = torch.zeros(3, 48, device=device)
     tokens = torch.zeros(3, 1, 16, device=device)
     matrix = Quantized(torch.zeros(3, 16, dtype=torch.int8, device=device), torch.ones(3, device=device))
@@ -77,6 +80,9 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
         "kv_commit": lambda: ops.kv_commit(pool, where, target, target_list, backend=backend),
         "kv_gather": lambda: ops.kv_gather([pool], where, backend=backend),
         "paged_attention": lambda: ops.paged_attention(q, pools, plan, backend=backend),
+        "latent_attention": lambda: ops.latent_attention(
+            latent_q, [latent_pool], latent_plan, scale=1.0, backend=backend
+        ),
         "merge_attention": lambda: ops.merge_attention(q, lse, q, lse, backend=backend),
         "qkv_prologue": lambda: ops.qkv_prologue(qkv, None, None, None, pool, where, backend=backend),
         "quantize_rows": lambda: ops.quantize_rows(qkv, backend=backend),

@@ -154,6 +154,35 @@ def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
         )
 
 
+def check_attention(
+    q: Tensor, width: str, pools: Sequence[KVPages], plan: Plan, sizes: dict[str, int], *, same_width: bool
+) -> None:
+    """What both attention ops take. width: of q, D or D+Dv; same_width: must values be as wide as keys?"""
+    check_pools(pools, sizes, q.device)
+    if same_width:
+        check_same_width("pools", sizes)
+    sizes["D+Dv"] = sizes["D"] + sizes["Dv"]
+    check_tensor("q", q, FLOATS, f"T Hq {width}" if q.ndim == 3 else f"V T Hq {width}", sizes, q.device)
+    check_plan(plan, sizes["H"], q)
+    if sizes["Hq"] % sizes["H"]:
+        raise ValueError(f"q must have a multiple of the pools' H={sizes['H']} heads, got {sizes['Hq']}")
+
+
+def attention_outputs(
+    q: Tensor, out: Tensor | None, lse: Tensor | None, accumulate: bool, sizes: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, D] and lse [T, Hq]: as given, checked, or new."""
+    if accumulate and (out is None or lse is None):
+        raise ValueError("out and lse must be given with accumulate=True: they are what is added to, got None")
+    if out is None:
+        out = torch.empty(sizes["T"], sizes["Hq"], sizes["D"], dtype=q.dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty(q.shape[-3:-1], dtype=torch.float32, device=q.device)
+    check_tensor("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
+    check_tensor("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
+    return out, lse
+
+
 def check_norm(
     name: str, weight: Tensor | None, bias: Tensor | None, heads: int, sizes: dict[str, int], device: torch.device
 ) -> None:

@@ -95,39 +95,38 @@ def kv_gather(
     _kv_gather(flatten(*pools), *where, *out, backend)
 
 
-@define(
-    "paged_attention",
+_ATTENTION = (
     "Tensor q, Tensor[] pools, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
     "Tensor page_lens, Tensor? page_bias, Tensor? page_variants, float scale, Tensor(a!) out, Tensor(b!) lse, "
-    "bool accumulate",
+    "bool accumulate"
 )
-def _paged_attention(
-    q: Tensor,
-    pools: list[Tensor],
-    q_indptr: Tensor,
-    page_indptr: Tensor,
-    page_ids: Tensor,
-    page_lens: Tensor,
-    page_bias: Tensor | None,
-    page_variants: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    accumulate: bool,
-    backend: str,
-) -> None:
-    run(
-        "paged_attention",
-        backend,
-        q.device,
-        q,
-        unflatten(pools),
-        Plan(q_indptr, page_indptr, page_ids, page_lens, page_bias, page_variants),
-        scale=scale,
-        out=out,
-        lse=lse,
-        accumulate=accumulate,
-    )
+
+
+def _attention(op: str) -> Callable[..., None]:
+    def body(
+        q: Tensor,
+        pools: list[Tensor],
+        q_indptr: Tensor,
+        page_indptr: Tensor,
+        page_ids: Tensor,
+        page_lens: Tensor,
+        page_bias: Tensor | None,
+        page_variants: Tensor | None,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        accumulate: bool,
+        backend: str,
+    ) -> None:
+        plan = Plan(q_indptr, page_indptr, page_ids, page_lens, page_bias, page_variants)
+        options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
+        run(op, backend, q.device, q, unflatten(pools), plan, **options)
+
+    return body
+
+
+_paged_attention = define("paged_attention", _ATTENTION)(_attention("paged_attention"))
+_latent_attention = define("latent_attention", _ATTENTION)(_attention("latent_attention"))
 
 
 def paged_attention(
@@ -142,6 +141,20 @@ def paged_attention(
     backend: str,
 ) -> None:
     _paged_attention(q, flatten(*pools), *plan, scale, out, lse, accumulate, backend)
+
+
+def latent_attention(
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    *,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    _latent_attention(q, flatten(*pools), *plan, scale, out, lse, accumulate, backend)
 
 
 @define("merge_attention", "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse")
@@ -397,6 +410,7 @@ TRACED = {
         kv_commit,
         kv_gather,
         paged_attention,
+        latent_attention,
         merge_attention,
         page_scores,
         page_summaries,

@@ -20,6 +20,8 @@ def calls() -> dict[str, tuple]:
     gathered = tuple(torch.empty(2, sum(page_lens), 2, 16))
     q, attention_pools, plan = attention_inputs([3, 2], lens, query_heads=4, heads=2, head_dim=16, page_size=8)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    latent_pool, latents = filled_pool("latent8", lens, 1, 8, (16, 8))
+    latent_plan = ik.make_plan([(5, latents.ids.tolist(), lens)])
     others = [torch.randn(5, 4, 16), torch.randn(5, 4), torch.randn(5, 4, 16), torch.randn(5, 4)]
     rope = rope_table(11, 16)
     prologue = [torch.randn(11, 8 * 16), torch.rand(4 * 16), torch.rand(16), rope, target, target_list]
@@ -38,6 +40,10 @@ def calls() -> dict[str, tuple]:
         "paged_attention": (
             (torch.stack((q, -q)), attention_pools, biased),
             {"scale": 0.25, "out": out, "lse": lse, "accumulate": False},
+        ),
+        "latent_attention": (
+            (torch.randn(5, 4, 24), [latent_pool], latent_plan),
+            {"scale": 0.25, "out": torch.empty(5, 4, 16), "lse": torch.empty(5, 4), "accumulate": False},
         ),
         "merge_attention": (others, {"out": torch.empty(5, 4, 16), "lse": torch.empty(5, 4)}),
         "qkv_prologue": (prologue, {**options, "out": torch.empty(11, 4, 16)}),
@@ -169,6 +175,9 @@ MISTAKES = {
     "narrow values in a prologue": (lambda: ik.qkv_prologue(torch.zeros(3, 96), None, None, None,
                                                             page(head_dim=(16, 8)), ONE), ValueError,
                                     "pages must have values as wide as keys here, got D=16 and Dv=8"),
+    "the width of a latent query": (lambda: ik.latent_attention(x(heads=4), [page("latent8", head_dim=(16, 8))],
+                                                                ik.make_plan([(3, [0], [3])]), scale=1.0), ValueError,
+                                    r"q must be \[T, Hq, D\+Dv=24\], got \[3, 4, 16\]"),
     "page sizes": (lambda: ik.kv_commit(page(), ONE, page(page_size=16), ONE), ValueError,
                    r"target.k must be \[P, H=2, page_size=8, D=16\], got \[2, 2, 16, 16\]"),
     "one pool": (lambda: ik.kv_gather(page(), ONE), ValueError,

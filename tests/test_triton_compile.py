@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,27 @@ def test_other_kernels_compile_and_spill_nothing(architecture):
     rows = compile_ahead([architecture], OTHERS[architecture])
     assert len(rows) == 2 and all(row.kernel and row.sound for row in rows)
     assert architecture == 90 or rows[1].tensor_core == "mma m16n8k32 s8"
+
+
+ATTENTION = {
+    80: ["paged_attention bf16+int8+int4"],
+    90: [
+        "paged_attention bf16 bfloat16 q, D 128",
+        "paged_attention i8f8 bfloat16 q, D 128",
+        "latent_attention latent8",
+    ],
+    120: ["paged_attention i8f8 bfloat16 q, D 128"],
+}
+INSTRUCTIONS = {80: {"mma bf16"}, 90: {"wgmma bf16", "wgmma e4m3", ""}, 120: {"mma bf16", "mma e4m3"}}  # "": float32
+
+
+@pytest.mark.parametrize("architecture", ATTENTION)
+def test_attention_compiles_and_spills_nothing(architecture):
+    rows = compile_ahead([architecture], ATTENTION[architecture])
+    kernels = [row for row in rows if row.kernel in ("attention_kernel", "latent_kernel")]
+    assert all(row.sound and row.shared <= (232448 if architecture == 90 else 101376) for row in rows)
+    assert {re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in kernels} == INSTRUCTIONS[architecture]
+    assert (architecture == 90) == any(row.kernel == "sum_kernel" for row in rows)  # where lists are split
 
 
 def test_every_kernel_has_cases_and_every_case_a_configuration():

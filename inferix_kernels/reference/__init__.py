@@ -3,7 +3,7 @@
 Same names and parameters as in ops.py, which fills in every optional one; a module for each family of ops.
 """
 
-from .attention import merge_attention, paged_attention
+from .attention import check_plan, latent_attention, merge_attention, paged_attention
 from .codecs import AMAX_FLOOR, HALF_MAX, LARGEST, STEP_FLOOR, decode, encode
 from .kv_pages import kv_append, kv_commit, kv_gather, read_page, read_side, spans, write_page
 from .linear import linear, quantize_rows
@@ -15,12 +15,14 @@ __all__ = [
     "HALF_MAX",
     "LARGEST",
     "STEP_FLOOR",
+    "check_plan",
     "check_scores",
     "decode",
     "encode",
     "kv_append",
     "kv_commit",
     "kv_gather",
+    "latent_attention",
     "linear",
     "merge_attention",
     "page_scores",

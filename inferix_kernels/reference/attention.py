@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,23 +15,43 @@ from .kv_pages import locate, read_page, spans
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
+    return attend(q, pools, plan, scale, out, lse, accumulate, lambda keys, values: (keys, values))
+
+
+def latent_attention(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
+    def keys_and_values(latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat((latent, rotary), -1), latent
+
+    return attend(q, pools, plan, scale, out, lse, accumulate, keys_and_values)
+
+
+def attend(
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool,
+    keys_and_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """keys_and_values: of the two sides of a page, [length, heads, D] and [length, heads, Dv]."""
+    starts, lists, entries, bias, variants = check_plan(q, pools, plan)
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
-    H, D = pools[0].heads, q.shape[-1]
-    starts = indptr("plan.q_indptr", plan.q_indptr, queries.shape[1])
-    lists = indptr("plan.page_indptr", plan.page_indptr, len(plan.page_ids))
-    entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
-    bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
-    variants = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, len(queries))
+    H = pools[0].heads
     group = queries.shape[2] // H  # query head j reads KV head j // group
     shared = H if len(lists) == len(starts) else 1  # KV heads that share a page list
     for i in range(len(lists) - 1):
         s, head = divmod(i * shared, H)
         at = slice(starts[s], starts[s + 1]), slice(head * group, (head + shared) * group)
         x = queries[:, at[0], at[1]].float().unflatten(2, (shared, group))  # [V, t, heads, group, D]
-        scores, values = [x.new_empty(*x.shape[1:4], 0)], [x.new_empty(0, shared, D)]
+        scores, values = [x.new_empty(*x.shape[1:4], 0)], [x.new_empty(0, shared, out.shape[2])]
         for entry in range(lists[i], lists[i + 1]):
             page, start, stop = entries[entry]
-            k, v = (side[:, head : head + shared] for side in read_page(*locate(pools, page), stop - start))
+            sides = (side[:, head : head + shared] for side in read_page(*locate(pools, page), stop - start))
+            k, v = keys_and_values(*sides)
             scores.append(torch.einsum("thgd,lhd->thgl", x[variants[entry]], k) * scale + bias[entry])
             values.append(v)
         list_out, list_lse = softmax_sum(torch.cat(scores, -1), torch.cat(values))
@@ -39,6 +59,20 @@ def paged_attention(
             list_out, list_lse = merge(out[at].float(), lse[at], list_out, list_lse)
         out[at], lse[at] = list_out, list_lse
     return out, lse
+
+
+def check_plan(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan
+) -> tuple[list[int], list[int], list[tuple[int, int, int]], list[float], list[int]]:
+    """The numbers of a plan, checked: q_indptr, page_indptr, then (page, first token, one past the last), bias and
+    variant of every entry."""
+    tokens, variants = q.shape[-3], len(q) if q.ndim == 4 else 1
+    starts = indptr("plan.q_indptr", plan.q_indptr, tokens)
+    lists = indptr("plan.page_indptr", plan.page_indptr, len(plan.page_ids))
+    entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
+    bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
+    chosen = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, variants)
+    return starts, lists, entries, bias, chosen
 
 
 def softmax_sum(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

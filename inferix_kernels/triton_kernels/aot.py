@@ -19,14 +19,16 @@ import torch
 import triton
 
 from .._dispatch import Unsupported
+from .attention import cases as attention_cases
 from .kv_pages import cases as page_cases
+from .latent import cases as latent_cases
 from .launch import Case, compile_only
 from .linear import cases as linear_cases
 from .merge import cases as merge_cases
 from .qkv import cases as prologue_cases
 from .select import cases as select_cases
 
-CASES = (page_cases, prologue_cases, merge_cases, linear_cases, select_cases)
+CASES = (page_cases, prologue_cases, attention_cases, latent_cases, merge_cases, linear_cases, select_cases)
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
 

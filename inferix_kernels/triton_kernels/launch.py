@@ -56,11 +56,13 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, **kwargs: Any) -> None:
+def launch(
+    kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, fma: bool = False, **kwargs: Any
+) -> None:
+    """Without fma, products and sums round one by one, as in the reference."""
     if programs == 0:
         return  # CUDA refuses an empty grid
-    # Products and sums must round one by one, as in the reference: no fma.
-    options = {**kwargs, "num_warps": num_warps, "enable_fp_fusion": False}
+    options = {**kwargs, "num_warps": num_warps, "enable_fp_fusion": fma}
     if _ahead is not None:
         _ahead[1].append(kernel.warmup(*args, **options, grid=(programs,)))
         return

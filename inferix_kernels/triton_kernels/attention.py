@@ -1,0 +1,306 @@
+"""paged_attention in Triton: a program per tile of query rows, KV head and part of the page list.
+
+Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU. There a plan's numbers
+are not checked on the host, which would wait for the device: an entry that does not fit is skipped.
+
+Two ways to multiply. In floats, of q's type: a tile of keys and values is dequantized once and serves all rows of the
+program; a scale that a key has for itself multiplies its scores instead, so that its codes are exact. In 8 bits, when
+ALLOW_8_BIT is set: q is quantized row by row to the type of the keys' codes and multiplied with them;
+weights are rounded to e4m3 and multiplied with e4m3 values, and the sum over each tile of at most 128 keys goes to
+float32, which Hopper's e4m3 units do not keep, in the step that applies the channels' scales. Sides that are neither,
+bf16 keys or int8 values say, stay with floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .._dispatch import Unsupported
+from ..layout import KV_FORMATS, Codec, KVPages, Plan, make_plan
+from . import online
+from .codecs import INTERPRETED, from_e4m3, read_codes, read_part, round_to, round_to_int, scale_places, to_e4m3
+from .config import Config, config
+from .launch import Case, architecture, check_device
+from .online import (
+    LN2,
+    LOG2E,
+    NOTHING,
+    entry_of,
+    finish,
+    finite,
+    load_rows,
+    multiply,
+    multiply_add,
+    run_in_pool,
+    tile_at,
+    weigh,
+    work_of,
+)
+
+# Whether bfloat16 and float16 queries on 8-bit keys are multiplied in 8 bits: faster, and further from the reference
+# (tests/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.
+ALLOW_8_BIT = False
+# e4m3 weights are stored times this: at most 256 of 448, and down to 2^-17 of the largest.
+WEIGHT_SCALE = tl.constexpr(256.0)
+
+
+def paged_attention(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
+    check_device("paged_attention", q)
+    if not q.is_cuda:
+        reference.check_plan(q, pools, plan)
+    eight_bit = ALLOW_8_BIT and q.dtype != torch.float32 and any(codec.scaled_by == "token" for codec in keys_of(pools))
+    return attend(q, pools, plan, scale, out, lse, accumulate, eight_bit)
+
+
+def attend(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
+    eight_bit: bool = False, chosen: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """paged_attention, in floats or in 8 bits; tiles and splits as given, or as the configuration and the GPU ask."""
+    target = architecture(q.device) or 90
+    if eight_bit and target < 89 and any(side.codec.dtype == torch.float8_e4m3fn for p in pools for side in p.sides):
+        raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
+    online.attend(
+        *(attention_kernel, q, pools, plan, scale, out, lse, accumulate),
+        chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
+        *(splits, 32 if eight_bit else 16),
+        EIGHT_BIT=eight_bit,
+        E4M3=target >= 89,
+    )
+    return out, lse
+
+
+def shape_class(q: Tensor, pools: Sequence[KVPages], eight_bit: bool) -> str:
+    """Which row of configs/*.json: what is multiplied, how keys lie, how wide they are."""
+    if q.dtype == torch.float32:
+        return "float32"
+    kind = "8 bits" if eight_bit else "quantized" if any(codec.scaled_by for codec in keys_of(pools)) else "floats"
+    return f"{kind}, D {next(width for width in (64, 128, 256, 512) if pools[0].head_dim <= width)}"
+
+
+def keys_of(pools: Sequence[KVPages]) -> list[Codec]:
+    return [pages.sides[0].codec for pages in pools]
+
+
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """Attention of Wan 1.3B, three frames of 480p on a window of nine; other widths; q in float32."""
+    formats: list[tuple[str, ...]] = [(format,) for format in KV_FORMATS if format != "fp32"]
+    for mix in [*formats, ("bf16", "int8", "int4")]:
+        yield _case(mix, 128, device=device)
+    for width in (64, 256):
+        for format in ("bf16", "i8f8"):
+            yield _case((format,), width, device=device)
+    for format in ("int8", "i8f8", "fp8"):
+        yield _case((format,), 128, eight_bit=True, device=device)
+    yield _case(("i8f8",), 64, eight_bit=True, device=device)
+    yield _case(("i8f8",), 256, eight_bit=True, device=device)
+    for format in ("fp32", "i8f8"):
+        yield _case((format,), 128, torch.float32, device=device)
+    yield _case(("bf16",), 128, splits=2, device=device)
+
+
+def _case(
+    formats: Sequence[str], width: int, dtype: torch.dtype = torch.bfloat16, eight_bit: bool = False,
+    splits: int | None = None, device: torch.device | str = "cpu",
+) -> Case:  # fmt: skip
+    pools = [KVPages.empty(format, 225 // len(formats), 12, 64, width, device) for format in formats]
+    q = torch.empty(4680, 12, width, dtype=dtype, device=device)
+    pages = sum(pool.pages for pool in pools)
+    plan = make_plan([(len(q), range(pages), [64 if page % 25 < 24 else 24 for page in range(pages)])], device)
+    what = f"{str(dtype).removeprefix('torch.')} q, D {width}{', 8 bits' * eight_bit}{', split' * (splits is not None)}"
+    call = partial(
+        attend, q, pools, plan, width**-0.5, torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32),
+        eight_bit=eight_bit, splits=splits,
+    )  # fmt: skip
+    return Case("paged_attention", "+".join(formats), what, call, shape_class(q, pools, eight_bit))
+
+
+@triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])
+def attention_kernel(
+    q,  # online.Rows [V, tokens, HEADS * GROUP, D]
+    out,  # online.Rows [splits, tokens, HEADS * GROUP, D], written, as lse
+    lse,  # online.Rows [splits, tokens, HEADS * GROUP]
+    plan,
+    pools,  # online.Pool of each
+    scale,
+    tokens,
+    segments,
+    entries,  # of all page lists
+    splits,
+    tiles,  # of queries, for each head and split
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    VARIANTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLS: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+    E4M3: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    head, split, token, query_head, here, first, last = work_of(
+        plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    if tl.max(here.to(tl.int32), 0) == 0:
+        return
+    WIDTH: tl.constexpr = tile_at(KEYS, 0).width
+    largest = tl.full([BLOCK_M], NOTHING, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sum = tl.zeros([BLOCK_M, COLS], tl.float32)
+    for p in tl.static_range(len(KEYS)):
+        for variant in tl.static_range(VARIANTS):
+            begin, end = first, last
+            if len(KEYS) * VARIANTS > 1:
+                begin, end = run_in_pool(first, last, plan, variant, pools[p])
+            queries = load_rows(q, variant, token, query_head, here, 0, WIDTH, COLS)
+            largest, total, sum = attend_run(
+                *(queries, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], head),
+                *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, EIGHT_BIT, E4M3),
+            )
+    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, WIDTH, ACCUMULATE)
+
+
+@triton.jit
+def attend_run(
+    queries,
+    factor,  # of scores, to powers of two
+    largest,
+    total,
+    sum,
+    first,
+    last,
+    plan,
+    variant,
+    pool,
+    head,
+    HEADS: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+    E4M3: tl.constexpr,
+):
+    """One online softmax goes on over the entries [first, last) that are pages of this pool, of this variant."""
+    COLS: tl.constexpr = queries.shape[1]
+    DTYPE: tl.constexpr = queries.dtype
+    PARTS: tl.constexpr = (KEY.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page
+    CODES: tl.constexpr = EIGHT_BIT and (KEY.kind == "int8" or KEY.kind == "e4m3")  # q is multiplied as codes
+    row_scale = tl.full([queries.shape[0]], factor, tl.float32)
+    if CODES:
+        queries, scales = quantize(queries.to(tl.float32), KEY)
+        row_scale *= scales
+    # The next entry is read while this one is multiplied: nothing waits for a page id.
+    page, length, bias = entry_of(first, last, plan, variant, pool, KEY.page_size)
+    for i in range(first * PARTS, last * PARTS):
+        at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_N)
+        if CODES:
+            codes = read_codes(pool.k, at, row, 0, length, KEY, BLOCK_N, COLS)
+            scores = multiply_codes(queries, tl.trans(codes), KEY)
+        else:
+            keys = read_keys(pool, at, row, length, KEY, DTYPE, BLOCK_N, COLS, E4M3)
+            scores = multiply(queries, tl.trans(keys))
+        scores *= row_scale[:, None]
+        if KEY.kind == "int8" or KEY.kind == "e4m3":
+            scores *= read_scales(pool.k_scales, at, row, length, KEY, BLOCK_N, COLS)[None, :]
+        if plan.page_bias is not None:
+            scores += bias
+        if row + BLOCK_N > length:
+            scores = tl.where((rows < length)[None, :], scores, NOTHING)
+        weights, shrink, largest, total = weigh(scores, largest, total)
+        if EIGHT_BIT and VALUE.kind == "e4m3":
+            codes = read_codes(pool.v, at, row, 0, length, VALUE, BLOCK_N, COLS)
+            codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
+            # A sum of its own for every tile: float32 where the tensor cores keep less.
+            tile_sum = multiply_codes(as_e4m3(weights * WEIGHT_SCALE), codes, VALUE)
+            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
+            sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
+        else:
+            values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
+            sum = multiply_add(round_to(weights, DTYPE), values, sum * shrink[:, None])
+        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, KEY.page_size)
+    return largest, total, sum
+
+
+@triton.jit
+def read_scales(scales, at, row, length, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of tokens row .. row + ROWS, or of the channels, as the tile has them; 0 for tokens past the length."""
+    along, mask = scale_places(at, row + tl.arange(0, ROWS), tl.arange(0, COLS), length, tile)
+    return tl.load(scales + along, mask=mask, other=0.0)
+
+
+@triton.jit
+def quantize(x, tile: tl.constexpr):
+    """Rows of float32 as codes of a tile's kind, and their scales."""
+    scale = tl.maximum(tl.max(tl.abs(x), 1), tile.floor) / tile.top
+    x = tl.minimum(tl.maximum(x / scale[:, None], -tile.top), tile.top)
+    if tile.kind == "int8":
+        return round_to_int(x).to(tl.int8), scale
+    else:
+        return as_e4m3(x), scale
+
+
+@triton.jit
+def as_e4m3(x):
+    if INTERPRETED:  # which rounds it wrong
+        return to_e4m3(x)
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def multiply_codes(a, b, tile: tl.constexpr):
+    """a @ b of codes of a tile's kind, as float32; int8 exactly."""
+    if tile.kind == "int8":
+        return tl.dot(a, b).to(tl.float32)
+    else:
+        return tl.dot(a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True))
+
+
+@triton.jit
+def read_keys(
+    pool, at, row, length, tile: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    E4M3: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLS] of this type; where each token has a scale, without it: its codes are exact in every type."""
+    if tile.kind == "u4":
+        return round_to(read_part(pool.k, pool.k_scales, pool.k_offsets, at, row, 0, length, tile, ROWS, COLS), DTYPE)
+    else:
+        return as_floats(read_codes(pool.k, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+
+
+@triton.jit
+def read_values(
+    pool, at, row, length, tile: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    E4M3: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLS] of this type, dequantized; 0 past the length."""
+    if tile.kind == "float":
+        return as_floats(read_codes(pool.v, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+    else:
+        return round_to(read_part(pool.v, pool.v_scales, pool.v_offsets, at, row, 0, length, tile, ROWS, COLS), DTYPE)
+
+
+@triton.jit
+def as_floats(codes, tile: tl.constexpr, DTYPE: tl.constexpr, E4M3: tl.constexpr):
+    if codes.dtype == DTYPE:
+        return codes
+    elif tile.kind != "e4m3":
+        return round_to(codes.to(tl.float32), DTYPE)
+    elif E4M3 and not INTERPRETED:
+        return codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    else:
+        return round_to(from_e4m3(codes), DTYPE)

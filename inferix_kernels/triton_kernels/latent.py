@@ -1,0 +1,178 @@
+"""latent_attention in Triton: as paged_attention, with keys in two parts, of which the first serve as values too.
+
+Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU. A tile of latent rows
+is read and converted once for both products. A scale that a row has for itself multiplies its scores, and then its
+weight, so that codes are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..layout import KVPages, Plan, make_plan
+from . import online
+from .attention import read_keys, read_scales, read_values
+from .codecs import round_to
+from .config import Config, config
+from .launch import Case, architecture, check_device
+from .online import (
+    LN2,
+    LOG2E,
+    NOTHING,
+    entry_of,
+    finish,
+    finite,
+    load_rows,
+    multiply,
+    multiply_add,
+    run_in_pool,
+    tile_at,
+    weigh,
+    work_of,
+)
+
+
+def latent_attention(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
+    check_device("latent_attention", q)
+    if not q.is_cuda:
+        reference.check_plan(q, pools, plan)
+    return attend(q, pools, plan, scale, out, lse, accumulate)
+
+
+def attend(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
+    chosen: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """latent_attention; tiles and splits as given, or as the configuration and the GPU ask."""
+    online.attend(
+        *(latent_kernel, q, pools, plan, scale, out, lse, accumulate),
+        chosen or config("latent_attention", shape_class(q), q.device),
+        *(splits, 16),
+        ROTARY_COLS=max(16, triton.next_power_of_2(pools[0].value_dim)),
+        E4M3=(architecture(q.device) or 90) >= 89,
+    )
+    return out, lse
+
+
+def shape_class(q: Tensor) -> str:
+    return "float32" if q.dtype == torch.float32 else "halves"
+
+
+def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
+    """16 heads on a latent of 512 with a rotary part of 64."""
+    for format, dtype in (("latent8", torch.bfloat16), ("bf16", torch.bfloat16), ("latent8", torch.float32)):
+        pool = KVPages.empty(format, 75, 1, 64, (512, 64), device)
+        q = torch.empty(1560, 16, 576, dtype=dtype, device=device)
+        plan = make_plan([(len(q), range(75), [64] * 75)], device)
+        out, lse = q.new_empty(1560, 16, 512), q.new_empty(1560, 16, dtype=torch.float32)
+        what = f"{str(dtype).removeprefix('torch.')} q, latent 512"
+        yield Case("latent_attention", format, what, partial(attend, q, [pool], plan, 0.1, out, lse), shape_class(q))
+
+
+@triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])
+def latent_kernel(
+    q,  # online.Rows [V, tokens, HEADS * GROUP, D + Dv]
+    out,  # online.Rows [splits, tokens, HEADS * GROUP, D], written, as lse
+    lse,  # online.Rows [splits, tokens, HEADS * GROUP]
+    plan,
+    pools,  # online.Pool of each
+    scale,
+    tokens,
+    segments,
+    entries,  # of all page lists
+    splits,
+    tiles,  # of queries, for each head and split
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    VARIANTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLS: tl.constexpr,
+    ROTARY_COLS: tl.constexpr,
+    E4M3: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    head, split, token, query_head, here, first, last = work_of(
+        plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    if tl.max(here.to(tl.int32), 0) == 0:
+        return
+    WIDTH: tl.constexpr = tile_at(KEYS, 0).width
+    ROTARY_WIDTH: tl.constexpr = tile_at(VALUES, 0).width
+    largest = tl.full([BLOCK_M], NOTHING, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sum = tl.zeros([BLOCK_M, COLS], tl.float32)
+    for p in tl.static_range(len(KEYS)):
+        for variant in tl.static_range(VARIANTS):
+            begin, end = first, last
+            if len(KEYS) * VARIANTS > 1:
+                begin, end = run_in_pool(first, last, plan, variant, pools[p])
+            latent = load_rows(q, variant, token, query_head, here, 0, WIDTH, COLS)
+            rotary = load_rows(q, variant, token, query_head, here, WIDTH, ROTARY_WIDTH, ROTARY_COLS)
+            largest, total, sum = attend_run(
+                *(latent, rotary, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], head),
+                *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, E4M3),
+            )
+    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, WIDTH, ACCUMULATE)
+
+
+@triton.jit
+def attend_run(
+    q_latent,
+    q_rotary,
+    factor,  # of scores, to powers of two
+    largest,
+    total,
+    sum,
+    first,
+    last,
+    plan,
+    variant,
+    pool,
+    head,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E4M3: tl.constexpr,
+):
+    """One online softmax goes on over the entries [first, last) that are pages of this pool, of this variant."""
+    DTYPE: tl.constexpr = q_latent.dtype
+    COLS: tl.constexpr = q_latent.shape[1]
+    ROTARY_COLS: tl.constexpr = q_rotary.shape[1]
+    PARTS: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N
+    SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"
+    page, length, bias = entry_of(first, last, plan, variant, pool, LATENT.page_size)
+    for i in range(first * PARTS, last * PARTS):
+        at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_N)
+        latent = read_keys(pool, at, row, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
+        rotary = read_values(pool, at, row, length, ROTARY, DTYPE, BLOCK_N, ROTARY_COLS, E4M3)
+        scores = multiply(q_latent, tl.trans(latent))
+        if SCALED:
+            scales = read_scales(pool.k_scales, at, row, length, LATENT, BLOCK_N, COLS)
+            scores *= scales[None, :]
+        scores = multiply_add(q_rotary, tl.trans(rotary), scores) * factor
+        if plan.page_bias is not None:
+            scores += bias
+        if row + BLOCK_N > length:
+            scores = tl.where((rows < length)[None, :], scores, NOTHING)
+        weights, shrink, largest, total = weigh(scores, largest, total)
+        if SCALED:
+            weights *= scales[None, :]
+        sum = multiply_add(round_to(weights, DTYPE), latent, sum * shrink[:, None])
+        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, LATENT.page_size)
+    return largest, total, sum

@@ -1,0 +1,363 @@
+"""What the attention kernels share: which queries and pages a program has, one online softmax, the sum of splits.
+
+A program has a tile of query rows, one KV head and a run of its page list. A row is one query of one of the heads that
+read this KV head, so the keys of a tile serve a whole group. How a list is split among programs follows from sizes
+that the host knows without asking the device (`splits_for`): a captured graph stays right when a plan's numbers change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._dispatch import Unsupported
+from ..layout import KVPages, Plan, as_bytes
+from .codecs import INTERPRETED, Tile, round_to, tile_of
+from .config import Config
+from .launch import launch
+
+NOTHING = tl.constexpr(float("-inf"))  # the logarithm of no sum
+LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of two inside a kernel: exp2 is what a GPU has
+LN2 = tl.constexpr(0.6931471805599453)
+STEP = tl.constexpr(1024)  # numbers of a plan that are looked through at once
+
+MOST_POOLS = 8  # each is a loop of its own in a kernel
+# What a program costs besides its keys, in tiles of keys: finding its work, loading queries, writing partial sums.
+_OVERHEAD = 2
+_MOST_SPLITS = 64
+_SUMMED = 4096  # numbers of one program that adds up splits
+
+
+@functools.lru_cache
+def splits_for(programs: int, key_tiles: int, processors: int) -> int:
+    """Among how many programs to split each list of `key_tiles` tiles of keys, so that `processors` run dry together.
+
+    The time is the number of waves times what a program takes. Wan 1.3B at 32,760 keys: 444 programs fill 132
+    processors to 84 %; in 2 splits to 96 %.
+    """
+
+    def time(splits: int) -> int:
+        return triton.cdiv(programs * splits, processors) * (triton.cdiv(key_tiles, splits) + _OVERHEAD)
+
+    return min(range(1, max(2, min(_MOST_SPLITS, key_tiles // 2) + 1)), key=lambda splits: (time(splits), splits))
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class Rows(NamedTuple):
+    """A tensor [several, tokens, heads, width] or, for lse, [several, tokens, heads]: where it lies and its strides."""
+
+    pointer: Tensor
+    of: int  # variants of q, or splits
+    token: int
+    head: int
+    channel: int = 0
+
+
+class Pool(NamedTuple):
+    """A pool as kernels get it. sm_80 knows no 8-bit floats: codes come as their bits."""
+
+    k: Tensor
+    k_scales: Tensor | None
+    k_offsets: Tensor | None
+    v: Tensor
+    v_scales: Tensor | None
+    v_offsets: Tensor | None
+    first_page: int  # in the count through all pools
+    pages: int
+
+
+def rows(x: Tensor) -> Rows:
+    return Rows(x, *x.stride())
+
+
+def pools_of(pools: Sequence[KVPages]) -> tuple[Pool, ...]:
+    found, first_page = [], 0
+    for pages in pools:
+        tensors = (x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets))
+        found.append(Pool(*tensors, first_page, pages.pages))
+        first_page += pages.pages
+    return tuple(found)
+
+
+def tiles_of(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+    """Keys and values of every pool."""
+    keys = tuple(tile_of(p.sides[0].codec, p.page_size, p.head_dim, 0) for p in pools)
+    return keys, tuple(tile_of(p.sides[1].codec, p.page_size, p.value_dim, 0) for p in pools)
+
+
+def attend(
+    kernel: object, q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor,
+    accumulate: bool, chosen: Config, splits: int | None, least: int, **options: object,
+) -> None:  # fmt: skip
+    """Launch an attention kernel and, if lists are split, the kernel that adds up in the order of the list.
+
+    chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
+    GPU. least: of any side of a product.
+    """
+    if len(pools) > MOST_POOLS:
+        raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
+    heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
+    segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
+    block_m = tile_rows(chosen["m"], tokens * group, segments)
+    block_n = max(least, min(chosen["n"], triton.next_power_of_2(page_size)))
+    tiles = tokens * group // block_m + segments
+    if splits is None:
+        key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(page_size, block_n)
+        splits = splits_for(tiles * heads, key_tiles, processors(q.device))
+    outs, lses = out[None], lse[None]
+    if splits > 1:
+        outs, lses = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
+    keys, values = tiles_of(pools)
+    launch(
+        kernel,
+        tiles * heads * splits,
+        q.device,
+        *(rows(q if q.ndim == 4 else q[None]), rows(outs), rows(lses)),
+        *(Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), scale),  # type: ignore[arg-type]
+        *(tokens, segments, len(plan.page_ids), splits, tiles),
+        HEADS=heads,
+        GROUP=group,
+        KEYS=keys,
+        VALUES=values,
+        VARIANTS=1 if q.ndim == 3 else len(q),
+        SEGMENTS=triton.next_power_of_2(max(segments, 1)),
+        PER_HEAD=lists != segments,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        COLS=max(least, keys[0].cols),
+        ACCUMULATE=accumulate and splits == 1,
+        **options,
+        num_warps=max(min(4, chosen["warps"]), chosen["warps"] * block_m // chosen["m"]),
+        num_stages=chosen["stages"],
+        fma=True,
+    )
+    if splits > 1:
+        sum_splits(outs, lses, out, lse, accumulate)
+
+
+def tile_rows(most: int, rows: int, segments: int) -> int:
+    """Rows of a tile: not many more than a segment has."""
+    return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
+
+
+def sum_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate: bool) -> None:
+    splits, tokens, heads, width = outs.shape
+    cols = triton.next_power_of_2(width)
+    block = max(1, _SUMMED // cols)
+    launch(
+        sum_kernel,
+        triton.cdiv(tokens * heads, block),
+        out.device,
+        *(outs, lses, rows(out[None]), rows(lse[None]), tokens * heads, splits),
+        HEADS=heads,
+        WIDTH=width,
+        ROWS=block,
+        COLS=cols,
+        SPLITS=triton.next_power_of_2(splits),
+        ACCUMULATE=accumulate,
+        num_warps=4,
+        fma=True,
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def sum_kernel(
+    outs,  # [splits, tokens, HEADS, WIDTH] float32
+    lses,  # [splits, tokens, HEADS]
+    out,  # Rows [1, tokens, HEADS, WIDTH], written, as lse
+    lse,  # Rows [1, tokens, HEADS]
+    rows,
+    splits,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    row, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    here, i = row < rows, tl.arange(0, SPLITS)
+    logs = tl.load(
+        lses + i[:, None].to(tl.int64) * rows + row[None, :],
+        mask=(i < splits)[:, None] & here[None, :],
+        other=NOTHING,
+    )
+    largest = finite(tl.max(logs, 0))
+    total = tl.sum(tl.exp2((logs - largest[None, :]) * LOG2E), 0)
+    x = tl.zeros([ROWS, COLS], tl.float32)
+    mask = here[:, None] & (cols < WIDTH)[None, :]
+    at = row.to(tl.int64)
+    for _ in range(splits):
+        weight = tl.exp2((tl.load(lses + at, mask=here, other=NOTHING) - largest) * LOG2E)
+        x += weight[:, None] * tl.load(outs + at[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
+        at += rows
+    token, head = (row // HEADS).to(tl.int64), row % HEADS
+    finish(x, largest, total, out, lse, 0, token, head, here, WIDTH, ACCUMULATE)
+
+
+@triton.jit
+def finish(x, largest, total, out, lse, split, token, head, here, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Store x / total [rows, COLS] and largest + log(total) [rows], or merge them into what is there.
+
+    A row that saw no key has total 0 and becomes 0 and -inf.
+    """
+    cols = tl.arange(0, x.shape[1])
+    mask = here[:, None] & (cols < WIDTH)[None, :]
+    places = out.pointer + (split * out.of + token * out.token + head * out.head)[:, None] + cols[None, :] * out.channel
+    log_places = lse.pointer + split * lse.of + token * lse.token + head * lse.head
+    saw = total != 0  # and true for NaN, which must stay
+    total = tl.where(saw, total, 1.0)
+    x = x / total[:, None]
+    logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
+    if ACCUMULATE:
+        before = tl.load(log_places, mask=here, other=NOTHING)
+        largest = finite(tl.maximum(before, logs))
+        old, new = tl.exp2((before - largest) * LOG2E), tl.exp2((logs - largest) * LOG2E)
+        total = old + new
+        # What saw no key is not read: it may be NaN.
+        kept = tl.load(places, mask=mask & (old != 0)[:, None], other=0.0).to(tl.float32)
+        saw = total != 0
+        total = tl.where(saw, total, 1.0)
+        x = kept * (old / total)[:, None] + x * (new / total)[:, None]
+        logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
+    tl.store(places, round_to(x, out.pointer.dtype.element_ty), mask=mask)
+    tl.store(log_places, logs, mask=here)
+
+
+@triton.constexpr_function
+def tile_at(tiles, i) -> Tile:
+    return tiles[i]
+
+
+@triton.jit
+def finite(largest):
+    """Where everything is -inf, any number serves to subtract: -inf - -inf would be NaN."""
+    return tl.where(largest == NOTHING, 0.0, largest)
+
+
+@triton.jit
+def load_rows(q, variant, token, head, here, START: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """[rows, COLS]: channels START .. START + WIDTH of q's rows, 0 past the width."""
+    cols = tl.arange(0, COLS)
+    places = (token * q.token + head * q.head)[:, None] + (START + cols)[None, :] * q.channel
+    mask = here[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(q.pointer + variant * q.of + places, mask=mask, other=0.0)
+
+
+@triton.jit
+def work_of(
+    plan, tokens, segments, entries, splits, tiles,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What this program has to do: (head, split, token and query head of each row, which rows there are, first entry
+    of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
+    """
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    split, head = part % splits, part // splits
+    segment, first_token, first_row, rows = rows_of(tile, plan, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
+    row = first_row + tl.arange(0, BLOCK_M)
+    token, query_head = (first_token + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
+    at = segment
+    if PER_HEAD:
+        at = segment * HEADS + head
+    first, last = pages_of(plan, entries, at, split, splits)
+    return head, split.to(tl.int64), token, query_head, row < rows, first, last
+
+
+@triton.jit
+def rows_of(tile, plan, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(segment, first token, first row in the segment, rows of the segment) of a tile of queries.
+
+    Segment s begins with tile q_indptr[s] * GROUP // BLOCK_M + s, which leaves it enough tiles whatever its length:
+    where a tile belongs follows without a running sum, and some tiles have no rows.
+    """
+    before = 0
+    CHUNK: tl.constexpr = SEGMENTS if SEGMENTS < STEP else STEP
+    for start in range(0, SEGMENTS, CHUNK):
+        s = start + tl.arange(0, CHUNK)
+        first_tiles = tl.load(plan.q_indptr + s, mask=s < segments, other=0) * GROUP // BLOCK_M + s
+        before += tl.sum(((first_tiles <= tile) & (s < segments)).to(tl.int32), 0)
+    segment = before - 1
+    first = tl.load(plan.q_indptr + segment)
+    end = tl.minimum(tl.load(plan.q_indptr + segment + 1), tokens)
+    first_tile = first * GROUP // BLOCK_M + segment
+    return segment, first, (tile - first_tile) * BLOCK_M, (end - first) * GROUP
+
+
+@triton.jit
+def pages_of(plan, entries, at, split, splits):
+    """Entries [first, last) of the page list `at` that belong to this split."""
+    first = tl.maximum(tl.load(plan.page_indptr + at), 0)
+    last = tl.minimum(tl.load(plan.page_indptr + at + 1), entries)
+    count = tl.cdiv(last - first, splits)
+    return tl.minimum(first + split * count, last), tl.minimum(first + (split + 1) * count, last)
+
+
+@triton.jit
+def run_in_pool(first, last, plan, variant, pool):
+    """The shortest run of entries that holds all those of a pool, and of a variant of q.
+
+    Lists name a pool's pages in a row, so that a pass for each pool walks over hardly more than the list.
+    """
+    begin, end = last, first
+    for start in range(first, last, STEP):
+        i = start + tl.arange(0, STEP)
+        page = tl.load(plan.page_ids + i, mask=i < last, other=-1) - pool.first_page
+        here = (i < last) & (page >= 0) & (page < pool.pages)
+        if plan.page_variants is not None:
+            here &= tl.load(plan.page_variants + i, mask=i < last, other=-1) == variant
+        begin = tl.minimum(begin, tl.min(tl.where(here, i, last), 0))
+        end = tl.maximum(end, tl.max(tl.where(here, i + 1, first), 0))
+    return begin, end
+
+
+@triton.jit
+def entry_of(i, last, plan, variant, pool, PAGE_SIZE: tl.constexpr):
+    """(page in its pool, valid tokens, bias in powers of two) of an entry; no tokens if it is none of this pass."""
+    there = i < last
+    page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page
+    length = tl.load(plan.page_lens + i, mask=there, other=0)
+    fits = (page >= 0) & (page < pool.pages) & (length <= PAGE_SIZE)
+    if plan.page_variants is not None:
+        fits &= tl.load(plan.page_variants + i, mask=there, other=-1) == variant
+    bias = 0.0
+    if plan.page_bias is not None:
+        bias = tl.load(plan.page_bias + i, mask=there, other=0.0) * LOG2E
+    return tl.where(fits, page, 0), tl.where(fits, length, 0), bias
+
+
+@triton.jit
+def weigh(scores, largest, total):
+    """A step of the online softmax over scores [rows, keys]: weights, what shrinks earlier sums, (largest, total)."""
+    new = tl.maximum(largest, tl.max(scores, 1))
+    safe = finite(new)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(largest - safe)
+    return weights, shrink, new, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def multiply(a, b):
+    """a @ b in float32, of float operands. Triton's interpreter multiplies the bits of bfloat16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def multiply_add(a, b, sum):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
+    else:
+        return tl.dot(a, b, sum, input_precision="ieee")
