@@ -276,10 +276,15 @@ def commit_part(
     else:
         x = read_part(from_codes, from_scales, from_offsets, at, row, col, length, source, tile.rows, tile.cols)
         if mean is not None:
-            rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
-            x -= tl.load(mean + head * tile.width + cols, mask=cols < tile.width, other=0.0)[None, :]
-            x = tl.where((rows < length)[:, None], x, 0.0)
+            x = less_mean(x, mean + head * tile.width, row, col, length, tile)
         write_part(x, codes, scales, offsets, to, row, col, length, tile)
+
+
+@triton.jit
+def less_mean(x, mean, row, col, length, tile: tl.constexpr):
+    rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
+    x -= tl.load(mean + cols, mask=cols < tile.width, other=0.0)[None, :]
+    return tl.where((rows < length)[:, None], x, 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "first_page", "pages"])

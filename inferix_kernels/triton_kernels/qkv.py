@@ -22,7 +22,17 @@ from .. import reference
 from ..layout import KV_FORMATS, Codec, KVPages, PageList
 from .codecs import part_of, round_to, tile_of, write_part
 from .config import config, rows_and_warps, warps_of
-from .kv_pages import entries, first_token, fits, frames_of, list_tensors, pool_tensors, tiles_of, token_places
+from .kv_pages import (
+    entries,
+    first_token,
+    fits,
+    frames_of,
+    less_mean,
+    list_tensors,
+    pool_tensors,
+    tiles_of,
+    token_places,
+)
 from .launch import Case, check_device, launch
 
 
@@ -87,7 +97,7 @@ def qkv_prologue(
         len(where.ids) * (query_heads * query.parts + H * (key.parts + value.parts)),
         qkv.device,
         *(source, len(qkv), sums, q_norm, k_norm, rope.contiguous() if rope is not None and turned else None),
-        *(None if k_mean is None else k_mean.contiguous(), out, *out.stride()),
+        *(None if k_mean is None else k_mean.contiguous(), (out, *out.stride())),
         *(*list_tensors(where), tensors[:3], tensors[3:], pages.pages),
         ENTRIES=entries(where),
         QUERIES=q,
@@ -197,10 +207,7 @@ def prologue_kernel(
     norm_k,
     rope,  # [tokens, TURNED / 2, 2] or None
     k_mean,  # [KEYS.heads, D] or None
-    out,  # [tokens, QUERIES.heads, D], written
-    out_token_stride,
-    out_head_stride,
-    out_stride,
+    out,  # [tokens, QUERIES.heads, D] and its strides; written
     ids,
     lens,
     k_pages,  # codes, scales, offsets; written
@@ -232,9 +239,7 @@ def prologue_kernel(
                 *(source, sums, tokens, norm_q, rope, head, first, row, col, length),
                 *(QUERIES, QUERY, TURNED, INTERLEAVED),
             )
-            places, mask = token_places(out_token_stride, out_stride, row, col, length, QUERY)
-            out += first * out_token_stride + head.to(tl.int64) * out_head_stride
-            tl.store(out + places, round_to(queries, out.dtype.element_ty), mask=mask)
+            write_queries(queries, *out, first, head, row, col, length, QUERY)
         elif part < FIRST_VALUE:
             head = (part - FIRST_KEY) // KEY.parts
             row, col = part_of(KEY, (part - FIRST_KEY) % KEY.parts)
@@ -243,9 +248,7 @@ def prologue_kernel(
                 *(KEYS, KEY, TURNED, INTERLEAVED),
             )
             if k_mean is not None:
-                cols = col + tl.arange(0, KEY.cols)
-                keys -= tl.load(k_mean + head * KEY.width + cols, mask=cols < KEY.width, other=0.0)[None, :]
-                keys = tl.where((row + tl.arange(0, KEY.rows) < length)[:, None], keys, 0.0)
+                keys = less_mean(keys, k_mean + head * KEY.width, row, col, length, KEY)
             write_part(keys, *k_pages, to + head, row, col, length, KEY)
         else:
             head = (part - FIRST_VALUE) // VALUE.parts
@@ -279,6 +282,13 @@ def turned_part(
         y = normalised(source, sums, tokens, norm, head, token, there, partner, heads, TURNED)
         x = tl.where(mask, x * cos + tl.where(leads[None, :], -y, y) * sin, x)
     return x
+
+
+@triton.jit
+def write_queries(x, out, token_stride, head_stride, stride, first, head, row, col, length, tile: tl.constexpr):
+    places, mask = token_places(token_stride, stride, row, col, length, tile)
+    out += first * token_stride + head.to(tl.int64) * head_stride
+    tl.store(out + places, round_to(x, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
