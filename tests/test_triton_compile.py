@@ -92,6 +92,11 @@ def test_every_kernel_has_cases_and_every_case_a_configuration():
             assert case.op not in table or case.shape in table[case.op] or e4m3_too_early
 
 
+def test_too_much_shared_memory_is_a_warning():
+    assert aot._warning(89, 101376, "") == aot._warning(90, 232448, "") == ""
+    assert aot._warning(89, 101377, "") == "more shared memory than the 101376 bytes that a program may have"
+
+
 PTX = {
     "wgmma m64n128k32 s8": "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%r1}, %rd1, %rd2, p;",
     "wgmma m64n64k16 bf16": "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1};",
