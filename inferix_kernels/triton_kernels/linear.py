@@ -119,8 +119,8 @@ def linear(
         TILE_N=tile["n"],
         TILE_K=tile["k"],
         TALL=tile["tall"],
-        # Ada's and Hopper's sums of e4m3 products have some 13 bits behind the point (arXiv:2412.19437, 3.3.2): float32
-        # takes them over before they lose more. Those of sm_100, in its tensor memory, are whole.
+        # Sums of e4m3 products keep some 13 bits of mantissa on sm_89 and sm_90 (arXiv:2411.10958): float32 takes them
+        # over, tile by tile, before they lose more. Those in sm_100's tensor memory are taken for float32.
         APART=target is None or not 100 <= target < 120,
         num_warps=tile["warps"],
         num_stages=tile["stages"],
