@@ -182,6 +182,15 @@ def test_large_scores_and_a_nan_in_a_query(device):
     torch.testing.assert_close(out, want_out, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale_may_be_any_number(scale, device):
+    q, pools, plan = inputs(device, queries=(3,), lens=(9, 16))
+    got = attend(q, pools, plan, scale=scale)
+    want = paged_attention(q, pools, plan, scale=scale, backend="reference")
+    assert_close("out", got[0], want[0], 64)
+    assert_close("lse", got[1], want[1], 64)
+
+
 def test_strides_are_taken_as_they_are(device):
     q, pools, plan = inputs(device, queries=(3,), lens=(9,))
     packed = torch.cat((q, torch.full_like(q, torch.nan)), dim=1)[:, :2]
@@ -297,6 +306,9 @@ def test_what_an_architecture_cannot_do_is_said(device, monkeypatch):
     check(q, pools, plan)  # in floats it reads them
     with pytest.raises(Unsupported, match="pools must be at most 8, got 9"):
         attend(q, pools * 9, plan)
+    q, pools, plan = inputs(device, queries=(1,), lens=(1,), head_dim=260)
+    with pytest.raises(Unsupported, match="heads must be at most 256 wide, got D=260"):
+        attend(q, pools, plan)
 
 
 WRONG_PLANS = {

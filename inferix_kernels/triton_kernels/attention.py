@@ -44,6 +44,7 @@ from .online import (
     work_of,
 )
 
+_WIDEST = 256
 # Whether bfloat16 and float16 queries on 8-bit keys are multiplied in 8 bits: faster, and further from the reference
 # (tests/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.
 ALLOW_8_BIT = False
@@ -66,8 +67,10 @@ def attend(
     eight_bit: bool = False, chosen: Config | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """paged_attention, in floats or in 8 bits; tiles and splits as given, or as the configuration and the GPU ask."""
+    if pools[0].head_dim > _WIDEST:
+        raise Unsupported(f"paged_attention: heads must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
     target = architecture(q.device) or 90
-    if eight_bit and target < 89 and any(side.codec.dtype == torch.float8_e4m3fn for p in pools for side in p.sides):
+    if eight_bit and target < 89 and any(multiplies_e4m3(pages) for pages in pools):
         raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
     online.attend(
         *(attention_kernel, q, pools, plan, scale, out, lse, accumulate),
@@ -83,12 +86,18 @@ def shape_class(q: Tensor, pools: Sequence[KVPages], eight_bit: bool) -> str:
     """Which row of configs/*.json: what is multiplied, how keys lie, how wide they are."""
     if q.dtype == torch.float32:
         return "float32"
-    kind = "8 bits" if eight_bit else "quantized" if any(codec.scaled_by for codec in keys_of(pools)) else "floats"
-    return f"{kind}, D {next(width for width in (64, 128, 256, 512) if pools[0].head_dim <= width)}"
+    kind = "quantized" if any(codec.scaled_by for codec in keys_of(pools)) else "floats"
+    if eight_bit:
+        kind = "8 bits" if any(multiplies_e4m3(pages) for pages in pools) else "8-bit keys"
+    return f"{kind}, D {max(64, triton.next_power_of_2(pools[0].head_dim))}"
 
 
 def keys_of(pools: Sequence[KVPages]) -> list[Codec]:
     return [pages.sides[0].codec for pages in pools]
+
+
+def multiplies_e4m3(pages: KVPages) -> bool:
+    return any(side.codec.dtype == torch.float8_e4m3fn for side in pages.sides)
 
 
 def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
@@ -101,8 +110,9 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
             yield _case((format,), width, device=device)
     for format in ("int8", "i8f8", "fp8"):
         yield _case((format,), 128, eight_bit=True, device=device)
-    yield _case(("i8f8",), 64, eight_bit=True, device=device)
-    yield _case(("i8f8",), 256, eight_bit=True, device=device)
+    for width in (64, 256):
+        for format in ("int8", "i8f8"):
+            yield _case((format,), width, eight_bit=True, device=device)
     for format in ("fp32", "i8f8"):
         yield _case((format,), 128, torch.float32, device=device)
     yield _case(("bf16",), 128, splits=2, device=device)
@@ -198,10 +208,10 @@ def attend_run(
     DTYPE: tl.constexpr = queries.dtype
     PARTS: tl.constexpr = (KEY.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page
     CODES: tl.constexpr = EIGHT_BIT and (KEY.kind == "int8" or KEY.kind == "e4m3")  # q is multiplied as codes
-    row_scale = tl.full([queries.shape[0]], factor, tl.float32)
+    factors = tl.full([queries.shape[0]], factor, tl.float32)
     if CODES:
         queries, scales = quantize(queries.to(tl.float32), KEY)
-        row_scale *= scales
+        factors *= scales
     # The next entry is read while this one is multiplied: nothing waits for a page id.
     page, length, bias = entry_of(first, last, plan, variant, pool, KEY.page_size)
     for i in range(first * PARTS, last * PARTS):
@@ -213,14 +223,11 @@ def attend_run(
         else:
             keys = read_keys(pool, at, row, length, KEY, DTYPE, BLOCK_N, COLS, E4M3)
             scores = multiply(queries, tl.trans(keys))
-        scores *= row_scale[:, None]
         if KEY.kind == "int8" or KEY.kind == "e4m3":
             scores *= read_scales(pool.k_scales, at, row, length, KEY, BLOCK_N, COLS)[None, :]
-        if plan.page_bias is not None:
-            scores += bias
         if row + BLOCK_N > length:
             scores = tl.where((rows < length)[None, :], scores, NOTHING)
-        weights, shrink, largest, total = weigh(scores, largest, total)
+        weights, shrink, largest, total = weigh(scores, factors, bias, largest, total)
         if EIGHT_BIT and VALUE.kind == "e4m3":
             codes = read_codes(pool.v, at, row, 0, length, VALUE, BLOCK_N, COLS)
             codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from .._dispatch import Unsupported
 from ..layout import KVPages, Plan, make_plan
 from . import online
 from .attention import read_keys, read_scales, read_values
@@ -38,6 +39,8 @@ from .online import (
     work_of,
 )
 
+_WIDEST = 512  # the sum alone takes half of the registers
+
 
 def latent_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
@@ -53,6 +56,8 @@ def attend(
     chosen: Config | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """latent_attention; tiles and splits as given, or as the configuration and the GPU ask."""
+    if pools[0].head_dim > _WIDEST:
+        raise Unsupported(f"latent_attention: latents must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
     online.attend(
         *(latent_kernel, q, pools, plan, scale, out, lse, accumulate),
         chosen or config("latent_attention", shape_class(q), q.device),
@@ -155,6 +160,7 @@ def attend_run(
     ROTARY_COLS: tl.constexpr = q_rotary.shape[1]
     PARTS: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N
     SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"
+    factors = tl.full([q_latent.shape[0]], factor, tl.float32)
     page, length, bias = entry_of(first, last, plan, variant, pool, LATENT.page_size)
     for i in range(first * PARTS, last * PARTS):
         at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
@@ -165,12 +171,10 @@ def attend_run(
         if SCALED:
             scales = read_scales(pool.k_scales, at, row, length, LATENT, BLOCK_N, COLS)
             scores *= scales[None, :]
-        scores = multiply_add(q_rotary, tl.trans(rotary), scores) * factor
-        if plan.page_bias is not None:
-            scores += bias
+        scores = multiply_add(q_rotary, tl.trans(rotary), scores)
         if row + BLOCK_N > length:
             scores = tl.where((rows < length)[None, :], scores, NOTHING)
-        weights, shrink, largest, total = weigh(scores, largest, total)
+        weights, shrink, largest, total = weigh(scores, factors, bias, largest, total)
         if SCALED:
             weights *= scales[None, :]
         sum = multiply_add(round_to(weights, DTYPE), latent, sum * shrink[:, None])

@@ -28,6 +28,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 STEP = tl.constexpr(1024)  # numbers of a plan that are looked through at once
 
 MOST_POOLS = 8  # each is a loop of its own in a kernel
+LEAST_SCALE = 1e-30  # for 0: a masked score is -inf, and must stay so when it is scaled
 # What a program costs besides its keys, in tiles of keys: finding its work, loading queries, writing partial sums.
 _OVERHEAD = 2
 _MOST_SPLITS = 64
@@ -106,6 +107,8 @@ def attend(
     """
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
+    if scale < 0:
+        q, scale = -q, -scale
     heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
     segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
     block_m = tile_rows(chosen["m"], tokens * group, segments)
@@ -123,7 +126,7 @@ def attend(
         tiles * heads * splits,
         q.device,
         *(rows(q if q.ndim == 4 else q[None]), rows(outs), rows(lses)),
-        *(Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), scale),  # type: ignore[arg-type]
+        *(Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), max(scale, LEAST_SCALE)),  # type: ignore[arg-type]
         *(tokens, segments, len(plan.page_ids), splits, tiles),
         HEADS=heads,
         GROUP=group,
@@ -337,11 +340,15 @@ def entry_of(i, last, plan, variant, pool, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def weigh(scores, largest, total):
-    """A step of the online softmax over scores [rows, keys]: weights, what shrinks earlier sums, (largest, total)."""
-    new = tl.maximum(largest, tl.max(scores, 1))
+def weigh(scores, factor, bias, largest, total):
+    """A step of the online softmax over powers of two, scores [rows, keys] * factor [rows] + bias.
+
+    Gives weights, what shrinks earlier sums, and the new (largest, total). As factor is positive, the largest score
+    is found before it is applied, and each weight costs one fma and one exp2.
+    """
+    new = tl.maximum(largest, tl.max(scores, 1) * factor + bias)
     safe = finite(new)
-    weights = tl.exp2(scores - safe[:, None])
+    weights = tl.exp2(scores * factor[:, None] + (bias - safe)[:, None])
     shrink = tl.exp2(largest - safe)
     return weights, shrink, new, total * shrink + tl.sum(weights, 1)
 
