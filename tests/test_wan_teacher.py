@@ -273,6 +273,10 @@ def test_the_published_tables():
         (lambda: world(adapter_for("euler"), window=9), "window and sink must not be given: wan-t2v makes a video at"),
         (lambda: play(world(adapter_for("euler")), ["fog"] * 2), "step: wan-t2v has made its video, at once"),
         (lambda: world(adapter_for("euler")).observe(np.zeros((9, *SIZE, 3), np.uint8), prompt="fog"), "from no past"),
+        (
+            lambda: Decoder(world(causal()).model, None, None),
+            "against must be a condition: the guidance of wan-causal is 5",
+        ),
         (lambda: Wan(random_network(tiny_config()), causal()).for_video(9), "wan-causal makes a video block by block"),
         (
             lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(
