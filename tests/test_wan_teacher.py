@@ -277,12 +277,16 @@ def test_the_published_tables():
             lambda: Decoder(world(causal()).model, None, None),
             "against must be a condition: the guidance of wan-causal is 5",
         ),
+        (
+            lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(0),
+            "frames must be at least 1, got 0",
+        ),
         (lambda: Wan(random_network(tiny_config()), causal()).for_video(9), "wan-causal makes a video block by block"),
         (
             lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(
                 9, np.zeros((*SIZE, 3), np.uint8)
             ),
-            "image must not be given for wan-t2v",
+            "image must not be given: this network is told none",
         ),
     ],
 )
