@@ -77,7 +77,7 @@ class Decoder:
                 branch.open(frames)
             x, sampler = self._noise(frames), self._sampler(levels, frames)
             for i, (level, t) in enumerate(zip(levels, told)):
-                if known is None or self.owed:
+                if known is None or any(branch.owed for branch in self.branches):
                     predicted = self._predict(x, t, condition)
                 if known is not None:
                     clean = known
