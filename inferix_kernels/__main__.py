@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"written: {tune(options.ops)}")
             return 0
-    except Unsupported as error:
+    except (Unsupported, ImportError) as error:  # without Triton
         print(f"python -m inferix_kernels {options.command}: {error}", file=sys.stderr)
         return 2
     print_machine()
@@ -129,14 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: bool, as_markdown: bool) -> int:
     """0 if all is sound, 1 if a kernel spills or ptxas warns, 2 if there is nothing to compile."""
-    try:
-        from .triton_kernels import aot
-    except ImportError as error:
-        raise Unsupported(str(error)) from error
+    from .triton_kernels import aot
+
     # sm_90a and its like are targets of the CUDA kernels in csrc/; Triton adds the letter itself.
     if others := [name for name in names or () if not name.isdigit()]:
         raise Unsupported(f"Triton's architectures are numbers, as 90: no {', '.join(others)}")
-    rows = list[aot.Row]()
+    rows: list[aot.Row] = []
 
     def seen() -> Iterator[aot.Row]:
         for row in aot.compile_ahead([int(name) for name in names or aot.ARCHITECTURES], cases):

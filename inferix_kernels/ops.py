@@ -542,7 +542,8 @@ def linear(
 ) -> Tensor:
     """A linear layer in 8 bits: residual + gate * activation(x @ weight.T + bias), each step only if it is given.
 
-    Products of int8 codes are summed exactly, those of e4m3 codes in float32 or better; everything after is float32.
+    Products of int8 codes are summed exactly. Those of e4m3 codes are summed in float32 or better, but for up to 128
+    in a row, of which tensor cores may keep 13 bits of mantissa. Everything after is float32.
 
     Args:
         x: codes [M, K] and scales [M], or a [M, K] float tensor, which is quantized first (quantize_rows).

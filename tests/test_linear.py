@@ -55,6 +55,14 @@ def epilogue_for(options, rows, columns, device="cpu"):
     }
 
 
+def assert_products_close(got, want, codes, terms, device):
+    """Sums of int8 products are exact; of e4m3 products a GPU keeps 13 bits of mantissa over each tile of K."""
+    if codes == torch.int8 or device == "cpu":
+        assert_close("out", got, want, terms)
+    else:
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-12 * float(want.abs().max()))
+
+
 def dequantized(x):
     return x.codes.float() * x.scales[:, None]
 
@@ -138,7 +146,7 @@ def test_linear_matches_the_reference(shape, epilogue, dtype, codes, backend, de
     x, weight = (quantize_rows(random(rows, K, seed=rows, device=device), codes) for rows in (M, N))
     options = epilogue_for(EPILOGUES[epilogue], M, N, device) | {"dtype": dtype}
     got, want = (linear(x, weight, **options, backend=which) for which in (backend, "reference"))
-    assert_close("out", got, want, K)
+    assert_products_close(got, want, codes, K, device)
 
 
 def test_a_float_input_is_quantized_first(backend, device):

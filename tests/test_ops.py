@@ -115,50 +115,6 @@ def test_compiles_to_one_graph_with_the_same_result(op, dynamic):
         assert torch.equal(want.view(torch.uint8), got.view(torch.uint8))  # poisoned slots hold NaN
 
 
-def dit_block(x, weights, scratch, where, past, plan, rope, modulation):
-    """A layer of a diffusion transformer on our ops alone, as a model would write it."""
-    heads, (qkv, projection, up, down, norm) = scratch.heads, weights
-    adaln = {"norm": "layer", "scale": modulation, "shift": modulation, "backend": "reference"}
-    packed = ik.linear(ik.quantize_rows(x, **adaln), qkv, dtype=x.dtype, backend="reference")
-    q = ik.qkv_prologue(packed, norm, norm, rope, scratch, where, backend="reference")
-    old, old_lse = ik.paged_attention(q, [past], plan, backend="reference")
-    new, new_lse = ik.paged_attention(q, [scratch], plan, backend="reference")
-    y, _ = ik.merge_attention(old, old_lse, new, new_lse, backend="reference")
-    y = ik.quantize_rows(y.flatten(1), backend="reference")
-    x = ik.linear(y, projection, gate=modulation, residual=x, dtype=x.dtype, backend="reference")
-    hidden = ik.linear(ik.quantize_rows(x, **adaln), up, activation="gelu_tanh", dtype=x.dtype, backend="reference")
-    hidden = ik.quantize_rows(hidden, backend="reference")
-    return ik.linear(hidden, down, gate=modulation, residual=x, dtype=x.dtype, backend="reference") + heads
-
-
-def test_a_transformer_block_is_one_graph_for_any_number_of_tokens():
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    traced = torch.compile(dit_block, fullgraph=True, dynamic=True, backend=count)
-    shapes = [(96, 32), (32, 32), (64, 32), (32, 64)]
-    weights = [ik.quantize_rows(torch.randn(n, k) / k**0.5, backend="reference") for n, k in shapes]
-    for tokens in (11, 14, 16):
-        scratch, where = filled_pool("fp32", [8, tokens - 8], 2, 8, 16)
-        past, _ = filled_pool("int8", [8, 8], 2, 8, 16)
-        plan = ik.make_plan([(tokens, [0, 1], [8, 3])])
-        modulation = torch.randn(1, 32)
-        arguments = [[*weights, torch.ones(32)], scratch, where, past, plan, rope_table(tokens, 16), modulation]
-        for pool in (scratch, past):
-            for tensor in pool:
-                if tensor is not None:
-                    tensor.zero_() if tensor.dtype == torch.int8 else tensor.fill_(0.01)
-        x = torch.randn(tokens, 32)
-        want = dit_block(x, *arguments)
-        with torch.no_grad():
-            assert torch.equal(traced(x, *arguments), want)
-    assert len(graphs) == 1
-
-
 def page(format="fp32", **kwargs) -> KVPages:
     sizes = {"pages": 2, "heads": 2, "page_size": 8, "head_dim": 16}
     return KVPages.empty(format, **{**sizes, **kwargs})

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,11 @@ def test_every_kernel_has_cases_and_every_case_a_configuration():
             assert case.op not in table or case.shape in table[case.op] or e4m3_too_early
 
 
+def test_too_much_shared_memory_is_a_warning():
+    assert aot._warning(89, 101376, "") == aot._warning(90, 232448, "") == ""
+    assert aot._warning(89, 101377, "") == "more shared memory than the 101376 bytes that a program may have"
+
+
 PTX = {
     "wgmma m64n128k32 s8": "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%r1}, %rd1, %rd2, p;",
     "wgmma m64n64k16 bf16": "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1};",
@@ -120,9 +126,22 @@ def test_the_tables_say_what_spills_and_what_can_not_be():
     assert [row.sound for row in ROWS] == [True, True, True, False]
     assert not ROWS[0]._replace(warning="C7510").sound
     assert aot.markdown(ROWS).splitlines()[2] == (
-        "| `linear` | `int8` `e4m3` | 90 to 200, mma s8, no `e4m3` | 255 to 255, wgmma e4m3, "
+        "| `linear` | `int8` `e4m3` | 90 to 200, mma s8, no `e4m3` | 255, wgmma e4m3, "
         "**e4m3, many rows: 16 bytes spilled** |"
     )
+
+
+def test_the_readmes_table_has_every_case():
+    """Its numbers are made by `python -m inferix_kernels compile --markdown`, in minutes."""
+    text = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    table = text.split("<!-- made by: python -m inferix_kernels compile --markdown -->")[1].split("<!-- end -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
+    assert rows[0] == ["op", "formats", *(f"sm_{architecture}" for architecture in aot.ARCHITECTURES)]
+    formats: dict[str, dict[str, None]] = {}
+    for case in aot.all_cases():
+        formats.setdefault(f"`{case.op}`", {})[f"`{case.format}`"] = None
+    assert [row[:2] for row in rows[2:]] == [[op, " ".join(names)] for op, names in formats.items()]
+    assert "spilled" not in table
 
 
 def test_the_command_says_what_it_can_not_do(capsys):

@@ -9,7 +9,6 @@ import triton_mode
 
 from inferix_kernels import Quantized, Unsupported, linear, quantize_rows
 from inferix_kernels._check import CODES
-from inferix_kernels.testing import assert_close
 from inferix_kernels.triton_kernels import launch
 
 device = triton_mode.device
@@ -41,10 +40,7 @@ def check_linear(shape, epilogue, dtype, codes, device):
     x, weight = (Quantized(*(tensor.to(device) for tensor in matrix)) for matrix in (x, weight))
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     got = linear(x, weight, **options, dtype=dtype, backend="triton").cpu()
-    if codes == torch.int8:
-        assert_close("out", got, want, K)  # sums of products are exact
-    else:  # each tile's sum has 13 bits behind the point of its largest product on a GPU
-        torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-12 * float(want.abs().max()))
+    cases.assert_products_close(got, want, codes, K, device)
 
 
 @pytest.mark.gpu

@@ -41,6 +41,13 @@ def test_dtypes_and_pairings(interleaved, dtype, device):
     check(cases.SHAPES[1], "across all heads", "i8f8", device, dtype=dtype, interleaved=interleaved, channels=40)
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_one_of_two_norms(missing, device):
+    args, options = cases.arguments(cases.SHAPES[3], "across all heads", device=device, format="i8f8")
+    args = (*args[:missing], None, *args[missing + 1 :])
+    cases.assert_same(cases.run(args, options, "triton"), cases.run(args, options, "reference"), "i8f8", 128)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("format", KV_FORMATS)

@@ -29,7 +29,9 @@ from .qkv import cases as prologue_cases
 from .select import cases as select_cases
 
 CASES = (page_cases, prologue_cases, attention_cases, latent_cases, merge_cases, linear_cases, select_cases)
-ARCHITECTURES = (80, 89, 90, 100, 120)
+# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications).
+MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+ARCHITECTURES = tuple(MOST_SHARED)
 
 
 class Row(NamedTuple):
@@ -82,8 +84,15 @@ def _compile(case: Case, architecture: int) -> Iterator[Row]:
             spilled=usage["STACK"] + usage["LOCAL"],
             shared=kernel.metadata.shared,
             tensor_core=instruction,
-            warning=serialized(ptx) if "wgmma" in instruction else "",
+            warning=_warning(architecture, kernel.metadata.shared, ptx if "wgmma" in instruction else ""),
         )
+
+
+def _warning(architecture: int, shared: int, ptx: str) -> str:
+    most = MOST_SHARED.get(architecture, shared)
+    if shared > most:
+        return f"more shared memory than the {most} bytes that a program may have"
+    return serialized(ptx) if ptx else ""
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -149,7 +158,8 @@ def _cell(rows: Sequence[Row]) -> str:
     compiled = [row for row in rows if row.kernel]
     if not compiled:
         return "none"
-    said = [f"{min(row.registers for row in compiled)} to {max(row.registers for row in compiled)}"]
+    registers = sorted({row.registers for row in compiled})
+    said = [" to ".join(map(str, dict.fromkeys((registers[0], registers[-1]))))]
     said += dict.fromkeys(re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in compiled if row.tensor_core)
     said += [f"**{row.format}, {row.what}: {row.spilled} bytes spilled**" for row in compiled if row.spilled]
     said += [f"no `{format}`" for format in dict.fromkeys(row.format for row in rows if row.unsupported)]

@@ -117,7 +117,7 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
         )
         yield Case("kv_append", format, "from bf16", partial(kv_append, k, v, pool, where))
         yield Case("kv_gather", format, "to bf16", partial(kv_gather, [pool], where, out=(k, v)))
-    pairs = [("bf16", format) for format in KV_FORMATS if format != "bf16"]
+    pairs = [("bf16", format) for format in KV_FORMATS]
     pairs += [(format, "int4") for format in ("int8", "i8f8", "fp8")] + [("i8f8", "i8f8"), ("int4", "int4")]
     mean = torch.empty(12, 128, device=device)
     for source, target in pairs:
@@ -276,10 +276,15 @@ def commit_part(
     else:
         x = read_part(from_codes, from_scales, from_offsets, at, row, col, length, source, tile.rows, tile.cols)
         if mean is not None:
-            rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
-            x -= tl.load(mean + head * tile.width + cols, mask=cols < tile.width, other=0.0)[None, :]
-            x = tl.where((rows < length)[:, None], x, 0.0)
+            x = less_mean(x, mean + head * tile.width, row, col, length, tile)
         write_part(x, codes, scales, offsets, to, row, col, length, tile)
+
+
+@triton.jit
+def less_mean(x, mean, row, col, length, tile: tl.constexpr):
+    rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
+    x -= tl.load(mean + cols, mask=cols < tile.width, other=0.0)[None, :]
+    return tl.where((rows < length)[:, None], x, 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "first_page", "pages"])

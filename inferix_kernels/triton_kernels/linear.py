@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,22 @@ from .config import config, rows_and_warps
 from .launch import Case, architecture, check_device, launch
 
 _WIDEST = 32768  # numbers of a row: 64 in each of 16 warps' threads
+
+
+class Epilogue(NamedTuple):
+    """What becomes of the sums of products, as linear_kernel gets it."""
+
+    x_scales: Tensor  # [rows] float32
+    weight_scales: Tensor  # [columns] float32
+    bias: Tensor | None  # [columns]
+    gate: Tensor | None  # [groups, columns], each for gate_rows rows
+    gate_rows: int
+    residual: Tensor | None  # [rows, columns]
+    residual_row_stride: int
+    residual_stride: int
+    out: Tensor  # [rows, columns], written; may be residual
+    out_row_stride: int
+    out_stride: int
 
 
 def quantize_rows(
@@ -91,18 +107,20 @@ def linear(
         linear_kernel,
         triton.cdiv(M, tile["m"]) * triton.cdiv(N, tile["n"]),
         device,
-        *(x.codes, x.scales, weight.codes, weight.scales, M, N, *_contiguous(bias)),
-        *_groups(gate, M),
-        *((None, 0, 0) if residual is None else (residual, *residual.stride())),
-        *(out, *out.stride()),
+        *(x.codes, weight.codes, M, N),
+        Epilogue(
+            *(x.scales, weight.scales, *_contiguous(bias), *_groups(gate, M)),  # type: ignore[arg-type]
+            *((None, 0, 0) if residual is None else (residual, *residual.stride())),
+            *(out, *out.stride()),
+        ),
         K=K,
         ACTIVATION=activation,
         TILE_M=tile["m"],
         TILE_N=tile["n"],
         TILE_K=tile["k"],
         TALL=tile["tall"],
-        # Ada's and Hopper's sums of e4m3 products have some 13 bits behind the point (arXiv:2412.19437, 3.3.2): float32
-        # takes them over before they lose more. Those of sm_100, in its tensor memory, are whole.
+        # Sums of e4m3 products keep some 13 bits of mantissa on sm_89 and sm_90 (arXiv:2411.10958): float32 takes them
+        # over, tile by tile, before they lose more. Those in sm_100's tensor memory are taken for float32.
         APART=target is None or not 100 <= target < 120,
         num_warps=tile["warps"],
         num_stages=tile["stages"],
@@ -201,23 +219,13 @@ def quantize_kernel(
     tl.store(scales + row, step, mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "gate_rows"])
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x,  # [rows, K] int8 or e4m3
-    x_scales,  # [rows] float32
     weight,  # [columns, K]
-    weight_scales,  # [columns] float32
     rows,
     columns,
-    bias,  # [columns] or None
-    gate,  # [groups, columns] or None, each for gate_rows rows
-    gate_rows,
-    residual,  # [rows, columns] or None
-    residual_row_stride,
-    residual_stride,
-    out,  # [rows, columns], written; may be residual
-    out_row_stride,
-    out_stride,
+    epilogue,  # Epilogue
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -249,85 +257,37 @@ def linear_kernel(
             total = tl.dot(left, right, total)
         a += TILE_K
         b += TILE_K
-    # One half after the other: what the epilogue reads of both would push the sums out of the registers.
-    left, right = tl.split(tl.permute(tl.reshape(total, [TILE_M, 2, TILE_N // 2]), [0, 2, 1]))
-    finish(
-        left,
-        x_scales,
-        weight_scales,
-        rows,
-        columns,
-        bias,
-        gate,
-        gate_rows,
-        residual,
-        residual_row_stride,
-        residual_stride,
-        out,
-        out_row_stride,
-        out_stride,
-        tile_m,
-        tile_n * TILE_N,
-        ACTIVATION,
-    )
-    finish(
-        right,
-        x_scales,
-        weight_scales,
-        rows,
-        columns,
-        bias,
-        gate,
-        gate_rows,
-        residual,
-        residual_row_stride,
-        residual_stride,
-        out,
-        out_row_stride,
-        out_stride,
-        tile_m,
-        tile_n * TILE_N + TILE_N // 2,
-        ACTIVATION,
-    )
+    # One half after the other: what the epilogue reads for both would push the sums out of the registers.
+    HALF: tl.constexpr = TILE_N // 2
+    first, second = tl.split(tl.permute(tl.reshape(total, [TILE_M, 2, HALF]), [0, 2, 1]))
+    finish(first, rows, columns, epilogue, tile_m, tile_n * TILE_N, TILE_M, HALF, ACTIVATION)
+    finish(second, rows, columns, epilogue, tile_m, tile_n * TILE_N + HALF, TILE_M, HALF, ACTIVATION)
 
 
 @triton.jit
 def finish(
-    total,
-    x_scales,
-    weight_scales,
-    rows,
-    columns,
-    bias,
-    gate,
-    gate_rows,
-    residual,
-    residual_row_stride,
-    residual_stride,
-    out,
-    out_row_stride,
-    out_stride,
-    tile_m,
-    first_col,
-    ACTIVATION: tl.constexpr,
+    total, rows, columns, epilogue, tile, first_col, TILE_M: tl.constexpr, COLS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    TILE_M: tl.constexpr = total.shape[0]
-    row, col = tile_m * TILE_M + tl.arange(0, TILE_M), first_col + tl.arange(0, total.shape[1])
+    """From sums of products of codes, [TILE_M, COLS], to what is stored."""
+    row, col = tile * TILE_M + tl.arange(0, TILE_M), first_col + tl.arange(0, COLS)
     there, known = row < rows, col < columns
     mask = there[:, None] & known[None, :]
-    row_scale, col_scale = tl.load(x_scales + row, mask=there), tl.load(weight_scales + col, mask=known)
-    y = total.to(tl.float32) * (row_scale[:, None] * col_scale[None, :])
-    if bias is not None:
-        y += tl.load(bias + col, mask=known).to(tl.float32)[None, :]
+    x_scales = tl.load(epilogue.x_scales + row, mask=there, other=0.0)
+    weight_scales = tl.load(epilogue.weight_scales + col, mask=known, other=0.0)
+    y = total.to(tl.float32) * (x_scales[:, None] * weight_scales[None, :])
+    if epilogue.bias is not None:
+        y += tl.load(epilogue.bias + col, mask=known, other=0.0).to(tl.float32)[None, :]
     y = activated(y, ACTIVATION)
-    if gate is not None:
-        y *= load_groups(gate, gate_rows, row, col, mask, columns)
-    first, inside = tile_m.to(tl.int64) * TILE_M, tl.arange(0, TILE_M)[:, None]  # inside a tile 32 bits do
-    if residual is not None:
-        places = inside * residual_row_stride + col[None, :] * residual_stride
-        y += tl.load(residual + first * residual_row_stride + places, mask=mask, other=0.0).to(tl.float32)
-    places = inside * out_row_stride + col[None, :] * out_stride
-    tl.store(out + first * out_row_stride + places, round_to(y, out.dtype.element_ty), mask=mask)
+    if epilogue.gate is not None:
+        y *= load_groups(epilogue.gate, epilogue.gate_rows, row, col, mask, columns)
+    first, inside = tile.to(tl.int64) * TILE_M, tl.arange(0, TILE_M)[:, None]  # inside a tile 32 bits do
+    if epilogue.residual is not None:
+        places = inside * epilogue.residual_row_stride + col[None, :] * epilogue.residual_stride
+        residual = epilogue.residual + first * epilogue.residual_row_stride
+        y += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
+    places = inside * epilogue.out_row_stride + col[None, :] * epilogue.out_stride
+    out = epilogue.out + first * epilogue.out_row_stride
+    tl.store(out + places, round_to(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

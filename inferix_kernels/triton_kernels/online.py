@@ -85,7 +85,7 @@ def pools_of(pools: Sequence[KVPages]) -> tuple[Pool, ...]:
     found, first_page = [], 0
     for pages in pools:
         tensors = (x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets))
-        found.append(Pool(*tensors, first_page, pages.pages))
+        found.append(Pool(*tensors, first_page, pages.pages))  # type: ignore[arg-type, call-arg]
         first_page += pages.pages
     return tuple(found)
 

@@ -22,7 +22,17 @@ from .. import reference
 from ..layout import KV_FORMATS, Codec, KVPages, PageList
 from .codecs import part_of, round_to, tile_of, write_part
 from .config import config, rows_and_warps, warps_of
-from .kv_pages import entries, first_token, fits, frames_of, list_tensors, pool_tensors, tiles_of, token_places
+from .kv_pages import (
+    entries,
+    first_token,
+    fits,
+    frames_of,
+    less_mean,
+    list_tensors,
+    pool_tensors,
+    tiles_of,
+    token_places,
+)
 from .launch import Case, check_device, launch
 
 
@@ -35,6 +45,19 @@ class Heads(NamedTuple):
     norms: int  # groups of channels that are normalised together: none, 1 or one for each head
     group: int  # channels of one
     layer: bool  # takes off the mean before
+    first_group: int  # in the sums of all
+
+
+class Source(NamedTuple):
+    qkv: Tensor  # [tokens, columns]
+    token_stride: int
+    stride: int
+    bias: Tensor | None  # [columns]
+
+
+class Norm(NamedTuple):
+    weight: Tensor | None  # [heads * D], [D], or no norm
+    bias: Tensor | None  # as large: a layer norm
 
 
 def qkv_prologue(
@@ -57,28 +80,25 @@ def qkv_prologue(
     if not qkv.is_cuda:
         reference.spans("where", where, pages, tokens=len(qkv), written=True)
     H, D, query_heads = pages.heads, pages.head_dim, out.shape[1]
-    q = _heads(0, query_heads, D, norm_q, norm_q_bias)
-    k = _heads(query_heads, H, D, norm_k, norm_k_bias)
-    v = _heads(query_heads + H, H, D, None, None)
-    bias, norm_q, norm_k, norm_q_bias, norm_k_bias, k_mean, rope = (
-        x if x is None else x.contiguous() for x in (bias, norm_q, norm_k, norm_q_bias, norm_k_bias, k_mean, rope)
-    )
-    sums = _row_sums(qkv, bias, q, k, eps)
+    q_norm, k_norm = _norm(norm_q, norm_q_bias), _norm(norm_k, norm_k_bias)
+    q = _heads(0, query_heads, D, q_norm, 0)
+    k = _heads(query_heads, H, D, k_norm, q.norms)
+    v = _heads(query_heads + H, H, D, Norm(None, None), 0)
+    source = Source(qkv, qkv.stride(0), qkv.stride(1), None if bias is None else bias.contiguous())
+    sums = _row_sums(source, q, k, eps)
     turned = 0 if rope is None else 2 * rope.shape[1]
     # Smaller parts than those of append: a number comes with its partner, a cosine and a sine.
     parts = config("qkv_prologue", "any", qkv.device)
     query = tile_of(Codec(out.dtype), pages.page_size, D, numbers=parts["numbers"])
     key, value = tiles_of(pages, numbers=parts["numbers"])
+    tensors = tuple(pool_tensors(pages))
     launch(
         prologue_kernel,
         len(where.ids) * (query_heads * query.parts + H * (key.parts + value.parts)),
         qkv.device,
-        *(qkv, *qkv.stride(), bias, len(qkv), sums),
-        *(norm_q, norm_q_bias, norm_k, norm_k_bias, rope if turned else None, k_mean),
-        *(out, *out.stride()),
-        *list_tensors(where),
-        *pool_tensors(pages),
-        pages.pages,
+        *(source, len(qkv), sums, q_norm, k_norm, rope.contiguous() if rope is not None and turned else None),
+        *(None if k_mean is None else k_mean.contiguous(), (out, *out.stride())),
+        *(*list_tensors(where), tensors[:3], tensors[3:], pages.pages),
         ENTRIES=entries(where),
         QUERIES=q,
         KEYS=k,
@@ -112,15 +132,21 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
             yield Case("qkv_prologue", format, f"from bf16, {name}", call)
 
 
-def _heads(before: int, count: int, width: int, norm: Tensor | None, norm_bias: Tensor | None) -> Heads:
-    group = 0 if norm is None else len(norm)
-    return Heads(before * width, count, width, count * width // group if group else 0, group, norm_bias is not None)
+def _norm(weight: Tensor | None, bias: Tensor | None) -> Norm:
+    return Norm(*(None if x is None else x.contiguous() for x in (weight, bias)))
 
 
-def _row_sums(qkv: Tensor, bias: Tensor | None, q: Heads, k: Heads, eps: float) -> Tensor | None:
+def _heads(before: int, count: int, width: int, norm: Norm, first_group: int) -> Heads:
+    group = 0 if norm.weight is None else len(norm.weight)
+    norms = count * width // group if group else 0
+    return Heads(before * width, count, width, norms, group, norm.bias is not None, first_group)
+
+
+def _row_sums(source: Source, q: Heads, k: Heads, eps: float) -> Tensor | None:
     """[groups of q, then of k, T, 2] float32: what to take off, and what to multiply with."""
     if not q.norms + k.norms:
         return None
+    qkv = source.qkv
     sums = torch.empty(q.norms + k.norms, len(qkv), 2, dtype=torch.float32, device=qkv.device)
     cols = triton.next_power_of_2(max(q.group, k.group))
     rows, warps = rows_and_warps("qkv_prologue", cols, qkv.device)
@@ -128,7 +154,7 @@ def _row_sums(qkv: Tensor, bias: Tensor | None, q: Heads, k: Heads, eps: float) 
         row_sums_kernel,
         triton.cdiv(len(qkv), rows) * (q.norms + k.norms),
         qkv.device,
-        *(qkv, *qkv.stride(), bias, len(qkv), eps, sums),
+        *(source, len(qkv), eps, sums),
         QUERIES=q,
         KEYS=k,
         ROWS=rows,
@@ -140,10 +166,7 @@ def _row_sums(qkv: Tensor, bias: Tensor | None, q: Heads, k: Heads, eps: float) 
 
 @triton.jit(do_not_specialize=["tokens"])
 def row_sums_kernel(
-    qkv,  # [tokens, columns]
-    token_stride,
-    stride,
-    bias,  # [columns] or None
+    source,  # Source
     tokens,
     eps,
     sums,  # [groups, tokens, 2], written
@@ -156,31 +179,17 @@ def row_sums_kernel(
     group, row = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS * ROWS
     at = sums + (group.to(tl.int64) * tokens + row) * 2
     if group < QUERIES.norms:
-        sum_rows(qkv, token_stride, stride, bias, tokens, eps, at, group, row, QUERIES, ROWS, COLS)
+        sum_rows(source, tokens, eps, at, group, row, QUERIES, ROWS, COLS)
     else:
-        sum_rows(qkv, token_stride, stride, bias, tokens, eps, at, group - QUERIES.norms, row, KEYS, ROWS, COLS)
+        sum_rows(source, tokens, eps, at, group - QUERIES.norms, row, KEYS, ROWS, COLS)
 
 
 @triton.jit
-def sum_rows(
-    qkv,
-    token_stride,
-    stride,
-    bias,
-    tokens,
-    eps,
-    sums,
-    group,
-    row,
-    heads: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def sum_rows(source, tokens, eps, sums, group, row, heads: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-    there, counted = row + rows < tokens, cols < heads.group
-    first = heads.column + group * heads.group
-    mask = there[:, None] & counted[None, :]
-    x = load_biased(qkv + row.to(tl.int64) * token_stride, token_stride, stride, bias, rows, first + cols, mask)
+    there = row + rows < tokens
+    mask = there[:, None] & (cols < heads.group)[None, :]
+    x = load_biased(source, row + rows, heads.column + group * heads.group + cols, mask)
     mean = tl.zeros([ROWS], tl.float32)
     if heads.layer:
         mean = tl.sum(x, 1) / heads.group
@@ -191,30 +200,18 @@ def sum_rows(
 
 @triton.jit(do_not_specialize=["tokens", "pages"])
 def prologue_kernel(
-    qkv,  # [tokens, columns]
-    token_stride,
-    stride,
-    bias,  # [columns] or None
+    source,  # Source
     tokens,
     sums,  # of row_sums_kernel, or None
-    norm_q,  # [QUERIES.heads * D], [D] or None, and so on
-    norm_q_bias,
+    norm_q,  # Norm, and norm_k
     norm_k,
-    norm_k_bias,
     rope,  # [tokens, TURNED / 2, 2] or None
     k_mean,  # [KEYS.heads, D] or None
-    out,  # [tokens, QUERIES.heads, D], written
-    out_token_stride,
-    out_head_stride,
-    out_stride,
+    out,  # [tokens, QUERIES.heads, D] and its strides; written
     ids,
     lens,
-    k_codes,
-    k_scales,
-    k_offsets,
-    v_codes,
-    v_scales,
-    v_offsets,
+    k_pages,  # codes, scales, offsets; written
+    v_pages,
     pages,
     ENTRIES: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -235,123 +232,89 @@ def prologue_kernel(
     first = first_token(lens, entry, ENTRIES)
     if fits(page, length, pages, KEY) & (first + length <= tokens):
         to = page.to(tl.int64) * KEYS.heads
-        qkv += first * token_stride
-        if rope is not None:
-            rope += first * TURNED
         if part < FIRST_KEY:
             head = part // QUERY.parts
             row, col = part_of(QUERY, part % QUERY.parts)
             queries = turned_part(
-                *(qkv, token_stride, stride, bias, sums, tokens, first, 0, norm_q, norm_q_bias, rope),
-                *(head, row, col, length, QUERIES, QUERY, TURNED, INTERLEAVED),
+                *(source, sums, tokens, norm_q, rope, head, first, row, col, length),
+                *(QUERIES, QUERY, TURNED, INTERLEAVED),
             )
-            places, mask = token_places(out_token_stride, out_stride, row, col, length, QUERY)
-            out += first * out_token_stride + head.to(tl.int64) * out_head_stride
-            tl.store(out + places, round_to(queries, out.dtype.element_ty), mask=mask)
+            write_queries(queries, *out, first, head, row, col, length, QUERY)
         elif part < FIRST_VALUE:
             head = (part - FIRST_KEY) // KEY.parts
             row, col = part_of(KEY, (part - FIRST_KEY) % KEY.parts)
             keys = turned_part(
-                *(qkv, token_stride, stride, bias, sums, tokens, first, QUERIES.norms, norm_k, norm_k_bias, rope),
-                *(head, row, col, length, KEYS, KEY, TURNED, INTERLEAVED),
+                *(source, sums, tokens, norm_k, rope, head, first, row, col, length),
+                *(KEYS, KEY, TURNED, INTERLEAVED),
             )
             if k_mean is not None:
-                cols = col + tl.arange(0, KEY.cols)
-                keys -= tl.load(k_mean + head * KEY.width + cols, mask=cols < KEY.width, other=0.0)[None, :]
-                keys = tl.where((row + tl.arange(0, KEY.rows) < length)[:, None], keys, 0.0)
-            write_part(keys, k_codes, k_scales, k_offsets, to + head, row, col, length, KEY)
+                keys = less_mean(keys, k_mean + head * KEY.width, row, col, length, KEY)
+            write_part(keys, *k_pages, to + head, row, col, length, KEY)
         else:
             head = (part - FIRST_VALUE) // VALUE.parts
             row, col = part_of(VALUE, (part - FIRST_VALUE) % VALUE.parts)
             values = turned_part(
-                *(qkv, token_stride, stride, bias, None, tokens, first, 0, None, None, None),
-                *(head, row, col, length, VALUES, VALUE, 0, True),
+                *(source, None, tokens, norm_k, None, head, first, row, col, length),
+                *(VALUES, VALUE, 0, True),
             )
-            write_part(values, v_codes, v_scales, v_offsets, to + head, row, col, length, VALUE)
+            write_part(values, *v_pages, to + head, row, col, length, VALUE)
 
 
 @triton.jit
 def turned_part(
-    qkv,  # from the entry's first token on, as rope
-    token_stride,
-    stride,
-    bias,
-    sums,
-    tokens,
-    first,
-    first_group,
-    weight,
-    weight_bias,
-    rope,
-    head,
-    row,
-    col,
-    length,
-    heads: tl.constexpr,
-    tile: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
+    source, sums, tokens, norm, rope, head, first, row, col, length,
+    heads: tl.constexpr, tile: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     """A part of one head, normalised and rotated: [rows, cols] float32, 0 where there is no token or channel."""
     rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
-    if heads.norms > 0:
-        group = first_group + head if heads.norms > 1 else first_group
-        sums += (group * tokens + first) * 2
-    x = normalised(
-        qkv, token_stride, stride, bias, sums, weight, weight_bias, head, rows, cols, length, heads, tile.width
-    )
+    there, token = rows < length, first + rows
+    x = normalised(source, sums, tokens, norm, head, token, there, cols, heads, tile.width)
     if rope is not None:
         # Each channel by itself, from its own number and its partner's: a part need not hold both.
         HALF: tl.constexpr = TURNED // 2
+        STEP: tl.constexpr = 1 if INTERLEAVED else HALF
         pair = cols // 2 if INTERLEAVED else cols % HALF
-        first_of_pair = cols % 2 == 0 if INTERLEAVED else cols < HALF
-        partner = tl.where(first_of_pair, cols + (1 if INTERLEAVED else HALF), cols - (1 if INTERLEAVED else HALF))
-        mask = (rows < length)[:, None] & (cols < TURNED)[None, :]
-        angle = rope + rows[:, None] * TURNED + pair[None, :] * 2
+        leads = cols % 2 == 0 if INTERLEAVED else cols < HALF
+        partner = tl.where(leads, cols + STEP, cols - STEP)
+        mask = there[:, None] & (cols < TURNED)[None, :]
+        angle = rope + token[:, None] * TURNED + pair[None, :] * 2
         cos, sin = tl.load(angle, mask=mask, other=1.0), tl.load(angle + 1, mask=mask, other=0.0)
-        y = normalised(
-            qkv, token_stride, stride, bias, sums, weight, weight_bias, head, rows, partner, length, heads, TURNED
-        )
-        x = tl.where(mask, x * cos + tl.where(first_of_pair[None, :], -y, y) * sin, x)
+        y = normalised(source, sums, tokens, norm, head, token, there, partner, heads, TURNED)
+        x = tl.where(mask, x * cos + tl.where(leads[None, :], -y, y) * sin, x)
     return x
 
 
 @triton.jit
-def normalised(
-    qkv,
-    token_stride,
-    stride,
-    bias,
-    sums,
-    weight,
-    weight_bias,
-    head,
-    rows,
-    cols,
-    length,
-    heads: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """These channels of a head after bias and norm: [rows, cols] float32, 0 past `length` and WIDTH."""
-    there, known = rows < length, (cols >= 0) & (cols < WIDTH)
+def write_queries(x, out, token_stride, head_stride, stride, first, head, row, col, length, tile: tl.constexpr):
+    places, mask = token_places(token_stride, stride, row, col, length, tile)
+    out += first * token_stride + head.to(tl.int64) * head_stride
+    tl.store(out + places, round_to(x, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalised(source, sums, tokens, norm, head, token, there, cols, heads: tl.constexpr, WIDTH: tl.constexpr):
+    """These channels of a head after bias and norm: [tokens, cols] float32, 0 where there is none."""
+    known = (cols >= 0) & (cols < WIDTH)
     mask = there[:, None] & known[None, :]
-    x = load_biased(qkv, token_stride, stride, bias, rows, heads.column + head * heads.width + cols, mask)
+    x = load_biased(source, token, heads.column + head * heads.width + cols, mask)
     if heads.norms > 0:
+        group = heads.first_group + head if heads.norms > 1 else heads.first_group
+        sums += (group * tokens + token) * 2
         if heads.layer:
-            x -= tl.load(sums + 2 * rows, mask=there, other=0.0)[:, None]
-        x *= tl.load(sums + 2 * rows + 1, mask=there, other=0.0)[:, None]
+            x -= tl.load(sums, mask=there, other=0.0)[:, None]
+        x *= tl.load(sums + 1, mask=there, other=0.0)[:, None]
         at = cols if heads.group == heads.width else head * heads.width + cols
-        x *= tl.load(weight + at, mask=known, other=0.0).to(tl.float32)[None, :]
+        x *= tl.load(norm.weight + at, mask=known, other=0.0).to(tl.float32)[None, :]
         if heads.layer:
-            x += tl.load(weight_bias + at, mask=known, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(norm.bias + at, mask=known, other=0.0).to(tl.float32)[None, :]
             x = tl.where(mask, x, 0.0)
     return x
 
 
 @triton.jit
-def load_biased(x, token_stride, stride, bias, rows, cols, mask):
-    places = rows.to(tl.int64)[:, None] * token_stride + cols[None, :] * stride
-    numbers = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        numbers += tl.load(bias + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+def load_biased(source, rows, cols, mask):
+    places = rows.to(tl.int64)[:, None] * source.token_stride + cols[None, :] * source.stride
+    numbers = tl.load(source.qkv + places, mask=mask, other=0.0).to(tl.float32)
+    if source.bias is not None:
+        numbers += tl.load(source.bias + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     return numbers
