@@ -70,7 +70,7 @@ ATTENTION = {
     ],
     120: ["paged_attention i8f8 bfloat16 q, D 128"],
 }
-INSTRUCTIONS = {80: {"mma bf16"}, 90: {"wgmma bf16", "wgmma e4m3", ""}, 120: {"mma bf16", "mma e4m3"}}  # "": float32
+INSTRUCTIONS = {80: {"mma bf16"}, 90: {"wgmma bf16", "wgmma s8", ""}, 120: {"mma bf16", "mma s8"}}  # "": float32
 
 
 @pytest.mark.parametrize("architecture", ATTENTION)
