@@ -27,13 +27,16 @@ class Adapter:
             is noised again with fresh noise, x = (1 - t) x0 + t noise (few-step sampling of CausVid and Self Forcing).
         timesteps: what the network is told at each of `times`; empty: `times`.
         first_times: `times` for a block without a past, which has more to invent. Empty: as `times`.
-        prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
+        prediction: what the network returns: "x0" or "flow" (x0 = x - t flow). A model with several stages has a
+            schedule of its own instead, see inferix.pipeline.
         context_time: what the network is told in the clean pass. The block itself is not noised again.
         fused: run a block's clean pass in one forward with the next block's first step.
         window, sink: frames a block sees; see inferix_kernels.policy.Policy.
         rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
             whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
         recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
+        stages: blocks in flight, each so much ahead of the next; more than one: see inferix.pipeline.
+        pictures: per latent frame, where they are as many for each.
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
         scale: edge of the square that each pixel becomes in a video, unless asked for otherwise.
@@ -59,6 +62,8 @@ class Adapter:
     rollout: int | None = None
     overlap: int = 0
     recache: bool = False
+    stages: int = 1
+    pictures: int = 1
     fps: int = 16
     size: tuple[int, int] = (480, 832)
     scale: int = 1

@@ -1,0 +1,135 @@
+"""MAGI-1: chunks of six latent frames, up to four of them in flight at four levels of noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...pipeline import Forward
+from .. import Adapter, PagedAttend
+from .adapters import SCHEDULES, adapter_for, config_for, scheduled
+from .captions import Captions
+from .network import MagiConfig, MagiNetwork, Told, rope_table
+from .schedule import CAPTION, DROPPED, NULL, MagiSchedule
+
+__all__ = ["SCHEDULES", "Magi", "MagiConfig", "MagiNetwork", "MagiSchedule", "adapter_for", "config_for"]
+
+LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direction
+
+
+class VideoDecoder(Protocol):
+    """One world's decoder; what a `--decoder` gives."""
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """[frames, 16, height / 8, width / 8] -> uint8 [4 * frames, height, width, 3]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Words to steer chunks with.
+
+    Attributes:
+        rows: [n, caption_dim] embedding, without padding.
+        told: by how many chunks are to come after one, since a chunk may be told; made when asked for.
+    """
+
+    rows: Tensor
+    told: dict[int, Told] = dataclasses.field(default_factory=dict)
+
+
+class Magi:
+    """A MAGI network as the pipeline sees it.
+
+    Args:
+        network: its dtype is that of the products; latents stay float32 (float64 for a float64 network).
+        adapter: adapter.size says how large its pictures are.
+        schedule: how chunks are denoised.
+        text: encodes prompts; without it only `condition_on` works.
+        captions: special rows that go before a caption.
+        open_video: opens a decoder for one world; without it only latents come out.
+        encode_video: uint8 [n, height, width, 3] -> latents [frames, channels, h, w].
+    """
+
+    def __init__(
+        self,
+        network: MagiNetwork,
+        adapter: Adapter,
+        schedule: MagiSchedule,
+        text: Callable[[str], Tensor] | None = None,
+        captions: Captions = Captions(),  # noqa: B008, it is frozen
+        open_video: Callable[[], VideoDecoder] | None = None,
+        encode_video: Callable[[np.ndarray], Tensor] | None = None,
+    ):
+        config, step = network.config, LATENT_STRIDE * network.config.patch
+        if any(side < 1 or side % step for side in adapter.size):
+            raise ValueError(f"size must be multiples of {step} pixels, got {adapter.size}")
+        self.network, self.adapter, self.schedule = network.eval().requires_grad_(False), adapter, schedule
+        self.text, self.captions, self.open_video, self.encode_video = text, captions, open_video, encode_video
+        self.layers, self.heads, self.head_dim = config.layers, config.kv_heads, config.head_dim
+        height, width = (side // LATENT_STRIDE for side in adapter.size)
+        self.grid = height // config.patch, width // config.patch
+        self.frame_tokens = self.grid[0] * self.grid[1]
+        self.latent_shape = (config.channels, height, width)
+        self.device = network.x_embedder.weight.device
+        self._null: dict[str, Told] = {}
+        self._prompts: dict[str, Prompt] = {}
+
+    def rope(self, frames: Sequence[int]) -> Tensor:
+        return rope_table(frames, self.grid, self.network.rope.bands).to(self.device)
+
+    @torch.inference_mode()
+    def condition(self, prompt: str, actions: Sequence[int | str]) -> Prompt:
+        if actions:
+            raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
+        if prompt not in self._prompts:
+            if self.text is None:
+                raise ValueError(
+                    f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
+                    "text_encoder/ and tokenizer/ (T5 v1.1 XXL), or t5_pretrained/t5-v1_1-xxl as MAGI-1 has it"
+                )
+            self._prompts = {prompt: self.condition_on(self.text(prompt))}  # the last prompt alone: 110 MB for 4.5B
+        return self._prompts[prompt]
+
+    def condition_on(self, embedding: Tensor) -> Prompt:
+        """The same from a prompt embedding [tokens, caption_dim]."""
+        return Prompt(embedding.to(self.device))
+
+    @torch.inference_mode()
+    def tell(self, condition: Prompt, remaining: int | None) -> Mapping[str, Told]:
+        """See `inferix.pipeline.PipelinedModel`."""
+        if not self._null:
+            null = self.network.caption(self.captions.negative(self.network.null_rows()))
+            self._null = {NULL: null, DROPPED: dataclasses.replace(null, dropped=True)}
+        told, key = condition.told, self.captions.key(remaining)
+        if key not in told:
+            rows = self.captions.positive(condition.rows, remaining)
+            told[key] = self.network.caption(rows[: self.network.config.caption_len])
+        return {CAPTION: told[key], **self._null}
+
+    def predict_segments(
+        self, forward: Forward, blocks: Sequence[Tensor], told: Sequence[Told], attend: PagedAttend
+    ) -> list[Tensor]:
+        velocities = self.network(blocks, [s.t for s in forward.segments], told, attend, forward.stride)
+        return [velocity.to(block.dtype) for velocity, block in zip(velocities, blocks)]
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        height, width = self.adapter.size
+        if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
+            raise ValueError(f"frames must be uint8 [n, {height}, {width}, 3], got {frames.dtype} {list(frames.shape)}")
+        if self.encode_video is None:
+            raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them; see --decoder")
+        return self.encode_video(frames)
+
+    def stream(self) -> VideoDecoder:
+        if self.open_video is None:
+            raise ValueError(f"{self.adapter.name} has no decoder, so that only latents come out; see --decoder")
+        return self.open_video()
+
+    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+        return {}
