@@ -89,14 +89,20 @@ class PageTable:
             self._turn_page(self.open_blocks[-1].end)
 
     def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
-        """Forget the blocks that are still open, but for these; the past stays as it is."""
+        """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""
         kept = [keep] if isinstance(keep, Block) else keep or []
-        for block in self.open_blocks:
-            for extent in block.target:
-                self.store.release(extent)
-            block.target = []
-        self.open_blocks = [block for block in self.open_blocks if block in kept]
+        stay = [block for block in self.open_blocks if block in kept]
+        for block in list(self.open_blocks):
+            self.drop(block)
+        self.open_blocks = stay
         self._thaw()
+
+    def drop(self, block: Block) -> None:
+        """Forget one open block, whatever becomes of the others."""
+        for extent in block.target:
+            self.store.release(extent)
+        block.target = []
+        self.open_blocks.remove(block)
 
     def _turn_page(self, block_end: int) -> None:
         """A block boundary: what was fetched has arrived, old frames go, and those that grew old change format."""

@@ -204,8 +204,8 @@ class DenseTable:
         self.open_blocks.remove(block)
         self.held |= dict.fromkeys(block.frames)
 
-    def abandon(self, keep):
-        self.open_blocks = [block for block in self.open_blocks if block in keep]
+    def drop(self, block):
+        self.open_blocks.remove(block)
 
     def gather(self, layer, frames):
         return tuple(torch.cat(part) for part in zip(*(self.cache[layer][frame] for frame in frames)))

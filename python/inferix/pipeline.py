@@ -297,7 +297,6 @@ class Pipeline:
         size, table, owed = self.model.adapter.block_frames, self.table, self.owed
         flying = {f.block.first // size: f for f in [*([owed] if owed else []), *flight]}
         parts = [flying[segment.block] for segment in forward.segments]
-        before = list(table.open_blocks)
         blocks = [
             table.open_block(size) if segment.copy else part.block for segment, part in zip(forward.segments, parts)
         ]
@@ -306,8 +305,9 @@ class Pipeline:
             told = [part.told[segment.told] for segment, part in zip(forward.segments, parts)]
             predicted = self.model.predict_segments(forward, [part.x for part in parts], told, passed.attend)
         finally:
-            if len(table.open_blocks) > len(before):
-                table.abandon(keep=before)
+            for segment, block in zip(forward.segments, blocks):
+                if segment.copy:
+                    table.drop(block)
         if forward.commit:
             table.seal(blocks[0])
             self.owed = None
