@@ -78,15 +78,20 @@ class PageTable:
         self.open_blocks.append(block)
         return block
 
-    def seal(self, block: Block) -> None:
-        """The block's clean pass is done: it joins the past."""
+    def seal(self, block: Block, horizon: int | None = None) -> None:
+        """The block's clean pass is done: it joins the past.
+
+        Args:
+            horizon: the frame that the window is counted back from, for what now leaves it; by default the end of the
+                oldest block that is still open.
+        """
         if not self.open_blocks or block is not self.open_blocks[0] or not block.target:
             raise RuntimeError("seal needs the oldest open block after a pass that committed it")
         self.open_blocks.pop(0)
         self.held.update(zip(block.frames, block.target))
         self.next_frame = block.end
-        if self.open_blocks:  # whose newest decides: what it does not see, the others, nearer to clean, do not see either
-            self._turn_page(self.open_blocks[-1].end)
+        if self.open_blocks:
+            self._turn_page(self.open_blocks[0].end if horizon is None else horizon)
 
     def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
         """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""

@@ -98,13 +98,13 @@ class Replay(Pipeline):
         self.forwards.append([])
         return super()._velocities(flight)
 
-    def _plan(self, forward, blocks, traffic):
-        passed = super()._plan(forward, blocks, traffic)
+    def _plan(self, forward, blocks):
+        passed = super()._plan(forward, blocks)
         self.forwards[-1].append((forward, blocks, [list(frames) for frames in self.table.seen]))
         return passed
 
-    def _forward(self, forward, flight, traffic):
-        predicted = super()._forward(forward, flight, traffic)
+    def _forward(self, forward, flight):
+        predicted = super()._forward(forward, flight)
         if forward.commit:  # its K and V, before they are evicted
             chunk = forward.segments[0].block
             frames = range(CHUNK * chunk, CHUNK * (chunk + 1))
@@ -200,7 +200,7 @@ class DenseTable:
     def plan(self, blocks, rope, commit=None, predict=True, see=None):
         return DensePass(self, list(blocks), rope, commit, predict, see)
 
-    def seal(self, block):
+    def seal(self, block, horizon=None):
         self.open_blocks.remove(block)
         self.held |= dict.fromkeys(block.frames)
 

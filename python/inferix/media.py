@@ -6,12 +6,14 @@ name when it is closed, also by Ctrl-C. If the process is killed, the temporary 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 import av
+import av.filter
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -106,6 +108,57 @@ class VideoWriter:
 
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}")
+
+
+class LatentWriter:
+    """A NumPy array file under way, [frames, ...] float32; a context manager. For models without a decoder.
+
+    The file has its full size from the start, zeros where nothing has been written, and is mapped: what is kept in
+    memory does not grow with it.
+
+    Args:
+        path: replaced if it exists; .npy takes the place of any other ending.
+        frames: to come.
+        shape: of one frame.
+    """
+
+    def __init__(self, path: str | Path, frames: int, shape: tuple[int, ...]):
+        self.path, self.frames = Path(path).with_suffix(".npy"), 0
+        require_writable(self.path, "--out")
+        self._array = np.lib.format.open_memmap(self.path, "w+", np.float32, (frames, *shape))
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append frames [n, ...]."""
+        self._array[self.frames : self.frames + len(frames)] = frames
+        self.frames += len(frames)
+        self._array.flush()
+
+    def __enter__(self) -> LatentWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.frames:
+            self.path.unlink()
+
+
+def read_video(path: Path, size: tuple[int, int], fps: int) -> np.ndarray:
+    """A video file as uint8 [n, height, width, 3], by FFmpeg's filters at so many frames per second and of this size."""
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            graph, stream = av.filter.Graph(), container.streams.video[0]
+            wanted = (("fps", str(fps)), ("scale", f"{size[1]}:{size[0]}"), ("format", "rgb24"), ("buffersink", None))
+            graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(*each) for each in wanted)).configure()
+            for frame in [*container.decode(stream), None]:
+                graph.push(frame)
+                with contextlib.suppress(BlockingIOError, EOFError):
+                    while True:
+                        frames.append(graph.pull().to_ndarray(format="rgb24"))
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise ValueError(f"--video: cannot read {str(path)!r} ({error})") from None
+    if not frames:
+        raise ValueError(f"--video: {str(path)!r} holds no frames")
+    return np.stack(frames)
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:

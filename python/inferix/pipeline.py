@@ -133,11 +133,18 @@ class Flying:
 
 @dataclasses.dataclass
 class Traffic:
-    """Committed frames that a layer's attention read in one step, all forwards together, and the forwards."""
+    """What a layer's attention has read of the past so far.
 
-    past: int  # frames committed since the world began
-    read: int
-    forwards: int
+    Attributes:
+        steps: denoising steps.
+        read: committed frames that lay in some segment's page list, summed over forwards.
+        history: all frames committed since the world began, once for every forward that has a past: what is read where
+            the past is one tensor that each forward copies, as in MAGI-1's own code.
+    """
+
+    steps: int = 0
+    read: int = 0
+    history: int = 0
 
 
 class Pipeline:
@@ -160,8 +167,13 @@ class Pipeline:
         self.finished = 0  # frames at the front of what `step` returned that are done
         self.frames = 0  # latent frames made or given
         self.seconds: list[float] = []  # per stage
-        self.traffic: list[Traffic] = []  # of the last stage, per step
+        self.traffic = Traffic()
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
+
+    @property
+    def ahead(self) -> int:
+        """Latent frames begun and not done."""
+        return sum(len(flying.block.frames) for flying in self.flight)
 
     @torch.inference_mode()
     def step(self, condition: Any, known: Tensor | None = None) -> Tensor:
@@ -189,7 +201,6 @@ class Pipeline:
             begins = self.total is None or self.begun < self.total
             if begins:
                 flight.append(self._begin(condition))
-            self.traffic = []
             for _ in range(schedule.stage_steps):
                 if known is None or self.owed:
                     velocities = self._velocities(flight)
@@ -228,7 +239,8 @@ class Pipeline:
         whole = len(latents) - len(latents) % size
         if self.total is not None and self.begun + -(-len(latents) // size) > self.total:
             raise ValueError(f"frames: {len(latents)} latent frames are more than the {self.total} blocks of the world")
-        for block in latents[:whole].split(size):
+        for first in range(0, whole, size):
+            block = latents[first : first + size]
             told = self.model.tell(condition, self._remaining())
             self.owed = Flying(self.table.open_block(size), block, told, block[:0])
             self._settle()
@@ -252,7 +264,7 @@ class Pipeline:
             for flying in [*([self.owed] if self.owed else []), *self.flight]
         ]
         other.owed = moved.pop(0) if self.owed else None
-        other.flight, other.seconds = moved, []
+        other.flight, other.seconds, other.traffic = moved, [], dataclasses.replace(self.traffic)
         return other
 
     def rewind(self, frames: int) -> None:
@@ -272,27 +284,28 @@ class Pipeline:
         size = self.model.adapter.block_frames
         clean = None if self.owed is None else self.owed.block.first // size
         sums: dict[int, Tensor] = {}
-        traffic = Traffic(self.table.next_frame, 0, 0)
         steps = [(flying.block.first // size, flying.steps) for flying in flight]
-        for full in self.model.schedule.forwards(steps, clean):
+        forwards = self.model.schedule.forwards(steps, clean)
+        self.traffic.steps += 1
+        self.traffic.history += sum(not forward.apart for forward in forwards) * self.table.next_frame
+        for full in forwards:
             forward = full.needed()
             if forward is None:
                 continue
-            predicted = self._forward(forward, flight, traffic)
+            predicted = self._forward(forward, flight)
             for segment, velocity in zip(forward.segments, predicted):
                 if segment.weight:
                     first = segment.block * size
                     sums[first] = sums.get(first, 0) + segment.weight * velocity
-        self.traffic.append(traffic)
         return sums
 
     def _settle(self) -> None:
         owed = self.owed
         assert owed is not None
         forward = self.model.schedule.clean_pass(owed.block.first // self.model.adapter.block_frames)
-        self._forward(forward, [], None)
+        self._forward(forward, [])
 
-    def _forward(self, forward: Forward, flight: Sequence[Flying], traffic: Traffic | None) -> list[Tensor]:
+    def _forward(self, forward: Forward, flight: Sequence[Flying]) -> list[Tensor]:
         """One forward of the network; seals the block that it commits."""
         size, table, owed = self.model.adapter.block_frames, self.table, self.owed
         flying = {f.block.first // size: f for f in [*([owed] if owed else []), *flight]}
@@ -301,7 +314,7 @@ class Pipeline:
             table.open_block(size) if segment.copy else part.block for segment, part in zip(forward.segments, parts)
         ]
         try:
-            passed = self._plan(forward, blocks, traffic)
+            passed = self._plan(forward, blocks)
             told = [part.told[segment.told] for segment, part in zip(forward.segments, parts)]
             predicted = self.model.predict_segments(forward, [part.x for part in parts], told, passed.attend)
         finally:
@@ -309,11 +322,22 @@ class Pipeline:
                 if segment.copy:
                     table.drop(block)
         if forward.commit:
-            table.seal(blocks[0])
+            table.seal(blocks[0], self._horizon(forward, blocks))
             self.owed = None
         return predicted
 
-    def _plan(self, forward: Forward, blocks: Sequence[Block], traffic: Traffic | None) -> Pass:
+    def _horizon(self, forward: Forward, blocks: Sequence[Block]) -> int | None:
+        """Where the window must be counted from to reach the first frame that a block in flight sees.
+
+        The cleaner a block, the less it sees, and the next one to begin sees less than this forward's newest.
+        """
+        window = self.table.policy.window
+        noisy = [(block, s.reach) for block, s in zip(blocks[1:], forward.segments[1:]) if not s.copy]
+        if window is None or not noisy:
+            return None
+        return window + min(block.end - min(reach * len(block.frames), window) for block, reach in noisy)
+
+    def _plan(self, forward: Forward, blocks: Sequence[Block]) -> Pass:
         table = self.table
         here = [frame for block, segment in zip(blocks, forward.segments) if not segment.copy for frame in block.frames]
         alone = [forward.apart or segment.copy for segment in forward.segments]
@@ -321,9 +345,8 @@ class Pipeline:
             [] if apart else self._sees(block, segment.reach, here)
             for block, segment, apart in zip(blocks, forward.segments, alone)
         ]
-        if traffic is not None:
-            traffic.read += len(set().union(*see) & table.held.keys())
-            traffic.forwards += 1
+        coming = blocks[0].frames if forward.commit else ()
+        self.traffic.read += len(set().union(*see) & {*table.held, *coming})
         positions = [range(len(block.frames)) if forward.apart else block.frames for block in blocks]
         rope = self.model.rope([frame for frames in positions for frame in frames])
         commit = blocks[0] if forward.commit else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from ...pipeline import Forward
 from .. import Adapter, PagedAttend
+from ..wan.text import CACHE
 from .adapters import SCHEDULES, adapter_for, config_for, scheduled
-from .captions import Captions
+from .captions import Captions, load_captions
+from .checkpoint import find_weights, load_network
 from .network import MagiConfig, MagiNetwork, Told, rope_table
 from .schedule import CAPTION, DROPPED, NULL, MagiSchedule
+from .text import CaptionEncoder, find_encoder
 
 __all__ = ["SCHEDULES", "Magi", "MagiConfig", "MagiNetwork", "MagiSchedule", "adapter_for", "config_for"]
 
@@ -24,10 +28,21 @@ LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direct
 
 
 class VideoDecoder(Protocol):
-    """One world's decoder; what a `--decoder` gives."""
+    """One world's decoder. Each chunk is decoded by itself; latents are as the network has them, times 0.18215."""
 
     def __call__(self, latents: Tensor) -> np.ndarray:
         """[frames, 16, height / 8, width / 8] -> uint8 [4 * frames, height, width, 3]."""
+
+
+class Codec(Protocol):
+    """What `--decoder module:name` names: called with the model's folder, it gives this."""
+
+    def open(self) -> VideoDecoder:
+        """A decoder for one world."""
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 [n, height, width, 3] -> latents [frames, 16, height / 8, width / 8]: one picture gives one frame, and
+        four pictures give one. Only for videos that begin with given pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +67,7 @@ class Magi:
         schedule: how chunks are denoised.
         text: encodes prompts; without it only `condition_on` works.
         captions: special rows that go before a caption.
-        open_video: opens a decoder for one world; without it only latents come out.
+        open_video: opens a decoder for one world; without it latents come out, a quarter as many as pictures.
         encode_video: uint8 [n, height, width, 3] -> latents [frames, channels, h, w].
     """
 
@@ -69,6 +84,8 @@ class Magi:
         config, step = network.config, LATENT_STRIDE * network.config.patch
         if any(side < 1 or side % step for side in adapter.size):
             raise ValueError(f"size must be multiples of {step} pixels, got {adapter.size}")
+        if open_video is None:
+            adapter = dataclasses.replace(adapter, fps=adapter.fps // adapter.pictures, pictures=1)
         self.network, self.adapter, self.schedule = network.eval().requires_grad_(False), adapter, schedule
         self.text, self.captions, self.open_video, self.encode_video = text, captions, open_video, encode_video
         self.layers, self.heads, self.head_dim = config.layers, config.kv_heads, config.head_dim
@@ -126,10 +143,81 @@ class Magi:
             raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them; see --decoder")
         return self.encode_video(frames)
 
-    def stream(self) -> VideoDecoder:
+    @property
+    def only_latents(self) -> bool:
+        """There is no decoder: a world's pictures are its latents, and its adapter counts those."""
+        return self.open_video is None
+
+    def stream(self) -> Callable[[Tensor], np.ndarray]:
         if self.open_video is None:
-            raise ValueError(f"{self.adapter.name} has no decoder, so that only latents come out; see --decoder")
+            return lambda latents: latents.cpu().numpy()
         return self.open_video()
 
     def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         return {}
+
+
+def load(
+    weights: str | Path | None = None,
+    name: str = "magi-4.5b",
+    *,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    shortcut: str | None = None,
+    stages: int | None = None,
+    fp8: str = "keep",
+    special_tokens: Sequence[str] | None = None,
+    negative: bool = False,
+    decoder: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    prompt_cache: str | Path = CACHE,
+) -> Magi:
+    """A model of SCHEDULES from its checkpoint.
+
+    Args:
+        weights: MAGI-1's folder: the shards, or inference_weight*/ with them; and, to be told captions, the T5 encoder
+            (see text.FOLDERS) and special_tokens.npz. Or the index or the file alone.
+        size: pixels (height, width); by default what the configs say.
+        steps, shortcut, stages: see MagiSchedule; by default as the configs have it. A multiple of 4, or 12.
+        fp8: "keep" or "dequantize"; see checkpoint.load_network.
+        special_tokens, negative: rows that go before captions; see captions.load_captions.
+        decoder: "module:name" of a callable that, given the folder, gives a Codec: no public library carries MAGI-1's
+            VAE. Without it latents come out.
+        device: by default a GPU, if there is one.
+        dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
+        prompt_cache: folder for caption embeddings.
+
+    Raises:
+        ValueError: something is missing, damaged or of another architecture; says what.
+    """
+    schedule = scheduled(name, steps, shortcut, stages)
+    adapter = adapter_for(name, schedule, size)
+    path = find_weights(weights, name)
+    folder = path.parent.parent if path.parent.name.startswith("inference_weight") else path.parent
+    captions, codec = load_captions(folder, special_tokens, negative), None if decoder is None else _codec(decoder, folder)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    network = load_network(path, name, fp8=fp8, dtype=dtype, device=device, backend=backend)
+    encoder = find_encoder(folder)
+    text = None if encoder is None else CaptionEncoder(encoder, network.config.caption_len, Path(prompt_cache))
+    return Magi(
+        network,
+        adapter,
+        schedule,
+        text,
+        captions,
+        open_video=None if codec is None else codec.open,
+        encode_video=None if codec is None or not hasattr(codec, "encode") else codec.encode,
+    )
+
+
+def _codec(spec: str, folder: Path) -> Codec:
+    module, _, name = spec.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"decoder must be module:name of something importable, got {spec!r} ({error})") from None
+    codec: Codec = make(folder)
+    return codec

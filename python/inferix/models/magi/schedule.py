@@ -77,6 +77,8 @@ class MagiSchedule:
         for name, parts in (("stages", self.stages), ("ranges", len(self.ranges))):
             if parts < 1 or self.steps < 1 or self.steps % parts:
                 raise ValueError(f"steps must be a multiple of the {parts} {name}, got {self.steps}")
+        if list(self.ranges) != sorted(self.ranges, reverse=True):
+            raise ValueError(f"ranges must not grow from noisy to clean, got {self.ranges}")
         if self.shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut must be one of {', '.join(SHORTCUTS)}, got {self.shortcut!r}")
 
