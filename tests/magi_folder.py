@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import save, save_file
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, LAYERS, CAPTION_DIM = 6, 2, 32, 192, 3, 24
-EIGHT_BIT = ("linear_qkv.q.", "linear_qkv.qx.", "linear_qkv.k.", "linear_qkv.v.", "linear_fc1.", "linear_fc2.", "linear_proj.")
+EIGHT_BIT = (
+    "linear_qkv.q.",
+    "linear_qkv.qx.",
+    "linear_qkv.k.",
+    "linear_qkv.v.",
+    "linear_fc1.",
+    "linear_fc2.",
+    "linear_proj.",
+)
 SMOOTHED = ("linear_fc2.", "linear_proj.")
 WORDS = ["a", "the", "red", "panda", "fox", "walks", "runs", "in", "fog", "rain", "snow", "at", "night", "city"]
 
@@ -69,7 +77,7 @@ def published(network):
 
 
 def in_eight_bits(state, layers):
-    """Layers between the first and the last with 8-bit weights and their scales, as the source's calibration has them."""
+    """Layers between the first and the last with 8-bit weights and their scales, as the source has them."""
     made = {}
     for name, x in state.items():
         inside = any(f"layers.{i}." in name for i in range(1, layers - 1))

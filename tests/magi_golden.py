@@ -1,7 +1,7 @@
 """The recorded runs of MAGI-1 in tests/golden, and what replays them through the pipeline.
 
-`replay` runs over a KVStore; given a `DenseTable`, which stands in for a page table and keeps plain lists of K and V, it
-runs the same loop and network in float64, without a page.
+`replay` runs over a KVStore; given a `DenseTable`, which stands in for a page table and keeps plain lists of K and V,
+it runs the same loop and network in float64, without a page.
 """
 
 import dataclasses

@@ -39,8 +39,8 @@ def play(world, chunks, prompt="fog"):
     return done
 
 
-# Where a stage fails after its clean chunk was committed, the chunk is not in the stage's first forward again. A smaller
-# product sums in another order; and with guidance, the captioned forward reads what was committed under no caption.
+# Where a stage fails after its clean chunk was committed, the chunk is not in the stage's first forward again. A
+# smaller product sums in another order; and guided, the captioned forward reads what was committed under no caption.
 FAILURES = [
     ("fp32", True, 0, 0.0),
     ("int8", True, 0, 0.0),
@@ -97,7 +97,7 @@ def test_a_pipeline_of_one_block_is_the_loop_of_self_forcing(fused):
 
 
 def test_frames_outside_every_range_are_forgotten():
-    """From the sixth chunk on nothing grows, and one committed chunk is held: that which the noisiest one still sees."""
+    """From the sixth chunk on nothing grows: one committed chunk is held, which the noisiest one still sees."""
     running = world(distilled=False)
     used, held, nbytes = [], [], sum(running.kv_bytes().values())
     for _ in range(16):
@@ -108,10 +108,7 @@ def test_frames_outside_every_range_are_forgotten():
     assert used == [0] * 4 + [CHUNK] * 12  # the chunk that was clean is committed in the stage after
     assert held[15] == list(range(66, 72)) and running.frames == 78
     assert sum(running.kv_bytes().values()) == nbytes
-    kept = [running.decoder, running.decoder.flight[0], running.table]
-    assert all(len(x) <= 6 for each in kept for x in vars(each).values() if isinstance(x, list) and x is not used) or (
-        len(running.decoder.seconds) == 16
-    )
+    assert len(running.decoder.flight) == 3 and len(running.table.open_blocks) == 4
 
 
 def test_what_is_read_does_not_grow_with_the_video():
@@ -266,7 +263,7 @@ def test_words_for_what_can_not_be():
     running = world()
     with pytest.raises(RuntimeError, match="keep a fork"):
         running.rewind(6)
-    with pytest.raises(ValueError, match="blocks must be at least 1.* got 0"):
+    with pytest.raises(ValueError, match=r"blocks must be at least 1.* got 0"):
         world(blocks=0)
     with pytest.raises(ValueError, match="30 latent frames are more than the 2 blocks"):
         crowded = world(blocks=2)

@@ -173,7 +173,8 @@ class Maker:
             contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
         report.write_text(json.dumps(summary, indent=2) + "\n")
         print(
-            f"{out}: {self.made} {'frames' if drawn else 'latent frames'} ({summary['seconds_of_video']:.1f} s) at {summary['fps']:.1f} FPS, "
+            f"{out}: {self.made} {'' if drawn else 'latent '}frames ({summary['seconds_of_video']:.1f} s) "
+            f"at {summary['fps']:.1f} FPS, "
             f"block p50 {1e3 * summary['block_seconds_p50']:.0f} ms, p95 {1e3 * summary['block_seconds_p95']:.0f} ms"
         )
         print(f"{sheet}: contact sheet · {report}: summary" if drawn else f"{report}: summary")

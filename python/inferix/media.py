@@ -142,7 +142,7 @@ class LatentWriter:
 
 
 def read_video(path: Path, size: tuple[int, int], fps: int) -> np.ndarray:
-    """A video file as uint8 [n, height, width, 3], by FFmpeg's filters at so many frames per second and of this size."""
+    """A video file as uint8 [n, height, width, 3], brought to this rate and size by FFmpeg's filters."""
     frames: list[np.ndarray] = []
     try:
         with av.open(str(path)) as container:
@@ -153,7 +153,9 @@ def read_video(path: Path, size: tuple[int, int], fps: int) -> np.ndarray:
                 graph.push(frame)
                 with contextlib.suppress(BlockingIOError, EOFError):
                     while True:
-                        frames.append(graph.pull().to_ndarray(format="rgb24"))
+                        picture = graph.pull()
+                        assert isinstance(picture, av.VideoFrame)
+                        frames.append(picture.to_ndarray(format="rgb24"))
     except (OSError, IndexError, av.FFmpegError) as error:
         raise ValueError(f"--video: cannot read {str(path)!r} ({error})") from None
     if not frames:

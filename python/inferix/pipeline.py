@@ -156,9 +156,7 @@ class Pipeline:
         total: blocks the world is to have; after them none is begun. None: no end.
     """
 
-    def __init__(
-        self, model: PipelinedModel, table: PageTable, generator: torch.Generator, total: int | None = None
-    ):
+    def __init__(self, model: PipelinedModel, table: PageTable, generator: torch.Generator, total: int | None = None):
         self.model, self.table, self.generator, self.total = model, table, generator, total
         self.flight: list[Flying] = []
         self.owed: Flying | None = None
@@ -268,7 +266,9 @@ class Pipeline:
         return other
 
     def rewind(self, frames: int) -> None:
-        raise RuntimeError("rewind: the blocks in flight rest on the last ones made, which can't be unmade: keep a fork")
+        raise RuntimeError(
+            "rewind: the blocks in flight rest on the last ones made, which can't be unmade: keep a fork"
+        )
 
     def _begin(self, condition: Any) -> Flying:
         size = self.model.adapter.block_frames

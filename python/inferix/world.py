@@ -143,7 +143,7 @@ class World:
             raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
         before = self.prompt
         condition = self._condition(actions, prompt)
-        if self.model.adapter.recache and before not in (None, self.prompt):
+        if self.model.adapter.recache and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
             self.decoder.recache(condition)
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents[: self.decoder.finished])
@@ -225,9 +225,12 @@ class World:
         return self.decoder.ahead
 
     def kv_read(self) -> dict[str, int]:
-        """Bytes of the past that a layer reads in one step, on average so far, of a model with several blocks in flight:
-        "read" from pages; "copied" where the past is one bf16 tensor of all frames since the beginning, which MAGI-1's
-        own code copies in every forward."""
+        """Bytes of the past that a layer reads in one step of a model with several blocks in flight, on average so far.
+
+        Returns:
+            "read": from pages. "copied": where the past is one bf16 tensor of all frames since the beginning, which
+            MAGI-1's own code copies in every forward.
+        """
         if not isinstance(self.decoder, Pipeline):
             raise ValueError(f"kv_read: {self.model.adapter.name} has one block in flight")
         model, traffic = self.model, self.decoder.traffic

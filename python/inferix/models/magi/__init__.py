@@ -77,7 +77,7 @@ class Magi:
         adapter: Adapter,
         schedule: MagiSchedule,
         text: Callable[[str], Tensor] | None = None,
-        captions: Captions = Captions(),  # noqa: B008, it is frozen
+        captions: Captions = Captions(),
         open_video: Callable[[], VideoDecoder] | None = None,
         encode_video: Callable[[np.ndarray], Tensor] | None = None,
     ):
@@ -196,7 +196,10 @@ def load(
     adapter = adapter_for(name, schedule, size)
     path = find_weights(weights, name)
     folder = path.parent.parent if path.parent.name.startswith("inference_weight") else path.parent
-    captions, codec = load_captions(folder, special_tokens, negative), None if decoder is None else _codec(decoder, folder)
+    captions, codec = (
+        load_captions(folder, special_tokens, negative),
+        None if decoder is None else _codec(decoder, folder),
+    )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, name, fp8=fp8, dtype=dtype, device=device, backend=backend)

@@ -17,9 +17,7 @@ PROMPTS = ("A red panda walks along a mossy branch in a misty forest, soft morni
 
 CONFIGS = {
     "4.5b": MagiConfig(dim=3072, layers=34, heads=24, ffn=12288),
-    "24b": MagiConfig(
-        dim=6144, layers=48, heads=48, ffn=16384, gated=True, cond_dim=1536, halved=True, x_scale=0.1
-    ),
+    "24b": MagiConfig(dim=6144, layers=48, heads=48, ffn=16384, gated=True, cond_dim=1536, halved=True, x_scale=0.1),
 }
 SIZES = {"4.5b": (720, 720), "24b": (720, 1280)}
 SCHEDULES = {

@@ -149,7 +149,10 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]],
         else:
             expected[key] = shape
     scales = {
-        key.removesuffix("weight") + kind for key in expected for kind in SCALES if key in tensors and _is_fp8(tensors[key])
+        key.removesuffix("weight") + kind
+        for key in expected
+        for kind in SCALES
+        if key in tensors and _is_fp8(tensors[key])
     }
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys() - scales)

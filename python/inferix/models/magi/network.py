@@ -135,8 +135,9 @@ class Attentions(nn.Module):
         self.linear_qkv = Projections(config)
         self.linear_kv_xattn = nn.Linear(config.dim, 2 * config.kv_heads * config.head_dim, bias=False)
         self.linear_proj = nn.Linear(2 * width, config.dim, bias=False)
-        for name in ("q_layernorm", "k_layernorm", "q_layernorm_xattn", "k_layernorm_xattn"):
-            setattr(self, name, LayerNorm1p(config.head_dim, config.eps))
+        self.q_layernorm, self.k_layernorm, self.q_layernorm_xattn, self.k_layernorm_xattn = (
+            LayerNorm1p(config.head_dim, config.eps) for _ in range(4)
+        )
 
     def text_cache(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of caption rows [n, dim]: each [1, kv_heads, n, head_dim]."""
@@ -144,9 +145,7 @@ class Attentions(nn.Module):
         k, v = self.k_layernorm_xattn(both[:, :, 0]).to(both.dtype), both[:, :, 1]
         return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
-    def forward(
-        self, layer: int, x: Tensor, segments: Sequence[tuple[slice, Told]], attend: Attend
-    ) -> Tensor | None:
+    def forward(self, layer: int, x: Tensor, segments: Sequence[tuple[slice, Told]], attend: Attend) -> Tensor | None:
         """x [T, dim] -> [T, dim]."""
         config, norms = self.config, (self.q_layernorm, self.k_layernorm)
         y = self.linear_qkv.layer_norm(x)
@@ -247,7 +246,7 @@ class TimestepEmbedder(nn.Module):
         half = FREQ_DIM // 2
         rates = torch.exp(-math.log(TIME_BASE) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * rates * TIME_SCALE
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(next(self.parameters()).dtype))
 
 
 class CaptionEmbedder(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..wan.text import CACHE, PromptEncoder
+from ..wan.text import PromptEncoder
 
 EXTRA = "install the extra `magi`: pip install 'inferix[magi]'"
 # Where the encoder may lie in a model's folder: as diffusers and as MAGI-1 have it.
@@ -16,7 +16,7 @@ def find_encoder(folder: Path) -> Path | None:
     return next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
 
 
-def clean(caption: str) -> str:
+def clean(prompt: str) -> str:
     """As the captions were that the model learned from: lower case, no links, tags or rare signs (DeepFloyd's rules).
 
     Raises:
@@ -29,8 +29,8 @@ def clean(caption: str) -> str:
     except ImportError as error:
         raise ImportError(f"prompt: cleaning it needs {error.name}, which is not installed: {EXTRA}") from None
     for _ in range(2):  # cleaning may lay bare what is to be cleaned
-        caption = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, caption)
-    return caption
+        prompt = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, prompt)
+    return prompt
 
 
 class CaptionEncoder(PromptEncoder):
@@ -42,9 +42,6 @@ class CaptionEncoder(PromptEncoder):
     """
 
     clean = staticmethod(clean)
-
-    def __init__(self, folder: Path, text_len: int, cache: Path | None = CACHE):
-        super().__init__(folder, text_len, cache)
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.folder.glob("*") if file.is_file())

@@ -22,7 +22,7 @@ def read_tensors(path: Path, parts: Sequence[str] = ()) -> tuple[dict[str, Tenso
     """All tensors of a file, mapped rather than read where the format allows it, and its string metadata.
 
     Args:
-        path: .safetensors, the .index.json of shards, each as it is or compressed (.zst), or a torch pickle (.pt, .pth).
+        path: .safetensors, the .index.json of shards (both may be compressed: .zst), or a torch pickle (.pt, .pth).
         parts: names of the state dicts to take, if a pickle holds several; the first that is there.
 
     Raises:

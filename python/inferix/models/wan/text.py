@@ -118,7 +118,11 @@ class PromptEncoder:
     def _encode(self, prompt: str) -> Tensor:
         tokenizer, encoder = self._load()
         tokens = tokenizer(
-            [self.clean(prompt)], max_length=self.text_len, truncation=True, add_special_tokens=True, return_tensors="pt"
+            [self.clean(prompt)],
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
         )
         hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
         return hidden.float().contiguous()
