@@ -17,7 +17,7 @@ from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.network import rope_table
 from inferix.world import World
 from inferix_kernels import Policy
-from inferix_kernels.reference import normalise, rotate
+from inferix_kernels.reference.qkv import normalise, rotate
 
 SIZE = (48, 80)
 

@@ -18,7 +18,7 @@ from inferix.models.wan.checkpoint import config_of
 from inferix.models.wan.names import canonical
 from inferix.models.wan.network import WanConfig, WanNetwork
 from inferix_kernels import KVStore, Policy
-from inferix_kernels.reference import normalise, rotate
+from inferix_kernels.reference.qkv import normalise, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = {"heads": 3, "text_len": 24}  # what the shapes of the recorded weights do not show
