@@ -87,7 +87,7 @@ class Replay(Pipeline):
 
     def __init__(self, model, table, noise, total=CHUNKS):
         super().__init__(model, table, torch.Generator(), total)
-        self.noise, self.after, self.forwards, self.committed = noise, {}, [], {}
+        self.noise, self.after, self.forwards, self.committed = noise, {}, [], table.committed
 
     def _noise(self, frames):
         return self.noise[CHUNK * self.begun : CHUNK * self.begun + frames].to(self.model.network.dtype)
@@ -103,29 +103,25 @@ class Replay(Pipeline):
         self.forwards[-1].append((forward, blocks, [list(frames) for frames in self.table.seen]))
         return passed
 
-    def _forward(self, forward, flight):
-        predicted = super()._forward(forward, flight)
-        if forward.commit:  # its K and V, before they are evicted
-            chunk = forward.segments[0].block
-            frames = range(CHUNK * chunk, CHUNK * (chunk + 1))
-            self.committed[chunk] = [self.table.gather(layer, frames) for layer in range(self.model.layers)]
-        return predicted
 
-
-def noted(table):
-    """The table, noting what each pass sees."""
-    plan = table.plan
+def noted(table, layers):
+    """The table, noting what each pass sees, and K and V of every chunk that is sealed."""
+    plan, seal = table.plan, table.seal
 
     def noting(blocks, *args, see=None, **options):
         table.seen = see
         return plan(blocks, *args, see=see, **options)
 
-    table.plan, table.seen = noting, []
+    def sealing(block, horizon=None):
+        seal(block, horizon)
+        table.committed[block.first // CHUNK] = [table.gather(layer, block.frames) for layer in range(layers)]
+
+    table.plan, table.seal, table.seen, table.committed = noting, sealing, [], {}
     return table
 
 
 def replay(model, tensors, table):
-    pipeline = Replay(model, noted(table), tensors["inputs.noise"][0].transpose(0, 1))
+    pipeline = Replay(model, noted(table, model.layers), tensors["inputs.noise"][0].transpose(0, 1))
     valid = tensors["inputs.caption_mask"][0].bool()
     prompt = model.condition_on(tensors["inputs.caption_embs"][0, 0][valid])
     done = []

@@ -8,6 +8,9 @@ import pytest
 import torch
 from magi_golden import CAPTION, CHUNK, CHUNKS, FRAME_TOKENS, DenseTable, golden, model_for, replay, table_for, trace
 
+from inferix.models.magi import MagiSchedule
+from inferix.models.magi.schedule import times
+
 EXACT, SINGLE = 1e-6, 2e-5
 RUNS = ["distill8", "cfg3", "distill12"]
 TOKENS = CHUNK * FRAME_TOKENS
@@ -47,6 +50,34 @@ def check(run, pipeline, final, recorded, bound):
 @pytest.mark.parametrize("run", RUNS)
 def test_schedule_is_the_recorded_one(run, recorded):
     assert model_for(recorded, run).schedule.times == recorded[f"inputs.{run}.t_schedule"].tolist()
+
+
+@pytest.mark.parametrize("steps", [64, 32, 16, 8])
+def test_times_are_squared_and_shifted(steps):
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    wanted = u**2 / (3 - 2 * u**2)
+    assert (times(steps).double() - wanted).abs().max() < 1e-6
+    assert MagiSchedule(steps, distilled=True).clean_pass(0).stride == steps / 2
+
+
+@pytest.mark.parametrize(
+    "shortcut, quarter, strides", [("8,16,16", (0, 2, 3), (4, 8, 8)), ("16,16,8", (0, 1, 2), (8, 8, 4))]
+)
+def test_twelve_steps_are_uneven(shortcut, quarter, strides):
+    u = torch.tensor([k / 4 + part / 16 for k in range(5) for part in quarter], dtype=torch.float64)[:13]
+    assert (times(12, shortcut).double() - u**2 / (3 - 2 * u**2)).abs().max() < 1e-6
+    schedule = MagiSchedule(12, distilled=True, shortcut=shortcut)
+    assert [schedule.forwards([(0, step)], None)[0].stride for step in range(6)] == [*strides, *strides]
+
+
+def test_guidance_goes_by_how_noisy_a_chunk_is():
+    schedule = MagiSchedule(8)
+    weights = {}
+    for step in range(8):
+        captioned, past, alone = (forward.segments[0].weight for forward in schedule.forwards([(0, step)], None))
+        assert captioned + past + alone == pytest.approx(1)
+        weights[step] = (captioned, 1 - alone)
+    assert weights == {step: (7.5, 1.5) if step < 6 else (0.0, 1.0) for step in range(8)}
 
 
 def as_recorded(forward, blocks, see, slice_point):

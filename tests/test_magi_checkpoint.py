@@ -106,7 +106,7 @@ def test_eight_bit_weights_are_kept_or_dequantized(name, tmp_path):
     exact = write_weights(tmp_path, name)
     path = find_weights(tmp_path, name)
     assert path.parent.name == "inference_weight.fp8.distill"
-    kept, whole = (load_network(path, name, fp8=fp8, backend="reference") for fp8 in ("keep", "dequantize"))
+    kept, whole = (load_network(path, name, fp8=fp8) for fp8 in ("keep", "dequantize"))
     eight = [key for key, module in kept.named_modules() if isinstance(module, Linear8)]
     parts = ("self_attention.linear_qkv.qkv", "self_attention.linear_qkv.qx", "self_attention.linear_proj")
     wanted = [f"videodit_blocks.layers.1.{part}" for part in (*parts, "mlp.linear_fc1", "mlp.linear_fc2")]

@@ -25,9 +25,8 @@ def model(steps=8, distilled=True, seed=0, **changes):
     return made
 
 
-def world(kv="fp32", distilled=True, seed=0, blocks=None, steps=8, fused=True, **options):
+def world(kv="fp32", distilled=True, seed=0, blocks=None, steps=8, **options):
     made = model(steps, distilled, **{k: options.pop(k) for k in ("stages", "ranges", "clean_range") if k in options})
-    made.adapter = dataclasses.replace(made.adapter, fused=fused)
     return World(made, kv=kv, seed=seed, blocks=blocks, backend="compiled", **options)
 
 
@@ -75,10 +74,9 @@ class OneByOne:
         return (1 - self.levels[step + 1]) * clean + self.levels[step + 1] * noise(len(x))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_pipeline_of_one_block_is_the_loop_of_self_forcing(fused):
+def test_a_pipeline_of_one_block_is_the_loop_of_self_forcing():
     tensors = golden("self_forcing_static") | golden("self_forcing_rolling")
-    wan = model_for(tensors, "self-forcing", fused=fused)
+    wan = model_for(tensors, "self-forcing")
     policy = Policy(window=5, sink=1)
     wanted = [steps[-1] for steps in run_wan(wan, tensors, table_for(wan, policy, backend="compiled"), 5).x0]
     wan.schedule = OneByOne(wan.adapter)
@@ -154,18 +152,26 @@ def test_the_pipeline_drains():
     assert torch.allclose(torch.from_numpy(done[0]), longer[0], atol=2e-5)
 
 
-def test_fused_and_separate_clean_passes_make_the_same_video():
-    fused, separate = (play(world(fused=fused), 4) for fused in (True, False))
+def test_a_clean_pass_by_itself_makes_the_same_video():
+    fused, separate = world(), world()
+    wanted, done = play(fused, 4), []
+    while len(done) < 4:
+        separate.decoder.settle()
+        done += [torch.from_numpy(x)] if len(x := separate.step(prompt="fog")) else []
     # A forward of fewer chunks multiplies smaller matrices, which sums in another order.
-    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(fused, separate))
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(wanted, done))
 
 
 @pytest.mark.parametrize("distilled", [True, False])
 def test_int8_pages_stay_close_to_fp32(distilled):
-    exact, quantized = (play(world(kv, distilled), 4) for kv in ("fp32", "int8"))
-    assert torch.equal(exact[0], quantized[0])  # nothing was committed then
-    worst = max((a - b).abs().max() for a, b in zip(exact, quantized))
-    assert 0 < worst < 0.05 * max(a.abs().max() for a in exact)
+    """The first clean pass, which freezes the mean keys, is run twice, so that it can share a forward as all others do.
+
+    Measured PSNR: 85 dB and more on the recorded weights; a captioned forward without the clean chunk: 48.
+    """
+    exact, quantized = (torch.cat(play(world(kv, distilled), 5)) for kv in ("fp32", "int8"))
+    assert torch.equal(exact[:CHUNK], quantized[:CHUNK])  # nothing was committed then
+    peak, error = exact.max() - exact.min(), (exact - quantized)[CHUNK:].square().mean().sqrt()
+    assert 70 < 20 * torch.log10(peak / error) < 120
 
 
 @pytest.mark.parametrize("kv", ["fp32", "int8"])
@@ -249,6 +255,16 @@ def test_a_smaller_window_is_obeyed():
     narrow, wide = play(world(window=12), 4), play(world(), 4)
     # The third chunk, when it is noisy, would see the first.
     assert [torch.equal(a, b) for a, b in zip(narrow, wide)] == [True, True, False, False]
+
+
+def test_one_chunk_at_a_time_needs_no_pipeline_to_fill():
+    """MAGI-1 with a window of one chunk, for small GPUs: ranges go by how far a chunk is, not by stages."""
+    running = world(stages=1)
+    first = running.step(prompt="fog")
+    assert len(first) == CHUNK and running.store.scratch_blocks == 3 and running.ahead == 0
+    reaches = {step: running.model.schedule.forwards([(9, step)], None)[0].segments[0].reach for step in range(8)}
+    assert list(reaches.values()) == [5, 5, 4, 4, 3, 3, 2, 2]
+    assert len(torch.cat(play(running, 2))) == 2 * CHUNK and not torch.equal(*play(running, 2))
 
 
 def test_what_no_one_waits_for_is_left_out():

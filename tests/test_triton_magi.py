@@ -1,4 +1,4 @@
-"""MAGI-1's attention in Triton, in its interpreter: one layer of a forward over a clean chunk, four noisy ones and a copy.
+"""MAGI-1's attention in Triton, in its interpreter: one layer over a clean chunk, four noisy ones and a copy.
 
 Its pages are int8 and fp32, its heads grouped by three, and each chunk sees as far back as its noise lets it.
 """
@@ -12,14 +12,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
 
-from magi_folder import random_network, tiny_config  # noqa: E402
-from magi_golden import table_for  # noqa: E402
+from magi_folder import random_network, tiny_config
+from magi_golden import table_for
 
-from inferix.models.magi import Magi, MagiSchedule, adapter_for  # noqa: E402
-from inferix.pipeline import Pipeline  # noqa: E402
-from inferix_kernels import Unsupported, passes  # noqa: E402
-from inferix_kernels._dispatch import implementation  # noqa: E402
-from inferix_kernels.triton_kernels import launch  # noqa: E402
+from inferix.models.magi import Magi, MagiSchedule, adapter_for
+from inferix.pipeline import Pipeline
+from inferix_kernels import Unsupported, passes
+from inferix_kernels._dispatch import implementation
+from inferix_kernels.triton_kernels import launch
 
 
 def test_one_layer_of_a_forward_over_six_segments(monkeypatch):

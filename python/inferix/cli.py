@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
     prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
     generate.add_argument("--steps", type=int, help="denoising steps, for models not distilled to their own")
+    generate.add_argument("--stages", type=int, help="blocks in flight, for models that run in a pipeline")
     generate.add_argument("--guidance", type=float, help="away from the negative prompt, for models not distilled")
     generate.add_argument("--negative-prompt", help="words to be guided away from (default: none, the empty prompt)")
     generate.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")

@@ -37,6 +37,7 @@ def generate(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance=args.guidance,
         negative_prompt=args.negative_prompt,
+        stages=args.stages,
         fp8=args.fp8,
         decoder=args.decoder,
         special_tokens=args.special_tokens,
@@ -51,7 +52,7 @@ def generate(args: argparse.Namespace) -> int:
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
     # A pipeline begins no block that nobody will see.
-    blocks = None if adapter.stages == 1 else -(-total // (adapter.block_frames * adapter.pictures))
+    blocks = -(-total // (adapter.block_frames * adapter.pictures)) if adapter.stages else None
     world = World(
         model, kv=args.kv, window=args.window, sink=args.sink, seed=args.seed, blocks=blocks, backend=args.backend
     )
@@ -149,7 +150,7 @@ class Maker:
         blocks = seconds[1:] if len(seconds) > 1 else seconds
         per_block = adapter.block_frames
         asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
-        read = {} if adapter.stages == 1 else {"kv_read_per_layer_and_step": self.world.kv_read()}
+        read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
         return read | {
             "model": adapter.name,
             "frames": self.made,
@@ -211,7 +212,8 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journa
         "negative_prompt": args.negative_prompt,
         "image": args.image and str(args.image.resolve()),
         "video": args.video and str(args.video.resolve()),
-        "seconds": args.seconds if adapter.stages > 1 else None,
+        "seconds": args.seconds if adapter.stages else None,
+        "stages": args.stages,
         "fp8": args.fp8,
         "special_tokens": args.special_tokens,
         "prompts": prompts.starts,

@@ -193,8 +193,8 @@ class Pipeline:
         if self.total is not None and self.begun >= self.total and not self.flight:
             raise RuntimeError(f"step: the world was to have {self.total} blocks, and has them")
         try:
-            if self.owed and not (self.model.adapter.fused and self.table.can_fuse):
-                self._settle()
+            if self.owed and not self.table.can_fuse:
+                self._clean_pass()  # for the mean keys, which it freezes; what it commits is committed again
             flight = [dataclasses.replace(flying) for flying in self.flight]
             begins = self.total is None or self.begun < self.total
             if begins:
@@ -241,7 +241,7 @@ class Pipeline:
             block = latents[first : first + size]
             told = self.model.tell(condition, self._remaining())
             self.owed = Flying(self.table.open_block(size), block, told, block[:0])
-            self._settle()
+            self.settle()
             self.begun += 1
             self.frames += size
         self.given = latents[whole:] if whole < len(latents) else None
@@ -250,7 +250,9 @@ class Pipeline:
     def settle(self) -> None:
         """Run the clean pass that is owed, if one is, so that the last block's K and V can be read."""
         if self.owed:
-            self._settle()
+            self._clean_pass()
+            self.table.seal(self.owed.block)
+            self.owed = None
 
     def fork(self) -> Pipeline:
         """Another world's loop with the same past and the same blocks in flight."""
@@ -292,21 +294,23 @@ class Pipeline:
             forward = full.needed()
             if forward is None:
                 continue
-            predicted = self._forward(forward, flight)
+            predicted, blocks = self._forward(forward, flight)
+            if forward.commit:
+                self.table.seal(blocks[0], self._horizon(forward, blocks))
+                self.owed = None
             for segment, velocity in zip(forward.segments, predicted):
                 if segment.weight:
                     first = segment.block * size
                     sums[first] = sums.get(first, 0) + segment.weight * velocity
         return sums
 
-    def _settle(self) -> None:
-        owed = self.owed
-        assert owed is not None
-        forward = self.model.schedule.clean_pass(owed.block.first // self.model.adapter.block_frames)
-        self._forward(forward, [])
+    def _clean_pass(self) -> None:
+        assert self.owed is not None
+        block = self.owed.block.first // self.model.adapter.block_frames
+        self._forward(self.model.schedule.clean_pass(block), [])
 
-    def _forward(self, forward: Forward, flight: Sequence[Flying]) -> list[Tensor]:
-        """One forward of the network; seals the block that it commits."""
+    def _forward(self, forward: Forward, flight: Sequence[Flying]) -> tuple[list[Tensor], list[Block]]:
+        """One forward of the network: a prediction per segment, and the segments' blocks."""
         size, table, owed = self.model.adapter.block_frames, self.table, self.owed
         flying = {f.block.first // size: f for f in [*([owed] if owed else []), *flight]}
         parts = [flying[segment.block] for segment in forward.segments]
@@ -321,10 +325,7 @@ class Pipeline:
             for segment, block in zip(forward.segments, blocks):
                 if segment.copy:
                     table.drop(block)
-        if forward.commit:
-            table.seal(blocks[0], self._horizon(forward, blocks))
-            self.owed = None
-        return predicted
+        return predicted, blocks
 
     def _horizon(self, forward: Forward, blocks: Sequence[Block]) -> int | None:
         """Where the window must be counted from to reach the first frame that a block in flight sees.

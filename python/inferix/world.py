@@ -74,9 +74,9 @@ class World:
             )
         if worlds < 1:
             raise ValueError(f"worlds must be at least 1, got {worlds}")
-        if blocks is not None and (adapter.stages == 1 or blocks < 1):
+        if blocks is not None and (not adapter.stages or blocks < 1):
             raise ValueError(
-                "blocks must be at least 1, and only for a model with several in flight, "
+                "blocks must be at least 1, and given only for a model that runs in a pipeline, "
                 f"got {blocks} for {adapter.name}"
             )
         guided = adapter.guidance != 1
@@ -89,17 +89,17 @@ class World:
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
             block_frames=largest,
-            # In a pipeline: those in flight, the clean one, and a copy of the nearly clean one.
-            scratch_blocks=2 if adapter.stages == 1 else adapter.stages + 2,
+            # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
+            scratch_blocks=2 + adapter.stages,
             pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
         table, generator = self.store.open(policy), torch.Generator().manual_seed(seed)
         self.decoder: Decoder | Pipeline = (
-            Decoder(self.model, table, generator, against)
-            if adapter.stages == 1
-            else Pipeline(cast(PipelinedModel, self.model), table, generator, blocks)
+            Pipeline(cast(PipelinedModel, self.model), table, generator, blocks)
+            if adapter.stages
+            else Decoder(self.model, table, generator, against)
         )
         self.pictures = self.model.stream()
         self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
@@ -169,7 +169,7 @@ class World:
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
         latents, start, blocks = self.model.encode(frames), 0, []
-        if adapter.stages > 1:
+        if adapter.stages:
             self.decoder.observe(latents, self._condition(actions, prompt))
             return self.pictures(latents[: self.frames])
         while start < len(latents):
@@ -232,7 +232,7 @@ class World:
             MAGI-1's own code copies in every forward.
         """
         if not isinstance(self.decoder, Pipeline):
-            raise ValueError(f"kv_read: {self.model.adapter.name} has one block in flight")
+            raise ValueError(f"kv_read: {self.model.adapter.name} does not run in a pipeline")
         model, traffic = self.model, self.decoder.traffic
         assert self.table.policy.format is not None
         page = self.store.pools[self.table.policy.format].frame_bytes // model.layers

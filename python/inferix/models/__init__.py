@@ -27,8 +27,7 @@ class Adapter:
         times: noise levels of a block's denoising steps, descending from 1: x = (1 - t) x0 + t noise.
         timesteps: what the network is told at each of `times`; empty: `times`.
         first_times: `times` for a block without a past, which has more to invent. Empty: as `times`.
-        prediction: what the network returns: "x0" or "flow" (x0 = x - t flow). A model with several stages has a
-            schedule of its own instead, see inferix.pipeline.
+        prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
         sampler: how a block gets from one level to the next: "renoise" (few-step models), "euler" or "unipc"; see
             inferix.samplers.
         guidance: of the prediction away from what the network says under `negative_prompt`, times the way from there
@@ -40,7 +39,8 @@ class Adapter:
         rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
             whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
         recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
-        stages: blocks in flight, each so much ahead of the next; more than one: see inferix.pipeline.
+        stages: of a model that runs in a pipeline (inferix.pipeline) by a schedule of its own: blocks in flight, each a
+            stage ahead of the next. 0: one block at a time (inferix.loop).
         pictures: per latent frame, where they are as many for each.
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
@@ -70,7 +70,7 @@ class Adapter:
     rollout: int | None = None
     overlap: int = 0
     recache: bool = False
-    stages: int = 1
+    stages: int = 0
     pictures: int = 1
     fps: int = 16
     size: tuple[int, int] = (480, 832)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -94,11 +95,13 @@ class Magi:
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels, height, width)
         self.device = network.x_embedder.weight.device
+        # Most forwards of a stage are over the same frames.
+        self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, network.rope.bands))
         self._null: dict[str, Told] = {}
         self._prompts: dict[str, Prompt] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
-        return rope_table(frames, self.grid, self.network.rope.bands).to(self.device)
+        return self._rope(tuple(frames))
 
     @torch.inference_mode()
     def condition(self, prompt: str, actions: Sequence[int | str]) -> Prompt:

@@ -97,7 +97,7 @@ def rope_table(frames: Sequence[int], grid: tuple[int, int], bands: Tensor) -> T
     places = [x / (n - 1) * (reference - 1) if n > 1 else x for x, (n, reference) in zip(axes, lengths)]
     points = torch.stack(torch.meshgrid(*places, indexing="ij"), -1)
     angles = (points[..., None].double() * bands.double().cpu()).flatten(3).flatten(0, 2)
-    return torch.stack([angles.cos(), angles.sin()], -1).float()
+    return torch.stack([angles.cos(), angles.sin()], -1).float().to(bands.device)
 
 
 class LayerNorm1p(nn.Module):
