@@ -189,35 +189,24 @@ class Pipeline:
             RuntimeError: all `total` blocks are done.
         """
         started = time.perf_counter()
-        schedule, kept = self.model.schedule, [flying.block for flying in self.flight]
-        if self.total is not None and self.begun >= self.total and not self.flight:
+        begins = self.total is None or self.begun < self.total
+        if not begins and not self.flight:
             raise RuntimeError(f"step: the world was to have {self.total} blocks, and has them")
+        kept = [flying.block for flying in self.flight]
         try:
             if self.owed and not self.table.can_fuse:
                 self._clean_pass()  # for the mean keys, which it freezes; what it commits is committed again
             flight = [dataclasses.replace(flying) for flying in self.flight]
-            begins = self.total is None or self.begun < self.total
             if begins:
                 flight.append(self._begin(condition))
-            for _ in range(schedule.stage_steps):
-                if known is None or self.owed:
-                    velocities = self._velocities(flight)
-                for flying in flight:
-                    # Of what is known, nothing but the noise that was drawn then matters.
-                    predicted = flying.x if known is not None else velocities[flying.block.first]
-                    moved = schedule.advance(flying.steps, flying.x, predicted, self._noise)
-                    flying.x = torch.cat([flying.given, moved[len(flying.given) :]])
-                    flying.steps += 1
+            state = self._stage(flight, known)
         except BaseException:
             self.table.abandon(keep=[*([self.owed.block] if self.owed else []), *kept])
             raise
         if begins:
             self.begun, self.given = self.begun + 1, None
-        state = torch.cat([flying.x for flying in flight]) if known is None else known
-        for flying, x in zip(flight, state.split([len(flying.block.frames) for flying in flight])):
-            flying.x = x
         self.flight, self.finished = flight, 0
-        if flight[0].steps == schedule.stages * schedule.stage_steps:
+        if flight[0].steps == self.model.schedule.stages * self.model.schedule.stage_steps:
             self.owed = self.flight.pop(0)
             self.finished = len(self.owed.block.frames)
         self.frames += self.finished
@@ -277,6 +266,24 @@ class Pipeline:
         told, noise = self.model.tell(condition, self._remaining()), self._noise(size)
         given = noise[:0] if self.given is None else self.given.to(noise)
         return Flying(self.table.open_block(size), torch.cat([given, noise[len(given) :]]), told, given)
+
+    def _stage(self, flight: Sequence[Flying], known: Tensor | None) -> Tensor:
+        """Move these blocks by one stage; what `step` returns."""
+        schedule = self.model.schedule
+        for _ in range(schedule.stage_steps):
+            if known is None or self.owed:
+                velocities = self._velocities(flight)
+            for flying in flight:
+                # Of what is known, nothing but the noise that was drawn then matters.
+                predicted = flying.x if known is not None else velocities[flying.block.first]
+                moved = schedule.advance(flying.steps, flying.x, predicted, self._noise)
+                flying.x = torch.cat([flying.given, moved[len(flying.given) :]])
+                flying.steps += 1
+        if known is None:
+            return torch.cat([flying.x for flying in flight])
+        for flying, x in zip(flight, known.split([len(flying.block.frames) for flying in flight])):
+            flying.x = x
+        return known
 
     def _remaining(self) -> int | None:
         return None if self.total is None else self.total - self.begun - 1

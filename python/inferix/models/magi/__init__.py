@@ -186,8 +186,8 @@ def load(
         steps, shortcut, stages: see MagiSchedule; by default as the configs have it. A multiple of 4, or 12.
         fp8: "keep" or "dequantize"; see checkpoint.load_network.
         special_tokens, negative: rows that go before captions; see captions.load_captions.
-        decoder: "module:name" of a callable that, given the folder, gives a Codec: no public library carries MAGI-1's
-            VAE. Without it latents come out.
+        decoder: "module:name" of a callable that is given the folder and gives a Codec: diffusers carries no MAGI-1 VAE.
+            Without it latents come out.
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
         prompt_cache: folder for caption embeddings.
