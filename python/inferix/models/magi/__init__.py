@@ -186,7 +186,7 @@ def load(
         steps, shortcut, stages: see MagiSchedule; by default as the configs have it. A multiple of 4, or 12.
         fp8: "keep" or "dequantize"; see checkpoint.load_network.
         special_tokens, negative: rows that go before captions; see captions.load_captions.
-        decoder: "module:name" of a callable that is given the folder and gives a Codec: diffusers carries no MAGI-1 VAE.
+        decoder: "module:name" of a callable that is given the folder and gives a Codec, as diffusers has no such VAE.
             Without it latents come out.
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
