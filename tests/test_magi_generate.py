@@ -78,6 +78,17 @@ def test_a_longer_video_reads_no_more_of_its_past(folder, prompt_cache, tmp_path
     assert reads[1]["copied"] > 3 * reads[1]["read"]  # in pages of 64 slots for frames of 15 tokens
 
 
+def test_24b_in_eight_bits(prompt_cache, tmp_path):
+    """Gated, heads grouped by six, latents doubled, distilled with a nearly clean copy, twelve uneven steps."""
+    folder, made = write_folder(tmp_path / "weights", "magi-24b-distill-quant"), {}
+    for fp8 in ("keep", "dequantize"):
+        more = ("--prompt", "fog", "--model", "magi-24b-distill-quant", "--steps", "12", "--fp8", fp8)
+        assert main(options(folder, tmp_path / fp8, prompt_cache, *more)) == 0
+        made[fp8] = np.load(tmp_path / f"{fp8}.npy")
+    error = np.linalg.norm(made["keep"] - made["dequantize"]) / np.linalg.norm(made["dequantize"])
+    assert 0 < error < 0.1 and np.isfinite(made["keep"]).all()
+
+
 def test_a_decoder_that_is_brought_makes_the_video(folder, prompt_cache, tmp_path):
     brought = options(folder, tmp_path / "v.mp4", prompt_cache, "--prompt", "fog", "--decoder", f"{__name__}:Blocky")
     assert main(brought) == 0
@@ -104,11 +115,11 @@ def test_a_given_image_or_video_begins_it(kind, folder, prompt_cache, tmp_path):
     else:
         with VideoWriter(source, 24, SIZE, scale=1) as video:
             video.write(pictures)
-        assert np.abs(read_video(source, SIZE, 24).astype(int) - pictures).max() <= 3
-        assert len(read_video(source, SIZE, 12)) == 16
+        assert np.abs(read_video(source, SIZE, 24, 99).astype(int) - pictures).max() <= 3
+        assert len(read_video(source, SIZE, 12, 99)) == 16 and len(read_video(source, SIZE, 24, 5)) == 5
     more = ("--prompt", "fog", "--decoder", f"{__name__}:Blocky", f"--{kind}", str(source))
     assert main(options(folder, tmp_path / "v.mp4", prompt_cache, *more)) == 0
-    frames = read_video(tmp_path / "v.mp4", SIZE, 24)
+    frames = read_video(tmp_path / "v.mp4", SIZE, 24, 99)
     assert len(frames) == 48
     given = 4 if kind == "image" else 32  # a picture is a latent frame, which is four
     wanted = pictures[:1].repeat(4, 0) if kind == "image" else np.repeat(pictures[::4], 4, 0)
@@ -136,7 +147,9 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
     assert (tmp_path / ".x.journal").exists() and not np.load(tmp_path / "x.npy")[12:].any()
     assert main([*command, "--resume"]) == 0
     assert np.array_equal(np.load(tmp_path / "x.npy"), whole) and not (tmp_path / ".x.journal").exists()
-    assert main([*command[:-1], "5", "--resume"]) == 2  # nothing to resume any more
+    assert main([*command, "--resume"]) == 2  # nothing to resume any more, and nothing is lost
+    assert np.array_equal(np.load(tmp_path / "x.npy"), whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
 
 
 def test_a_prompt_that_changes_is_heard_where_it_begins(folder, prompt_cache, tmp_path):

@@ -50,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
     generate.add_argument("--scale", type=int, help="pixels of the video per pixel of the world (default: the model's)")
     generate.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
-    generate.add_argument("--image", type=Path, help="picture that the video begins with, for models that take one")
-    generate.add_argument("--video", type=Path, help="video that the video goes on from, for models that take one")
+    given = generate.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="picture that the video begins with, for models that take one")
+    given.add_argument("--video", type=Path, help="video that the video goes on from, for models that take one")
     generate.add_argument("--decoder", metavar="MODULE:NAME", help="who makes pictures, for models that bring no VAE")
     generate.add_argument("--fp8", choices=["keep", "dequantize"], help="weights that are in 8 bits (default: keep)")
     generate.add_argument(

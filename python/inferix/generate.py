@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path
 from .media import LatentWriter, VideoWriter, contact_sheet, read_picture, read_video
-from .models import Adapter, load_model
+from .models import Adapter, BlockModel, load_model
 from .world import World
 
 INTERRUPTED = 130
@@ -46,9 +46,7 @@ def generate(args: argparse.Namespace) -> int:
     total = round(args.seconds * adapter.fps)
     if total < 1:
         raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
-    given = None if args.image is None else read_picture(args.image, adapter.size)
-    if args.video is not None:
-        given = read_video(args.video, adapter.size, adapter.fps)[:total]
+    given = _given(args, adapter, total)
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
     # A pipeline begins no block that nobody will see.
@@ -65,14 +63,7 @@ def generate(args: argparse.Namespace) -> int:
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
-    scale = adapter.scale if args.scale is None else args.scale
-    only_latents = getattr(model, "only_latents", False)
-    writer = (
-        LatentWriter(args.out, total, model.latent_shape)
-        if only_latents
-        else VideoWriter(args.out, adapter.fps, adapter.size, scale=scale)
-    )
-    with writer as video:
+    with _writer(args, model, total) as video:
         journal = None if adapter.live else _journal(args, world, prompts)
         maker = Maker(world, actions, prompts, total, video, journal)
         try:
@@ -83,7 +74,7 @@ def generate(args: argparse.Namespace) -> int:
                 journal.close(done=nothing or maker.made == total)
     if not maker.made:
         raise ValueError("interrupted before the first frame: nothing was written")
-    maker.write_beside(writer.path, {"seed": args.seed, "kv": args.kv})
+    maker.write_beside(video.path, {"seed": args.seed, "kv": args.kv})
     return INTERRUPTED if maker.made < total else 0
 
 
@@ -194,6 +185,25 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} must be at least 1, got {value}")
 
 
+def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
+    """What the video begins with."""
+    if args.image is not None:
+        return read_picture(args.image, adapter.size)
+    if args.video is not None:
+        if adapter.at_once:
+            raise ValueError(f"--video must not be given: {adapter.name} makes a video at once, from no past")
+        return read_video(args.video, adapter.size, adapter.fps, total)
+    return None
+
+
+def _writer(args: argparse.Namespace, model: BlockModel, total: int) -> VideoWriter | LatentWriter:
+    adapter = model.adapter
+    if getattr(model, "only_latents", False):
+        return LatentWriter(args.out, total, model.latent_shape)
+    scale = adapter.scale if args.scale is None else args.scale
+    return VideoWriter(args.out, adapter.fps, adapter.size, scale=scale)
+
+
 def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journal:
     adapter: Adapter = world.model.adapter
     weights = Path(args.weights).resolve()
@@ -215,6 +225,7 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journa
         "seconds": args.seconds if adapter.stages else None,
         "stages": args.stages,
         "fp8": args.fp8,
+        "decoder": args.decoder,
         "special_tokens": args.special_tokens,
         "prompts": prompts.starts,
     }

@@ -88,8 +88,9 @@ def load_network(
     for key in wanted:
         kept = torch.promote_types(dtype, torch.float32) if PRECISE.search(key) else dtype
         parts = _parts(key)
-        if tensors[parts[0]].dtype != FP8:
-            state[key] = torch.cat([tensors[part] for part in parts]).to(device, kept)
+        if not _is_fp8(tensors[parts[0]]):
+            whole = tensors[key] if parts == [key] else torch.cat([tensors[part] for part in parts])
+            state[key] = whole.to(device, kept)
             continue
         codes = read_codes(tensors, parts, str(path))
         if fp8 == "dequantize":
