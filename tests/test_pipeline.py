@@ -243,6 +243,19 @@ def test_given_frames_begin_the_world(given, distilled):
         running.decoder.observe(latents, None)
 
 
+@pytest.mark.parametrize("distilled", [True, False])
+def test_given_chunks_leave_what_made_ones_leave(distilled):
+    made, given = world(distilled=distilled, blocks=3), world(distilled=distilled)
+    chunks = play(made, 3)
+    made.decoder.settle()
+    given.decoder.observe(torch.cat(chunks), given._condition([], "fog"))
+    frames = list(made.table.held)
+    assert frames[-CHUNK:] == list(range(12, 18)) and set(frames) <= set(given.table.held)
+    for layer in range(2):
+        for a, b in zip(*(each.table.gather(layer, frames) for each in (made, given))):
+            assert torch.allclose(a, b, atol=2e-5)  # in larger forwards, summed in another order
+
+
 def test_a_sink_is_seen_and_kept():
     plain, sinking = world(), world(sink=6, window=36)
     ours, theirs = play(plain, 7), play(sinking, 7)

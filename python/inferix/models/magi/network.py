@@ -230,8 +230,9 @@ class MagiLayer(nn.Module):
     def _add(
         x: Tensor, added: Tensor, gate: Tensor, norm: LayerNorm1p, segments: Sequence[tuple[slice, Told]]
     ) -> Tensor:
+        added = added.to(norm.weight.dtype)  # float32 beside bfloat16 layers
         gated = torch.cat([added[rows] * gate[i] for i, (rows, _) in enumerate(segments)])
-        return x + norm(gated).to(x.dtype)
+        return (x + norm(gated)).to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):
