@@ -121,7 +121,7 @@ class PipelinedModel(Protocol):
 
 
 @dataclasses.dataclass
-class Flying:
+class InFlight:
     """A block in flight, or the clean one whose K and V are still to be committed."""
 
     block: Block
@@ -158,8 +158,8 @@ class Pipeline:
 
     def __init__(self, model: PipelinedModel, table: PageTable, generator: torch.Generator, total: int | None = None):
         self.model, self.table, self.generator, self.total = model, table, generator, total
-        self.flight: list[Flying] = []
-        self.owed: Flying | None = None
+        self.flight: list[InFlight] = []
+        self.owed: InFlight | None = None
         self.begun = 0  # blocks begun or given
         self.given: Tensor | None = None  # frames of the next block that were given
         self.finished = 0  # frames at the front of what `step` returned that are done
@@ -229,7 +229,7 @@ class Pipeline:
         for first in range(0, whole, size):
             block = latents[first : first + size]
             told = self.model.tell(condition, self._remaining())
-            self.owed = Flying(self.table.open_block(size), block, told, block[:0])
+            self.owed = InFlight(self.table.open_block(size), block, told, block[:0])
             self.settle()
             self.begun += 1
             self.frames += size
@@ -261,13 +261,13 @@ class Pipeline:
             "rewind: the blocks in flight rest on the last ones made, which can't be unmade: keep a fork"
         )
 
-    def _begin(self, condition: Any) -> Flying:
+    def _begin(self, condition: Any) -> InFlight:
         size = self.model.adapter.block_frames
         told, noise = self.model.tell(condition, self._remaining()), self._noise(size)
         given = noise[:0] if self.given is None else self.given.to(noise)
-        return Flying(self.table.open_block(size), torch.cat([given, noise[len(given) :]]), told, given)
+        return InFlight(self.table.open_block(size), torch.cat([given, noise[len(given) :]]), told, given)
 
-    def _stage(self, flight: Sequence[Flying], known: Tensor | None) -> Tensor:
+    def _stage(self, flight: Sequence[InFlight], known: Tensor | None) -> Tensor:
         """Move these blocks by one stage; what `step` returns."""
         schedule = self.model.schedule
         for _ in range(schedule.stage_steps):
@@ -288,7 +288,7 @@ class Pipeline:
     def _remaining(self) -> int | None:
         return None if self.total is None else self.total - self.begun - 1
 
-    def _velocities(self, flight: Sequence[Flying]) -> dict[int, Tensor]:
+    def _velocities(self, flight: Sequence[InFlight]) -> dict[int, Tensor]:
         """First frame of each block in flight -> the weighted sum of what its segments predicted."""
         size = self.model.adapter.block_frames
         clean = None if self.owed is None else self.owed.block.first // size
@@ -316,7 +316,7 @@ class Pipeline:
         block = self.owed.block.first // self.model.adapter.block_frames
         self._forward(self.model.schedule.clean_pass(block), [])
 
-    def _forward(self, forward: Forward, flight: Sequence[Flying]) -> tuple[list[Tensor], list[Block]]:
+    def _forward(self, forward: Forward, flight: Sequence[InFlight]) -> tuple[list[Tensor], list[Block]]:
         """One forward of the network: a prediction per segment, and the segments' blocks."""
         size, table, owed = self.model.adapter.block_frames, self.table, self.owed
         flying = {f.block.first // size: f for f in [*([owed] if owed else []), *flight]}

@@ -131,7 +131,7 @@ class World:
             actions: one per frame of the block; none for a model that takes none.
             action: instead, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
-            known: latents of this very block from an earlier run with the same seed; see Decoder.step.
+            known: what `latents` was after this very step in an earlier run with the same seed; see Decoder.step.
 
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
