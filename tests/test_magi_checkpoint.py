@@ -156,6 +156,12 @@ def change(path, edit):
     save_file(tensors, path)
 
 
+def stacked(tensors):
+    """As MAGI-1.1 has them: all layers in one tensor."""
+    for name in [name for name in tensors if ".layers." in name]:
+        tensors[name.replace(".layers.0.", ".layers.")] = tensors.pop(name)
+
+
 @pytest.mark.parametrize(
     "edit, message",
     [
@@ -163,6 +169,7 @@ def change(path, edit):
         (lambda t: t.update(stranger=torch.ones(1)), r"1 are unexpected \(stranger\)"),
         (lambda t: t.update({"rope.bands": torch.ones(5)}), r"rope.bands must be \[4\], got \[5\]"),
         (lambda t: t.pop("x_embedder.weight"), "is no MAGI-1 transformer: it has no x_embedder.weight"),
+        (stacked, r"is no MAGI-1 transformer: it has no videodit_blocks.layers.0.self_attention.q_layernorm.weight"),
     ],
 )
 def test_what_does_not_fit_is_named(edit, message, tmp_path):
