@@ -79,6 +79,7 @@ def plan_memory(
     worlds: int = 1,
     frames: int | None = None,
     archived: int = 0,
+    scratch_blocks: int = 2,
     scratch_format: str = "bf16",
     page_size: int = 64,
     budget: int | None = None,
@@ -101,7 +102,7 @@ def plan_memory(
     def parts_of(policy: Policy) -> dict[str, int]:
         parts = {f: size(f, worlds * n, layers) for f, n in policy.capacity(frames).items()}
         quantized = any(FORMATS[format].quantized for format in parts) and isinstance(head_dim, int)
-        parts["scratch"] = size(scratch_format, 2 * block_frames, 1)
+        parts["scratch"] = size(scratch_format, scratch_blocks * block_frames, 1)
         if quantized and isinstance(head_dim, int):
             parts["key means"] = 4 * worlds * layers * heads * head_dim
         if archived:

@@ -57,40 +57,57 @@ class PageTable:
     # A block's life
 
     def open_block(self, frames: int) -> Block:
-        """The next `frames` frames, with scratch pages. At most two blocks are open: one to commit, one to denoise."""
+        """The next `frames` frames, with scratch pages: for a block to commit and one to denoise or, where the store's
+        `scratch_blocks` say so, for more that are denoised together."""
         store = self.store
         if not 1 <= frames <= store.block_frames:
             raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
-        if len(self.open_blocks) == 2:
-            raise RuntimeError("two blocks are open already: seal the first one before opening a third")
-        # The half of the scratch pool that the other open block does not use.
-        half = store.block_frames if self.open_blocks and self.open_blocks[0].scratch[0] == 0 else 0
+        # The scratch pool is cut into places for one block each.
+        size = store.block_frames * store.pages_per_frame
+        free = set(range(store.scratch_blocks)) - {block.scratch[0] // size for block in self.open_blocks}
+        if not free:
+            raise RuntimeError(
+                f"{store.scratch_blocks} blocks are open, and scratch holds no more: seal the first one before opening "
+                "another, or give the store more scratch_blocks"
+            )
         first = self.open_blocks[-1].end if self.open_blocks else self.next_frame
-        scratch = [(half + i) * store.pages_per_frame for i in range(frames)]
+        scratch = [min(free) * size + i * store.pages_per_frame for i in range(frames)]
         if not self.open_blocks:
             self._turn_page(first + frames)
         block = Block(first, first + frames, scratch)
         self.open_blocks.append(block)
         return block
 
-    def seal(self, block: Block) -> None:
-        """The block's clean pass is done: it joins the past."""
+    def seal(self, block: Block, horizon: int | None = None) -> None:
+        """The block's clean pass is done: it joins the past.
+
+        Args:
+            horizon: the frame that the window is counted back from, for what now leaves it; by default the end of the
+                oldest block that is still open.
+        """
         if not self.open_blocks or block is not self.open_blocks[0] or not block.target:
             raise RuntimeError("seal needs the oldest open block after a pass that committed it")
         self.open_blocks.pop(0)
         self.held.update(zip(block.frames, block.target))
         self.next_frame = block.end
         if self.open_blocks:
-            self._turn_page(self.open_blocks[0].end)
+            self._turn_page(self.open_blocks[0].end if horizon is None else horizon)
 
-    def abandon(self, keep: Block | None = None) -> None:
-        """Forget the blocks that are still open, but for `keep`; the past stays as it is."""
-        for block in self.open_blocks:
-            for extent in block.target:
-                self.store.release(extent)
-            block.target = []
-        self.open_blocks = [block for block in self.open_blocks if block is keep]
+    def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
+        """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""
+        kept = [keep] if isinstance(keep, Block) else keep or []
+        stay = [block for block in self.open_blocks if block in kept]
+        for block in list(self.open_blocks):
+            self.drop(block)
+        self.open_blocks = stay
         self._thaw()
+
+    def drop(self, block: Block) -> None:
+        """Forget one open block, whatever becomes of the others."""
+        for extent in block.target:
+            self.store.release(extent)
+        block.target = []
+        self.open_blocks.remove(block)
 
     def _turn_page(self, block_end: int) -> None:
         """A block boundary: what was fetched has arrived, old frames go, and those that grew old change format."""
@@ -162,8 +179,10 @@ class PageTable:
             rope: [tokens of all blocks, R / 2, 2] float32, cos and sin; only `Pass.attend` needs it.
             commit: the block whose K and V this pass makes final; only the oldest open block can be. A later block
                 of the same pass already reads its committed pages, so the fused clean pass equals the separate one.
+                Of blocks that are not committed, later ones read what this pass writes to scratch.
             predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
-            see: for each block, the frames of the past it attends to, instead of what the policy says.
+            see: for each block, the frames before it that it attends to, instead of what the policy says: held ones,
+                and those of other blocks of the pass. A block always attends to itself.
             top_k: of these, attend only to the pages that suit each run of queries best. For a pass over one block.
         """
         for block in blocks:
@@ -177,7 +196,7 @@ class PageTable:
             )
         if top_k is not None and len(blocks) != 1:
             raise ValueError(f"top_k needs a pass over one block, got {len(blocks)}")
-        past = [self._past(block, commit, see[i] if see else None) for i, block in enumerate(blocks)]
+        past = [self._past(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
         if commit is not None and not commit.target:
             commit.target = self.store.allocate([self.policy.format_of(f, commit.end) for f in commit.frames])
         return Pass(self, blocks, past, rope, commit, predict, top_k)
@@ -186,12 +205,12 @@ class PageTable:
         """Held frames that the policy lets a block see."""
         return [f for f in self.held if f < block.first and (f in self.pinned or self.policy.sees(f, block.end))]
 
-    def _past(self, block: Block, commit: Block | None, see: Sequence[int] | None) -> list[int]:
-        """Frames that a block of a pass sees, of the block committed in the same pass too; all can be read."""
-        coming = [] if commit is None or commit is block else list(commit.frames)
-        seen = self.past(block) + [f for f in coming if self.policy.sees(f, block.end)]
-        frames = seen if see is None else list(see)
-        self._resident([f for f in frames if f not in coming])
+    def _past(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
+        """Frames that a block of a pass sees besides its own, of the other blocks of the pass too; all can be read."""
+        others = [frame for other in blocks if other is not block for frame in other.frames]
+        before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
+        frames = self.past(block) + before if see is None else list(see)
+        self._resident([frame for frame in frames if frame not in others])
         return frames
 
     @property

@@ -95,7 +95,9 @@ class KVStore:
         layers, heads, head_dim: of the keys and values (heads is the number of KV heads). head_dim may be the widths
             of keys and values, (D, Dv), for rows of latents (MLA, with heads=1).
         frame_tokens: tokens per latent frame; any count.
-        block_frames: frames per block, at most; scratch holds two blocks, for the fused clean pass.
+        block_frames: frames per block, at most.
+        scratch_blocks: blocks that can be open at once. Two are enough to denoise one block at a time: it, and the one
+            before it, whose clean pass shares its first forward.
         pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
         host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
         scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V.
@@ -116,6 +118,7 @@ class KVStore:
         block_frames: int,
         pools: Mapping[str, int],
         host: Mapping[str, int] | None = None,
+        scratch_blocks: int = 2,
         scratch_format: str = "fp32",
         page_size: int = 64,
         model: str = "",
@@ -124,6 +127,7 @@ class KVStore:
     ):
         host = host or {}
         counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
+        counts |= {"scratch_blocks": scratch_blocks}
         counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
@@ -139,7 +143,8 @@ class KVStore:
         if FORMATS[scratch_format].quantized:
             raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
-        self.block_frames, self.page_size, self.model = block_frames, page_size, model
+        self.block_frames, self.scratch_blocks = block_frames, scratch_blocks
+        self.page_size, self.model = page_size, model
         self.device, self.backend = torch.device(device), backend
         self.pages_per_frame = -(-frame_tokens // page_size)
         last = frame_tokens - (self.pages_per_frame - 1) * page_size
@@ -155,7 +160,7 @@ class KVStore:
         pin = self.device.type == "cuda"
         self.host = {format: Pool(self, format, frames, "cpu", 0, pin) for format, frames in host.items()}
         shape = (heads, page_size, head_dim, self.device)
-        self.scratch = KVPages.empty(scratch_format, 2 * block_frames * self.pages_per_frame, *shape)
+        self.scratch = KVPages.empty(scratch_format, scratch_blocks * block_frames * self.pages_per_frame, *shape)
         # Page ids count through these, in this order.
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.

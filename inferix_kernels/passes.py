@@ -1,4 +1,4 @@
-"""One forward over one or two blocks: what all layers share, and what each of them does with its K and V."""
+"""One forward over the open blocks: what all layers share, and what each of them does with its K and V."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _by_format(store: KVStore, commit: Block) -> list[tuple[str, list[int], list
 
 
 class Pass:
-    """One forward over one or two blocks: its `attend` is all that a layer needs to know of the store."""
+    """One forward over open blocks: its `attend` is all that a layer needs to know of the store."""
 
     def __init__(
         self,
@@ -112,10 +112,12 @@ class Pass:
     ):
         self.table, self.rope, self.predict = table, rope, predict
         store = table.store
+        own = [[store.scratch_base + page for page in block.scratch] for block in blocks]
+        # Where a frame is read: what the pass writes to scratch, or its committed pages.
+        where = {frame: page for block, pages in zip(blocks, own) for frame, page in zip(block.frames, pages)}
         held = table.held if commit is None else table.held | dict(zip(commit.frames, commit.target))
-        seen = [[store.first_page(held[frame]) for frame in frames] for frames in past]
-        for block, pages in zip(blocks, seen):
-            pages += [store.scratch_base + page for page in block.scratch]
+        where |= {frame: store.first_page(held[frame]) for frame in chain(*past) if frame in held}
+        seen = [[*(where[frame] for frame in frames), *pages] for frames, pages in zip(past, own)]
         written = [page for block in blocks for page in block.scratch]
         commits = [] if commit is None else _by_format(store, commit)
         groups = [list(chain(*seen)), written, *(pages for _, *pair in commits for pages in pair)]
@@ -145,13 +147,16 @@ class Pass:
         norm_k: Tensor | None,
         eps: float = 1e-6,
         *,
+        norm_q_bias: Tensor | None = None,
+        norm_k_bias: Tensor | None = None,
+        interleaved: bool = True,
         out: Tensor | None = None,
     ) -> Tensor | None:
         """Normalise, rotate, write, commit if this is the clean pass, and attend.
 
         Args:
             qkv: [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation.
-            norm_q, norm_k, eps: as for `qkv_prologue`.
+            norm_q, norm_k, eps, norm_q_bias, norm_k_bias, interleaved: as for `qkv_prologue`.
             out: [T, Hq, D] to write to.
 
         Returns:
@@ -161,7 +166,19 @@ class Pass:
         q, lse = self._room(qkv)
         mean, backend = self.table.k_means[layer], store.backend
         qkv_prologue(
-            qkv, norm_q, norm_k, self.rope, store.scratch, self.written, k_mean=mean, eps=eps, out=q, backend=backend
+            qkv,
+            norm_q,
+            norm_k,
+            self.rope,
+            store.scratch,
+            self.written,
+            norm_q_bias=norm_q_bias,
+            norm_k_bias=norm_k_bias,
+            k_mean=mean,
+            eps=eps,
+            interleaved=interleaved,
+            out=q,
+            backend=backend,
         )
         self._commit(layer)
         if not self.predict and layer == store.num_layers - 1:

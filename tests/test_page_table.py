@@ -19,6 +19,54 @@ from stores import (
 
 from inferix_kernels import NotResident, OutOfPages, Policy, TopK, passes
 
+# Several open blocks
+
+
+def test_a_block_of_a_pass_reads_what_earlier_blocks_of_it_write():
+    """Four open blocks in one forward, seen by choice, equal one block after another, each committed."""
+    store = open_store(frames=12, scratch_blocks=4)
+    straight, together = store.open(Policy()), open_store(frames=12, scratch_blocks=4).open(Policy())
+    seen, tokens = [[], range(3), range(6), [3, 4, 5, 8]], 3 * FRAME_TOKENS
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(4 * tokens, 3 * HEADS * HEAD_DIM, generator=generator)
+    wanted = []
+    for i in range(4):
+        block = straight.open_block(3)
+        passed = straight.plan([block], rope(3), commit=block, see=[seen[i]])
+        wanted.append(passed.attend(0, qkv[i * tokens : (i + 1) * tokens], None, None))
+        straight.seal(block)
+    blocks = [together.open_block(3) for _ in range(4)]
+    got = together.plan(blocks, rope(12), see=seen).attend(0, qkv, None, None)
+    assert torch.allclose(got, torch.cat(wanted), atol=1e-6)
+    with pytest.raises(RuntimeError, match="4 blocks are open, and scratch holds no more"):
+        together.open_block(3)
+    with pytest.raises(KeyError, match=r"frames must be held .* got \[6, 7, 8\]"):
+        together.plan(blocks[3:], rope(3), see=[[6, 7, 8]])
+
+
+def test_a_dropped_block_leaves_the_others_as_they_are():
+    store = open_store(frames=6, scratch_blocks=3)
+    table = store.open(Policy(6))
+    first, second, third = (table.open_block(3) for _ in range(3))
+    table.plan([first], rope(3), commit=first)
+    table.drop(third)
+    again = table.open_block(3)
+    assert (again.first, again.scratch) == (third.first, third.scratch) and first.target
+    table.drop(first)
+    assert free_slots(store) == {"fp32": 6} and table.open_blocks == [second, again]
+    table.abandon(keep=[second])
+    assert table.open_blocks == [second]
+
+
+def test_the_window_is_counted_from_where_it_is_told():
+    table = open_store(frames=9, scratch_blocks=4).open(Policy(6))
+    add_block(table, 3)
+    blocks = [table.open_block(3) for _ in range(3)]
+    run(table.plan(blocks[:1], rope(3), commit=blocks[0]), 3 * FRAME_TOKENS)
+    table.seal(blocks[0], horizon=12)  # as the newest block sees it; the oldest, which ends at 9, would see frame 3
+    assert list(table.held) == []
+
+
 # Forks, rewinding, pins, rewriting
 
 

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
     prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
     generate.add_argument("--steps", type=int, help="denoising steps, for models not distilled to their own")
+    generate.add_argument("--stages", type=int, help="blocks in flight, for models that run in a pipeline")
     generate.add_argument("--guidance", type=float, help="away from the negative prompt, for models not distilled")
     generate.add_argument("--negative-prompt", help="words to be guided away from (default: none, the empty prompt)")
     generate.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
@@ -49,7 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
     generate.add_argument("--scale", type=int, help="pixels of the video per pixel of the world (default: the model's)")
     generate.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
-    generate.add_argument("--image", type=Path, help="picture that the video begins with, for models that take one")
+    given = generate.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="picture that the video begins with, for models that take one")
+    given.add_argument("--video", type=Path, help="video that the video goes on from, for models that take one")
+    generate.add_argument("--decoder", metavar="MODULE:NAME", help="who makes pictures, for models that bring no VAE")
+    generate.add_argument("--fp8", choices=["keep", "dequantize"], help="weights that are in 8 bits (default: keep)")
+    generate.add_argument(
+        "--special-tokens", type=_words, metavar="A,B", help="rows before the caption, for models that know them"
+    )
     generate.add_argument("--resume", action="store_true", help="go on with the video that a kill or Ctrl-C ended")
     generate.add_argument("--prompt-cache", help="folder for prompt embeddings (default: ~/.cache/inferix/prompts)")
     generate.add_argument("--device", help="where the network runs: cpu or cuda (default: a GPU, if there is one)")
@@ -88,6 +96,10 @@ def _size(text: str) -> tuple[int, int]:
     if not (height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, got {text!r}")
     return int(height), int(width)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
 
 
 def _play(args: argparse.Namespace) -> int:

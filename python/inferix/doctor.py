@@ -57,6 +57,14 @@ def _wan() -> Finding:
     return True, "diffusers, transformers and ftfy found"
 
 
+def _magi() -> Finding:
+    wanted = ("diffusers", "transformers", "ftfy", "bs4", "zstandard")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        return True, f"no {' and no '.join(missing)}, which captions and compressed shards need: extra `magi`"
+    return True, f"{', '.join(wanted[:-1])} and {wanted[-1]} found"
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
     "torch": _torch,
@@ -64,6 +72,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "video": _video,
     "tiny world": _tiny,
     "Wan models": _wan,
+    "MAGI-1": _magi,
 }
 
 

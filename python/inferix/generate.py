@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path
-from .media import VideoWriter, contact_sheet, read_picture
-from .models import Adapter, load_model
+from .media import LatentWriter, VideoWriter, contact_sheet, read_picture, read_video
+from .models import Adapter, BlockModel, load_model
 from .world import World
 
 INTERRUPTED = 130
@@ -37,15 +37,23 @@ def generate(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance=args.guidance,
         negative_prompt=args.negative_prompt,
+        stages=args.stages,
+        fp8=args.fp8,
+        decoder=args.decoder,
+        special_tokens=args.special_tokens,
     )
     adapter = model.adapter
     total = round(args.seconds * adapter.fps)
     if total < 1:
         raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
-    given = None if args.image is None else read_picture(args.image, adapter.size)
+    given = _given(args, adapter, total)
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
-    world = World(model, kv=args.kv, window=args.window, sink=args.sink, seed=args.seed, backend=args.backend)
+    # A pipeline begins no block that nobody will see.
+    blocks = -(-total // (adapter.block_frames * adapter.pictures)) if adapter.stages else None
+    world = World(
+        model, kv=args.kv, window=args.window, sink=args.sink, seed=args.seed, blocks=blocks, backend=args.backend
+    )
     if threads := args.threads or adapter.threads:
         torch.set_num_threads(threads)
     prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
@@ -55,8 +63,7 @@ def generate(args: argparse.Namespace) -> int:
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
-    scale = adapter.scale if args.scale is None else args.scale
-    with VideoWriter(args.out, adapter.fps, adapter.size, scale=scale) as video:
+    with _writer(args, model, total) as video:
         journal = None if adapter.live else _journal(args, world, prompts)
         maker = Maker(world, actions, prompts, total, video, journal)
         try:
@@ -67,7 +74,7 @@ def generate(args: argparse.Namespace) -> int:
                 journal.close(done=nothing or maker.made == total)
     if not maker.made:
         raise ValueError("interrupted before the first frame: nothing was written")
-    maker.write_beside(Path(args.out), {"seed": args.seed, "kv": args.kv})
+    maker.write_beside(video.path, {"seed": args.seed, "kv": args.kv})
     return INTERRUPTED if maker.made < total else 0
 
 
@@ -83,7 +90,7 @@ class Maker:
         actions: Iterator[str] | None,
         prompts: Prompts,
         total: int,
-        video: VideoWriter,
+        video: VideoWriter | LatentWriter,
         journal: Journal | None,
     ):
         self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
@@ -113,7 +120,8 @@ class Maker:
             while self.made < self.total and not interrupt.asked:
                 chosen = None if self.actions is None else [next(self.actions) for _ in range(adapter.block_frames)]
                 again = next(known, None)
-                prompt = self.prompts.at(self.made / adapter.fps)
+                begins = self.made + self.world.ahead * adapter.pictures
+                prompt = self.prompts.at(begins / adapter.fps)
                 self._take(self.world.step(chosen, prompt=prompt, known=again))
                 if self.journal is not None and again is None:
                     self.journal.append(self.world.latents)
@@ -133,7 +141,8 @@ class Maker:
         blocks = seconds[1:] if len(seconds) > 1 else seconds
         per_block = adapter.block_frames
         asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
-        return {
+        read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
+        return read | {
             "model": adapter.name,
             "frames": self.made,
             "seconds_of_video": self.made / adapter.fps,
@@ -151,13 +160,19 @@ class Maker:
         sheet, report = out.with_suffix(".png"), out.with_suffix(".json")
         rows = -(-len(self.shown) // SHEET_COLUMNS)
         pictures, labels = np.stack(list(self.shown.values())), [f"{i / fps:.1f} s" for i in self.shown]
-        contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
+        drawn = pictures.dtype == np.uint8  # and not latents
+        if drawn:
+            contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
         report.write_text(json.dumps(summary, indent=2) + "\n")
         print(
-            f"{out}: {self.made} frames ({summary['seconds_of_video']:.1f} s) at {summary['fps']:.1f} FPS, "
+            f"{out}: {self.made} {'' if drawn else 'latent '}frames ({summary['seconds_of_video']:.1f} s) "
+            f"at {summary['fps']:.1f} FPS, "
             f"block p50 {1e3 * summary['block_seconds_p50']:.0f} ms, p95 {1e3 * summary['block_seconds_p95']:.0f} ms"
         )
-        print(f"{sheet}: contact sheet · {report}: summary")
+        print(f"{sheet}: contact sheet · {report}: summary" if drawn else f"{report}: summary")
+        if read := summary.get("kv_read_per_layer_and_step"):
+            ours, theirs = (f"{size / 2**20:.2f} MiB" for size in read.values())
+            print(f"  of the past each layer read {ours} a step; MAGI-1's own code copies all of it: {theirs}")
         for name, value in summary["measures"].items():
             print(f"  {name}: {value:.1%}")
 
@@ -168,6 +183,25 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("scale", "threads"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
+
+
+def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
+    """What the video begins with."""
+    if args.image is not None:
+        return read_picture(args.image, adapter.size)
+    if args.video is not None:
+        if adapter.at_once:
+            raise ValueError(f"--video must not be given: {adapter.name} makes a video at once, from no past")
+        return read_video(args.video, adapter.size, adapter.fps, total)
+    return None
+
+
+def _writer(args: argparse.Namespace, model: BlockModel, total: int) -> VideoWriter | LatentWriter:
+    adapter = model.adapter
+    if getattr(model, "only_latents", False):
+        return LatentWriter(args.out, total, model.latent_shape)
+    scale = adapter.scale if args.scale is None else args.scale
+    return VideoWriter(args.out, adapter.fps, adapter.size, scale=scale)
 
 
 def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journal:
@@ -187,6 +221,12 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journa
         "guidance": args.guidance,
         "negative_prompt": args.negative_prompt,
         "image": args.image and str(args.image.resolve()),
+        "video": args.video and str(args.video.resolve()),
+        "seconds": args.seconds if adapter.stages else None,
+        "stages": args.stages,
+        "fp8": args.fp8,
+        "decoder": args.decoder,
+        "special_tokens": args.special_tokens,
         "prompts": prompts.starts,
     }
     return Journal(journal_path(Path(args.out)), settings, args.resume)

@@ -46,6 +46,8 @@ class Decoder:
             self.branches.append(Branch(model, table.fork(), against))
         self.recent: list[Clean] = []  # the blocks a new prompt or a new rollout may need again
         self.frames = 0  # latent frames made or observed
+        self.finished: int | None = None  # frames at the front of what `step` returns that are done: all of them
+        self.ahead = 0  # latent frames begun and not done
         self.seconds: list[float] = []  # per block made
         # Overlapping latents as the next rollout begins with them; a VAE encodes the first one again.
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents

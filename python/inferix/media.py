@@ -6,12 +6,15 @@ name when it is closed, also by Ctrl-C. If the process is killed, the temporary 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
 import av
+import av.filter
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -106,6 +109,68 @@ class VideoWriter:
 
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}")
+
+
+class LatentWriter:
+    """A NumPy array file under way, [frames, ...] float32; a context manager. For models without a decoder.
+
+    It is written under a temporary name, at its full size from the start, zeros where nothing has been written, and
+    mapped: what is kept in memory does not grow with it.
+
+    Args:
+        path: replaced, if it exists, when the file is closed; .npy takes the place of any other ending.
+        frames: to come.
+        shape: of one frame.
+    """
+
+    def __init__(self, path: str | Path, frames: int, shape: tuple[int, ...]):
+        self.path, self.frames = Path(path).with_suffix(".npy"), 0
+        require_writable(self.path, "--out")
+        self.partial = self.path.with_name(f".{self.path.name}.part")
+        self._array = np.lib.format.open_memmap(self.partial, "w+", np.float32, (frames, *shape))
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append frames [n, ...]."""
+        self._array[self.frames : self.frames + len(frames)] = frames
+        self.frames += len(frames)
+
+    def close(self) -> None:
+        """Finish the file under its own name; without a frame, leave nothing."""
+        self._array.flush()
+        if self.frames:
+            self.partial.replace(self.path)
+        self.partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> LatentWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.ndarray:
+    """The first frames of a video file, at most so many, as uint8 [n, height, width, 3]; FFmpeg's filters bring them to
+    this rate and size."""
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            graph, stream = av.filter.Graph(), container.streams.video[0]
+            wanted = (("fps", str(fps)), ("scale", f"{size[1]}:{size[0]}"), ("format", "rgb24"), ("buffersink", None))
+            graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(*each) for each in wanted)).configure()
+            for frame in chain(container.decode(stream), [None]):
+                graph.push(frame)
+                with contextlib.suppress(BlockingIOError, EOFError):
+                    while len(frames) < most:
+                        picture = graph.pull()
+                        assert isinstance(picture, av.VideoFrame)
+                        frames.append(picture.to_ndarray(format="rgb24"))
+                if len(frames) == most:
+                    break
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise ValueError(f"--video: cannot read {str(path)!r} ({error})") from None
+    if not frames:
+        raise ValueError(f"--video: {str(path)!r} holds no frames")
+    return np.stack(frames)
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from inferix_kernels.layout import KV_FORMATS
 
 from .loop import Decoder
 from .models import BlockModel, load_model
+from .pipeline import Pipeline, PipelinedModel
 
 Action = int | str
 
@@ -33,6 +34,7 @@ class World:
         sink: first frames that are never forgotten.
         undo: frames that `rewind` can take back, besides the block made last. A VAE that looks back in time keeps its
             state for each of these blocks, gigabytes at 480p; with 0, such a world can not be rewound.
+        blocks: that the world is to have, for a model with several in flight: after them it begins none. None: no end.
         worlds: that the store has room for, this one and its forks, should they come to share nothing.
         seed: of all noise. The same seed, actions and prompts give the same frames.
         weights: checkpoint file or folder, for models that do not ship one.
@@ -51,6 +53,7 @@ class World:
         window: int | None = None,
         sink: int | None = None,
         undo: int = 0,
+        blocks: int | None = None,
         worlds: int = 1,
         seed: int = 0,
         weights: str | None = None,
@@ -72,6 +75,11 @@ class World:
             )
         if worlds < 1:
             raise ValueError(f"worlds must be at least 1, got {worlds}")
+        if blocks is not None and (not adapter.stages or blocks < 1):
+            raise ValueError(
+                "blocks must be at least 1, and given only for a model that runs in a pipeline, "
+                f"got {blocks} for {adapter.name}"
+            )
         guided = adapter.guidance != 1
         against = self.model.condition(adapter.negative_prompt, []) if guided else None
         # Worlds the store has room for; with no past to see nothing is ever committed.
@@ -82,11 +90,18 @@ class World:
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
             block_frames=largest,
+            # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
+            scratch_blocks=2 + adapter.stages,
             pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
-        self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed), against)
+        table, generator = self.store.open(policy), torch.Generator().manual_seed(seed)
+        self.decoder: Decoder | Pipeline = (
+            Pipeline(cast(PipelinedModel, self.model), table, generator, blocks)
+            if adapter.stages
+            else Decoder(self.model, table, generator, against)
+        )
         self.pictures = self.model.stream()
         self.decoder.restart = self._restart
         self._kept: list[tuple[int, Any]] = []  # (frames made, `pictures` as it was then), for `rewind`
@@ -110,16 +125,17 @@ class World:
         action: Action | None = None,
         known: Tensor | None = None,
     ) -> np.ndarray:
-        """Make the next block.
+        """Make the next block or, of a model with several in flight, begin one and move all by a stage.
 
         Args:
             actions: one per frame of the block; none for a model that takes none.
             action: instead, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
-            known: latents of this very block from an earlier run with the same seed; see Decoder.step.
+            known: what `latents` was after this very step in an earlier run with the same seed; see Decoder.step.
 
         Returns:
-            uint8 [pictures, height, width, 3].
+            uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
+            latents, float32 [frames, ...].
         """
         if actions is None:
             if action is None and self.model.adapter.actions:
@@ -129,11 +145,11 @@ class World:
             raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
         before = self.prompt
         condition = self._condition(actions, prompt)
-        if self.model.adapter.recache and before not in (None, self.prompt):
+        if self.model.adapter.recache and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
             self.decoder.recache(condition)
         self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
-        return self.pictures(self.latents)
+        return self.pictures(self.latents[: self.decoder.finished])
 
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
@@ -144,7 +160,8 @@ class World:
             prompt: as in `step`.
 
         Returns:
-            uint8 [n, height, width, 3], as the model sees them: encoded and decoded again.
+            uint8 [n, height, width, 3], as the model sees them: encoded and decoded again. With several blocks in
+            flight those of whole blocks; the rest come with the block that they begin.
         """
         adapter = self.model.adapter
         size = adapter.block_frames
@@ -155,6 +172,9 @@ class World:
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
         latents, start, blocks = self.model.encode(frames), 0, []
+        if adapter.stages:
+            self.decoder.observe(latents, self._condition(actions, prompt))
+            return self.pictures(latents[: self.frames])
         while start < len(latents):
             count = adapter.frames(first=self.frames + start == 0)
             blocks.append((latents[start : start + count], self._condition(actions[start : start + count], prompt)))
@@ -225,6 +245,27 @@ class World:
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
         self.table.release()
+
+    @property
+    def ahead(self) -> int:
+        """Latent frames that are begun and not done."""
+        return self.decoder.ahead
+
+    def kv_read(self) -> dict[str, int]:
+        """Bytes of the past that a layer reads in one step of a model with several blocks in flight, on average so far.
+
+        Returns:
+            "read": from pages. "copied": where the past is one bf16 tensor of all frames since the beginning, which
+            MAGI-1's own code copies in every forward.
+        """
+        if not isinstance(self.decoder, Pipeline):
+            raise ValueError(f"kv_read: {self.model.adapter.name} does not run in a pipeline")
+        model, traffic = self.model, self.decoder.traffic
+        assert self.table.policy.format is not None
+        page = self.store.pools[self.table.policy.format].frame_bytes // model.layers
+        row = 2 * 2 * model.frame_tokens * model.heads * model.head_dim  # keys and values, two bytes each
+        steps = max(traffic.steps, 1)
+        return {"read": traffic.read * page // steps, "copied": traffic.history * row // steps}
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of the KV store by format, scratch apart."""

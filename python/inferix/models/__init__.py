@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -38,6 +39,9 @@ class Adapter:
         rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
             whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
         recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
+        stages: of a model that runs in a pipeline (inferix.pipeline) by a schedule of its own: blocks in flight, each a
+            stage ahead of the next. 0: one block at a time (inferix.loop).
+        pictures: per latent frame, where they are as many for each.
         fps: frames per second at the world's own pace.
         size: pixels (height, width).
         scale: edge of the square that each pixel becomes in a video, unless asked for otherwise.
@@ -66,6 +70,8 @@ class Adapter:
     rollout: int | None = None
     overlap: int = 0
     recache: bool = False
+    stages: int = 0
+    pictures: int = 1
     fps: int = 16
     size: tuple[int, int] = (480, 832)
     scale: int = 1
@@ -142,7 +148,7 @@ class BlockModel(Protocol):
         """Shares in [0, 1] that can be read off a video [n, height, width, 3] alone; may be empty."""
 
 
-_WAN = "inferix.models.wan"
+_WAN, _MAGI = "inferix.models.wan", "inferix.models.magi"
 # name -> module with load(weights, name, **options) -> BlockModel
 MODELS = {
     "tiny": "inferix.models.tiny",
@@ -155,6 +161,12 @@ MODELS = {
     "wan-i2v-480p": _WAN,
     "wan-i2v-720p": _WAN,
     "wan-causal": _WAN,
+    "magi-4.5b": _MAGI,
+    "magi-4.5b-distill": _MAGI,
+    "magi-4.5b-distill-quant": _MAGI,
+    "magi-24b": _MAGI,
+    "magi-24b-distill": _MAGI,
+    "magi-24b-distill-quant": _MAGI,
 }
 
 
@@ -167,5 +179,11 @@ def load_model(name: str, weights: str | None = None, **options: Any) -> BlockMo
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     given = {option: value for option, value in options.items() if value is not None}
-    model: BlockModel = importlib.import_module(MODELS[name]).load(weights, name, **given)
+    load = importlib.import_module(MODELS[name]).load
+    taken = inspect.signature(load).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        for option in given:
+            if option not in taken:
+                raise ValueError(f"{option} must not be given: {name} has no such option")
+    model: BlockModel = load(weights, name, **given)
     return model

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+ZSTD = ".zst"
 SHOWN = 5  # names listed in an error
 WRAPPERS = ("state_dict", "model", "module")  # names under which a trainer may file its one state dict
 
@@ -20,16 +22,15 @@ def read_tensors(path: Path, parts: Sequence[str] = ()) -> tuple[dict[str, Tenso
     """All tensors of a file, mapped rather than read where the format allows it, and its string metadata.
 
     Args:
-        path: .safetensors, the .index.json of shards, or a torch pickle (.pt, .pth).
+        path: .safetensors, the .index.json of shards (both may be compressed: .zst), or a torch pickle (.pt, .pth).
         parts: names of the state dicts to take, if a pickle holds several; the first that is there.
 
     Raises:
-        ValueError: the file is missing, damaged or compressed, holds code, or holds none of `parts`.
+        ValueError: the file is missing or damaged, holds code, or holds none of `parts`.
+        ImportError: a file is compressed and zstandard is not installed; names the extra.
     """
-    if path.suffix == ".zst":
-        raise ValueError(f"weights: {path} is compressed: run `zstd -d {path}` first")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix in (".safetensors", ZSTD):
             return _read_safetensors(path)
         if path.suffix == ".json":
             return _read_shards(path)
@@ -46,8 +47,29 @@ def shown(names: Sequence[str]) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix == ZSTD:
+        # Into a file without a name: its pages are mapped as those of any other, and go when the tensors do.
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as plain:
+            _decompress(path, plain)
+            return _read_safetensors(Path(plain.name))
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118, not a dict
+
+
+def _decompress(path: Path, plain: IO[bytes]) -> None:
+    try:
+        import zstandard
+    except ImportError:
+        raise ImportError(
+            f"weights: {path} is compressed, and zstandard is not installed: install the extra `magi`: "
+            "pip install 'inferix[magi]'"
+        ) from None
+    try:
+        with path.open("rb") as file:
+            zstandard.ZstdDecompressor().copy_stream(file, plain)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"weights: {path} is damaged or not compressed by zstd ({error})") from None
+    plain.flush()
 
 
 def _read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -57,9 +79,10 @@ def _read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"weights: {path} is not an index of shards: it has no 'weight_map'") from None
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(where.values())):
-        if not (path.parent / shard).exists():
+        found = [file for file in (path.parent / shard, path.parent / (shard + ZSTD)) if file.exists()]
+        if not found:
             raise ValueError(f"weights: {path} names the shard {shard}, which is not beside it")
-        tensors |= _read_safetensors(path.parent / shard)[0]
+        tensors |= _read_safetensors(found[0])[0]
     if absent := sorted(where.keys() - tensors.keys()):
         raise ValueError(f"weights: {path} names tensors that its shards do not hold: {shown(absent)}")
     return tensors, {}

@@ -67,6 +67,8 @@ class PromptEncoder:
         cache: folder for embeddings, one file per encoder, length and prompt; None keeps none.
     """
 
+    clean = staticmethod(clean)
+
     def __init__(self, folder: Path, text_len: int, cache: Path | None = CACHE):
         self.folder, self.text_len = folder, text_len
         self.cache = None if cache is None else cache.expanduser()
@@ -96,11 +98,8 @@ class PromptEncoder:
 
     def _fingerprint(self) -> str:
         """Of the encoder: names and sizes of its files, and a sample of their bytes; all of 11 GB would take long."""
-        files = [self.folder / PUBLISHED]
-        if not files[0].exists():
-            files = sorted(file for file in (self.folder / "text_encoder").glob("*") if file.is_file())
         digest = hashlib.sha256()
-        for file in files:
+        for file in self._files():
             size = file.stat().st_size
             digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as stream:
@@ -109,11 +108,21 @@ class PromptEncoder:
                 digest.update(stream.read(SAMPLE))
         return digest.hexdigest()
 
+    def _files(self) -> list[Path]:
+        published = self.folder / PUBLISHED
+        if published.exists():
+            return [published]
+        return sorted(file for file in (self.folder / "text_encoder").glob("*") if file.is_file())
+
     @torch.inference_mode()
     def _encode(self, prompt: str) -> Tensor:
         tokenizer, encoder = self._load()
         tokens = tokenizer(
-            [clean(prompt)], max_length=self.text_len, truncation=True, add_special_tokens=True, return_tensors="pt"
+            [self.clean(prompt)],
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
         )
         hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
         return hidden.float().contiguous()

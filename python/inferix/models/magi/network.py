@@ -1,0 +1,373 @@
+"""The MAGI-1 transformer: denoises chunks of latent frames, each told its own noise and its own caption.
+
+    x ── patches ──┐                              (per layer)
+    t, stride ─────┴─ gate       ┌─ self-attention over pages ─┐
+    caption ─────────────────────┴─ cross-attention ───────────┴─ projection ─ gated MLP ── final linear ── velocity
+
+Both attentions start from the same normed input and share one projection. There is no scale and shift before a layer:
+what a chunk is told of its noise only gates what a layer adds. As in Wan's network here, `attend` is handed in.
+
+Source: formulas and key names of github.com/SandAI-org/MAGI-1 (6ff822e), inference/model/dit; arXiv:2505.13211.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQ_DIM = 256  # sinusoids of t
+TIME_BASE, TIME_SCALE = 10_000.0, 1000.0
+BASE_GRID = 16 * 16  # patches of the resolution that positions are counted in
+GROUPS = 8  # in which the two attentions lie interleaved before their projection
+NULL_ROWS = 50  # of the null caption, those that are attended to
+
+# (layer, packed q|k|v [T, (Hq + 2 H) D], norm_q [D], norm_k [D], eps, ...) -> [T, Hq D], or None: no more is wanted.
+Attend = Callable[..., "Tensor | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MagiConfig:
+    """Sizes of a MAGI-1 transformer.
+
+    Attributes:
+        dim, layers, heads, ffn: width, depth, query heads, hidden width of the MLP.
+        kv_heads, head_dim: of keys and values; `heads` is a multiple of kv_heads.
+        gated: SwiGLU instead of GELU.
+        cond_dim: width of what a chunk is told of its noise.
+        caption_dim, caption_len: of the text embedding.
+        channels: of the latents; halved: the network takes and gives them twice, side by side.
+        x_scale: of the latents as the network sees them.
+        patch: pixels of the latent per token, in each direction.
+        eps: of every norm.
+    """
+
+    dim: int
+    layers: int
+    heads: int
+    ffn: int
+    kv_heads: int = 8
+    head_dim: int = 128
+    gated: bool = False
+    cond_dim: int = 768
+    caption_dim: int = 4096
+    caption_len: int = 800
+    channels: int = 16
+    halved: bool = False
+    x_scale: float = 1.0
+    patch: int = 2
+    eps: float = 1e-6
+
+    @property
+    def width(self) -> int:
+        """Channels that the network takes and gives."""
+        return self.channels * (2 if self.halved else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a segment is told in words: rows of text, packed, and whether that is the dropped caption.
+
+    Attributes:
+        text: per layer (k, v), each [1, kv_heads, rows, head_dim].
+        dropped: the network knows that there is no caption.
+    """
+
+    text: list[tuple[Tensor, Tensor]]
+    dropped: bool = False
+
+
+def rope_table(frames: Sequence[int], grid: tuple[int, int], bands: Tensor) -> Tensor:
+    """(cos, sin) of every token: [len(frames) * rows * columns, 3 * len(bands), 2] float32.
+
+    Time is the frame's index; row and column are counted from the middle, in units of a grid of 16 x 16. Places are
+    float32 and in the order of the source, which rescales time as well, if only by rounding: with these and the bands
+    that it learned, the network has seen nothing else. Angles are computed from them in float64.
+    """
+    shrink = math.sqrt(grid[0] * grid[1] / BASE_GRID)
+    total = frames[-1] + 1
+    axes = [torch.tensor(frames, dtype=torch.float32)]
+    axes += [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in grid]
+    lengths = [(total, total), *((n, n / shrink) for n in grid)]
+    places = [x / (n - 1) * (reference - 1) if n > 1 else x for x, (n, reference) in zip(axes, lengths)]
+    points = torch.stack(torch.meshgrid(*places, indexing="ij"), -1)
+    angles = (points[..., None].double() * bands.double().cpu()).flatten(3).flatten(0, 2)
+    return torch.stack([angles.cos(), angles.sin()], -1).float().to(bands.device)
+
+
+class LayerNorm1p(nn.Module):
+    """A layer norm whose weight is stored as its distance from 1."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    @property
+    def scale(self) -> Tensor:
+        return self.weight + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.scale, self.bias, self.eps)
+
+
+class Projections(nn.Module):
+    """Norm and projections of both attentions. q, k and v of self-attention are one matrix, packed for the kernel."""
+
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.dim, config.eps)
+        self.qkv = nn.Linear(config.dim, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=False)
+        self.qx = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+
+
+class Attentions(nn.Module):
+    """Self-attention, cross-attention to the caption, and the projection that they share."""
+
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.config, width = config, config.heads * config.head_dim
+        self.linear_qkv = Projections(config)
+        self.linear_kv_xattn = nn.Linear(config.dim, 2 * config.kv_heads * config.head_dim, bias=False)
+        self.linear_proj = nn.Linear(2 * width, config.dim, bias=False)
+        self.q_layernorm, self.k_layernorm, self.q_layernorm_xattn, self.k_layernorm_xattn = (
+            LayerNorm1p(config.head_dim, config.eps) for _ in range(4)
+        )
+
+    def text_cache(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of caption rows [n, dim]: each [1, kv_heads, n, head_dim]."""
+        both = self.linear_kv_xattn(rows).unflatten(1, (self.config.kv_heads, 2, -1))
+        k, v = self.k_layernorm_xattn(both[:, :, 0]).to(both.dtype), both[:, :, 1]
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+
+    def forward(self, layer: int, x: Tensor, segments: Sequence[tuple[slice, Told]], attend: Attend) -> Tensor | None:
+        """x [T, dim] -> [T, dim]."""
+        config, norms = self.config, (self.q_layernorm, self.k_layernorm)
+        y = self.linear_qkv.layer_norm(x)
+        attended = attend(
+            layer,
+            self.linear_qkv.qkv(y),
+            *(norm.scale for norm in norms),
+            config.eps,
+            norm_q_bias=norms[0].bias,
+            norm_k_bias=norms[1].bias,
+            interleaved=False,
+        )
+        if attended is None:
+            return None
+        crossed = self._cross(layer, self.linear_qkv.qx(y), segments)
+        parts = [part.unflatten(1, (GROUPS, -1)) for part in (attended, crossed)]
+        return self.linear_proj(torch.stack(parts, 2).flatten(1))
+
+    def _cross(self, layer: int, qx: Tensor, segments: Sequence[tuple[slice, Told]]) -> Tensor:
+        """Each segment of the rows attends to its own caption alone."""
+        config = self.config
+        q = self.q_layernorm_xattn(qx.unflatten(1, (config.heads, -1))).to(qx.dtype).transpose(0, 1)[None]
+        grouped = config.heads > config.kv_heads
+        parts = [
+            F.scaled_dot_product_attention(q[:, :, rows], *told.text[layer], enable_gqa=grouped)
+            for rows, told in segments
+        ]
+        joined: Tensor = torch.cat(parts, 2)[0].transpose(0, 1).flatten(1)
+        return joined
+
+
+class MLP(nn.Module):
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.gated = config.gated
+        self.layer_norm = nn.LayerNorm(config.dim, config.eps)
+        self.linear_fc1 = nn.Linear(config.dim, config.ffn * (2 if config.gated else 1), bias=False)
+        self.linear_fc2 = nn.Linear(config.ffn, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear_fc1(self.layer_norm(x))
+        if self.gated:
+            gate, value = hidden.chunk(2, 1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(hidden)
+        return self.linear_fc2(hidden)
+
+
+class Gates(nn.Module):
+    """What a chunk is told of its noise -> its gates of attention and MLP, between -1 and 1."""
+
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.proj = nn.Sequential(nn.Linear(config.cond_dim, 2 * config.dim))
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """[segments, cond_dim] -> two of [segments, dim]."""
+        attention, mlp = self.proj(F.silu(cond)).tanh().chunk(2, 1)
+        return attention, mlp
+
+
+class MagiLayer(nn.Module):
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.ada_modulate_layer = Gates(config)
+        self.self_attention, self.mlp = Attentions(config), MLP(config)
+        self.self_attn_post_norm, self.mlp_post_norm = (LayerNorm1p(config.dim, config.eps) for _ in range(2))
+
+    def forward(
+        self, layer: int, x: Tensor, cond: Tensor, segments: Sequence[tuple[slice, Told]], attend: Attend
+    ) -> Tensor | None:
+        """x [T, dim], segments one after another; cond [segments, cond_dim]."""
+        added = self.self_attention(layer, x, segments, attend)
+        if added is None:
+            return None
+        gate_attention, gate_mlp = self.ada_modulate_layer(cond)
+        x = self._add(x, added, gate_attention, self.self_attn_post_norm, segments)
+        return self._add(x, self.mlp(x), gate_mlp, self.mlp_post_norm, segments)
+
+    @staticmethod
+    def _add(
+        x: Tensor, added: Tensor, gate: Tensor, norm: LayerNorm1p, segments: Sequence[tuple[slice, Told]]
+    ) -> Tensor:
+        added = added.to(norm.weight.dtype)  # float32 beside bfloat16 layers
+        gated = torch.cat([added[rows] * gate[i] for i, (rows, _) in enumerate(segments)])
+        return (x + norm(gated)).to(x.dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQ_DIM, config.cond_dim), nn.SiLU(), nn.Linear(config.cond_dim, config.cond_dim)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[n] -> [n, cond_dim]. The sinusoids are computed in float32, as the source does."""
+        half = FREQ_DIM // 2
+        rates = torch.exp(-math.log(TIME_BASE) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * rates * TIME_SCALE
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(next(self.parameters()).dtype))
+
+
+class CaptionEmbedder(nn.Module):
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.y_proj_xattn = nn.Sequential(nn.Linear(config.caption_dim, config.dim), nn.SiLU())
+        self.y_proj_adaln = nn.Sequential(nn.Linear(config.caption_dim, config.cond_dim))
+        self.null_caption_embedding = nn.Parameter(torch.randn(config.caption_len, config.caption_dim))
+
+
+class LearnedBands(nn.Module):
+    """Frequencies of the rotary embedding, the same ones for time, row and column."""
+
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        count = config.head_dim // 8
+        self.bands = nn.Parameter(TIME_BASE ** (-torch.arange(count, dtype=torch.float32) / count))
+
+
+class FinalLinear(nn.Module):
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch**2 * config.width, bias=False)
+
+
+class Layers(nn.Module):
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(MagiLayer(config) for _ in range(config.layers))
+        self.final_layernorm = LayerNorm1p(config.dim, config.eps)
+
+
+class MagiNetwork(nn.Module):
+    """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed.
+
+    `dtype` is that of the layers' products. Embeddings, norms of added terms and the final linear may be held in
+    float32 beside bfloat16 layers, as the source holds them; see `checkpoint.PRECISE`.
+    """
+
+    def __init__(self, config: MagiConfig):
+        super().__init__()
+        self.config = config
+        kernel = (1, config.patch, config.patch)
+        # For its parameter; see `_patches`.
+        self.x_embedder = nn.Conv3d(config.width, config.dim, kernel, kernel, bias=False)
+        self.t_embedder, self.y_embedder = TimestepEmbedder(config), CaptionEmbedder(config)
+        self.rope = LearnedBands(config)
+        self.videodit_blocks = Layers(config)
+        self.final_linear = FinalLinear(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.videodit_blocks.layers[0].self_attention.linear_kv_xattn.weight.dtype  # type: ignore[union-attr, return-value]
+
+    def caption(self, rows: Tensor, dropped: bool = False) -> Told:
+        """What cross-attention needs of caption rows [n, caption_dim], computed once per caption."""
+        config = self.config
+        if rows.ndim != 2 or not 0 < len(rows) <= config.caption_len or rows.shape[1] != config.caption_dim:
+            raise ValueError(f"rows must be [1..{config.caption_len}, {config.caption_dim}], got {list(rows.shape)}")
+        null = self.y_embedder.null_caption_embedding
+        embedded = self.y_embedder.y_proj_xattn(rows.to(null)).to(self.dtype)
+        layers = [layer.self_attention for layer in self.videodit_blocks.layers]
+        return Told([layer.text_cache(embedded) for layer in layers], dropped)  # type: ignore[operator, union-attr]
+
+    def null_rows(self) -> Tensor:
+        return self.y_embedder.null_caption_embedding[:NULL_ROWS]
+
+    def forward(
+        self,
+        blocks: Sequence[Tensor],
+        times: Sequence[float],
+        told: Sequence[Told],
+        attend: Attend,
+        stride: float | None = None,
+    ) -> list[Tensor]:
+        """Velocity (clean latent minus noise) of every block; none if `attend` ended the pass.
+
+        Args:
+            blocks: [frames, channels, height, width] each.
+            times: of each block, 0 (noise) to 1 (clean).
+            told: of each block, from `caption`.
+            attend: carries out self-attention over these blocks and whatever came before them.
+            stride: what a distilled network is told of the size of its steps.
+        """
+        config = self.config
+        x = torch.cat(list(blocks)).to(self.x_embedder.weight.dtype) * config.x_scale
+        grid = x.shape[2] // config.patch, x.shape[3] // config.patch
+        h = self._patches(x, grid).to(self.dtype)
+        cond = self._cond(times, told, stride, x.device).to(self.dtype)
+        ends = accumulate((len(block) * grid[0] * grid[1] for block in blocks), initial=0)
+        segments = [(slice(*rows), words) for rows, words in zip(pairwise(ends), told)]
+        for i, layer in enumerate(self.videodit_blocks.layers):
+            h = layer(i, h, cond, segments, attend)
+            if h is None:
+                return []
+        out = self.final_linear.linear(self.videodit_blocks.final_layernorm(h))
+        velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
+        return list(velocity.split([len(block) for block in blocks]))
+
+    def _cond(self, times: Sequence[float], told: Sequence[Told], stride: float | None, device: torch.device) -> Tensor:
+        cond = self.t_embedder(torch.tensor(times, dtype=torch.float32, device=device))
+        if stride is not None:
+            cond = cond + self.t_embedder(torch.tensor([stride], dtype=torch.float32, device=device))
+        # Whatever the caption says, gates are told by a row of the null caption only whether there is one.
+        rows = self.y_embedder.null_caption_embedding[[-1 if words.dropped else -2 for words in told]]
+        return cond + self.y_embedder.y_proj_adaln(rows)
+
+    def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[F, C, height, width] -> [F * rows * columns, dim]: the convolution, as the matrix product that it is."""
+        patch, channels = self.config.patch, self.config.channels
+        if x.shape[1] != channels or x.shape[2] % patch or x.shape[3] % patch:
+            raise ValueError(f"blocks must be [frames, {channels}, multiples of {patch}], got {list(x.shape)}")
+        if self.config.halved:
+            x = torch.cat([x, x], 1)
+        tiles = x.unflatten(3, (grid[1], patch)).unflatten(2, (grid[0], patch))  # [F, C, gh, rows, gw, columns]
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        return F.linear(tiles, self.x_embedder.weight.flatten(1))
+
+    def _unpatch(self, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
+        """[F * rows * columns, patch row * patch column * channel] -> [F, channels, height, width]."""
+        patch = self.config.patch
+        tiles = x.unflatten(1, (patch, patch, -1)).unflatten(0, (frames, *grid))  # [F, gh, gw, rows, columns, C]
+        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

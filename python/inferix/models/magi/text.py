@@ -1,0 +1,56 @@
+"""Caption embeddings: T5 v1.1 XXL from transformers, and the cache on disk that Wan's prompts have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..wan.text import PromptEncoder
+
+EXTRA = "install the extra `magi`: pip install 'inferix[magi]'"
+# Where the encoder may lie in a model's folder: as diffusers and as MAGI-1 have it.
+FOLDERS = ("text_encoder", "t5_pretrained/t5-v1_1-xxl", "t5/t5-v1_1-xxl", "t5-v1_1-xxl")
+
+
+def find_encoder(folder: Path) -> Path | None:
+    return next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
+
+
+def clean(prompt: str) -> str:
+    """As the captions were that the model learned from: lower case, no links, tags or rare signs (DeepFloyd's rules).
+
+    Raises:
+        ImportError: diffusers, ftfy or beautifulsoup4 is not installed; names the extra.
+    """
+    try:
+        import bs4  # noqa: F401, diffusers would go on without it, and fail
+        import ftfy  # noqa: F401
+        from diffusers import PixArtAlphaPipeline
+    except ImportError as error:
+        raise ImportError(f"prompt: cleaning it needs {error.name}, which is not installed: {EXTRA}") from None
+    for _ in range(2):  # cleaning may lay bare what is to be cleaned
+        prompt = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, prompt)
+    return prompt
+
+
+class CaptionEncoder(PromptEncoder):
+    """Caption -> [tokens, caption_dim] float32, padding left out.
+
+    Args:
+        folder: the one of the encoder; its tokenizer is in it, or in tokenizer/ beside it.
+        text_len, cache: as for PromptEncoder.
+    """
+
+    clean = staticmethod(clean)
+
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.folder.glob("*") if file.is_file())
+
+    def _load(self) -> tuple[Any, Any]:
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError:
+            raise ImportError(f"prompt: encoding it needs transformers, which is not installed: {EXTRA}") from None
+        beside = self.folder.parent / "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
+        return tokenizer, T5EncoderModel.from_pretrained(self.folder, dtype="auto").eval()
