@@ -98,8 +98,8 @@ struct Operands {
 };
 
 // One row of K codes as words, zeros up to a whole one; unsigned bytes are 128 more.
-INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K, bool is_unsigned,
-                             int32_t* words) {
+INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K,
+                                 bool is_unsigned, int32_t* words) {
   words[o.row_words - 1] = 0;
   if (o.words == Words::int8) {
     std::memcpy(words, codes, K);
