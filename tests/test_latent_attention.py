@@ -69,6 +69,20 @@ def test_pages_of_every_kind(formats, device):
     check(*inputs(device, formats))
 
 
+@pytest.mark.parametrize("formats", [("latent8",), ("int4",)], ids=str)
+def test_two_programs_share_a_wide_latent(formats, device, monkeypatch):
+    monkeypatch.setattr(latent, "_PART", 32)
+    q, pools, plan = inputs(device, formats, widths=(52, 8))  # parts of 32 and 20
+    check(q, pools, plan)
+    out, lse = torch.full((5, 4, 52), torch.nan, device=device), torch.full((5, 4), -torch.inf, device=device)
+    nothing = make_plan([(5, [], [])], device)
+    for listed in (nothing, plan, nothing):
+        latent_attention(q, pools, listed, scale=SCALE, out=out, lse=lse, accumulate=True, backend="triton")
+    want_out, want_lse = latent_attention(q, pools, plan, scale=SCALE, backend="reference")
+    assert_close("out", out, want_out, 64)
+    assert_close("lse", lse, want_lse, 60)
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_splits_variants_and_bias(splits, device):
     q, pools, plan = inputs(device, lens=(16, 5, 9))

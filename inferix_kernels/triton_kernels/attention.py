@@ -162,7 +162,8 @@ def attention_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     head, split, token, query_head, here, first, last = work_of(
-        plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+        *(tl.program_id(0), plan, tokens, segments, entries, splits, tiles),
+        *(HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M),
     )
     if tl.max(here.to(tl.int32), 0) == 0:
         return
@@ -180,7 +181,7 @@ def attention_kernel(
                 *(queries, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], head),
                 *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, EIGHT_BIT, E4M3),
             )
-    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, WIDTH, ACCUMULATE)
+    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, 0, WIDTH, ACCUMULATE)
 
 
 @triton.jit
@@ -221,7 +222,7 @@ def attend_run(
             codes = read_codes(pool.k, at, row, 0, length, KEY, BLOCK_N, COLS)
             scores = multiply_codes(queries, tl.trans(codes), KEY)
         else:
-            keys = read_keys(pool, at, row, length, KEY, DTYPE, BLOCK_N, COLS, E4M3)
+            keys = read_keys(pool, at, row, 0, length, KEY, DTYPE, BLOCK_N, COLS, E4M3)
             scores = multiply(queries, tl.trans(keys))
         if KEY.kind == "int8" or KEY.kind == "e4m3":
             scores *= read_scales(pool.k_scales, at, row, length, KEY, BLOCK_N, COLS)[None, :]
@@ -279,14 +280,14 @@ def multiply_codes(a, b, tile: tl.constexpr):
 
 @triton.jit
 def read_keys(
-    pool, at, row, length, tile: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    pool, at, row, col, length, tile: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     E4M3: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLS] of this type; where each token has a scale, without it: its codes are exact in every type."""
+    """[ROWS, COLS] from (row, col) on; where each token has a scale, without it: codes are exact in every type."""
     if tile.kind == "u4":
-        return round_to(read_part(pool.k, pool.k_scales, pool.k_offsets, at, row, 0, length, tile, ROWS, COLS), DTYPE)
+        return round_to(read_part(pool.k, pool.k_scales, pool.k_offsets, at, row, col, length, tile, ROWS, COLS), DTYPE)
     else:
-        return as_floats(read_codes(pool.k, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+        return as_floats(read_codes(pool.k, at, row, col, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
 
 
 @triton.jit

@@ -3,6 +3,9 @@
 Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU. A tile of latent rows
 is read and converted once for both products. A scale that a row has for itself multiplies its scores, and then its
 weight, so that codes are exact.
+
+The sum over a latent of 512 does not fit into the registers beside all else, so two programs share its width: each
+computes all scores and sums its half of the values.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ from .online import (
     work_of,
 )
 
-_WIDEST = 512  # the sum alone takes half of the registers
+_WIDEST = 512  # two parts
+_PART = 256
 
 
 def latent_attention(
@@ -58,10 +62,13 @@ def attend(
     """latent_attention; tiles and splits as given, or as the configuration and the GPU ask."""
     if pools[0].head_dim > _WIDEST:
         raise Unsupported(f"latent_attention: latents must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
+    width = triton.next_power_of_2(pools[0].head_dim)
+    parts = triton.cdiv(width, _PART)
     online.attend(
         *(latent_kernel, q, pools, plan, scale, out, lse, accumulate),
         chosen or config("latent_attention", shape_class(q), q.device),
-        *(splits, 16),
+        *(splits, 16, parts),
+        PART=max(16, width // parts),
         ROTARY_COLS=max(16, triton.next_power_of_2(pools[0].value_dim)),
         E4M3=(architecture(q.device) or 90) >= 89,
     )
@@ -106,38 +113,48 @@ def latent_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     COLS: tl.constexpr,
+    PART: tl.constexpr,
     ROTARY_COLS: tl.constexpr,
     E4M3: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
+    PARTS: tl.constexpr = COLS // PART
     head, split, token, query_head, here, first, last = work_of(
-        plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+        *(tl.program_id(0) // PARTS, plan, tokens, segments, entries, splits, tiles),
+        *(HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M),
     )
     if tl.max(here.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
-    ROTARY_WIDTH: tl.constexpr = tile_at(VALUES, 0).width
+    ALL: tl.constexpr = WIDTH + tile_at(VALUES, 0).width
+    mine = (tl.program_id(0) % PARTS) * PART  # the first channel of this program's part of the latent
+    other = COLS - PART - mine  # and of the other's
     largest = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    sum = tl.zeros([BLOCK_M, COLS], tl.float32)
+    sum = tl.zeros([BLOCK_M, PART], tl.float32)
     for p in tl.static_range(len(KEYS)):
         for variant in tl.static_range(VARIANTS):
             begin, end = first, last
             if len(KEYS) * VARIANTS > 1:
                 begin, end = run_in_pool(first, last, plan, variant, pools[p])
-            latent = load_rows(q, variant, token, query_head, here, 0, WIDTH, COLS)
-            rotary = load_rows(q, variant, token, query_head, here, WIDTH, ROTARY_WIDTH, ROTARY_COLS)
+            q_mine = load_rows(q, variant, token, query_head, here, mine, WIDTH, PART)
+            q_other = load_rows(q, variant, token, query_head, here, other, WIDTH, PART)
+            q_rotary = load_rows(q, variant, token, query_head, here, WIDTH, ALL, ROTARY_COLS)
             largest, total, sum = attend_run(
-                *(latent, rotary, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], head),
-                *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, E4M3),
+                *(q_mine, q_other, q_rotary, mine, other, scale * LOG2E, largest, total, sum),
+                *(begin, end, plan, variant, pools[p], head),
+                *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, PARTS, E4M3),
             )
-    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, WIDTH, ACCUMULATE)
+    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, mine, WIDTH, ACCUMULATE)
 
 
 @triton.jit
 def attend_run(
-    q_latent,
+    q_mine,
+    q_other,
     q_rotary,
+    mine,
+    other,
     factor,  # of scores, to powers of two
     largest,
     total,
@@ -152,22 +169,26 @@ def attend_run(
     LATENT: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
     E4M3: tl.constexpr,
 ):
     """One online softmax goes on over the entries [first, last) that are pages of this pool, of this variant."""
-    DTYPE: tl.constexpr = q_latent.dtype
-    COLS: tl.constexpr = q_latent.shape[1]
+    DTYPE: tl.constexpr = q_mine.dtype
+    COLS: tl.constexpr = q_mine.shape[1]
     ROTARY_COLS: tl.constexpr = q_rotary.shape[1]
-    PARTS: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N  # of keys of a page
     SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"
-    factors = tl.full([q_latent.shape[0]], factor, tl.float32)
+    factors = tl.full([q_mine.shape[0]], factor, tl.float32)
     page, length, bias = entry_of(first, last, plan, variant, pool, LATENT.page_size)
-    for i in range(first * PARTS, last * PARTS):
-        at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
+    for i in range(first * TILES, last * TILES):
+        at, row = page.to(tl.int64) * HEADS + head, (i % TILES) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
-        latent = read_keys(pool, at, row, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
+        latent = read_keys(pool, at, row, mine, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
         rotary = read_values(pool, at, row, length, ROTARY, DTYPE, BLOCK_N, ROTARY_COLS, E4M3)
-        scores = multiply(q_latent, tl.trans(latent))
+        scores = multiply(q_mine, tl.trans(latent))
+        if PARTS > 1:
+            rest = read_keys(pool, at, row, other, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
+            scores = multiply_add(q_other, tl.trans(rest), scores)
         if SCALED:
             scales = read_scales(pool.k_scales, at, row, length, LATENT, BLOCK_N, COLS)
             scores *= scales[None, :]
@@ -178,5 +199,5 @@ def attend_run(
         if SCALED:
             weights *= scales[None, :]
         sum = multiply_add(round_to(weights, DTYPE), latent, sum * shrink[:, None])
-        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, LATENT.page_size)
+        page, length, bias = entry_of((i + 1) // TILES, last, plan, variant, pool, LATENT.page_size)
     return largest, total, sum

@@ -98,12 +98,12 @@ def tiles_of(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ..
 
 def attend(
     kernel: object, q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor,
-    accumulate: bool, chosen: Config, splits: int | None, least: int, **options: object,
+    accumulate: bool, chosen: Config, splits: int | None, least: int, parts: int = 1, **options: object,
 ) -> None:  # fmt: skip
     """Launch an attention kernel and, if lists are split, the kernel that adds up in the order of the list.
 
     chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
-    GPU. least: of any side of a product.
+    GPU. least: of any side of a product. parts: programs that share the width of the output.
     """
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
@@ -116,14 +116,16 @@ def attend(
     tiles = tokens * group // block_m + segments
     if splits is None:
         key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(page_size, block_n)
-        splits = splits_for(tiles * heads, key_tiles, processors(q.device))
+        splits = splits_for(tiles * heads * parts, key_tiles, processors(q.device))
     outs, lses = out[None], lse[None]
-    if splits > 1:
+    # Parts that accumulate would read an lse that another has just written.
+    summed = splits > 1 or (accumulate and parts > 1)
+    if summed:
         outs, lses = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
     keys, values = tiles_of(pools)
     launch(
         kernel,
-        tiles * heads * splits,
+        tiles * heads * splits * parts,
         q.device,
         *(rows(q if q.ndim == 4 else q[None]), rows(outs), rows(lses)),
         *(Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), max(scale, LEAST_SCALE)),  # type: ignore[arg-type]
@@ -138,13 +140,13 @@ def attend(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         COLS=max(least, keys[0].cols),
-        ACCUMULATE=accumulate and splits == 1,
+        ACCUMULATE=accumulate and not summed,
         **options,
         num_warps=max(min(4, chosen["warps"]), chosen["warps"] * block_m // chosen["m"]),
         num_stages=chosen["stages"],
         fma=True,
     )
-    if splits > 1:
+    if summed:
         sum_splits(outs, lses, out, lse, accumulate)
 
 
@@ -205,16 +207,17 @@ def sum_kernel(
         x += weight[:, None] * tl.load(outs + at[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
         at += rows
     token, head = (row // HEADS).to(tl.int64), row % HEADS
-    finish(x, largest, total, out, lse, 0, token, head, here, WIDTH, ACCUMULATE)
+    finish(x, largest, total, out, lse, 0, token, head, here, 0, WIDTH, ACCUMULATE)
 
 
 @triton.jit
-def finish(x, largest, total, out, lse, split, token, head, here, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Store x / total [rows, COLS] and largest + log(total) [rows], or merge them into what is there.
+def finish(x, largest, total, out, lse, split, token, head, here, start, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Store x / total [rows, COLS] from channel `start` on, and largest + log(total) [rows] with the first of them; or
+    merge them into what is there.
 
     A row that saw no key has total 0 and becomes 0 and -inf.
     """
-    cols = tl.arange(0, x.shape[1])
+    cols = start + tl.arange(0, x.shape[1])
     mask = here[:, None] & (cols < WIDTH)[None, :]
     places = out.pointer + (split * out.of + token * out.token + head * out.head)[:, None] + cols[None, :] * out.channel
     log_places = lse.pointer + split * lse.of + token * lse.token + head * lse.head
@@ -234,7 +237,8 @@ def finish(x, largest, total, out, lse, split, token, head, here, WIDTH: tl.cons
         x = kept * (old / total)[:, None] + x * (new / total)[:, None]
         logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
     tl.store(places, round_to(x, out.pointer.dtype.element_ty), mask=mask)
-    tl.store(log_places, logs, mask=here)
+    if start == 0:
+        tl.store(log_places, logs, mask=here)
 
 
 @triton.constexpr_function
@@ -249,24 +253,23 @@ def finite(largest):
 
 
 @triton.jit
-def load_rows(q, variant, token, head, here, START: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    """[rows, COLS]: channels START .. START + WIDTH of q's rows, 0 past the width."""
-    cols = tl.arange(0, COLS)
-    places = (token * q.token + head * q.head)[:, None] + (START + cols)[None, :] * q.channel
+def load_rows(q, variant, token, head, here, start, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """[rows, COLS]: channels of q's rows from `start` on, 0 from channel WIDTH on."""
+    cols = start + tl.arange(0, COLS)
+    places = (token * q.token + head * q.head)[:, None] + cols[None, :] * q.channel
     mask = here[:, None] & (cols < WIDTH)[None, :]
     return tl.load(q.pointer + variant * q.of + places, mask=mask, other=0.0)
 
 
 @triton.jit
 def work_of(
-    plan, tokens, segments, entries, splits, tiles,
+    program, plan, tokens, segments, entries, splits, tiles,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """What this program has to do: (head, split, token and query head of each row, which rows there are, first entry
     of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
     """
-    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    split, head = part % splits, part // splits
+    tile, split, head = program % tiles, program // tiles % splits, program // tiles // splits
     segment, first_token, first_row, rows = rows_of(tile, plan, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
     row = first_row + tl.arange(0, BLOCK_M)
     token, query_head = (first_token + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
