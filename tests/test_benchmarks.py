@@ -1,25 +1,40 @@
-"""The benchmark's contenders compute the same thing, and its clock ticks."""
+"""The harness: right before fast, and honest about it."""
 
 import pytest
+import torch
 
-from benchmarks.attention import SHAPES, Shape, contenders
-from benchmarks.timing import measure
+from benchmarks import families
+from benchmarks.harness.case import Case, Contender, Limit, Prepared
+from benchmarks.harness.measure import Machine, Settings, measure_case
 
-SMALL = [Shape("grouped, ragged", 33, 150, 6, 2, 64), SHAPES[0]]
-
-
-@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
-def test_every_contender_is_right(shape):
-    calls = contenders(shape)
-    exact = calls["torch SDPA, fp32"][0]().float()
-    for name, (call, tolerance) in calls.items():
-        out = call().float()
-        assert out.shape == exact.shape
-        assert (out - exact).norm() <= tolerance * exact.norm(), name
+MACHINE = Machine(torch.device("cpu"), small=True)
+QUICK = Settings(rounds=2, seconds=1)
 
 
-def test_contenders_take_turns_and_warm_up_once():
-    order = []
-    times = measure([lambda: order.append("a"), lambda: order.append("b")], rounds=3)
-    assert order == ["a", "b"] * 4
-    assert [len(seconds) for seconds in times] == [3, 3] and all(t >= 0 for seconds in times for t in seconds)
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_is_right_and_timed(family):
+    rows = [row for rows in families.run([family], ["smoke"], QUICK, MACHINE) for row in rows]
+    assert {row.status for row in rows} <= {"ok", "absent"}, [row for row in rows if row.status != "ok"]
+    assert all(row.seconds or row.metrics for row in rows if row.status == "ok")
+
+
+def test_a_wrong_kernel_is_shown_as_failing_and_not_timed():
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def one_row_wrong():
+        calls.append("wrong")
+        out = x * 2
+        out[500] = 0
+        return out
+
+    def contender(name, call):
+        return Contender(name, "bf16", lambda inputs: Prepared(call), 0.0, x.nbytes, Limit.of(6e-3))
+
+    contenders = [contender("ours-right", lambda: x * 2), contender("ours-wrong", one_row_wrong)]
+    case = Case("family", "op", "shape", lambda device: x, lambda x: x * 2, contenders)
+    right, wrong, *peaks = measure_case(case, QUICK, MACHINE)
+    assert right.status == "ok" and len(right.seconds) == 2
+    assert wrong.status == "wrong" and not wrong.seconds and "worst row" in wrong.note
+    assert len(calls) == 2  # one call to compile, one to check
+    assert all(peak.peak and len(peak.seconds) == 2 for peak in peaks)
