@@ -6,20 +6,21 @@ Peers get K and V contiguous for free, as no cache of pages could hand them over
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from inferix_kernels import KVPages, PageList, Plan, kv_append, make_plan, paged_attention, reference
+from inferix_kernels import KVPages, PageList, Plan, kv_append, make_plan, merge_attention, paged_attention
 from inferix_kernels.layout import KV_FORMATS
+from inferix_kernels.memory import page_bytes
 
 from . import peers
-from .harness.case import LIMITS, Case, Contender, Prepared
+from .harness.case import DTYPES, LIMITS, Case, Contender, Prepared
 from .harness.ours import BACKENDS, kernel_of
 from .shapes import Shape
 
-OPS = ("paged_attention",)
 # Queries are in the precision that a model would have beside pages of this format.
 QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
 EVERY = 16  # one row of so many is compared with the reference, at another place in each tile of 16
@@ -27,57 +28,60 @@ EVERY = 16  # one row of so many is compared with the reference, at another plac
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """q [T, Hq, D], k and v [N, H, D]: float32 holding bfloat16 numbers, so that formats differ in what they lose."""
+    """q [T, Hq, D], k and v [N, H, D]: float32 holding bfloat16 numbers, so that formats differ in what they lose.
+
+    Tokens of k and v, in order, belong into the shuffled pages `where`. Each segment is a number of queries and the
+    entries of `where`, from first to last, that they see.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    where: PageList  # tokens of k and v, in order, belong into these shuffled pages
+    where: PageList
     page_size: int
+    segments: tuple[tuple[int, int, int], ...]
 
-    @property
+    def plan(self, every: int = 1) -> Plan:
+        """For one query of so many in each segment."""
+        ids, lens = self.where.ids.tolist(), self.where.lens.tolist()
+        return make_plan([(-(-n // every), ids[a:b], lens[a:b]) for n, a, b in self.segments], self.q.device)
+
     def rows(self) -> Tensor:
-        tiles = torch.arange(0, len(self.q), EVERY)
-        return (tiles + tiles // EVERY * 7 % EVERY).clamp(max=len(self.q) - 1).to(self.q.device)
-
-    @property
-    def pages(self) -> int:
-        return len(self.where.ids)
-
-    def plan(self, queries: int | None = None) -> Plan:
-        """All queries over all pages."""
-        segment = (queries or len(self.q), self.where.ids.tolist(), self.where.lens.tolist())
-        return make_plan([segment], self.q.device)
+        """Which queries are compared: as many as plan(EVERY) has."""
+        parts, start = [], 0
+        for queries, _, _ in self.segments:
+            tiles = torch.arange(-(-queries // EVERY))
+            parts.append(start + (EVERY * tiles + 7 * tiles % EVERY).clamp(max=queries - 1))
+            start += queries
+        return torch.cat(parts).to(self.q.device)
 
     def pool(self, format: str) -> KVPages:
         _, heads, dim = self.k.shape
-        pool = KVPages.empty(format, self.pages, heads, self.page_size, dim, self.k.device)
-        kv_append(self.k, self.v, pool, self.where, backend="auto")
+        pool = KVPages.empty(format, len(self.where.ids), heads, self.page_size, dim, self.k.device)
+        kv_append(self.k, self.v, pool, self.where, backend="reference")
         return pool
 
 
-def make_inputs(shape: Shape, device: torch.device) -> Inputs:
+def make_inputs(shape: Shape, device: torch.device, listed: float = 1.0, worlds: int = 1) -> Inputs:
+    """The shape's queries over a share of its pages; of several worlds, each with pages of its own, in one call."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(tokens: int, heads: int) -> Tensor:
-        return torch.randn(tokens, heads, shape.head_dim, generator=generator).bfloat16().float().to(device)
+        return torch.randn(worlds * tokens, heads, shape.head_dim, generator=generator).bfloat16().float().to(device)
 
     count = -(-shape.keys // shape.page_size)
     lens = [shape.page_size] * (count - 1) + [shape.keys - shape.page_size * (count - 1)]
-    where = PageList.of(torch.randperm(count, generator=generator).tolist(), lens, device)
+    where = PageList.of(torch.randperm(worlds * count, generator=generator).tolist(), worlds * lens, device)
     q, k, v = (draw(*size) for size in ((shape.queries, shape.heads), *2 * ((shape.keys, shape.kv_heads),)))
-    return Inputs(q, k, v, where, shape.page_size)
+    seen = max(1, round(listed * count))
+    segments = tuple((shape.queries, world * count, world * count + seen) for world in range(worlds))
+    return Inputs(q, k, v, where, shape.page_size, segments)
 
 
 def expected(inputs: Inputs) -> Tensor:
     """The reference over fp32 pages, for some of the rows."""
-    rows = inputs.rows
-    pool = inputs.pool("fp32")
-    lse = torch.empty(len(rows), inputs.q.shape[1], device=rows.device)
-    q = inputs.q[rows].contiguous()
-    scale = q.shape[-1] ** -0.5
-    plan = inputs.plan(len(rows))
-    return reference.paged_attention(q, [pool], plan, scale=scale, out=torch.empty_like(q), lse=lse)[0]
+    q = inputs.q[inputs.rows()]
+    return paged_attention(q, [inputs.pool("fp32")], inputs.plan(EVERY), backend="reference")[0]
 
 
 def ours(inputs: Inputs, format: str, backend: str) -> Prepared:
@@ -91,28 +95,64 @@ def ours(inputs: Inputs, format: str, backend: str) -> Prepared:
 
 
 def sampled(out: Tensor, inputs: Inputs) -> Tensor:
-    """The rows to compare; NaN if any other row holds one."""
-    rows = out[inputs.rows].float()
+    """The rows to compare of out [T, Hq, D]; NaN if any other row holds one."""
+    rows = out[inputs.rows()].float()
     return rows if out.isfinite().all() else rows * torch.nan
 
 
 def bytes_of(shape: Shape, format: str) -> int:
     """Q, K and V read, the result written, once each."""
-    from inferix_kernels.memory import page_bytes
-
     per_token = page_bytes(format, shape.kv_heads, shape.page_size, shape.head_dim) / shape.page_size
     q = shape.queries * shape.heads * shape.head_dim * QUERY_DTYPE.get(format, torch.bfloat16).itemsize
     return int(2 * q + shape.keys * per_token)
 
 
-def cases(shape: Shape, device: str, formats: Sequence[str] = ()) -> Iterator[Case]:
-    flops = 4.0 * shape.queries * shape.keys * shape.heads * shape.head_dim
+def flops_of(shape: Shape) -> float:
+    return 4.0 * shape.queries * shape.keys * shape.heads * shape.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """Attention over the two halves of the keys: out [T, Hq, D] and natural lse [T, Hq] of each."""
+
+    a: tuple[Tensor, Tensor]
+    b: tuple[Tensor, Tensor]
+
+
+def make_halves(shape: Shape, device: torch.device) -> Halves:
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.queries, shape.heads, shape.head_dim)
+
+    def half() -> tuple[Tensor, Tensor]:
+        out = torch.randn(size, generator=generator).bfloat16().float()
+        return out.to(device), (torch.randn(size[:2], generator=generator) + 7).to(device)
+
+    return Halves(half(), half())
+
+
+def merge(halves: Halves, backend: str, format: str) -> Prepared:
+    (out_a, lse_a), (out_b, lse_b) = halves.a, halves.b
+    out_a, out_b = (x.to(DTYPES[format]) for x in (out_a, out_b))
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    return Prepared(
+        lambda: merge_attention(out_a, lse_a, out_b, lse_b, out=out, lse=lse, backend=backend),
+        lambda result: (result[0].float(), result[1]),
+    )
+
+
+def merged(halves: Halves) -> tuple[Tensor, ...]:
+    prepared = merge(halves, "reference", "fp32")
+    result: tuple[Tensor, ...] = prepared.run()
+    return result
+
+
+def cases(shape: Shape, device: str) -> Iterator[Case]:
     mine = [
         Contender(
             f"ours-{backend}",
             format,
-            lambda inputs, f=format, b=backend: ours(inputs, f, b),
-            flops,
+            partial(ours, format=format, backend=backend),
+            flops_of(shape),
             bytes_of(shape, format),
             LIMITS[format],
             kernel_of(backend, device, "attention"),
@@ -120,5 +160,24 @@ def cases(shape: Shape, device: str, formats: Sequence[str] = ()) -> Iterator[Ca
         for backend in BACKENDS[device]
         for format in KV_FORMATS
     ]
-    theirs = peers.contenders("attention", device, flops, lambda format: bytes_of(shape, format))
-    yield Case("attention", OPS[0], shape.name, lambda device: make_inputs(shape, device), expected, mine + theirs)
+    theirs = peers.contenders("attention", device, flops_of(shape), partial(bytes_of, shape), op="paged_attention")
+    yield Case("attention", "paged_attention", shape.name, partial(make_inputs, shape), expected, [*mine, *theirs])
+
+    def moved(format: str) -> int:
+        return shape.queries * shape.heads * (3 * shape.head_dim * DTYPES[format].itemsize + 3 * 4)
+
+    mine = [
+        Contender(
+            f"ours-{backend}",
+            format,
+            partial(merge, backend=backend, format=format),
+            0.0,
+            moved(format),
+            LIMITS[format],
+            kernel_of(backend, device, "attention"),
+        )
+        for backend in BACKENDS[device]
+        for format in DTYPES
+    ]
+    theirs = peers.contenders("attention", device, 0.0, moved, op="merge_attention")
+    yield Case("attention", "merge_attention", shape.name, partial(make_halves, shape), merged, [*mine, *theirs])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,5 +51,4 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
 
         mine: list[Contender] = []
         theirs = peers.contenders("linear", device, 2.0 * m * k * n, nbytes)
-        inputs = lambda device, m=m, k=k, n=n: make_inputs(m, k, n, device)  # noqa: E731
-        yield Case("linear", op, shape.name, inputs, expected, mine + theirs)
+        yield Case("linear", op, shape.name, partial(make_inputs, m, k, n), expected, mine + theirs)

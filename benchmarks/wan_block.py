@@ -26,12 +26,12 @@ SIZES = {
 PARTS = ("qkv", "o", "cross_attn", "ffn")
 
 
-def random_network(config: WanConfig, dtype: torch.dtype) -> WanNetwork:
+def random_network(config: WanConfig, dtype: torch.dtype, device: str = "cpu") -> WanNetwork:
     """Random weights of a trained one's size: matrices keep the size of what goes through them."""
     with torch.device("meta"):
         network = WanNetwork(config)
-    generator = torch.Generator().manual_seed(0)
-    network = network.to(dtype).to_empty(device="cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    network = network.to(dtype).to_empty(device=device)
     for name, x in network.named_parameters():
         if x.ndim > 1 and "modulation" not in name:
             x.data.normal_(0, x[0].numel() ** -0.5, generator=generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ class Limit(NamedTuple):
         return cls(relative, 6 * relative)
 
 
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # formats that store numbers as they are
 EXACT = Limit(0.0, 0.0)
 # Of an op that reads or writes K and V of unit variance in this format. What a number's rounding costs, in the mean
 # over random data, with half as much again for the sums: bf16 keeps 8 bits, int8 steps are 1/127 of a row's largest
@@ -75,6 +80,8 @@ class Contender:
         limit: of its error.
         kernel: of ours, its name in the ledger (harness.ledger.KERNELS).
         absent: why it is not on this machine; it is then listed, not run.
+        reference: the right result where it has one of its own; None: the case's.
+        metrics: numbers for its row.
     """
 
     name: str
@@ -85,6 +92,8 @@ class Contender:
     limit: Limit
     kernel: str = ""
     absent: str = ""
+    reference: Callable[[Any], Result] | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

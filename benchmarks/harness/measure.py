@@ -26,7 +26,13 @@ MIN_ROUNDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure. seconds bounds what a case takes, but for MIN_ROUNDS rounds; 0 rounds: check only."""
+    """How to measure, and what of it.
+
+    Attributes:
+        seconds: bound on what a case takes, but for MIN_ROUNDS rounds.
+        rounds: 0 checks and times nothing.
+        model, weights, blocks: of families that run a whole model.
+    """
 
     device: str = "cpu"
     timer: str = "wall"
@@ -35,6 +41,9 @@ class Settings:
     seconds: float = 60.0
     backends: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    model: str = "tiny"
+    weights: str | None = None
+    blocks: int = 12
 
     def wants(self, contender: Contender) -> bool:
         """ "ours" means every backend of ours, "sdpa" every kind of it."""
@@ -83,29 +92,71 @@ class _Entrant:
     call: Callable[[], Any]
 
 
+class Contest:
+    """A case with its contenders checked and those that are right in place; `round` measures each of them once.
+
+    Attributes:
+        rows: of all contenders that `settings` wants and, if any of them is timed, of the machine's peaks.
+    """
+
+    def __init__(self, case: Case, settings: Settings, machine: Machine):
+        self.settings, self.machine, self.device = settings, machine, torch.device(settings.device)
+        self.rows: list[Row] = []
+        self._entrants: list[_Entrant] = []
+        self._draw = random.Random(0)
+        wanted = [c for c in case.contenders if settings.wants(c)]
+        inputs = case.inputs(self.device)
+        with torch.inference_mode():
+            common = any(not c.absent and c.reference is None for c in wanted)
+            want = case.reference(inputs) if common else ()
+            for contender in wanted:
+                row, prepared = _checked(case, contender, inputs, want, self.device)
+                self.rows.append(row)
+                if prepared is not None and settings.rounds:
+                    self._entrants += _entrant(row, contender, prepared, inputs, settings, machine)
+            if self._entrants:
+                peaks = _peaks(case, settings, machine)
+                self._entrants += peaks
+                self.rows += [entrant.row for entrant in peaks]
+                for entrant in self._entrants:
+                    entrant.call()
+
+    def round(self) -> None:
+        """Everybody once, in an order drawn anew."""
+        self._draw.shuffle(self._entrants)
+        for entrant in self._entrants:
+            self._measure(entrant)
+
+    def sample(self, row: Row) -> float:
+        """One of the timed rows, once more."""
+        self._measure(next(entrant for entrant in self._entrants if entrant.row is row))
+        return row.seconds[-1]
+
+    @torch.inference_mode()
+    def _measure(self, entrant: _Entrant) -> None:
+        sample = _sample(entrant, self.settings, self.machine)
+        entrant.row.seconds.append(sample.seconds)
+        entrant.row.disturbed += sample.disturbed
+
+    def close(self) -> list[Row]:
+        """The rows, with their shares of the machine's peaks; the operands are let go."""
+        self._entrants.clear()
+        if any(row.seconds for row in self.rows):
+            _shares(self.rows)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.rows
+
+
 def measure_case(case: Case, settings: Settings, machine: Machine) -> list[Row]:
-    """Rows of all contenders that `settings` wants, and of the machine's peaks."""
-    device = torch.device(settings.device)
-    inputs = case.inputs(device)
-    wanted = [c for c in case.contenders if settings.wants(c)]
-    with torch.inference_mode():
-        want = case.reference(inputs) if any(not c.absent for c in wanted) else ()
-        rows, entrants = [], []
-        for contender in wanted:
-            row, prepared = _checked(case, contender, inputs, want, device)
-            rows.append(row)
-            if prepared is not None and settings.rounds:
-                entrants += _entrant(row, contender, prepared, inputs, settings, machine)
-        del want
-        if entrants:
-            peaks = _peaks(case, settings, machine)
-            _take_turns([*peaks, *entrants], settings, machine)
-            rows += [entrant.row for entrant in peaks]
-            _shares(rows)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return rows
+    contest = Contest(case, settings, machine)
+    started = time.monotonic()
+    for number in range(settings.rounds):
+        if number >= MIN_ROUNDS and time.monotonic() - started > settings.seconds:
+            break
+        contest.round()
+    return contest.close()
 
 
 def _checked(
@@ -123,6 +174,7 @@ def _checked(
         kernel=contender.kernel,
         flops=contender.flops,
         nbytes=contender.nbytes,
+        metrics=dict(contender.metrics),
     )
     if contender.absent:
         row.status, row.note = "absent", contender.absent
@@ -130,8 +182,9 @@ def _checked(
     try:
         prepared = contender.prepare(inputs)
         prepared.run()  # compiles
-        row.memory, result = peak_of(prepared.run, device)
-        error = error_of(prepared.read(result), want)
+        row.memory, result = peak_of(prepared.run, device.type)
+        own = contender.reference
+        error = error_of(prepared.read(result), want if own is None else own(inputs))
     except Unsupported as reason:
         row.status, row.note = "unsupported", str(reason)
         return row, None
@@ -172,21 +225,6 @@ def _peaks(case: Case, settings: Settings, machine: Machine) -> list[_Entrant]:
         )
         for name, format, call, flops, nbytes in machine.contenders()
     ]
-
-
-def _take_turns(entrants: Sequence[_Entrant], settings: Settings, machine: Machine) -> None:
-    """Everybody once a round, in an order drawn anew for each."""
-    order, draw, started = list(entrants), random.Random(0), time.monotonic()
-    for entrant in order:
-        entrant.call()
-    for number in range(settings.rounds):
-        if number >= MIN_ROUNDS and time.monotonic() - started > settings.seconds:
-            break
-        draw.shuffle(order)
-        for entrant in order:
-            sample = _sample(entrant, settings, machine)
-            entrant.row.seconds.append(sample.seconds)
-            entrant.row.disturbed += sample.disturbed
 
 
 def _sample(entrant: _Entrant, settings: Settings, machine: Machine) -> timing.Sample:

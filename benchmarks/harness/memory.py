@@ -1,4 +1,4 @@
-"""How much more memory a call holds at its peak than there was before it."""
+"""How much more memory something holds at its peak than was held before it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,44 @@ from typing import Any
 import torch
 
 
-def peak_of(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """(bytes, the call's result). On the CPU from the kernel's books, where it keeps them (Linux); else 0."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+class Peak:
+    """with Peak(device) as peak: ...; then peak.bytes. On a CPU from Linux's books; 0 where there are none."""
+
+    def __init__(self, device: str):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> Peak:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+            except OSError:
+                pass
+            self.before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+        else:
+            self.bytes = max(0, _status("VmHWM") - self.before)
+
+
+def peak_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
+    """(bytes, the call's result)."""
+    with Peak(device) as peak:
         result = call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, result
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
-        before = _status("VmRSS")
-        result = call()
-        return max(0, _status("VmHWM") - before), result
-    except OSError:
-        return 0, call()
+    return peak.bytes, result
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"no {field} in /proc/self/status")
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    sizes = [line.split()[1] for line in text.splitlines() if line.startswith(field + ":")]
+    return int(sizes[0]) << 10 if sizes else 0

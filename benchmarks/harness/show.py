@@ -30,7 +30,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     """A title and a table of every case, ours first, then the fastest peers; below it who could not take part."""
     for case, group in groupby(rows, key=lambda row: row.case):
         members = list(group)
-        if any(row.metrics for row in members):
+        if any(row.metrics for row in members) and not any(row.flops or row.nbytes for row in members):
             yield f"### {case}\n\n{metrics_table(members)}\n"
         else:
             yield f"### {case}\n\n{case_table(members)}\n"

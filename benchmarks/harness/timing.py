@@ -3,7 +3,7 @@
 | timer | device | what it measures |
 |---|---|---|
 | wall | cpu | time that passes |
-| cpu | cpu | time of the process on its processors: on a busy machine, with one thread, what wall would say on a quiet one |
+| cpu | cpu | time on the processors: with one thread on a busy machine, what wall would say on a quiet one |
 | event | cuda | events around one call in the stream: with what the host adds if it is slower than the kernel |
 | graph | cuda | calls captured in one CUDA graph, divided by their number: what a captured model pays |
 | cupti | cuda | kernels' own time as the profiler reports it: without the gaps between them |

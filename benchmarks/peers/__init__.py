@@ -22,13 +22,17 @@ Adapter = Callable[[Any, str], Prepared]
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Attributes:
+    """An adapter and what it needs.
 
-    formats: of K and V, or of the weights, that it takes.
-    module: what must be importable; package: what pip calls it.
+    Attributes:
+        op: the case's op, where a family has several; "" is any.
+        formats: of K and V, or of the weights, that it takes.
+        module: what must be importable.
+        package: what pip calls it.
     """
 
     family: str
+    op: str
     name: str
     prepare: Adapter
     formats: tuple[str, ...]
@@ -55,11 +59,12 @@ def peer(
     devices: Sequence[str] = ("cuda",),
     module: str = "torch",
     package: str | None = None,
+    op: str = "",
 ) -> Callable[[Adapter], Adapter]:
-    """Register an adapter. `package` is the pip name where it differs from `module`."""
+    """Register an adapter; arguments as the fields of Peer. `package` is given where it differs from `module`."""
 
     def register(prepare: Adapter) -> Adapter:
-        PEERS.append(Peer(family, name, prepare, tuple(formats), tuple(devices), module, package or module))
+        PEERS.append(Peer(family, op, name, prepare, tuple(formats), tuple(devices), module, package or module))
         return prepare
 
     return register
@@ -70,14 +75,15 @@ def contenders(
     device: str,
     flops: float,
     nbytes: Callable[[str], int],
-    formats: Sequence[str] | None = None,
     limits: Callable[[str], Limit] = LIMITS.__getitem__,
+    op: str = "",
 ) -> list[Contender]:
-    """The family's peers for this device, as contenders; in `formats` only, if given.
+    """The family's peers for this device, as contenders.
 
     Args:
         flops, nbytes: of the work; nbytes by format.
         limits: of the error, by format.
+        op: peers of this op alone.
     """
     importlib.import_module(f".{family}", __package__)
     return [
@@ -91,9 +97,8 @@ def contenders(
             absent=peer.absent(),
         )
         for peer in PEERS
-        if peer.family == family and device in peer.devices
+        if peer.family == family and peer.op in ("", op) and device in peer.devices
         for format in peer.formats
-        if formats is None or format in formats
     ]
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harness.case import Prepared
+from ..harness.case import DTYPES, Prepared
 from . import peer
 
 if TYPE_CHECKING:
     from ..attention import Inputs
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HALF = ("bf16", "fp16")
 
 
@@ -51,6 +49,6 @@ def _sdpa(inputs: Inputs, format: str, kind: str | None) -> Prepared:
     return Prepared(run, lambda out: rows(inputs, out[0].transpose(0, 1)))
 
 
-@peer("attention", "sdpa", ("fp32", "bf16"), ("cpu",))
+@peer("attention", "sdpa", ("fp32", "bf16"), ("cpu",), op="paged_attention")
 def sdpa(inputs: Inputs, format: str) -> Prepared:
     return _sdpa(inputs, format, None)

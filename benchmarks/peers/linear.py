@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harness.case import Prepared
+from ..harness.case import DTYPES, Prepared
 from . import peer
-from .attention import DTYPES
 
 if TYPE_CHECKING:
     from ..linear import Inputs

@@ -1,0 +1,78 @@
+"""Is B slower than A? An interval for the ratio of their times, and what may be said of it.
+
+The interval is a bootstrap over rounds (95 %). With a margin m, a ratio between 1 / (1 + m) and 1 + m is of no interest:
+
+SAME     the whole interval lies within the margin
+FASTER   the whole interval lies below it
+SLOWER   the whole interval lies above it
+UNSURE   it reaches over an edge: measure longer, or on a quieter machine
+
+Rounds of one interleaved run are paired: what disturbs a round disturbs both sides, and the ratio is formed within it.
+Runs made at different times are not. There the machine itself, which every run measures in every round, says whether
+it stayed the same: if its copy and its matmul are as fast as before, times are compared as they stand. If not, nobody
+can say how much of that each kernel felt, and the interval covers the comparison as it stands and those in units of
+the copy and of the matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+MARGIN = 0.05
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """Of time B over time A."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def verdict(self, margin: float = MARGIN) -> str:
+        if 1 / (1 + margin) <= self.low and self.high <= 1 + margin:
+            return "SAME"
+        if self.high < 1 / (1 + margin):
+            return "FASTER"
+        return "SLOWER" if self.low > 1 + margin else "UNSURE"
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """The median of the rounds' ratios; a[i] and b[i] were measured one right after the other."""
+    ratios = np.array(b) / np.array(a)
+    draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    return _interval(float(np.median(ratios)), np.median(ratios[draws], axis=1))
+
+
+def unpaired(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """The ratio of the medians."""
+    generator = np.random.default_rng(0)
+    medians = [
+        np.median(x[generator.integers(len(x), size=(RESAMPLES, len(x)))], axis=1) for x in (np.array(a), np.array(b))
+    ]
+    return _interval(float(np.median(b) / np.median(a)), medians[1] / medians[0])
+
+
+def _interval(ratio: float, draws: np.ndarray) -> Interval:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(ratio, float(low), float(high))
+
+
+Peaks = Mapping[tuple[str, str], Sequence[float]]  # (contender, format) -> seconds of the machine itself, per round
+
+
+def machine_drift(a: Peaks, b: Peaks) -> dict[tuple[str, str], float]:
+    """How much slower the machine was in the rounds of B: ratio of medians, of each thing it did in both."""
+    return {name: float(np.median(b[name]) / np.median(a[name])) for name in a if name in b}
+
+
+def recorded(a: Sequence[float], b: Sequence[float], drift: Mapping[object, float], margin: float = MARGIN) -> Interval:
+    """Times of two runs, given the machine's drift between them."""
+    plain = unpaired(a, b)
+    if all(1 / (1 + margin / 2) <= ratio <= 1 + margin / 2 for ratio in drift.values()):
+        return plain
+    factors = [1.0, *drift.values()]
+    return Interval(plain.ratio, plain.low / max(factors), plain.high / min(factors))
