@@ -197,8 +197,10 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
         for number in range(max(settings.blocks, CHECKED)):
             for loop in loops[:: 1 if number % 2 else -1]:
                 loop.step()
-    except Unsupported as reason:
-        row.status, row.note = "unsupported", str(reason)
+    except (Unsupported, ModuleNotFoundError) as reason:
+        missing = isinstance(reason, ModuleNotFoundError)
+        row.status = "absent" if missing else "unsupported"
+        row.note = f"pip install {reason.name}" if missing else str(reason)
         yield row
         return
     ours, baseline = loops

@@ -117,8 +117,9 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
     for source, dtype in SOURCES.items():
         inputs = partial(make_inputs, shape, dtype)
         loose = 2 * shape.queries * shape.kv_heads * shape.head_dim * dtype.itemsize
+        moved = {format: loose + stored(format) for format in KV_FORMATS}
         for op, prepare in (("append-from", append), ("gather-to", gather)):
-            theirs = peers.contenders("kv_pages", device, 0.0, lambda format: loose + stored(format), op=op)
+            theirs = peers.contenders("kv_pages", device, 0.0, moved.__getitem__, op=op)
             contenders = [*ours(prepare, KV_FORMATS, loose), *theirs]
             yield Case("kv_pages", f"{op}-{source}", shape.name, inputs, truth, contenders)
     for source, formats in COMMITS.items():

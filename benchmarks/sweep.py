@@ -101,7 +101,7 @@ def run_axis(axis: str, shape: Shape, settings: Settings, machine: Machine) -> l
 
 
 def run_blocks(shape: Shape, settings: Settings, blocks: int = 24, window: int = 9, layers: int = 2) -> Iterator[Row]:
-    """Blocks of 3 frames through the store, made and committed, with a window and without: time and KV bytes of each."""
+    """Blocks of 3 frames through the store, with a window and without: time and bytes of K and V after each."""
     frame = shape.queries // 3
     for name, policy in (("window", Policy(window, format="int8")), ("everything", Policy(None, format="int8"))):
         rows = [

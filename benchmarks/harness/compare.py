@@ -19,7 +19,7 @@ from .rows import Document, Row
 from .table import markdown, time_of
 from .verdict import MARGIN, Interval
 
-FIRST_LOOK, LOOK_EVERY = 10, 5  # rounds
+LOOK_EVERY = 5  # rounds
 BROKEN = "BROKEN"  # it ran right in A, and in B it does not
 
 
@@ -136,7 +136,7 @@ def _duel(workers: Sequence[Worker], case: tuple[str, str, int], settings: Setti
             for side in ((0, 1), (1, 0))[(number + turn) % 2]:
                 i, row = pair[side]
                 row.seconds.append(workers[side].ask(sample=i))
-        if number + 1 >= FIRST_LOOK and (number + 1) % LOOK_EVERY == 0:
+        if number + 1 >= verdict.ENOUGH and (number + 1) % LOOK_EVERY == 0:
             undecided = [(a, b) for a, b in undecided if _line(a[1], b[1], margin).verdict == "UNSURE"]
             if not undecided or time.monotonic() - started > settings.seconds:
                 break

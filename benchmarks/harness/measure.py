@@ -141,7 +141,7 @@ class Contest:
     def close(self) -> list[Row]:
         """The rows, with their shares of the machine's peaks; the operands are let go."""
         self._entrants.clear()
-        if any(row.seconds for row in self.rows):
+        if any(row.peak and row.seconds for row in self.rows):
             _shares(self.rows)
         gc.collect()
         if self.device.type == "cuda":

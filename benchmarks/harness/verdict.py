@@ -1,11 +1,11 @@
 """Is B slower than A? An interval for the ratio of their times, and what may be said of it.
 
-The interval is a bootstrap over rounds (95 %). With a margin m, a ratio between 1 / (1 + m) and 1 + m is of no interest:
+The interval is a bootstrap over rounds (95 %). With a margin m, ratios from 1 / (1 + m) to 1 + m are of no interest:
 
 SAME     the whole interval lies within the margin
 FASTER   the whole interval lies below it
 SLOWER   the whole interval lies above it
-UNSURE   it reaches over an edge: measure longer, or on a quieter machine
+UNSURE   it reaches over an edge, or rests on too few rounds: measure longer, or on a quieter machine
 
 Rounds of one interleaved run are paired: what disturbs a round disturbs both sides, and the ratio is formed within it.
 Runs made at different times are not. There the machine itself, which every run measures in every round, says whether
@@ -23,6 +23,7 @@ import numpy as np
 
 MARGIN = 0.05
 RESAMPLES = 2000
+ENOUGH = 10  # rounds; over fewer a bootstrap's interval is too narrow
 
 
 class Interval(NamedTuple):
@@ -31,8 +32,11 @@ class Interval(NamedTuple):
     ratio: float
     low: float
     high: float
+    rounds: int
 
     def verdict(self, margin: float = MARGIN) -> str:
+        if self.rounds < ENOUGH:
+            return "UNSURE"
         if 1 / (1 + margin) <= self.low and self.high <= 1 + margin:
             return "SAME"
         if self.high < 1 / (1 + margin):
@@ -44,7 +48,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
     """The median of the rounds' ratios; a[i] and b[i] were measured one right after the other."""
     ratios = np.array(b) / np.array(a)
     draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    return _interval(float(np.median(ratios)), np.median(ratios[draws], axis=1))
+    return _interval(float(np.median(ratios)), np.median(ratios[draws], axis=1), len(ratios))
 
 
 def unpaired(a: Sequence[float], b: Sequence[float]) -> Interval:
@@ -53,12 +57,12 @@ def unpaired(a: Sequence[float], b: Sequence[float]) -> Interval:
     medians = [
         np.median(x[generator.integers(len(x), size=(RESAMPLES, len(x)))], axis=1) for x in (np.array(a), np.array(b))
     ]
-    return _interval(float(np.median(b) / np.median(a)), medians[1] / medians[0])
+    return _interval(float(np.median(b) / np.median(a)), medians[1] / medians[0], min(len(a), len(b)))
 
 
-def _interval(ratio: float, draws: np.ndarray) -> Interval:
+def _interval(ratio: float, draws: np.ndarray, rounds: int) -> Interval:
     low, high = np.quantile(draws, (0.025, 0.975))
-    return Interval(ratio, float(low), float(high))
+    return Interval(ratio, float(low), float(high), rounds)
 
 
 Peaks = Mapping[tuple[str, str], Sequence[float]]  # (contender, format) -> seconds of the machine itself, per round
@@ -75,4 +79,4 @@ def recorded(a: Sequence[float], b: Sequence[float], drift: Mapping[object, floa
     if all(1 / (1 + margin / 2) <= ratio <= 1 + margin / 2 for ratio in drift.values()):
         return plain
     factors = [1.0, *drift.values()]
-    return Interval(plain.ratio, plain.low / max(factors), plain.high / min(factors))
+    return Interval(plain.ratio, plain.low / max(factors), plain.high / min(factors), plain.rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,3 +68,22 @@ def gather(inputs: Inputs, format: str) -> Prepared:
     return Prepared(
         lambda: [side.index_select(0, slots).to(dtype) for side in cache], lambda out: torch.stack(out).float()
     )
+
+
+@peer("kv_pages", "flashinfer", ("bf16", "fp16"), module="flashinfer", package="flashinfer-python", op="append-from")
+def flashinfer_append(inputs: Inputs, format: str) -> Prepared:
+    """One request whose pages are the list; tokens are handed over in the cache's precision."""
+    library, device = importlib.import_module("flashinfer"), inputs.k.device
+    k, v = (x.to(DTYPES[format]) for x in (inputs.k, inputs.v))
+    pool = inputs.empty(format)
+    tokens, where = len(k), inputs.where
+    positions = torch.arange(tokens, dtype=torch.int32, device=device)
+    request = torch.zeros_like(positions)
+    indptr = torch.tensor([0, len(where.ids)], dtype=torch.int32, device=device)
+
+    def run() -> None:
+        library.append_paged_kv_cache(
+            k, v, request, positions, (pool.k, pool.v), where.ids, indptr, where.lens[-1:], kv_layout="HND"
+        )
+
+    return Prepared(run, lambda _: inputs.read(pool))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,3 +43,32 @@ def int_mm(inputs: Inputs, format: str) -> Prepared:
         return torch.addcmul(bias, torch._int_mm(x_codes, w) * x_scale, w_scale).bfloat16()
 
     return Prepared(run)
+
+
+@peer("linear", "torch-scaled-mm", ("fp8",))
+def scaled_mm(inputs: Inputs, format: str) -> Prepared:
+    """torch._scaled_mm with a scale per token and per channel; quantizing the tokens is torch ops before it."""
+    x, bias = inputs.x.bfloat16(), inputs.bias.bfloat16()
+    codes, w_scale = quantized(inputs.w, torch.float8_e4m3fn, 448)
+    w, w_scale = codes.t(), w_scale.t().contiguous()
+
+    def run() -> Tensor:
+        x_codes, x_scale = quantized(x, torch.float8_e4m3fn, 448)
+        return torch._scaled_mm(x_codes, w, x_scale, w_scale, bias=bias, out_dtype=torch.bfloat16)
+
+    return Prepared(run)
+
+
+@peer("linear", "torchao", ("int8", "fp8"), module="torchao")
+def torchao(inputs: Inputs, format: str) -> Prepared:
+    """Its dynamic quantization of an nn.Linear, compiled, which is how it is meant to run."""
+    library = importlib.import_module("torchao.quantization")
+    layer = torch.nn.Linear(inputs.w.shape[1], inputs.w.shape[0], device=inputs.w.device, dtype=torch.bfloat16)
+    layer.weight.data.copy_(inputs.w)
+    layer.bias.data.copy_(inputs.bias)
+    if format == "int8":
+        library.quantize_(layer, library.Int8DynamicActivationInt8WeightConfig())
+    else:
+        library.quantize_(layer, library.Float8DynamicActivationFloat8WeightConfig(granularity=library.PerRow()))
+    call, x = torch.compile(layer), inputs.x.bfloat16()
+    return Prepared(lambda: call(x))
