@@ -48,8 +48,8 @@ class GatherAttention:
         for s in range(len(rows) - 1):
             where = PageList(*(x[pages[s] : pages[s + 1]] for x in (plan.page_ids, plan.page_lens)))
             k, v = kv_gather(pools, where, q.dtype)
-            qkv = [x.transpose(0, 1)[None] for x in (q[rows[s] : rows[s + 1]], k, v)]
-            out = F.scaled_dot_product_attention(*qkv, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q[rows[s] : rows[s + 1]], k, v))
+            out = F.scaled_dot_product_attention(q_, k_, v_, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts), rest["lse"]
 
@@ -130,6 +130,7 @@ def load(settings: Settings) -> tuple[Any, Callable[[], Any]]:
     sys.path.append(str(ROOT / "python"))  # from a plain checkout, where inferix is not installed
     from inferix.models import load_model
 
+    model: Any
     if settings.model == "tiny":
         model = load_model("tiny", settings.weights)
         condition = model.condition(model.adapter.example_prompts[0], ["right"] * model.adapter.block_frames)
@@ -197,11 +198,11 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
         for number in range(max(settings.blocks, CHECKED)):
             for loop in loops[:: 1 if number % 2 else -1]:
                 loop.step()
-    except (Unsupported, ModuleNotFoundError) as reason:
-        missing = isinstance(reason, ModuleNotFoundError)
-        row.status = "absent" if missing else "unsupported"
-        row.note = f"pip install {reason.name}" if missing else str(reason)
-        yield row
+    except Unsupported as reason:
+        yield dataclasses.replace(row, status="unsupported", note=str(reason))
+        return
+    except ModuleNotFoundError as reason:
+        yield dataclasses.replace(row, status="absent", note=f"pip install {reason.name}")
         return
     ours, baseline = loops
     error = error_of(torch.cat(ours.latents), torch.cat(baseline.latents))

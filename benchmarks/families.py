@@ -27,8 +27,9 @@ def family(name: str) -> ModuleType:
 def cases(name: str, shapes: Sequence[str], device: str) -> Iterator[Case]:
     """Of a family of ops; of another none."""
     make = getattr(family(name), "cases", None)
-    for shape in shapes if make else ():
-        yield from make(find_shape(shape), device)
+    if make is not None:
+        for shape in shapes:
+            yield from make(find_shape(shape), device)
 
 
 def run(names: Sequence[str], shapes: Sequence[str], settings: Settings, machine: Machine) -> Iterator[list[Row]]:

@@ -49,8 +49,9 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
     count = -(-shape.queries // shape.page_size)
     lens = [shape.page_size] * (count - 1) + [shape.queries - shape.page_size * (count - 1)]
     where = PageList.of(torch.randperm(count, generator=generator).tolist(), lens, device)
-    moved = (x.to(device) for x in (qkv, *norms, rope_table(shape.queries, shape.head_dim)))
-    return Inputs(*moved, where, shape)
+    rope = rope_table(shape.queries, shape.head_dim)
+    qkv, norm_q, norm_k, rope = (x.to(device) for x in (qkv, *norms, rope))
+    return Inputs(qkv, norm_q, norm_k, rope, where, shape)
 
 
 def prologue(inputs: Inputs, backend: str, format: str, dtype: torch.dtype) -> Prepared:

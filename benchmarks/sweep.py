@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from inferix_kernels.memory import page_bytes
 from inferix_kernels.testing import rope_table
 
 from . import attention, peers
-from .harness.case import LIMITS, Case, Contender
+from .harness.case import LIMITS, Case, Contender, Prepared, Result
 from .harness.measure import Machine, Settings, measure_case
 from .harness.ours import BACKENDS, kernel_of
 from .harness.plots import BYTES
@@ -64,34 +64,42 @@ LABELS = {name: label for name, (label, _) in AXES.items()} | {BLOCKS: "block"}
 
 
 def case_of(axis: str, shape: Shape, device: str) -> Case:
-    """All points of an axis as contenders of one case, ours and torch's SDPA where it can do the work."""
-    contenders: list[Contender] = []
-    for x, at, listed, worlds in AXES[axis][1](shape):
-        inputs = partial(attention.make_inputs, at, torch.device(device), listed, worlds)
-        work = listed * worlds * attention.flops_of(at)
-        rivals = [
-            (f"ours-{b}", f, partial(attention.ours, format=f, backend=b), kernel_of(b, device, "attention"))
-            for b in BACKENDS[device]
-            for f in FORMATS
-        ]
-        if axis == "kv":
-            theirs = peers.contenders("attention", device, work, lambda _: 0, op="paged_attention")
-            rivals += [(c.name, c.format, c.prepare, "") for c in theirs if not c.absent and c.name.startswith("sdpa")]
-        for name, format, prepare, kernel in rivals:
-            contenders.append(
-                Contender(
-                    name,
-                    format,
-                    lambda _, prepare=prepare, inputs=inputs: prepare(inputs()),
-                    work,
-                    int(listed * worlds * attention.bytes_of(at, format)),
-                    LIMITS[format],
-                    kernel,
-                    reference=lambda _, inputs=inputs: attention.expected(inputs()),
-                    metrics={"x": x},
-                )
-            )
+    """All points of an axis as contenders of one case: ours and, where it can do the work, torch's SDPA."""
+    points = [_at(point, axis, device) for point in AXES[axis][1](shape)]
+    contenders = [contender for each in points for contender in each]
     return Case("sweep", axis, shape.name, lambda device: None, lambda _: torch.empty(0), contenders)
+
+
+def _at(point: Point, axis: str, device: str) -> list[Contender]:
+    """The contenders at one point. Each makes inputs of its own: the case's are those of all points."""
+    x, shape, listed, worlds = point
+    work = listed * worlds
+
+    def here(prepare: Callable[..., Result | Prepared]) -> Callable[[Any], Any]:
+        return lambda _: prepare(attention.make_inputs(shape, torch.device(device), listed, worlds))
+
+    rivals: list[tuple[str, str, Callable[..., Prepared], str]] = [
+        (f"ours-{backend}", format, partial(attention.ours, format=format, backend=backend), backend)
+        for backend in BACKENDS[device]
+        for format in FORMATS
+    ]
+    if axis == "kv":
+        theirs = peers.contenders("attention", device, work, lambda _: 0, op="paged_attention")
+        rivals += [(c.name, c.format, c.prepare, "") for c in theirs if not c.absent and c.name.startswith("sdpa")]
+    return [
+        Contender(
+            name,
+            format,
+            here(prepare),
+            work * attention.flops_of(shape),
+            int(work * attention.bytes_of(shape, format)),
+            LIMITS[format],
+            kernel_of(backend, device, "attention") if backend else "",
+            reference=here(attention.expected),
+            metrics={"x": x},
+        )
+        for name, format, prepare, backend in rivals
+    ]
 
 
 def run_axis(axis: str, shape: Shape, settings: Settings, machine: Machine) -> list[Row]:

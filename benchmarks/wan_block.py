@@ -79,7 +79,8 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     network = random_network(SIZES[args.model], dtype)
     adapter = dataclasses.replace(ADAPTERS["self-forcing"], size=(args.height, args.width), fused=False)
-    model, clock = Wan(network, adapter), Clock()
+    model: Any = Wan(network, adapter)
+    clock = Clock()
     count = sum(x.numel() for x in network.parameters())
     print(f"{args.model}: {count / 1e9:.2f} G parameters built in {time.perf_counter() - started:.0f} s")
     for block in network.blocks:
@@ -87,7 +88,7 @@ def main() -> None:
             holder = block.self_attn if part in ("qkv", "o") else block
             clock.watch(part, getattr(holder, part))
     predict = model.predict
-    model.predict = lambda blocks, times, conditions, attend: predict(  # type: ignore[method-assign]
+    model.predict = lambda blocks, times, conditions, attend: predict(
         blocks, times, conditions, clock.around("attend", attend)
     )
     store = KVStore(

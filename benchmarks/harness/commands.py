@@ -213,7 +213,8 @@ def env(args: argparse.Namespace) -> int:
 
 
 def gpu(args: argparse.Namespace) -> int:
-    """Build, tests, all families at their reference shapes, sweeps, a summary; exit code 3: call again to go on."""
+    """Build, tests, families at their reference shapes, sweeps, a summary. Exit code 1: something is not well; 3: call
+    again to go on."""
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds no GPU here; --dry-run goes through every stage on the CPU")
-    return 0 if Run(args.out.resolve(), args.dry_run).go(args.minutes) else 3
+    return Run(args.out.resolve(), args.dry_run).go(args.minutes)

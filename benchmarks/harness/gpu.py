@@ -27,6 +27,10 @@ from .table import markdown
 
 LOG_BYTES = 8 << 20
 NO_TESTS = 5  # pytest's exit code when it had nothing to run
+SAID_NO = (
+    1  # of pytest: a test failed; of run: a kernel of ours is wrong. Both are findings, not to be looked for again
+)
+AGAIN = 3
 # Most wanted first: a run may end before it comes to the last.
 PLAN = (
     ("attention", "wan1.3b-480p"),
@@ -92,7 +96,7 @@ class Run:
             "-p",
             "no:cacheprovider",
         ]
-        yield Stage("tests", [*pytest, *self.tests], "tests.txt", (0, NO_TESTS))
+        yield Stage("tests", [*pytest, *self.tests], "tests.txt", (0, SAID_NO, NO_TESTS))
         measure = ["--device", device, "--json", str(self.out / "run.jsonl")]
         quick = ["--rounds", "3", "--seconds", "2", "--blocks", "3"] if self.dry else ["--seconds", "20"]
         model = ["--model", "self-forcing"]
@@ -103,14 +107,13 @@ class Run:
                 seen.add((family, shape))
                 shapes = [] if shape == "-" else ["--shapes", shape]
                 run = [python, "-m", "benchmarks", "run", family, *shapes, *measure, *quick, *model]
-                yield Stage(f"{family} {shape}", run, fine=(0, 1))  # 1: a kernel of ours is wrong; the rows say which
+                yield Stage(f"{family} {shape}", run, fine=(0, SAID_NO))
         sweep = [python, "-m", "benchmarks", "sweep", "--shape", "smoke" if self.dry else "wan1.3b-480p-frame"]
-        yield Stage("sweep", [*sweep, *measure, *quick[:4]], fine=(0, 1))
+        yield Stage("sweep", [*sweep, *measure, *quick[:4]], fine=(0, SAID_NO))
 
-    def go(self, minutes: float) -> bool:
-        """Work until all stages are done, or the minutes are over; True when all are done."""
-        ends = time.monotonic() + 60 * minutes
-        whole = True
+    def go(self, minutes: float) -> int:
+        """Work until all stages are done or the minutes are over. 0: all are well, 1: not all, 3: call again."""
+        ends, whole = time.monotonic() + 60 * minutes, True
         for stage in self.stages():
             if self.stages_done.get(stage.name, {}).get("done"):
                 print(f"{stage.name}: done before", flush=True)
@@ -120,13 +123,14 @@ class Run:
                 print(f"{stage.name}: no time left", flush=True)
                 whole = False
                 continue
-            entry = self._do(stage, left)
-            self.stages_done[stage.name] = entry
+            self.stages_done[stage.name] = entry = self._do(stage, left)
             self._save()
             whole = whole and entry["done"]
-            print(f"{stage.name}: {'done' if entry['done'] else 'FAILED'}, {entry['seconds']:.0f} s", flush=True)
+            print(f"{stage.name}: {_state(entry)}, {entry['seconds']:.0f} s", flush=True)
         self._finish()
-        return whole
+        if not whole:
+            return AGAIN
+        return int(any(_state(entry) != "well" for entry in self.stages_done.values()))
 
     def _do(self, stage: Stage, seconds: float) -> dict[str, Any]:
         path = os.pathsep.join(filter(None, [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -175,10 +179,16 @@ class Run:
 
     def _stage_table(self) -> str:
         body = [
-            [name, "done" if entry["done"] else f"failed ({entry['code']})", f"{entry['seconds']:.0f}", entry["last"]]
+            [name, _state(entry), entry["last"].replace("|", ""), f"{entry['seconds']:.0f}"]
             for name, entry in self.stages_done.items()
         ]
-        return markdown(["stage", "state", "seconds", "its last line"], body, left=2)
+        return markdown(["stage", "state", "its last line", "seconds"], body, left=3)
+
+
+def _state(entry: dict[str, Any]) -> str:
+    if not entry["done"]:
+        return f"to do again (exit code {entry['code']})"
+    return "well" if entry["code"] in (0, NO_TESTS) else f"exit code {entry['code']}"
 
 
 def _short(document: Document) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,28 +63,28 @@ def figure(rows: int, columns: int, heights: Sequence[float], width: float = 3.6
 def draw_rates(rows: Sequence[Row], path: Path, caption: str) -> None:
     """A panel per case: contenders by rate, whiskers from p20 to p80, the machine's own peak as a line.
 
-    Cases of one op lie in a row, side by side by shape.
+    Cases of one op lie side by side, shape by shape.
     """
-    timed = [row for row in rows if row.seconds and row.family != "sweep"]
+    timed = [row for row in rows if (row.flops or row.nbytes) and row.seconds and row.family != "sweep"]
     if not timed:
         raise ValueError("nothing was timed that could be drawn")
     shapes = list(dict.fromkeys(row.shape for row in timed))
-    ops = [op for op, _ in groupby(timed, key=lambda row: (row.family, row.op))]
-    ops = list(dict.fromkeys(ops))
-    panels = {
-        (op, shape): [r for r in timed if (r.family, r.op) == op and r.shape == shape] for op in ops for shape in shapes
-    }
-    bars = [max(sum(not r.peak for r in panels[op, shape]) for shape in shapes) for op in ops]
-    canvas, axes = figure(len(ops), len(shapes), [0.7 + 0.15 * count for count in bars])
-    for i, op in enumerate(ops):
-        for j, shape in enumerate(shapes):
-            members = panels[op, shape]
-            if members:
-                _bars(axes[i][j], members)
-                axes[i][j].set_title(f"{op[1].replace('_', ' ')}  ·  {shape}", loc="left", pad=10)
-            else:
-                axes[i][j].set_axis_off()
-    _save(canvas, path, caption)
+    ops = list(dict.fromkeys((row.family, row.op) for row in timed))
+    columns = min(3, len(ops)) if len(shapes) == 1 else len(shapes)
+    cases = [(op, shape) for op in ops for shape in shapes]
+    panels = [[row for row in timed if ((row.family, row.op), row.shape) == case] for case in cases]
+    bars = [sum(not row.peak for row in panel) for panel in panels]
+    heights = [0.7 + 0.15 * max(bars[i : i + columns]) for i in range(0, len(panels), columns)]
+    canvas, grid = figure(len(heights), columns, heights)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (op, shape), panel in zip(grid.flat, cases, panels):
+        if panel:
+            _bars(axes, panel)
+            axes.set_title(f"{op[1].replace('_', ' ')}  ·  {shape}", loc="left", pad=10)
+        else:
+            axes.set_axis_off()
+    _save(canvas, path, f"{caption}. Red: ours; bars: median; whiskers: p20 to p80; dashed: the machine's own peak")
 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:

@@ -32,6 +32,7 @@ class Filter(argparse.Namespace):
     device: str
     shapes: list[str]
     ops: list[str]
+    formats: list[str]
 
 
 def parse(words: str) -> Filter:
@@ -39,7 +40,7 @@ def parse(words: str) -> Filter:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("families", nargs="+")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    for name in ("--shapes", "--ops"):
+    for name in ("--shapes", "--ops", "--formats"):
         parser.add_argument(name, type=lambda text: text.split(","), default=[])
     try:
         given, unknown = parser.parse_known_args(shlex.split(words), Filter())
@@ -95,6 +96,7 @@ def _asked(row: Row, wanted: Filter) -> bool:
         and row.device == wanted.device
         and (not wanted.shapes or row.shape in wanted.shapes)
         and (not wanted.ops or row.op in wanted.ops)
+        and (not wanted.formats or row.format in wanted.formats)
     )
 
 

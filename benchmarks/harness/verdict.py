@@ -73,7 +73,9 @@ def machine_drift(a: Peaks, b: Peaks) -> dict[tuple[str, str], float]:
     return {name: float(np.median(b[name]) / np.median(a[name])) for name in a if name in b}
 
 
-def recorded(a: Sequence[float], b: Sequence[float], drift: Mapping[object, float], margin: float = MARGIN) -> Interval:
+def recorded(
+    a: Sequence[float], b: Sequence[float], drift: Mapping[tuple[str, str], float], margin: float = MARGIN
+) -> Interval:
     """Times of two runs, given the machine's drift between them."""
     plain = unpaired(a, b)
     if all(1 / (1 + margin / 2) <= ratio <= 1 + margin / 2 for ratio in drift.values()):

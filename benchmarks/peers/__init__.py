@@ -12,12 +12,11 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from ..harness.case import LIMITS, Contender, Limit, Prepared
 
 PINS = Path(__file__).parent.parent.parent / "third_party" / "peers.txt"
-Adapter = Callable[[Any, str], Prepared]
+Adapter = Callable[..., Prepared]  # (inputs, format)
 
 
 @dataclasses.dataclass(frozen=True)

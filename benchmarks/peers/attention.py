@@ -59,7 +59,7 @@ def grouped(inputs: Inputs) -> bool:
 @peer("attention", "sdpa", ("fp32", "bf16"), ("cpu",), op="paged_attention")
 def sdpa(inputs: Inputs, format: str) -> Prepared:
     gqa = grouped(inputs)
-    return dense(inputs, format, lambda *qkv: F.scaled_dot_product_attention(*qkv, enable_gqa=gqa), heads=True)
+    return dense(inputs, format, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa), heads=True)
 
 
 def _forced_sdpa(kind: str) -> None:
@@ -69,9 +69,9 @@ def _forced_sdpa(kind: str) -> None:
 
         backend, gqa = SDPBackend.__members__[kind], grouped(inputs)
 
-        def call(*qkv: Tensor) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*qkv, enable_gqa=gqa)
+                return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
 
         return dense(inputs, format, call, heads=True)
 
