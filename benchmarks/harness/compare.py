@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import verdict
 from .ledger import ROOT
-from .measure import Settings
+from .measure import Settings, bounding_peak
 from .rows import Document, Row
 from .table import markdown, time_of
 from .verdict import MARGIN, Interval
@@ -49,16 +49,13 @@ def compare_recorded(a: Document, b: Document, margin: float = MARGIN) -> list[L
         if a.header.get(name) != b.header.get(name):
             raise ValueError(f"A and B must be of one {name}, got {a.header.get(name)} and {b.header.get(name)}")
     theirs = {row.key: row for row in b.rows}
-    drifts = {
-        case: verdict.machine_drift(_peaks(a.rows, case), _peaks(b.rows, case)) for case in {row.case for row in a.rows}
-    }
     lines = []
     for row in a.rows:
         other = theirs.get(row.key)
         if not row.seconds or row.peak or other is None:
             continue
         if other.seconds:
-            interval = verdict.recorded(row.seconds, other.seconds, drifts[row.case], margin)
+            interval = verdict.recorded(row.seconds, other.seconds, _drift(row, a.rows, theirs), margin)
             lines.append(Line(row, row.median, other.median, interval, margin))
         else:
             lines.append(Line(row, row.median, 0.0, None, margin, f"{other.status}: {other.note}"))
@@ -67,8 +64,12 @@ def compare_recorded(a: Document, b: Document, margin: float = MARGIN) -> list[L
     return lines
 
 
-def _peaks(rows: Sequence[Row], case: str) -> dict[tuple[str, str], list[float]]:
-    return {(row.contender, row.format): row.seconds for row in rows if row.peak and row.case == case and row.seconds}
+def _drift(row: Row, rows: Sequence[Row], theirs: Mapping[tuple[str, ...], Row]) -> float:
+    """How much slower the machine was in B at the peak that bounds a row; 1 for a family that measures none."""
+    peaks = [peak for peak in rows if peak.peak and peak.case == row.case and peak.seconds]
+    bound = bounding_peak(row, peaks)
+    other = theirs.get(bound.key) if bound else None
+    return other.median / bound.median if bound and other and other.seconds else 1.0
 
 
 def ours_only(settings: Settings) -> Settings:

@@ -236,15 +236,25 @@ def _sample(entrant: _Entrant, settings: Settings, machine: Machine) -> timing.S
     return sample
 
 
+def bounding_peak(row: Row, peaks: Sequence[Row]) -> Row | None:
+    """Of the machine's copy and its matmul in the row's precision, the one at which the row's work takes longer."""
+    kinds = [peak for peak in peaks if peak.flops == 0 or peak.format == ("fp32" if row.format == "fp32" else "bf16")]
+    return max(kinds, key=lambda peak: least_time(row, peak), default=None)
+
+
+def least_time(row: Row, peak: Row) -> float:
+    """Seconds that a row's work would take at a peak."""
+    return (row.flops / peak.flops if peak.flops else row.nbytes / peak.nbytes) * peak.median
+
+
 def _shares(rows: Sequence[Row]) -> None:
     """Of the machine's peak in these rounds: the least time that a row's work can take, over what it took."""
-    copy, *matmuls = (row for row in rows if row.peak)
-    speed = copy.nbytes / copy.median
-    peaks = {row.format: row.flops / row.median for row in matmuls}
+    peaks = [row for row in rows if row.peak]
     for row in rows:
-        if row.status == "ok" and not row.peak:
-            peak = peaks["fp32" if row.format == "fp32" else "bf16"]
-            row.share = max(row.flops / peak, row.nbytes / speed) / row.median
+        if row.seconds and not row.peak:
+            bound = bounding_peak(row, peaks)
+            assert bound is not None
+            row.share = least_time(row, bound) / row.median
 
 
 def best_peer(rows: Sequence[Row]) -> Row | None:

@@ -9,14 +9,14 @@ UNSURE   it reaches over an edge, or rests on too few rounds: measure longer, or
 
 Rounds of one interleaved run are paired: what disturbs a round disturbs both sides, and the ratio is formed within it.
 Runs made at different times are not. There the machine itself, which every run measures in every round, says whether
-it stayed the same: if its copy and its matmul are as fast as before, times are compared as they stand. If not, nobody
-can say how much of that each kernel felt, and the interval covers the comparison as it stands and those in units of
-the copy and of the matmul.
+it stayed the same: if the copy or the matmul that bounds a row is as fast as before, times are compared as they stand.
+If not, nobody can say how much of that the kernel felt, and the interval covers the comparison as it stands and the one
+in units of that copy or matmul.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,20 +65,9 @@ def _interval(ratio: float, draws: np.ndarray, rounds: int) -> Interval:
     return Interval(ratio, float(low), float(high), rounds)
 
 
-Peaks = Mapping[tuple[str, str], Sequence[float]]  # (contender, format) -> seconds of the machine itself, per round
-
-
-def machine_drift(a: Peaks, b: Peaks) -> dict[tuple[str, str], float]:
-    """How much slower the machine was in the rounds of B: ratio of medians, of each thing it did in both."""
-    return {name: float(np.median(b[name]) / np.median(a[name])) for name in a if name in b}
-
-
-def recorded(
-    a: Sequence[float], b: Sequence[float], drift: Mapping[tuple[str, str], float], margin: float = MARGIN
-) -> Interval:
-    """Times of two runs, given the machine's drift between them."""
+def recorded(a: Sequence[float], b: Sequence[float], drift: float, margin: float = MARGIN) -> Interval:
+    """Times of two runs, between which the machine became slower by this factor at what bounds them."""
     plain = unpaired(a, b)
-    if all(1 / (1 + margin / 2) <= ratio <= 1 + margin / 2 for ratio in drift.values()):
+    if 1 / (1 + margin / 2) <= drift <= 1 + margin / 2:
         return plain
-    factors = [1.0, *drift.values()]
-    return Interval(plain.ratio, plain.low / max(factors), plain.high / min(factors), plain.rounds)
+    return Interval(plain.ratio, plain.low / max(1.0, drift), plain.high / min(1.0, drift), plain.rounds)
