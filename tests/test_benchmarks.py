@@ -30,15 +30,13 @@ def contender(name, call, format="bf16", **more):
 
 @pytest.fixture(scope="module")
 def rows():
-    """A run of all families, as CI's smoke test of them."""
-    slow = Settings(**{**dataclasses.asdict(QUICK), "backends": ("ours", "torch", "sdpa", "gather-sdpa")})
-    return {name: [row for rows in families.run([name], ["smoke"], slow, MACHINE) for row in rows] for name in FAMILIES}
+    """Of a run of all families: the smoke test of CI. FlexAttention is left out, it compiles for half a minute."""
+    settings = dataclasses.replace(QUICK, backends=("ours", "torch", "sdpa", "gather-sdpa"))
+    found = {name: families.run([name], ["smoke"], settings, MACHINE) for name in families.FAMILIES}
+    return {name: [row for rows in cases for row in rows] for name, cases in found.items()}
 
 
-FAMILIES = families.FAMILIES
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_is_right_and_timed(rows, family):
     found = rows[family]
     assert {row.status for row in found} == {"ok"}, [(row.contender, row.format, row.note) for row in found]
@@ -236,3 +234,27 @@ def test_list_names_what_is_not_here_and_how_to_get_it(capsys):
     assert cli.main(["list", "--device", "cuda"]) == 0
     out = capsys.readouterr().out
     assert "pip install flashinfer-python==" in out and "sdpa-cudnn" in out and "ours-triton" in out
+
+
+def test_the_same_cases_run_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark", reason="pip install 'inferix[bench]'")
+    from benchmarks import test_kernels
+
+    class Config:
+        def getoption(self, name):
+            return {"--shapes": ("smoke",), "--device": "cpu"}[name]
+
+    class Benchmark:
+        group, extra_info = "", {}
+
+        def pedantic(self, call, setup, rounds):
+            setup()
+            call()
+            self.rounds = rounds
+
+    pairs = list(test_kernels.found(Config()))
+    assert {case.family for case, _ in pairs} >= {"attention", "kv_pages", "qkv"}
+    for case, contender in pairs[::9]:
+        benchmark = Benchmark()
+        test_kernels.test_kernel(benchmark, MACHINE, case, contender)
+        assert benchmark.rounds and benchmark.group == case.name and "error" in benchmark.extra_info
