@@ -14,7 +14,7 @@ from benchmarks import families
 from benchmarks.harness import environment, evidence, ledger, report, rows, verdict
 from benchmarks.harness.compare import BROKEN, compare_recorded, compare_trees, failed, ours_only, table
 from benchmarks.harness.gpu import AGAIN, PLAN, Run, Stage
-from benchmarks.harness.ledger import KERNELS, ROOT, fingerprint
+from benchmarks.harness.ledger import ROOT, fingerprint, kernels
 from benchmarks.harness.measure import Settings
 from benchmarks.harness.rows import BadRecord, Document, Row
 
@@ -82,16 +82,23 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, text, message):
     assert "bad.json" in str(error.value)
 
 
-def test_the_ledger_names_every_source_and_only_what_there_is():
-    named = {path for kernel in KERNELS for path in ledger.files_of(kernel)} | {ROOT / name for name in ledger.GLUE}
+def test_every_source_is_part_of_a_kernel():
+    named = {path for kernel in kernels() for path in ledger.files_of(kernel)}
     native = {path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".cu", ".h", ".cuh"}}
     triton = set((ROOT / "inferix_kernels" / "triton_kernels").rglob("*.py"))
-    missing = [str(path.relative_to(ROOT)) for path in (native | triton) - named]
-    assert not missing, "add them to KERNELS in benchmarks/harness/ledger.py"
-    assert named <= native | triton
+    assert {str(path.relative_to(ROOT)) for path in (native | triton) - named} <= {"csrc/bindings.cpp"}
+    assert {f"cpu/{family}" for family in ledger.FORMATS} <= set(kernels())
 
 
-def test_every_kernel_of_the_ledger_is_measured_in_every_format_it_is_written_for():
+def test_a_file_belongs_to_the_family_it_is_named_after_or_to_all():
+    files = {kernel: {str(path.relative_to(ROOT)) for path in ledger.files_of(kernel)} for kernel in kernels()}
+    assert "csrc/cpu/attention.cpp" in files["cpu/attention"] and "csrc/cpu/attention.cpp" not in files["cpu/qkv"]
+    for kernel in ("cpu/attention", "cpu/kv_pages", "cpu/qkv", "cpu/linear"):
+        assert {"csrc/cpu/parallel.cpp", "csrc/cpu/simd.h"} <= files[kernel]
+    assert "csrc/linear.h" not in files["cpu/attention"] and "csrc/linear.h" in files["cpu/linear"]
+
+
+def test_every_kernel_is_measured_in_every_format():
     measured = {
         (contender.kernel, contender.format)
         for device in ("cpu", "cuda")
@@ -99,23 +106,19 @@ def test_every_kernel_of_the_ledger_is_measured_in_every_format_it_is_written_fo
         for case in families.cases(family, ["smoke"], device)
         for contender in case.contenders
     }
-    written = {(name, format) for name, kernel in KERNELS.items() for format in kernel.formats}
-    assert written <= measured
-    # On a GPU a family's rows are there before its kernel is; on a CPU every one of them has its kernel.
-    assert {pair for pair in measured if pair[0].startswith("cpu/")} <= written
+    assert {(name, format) for name, formats in kernels().items() for format in formats} <= measured
 
 
 def test_a_change_in_a_header_changes_the_hash_of_who_includes_it(tmp_path):
     for source in ("csrc", "inferix_kernels"):
         subprocess.run(["cp", "-r", ROOT / source, tmp_path / source], check=True)
-    before = {kernel: fingerprint(kernel, tmp_path) for kernel in KERNELS}
+    before = {kernel: fingerprint(kernel, tmp_path) for kernel in kernels()}
     assert before == ledger.fingerprints()
     fingerprint.cache_clear()
     header = tmp_path / "csrc" / "cuda" / "elements.cuh"
     header.write_text(header.read_text() + "\n// changed\n")
-    after = {kernel: fingerprint(kernel, tmp_path) for kernel in KERNELS}
-    changed = {kernel for kernel in KERNELS if before[kernel] != after[kernel]}
-    assert changed == {kernel for kernel in KERNELS if header in ledger.files_of(kernel, tmp_path)} != set()
+    changed = {kernel for kernel in kernels() if before[kernel] != fingerprint(kernel, tmp_path)}
+    assert changed == {kernel for kernel in kernels() if header in ledger.files_of(kernel, tmp_path)} != set()
 
 
 def told(*documents, kernel="cuda/kv_pages", format="bf16"):
@@ -135,7 +138,9 @@ def test_evidence_says_whether_a_measurement_still_holds():
     both = Document(HEADER, [a_row()]), Document(at("2026-12-01", **old), [a_row()])
     assert told(*both).date == "2026-11-21"  # what holds today is said, not what came last
     assert told(Document(HEADER, [a_row(seconds=[], status="wrong")])).words == "WRONG"
-    for status in ("unsupported", "failed", "absent"):
+    refused = Document(HEADER, [a_row(seconds=[], status="unsupported")])
+    assert told(refused).words == "refused at this source" and not evidence.stale([told(refused)])
+    for status in ("failed", "absent"):
         assert told(Document(HEADER, [a_row(seconds=[], status=status)])).words == "never run on a GPU"
     lines = [told(Document(HEADER, [a_row()])), told()]
     assert evidence.stale(lines) == lines[1:]
@@ -145,7 +150,7 @@ def test_evidence_fails_a_release_on_what_is_stale(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(evidence, "RECORDS", tmp_path)
     monkeypatch.setattr(evidence.load_records, "__defaults__", (tmp_path,))
     assert cli.main(["evidence"]) == 0 and cli.main(["evidence", "--fail-on-stale"]) == 1
-    measured = [a_row(format=format) for format in KERNELS["cuda/kv_pages"].formats]
+    measured = [a_row(format=format) for format in kernels()["cuda/kv_pages"]]
     Document(HEADER, measured).save(tmp_path / "nvidia-h200" / "a.jsonl")
     assert cli.main(["evidence", "--fail-on-stale", "--only", "cuda/kv_pages"]) == 0
     assert "measured at this source | 2026-11-21 | NVIDIA H200" in capsys.readouterr().out

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .ledger import KERNELS, ROOT, fingerprint
+from .ledger import ROOT, fingerprint, kernels
 from .rows import Document
 from .table import markdown
 
 RECORDS = ROOT / "benchmarks" / "records"
-NOW, OLDER, WRONG, NEVER = "measured at this source", "measured at an older source", "WRONG", "never"
+NOW, OLDER, WRONG = "measured at this source", "measured at an older source", "WRONG"
+REFUSED, NEVER = "refused at this source", "never"
+RANK = (NEVER, OLDER, REFUSED, NOW, WRONG)  # what is said first, if records say several things
 
 
 class Evidence(NamedTuple):
@@ -40,16 +42,16 @@ def load_records(folder: Path = RECORDS) -> list[Document]:
 
 
 def evidence(records: Sequence[Document]) -> list[Evidence]:
-    """One line per kernel, format and architecture; the newest record of each speaks, one at this source first."""
+    """One line per kernel, format and architecture. What holds at today's source comes first, then what is newer."""
     found: dict[tuple[str, str, str], Evidence] = {}
     for record in records:
         for entry in _told_by(record):
             key = entry[:3]
-            if key not in found or entry.state == NOW or found[key].state == OLDER:
+            if key not in found or RANK.index(entry.state) >= RANK.index(found[key].state):
                 found[key] = entry
     lines = []
-    for name, kernel in KERNELS.items():
-        for format in kernel.formats:
+    for name, formats in kernels().items():
+        for format in formats:
             seen = [entry for key, entry in sorted(found.items()) if key[:2] == (name, format)]
             lines += seen or [Evidence(name, format, "", NEVER)]
     return lines
@@ -57,22 +59,24 @@ def evidence(records: Sequence[Document]) -> list[Evidence]:
 
 def _told_by(record: Document) -> Iterator[Evidence]:
     """What a record says of kernels that there still are. A wrong result outweighs the right ones of the same run."""
-    head = record.header
-    hashes = head.get("kernels", {})
-    wrong = {(row.kernel, row.format) for row in record.rows if row.status == "wrong"}
-    for kernel, format in dict.fromkeys((row.kernel, row.format) for row in record.rows if row.kernel in KERNELS):
-        timed = any(r.seconds for r in record.rows if (r.kernel, r.format) == (kernel, format))
-        if not timed and (kernel, format) not in wrong:
+    head, known = record.header, kernels()
+    states: dict[tuple[str, str], str] = {}
+    for row in record.rows:
+        if row.kernel not in known or not (row.seconds or row.status in ("wrong", "unsupported")):
             continue
-        current = hashes.get(kernel) == fingerprint(kernel)
-        state = OLDER if not current else WRONG if (kernel, format) in wrong else NOW
-        yield Evidence(
-            kernel, format, head.get("architecture", "?"), state, head["date"][:10], head["device"], head["commit"]
-        )
+        state = NOW if row.seconds else WRONG if row.status == "wrong" else REFUSED
+        if head.get("kernels", {}).get(row.kernel) != fingerprint(row.kernel):
+            state = OLDER if state != REFUSED else NEVER
+        before = states.get((row.kernel, row.format), NEVER)
+        states[row.kernel, row.format] = max(before, state, key=RANK.index)
+    for (kernel, format), state in states.items():
+        if state != NEVER:
+            where = head.get("architecture", "?")
+            yield Evidence(kernel, format, where, state, head["date"][:10], head["device"], head["commit"])
 
 
 def stale(lines: Sequence[Evidence]) -> list[Evidence]:
-    return [line for line in lines if line.state != NOW]
+    return [line for line in lines if line.state not in (NOW, REFUSED)]
 
 
 def table(lines: Sequence[Evidence]) -> str:

@@ -1,8 +1,9 @@
 """Which source files make which kernel, and the hash by which a record says what it measured.
 
-A kernel is named <cpu|cuda|triton>/<family>. Its table row names translation units (or Triton modules); the headers
-that they include, and those that these include, are found by reading them. bindings.cpp belongs to none: it hands over
-addresses. A test holds the table against the tree.
+A kernel is named <cpu|cuda|triton>/<family>. Which files it is made of follows from their names: a file whose name
+begins with a family's belongs to it, any other to all families of its folder. C++ headers belong to who includes them.
+So there is no table to forget; a test looks that no file is left out. bindings.cpp belongs to none: it hands over
+addresses.
 """
 
 from __future__ import annotations
@@ -16,56 +17,62 @@ from typing import NamedTuple
 from inferix_kernels.layout import KV_FORMATS
 
 ROOT = Path(__file__).parent.parent.parent
-GLUE = ("csrc/bindings.cpp",)
+# What the families' rows name as formats: of pages, or of 8-bit weights.
+FORMATS = {"attention": KV_FORMATS, "kv_pages": KV_FORMATS, "qkv": KV_FORMATS, "linear": ("int8", "fp8")}
 
 
-class Kernel(NamedTuple):
-    """Source files, and the formats that the kernel is written for."""
-
-    sources: tuple[str, ...]
-    formats: tuple[str, ...]
+class Folder(NamedTuple):
+    path: str
+    suffixes: tuple[str, ...]
 
 
-def _sources(folder: str, stems: str, suffix: str) -> tuple[str, ...]:
-    return tuple(f"{folder}/{stem}{suffix}" for stem in stems.split())
-
-
-_CUDA_FORMATS = ("fp32", "fp16", "bf16", "int8")
-KERNELS = {
-    "cpu/attention": Kernel(_sources("csrc/cpu", "attention decode pages parallel", ".cpp"), KV_FORMATS),
-    "cpu/kv_pages": Kernel(_sources("csrc/cpu", "kv_pages encode decode pages parallel", ".cpp"), KV_FORMATS),
-    "cpu/qkv": Kernel(_sources("csrc/cpu", "qkv encode pages parallel", ".cpp"), KV_FORMATS),
-    "cuda/attention": Kernel(("csrc/cuda/attention.cu",), ("fp32", "fp16", "bf16")),
-    "cuda/kv_pages": Kernel(("csrc/cuda/kv_pages.cu",), _CUDA_FORMATS),
-    "triton/kv_pages": Kernel(
-        _sources("inferix_kernels/triton_kernels", "__init__ codecs kv_pages launch", ".py"), KV_FORMATS
-    ),
+FOLDERS = {
+    "cpu": Folder("csrc/cpu", (".cpp",)),
+    "cuda": Folder("csrc/cuda", (".cu",)),
+    "triton": Folder("inferix_kernels/triton_kernels", (".py", ".json")),  # .json: what was tuned
 }
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
-def files_of(kernel: str, root: Path = ROOT) -> list[Path]:
-    """Sources of a kernel with the headers they include, sorted.
+def kernels(root: Path = ROOT) -> dict[str, tuple[str, ...]]:
+    """Kernel -> its formats, of all kernels that there are."""
+    found = {f"{device}/{family}": formats for device in FOLDERS for family, formats in FORMATS.items()}
+    return {name: formats for name, formats in found.items() if _own(name, root)}
 
-    Raises:
-        FileNotFoundError: the table names a file that is not there.
-    """
+
+def family_of(path: Path) -> str:
+    """ "" for a file that all families of its folder share."""
+    return next((family for family in FORMATS if path.stem.startswith(family)), "")
+
+
+def files_of(kernel: str, root: Path = ROOT) -> list[Path]:
+    """Sources of a kernel with the headers that they include, and that these include, sorted."""
+    device = kernel.split("/")[0]
+    pending = _own(kernel, root) + [path for path in _sources(device, root) if not family_of(path)]
     found: set[Path] = set()
-    pending = [root / source for source in KERNELS[kernel].sources]
     while pending:
         path = pending.pop()
-        if path in found:
-            continue
-        if not path.exists():
-            raise FileNotFoundError(
-                f"benchmarks/harness/ledger.py: {kernel} names {path.relative_to(root)}, which is not there"
-            )
-        found.add(path)
-        if path.suffix != ".py":
-            for name in _INCLUDE.findall(path.read_text()):
-                nearest = [folder / name for folder in (path.parent, root / "csrc") if (folder / name).exists()]
-                pending += [nearest[0].resolve()] if nearest else []
+        if path not in found:
+            found.add(path)
+            pending += _included(path, root)
     return sorted(found)
+
+
+def _own(kernel: str, root: Path) -> list[Path]:
+    device, family = kernel.split("/")
+    return [path for path in _sources(device, root) if family_of(path) == family]
+
+
+def _sources(device: str, root: Path) -> list[Path]:
+    folder = FOLDERS[device]
+    return [path for path in (root / folder.path).rglob("*") if path.suffix in folder.suffixes]
+
+
+def _included(path: Path, root: Path) -> list[Path]:
+    if path.suffix in (".py", ".json"):
+        return []
+    places = [[folder / name for folder in (path.parent, root / "csrc")] for name in _INCLUDE.findall(path.read_text())]
+    return [next(place for place in both if place.exists()).resolve() for both in places if any(map(Path.exists, both))]
 
 
 @cache
@@ -78,4 +85,4 @@ def fingerprint(kernel: str, root: Path = ROOT) -> str:
 
 
 def fingerprints() -> dict[str, str]:
-    return {kernel: fingerprint(kernel) for kernel in KERNELS}
+    return {kernel: fingerprint(kernel) for kernel in kernels()}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BOTH = ("cpu", "cuda")
 
 
-@peer("linear", "torch", ("fp32", "bf16"), BOTH)
+@peer("linear", "torch", ("fp32", "bf16"), BOTH, op="linear")
 def matmul(inputs: Inputs, format: str) -> Prepared:
     x, w, bias = (x.to(DTYPES[format]) for x in (inputs.x, inputs.w, inputs.bias))
     return Prepared(lambda: F.linear(x, w, bias))
@@ -31,7 +31,7 @@ def quantized(x: Tensor, dtype: torch.dtype, largest: float) -> tuple[Tensor, Te
     return (codes if dtype.is_floating_point else codes.round()).to(dtype), scale
 
 
-@peer("linear", "torch-int-mm", ("int8",), BOTH)
+@peer("linear", "torch-int-mm", ("int8",), BOTH, op="linear")
 def int_mm(inputs: Inputs, format: str) -> Prepared:
     """torch._int_mm: int32 sums of the product; quantizing, scales and bias are torch ops around it."""
     x, bias = inputs.x.bfloat16(), inputs.bias
@@ -45,7 +45,7 @@ def int_mm(inputs: Inputs, format: str) -> Prepared:
     return Prepared(run)
 
 
-@peer("linear", "torch-scaled-mm", ("fp8",))
+@peer("linear", "torch-scaled-mm", ("fp8",), op="linear")
 def scaled_mm(inputs: Inputs, format: str) -> Prepared:
     """torch._scaled_mm with a scale per token and per channel; quantizing the tokens is torch ops before it."""
     x, bias = inputs.x.bfloat16(), inputs.bias.bfloat16()
@@ -59,7 +59,7 @@ def scaled_mm(inputs: Inputs, format: str) -> Prepared:
     return Prepared(run)
 
 
-@peer("linear", "torchao", ("int8", "fp8"), module="torchao")
+@peer("linear", "torchao", ("int8", "fp8"), module="torchao", op="linear")
 def torchao(inputs: Inputs, format: str) -> Prepared:
     """Its dynamic quantization of an nn.Linear, compiled, which is how it is meant to run."""
     library = importlib.import_module("torchao.quantization")
@@ -72,3 +72,17 @@ def torchao(inputs: Inputs, format: str) -> Prepared:
         library.quantize_(layer, library.Float8DynamicActivationFloat8WeightConfig(granularity=library.PerRow()))
     call, x = torch.compile(layer), inputs.x.bfloat16()
     return Prepared(lambda: call(x))
+
+
+@peer("linear", "torch", ("int8", "fp8"), BOTH, op="quantize")
+def quantize(inputs: Inputs, format: str) -> Prepared:
+    dtype, largest = (torch.int8, 127) if format == "int8" else (torch.float8_e4m3fn, 448)
+    x = inputs.x.bfloat16()
+    return Prepared(lambda: quantized(x, dtype, largest), lambda pair: pair[0].float() * pair[1])
+
+
+@peer("linear", "inductor", ("int8", "fp8"), op="quantize")
+def quantize_compiled(inputs: Inputs, format: str) -> Prepared:
+    dtype, largest = (torch.int8, 127) if format == "int8" else (torch.float8_e4m3fn, 448)
+    x, call = inputs.x.bfloat16(), torch.compile(quantized)
+    return Prepared(lambda: call(x, dtype, largest), lambda pair: pair[0].float() * pair[1])
