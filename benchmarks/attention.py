@@ -23,7 +23,7 @@ from .shapes import Shape
 
 # Queries are in the precision that a model would have beside pages of this format.
 QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
-EVERY = 16  # one row of so many is compared with the reference, at another place in each tile of 16
+SCORES = 1 << 30  # bytes of them that the reference may hold: it is given so many of the queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,22 @@ class Inputs:
     page_size: int
     segments: tuple[tuple[int, int, int], ...]
 
+    @property
+    def every(self) -> int:
+        """One row of so many is compared with the reference: all of them, unless that would take too much memory."""
+        return -(-4 * len(self.q) * len(self.k) * self.q.shape[1] // len(self.segments) // SCORES)
+
     def plan(self, every: int = 1) -> Plan:
         """For one query of so many in each segment."""
         ids, lens = self.where.ids.tolist(), self.where.lens.tolist()
         return make_plan([(-(-n // every), ids[a:b], lens[a:b]) for n, a, b in self.segments], self.q.device)
 
     def rows(self) -> Tensor:
-        """Which queries are compared: as many as plan(EVERY) has."""
-        parts, start = [], 0
+        """Which queries are compared: as many as plan(every) has, each at another place among its neighbours."""
+        parts, start, every = [], 0, self.every
         for queries, _, _ in self.segments:
-            tiles = torch.arange(-(-queries // EVERY))
-            parts.append(start + (EVERY * tiles + 7 * tiles % EVERY).clamp(max=queries - 1))
+            tiles = torch.arange(-(-queries // every))
+            parts.append(start + (every * tiles + 7 * tiles % every).clamp(max=queries - 1))
             start += queries
         return torch.cat(parts).to(self.q.device)
 
@@ -79,9 +84,9 @@ def make_inputs(shape: Shape, device: torch.device, listed: float = 1.0, worlds:
 
 
 def expected(inputs: Inputs) -> Tensor:
-    """The reference over fp32 pages, for some of the rows."""
+    """The reference over fp32 pages."""
     q = inputs.q[inputs.rows()]
-    return paged_attention(q, [inputs.pool("fp32")], inputs.plan(EVERY), backend="reference")[0]
+    return paged_attention(q, [inputs.pool("fp32")], inputs.plan(inputs.every), backend="reference")[0]
 
 
 def ours(inputs: Inputs, format: str, backend: str) -> Prepared:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import e2e, families, shapes, sweep
+from benchmarks import attention, e2e, families, shapes, sweep
 from benchmarks.harness import measure, plots, show, timing
 from benchmarks.harness.case import EXACT, Case, Contender, Error, Limit, Prepared, error_of
 from benchmarks.harness.measure import Contest, Machine, Settings, measure_case
@@ -107,6 +107,21 @@ def test_the_error_of_one_row_is_not_averaged_away():
         error_of(want[1:], want)
 
 
+def test_attention_is_compared_in_every_row_or_where_that_is_too_much_all_over():
+    for sizes in ("192x576x4x64", "468x3276x12x128", "33x150x4/2x32"):
+        inputs = attention.make_inputs(shapes.find_shape(sizes), torch.device("cpu"))
+        assert inputs.rows().tolist() == list(range(len(inputs.q)))
+    few = dataclasses.replace(inputs, segments=((20, 0, 5), (13, 5, 10)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SCORES", 4 * 33 * 150 * 4 // 2 // 8)
+        rows, plan, every = few.rows(), few.plan(few.every), few.every
+    assert every > 1 and len(rows) == plan.q_indptr[-1] and (rows[: plan.q_indptr[1]] < 20).all()
+    assert len(set(rows.tolist())) == len(rows) and (rows[plan.q_indptr[1] :] >= 20).all()
+    out = torch.zeros_like(inputs.q)
+    out[-1] = torch.inf
+    assert attention.sampled(out, inputs).isnan().any()
+
+
 def test_contenders_take_turns_in_changing_order_on_cold_caches(monkeypatch):
     order = []
     monkeypatch.setattr(MACHINE, "flush", lambda: order.append("flush"))
@@ -187,8 +202,17 @@ def test_kv_bytes_are_flat_with_a_window():
 def test_the_loop_on_another_attention_is_shown_as_wrong(monkeypatch):
     gather = e2e.GatherAttention.__call__
     monkeypatch.setattr(e2e.GatherAttention, "__call__", lambda *a, **k: tuple(1.1 * x for x in gather(*a, **k)))
-    ours, baseline = e2e.run(QUICK, [])
-    assert ours.status == "wrong" and not ours.metrics and baseline.metrics
+    *ours, baseline = e2e.run(QUICK, [])
+    assert len(ours) == 2 and baseline.metrics
+    assert all(row.status == "wrong" and not row.metrics and not row.seconds for row in ours)
+
+
+def test_the_loop_is_split_into_its_parts(rows):
+    fused, separate, baseline = rows["e2e"]
+    assert "clean pass ms" not in fused.metrics and separate.metrics["clean pass ms"] > 0
+    for row in (fused, separate, baseline):
+        assert row.metrics["first frame ms"] > 0 and row.metrics["KV MiB"] > 0 and row.metrics["window full %"] == 100
+    assert abs(fused.error["relative"]) < 1e-3
 
 
 def test_run_writes_rows_tables_a_plot_and_what_ci_reads(tmp_path, capsys):

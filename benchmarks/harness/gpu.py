@@ -27,9 +27,8 @@ from .table import markdown
 
 LOG_BYTES = 8 << 20
 NO_TESTS = 5  # pytest's exit code when it had nothing to run
-SAID_NO = (
-    1  # of pytest: a test failed; of run: a kernel of ours is wrong. Both are findings, not to be looked for again
-)
+# Of pytest: a test failed; of run: a kernel of ours is wrong. Both are findings, not to be looked for again.
+SAID_NO = 1
 AGAIN = 3
 # Most wanted first: a run may end before it comes to the last.
 PLAN = (
@@ -85,18 +84,8 @@ class Run:
             yield Stage("build", [python, "setup.py", "build_ext", "--inplace"])
         yield Stage("env", [python, "-m", "benchmarks", "env", "--device", device])
         yield Stage("kernels", [python, "-m", "inferix_kernels"])
-        pytest = [
-            python,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-q",
-            "--continue-on-collection-errors",
-            "-p",
-            "no:cacheprovider",
-        ]
-        yield Stage("tests", [*pytest, *self.tests], "tests.txt", (0, SAID_NO, NO_TESTS))
+        pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", *self.tests]
+        yield Stage("tests", pytest, "tests.txt", (0, SAID_NO, NO_TESTS))
         measure = ["--device", device, "--json", str(self.out / "run.jsonl")]
         quick = ["--rounds", "3", "--seconds", "2", "--blocks", "3"] if self.dry else ["--seconds", "20"]
         model = ["--model", "self-forcing"]

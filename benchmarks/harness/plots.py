@@ -193,6 +193,7 @@ def _lines(axes: Axes, lines: Sequence[Series], label: str, unit: str) -> None:
     if logarithmic:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_ylim(top=2.5 * axes.get_ylim()[1])  # room for the legend
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         for each in (axes.xaxis, axes.yaxis):

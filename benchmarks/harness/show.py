@@ -9,20 +9,8 @@ from .measure import best_peer
 from .rows import Row
 from .table import bytes_of, markdown, time_of
 
-COLUMNS = (
-    "contender",
-    "format",
-    "right",
-    "rel. error",
-    "max. error",
-    "median",
-    "p20",
-    "p80",
-    "rate",
-    "of peak",
-    "x peer",
-    "memory",
-)
+COLUMNS = ("contender", "format", "right", "rel. error", "max. error")
+TIMES = ("median", "p20", "p80", "rate", "of peak", "x peer", "memory")
 MARKS = {"ok": "✓", "wrong": "✗ WRONG", "failed": "✗ failed", "unsupported": "refused", "absent": "absent"}
 
 
@@ -42,7 +30,7 @@ def case_table(rows: Sequence[Row]) -> str:
         (row for row in rows if not row.peak and row.status in ("ok", "wrong", "failed")),
         key=lambda row: (not row.ours, row.median if row.seconds else float("inf")),
     )
-    lines = [markdown(COLUMNS, [cells(row, peer) for row in shown], left=3)] if shown else []
+    lines = [markdown([*COLUMNS, *TIMES], [cells(row, peer) for row in shown], left=3)] if shown else []
     lines += [f"{row.contender}, {row.format}: {row.note}" for row in shown if row.status != "ok"]
     for status, words in (("unsupported", "refused"), ("absent", "not on this machine")):
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -62,7 +50,7 @@ def cells(row: Row, peer: Row | None) -> list[str]:
     named = [row.contender, row.format, MARKS[row.status]]
     errors = [f"{row.error[name]:.1e}" if row.error else "" for name in ("relative", "max")]
     if not row.seconds:
-        return named + errors + [""] * 7
+        return [*named, *errors, *("" for _ in TIMES)]
     times = [time_of(value) for value in (row.median, row.quantile(20), row.quantile(80))]
     ratio = f"{peer.median / row.median:.2f}" if peer else ""
     return [*named, *errors, *times, rate(row), f"{row.share:.0%}" if row.share else "", ratio, bytes_of(row.memory)]

@@ -88,7 +88,7 @@ def cupti(calls: Sequence[Call]) -> Sampler:
             for call in calls:
                 call()
             torch.cuda.synchronize()
-        microseconds = sum(event.self_device_time_total for event in profiler.key_averages())
+        microseconds = sum(kernel.self_device_time_total for kernel in profiler.key_averages())
         return Sample(microseconds / len(calls) / 1e6)
 
     return sample
