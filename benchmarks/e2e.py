@@ -65,6 +65,7 @@ class Loop:
     pictures: Callable[[Tensor], Any] | None
     attention: Callable[[], AbstractContextManager[Any]]
     device: str
+    clock: Callable[[], float]
     latents: list[Tensor] = dataclasses.field(default_factory=list)
     made: list[float] = dataclasses.field(default_factory=list)  # seconds per block, of the network
     clean: list[float] = dataclasses.field(default_factory=list)  # of these, in a clean pass of its own
@@ -74,7 +75,7 @@ class Loop:
     def now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
     def step(self) -> None:
         with self.attention(), Peak(self.device) as peak:
@@ -177,7 +178,8 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
         pictures = None
     gather = GatherAttention()
     attention = (lambda: mock.patch.object(passes, "paged_attention", gather)) if name == "gather-sdpa" else nullcontext
-    return Loop(name, decoder, condition, pictures, attention, settings.device)
+    clock = time.process_time if settings.timer == "cpu" else time.perf_counter
+    return Loop(name, decoder, condition, pictures, attention, settings.device, clock)
 
 
 def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
