@@ -52,6 +52,7 @@ def test_rows_are_added_and_a_case_measured_again_replaces_its_first(tmp_path):
     rows.append(path, HEADER, [a_row(seconds=[2e-3]), a_row(format="int8")])
     back = Document.load(path)
     assert [(row.format, row.median) for row in back.rows] == [("bf16", 2e-3), ("int8", 1e-3)]
+    assert a_row(metrics={"x": 1}).key != a_row(metrics={"x": 2}).key
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return (self.family, self.op, self.shape, self.contender, self.format, self.device)
+        """What no two rows of a run have in common; points of a sweep differ in x."""
+        return (self.case, self.contender, self.format, self.device, str(self.metrics.get("x", "")))
 
     @property
     def ours(self) -> bool:
@@ -113,7 +114,7 @@ class Document:
             raise BadRecord(f"{path} must hold a list of rows")
         checked = [_row(f"{path}, row {i}", row) for i, row in enumerate(rows)]
         # What was measured again after a run was cut off stands for what it had before.
-        return cls(head["header"], list({(row.key, row.metrics.get("x")): row for row in checked}.values()))
+        return cls(head["header"], list({row.key: row for row in checked}.values()))
 
 
 def append(path: Path, header: dict[str, Any], rows: Iterable[Row]) -> None:
