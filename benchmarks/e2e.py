@@ -28,7 +28,6 @@ from .harness.measure import Settings
 from .harness.memory import Peak
 from .harness.rows import Row
 
-MODELS = ("tiny", "self-forcing")
 KV = "int8"
 CHECKED = 3  # blocks whose latents are compared: by then the past is read back from its committed pages
 # Both loops read the same codes; they differ by rounding, which the denoising of three blocks carries on.

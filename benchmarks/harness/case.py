@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inferix_kernels import Unsupported
-
 Result = Tensor | tuple[Tensor, ...]
 
 
@@ -142,12 +140,3 @@ def _error(got: Tensor, want: Tensor) -> Error:
     typical = sizes.square().mean().sqrt().clamp(min=1e-30)
     relative = difference.norm() / want.norm().clamp(min=1e-30)
     return Error(float(difference.abs().max()), float(relative), float(rows.max() / typical))
-
-
-def unsupported(reason: str) -> Callable[[Any], Prepared]:
-    """A `prepare` that says why there is nothing to prepare."""
-
-    def prepare(inputs: Any) -> Prepared:
-        raise Unsupported(reason)
-
-    return prepare

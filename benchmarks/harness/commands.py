@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -140,8 +141,8 @@ def compare(args: argparse.Namespace) -> int:
     lines: list[comparison.Line] = []
     if args.a.is_dir() and args.b.is_dir():
         settings = settings_of(args, "cpu" if args.device == "cpu" and args.threads == 1 else "")
-        if not args.backends:
-            settings = comparison.ours_only(settings)
+        if not args.backends:  # what is judged is our code
+            settings = dataclasses.replace(settings, backends=("ours",))
         wanted = [
             (name, shape, i)
             for name in args.families or families.FAMILIES

@@ -72,11 +72,6 @@ def _drift(row: Row, rows: Sequence[Row], theirs: Mapping[tuple[str, ...], Row])
     return other.median / bound.median if bound and other and other.seconds else 1.0
 
 
-def ours_only(settings: Settings) -> Settings:
-    """What is judged is our code."""
-    return dataclasses.replace(settings, backends=("ours",))
-
-
 class Worker:
     """A process that measures with our harness and the kernels of one source tree, a round at a time."""
 

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -132,11 +133,12 @@ class Run:
             errors="replace",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             output, code = process.communicate(timeout=seconds)[0], process.returncode
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
             output, code = process.communicate()[0] + "\n[stopped: no time left]\n", -1
         self._log(f"\n===== {stage.name}: {' '.join(stage.command)}\n{output}[exit code {code}]\n")
         if stage.output:

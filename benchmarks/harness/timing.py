@@ -14,7 +14,6 @@ call, `graph` and `cupti` by going around copies of the operands that no cache h
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -116,8 +115,3 @@ def cache_bytes(device: torch.device) -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
-
-
-def load() -> float:
-    """Processes that want a processor, over the last minute."""
-    return os.getloadavg()[0]
