@@ -297,6 +297,16 @@ def test_a_stage_that_hangs_is_stopped_in_time(tmp_path):
     assert not entry["done"] and entry["seconds"] < 10 and "no time left" in (tmp_path / "log.txt").read_text()
 
 
+def test_test_files_that_lack_a_package_are_told_from_tests_that_fail(tmp_path):
+    (tmp_path / "test_a.py").write_text("import no_such_package\n")
+    (tmp_path / "test_b.py").write_text("def test_b():\n    pass\n")
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    stage = Stage("tests", [*pytest_, str(tmp_path)], "tests.txt", (0, 1))
+    assert Run(tmp_path / "out", dry=True)._do(stage, 60)["code"] == 0
+    (tmp_path / "test_b.py").write_text("def test_b():\n    import no_such_package\n")
+    assert Run(tmp_path / "out", dry=True)._do(stage, 60)["code"] == 1
+
+
 def test_the_example_workflow_uses_commands_that_there_are():
     text = (Path(ROOT) / ".github" / "workflows" / "gpu-benchmarks.yml").read_text()
     commands = [
