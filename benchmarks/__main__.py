@@ -1,41 +1,121 @@
-"""`python -m benchmarks run [attention] [kv_pages]`: our kernels beside what else could do their work.
+"""`python -m benchmarks`: what our kernels do on this machine beside what else could do their work.
 
-Each contender's output is compared with the reference first; a wrong one is shown as wrong, and not timed.
+list      families, shapes, contenders, and which of them this machine has
+run       check every contender against the reference, then time those that are right, taking turns
+compare   two runs, or two source trees measured now: FASTER, SLOWER, SAME or UNSURE, with an interval
+sweep     cost against pages, sparsity, worlds and blocks, with the fitted exponent
+evidence  which kernel was measured in which format on which architecture, and whether at this source
+report    make the tables between the marks of README.md anew, from the records
+env       what a figure of this machine would be a figure of
+gpu       all of it in one call, with build and tests; goes on where an earlier call ended
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from rich.console import Console
 
-FAMILIES = ("attention", "kv_pages")
+from . import families, sweep
+from .harness import commands
+from .harness.timing import TIMERS
+from .harness.verdict import MARGIN
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure on this machine")
-    run.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)} (default: all)")
-    run.add_argument("--device", choices=["cpu"], default="cpu")
-    run.add_argument("--rounds", type=int, default=10)
-    run.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args(argv)
-    unknown = [family for family in args.families if family not in FAMILIES]
-    if unknown:
-        parser.error(f"family must be one of {', '.join(FAMILIES)}, got {unknown[0]!r}")
-    if args.rounds < 2:
-        parser.error(f"--rounds must be at least 2, got {args.rounds}")
-    torch.set_num_threads(args.threads)
-    console = Console()
-    for family in args.families or FAMILIES:
-        module = importlib.import_module(f".{family}", __package__)
-        for table in module.tables(args.rounds):
-            table.title = f"{table.title}, {args.threads} threads"
-            console.print(table)
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subparsers = top.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, call: Callable[[argparse.Namespace], int], help: str) -> Callable[..., object]:
+        made = subparsers.add_parser(name, help=help, description=call.__doc__)
+        made.set_defaults(call=call)
+        return made.add_argument
+
+    add = command("list", commands.listing, "families, shapes and contenders")
+    add("--device", choices=list(TIMERS), default=default_device())
+    add = command("run", commands.run, "measure on this machine")
+    add("families", nargs="*", metavar="family", help=f"of {', '.join(families.FAMILIES)} (default: all)")
+    measuring(add)
+    results(add)
+    add("--markdown", action="store_true", help="print nothing but the tables")
+    add("--github", type=Path, metavar="F", help="write what github-action-benchmark reads (customSmallerIsBetter)")
+    add("--model", choices=["tiny", "self-forcing"], help="of e2e (default: tiny; self-forcing on a GPU)")
+    add("--weights", help="of e2e: its checkpoint (default: its own, or random ones)")
+    add("--blocks", type=int, default=12, help="of e2e (default: 12)")
+    add = command("compare", commands.compare, "two runs, or two source trees")
+    add("a", type=Path, help="a file that run wrote, or a source tree with its extension built")
+    add("b", type=Path, help="the same: what is judged")
+    add("families", nargs="*", metavar="family", help="of two trees (default: all with cases)")
+    add("--margin", type=float, default=MARGIN, help=f"ratios closer to 1 are SAME (default: {MARGIN})")
+    measuring(add, rounds=200)
+    add = command("sweep", commands.sweep, "what grows with what")
+    axes = [*sweep.AXES, sweep.BLOCKS]
+    add("axes", nargs="*", metavar="axis", help=f"of {', '.join(axes)} (default: all)")
+    add("--shape", dest="shapes", type=names, default=("tiny",), metavar="S", help="of one world (default: tiny)")
+    measuring(add, shapes=False)
+    results(add)
+    add = command("evidence", commands.show_evidence, "what was measured, and whether it still holds")
+    add("--fail-on-stale", action="store_true", help="exit code 1 unless every line is measured at this source")
+    add("--only", type=names, default=(), metavar="A,B", help="kernels by name or part of it: cpu, cuda/attention ...")
+    add("--records", type=Path, action="append", metavar="F", help="files beside benchmarks/records")
+    add = command("report", commands.report, "tables and plots from records")
+    add("files", nargs="*", type=Path, help="Markdown files with marks (default: README.md)")
+    add("--records", type=Path, action="append", metavar="F", help="only these, instead of benchmarks/records")
+    add("--plot", type=Path, metavar="F", help="draw the newest record's rates")
+    add("--plot-sweep", type=Path, metavar="F", help="draw the newest record's sweeps")
+    add = command("env", commands.env, "the header of a record")
+    add("--device", choices=list(TIMERS), default=default_device())
+    add = command("gpu", commands.gpu, "a whole run in one call")
+    add("--out", type=Path, required=True, metavar="DIR", help="at most 8 files of at most 16 MB; goes on with it")
+    add("--minutes", type=float, default=8, help="stop in time (default: 8)")
+    add("--dry-run", action="store_true", help="every stage on the CPU, at shapes for tests")
+    return top
+
+
+def measuring(add: Callable[..., object], rounds: int = 20, shapes: bool = True) -> None:
+    """What decides what is measured, and how."""
+    if shapes:
+        add("--shapes", type=names, default=(), metavar="A,B", help="names (see list) or numbers: 468x3276x12x128")
+    add("--backends", type=names, default=(), metavar="A,B", help='contenders: "ours", "sdpa", "flash-attn" ...')
+    add("--formats", type=names, default=(), metavar="A,B", help="of K and V, or of the weights: int8,bf16 ...")
+    add("--device", choices=list(TIMERS), default=default_device())
+    add("--timer", choices=[name for timers in TIMERS.values() for name in timers], help="see harness/timing.py")
+    add("--cold-l2", dest="cold", action="store_true", default=True, help="nothing is in the caches (default)")
+    add("--warm-l2", dest="cold", action="store_false", help="a call finds what the one before it left there")
+    add("--rounds", type=int, default=rounds, help=f"at most; 0: check only (default: {rounds})")
+    add("--seconds", type=float, default=60, help="at most so long for a case, but for 5 rounds (default: 60)")
+    add("--threads", type=int, default=torch.get_num_threads())
+
+
+def results(add: Callable[..., object]) -> None:
+    add("--json", type=Path, metavar="F", help="write all rows and rounds; F.jsonl is added to")
+    add("--record", action="store_true", help="add to benchmarks/records: evidence, and what report shows")
+    add("--note", default="", help="words for the record: was the machine quiet?")
+    add("--plot", type=Path, metavar="F", help="draw it (.png, .svg or .pdf)")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        result: int = args.call(args)
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,96 +1,188 @@
-"""Attention over pages beside torch's attention over contiguous K and V."""
+"""Attention of one block over its past: ours from pages, in every format, beside attention over contiguous K and V.
+
+Peers get K and V contiguous for free, as no cache of pages could hand them over; "gather-sdpa" pays for it.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from rich.table import Table
+from torch import Tensor
 
-from inferix_kernels import KVPages, PageList, Unsupported, kv_append, make_plan, paged_attention
+from inferix_kernels import KVPages, PageList, Plan, kv_append, make_plan, merge_attention, paged_attention
+from inferix_kernels.layout import KV_FORMATS
+from inferix_kernels.memory import page_bytes
 
-from .timing import measure, quartiles
+from . import peers
+from .harness.case import DTYPES, LIMITS, Case, Contender, Prepared
+from .harness.ours import BACKENDS, kernel_of
+from .shapes import Shape
 
-
-class Shape(NamedTuple):
-    """Queries of one block over the keys it sees; pages of 64."""
-
-    name: str
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+# Queries are in the precision that a model would have beside pages of this format.
+QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+SCORES = 1 << 30  # bytes of them that the reference may hold: it is given so many of the queries
 
 
-SHAPES = (
-    Shape("tiny world, window 9", 192, 576, 4, 4, 64),
-    Shape("Wan 1.3B frame, 3 frames of past", 1560, 6240, 4, 4, 128),  # 4 of its 12 heads
-    Shape("MAGI-1 4.5B slice, grouped heads", 1024, 4096, 6, 2, 128),
-)
-# Relative error of the output allowed to a format: rounding of its inputs, in the mean over random data.
-TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "int8": 2e-2}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """q [T, Hq, D], k and v [N, H, D]: float32 holding bfloat16 numbers, so that formats differ in what they lose.
+
+    Tokens of k and v, in order, belong into the shuffled pages `where`. Each segment is a number of queries and the
+    entries of `where`, from first to last, that they see.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    where: PageList
+    page_size: int
+    segments: tuple[tuple[int, int, int], ...]
+
+    @property
+    def every(self) -> int:
+        """One row of so many is compared with the reference: all of them, unless that would take too much memory."""
+        return -(-4 * len(self.q) * len(self.k) * self.q.shape[1] // len(self.segments) // SCORES)
+
+    def plan(self, every: int = 1) -> Plan:
+        """For one query of so many in each segment."""
+        ids, lens = self.where.ids.tolist(), self.where.lens.tolist()
+        return make_plan([(-(-n // every), ids[a:b], lens[a:b]) for n, a, b in self.segments], self.q.device)
+
+    def rows(self) -> Tensor:
+        """Which queries are compared: as many as plan(every) has, each at another place among its neighbours."""
+        parts, start, every = [], 0, self.every
+        for queries, _, _ in self.segments:
+            tiles = torch.arange(-(-queries // every))
+            parts.append(start + (every * tiles + 7 * tiles % every).clamp(max=queries - 1))
+            start += queries
+        return torch.cat(parts).to(self.q.device)
+
+    def pool(self, format: str) -> KVPages:
+        _, heads, dim = self.k.shape
+        pool = KVPages.empty(format, len(self.where.ids), heads, self.page_size, dim, self.k.device)
+        kv_append(self.k, self.v, pool, self.where, backend="reference")
+        return pool
 
 
-def contenders(shape: Shape) -> dict[str, tuple[Callable[[], torch.Tensor], float]]:
-    """Name -> (call that returns out [T, Hq, D], tolerance)."""
+def make_inputs(shape: Shape, device: torch.device, listed: float = 1.0, worlds: int = 1) -> Inputs:
+    """The shape's queries over a share of its pages; of several worlds, each with pages of its own, in one call."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(shape.queries, shape.heads, shape.head_dim, generator=generator)
-    k, v = (torch.randn(shape.keys, shape.kv_heads, shape.head_dim, generator=generator) for _ in range(2))
-    count = -(-shape.keys // 64)
-    ids = torch.randperm(count, generator=generator).tolist()
-    lens = [64] * (count - 1) + [shape.keys - 64 * (count - 1)]
-    plan = make_plan([(shape.queries, ids, lens)])
-    calls: dict[str, tuple[Callable[[], torch.Tensor], float]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        heads_first = [x.to(dtype).transpose(0, 1)[None].contiguous() for x in (q, k, v)]
 
-        def sdpa(qkv: list[torch.Tensor] = heads_first) -> torch.Tensor:
-            return F.scaled_dot_product_attention(*qkv, enable_gqa=True)[0].transpose(0, 1)
+    def draw(tokens: int, heads: int) -> Tensor:
+        return torch.randn(worlds * tokens, heads, shape.head_dim, generator=generator).bfloat16().float().to(device)
 
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        calls[f"torch SDPA, {name}"] = sdpa, TOLERANCE[name]
-    for format, dtype in DTYPES.items():
-        pages = KVPages.empty(format, count, shape.kv_heads, 64, shape.head_dim)
-        kv_append(k, v, pages, PageList.of(ids, lens))
-
-        def ours(q: torch.Tensor = q.to(dtype), pages: KVPages = pages) -> torch.Tensor:
-            return paged_attention(q, [pages], plan, backend="compiled")[0]
-
-        calls[f"inferix, {format} pages"] = ours, TOLERANCE[format]
-    return calls
+    count = -(-shape.keys // shape.page_size)
+    lens = [shape.page_size] * (count - 1) + [shape.keys - shape.page_size * (count - 1)]
+    where = PageList.of(torch.randperm(worlds * count, generator=generator).tolist(), worlds * lens, device)
+    q, k, v = (draw(*size) for size in ((shape.queries, shape.heads), *2 * ((shape.keys, shape.kv_heads),)))
+    seen = max(1, round(listed * count))
+    segments = tuple((shape.queries, world * count, world * count + seen) for world in range(worlds))
+    return Inputs(q, k, v, where, shape.page_size, segments)
 
 
-def tables(rounds: int) -> Iterator[Table]:
-    for shape in SHAPES:
-        yield _table(shape, rounds)
+def expected(inputs: Inputs) -> Tensor:
+    """The reference over fp32 pages."""
+    q = inputs.q[inputs.rows()]
+    return paged_attention(q, [inputs.pool("fp32")], inputs.plan(inputs.every), backend="reference")[0]
 
 
-def _table(shape: Shape, rounds: int) -> Table:
-    table = Table(title=f"{shape.name}: {shape[1:]}", title_justify="left")
-    for column in ("contender", "error", "median ms", "p20", "p80", "GFLOP/s", "x torch"):
-        table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
-    calls = contenders(shape)
-    exact = next(iter(calls.values()))[0]().float()
-    errors = {}
-    for name, (call, _) in calls.items():
-        try:
-            errors[name] = float((call().float() - exact).norm() / exact.norm())
-        except (Unsupported, ImportError) as error:
-            table.add_row(name, str(error))
-    right = [name for name, error in errors.items() if error <= calls[name][1]]
-    times = dict(zip(right, measure([calls[name][0] for name in right], rounds)))
-    torch_best = min(statistics.median(times[name]) for name in right if name.startswith("torch"))
-    work = 4 * shape.queries * shape.keys * shape.heads * shape.head_dim
-    for name, error in errors.items():
-        if name not in times:
-            table.add_row(name, f"{error:.1e} WRONG")
-            continue
-        median = statistics.median(times[name])
-        speed = f"{work / median / 1e9:.0f}", f"{torch_best / median:.2f}"
-        table.add_row(name, f"{error:.1e}", *quartiles(times[name]), *speed)
-    return table
+def ours(inputs: Inputs, format: str, backend: str) -> Prepared:
+    pool, plan = inputs.pool(format), inputs.plan()
+    q = inputs.q.to(QUERY_DTYPE.get(format, torch.bfloat16))
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+    return Prepared(
+        lambda: paged_attention(q, [pool], plan, out=out, lse=lse, backend=backend)[0],
+        lambda result: sampled(result, inputs),
+    )
+
+
+def sampled(out: Tensor, inputs: Inputs) -> Tensor:
+    """The rows to compare of out [T, Hq, D]; NaN if any other row holds one."""
+    rows = out[inputs.rows()].float()
+    return rows if out.isfinite().all() else rows * torch.nan
+
+
+def bytes_of(shape: Shape, format: str) -> int:
+    """Q, K and V read, the result written, once each."""
+    per_token = page_bytes(format, shape.kv_heads, shape.page_size, shape.head_dim) / shape.page_size
+    q = shape.queries * shape.heads * shape.head_dim * QUERY_DTYPE.get(format, torch.bfloat16).itemsize
+    return int(2 * q + shape.keys * per_token)
+
+
+def flops_of(shape: Shape) -> float:
+    return 4.0 * shape.queries * shape.keys * shape.heads * shape.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """Attention over the two halves of the keys: out [T, Hq, D] and natural lse [T, Hq] of each."""
+
+    a: tuple[Tensor, Tensor]
+    b: tuple[Tensor, Tensor]
+
+
+def make_halves(shape: Shape, device: torch.device) -> Halves:
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.queries, shape.heads, shape.head_dim)
+
+    def half() -> tuple[Tensor, Tensor]:
+        out = torch.randn(size, generator=generator).bfloat16().float()
+        return out.to(device), (torch.randn(size[:2], generator=generator) + 7).to(device)
+
+    return Halves(half(), half())
+
+
+def merge(halves: Halves, backend: str, format: str) -> Prepared:
+    (out_a, lse_a), (out_b, lse_b) = halves.a, halves.b
+    out_a, out_b = (x.to(DTYPES[format]) for x in (out_a, out_b))
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    return Prepared(
+        lambda: merge_attention(out_a, lse_a, out_b, lse_b, out=out, lse=lse, backend=backend),
+        lambda result: (result[0].float(), result[1]),
+    )
+
+
+def merged(halves: Halves) -> tuple[Tensor, ...]:
+    prepared = merge(halves, "reference", "fp32")
+    result: tuple[Tensor, ...] = prepared.run()
+    return result
+
+
+def cases(shape: Shape, device: str) -> Iterator[Case]:
+    mine = [
+        Contender(
+            f"ours-{backend}",
+            format,
+            partial(ours, format=format, backend=backend),
+            flops_of(shape),
+            bytes_of(shape, format),
+            LIMITS[format],
+            kernel_of(backend, device, "attention"),
+        )
+        for backend in BACKENDS[device]
+        for format in KV_FORMATS
+    ]
+    theirs = peers.contenders("attention", device, flops_of(shape), partial(bytes_of, shape), op="paged_attention")
+    yield Case("attention", "paged_attention", shape.name, partial(make_inputs, shape), expected, [*mine, *theirs])
+
+    def moved(format: str) -> int:
+        return shape.queries * shape.heads * (3 * shape.head_dim * DTYPES[format].itemsize + 3 * 4)
+
+    mine = [
+        Contender(
+            f"ours-{backend}",
+            format,
+            partial(merge, backend=backend, format=format),
+            0.0,
+            moved(format),
+            LIMITS[format],
+            kernel_of(backend, device, "attention"),
+        )
+        for backend in BACKENDS[device]
+        for format in DTYPES
+    ]
+    theirs = peers.contenders("attention", device, 0.0, moved, op="merge_attention")
+    yield Case("attention", "merge_attention", shape.name, partial(make_halves, shape), merged, [*mine, *theirs])

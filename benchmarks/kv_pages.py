@@ -1,146 +1,134 @@
-"""The KV store: bandwidth of the page ops, cost of the bookkeeping, bytes and error of every format."""
+"""The page ops on one block: append, commit and convert between formats, gather. Bytes per second beside a copy.
+
+Ours are held to the reference's very numbers. Peers quantize by rules of their own and are held to the numbers that
+were to be stored, within what their format loses.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
-from rich.table import Table
+from torch import Tensor
 
-from inferix_kernels import (
-    KVPages,
-    KVStore,
-    PageList,
-    Policy,
-    kv_append,
-    kv_commit,
-    kv_gather,
-    make_plan,
-    paged_attention,
-    reference,
-)
-from inferix_kernels.layout import FORMATS, KV_FORMATS
+from inferix_kernels import KVPages, PageList, kv_append, kv_commit, kv_gather
+from inferix_kernels.layout import KV_FORMATS
 from inferix_kernels.memory import page_bytes
-from inferix_kernels.testing import clustered_keys_and_values
 
-from .timing import copying, measure, quartiles
+from . import peers
+from .harness.case import EXACT, Case, Contender, Prepared, Result
+from .harness.ours import BACKENDS, kernel_of
+from .shapes import Shape
 
-# One block of Wan 1.3B at 480 x 832: 3 frames of 1560 tokens, 12 heads of 128.
-HEADS, HEAD_DIM, PAGE, PAGES = 12, 128, 64, 75
-SIDES = [("fp32", format) for format in ("fp32", "bf16", "int8", "i8f8", "fp8", "int4")]
-SIDES += [("bf16", format) for format in ("bf16", "int8", "i8f8", "int4")]
-SIDES += [("int8", "int8"), ("int8", "int4"), ("int4", "int8")]
-
-
-def tables(rounds: int) -> Iterator[Table]:
-    yield _bandwidth(rounds)
-    yield _bookkeeping(rounds)
-    yield _formats()
+SOURCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a world commits from: scratch in working precision, committed pages that age (Policy.older), and a plain copy.
+COMMITS = {
+    "fp32": ("int8", "i8f8", "fp8", "int4"),
+    "bf16": ("bf16", "int8", "i8f8", "fp8", "int4"),
+    "int8": ("int8", "int4"),
+}
 
 
-def _bandwidth(rounds: int) -> Table:
-    """Bytes read and written per second, beside a plain copy in the same rounds."""
-    title = f"page ops, {PAGES} pages x {HEADS} heads x {PAGE} x {HEAD_DIM}"
-    table = Table(title=title, title_justify="left")
-    for column in ("op", "codes", "median ms", "p20", "p80", "GB/s", "of memcpy"):
-        table.add_column(column, justify="left" if column == "op" else "right", no_wrap=True)
-    everything = PageList.of(range(PAGES), [PAGE] * PAGES)
-    pools = {format: KVPages.empty(format, PAGES, HEADS, PAGE, HEAD_DIM) for format in KV_FORMATS}
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """k, v [T, H, D] in `dtype`, of normal numbers; pages in shuffled order."""
+
+    k: Tensor
+    v: Tensor
+    where: PageList
+    page_size: int
+
+    def empty(self, format: str) -> KVPages:
+        _, heads, dim = self.k.shape
+        return KVPages.empty(format, len(self.where.ids), heads, self.page_size, dim, self.k.device)
+
+    def pool(self, format: str) -> KVPages:
+        pool = self.empty(format)
+        kv_append(self.k, self.v, pool, self.where, backend="reference")
+        return pool
+
+    def read(self, pool: KVPages) -> Tensor:
+        """[2, T, H, D] float32: what a pool holds, as the reference reads it."""
+        return torch.stack(kv_gather([pool], self.where, torch.float32, backend="reference"))
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(PAGES * PAGE, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
-    for pool in pools.values():
-        kv_append(k, v, pool, everything)
-    twins = {format: KVPages(*(None if x is None else x.clone() for x in pool)) for format, pool in pools.items()}
-    calls: dict[str, tuple[Callable[[], object], int, bool]] = {}
-    for source, target in SIDES:
-        right = _same_codes(pools[source], target)
-
-        def commit(source: KVPages = pools[source], target: KVPages = twins[target]) -> None:
-            kv_commit(source, everything, target, everything)
-
-        calls[f"commit {source} -> {target}"] = commit, pools[source].nbytes + pools[target].nbytes, right
-    out = torch.empty_like(k), torch.empty_like(v)
-    for format in ("int8", "int4"):
-
-        def gather(pages: KVPages = pools[format]) -> None:
-            kv_gather([pages], everything, out=out)
-
-        calls[f"gather {format} -> fp32"] = gather, pools[format].nbytes + 2 * out[0].nbytes, True
-    copied = 64 << 20
-    times = measure([copying(copied), *(call for call, _, _ in calls.values())], rounds)
-    peak = 2 * copied / statistics.median(times[0])
-    table.add_row("memcpy", "", *quartiles(times[0]), f"{peak / 1e9:.1f}", "")
-    for (name, (_, nbytes, right)), seconds in zip(calls.items(), times[1:]):
-        speed = nbytes / statistics.median(seconds)
-        verdict = "same" if right else "WRONG"
-        table.add_row(name, verdict, *quartiles(seconds), f"{speed / 1e9:.1f}", f"{speed / peak:.0%}")
-    return table
+    size = (shape.queries, shape.kv_heads, shape.head_dim)
+    k, v = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    count = -(-shape.queries // shape.page_size)
+    lens = [shape.page_size] * (count - 1) + [shape.queries - shape.page_size * (count - 1)]
+    where = PageList.of(torch.randperm(count, generator=generator).tolist(), lens, device)
+    return Inputs(k, v, where, shape.page_size)
 
 
-def _same_codes(source: KVPages, format: str, pages: int = 3) -> bool:
-    """Does the op write the very bits that the reference writes?"""
-    where = PageList.of(range(pages), [PAGE] * (pages - 1) + [PAGE // 3])
-    ours, theirs = (KVPages.empty(format, pages, HEADS, PAGE, HEAD_DIM) for _ in range(2))
-    kv_commit(source, where, ours, where)
-    reference.kv_commit(source, where, theirs, where)
-    return all(a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs))
+def truth(inputs: Inputs) -> Tensor:
+    return torch.stack((inputs.k, inputs.v)).float()
 
 
-def _bookkeeping(rounds: int) -> Table:
-    """Host time per block of a 21-frame window over 30 layers. The pools' sizes don't matter: nothing is computed."""
-    store = KVStore(
-        layers=30, heads=1, head_dim=16, frame_tokens=1560, block_frames=3, pools={"int8": 42}, scratch_format="bf16"
+def append(inputs: Inputs, backend: str, format: str) -> Prepared:
+    pool = inputs.empty(format)
+    return Prepared(
+        lambda: kv_append(inputs.k, inputs.v, pool, inputs.where, backend=backend), lambda _: inputs.read(pool)
     )
-    table = store.open(Policy(window=18, sink=3))
-    for _ in range(8):
-        block = table.open_block(3)
-        table.plan([block], commit=block)
-        table.seal(block)
-
-    def block_work() -> None:
-        """Evict, allocate, and the page lists of a noisy and a clean pass."""
-        block = table.open_block(3)
-        table.plan([block])
-        table.plan([block], commit=block)
-        table.seal(block)
-
-    forks = []
-    calls = {
-        "one block: evict, allocate, two plans": block_work,
-        "fork": lambda: forks.append(table.fork()),
-        "release of a fork": lambda: forks.pop().release(),
-        "page list of the window": lambda: table.window(18, 3),
-    }
-    report = Table(title="bookkeeping, 21 frames of 25 pages x 30 layers", title_justify="left")
-    for column in ("work", "median us", "p80 us"):
-        report.add_column(column, justify="left" if column == "work" else "right", no_wrap=True)
-    for name, seconds in zip(calls, measure(list(calls.values()), 20 * rounds)):
-        p80 = statistics.quantiles(seconds, n=5)[3]
-        report.add_row(name, f"{1e6 * statistics.median(seconds):.0f}", f"{1e6 * p80:.0f}")
-    return report
 
 
-def _formats() -> Table:
-    """Bytes, and the error of attention over keys with outlier channels, with and without the frozen mean."""
-    table = Table(title=f"formats, D = {HEAD_DIM}, pages of {PAGE}", title_justify="left")
-    for column in ("format", "bytes per token-head", "of bf16", "error with frozen mean", "without"):
-        table.add_column(column, justify="left" if column == "format" else "right", no_wrap=True)
-    tokens, queries = 4096, 256
-    q, k, v = clustered_keys_and_values(tokens, queries, 2, HEAD_DIM)
-    where = PageList.of(range(tokens // PAGE), [PAGE] * (tokens // PAGE))
-    plan = make_plan([(queries, where.ids.tolist(), where.lens.tolist())])
+def gather(inputs: Inputs, backend: str, format: str) -> Prepared:
+    pool, out = inputs.pool(format), (torch.empty_like(inputs.k), torch.empty_like(inputs.v))
+    return Prepared(
+        lambda: kv_gather([pool], inputs.where, out=out, backend=backend), lambda _: torch.stack(out).float()
+    )
 
-    def attend(format: str, mean: torch.Tensor) -> torch.Tensor:
-        pages = KVPages.empty(format, tokens // PAGE, 2, PAGE, HEAD_DIM)
-        kv_append(k - mean, v, pages, where)
-        return paged_attention(q, [pages], plan)[0]
 
-    none, mean = torch.zeros(2, HEAD_DIM), k[: 3 * PAGE].mean(0)
-    exact = attend("fp32", none)
-    for format in KV_FORMATS:
-        errors = [float((attend(format, m) - exact).norm() / exact.norm()) for m in (mean, none)]
-        size = page_bytes(format, 1, PAGE, HEAD_DIM) / PAGE
-        shown = [f"{error:.2%}" for error in errors] if FORMATS[format].quantized else ["", f"{errors[1]:.2%}"]
-        table.add_row(format, f"{size:.0f}", f"{512 / size:.2f}x", *shown)
-    return table
+def commit(inputs: Inputs, backend: str, format: str, source: str) -> Prepared:
+    pool, target, where = inputs.pool(source), inputs.empty(format), inputs.where
+    return Prepared(lambda: kv_commit(pool, where, target, where, backend=backend), lambda _: inputs.read(target))
+
+
+def cases(shape: Shape, device: str) -> Iterator[Case]:
+    def stored(format: str) -> int:
+        """Bytes of the block's K and V in pages."""
+        return page_bytes(format, shape.kv_heads, shape.page_size, shape.head_dim) * shape.queries // shape.page_size
+
+    def ours(prepare: Callable[..., Prepared], formats: Sequence[str], others: int, **more: str) -> list[Contender]:
+        """others: bytes on the other side of the op."""
+
+        def want(inputs: Inputs, format: str) -> Result:
+            prepared = prepare(inputs, "reference", format, **more)
+            return prepared.read(prepared.run())
+
+        return [
+            Contender(
+                f"ours-{backend}",
+                format,
+                partial(prepare, backend=backend, format=format, **more),
+                0.0,
+                others + stored(format),
+                EXACT,
+                kernel_of(backend, device, "kv_pages"),
+                reference=partial(want, format=format),
+            )
+            for backend in BACKENDS[device]
+            for format in formats
+        ]
+
+    for source, dtype in SOURCES.items():
+        inputs = partial(make_inputs, shape, dtype)
+        loose = 2 * shape.queries * shape.kv_heads * shape.head_dim * dtype.itemsize
+        moved = {format: loose + stored(format) for format in KV_FORMATS}
+        for op, prepare in (("append-from", append), ("gather-to", gather)):
+            theirs = peers.contenders("kv_pages", device, 0.0, moved.__getitem__, op=op)
+            contenders = [*ours(prepare, KV_FORMATS, loose), *theirs]
+            yield Case("kv_pages", f"{op}-{source}", shape.name, inputs, truth, contenders)
+    for source, formats in COMMITS.items():
+        contenders = ours(commit, formats, stored(source), source=source)
+        yield Case(
+            "kv_pages",
+            f"commit-from-{source}",
+            shape.name,
+            partial(make_inputs, shape, torch.bfloat16),
+            truth,
+            contenders,
+        )

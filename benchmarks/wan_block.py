@@ -26,15 +26,15 @@ SIZES = {
 PARTS = ("qkv", "o", "cross_attn", "ffn")
 
 
-def random_network(config: WanConfig, dtype: torch.dtype) -> WanNetwork:
+def random_network(config: WanConfig, dtype: torch.dtype, device: str = "cpu") -> WanNetwork:
     """Random weights of a trained one's size: matrices keep the size of what goes through them.
 
     All are cut from one tape of a million numbers: drawing 1.4 billion takes longer than a forward.
     """
     with torch.device("meta"):
         network = WanNetwork(config)
-    tape = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # a prime: no two rows are alike
-    network = network.to(dtype).to_empty(device="cpu")
+    tape = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).to(device)  # prime: no two rows are alike
+    network = network.to(dtype).to_empty(device=device)
     for name, x in network.named_parameters():
         matrix = x.ndim > 1 and "modulation" not in name
         for part in x.data.view(-1).split(len(tape)):
@@ -86,7 +86,8 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     network = random_network(SIZES[args.model], dtype)
     adapter = dataclasses.replace(ADAPTERS["self-forcing"], size=(args.height, args.width), fused=False)
-    model, clock = Wan(network, adapter), Clock()
+    model: Any = Wan(network, adapter)
+    clock = Clock()
     count = sum(x.numel() for x in network.parameters())
     built = time.perf_counter() - started
     print(f"{args.model}: {count / 1e9:.2f} G parameters in {args.dtype}, built in {built:.0f} s: {peak():.1f} GiB")
@@ -95,7 +96,7 @@ def main() -> None:
             holder = block.self_attn if part in ("qkv", "o") else block
             clock.watch(part, getattr(holder, part))
     predict = model.predict
-    model.predict = lambda blocks, times, conditions, attend: predict(  # type: ignore[method-assign]
+    model.predict = lambda blocks, times, conditions, attend: predict(
         blocks, times, conditions, clock.around("attend", attend)
     )
     store = KVStore(

@@ -13,7 +13,8 @@ from inferix_kernels import compiled, ops, reference
 from inferix_kernels.__main__ import OPS
 
 ROOT = Path(__file__).parent.parent
-PYTHON = sorted([*ROOT.glob("inferix_kernels/**/*.py"), *ROOT.glob("python/**/*.py"), *ROOT.glob("tests/*.py")])
+SOURCES = ("inferix_kernels/**/*.py", "python/**/*.py", "tests/*.py", "benchmarks/**/*.py")
+PYTHON = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
 NATIVE = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
 MAX_FILE, MAX_FUNCTION = 400, 60
 
@@ -59,7 +60,7 @@ def test_a_file_is_short_or_says_why_not(path):
     assert len(lines) <= MAX_FILE or any("long because" in line.lower() for line in lines[:10])
 
 
-@pytest.mark.parametrize("path", **names([path for path in PYTHON if "inferix_kernels" in path.parts]))
+@pytest.mark.parametrize("path", **names([p for p in PYTHON if {"inferix_kernels", "benchmarks"} & {*p.parts}]))
 def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):

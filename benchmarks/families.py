@@ -1,0 +1,42 @@
+"""The families of benchmarks, by name; a family is a module of this package.
+
+A family of ops has `cases(shape, device) -> Iterator[Case]`; one that measures something else has
+`run(settings, shapes) -> Iterator[Row]` and puts its numbers into the rows' `metrics`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from .harness.case import Case
+from .harness.measure import Machine, Settings, measure_case
+from .harness.rows import Row
+from .shapes import find_shape
+
+FAMILIES = ("attention", "kv_pages", "qkv", "linear", "e2e", "page_table", "formats")
+
+
+def family(name: str) -> ModuleType:
+    if name not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return importlib.import_module(f".{name}", __package__)
+
+
+def cases(name: str, shapes: Sequence[str], device: str) -> Iterator[Case]:
+    """Of a family of ops; of another none."""
+    make = getattr(family(name), "cases", None)
+    if make is not None:
+        for shape in shapes:
+            yield from make(find_shape(shape), device)
+
+
+def run(names: Sequence[str], shapes: Sequence[str], settings: Settings, machine: Machine) -> Iterator[list[Row]]:
+    """Measure families, one case after the other."""
+    for name in names:
+        for case in cases(name, shapes, settings.device):
+            yield measure_case(case, settings, machine)
+        whole = getattr(family(name), "run", None)
+        if whole:
+            yield list(whole(settings, shapes))

@@ -1,0 +1,1 @@
+"""What every family of benchmarks shares: cases, clocks, records, verdicts."""

@@ -1,0 +1,221 @@
+"""The commands of `python -m benchmarks`. Each takes the parsed arguments and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .. import families, shapes
+from .. import sweep as sweeps
+from . import compare as comparison
+from . import environment, plots, show
+from . import evidence as ledger
+from . import report as reports
+from .gpu import Run
+from .measure import Machine, Settings
+from .rows import Document, Row, append
+from .table import markdown
+from .timing import TIMERS
+
+
+def settings_of(args: argparse.Namespace, timer: str = "") -> Settings:
+    """Raises ValueError for what can't be measured so."""
+    for shape in args.shapes:
+        shapes.find_shape(shape)
+    choices = TIMERS[args.device]
+    timer = args.timer or timer or next(iter(choices))
+    if timer not in choices:
+        raise ValueError(f"--timer must be one of {', '.join(choices)} on {args.device}, got {timer}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    if args.rounds < 0 or args.seconds < 0 or args.threads < 1:
+        raise ValueError("--rounds and --seconds must not be negative, and --threads at least 1")
+    torch.set_num_threads(args.threads)
+    model = getattr(args, "model", None) or ("self-forcing" if args.device == "cuda" else "tiny")
+    weights, blocks = getattr(args, "weights", None), getattr(args, "blocks", 12)
+    return Settings(
+        args.device, timer, args.cold, args.rounds, args.seconds, args.backends, args.formats, model, weights, blocks
+    )
+
+
+class Results:
+    """Where rows go as they come: a long run may be stopped, and keeps what it has."""
+
+    def __init__(self, args: argparse.Namespace, settings: Settings):
+        self.args, self.settings, self.document = args, settings, Document({}, [])
+        if args.plot:
+            plots.figure(1, 1, [1.0])  # without matplotlib, say so before an hour of measuring
+        self.append_to = []
+        if args.record:
+            head = environment.header(settings)
+            name = f"{head['date'][:10]}-{head['commit']}.jsonl"
+            self.append_to.append(ledger.RECORDS / environment.slug(head["device"]) / name)
+        if args.json and args.json.suffix == ".jsonl":
+            self.append_to.append(args.json)
+        for path in self.append_to:
+            if path.exists() and Document.load(path).header["kernels"] != environment.fingerprints():
+                raise ValueError(f"{path} holds a run of other sources: choose a new file")
+
+    def add(self, rows: Sequence[Row]) -> None:
+        if not self.document.header:  # not before something has run: clocks of an idle GPU say nothing
+            self.document.header = environment.header(self.settings, self.args.note)
+        self.document.rows += rows
+        for path in self.append_to:
+            append(path, self.document.header, rows)
+        if self.args.json and self.args.json not in self.append_to:
+            self.document.save(self.args.json)
+
+    def finish(self, draw: Callable[[Sequence[Row], Path, str], None]) -> int:
+        """Plot what came; 1 if anything of ours was wrong or failed."""
+        if self.args.plot:
+            draw(self.document.rows, self.args.plot, caption(self.document))
+        return int(any(row.status in ("wrong", "failed") for row in self.document.rows if row.ours))
+
+
+def caption(document: Document) -> str:
+    head = document.header
+    words = [head["device"], head["architecture"], f"{head['settings']['threads']} threads", head["date"][:10]]
+    words += ["caches cold" if head["settings"]["cold"] else "caches warm", f"timer {head['settings']['timer']}"]
+    return ", ".join(words)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check every contender against the reference, then time those that are right, taking turns."""
+    for name in args.families:
+        families.family(name)
+    settings = settings_of(args)
+    results = Results(args, settings)
+    machine = Machine(torch.device(settings.device))
+    if not args.markdown:
+        print("\n".join(environment.lines(environment.brief(settings))) + "\n", flush=True)
+    wanted = args.families or families.FAMILIES
+    for rows in families.run(wanted, args.shapes or shapes.DEFAULT[settings.device], settings, machine):
+        results.add(rows)
+        print(*show.tables(rows), sep="\n", flush=True)
+    if args.github:
+        args.github.write_text(json.dumps(github(results.document.rows), indent=1) + "\n")
+    return results.finish(plots.draw_rates)
+
+
+def github(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Rows as github-action-benchmark's customSmallerIsBetter."""
+    return [
+        {
+            "name": f"{row.case} {row.contender} {row.format}",
+            "unit": "us",
+            "value": round(1e6 * row.median, 3),
+            "range": f"{1e6 * row.quantile(20):.3g} .. {1e6 * row.quantile(80):.3g}",
+            "extra": f"{show.rate(row)}, error {row.error.get('relative', 0):.1e}",
+        }
+        for row in rows
+        if row.seconds and not row.peak
+    ]
+
+
+def listing(args: argparse.Namespace) -> int:
+    """Families, shapes and contenders, and what is missing on this machine."""
+    print(
+        markdown(["shape", "queries x keys x heads x width"], [[s.name, s.numbers] for s in shapes.SHAPES.values()], 2)
+    )
+    for name in families.FAMILIES:
+        found: dict[tuple[str, str], dict[str, None]] = {}
+        for case in families.cases(name, ["smoke"], args.device):
+            for contender in case.contenders:
+                found.setdefault((contender.name, contender.absent), {})[contender.format] = None
+        print(f"\n{name}: {(families.family(name).__doc__ or '').splitlines()[0]}")
+        body = [[who, ", ".join(formats), absent] for (who, absent), formats in found.items()]
+        print(
+            markdown(["contender", "formats", "absent"], body, left=3) if body else "a loop of its own, no contenders"
+        )
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Judge B against A; exit code 1 if anything is SLOWER or BROKEN."""
+    lines: list[comparison.Line] = []
+    if args.a.is_dir() and args.b.is_dir():
+        settings = settings_of(args, "cpu" if args.device == "cpu" and args.threads == 1 else "")
+        if not args.backends:  # what is judged is our code
+            settings = dataclasses.replace(settings, backends=("ours",))
+        wanted = [
+            (name, shape, i)
+            for name in args.families or families.FAMILIES
+            for shape in args.shapes or shapes.DEFAULT[settings.device]
+            for i, _ in enumerate(families.cases(name, [shape], settings.device))
+        ]
+        for found in comparison.compare_trees([args.a, args.b], wanted, settings, args.threads, args.margin):
+            lines += found
+            print(f"{len(lines)} rows", file=sys.stderr, flush=True)
+    else:
+        lines = comparison.compare_recorded(Document.load(args.a), Document.load(args.b), args.margin)
+    print(comparison.table(lines))
+    return int(comparison.failed(lines))
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Cost against pages attended to, pages listed, worlds in one call and blocks made."""
+    wanted = args.axes or [*sweeps.AXES, sweeps.BLOCKS]
+    for axis in wanted:
+        if axis not in sweeps.LABELS:
+            raise ValueError(f"axis must be one of {', '.join(sweeps.LABELS)}, got {axis!r}")
+    settings = settings_of(args)
+    results = Results(args, settings)
+    machine = Machine(torch.device(settings.device))
+    for axis in wanted:
+        for shape in args.shapes:
+            rows = sweeps.run_axis(axis, shapes.find_shape(shape), settings, machine)
+            results.add(rows)
+            print(sweeps.table(rows), end="\n\n", flush=True)
+    return results.finish(draw_sweeps)
+
+
+def draw_sweeps(rows: Sequence[Row], path: Path, words: str) -> None:
+    plots.draw_sweeps(sweeps.series(rows), sweeps.LABELS, path, words)
+
+
+def show_evidence(args: argparse.Namespace) -> int:
+    """What was measured, and whether it still holds."""
+    records = ledger.load_records() + [Document.load(path) for path in args.records or ()]
+    lines = ledger.evidence(records)
+    if args.only:
+        lines = [line for line in lines if any(word in line.kernel for word in args.only)]
+    print(ledger.table(lines))
+    stale = ledger.stale(lines)
+    print(f"\n{len(lines) - len(stale)} of {len(lines)} measured at this source")
+    return int(args.fail_on_stale and bool(stale))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Make tables and plots anew from records."""
+    records = [Document.load(path) for path in args.records] if args.records else ledger.load_records()
+    if not records and (args.plot or args.plot_sweep):
+        raise ValueError("there is no record to draw: make one with `run --record`")
+    if args.plot:
+        plots.draw_rates(records[-1].rows, args.plot, caption(records[-1]))
+    if args.plot_sweep:
+        draw_sweeps(records[-1].rows, args.plot_sweep, caption(records[-1]))
+    if args.files or not (args.plot or args.plot_sweep):
+        for path in reports.update(args.files or [ledger.ROOT / "README.md"], records):
+            print(f"{path}: made anew")
+    return 0
+
+
+def env(args: argparse.Namespace) -> int:
+    """What a figure of this machine would be a figure of."""
+    settings = Settings(args.device, next(iter(TIMERS[args.device])))
+    print("\n".join(environment.lines(environment.header(settings))))
+    return 0
+
+
+def gpu(args: argparse.Namespace) -> int:
+    """Build, tests, families at their reference shapes, sweeps, a summary. Exit code 1: something is not well; 3: call
+    again to go on."""
+    if not args.dry_run and not torch.cuda.is_available():
+        raise ValueError("gpu: torch finds no GPU here; --dry-run goes through every stage on the CPU")
+    return Run(args.out.resolve(), args.dry_run).go(args.minutes)

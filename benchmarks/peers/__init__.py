@@ -1,0 +1,108 @@
+"""What else could do our kernels' work: adapters, one function each.
+
+An adapter is a function (inputs, format) -> Prepared under @peer, in the module of its family. It lays the operands out
+as its library wants them, off the clock. third_party/peers.txt pins the versions that were read when it was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from ..harness.case import LIMITS, Contender, Limit, Prepared
+
+PINS = Path(__file__).parent.parent.parent / "third_party" / "peers.txt"
+Adapter = Callable[..., Prepared]  # (inputs, format)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """An adapter and what it needs.
+
+    Attributes:
+        op: the case's op, where a family has several; "" is any.
+        formats: of K and V, or of the weights, that it takes.
+        module: what must be importable.
+        package: what pip calls it.
+    """
+
+    family: str
+    op: str
+    name: str
+    prepare: Adapter
+    formats: tuple[str, ...]
+    devices: tuple[str, ...]
+    module: str
+    package: str
+
+    def absent(self) -> str:
+        """Why it can't be tried here; empty if it can."""
+        try:
+            found = importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # a submodule of what is not there
+            found = False
+        return "" if found else f"pip install {pins().get(self.package, self.package)}"
+
+
+PEERS: list[Peer] = []
+
+
+def peer(
+    family: str,
+    name: str,
+    formats: Sequence[str],
+    devices: Sequence[str] = ("cuda",),
+    module: str = "torch",
+    package: str | None = None,
+    op: str = "",
+) -> Callable[[Adapter], Adapter]:
+    """Register an adapter; arguments as the fields of Peer. `package` is given where it differs from `module`."""
+
+    def register(prepare: Adapter) -> Adapter:
+        PEERS.append(Peer(family, op, name, prepare, tuple(formats), tuple(devices), module, package or module))
+        return prepare
+
+    return register
+
+
+def contenders(
+    family: str,
+    device: str,
+    flops: float,
+    nbytes: Callable[[str], int],
+    limits: Callable[[str], Limit] = LIMITS.__getitem__,
+    op: str = "",
+) -> list[Contender]:
+    """The family's peers for this device, as contenders.
+
+    Args:
+        flops, nbytes: of the work; nbytes by format.
+        limits: of the error, by format.
+        op: peers of this op alone.
+    """
+    importlib.import_module(f".{family}", __package__)
+    return [
+        Contender(
+            peer.name,
+            format,
+            partial(peer.prepare, format=format),
+            flops,
+            nbytes(format),
+            limits(format),
+            absent=peer.absent(),
+        )
+        for peer in PEERS
+        if peer.family == family and peer.op in ("", op) and device in peer.devices
+        for format in peer.formats
+    ]
+
+
+@cache
+def pins() -> dict[str, str]:
+    """Package -> requirement line of third_party/peers.txt."""
+    lines = (line.split("#")[0].strip() for line in PINS.read_text().splitlines())
+    return {line.split("==")[0]: line for line in lines if line}
