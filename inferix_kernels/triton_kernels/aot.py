@@ -162,5 +162,6 @@ def _cell(rows: Sequence[Row]) -> str:
     said = [" to ".join(map(str, dict.fromkeys((registers[0], registers[-1]))))]
     said += dict.fromkeys(re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in compiled if row.tensor_core)
     said += [f"**{row.format}, {row.what}: {row.spilled} bytes spilled**" for row in compiled if row.spilled]
-    said += [f"no `{format}`" for format in dict.fromkeys(row.format for row in rows if row.unsupported)]
+    formats = dict.fromkeys(row.format for row in compiled)
+    said += [f"no `{format}`" for format in dict.fromkeys(row.format for row in rows) if format not in formats]
     return ", ".join(said)
