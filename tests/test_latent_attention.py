@@ -11,7 +11,7 @@ from inferix_kernels.testing import assert_close, mixed_pools
 from inferix_kernels.triton_kernels import latent
 
 device = triton_mode.device
-TILES = {"m": 32, "n": 16, "warps": 4, "stages": 2}
+TILES = {"m": 32, "n": 16, "part": 512, "warps": 4, "stages": 2}
 SCALE = 0.15
 
 
@@ -71,7 +71,8 @@ def test_pages_of_every_kind(formats, device):
 
 @pytest.mark.parametrize("formats", [("latent8",), ("int4",)], ids=str)
 def test_two_programs_share_a_wide_latent(formats, device, monkeypatch):
-    monkeypatch.setattr(latent, "_PART", 32)
+    monkeypatch.setitem(TILES, "part", 32)
+    monkeypatch.setattr(latent, "config", lambda *args: TILES)
     q, pools, plan = inputs(device, formats, widths=(52, 8))  # parts of 32 and 20
     check(q, pools, plan)
     out, lse = torch.full((5, 4, 52), torch.nan, device=device), torch.full((5, 4), -torch.inf, device=device)

@@ -5,7 +5,7 @@ is read and converted once for both products. A scale that a row has for itself 
 weight, so that codes are exact.
 
 The sum over a latent of 512 does not fit into the registers beside all else, so two programs share its width: each
-computes all scores and sums its half of the values.
+computes all scores and sums its half of the values ("part" of a configuration is how much of it one program takes).
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from .online import (
     work_of,
 )
 
-_WIDEST = 512  # two parts
-_PART = 256
+_WIDEST = 512
 
 
 def latent_attention(
@@ -63,11 +62,10 @@ def attend(
     if pools[0].head_dim > _WIDEST:
         raise Unsupported(f"latent_attention: latents must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
     width = triton.next_power_of_2(pools[0].head_dim)
-    parts = triton.cdiv(width, _PART)
+    chosen = chosen or config("latent_attention", shape_class(q), q.device)
+    parts = triton.cdiv(width, chosen["part"])
     online.attend(
-        *(latent_kernel, q, pools, plan, scale, out, lse, accumulate),
-        chosen or config("latent_attention", shape_class(q), q.device),
-        *(splits, 16, parts),
+        *(latent_kernel, q, pools, plan, scale, out, lse, accumulate, chosen, splits, 16, parts),
         PART=max(16, width // parts),
         ROTARY_COLS=max(16, triton.next_power_of_2(pools[0].value_dim)),
         E4M3=(architecture(q.device) or 90) >= 89,

@@ -29,13 +29,14 @@ CANDIDATES: dict[str, list[Config]] = {
         {"m": m, "n": n, "k": k, "tall": 8, "warps": warps, "stages": stages}
         for m, n, k, warps, stages in product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5))
     ],
-    **{
-        op: [
-            {"m": m, "n": n, "warps": warps, "stages": stages}
-            for m, n, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4))
-        ]
-        for op in ("latent_attention", "paged_attention")
-    },
+    "paged_attention": [
+        {"m": m, "n": n, "warps": warps, "stages": stages}
+        for m, n, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4))
+    ],
+    "latent_attention": [
+        {"m": m, "n": n, "part": part, "warps": warps, "stages": stages}
+        for m, n, part, warps, stages in product((16, 32, 64, 128), (16, 32, 64), (256, 512), (4, 8), (1, 2))
+    ],
     "page_scores": [
         {"queries": q, "pages": p, "warps": w} for q, p, w in product((16, 32, 64), (16, 32, 64, 128), (2, 4, 8))
     ],
