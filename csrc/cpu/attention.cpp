@@ -152,7 +152,7 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
     const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
     for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
       const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
-      const TileKeys keys = ready_keys(isa, k_tile, first, count, bias, kBlock, w);
+      const TileKeys keys = ready_keys<S>(isa, k_tile, first, count, bias, kBlock, w);
       const TileValues values = ready_values(isa, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
         const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];
