@@ -66,7 +66,7 @@ INFERIX_INLINE int32_t start_of(const char* codes, int64_t count) {
   return -128 * sum;
 }
 
-// A tile of keys, in words: a row for each key. Rows are kKeyBlock's multiple; those past the last key have a bias of
+// A tile of keys, in words: a row for each key. Their number is a multiple of the block; those past the last key have a bias of
 // -inf.
 struct TileKeys {
   const char* rows;
