@@ -171,7 +171,8 @@ def instructions() -> str:
         from . import compiled
     except ImportError:
         return "not built"
-    return compiled.ISA.name
+    name: str = compiled.ISA.name
+    return name
 
 
 def gpu() -> str:

@@ -54,7 +54,7 @@ INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& ta
   w.q_scale.assign(p.variants * groups, Column{});
   float *x = w.row.floats((kLanes + 1) * stride), *words = x + stride;  // a row; the words of sixteen
   std::fill_n(x, (kLanes + 1) * stride, 0.f);
-  for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {
+  for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {  // kInt8 last: the scales are its
     const int64_t count = words_of(D, static_cast<Arithmetic>(arithmetic));
     w.q[arithmetic].resize(wanted[arithmetic] ? p.variants * groups * count : 0);
     for (int64_t group = 0; wanted[arithmetic] && group < p.variants * groups; ++group) {
@@ -152,7 +152,7 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
     const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
     for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
       const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
-      const TileKeys keys = ready_keys(isa, k_tile, first, count, bias, kBlock, w);
+      const TileKeys keys = ready_keys<S>(isa, k_tile, first, count, bias, kBlock, w);
       const TileValues values = ready_values(isa, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
         const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];

@@ -71,6 +71,7 @@ inline void copy_rows(const char* from, int64_t from_stride, int64_t count, char
 }
 
 // Tokens first : first + count of a tile of keys.
+template <typename S>
 INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
                                    Workspace& w) {
   const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
@@ -103,12 +104,7 @@ INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int
   if (arithmetic == kInt8) {
     std::fill(w.k_scales + count, w.k_scales + rows, 0.f);
     std::memcpy(w.k_scales, reinterpret_cast<const float*>(tile.scales) + first, count * 4);
-    for (int64_t t = 0; t < rows; ++t) {
-      const int8_t* row = reinterpret_cast<const int8_t*>(keys.rows) + t * keys.stride;
-      int32_t sum = 0;
-      for (int64_t d = 0; d < words * 4; ++d) sum += row[d];
-      w.start[t] = -128 * sum;
-    }
+    for (int64_t t = 0; t < rows; ++t) w.start[t] = start_of<S>(keys.rows + t * keys.stride, keys.stride);
     keys.scales = w.k_scales, keys.start = w.start;
   }
   return keys;
