@@ -88,10 +88,15 @@ class Decoder:
     @torch.inference_mode()
     def observe(self, latents: Tensor, condition: Any) -> None:
         """Take a given clean block [frames, *latent_shape] as the next block of the world."""
-        if self.owed:
-            self._clean_pass()
+        self.settle()
         self._made(Clean(self.table.open_block(len(latents)), latents, condition))
         self._clean_pass()
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Do the clean pass owed, if there is one: all that was made is the past then, and nothing else."""
+        if self.owed:
+            self._clean_pass()
 
     def fork(self) -> Decoder:
         """Another world's loop with the same past; the clean pass owed is owed by both."""
@@ -129,7 +134,9 @@ class Decoder:
         Oldest block first, each seeing what the policy lets it see; the sink keeps what it has. The last block's clean
         pass stays owed.
         """
-        table, blocks = self.table, [clean for clean in self.recent if clean.block.first >= self.table.policy.sink]
+        table, policy, end = self.table, self.table.policy, self._next_frame
+        depth = end if policy.window is None else policy.window + policy.sink  # `recent` may go back further, to rewind
+        blocks = [clean for clean in self.recent if clean.block.first >= policy.sink and clean.block.end > end - depth]
         if not blocks:
             return
         table.abandon()
@@ -153,7 +160,7 @@ class Decoder:
     def _made(self, clean: Clean) -> None:
         policy, adapter = self.table.policy, self.model.adapter
         self.owed, self.frames = clean, self.frames + len(clean.latents)
-        depth = max(adapter.overlap, (policy.window or clean.block.end) + policy.sink)
+        depth = max(adapter.overlap, (policy.window or clean.block.end) + policy.sink) + policy.undo
         self.recent = [old for old in self.recent if old.block.end > clean.block.end - depth] + [clean]
 
     def _fused_first_step(self, block: Block, x: Tensor, t: float, condition: Any) -> Tensor:

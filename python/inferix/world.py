@@ -79,6 +79,9 @@ class World:
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
+        self._begin(policy, seed)
+
+    def _begin(self, policy: Policy, seed: int) -> None:
         self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed))
         self.pictures = self.model.stream()
         self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
@@ -101,6 +104,7 @@ class World:
         *,
         action: Action | None = None,
         known: Tensor | None = None,
+        recache: bool | None = None,
     ) -> np.ndarray:
         """Make the next block.
 
@@ -109,6 +113,8 @@ class World:
             action: instead, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
             known: latents of this very block from an earlier run with the same seed; see Decoder.step.
+            recache: when the prompt changes, compute what the window remembers again under the new one; None does as
+                the model's adapter says.
 
         Returns:
             uint8 [pictures, height, width, 3].
@@ -119,7 +125,8 @@ class World:
             actions = [] if action is None else [action] * self.model.adapter.block_frames
         before = self.prompt
         condition = self._condition(actions, prompt)
-        if self.model.adapter.recache and before not in (None, self.prompt):
+        wanted = self.model.adapter.recache if recache is None else recache
+        if wanted and before not in (None, self.prompt):
             self.decoder.recache(condition)
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents)
@@ -172,6 +179,11 @@ class World:
             other.decoder.generator.manual_seed(seed)
         return other
 
+    @property
+    def can_rewind(self) -> bool:
+        """Do the pictures of a block depend on its latents alone?"""
+        return not hasattr(self.pictures, "fork")
+
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
         `undo` frames before it too.
@@ -179,11 +191,17 @@ class World:
         Raises:
             RuntimeError: the pictures of this model depend on those before them, which can't be unmade: keep a fork.
         """
-        if hasattr(self.pictures, "fork"):
+        if not self.can_rewind:
             raise RuntimeError(
                 f"rewind: a decoder that looks back in time, {self.model.adapter.name}'s, can't: keep a fork"
             )
         self.decoder.rewind(frames)
+
+    def reset(self, seed: int) -> None:
+        """Begin again, with nothing remembered and this seed."""
+        policy = self.table.policy
+        self.release()
+        self._begin(policy, seed)
 
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""

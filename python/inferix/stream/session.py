@@ -1,0 +1,439 @@
+"""The show: orders and keys in, pictures and events out.
+
+Two tasks share a queue of pictures. `_make` follows commands and begins a block when `Lead` says so, with what is pressed
+at that moment; it alone talks to the worker, so a command falls between two blocks. `_play` shows the pictures by the
+playout clock. Neither waits for a viewer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from .archive import Archive
+from .playout import Lead, PlayoutClock
+from .protocol import Message
+from .remote import Broken, Refused, Remote
+from .sinks import Recorder, Sink
+from .steering import Steering
+from .video import TICKS, Broadcast
+from .worker import Order
+
+GAP = 0.2  # seconds: what comes after a longer rest is not late
+AHEAD = 2  # blocks: how far the world may run ahead of what is shown
+
+
+@dataclasses.dataclass
+class Picture:
+    """A picture waiting to be shown."""
+
+    frame: int
+    block: int
+    worlds: dict[str, np.ndarray]  # uint8 [height, width, 3] by name
+
+
+@dataclasses.dataclass
+class Command:
+    name: str
+    arguments: dict[str, Any]
+    done: asyncio.Future[dict[str, Any] | None]
+
+
+class Session:
+    """One running model and all who look at it.
+
+    Args:
+        opener: opens the world, in the worker.
+        announce: called with each event for every viewer.
+        archive: where saved worlds and recordings lie.
+        seed: of the first world.
+        sinks: where the pictures of world "a" are pushed to.
+    """
+
+    def __init__(
+        self,
+        opener: Callable[[], Any],
+        announce: Callable[[Message], None],
+        archive: Archive,
+        seed: int = 0,
+        sinks: tuple[Sink, ...] = (),
+    ):
+        self.opener, self.announce, self.archive, self.sinks = opener, announce, archive, sinks
+        self.remote: Remote | None = None
+        self.model: dict[str, Any] = {}  # Stage.describe
+        self.broadcast = Broadcast(16)
+        self.phase, self.crash, self.paused, self.seed = "opening", "", False, seed
+        self.made: dict[str, int] = {"a": 0}
+        self.undo: dict[str, int] = {"a": 0}
+        self.kv_bytes: dict[str, int] = {}
+        self.steering = Steering(())
+        self.recorder: Recorder | None = None
+        self.clock, self.lead = PlayoutClock(16), Lead(0.5)
+        self._queue: deque[Picture] = deque()
+        self._last: dict[str, np.ndarray] = {}  # the pictures shown last
+        self._commands: deque[Command] = deque()
+        self._blocks = self._frames = 0  # made so far; never counted back
+        self._steps = 0  # blocks to be made although paused
+        self._play_until = -1  # blocks up to this one are shown although paused
+        self._changed, self._ready = asyncio.Event(), asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._shown = 0.0
+
+    async def start(self) -> None:
+        """Begin to open the world; returns at once."""
+        self._tasks = [asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self._play)]
+        for sink in self.sinks:
+            sink.start(lambda: self.announce(self.state()))
+
+    async def close(self) -> None:
+        """End everything; files are finished."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_commands("the server is closing")
+        if self.remote:
+            await self.remote.close()
+        await self._stop_recording()
+        await asyncio.gather(*(asyncio.to_thread(sink.close) for sink in self.sinks))
+
+    # What viewers are told
+
+    def welcome(self) -> Message:
+        names = ("model", "fps", "size", "scale", "block", "actions", "keys", "prompts", "recache", "can_rewind")
+        return {"type": "welcome", "version": 1, **{name: self.model[name] for name in names}}
+
+    def state(self) -> Message:
+        return {
+            "type": "state",
+            "phase": self.phase,
+            "crash": self.crash or None,
+            "paused": self.paused,
+            "seed": self.seed,
+            "worlds": list(self.made),
+            "steered": self.steering.worlds,
+            "prompts": {name: self.steering.prompts.get(name) for name in self.made},
+            "made": self.made,
+            "undo": self.undo,
+            "recording": self.recorder.name if self.recorder else None,
+            "pushing": [{"to": sink.label, "state": sink.state} for sink in self.sinks],
+        }
+
+    def changed(self) -> None:
+        self._changed.set()
+        self.announce(self.state())
+
+    # What the driver asks for
+
+    async def command(self, name: str, **arguments: Any) -> dict[str, Any] | None:
+        """Follow a command between two blocks, in the order in which they come.
+
+        Raises:
+            Refused: it can't be followed, and nothing has changed.
+        """
+        if self.phase != "running" and name != "reset":
+            raise Refused(f"{name}: the world is {'still being opened' if self.phase == 'opening' else 'broken: reset it'}")
+        if len(self._commands) >= 16:
+            raise Refused(f"{name}: 16 commands are waiting already")
+        command = Command(name, arguments, asyncio.get_running_loop().create_future())
+        self._commands.append(command)
+        self._changed.set()
+        return await command.done
+
+    async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
+        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks."""
+        if self.phase != "running" or self.remote is None:
+            raise Refused("prompt: there is no world to hear it")
+        worlds = list(self.steering.worlds)
+        await self._call("prepare", text=text)
+        worlds = [name for name in worlds if name in self.made]
+        self.steering.say(worlds, text, recache, id)
+        self.announce({"type": "prompt", "id": id, "text": text, "worlds": worlds, "state": "waiting", "frame": None})
+        self._changed.set()
+
+    # Making
+
+    async def _make(self) -> None:
+        while True:
+            try:
+                await self._open()
+                while True:
+                    await self._until_work()
+                    if self._commands:
+                        await self._follow(self._commands.popleft())
+                    else:
+                        await self._block()
+            except Broken as error:
+                self._crashed(str(error))
+            except Exception as error:  # a mistake of ours must show as well, and leave the server up
+                self._crashed(f"{type(error).__name__}: {error}")
+            await self._until_reset()
+
+    async def _open(self) -> None:
+        if self.remote is not None:
+            await self.remote.close()
+        self.phase, self.crash = "opening", ""
+        self._start_over()
+        self.changed()
+        self.remote = Remote(self.opener)
+        self.model = await self.remote.opened()
+        fps, size = self.model["fps"], self.model["size"]
+        self.broadcast.fps, self.broadcast.scale = fps, self.model["scale"]
+        self.clock = PlayoutClock(fps)
+        self.steering = Steering(self.model["actions"], self.model["keys"])
+        self.steering.say(["a"], self.model["prompts"][0], None, None)
+        self.kv_bytes = self.model["kv_bytes"]
+        self.lead = Lead(limit=AHEAD * self.model["block"] / fps)
+        await self._call("reset", seed=self.seed)
+        for sink in self.sinks:
+            sink.open(fps, size, self.model["scale"])
+        self.phase = "running"
+        self.announce(self.welcome())
+        self.changed()
+
+    def _start_over(self) -> None:
+        self.made, self.undo, self._last = {"a": 0}, {"a": 0}, {}
+        self._queue.clear()
+        self._steps, self._play_until = 0, -1
+        self.clock.rest()
+
+    def _crashed(self, reason: str) -> None:
+        self.phase, self.crash = "crashed", reason[-4000:]
+        self._queue.clear()
+        self._fail_commands("the world is broken: reset it")
+        self.changed()
+
+    def _fail_commands(self, why: str) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            if not command.done.done():
+                command.done.set_exception(Refused(f"{command.name}: {why}"))
+
+    async def _until_reset(self) -> None:
+        while not self._commands:
+            self._changed.clear()
+            await self._changed.wait()
+        command = self._commands.popleft()
+        self.seed = command.arguments.get("seed", self.seed)
+        command.done.set_result(None)
+
+    async def _until_work(self) -> None:
+        """Return when there is a command to follow, or the next block is to be begun."""
+        while not self._commands:
+            wait: float | None = None
+            if not self.paused or self._steps:
+                wait = self.lead.wait(len(self._queue) * self.clock.period) if not self.paused else 0.0
+                if wait <= 0:
+                    return
+            self._changed.clear()
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait)
+
+    async def _block(self) -> None:
+        """Make the next block under what is pressed and said now."""
+        steering, names, block = self.steering, list(self.made), self._blocks
+        orders, seq, said = steering.orders(names)
+        if self._steps:
+            self._steps, self._play_until = self._steps - 1, block
+        ahead, positions = len(self._queue) * self.clock.period, dict(self.made)
+        started = time.perf_counter()
+        try:
+            made = await self._call("step", orders=orders)
+        except Refused as refusal:  # not even the model's own words: nothing will ever come
+            raise Broken(f"the world refuses its next block: {refusal}") from None
+        total = time.perf_counter() - started
+        self.lead.made(total)
+        self._take(made)
+        pictures: dict[str, np.ndarray] = made["pictures"]
+        count, first = max(map(len, pictures.values())), self._frames
+        for i in range(count):
+            worlds = {name: frames[min(i, len(frames) - 1)] for name, frames in pictures.items()}
+            self._queue.append(Picture(first + i, block, worlds))
+        self._blocks, self._frames = block + 1, first + count
+        spent = made["seconds"]
+        event = {
+            "type": "block",
+            "block": block,
+            "first": first,
+            "frames": count,
+            "applied_seq": seq,
+            "positions": positions,
+            "actions": {name: orders[name].action for name in names},
+            "made": self.made,
+            "undo": self.undo,
+            "ahead": ahead,
+            "queue": len(self._queue),
+            "seconds": {
+                "denoise": spent["denoise"],
+                "pictures": spent["pictures"],
+                "transfer": max(0.0, total - spent["total"]),
+                "encode": self.broadcast.encode_seconds * count,
+                "total": total,
+            },
+            "kv_bytes": self.kv_bytes,
+            "slips": self.clock.slips,
+        }
+        self.announce(event)
+        for words in said:
+            steering.prompts |= dict.fromkeys(words.worlds, words.text)
+            applied = {"id": words.id, "text": words.text, "worlds": words.worlds, "state": "applied", "frame": first}
+            self.announce({"type": "prompt", **applied})
+        if said:
+            self.announce(self.state())
+        self._ready.set()
+
+    async def _follow(self, command: Command) -> None:
+        try:
+            result = await getattr(self, f"_do_{command.name}")(**command.arguments)
+        except (Refused, OSError) as refusal:
+            command.done.set_exception(Refused(str(refusal)))
+        except BaseException as error:
+            if not command.done.done():
+                command.done.set_exception(Refused(f"{command.name}: {error}"))
+            raise
+        else:
+            command.done.set_result(result)
+            self.changed()
+
+    async def _call(self, name: str, **arguments: Any) -> Any:
+        assert self.remote is not None
+        return await self.remote.call(name, **arguments)
+
+    def _take(self, reply: dict[str, Any]) -> None:
+        """The extent of the worlds after a request."""
+        self.made, self.undo, self.kv_bytes = reply["made"], reply["undo"], reply["kv_bytes"]
+        self.steering.keep(list(self.made))
+
+    # Commands, each between two blocks
+
+    async def _do_pause(self) -> None:
+        self.paused, self._steps, self._play_until = True, 0, -1
+
+    async def _do_resume(self) -> None:
+        self.paused = False
+        self.clock.rest()
+        self._ready.set()
+
+    async def _do_step(self) -> None:
+        if not self.paused:
+            raise Refused("step: pause first")
+        self._steps += 1
+
+    async def _do_reset(self, seed: int | None = None) -> None:
+        self.seed = self.seed if seed is None else seed
+        self._take(await self._call("reset", seed=self.seed))
+        prompt = self.steering.prompts.get("a") or self.model["prompts"][0]
+        self._start_over()
+        self.steering.begin(prompt)
+        self._steps = int(self.paused)  # so that there is something to see
+
+    async def _do_fork(self) -> None:
+        self._take(await self._call("fork"))
+        self.steering.fork()
+        for picture in self._queue:
+            picture.worlds.setdefault("b", picture.worlds["a"])
+        if "a" in self._last:
+            await self._still(self._last | {"b": self._last["a"]})
+
+    async def _do_close(self, world: str) -> None:
+        reply = await self._call("close", name=world)
+        other = "b" if world == "a" else "a"
+        self.steering.close(world)
+        self._take(reply)
+        for picture in self._queue:
+            picture.worlds = {"a": picture.worlds.get(other, picture.worlds["a"])}
+        if other in self._last:
+            await self._still({"a": self._last[other]})
+
+    async def _do_steer(self, worlds: list[str]) -> None:
+        if missing := [name for name in worlds if name not in self.made]:
+            raise Refused(f"steer: worlds must be of {', '.join(self.made)}, got {', '.join(missing)}")
+        self.steering.worlds = sorted(worlds)
+
+    async def _do_rewind(self, frame: int) -> None:
+        names = list(self.steering.worlds)
+        reply = await self._call("rewind", names=names, position=frame)
+        self._take(reply)
+        self._queue.clear()
+        self.clock.rest()
+        await self._still(self._last | {name: shown[-1] for name, shown in reply["pictures"].items() if shown is not None})
+
+    async def _do_save(self) -> dict[str, Any]:
+        name = self.archive.new(self.model["model"])
+        self._take(await self._call("save", name=self.steering.worlds[0], folder=self.archive.world(name)))
+        self.announce(self.archive.listing())
+        return {"name": name}
+
+    async def _do_load(self, name: str) -> None:
+        if name not in self.archive.worlds():
+            raise Refused(f"load: name must be that of a saved world, got {name!r}")
+        reply = await self._call("load", folder=self.archive.world(name))
+        self._start_over()
+        self._take(reply)
+        self.steering.begin(None, reply["prompt"])
+        if reply["pictures"]["a"] is not None:
+            await self._still({"a": reply["pictures"]["a"][-1]})
+
+    async def _do_record(self, on: bool) -> dict[str, Any] | None:
+        if not on:
+            return await self._stop_recording()
+        if self.recorder is not None:
+            raise Refused("record: a recording is under way")
+        name = self.archive.new(self.model["model"])
+        world = self.steering.worlds[0]
+        size, scale = tuple(self.model["size"]), self.model["scale"]
+        self.recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
+        return {"name": self.recorder.name}
+
+    async def _stop_recording(self) -> dict[str, Any] | None:
+        recorder, self.recorder = self.recorder, None
+        if recorder is None:
+            return None
+        await asyncio.to_thread(recorder.close)
+        self.announce(self.archive.listing())
+        return {"name": recorder.name, "frames": recorder.frames}
+
+    # Playing
+
+    async def _play(self) -> None:
+        while True:
+            while not self._queue or (self.paused and self._queue[0].block > self._play_until):
+                self._ready.clear()
+                if self.paused or self.phase != "running":
+                    self.clock.rest()
+                with suppress(TimeoutError, asyncio.TimeoutError):
+                    await asyncio.wait_for(self._ready.wait(), GAP)
+                if self.broadcast.keyframe_wanted and self._last and not self._queue:
+                    await self._still(self._last)  # who joins a world that stands still
+            await asyncio.sleep(self.clock.next(self._now()) - self._now())
+            if not self._queue or (self.paused and self._queue[0].block > self._play_until):
+                continue  # rewound or paused in the meantime
+            picture = self._queue.popleft()
+            self._changed.set()
+            await self._show(picture.worlds, picture.frame, picture.block)
+            if self.recorder is not None:
+                self.recorder.write(picture.worlds)
+            for sink in self.sinks:
+                sink.write(picture.worlds["a"])
+
+    async def _still(self, worlds: dict[str, np.ndarray]) -> None:
+        """Show something that is no new picture."""
+        await self._show(worlds, max(0, self._frames - 1), max(0, self._blocks - 1))
+
+    async def _show(self, worlds: dict[str, np.ndarray], frame: int, block: int) -> None:
+        self._last = worlds
+        pts = round(self._now() * TICKS)
+        event = {"type": "frame", "frame": frame, "block": block, "pts": pts, "worlds": list(worlds)}
+        self.announce(event)
+        await self.broadcast.show(np.concatenate([worlds[name] for name in sorted(worlds)], 1), frame, pts)
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()
+

@@ -1,0 +1,238 @@
+"""The worlds, in a process of their own: they never hold up the server, and what breaks here leaves it standing.
+
+The parent sends (id, name, arguments) and gets (id, result, error) for each. It decides when a block is made and under
+which controls; here it is only made. Requests are done one by one, but for `prepare`, which may take seconds for a large
+text encoder and runs beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REFUSED, BROKEN = "refused", "broken"
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What one world is told for its next block; None: no actions, the prompt it has, the model's own way."""
+
+    action: str | None = None
+    prompt: str | None = None
+    recache: bool | None = None
+
+
+@dataclasses.dataclass
+class Running:
+    """One world, and how far it can be rewound: (pictures, latent frames) of its last blocks, newest last."""
+
+    world: Any
+    blocks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    pictures: int = 0  # made so far, those taken back apart
+
+    @property
+    def undo(self) -> int:
+        return sum(pictures for pictures, _ in self.blocks)
+
+
+class Stage:
+    """Worlds by name over one store: "a", and "b" while there is a fork.
+
+    Args:
+        open_world: opens the first one; see `open_world` below.
+    """
+
+    def __init__(self, open_world: Callable[[], Any]):
+        self.worlds = {"a": Running(open_world())}
+
+    def describe(self) -> dict[str, Any]:
+        """What the page needs to know of the model."""
+        from inferix.models import Adapter
+
+        world = self.worlds["a"].world
+        adapter: Adapter = world.model.adapter
+        return {
+            "model": adapter.name,
+            "fps": adapter.fps,
+            "size": list(adapter.size),
+            "scale": adapter.scale,
+            "block": adapter.block_frames,
+            "actions": list(adapter.actions),
+            "keys": dict(adapter.keys),
+            "prompts": list(adapter.example_prompts),
+            "recache": adapter.recache,
+            "can_rewind": bool(world.can_rewind),
+            "kv_bytes": world.kv_bytes(),
+        }
+
+    def step(self, orders: dict[str, Order]) -> dict[str, Any]:
+        """The next block of every world: pictures uint8 [n, height, width, 3] by name, and where the time went."""
+        started, denoising, pictures = time.perf_counter(), 0.0, {}
+        for name, running in self.worlds.items():
+            order, world = orders[name], running.world
+            before = world.frames
+            pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
+            denoising += world.decoder.seconds[-1]
+            running.pictures += len(pictures[name])
+            running.blocks.append((len(pictures[name]), world.frames - before))
+            self._forget_what_rewind_cannot_reach(running)
+        total = time.perf_counter() - started
+        seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
+        return {"pictures": pictures, "seconds": seconds, **self._extent()}
+
+    def prepare(self, text: str) -> None:
+        """Raise ValueError unless the model knows what these words mean; make them quick to use."""
+        model = self.worlds["a"].world.model
+        if hasattr(model, "prepare"):
+            model.prepare(text)
+        else:
+            actions = model.adapter.actions[:1] * model.adapter.block_frames
+            model.condition(text, actions)
+
+    def fork(self) -> dict[str, Any]:
+        one = self.worlds["a"]
+        if "b" in self.worlds:
+            raise ValueError("fork: there are two worlds already: close one")
+        self.worlds["b"] = Running(one.world.fork(), list(one.blocks), one.pictures)
+        return self._extent()
+
+    def close(self, name: str) -> dict[str, Any]:
+        """End one of two worlds; the other is "a" from then on."""
+        if len(self.worlds) < 2 or name not in self.worlds:
+            raise ValueError(f"close: world must be one of two, got {name!r} of {', '.join(self.worlds)}")
+        self.worlds.pop(name).world.release()
+        self.worlds = {"a": next(iter(self.worlds.values()))}
+        return self._extent()
+
+    def rewind(self, names: list[str], position: int) -> dict[str, Any]:
+        """Take back whole blocks, until at most `position` pictures of each world are left."""
+        for name in names:
+            running = self.worlds[name]
+            if not running.world.can_rewind:
+                raise ValueError("rewind: this model's pictures depend on those before them: keep a fork instead")
+            if position < running.pictures - running.undo:
+                raise ValueError(
+                    f"rewind: frame must be {running.pictures - running.undo} or later, as far back as world "
+                    f"{name} remembers, got {position}"
+                )
+        for name in names:
+            running = self.worlds[name]
+            latents, blocks, left = 0, list(running.blocks), running.pictures
+            while left > position:
+                count, frames = blocks.pop()
+                left, latents = left - count, latents + frames
+            running.world.rewind(latents)
+            running.blocks, running.pictures = blocks, left
+        return {"pictures": {name: self._last_picture(name) for name in names}, **self._extent()}
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """One world again, from nothing."""
+        if "b" in self.worlds:
+            self.close("b")
+        running = self.worlds["a"]
+        running.world.reset(seed)
+        running.blocks, running.pictures = [], 0
+        return self._extent()
+
+    def save(self, name: str, folder: Path) -> dict[str, Any]:
+        from inferix.saved import save
+
+        save(self.worlds[name].world, folder)
+        return self._extent()
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on with a saved world, alone."""
+        from inferix.saved import load
+
+        old = self.worlds["a"]
+        if "b" in self.worlds:
+            self.close("b")
+        self.worlds = {"a": Running(load(old.world, folder))}
+        old.world.release()
+        return {"pictures": {"a": self._last_picture("a")}, "prompt": self.worlds["a"].world.prompt, **self._extent()}
+
+    def _extent(self) -> dict[str, Any]:
+        """By world: pictures made, and how many of the last ones can be taken back; bytes of the store by format."""
+        rewindable = self.worlds["a"].world.can_rewind
+        return {
+            "made": {name: running.pictures for name, running in self.worlds.items()},
+            "undo": {name: running.undo if rewindable else 0 for name, running in self.worlds.items()},
+            "kv_bytes": self.worlds["a"].world.kv_bytes(),
+        }
+
+    def _last_picture(self, name: str) -> np.ndarray | None:
+        """The picture a rewound or loaded world stands at, if it can be told: [1, height, width, 3]."""
+        world = self.worlds[name].world
+        if not world.can_rewind or not world.decoder.recent:
+            return None
+        picture: np.ndarray = world.pictures(world.decoder.recent[-1].latents)[-1:]
+        return picture
+
+    def _forget_what_rewind_cannot_reach(self, running: Running) -> None:
+        """The last block can always be taken back, and `undo` latent frames before it."""
+        reach = running.world.table.policy.undo
+        while sum(latents for _, latents in running.blocks[:-1]) > reach:
+            running.blocks.pop(0)
+
+
+def open_world(
+    model: str, *, undo_seconds: float, worlds: int, threads: int | None = None, **options: Any
+) -> Any:
+    """A World with room to rewind as far as asked, if its model can, and for its forks. Runs in the worker."""
+    import torch
+
+    from inferix.models import load_model
+    from inferix.world import World
+
+    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend")}
+    loaded = load_model(model, **options)
+    adapter = loaded.adapter
+    if threads or adapter.threads:
+        torch.set_num_threads(threads or adapter.threads)  # type: ignore[arg-type]
+    rewindable = not hasattr(loaded.stream(), "fork")
+    blocks = -(-round(undo_seconds * adapter.fps) // adapter.block_frames) if rewindable else 0
+    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
+
+
+def serve(connection: Connection, opener: Callable[[], Any]) -> None:
+    """The process: answers until the parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
+    lock = threading.Lock()
+
+    def reply(number: int, work: Callable[[], Any]) -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except ValueError as refusal:
+            error = (REFUSED, str(refusal))
+        except Exception:
+            error = (BROKEN, traceback.format_exc())
+        with lock:
+            connection.send((number, result, error))
+
+    stage: list[Stage] = []
+
+    def open_stage() -> dict[str, Any]:
+        stage.append(Stage(opener))
+        return stage[0].describe()
+
+    try:
+        reply(0, open_stage)
+        while stage:
+            number, name, arguments = connection.recv()
+            work: Callable[[], Any] = lambda name=name, arguments=arguments: getattr(stage[0], name)(**arguments)  # type: ignore[misc]
+            if name == "prepare":
+                threading.Thread(target=reply, args=(number, work), daemon=True).start()
+            else:
+                reply(number, work)
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone
