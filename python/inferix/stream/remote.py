@@ -52,7 +52,7 @@ class Remote:
         self.description = await self._waiting[0]
         return self.description
 
-    async def call(self, name: str, **arguments: Any) -> Any:
+    async def call(self, name: str, /, **arguments: Any) -> Any:
         """Ask the stage for something.
 
         Raises:

@@ -131,7 +131,7 @@ class Session:
 
     # What the driver asks for
 
-    async def command(self, name: str, **arguments: Any) -> dict[str, Any] | None:
+    async def command(self, name: str, /, **arguments: Any) -> dict[str, Any] | None:
         """Follow a command between two blocks, in the order in which they come.
 
         Raises:
@@ -248,7 +248,8 @@ class Session:
         except Refused as refusal:  # not even the model's own words: nothing will ever come
             raise Broken(f"the world refuses its next block: {refusal}") from None
         total = time.perf_counter() - started
-        self.lead.made(total)
+        if all(positions.values()):  # a block without a past takes many more steps
+            self.lead.made(total)
         self._take(made)
         pictures: dict[str, np.ndarray] = made["pictures"]
         count, first = max(map(len, pictures.values())), self._frames
@@ -301,9 +302,9 @@ class Session:
             command.done.set_result(result)
             self.changed()
 
-    async def _call(self, name: str, **arguments: Any) -> Any:
+    async def _call(self, request: str, /, **arguments: Any) -> Any:
         assert self.remote is not None
-        return await self.remote.call(name, **arguments)
+        return await self.remote.call(request, **arguments)
 
     def _take(self, reply: dict[str, Any]) -> None:
         """The extent of the worlds after a request."""

@@ -19,7 +19,7 @@ import av
 import numpy as np
 
 from ..media import VideoWriter
-from .video import Encoder
+from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait for a thread
 PATIENCE = 5.0  # seconds for a server to answer
@@ -83,7 +83,7 @@ class Sink:
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(DEPTH)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._geometry: tuple[float, tuple[int, int], int] | None = None
+        self._geometry: tuple[float, tuple[int, int]] | None = None
         self._told: Callable[[], None] = lambda: None
 
     def start(self, changed: Callable[[], None]) -> None:
@@ -95,13 +95,16 @@ class Sink:
 
     def open(self, fps: float, size: tuple[int, int], scale: int) -> None:
         """The world is there: fps pictures per second of size (height, width), enlarged by `scale`."""
-        self._geometry = fps, (size[0] * scale // 2 * 2, size[1] * scale // 2 * 2), scale
+        self._geometry = fps, (size[0] * scale // 2 * 2, size[1] * scale // 2 * 2)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name=f"push to {self.label}")
             self._thread.start()
 
     def write(self, picture: np.ndarray) -> None:
         """Take a picture uint8 [height, width, 3]; the oldest one goes if too many wait."""
+        self._put(picture)
+
+    def _put(self, picture: np.ndarray | None) -> None:
         while True:
             try:
                 return self._queue.put_nowait(picture)
@@ -115,7 +118,7 @@ class Sink:
     def close(self) -> None:
         """End the stream properly, within a second if the server lets us."""
         self._closing.set()
-        self.write(None)  # type: ignore[arg-type]
+        self._put(None)
         if self._thread is not None:
             self._thread.join(1.5)
 
@@ -137,35 +140,34 @@ class Sink:
     def _push(self) -> None:
         """One connection: from its opening to its end. Its encoder lives exactly as long."""
         assert self._geometry is not None
-        fps, size, _ = self._geometry
+        fps, size = self._geometry
         options = {"hls_time": "2", "hls_list_size": "0", "hls_flags": "append_list"} if self.format == "hls" else {}
         timeout = (PATIENCE, PATIENCE) if self.streams else None
         with av.open(self.target, "w", format=self.format, options=options, timeout=timeout) as container:
-            encoder = Encoder("h264", size, fps)
-            stream = container.add_stream_from_template(encoder.context)
+            name, settings = choose("h264")
+            stream: Any = container.add_stream(name)
+            configure(stream.codec_context, "h264", size, fps, TICK)
+            stream.codec_context.options |= settings
+            stream.time_base = TICK
+            container.start_encoding()
             self.connections += 1
             self._drain()
             self._say("live")
-            started, last, frame, pts = time.monotonic(), None, 0, -1
-            while True:
+            started, last, pts = time.monotonic(), None, -1
+            while not self._closing.is_set():
                 try:
                     picture = self._queue.get(timeout=REST)
                 except queue.Empty:
                     picture = last
-                if self._closing.is_set():
-                    return
                 if picture is None:
                     continue
-                last, pts = picture, max(pts + 1, round((time.monotonic() - started) / TICK))
-                packet = encoder.encode(picture, frame, int(pts * TICK * 90_000), keyframe=frame == 0)
-                frame += 1
-                if packet is None:
-                    continue
-                out: Any = av.Packet(packet.data)
-                out.stream, out.time_base, out.pts, out.dts = stream, TICK, pts, pts
-                out.is_keyframe = packet.keyframe
-                container.mux(out)
+                image = convert(picture, size, "h264", keyframe=last is None)
+                pts = max(pts + 1, round((time.monotonic() - started) / TICK))
+                image.pts, image.time_base, last = pts, TICK, picture
+                for packet in stream.encode(image):
+                    container.mux(packet)
                 self.frames += 1
+            container.mux(stream.encode(None))
 
     def _drain(self) -> None:
         """What waited for the connection is stale."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import io
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from PIL import Image
 
 TICKS = 90_000  # per second, of all timestamps: RTP's for video
@@ -37,56 +39,6 @@ class Packet:
     keyframe: bool
 
 
-class Encoder:
-    """Pictures uint8 [height, width, 3] of one size -> packets, without delay.
-
-    Args:
-        codec: "h264" or "vp8".
-        size: pixels (height, width) of the coded picture, even.
-        fps: expected pictures per second, which rate control plans with; the timestamps say when they really are.
-    """
-
-    def __init__(self, codec: str, size: tuple[int, int], fps: float, bitrate: int = BITRATE):
-        self.codec, self.size, self.name = codec, size, ""
-        errors = []
-        for name, options in _CHOICES[codec]:
-            try:
-                self.context = self._open(name, options, fps, bitrate)
-            except (av.error.FFmpegError, ValueError) as error:  # no such encoder here, or no device for it
-                errors.append(f"{name}: {error}")
-                continue
-            self.name = name
-            return
-        raise RuntimeError(f"no encoder for {codec} can be opened here ({'; '.join(errors)})")
-
-    def _open(self, name: str, options: dict[str, str], fps: float, bitrate: int) -> Any:
-        context = av.CodecContext.create(name, "w")
-        context.height, context.width = self.size
-        context.pix_fmt = "yuv420p"
-        context.time_base, context.framerate = Fraction(1, TICKS), Fraction(fps).limit_denominator(1001)
-        context.gop_size = max(1, round(fps * KEYFRAME_SECONDS))
-        context.thread_count = 1  # enough for live speed; the other cores belong to the world
-        rates = {"b": str(bitrate), "maxrate": str(bitrate), "bufsize": str(bitrate // 2)}
-        context.options = {**rates, **(_BT709 if self.codec == "h264" else {}), **options}
-        context.open()
-        return context
-
-    def encode(self, picture: np.ndarray, frame: int, pts: int, keyframe: bool) -> Packet | None:
-        """The coded picture; None if the encoder has dropped it."""
-        height, width = self.size
-        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        # Enlarged pixels stay squares. One pass does size and colours.
-        image = image.reformat(
-            width, height, "yuv420p", dst_colorspace=_MATRIX[self.codec], interpolation="POINT"
-        )
-        image.pts, image.time_base = pts, Fraction(1, TICKS)
-        image.pict_type = av.video.frame.PictureType.I if keyframe else av.video.frame.PictureType.NONE
-        packets = self.context.encode(image)
-        if not packets:
-            return None
-        return Packet(b"".join(map(bytes, packets)), frame, pts, any(packet.is_keyframe for packet in packets))
-
-
 # Tried in this order. Baseline H.264 is what every browser decodes and aiortc offers.
 _CHOICES = {
     "h264": [
@@ -99,6 +51,69 @@ _CHOICES = {
     ],
     "vp8": [("libvpx", {"deadline": "realtime", "cpu-used": "-6", "lag-in-frames": "0", "error-resilient": "1"})],
 }
+
+
+@functools.cache
+def choose(codec: str) -> tuple[str, dict[str, str]]:
+    """The first encoder for a codec that can be opened on this machine, and its options."""
+    errors = []
+    for name, options in _CHOICES[codec]:
+        try:
+            context = av.CodecContext.create(name, "w")
+            configure(context, codec, (256, 256), 16, Fraction(1, TICKS))
+            context.options |= options
+            context.open()
+        except (av.error.FFmpegError, ValueError) as error:  # not in this build, or no device for it
+            errors.append(f"{name}: {error}")
+            continue
+        return name, options
+    raise RuntimeError(f"no encoder for {codec} can be opened here ({'; '.join(errors)})")
+
+
+def configure(context: Any, codec: str, size: tuple[int, int], fps: float, tick: Fraction) -> None:
+    """Set what all encoders of live video here have in common: no delay, a bound on the rate, keyframes now and then."""
+    context.height, context.width = size
+    context.pix_fmt = "yuv420p"
+    context.time_base, context.framerate = tick, Fraction(fps).limit_denominator(1001)
+    context.gop_size = max(1, round(fps * KEYFRAME_SECONDS))
+    context.max_b_frames = 0
+    context.thread_count = 1  # enough for live speed; the other cores belong to the world
+    rates = {"b": str(BITRATE), "maxrate": str(BITRATE), "bufsize": str(BITRATE // 2)}
+    context.options = {**rates, **(_BT709 if codec == "h264" else {})}
+
+
+def convert(picture: np.ndarray, size: tuple[int, int], codec: str, keyframe: bool) -> av.VideoFrame:
+    """A picture uint8 [height, width, 3] as an encoder takes it. Enlarged pixels stay squares."""
+    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    image = image.reformat(size[1], size[0], "yuv420p", dst_colorspace=_MATRIX[codec], interpolation="POINT")
+    image.pict_type = PictureType.I if keyframe else PictureType.NONE
+    return image
+
+
+class Encoder:
+    """Pictures uint8 [height, width, 3] of one size -> packets, without delay.
+
+    Args:
+        codec: "h264" or "vp8".
+        size: pixels (height, width) of the coded picture, even.
+        fps: expected pictures per second, which rate control plans with; the timestamps say when they really are.
+    """
+
+    def __init__(self, codec: str, size: tuple[int, int], fps: float):
+        self.codec, self.size = codec, size
+        self.name, options = choose(codec)
+        self._context: Any = av.CodecContext.create(self.name, "w")
+        configure(self._context, codec, size, fps, Fraction(1, TICKS))
+        self._context.options |= options
+
+    def encode(self, picture: np.ndarray, frame: int, pts: int, keyframe: bool) -> Packet | None:
+        """The coded picture; None if the encoder has dropped it."""
+        image = convert(picture, self.size, self.codec, keyframe)
+        image.pts, image.time_base = pts, Fraction(1, TICKS)
+        packets = self._context.encode(image)
+        if not packets:
+            return None
+        return Packet(b"".join(map(bytes, packets)), frame, pts, any(packet.is_keyframe for packet in packets))
 
 
 class JpegEncoder:

@@ -51,9 +51,6 @@ on("welcome", (message) => {
   document.body.style.setProperty("--aspect", message.size[1] / message.size[0]);
   $("examples").replaceChildren(...message.prompts.filter(Boolean).slice(0, 12).map(example));
   $("recache").checked = message.recache;
-  $("hint").textContent = message.actions.length
-    ? "WASD, arrows, touch or gamepad steer · number keys say an example · p pauses · f forks"
-    : `${message.model} is steered by words alone · p pauses · f forks`;
   render();
 });
 on("state", (message) => {
@@ -143,8 +140,8 @@ function render() {
     if (control.id !== "step" || !drive) control.disabled = !drive || state.phase !== "running";
   }
   veil();
-  watching();
   timeline();
+  hint();
 }
 
 function veil() {
@@ -156,14 +153,11 @@ function veil() {
   $("restart").hidden = state.phase !== "crashed" || !driving();
 }
 
-function watching() {
-  const bar = $("hint");
-  if (driving() || !me || state.phase !== "running") {
-    bar.querySelector("button")?.remove();
-    return;
-  }
-  if (state.driver) bar.textContent = "You are watching: somebody else is at the wheel.";
-  else bar.replaceChildren("Nobody is at the wheel. ", button("Take it", () => request("wheel", { take: true })));
+function hint() {
+  const steering = welcome?.actions.length ? "WASD, arrows, touch or gamepad steer" : `${welcome?.model} is steered by words alone`;
+  if (driving()) $("hint").textContent = `${steering} · number keys say an example · p pauses · f forks · h figures`;
+  else if (state.driver) $("hint").textContent = "You are watching: somebody else is at the wheel.";
+  else $("hint").replaceChildren("Nobody is at the wheel. ", button("Take it", () => request("wheel", { take: true })));
 }
 
 function timeline() {
@@ -229,6 +223,7 @@ $("show-files").onclick = () => $("files").showModal();
 $("show-figures").onclick = () => {
   $("figures").hidden = !$("figures").hidden;
   $("show-figures").setAttribute("aria-pressed", String(!$("figures").hidden));
+  document.body.classList.toggle("figures", !$("figures").hidden);
 };
 $("fullscreen").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : document.documentElement.requestFullscreen());
 for (const figure of worlds) {
