@@ -197,6 +197,23 @@ class World:
             )
         self.decoder.rewind(frames)
 
+    @property
+    def denoising(self) -> float:
+        """Seconds that the last block took, pictures apart."""
+        return self.decoder.seconds[-1]
+
+    @property
+    def undo(self) -> int:
+        """Latent frames that `rewind` can take back, besides the block made last."""
+        return self.table.policy.undo if self.can_rewind else 0
+
+    def last_picture(self) -> np.ndarray | None:
+        """uint8 [height, width, 3]: what the world looks like now; None if that can't be made again."""
+        if not self.can_rewind or not self.decoder.recent:
+            return None
+        picture: np.ndarray = self.pictures(self.decoder.recent[-1].latents)[-1]
+        return picture
+
     def reset(self, seed: int) -> None:
         """Begin again, with nothing remembered and this seed."""
         policy = self.table.policy

@@ -66,7 +66,8 @@ class Lobby:
         self.clients.append(client)
         if self.session.model:
             client.tell(self._addressed(self.session.welcome(), client))
-        client.tell(self.session.archive.listing())
+        for message in (self.session.archive.listing(), *self.session.recent):
+            client.tell(message)
         self.announce(self.session.state())
 
     def leave(self, client: Client) -> None:

@@ -84,7 +84,7 @@ class Session:
         self._play_until = -1  # blocks up to this one are shown although paused
         self._changed, self._ready = asyncio.Event(), asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._shown = 0.0
+        self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
 
     async def start(self) -> None:
         """Begin to open the world; returns at once."""
@@ -280,6 +280,7 @@ class Session:
             "kv_bytes": self.kv_bytes,
             "slips": self.clock.slips,
         }
+        self.recent.append(event)
         self.announce(event)
         for words in said:
             steering.prompts |= dict.fromkeys(words.worlds, words.text)
@@ -363,7 +364,7 @@ class Session:
         self._take(reply)
         self._queue.clear()
         self.clock.rest()
-        await self._still(self._last | {name: shown[-1] for name, shown in reply["pictures"].items() if shown is not None})
+        await self._still(self._last | {name: picture for name, picture in reply["pictures"].items() if picture is not None})
 
     async def _do_save(self) -> dict[str, Any]:
         name = self.archive.new(self.model["model"])
@@ -378,8 +379,8 @@ class Session:
         self._start_over()
         self._take(reply)
         self.steering.begin(None, reply["prompt"])
-        if reply["pictures"]["a"] is not None:
-            await self._still({"a": reply["pictures"]["a"][-1]})
+        if reply["picture"] is not None:
+            await self._still({"a": reply["picture"]})
 
     async def _do_record(self, on: bool) -> dict[str, Any] | None:
         if not on:
@@ -410,7 +411,7 @@ class Session:
                     self.clock.rest()
                 with suppress(TimeoutError, asyncio.TimeoutError):
                     await asyncio.wait_for(self._ready.wait(), GAP)
-                if self.broadcast.keyframe_wanted and self._last and not self._queue:
+                if self.broadcast.keyframe_wanted and self._last:
                     await self._still(self._last)  # who joins a world that stands still
             await asyncio.sleep(self.clock.next(self._now()) - self._now())
             if not self._queue or (self.paused and self._queue[0].block > self._play_until):

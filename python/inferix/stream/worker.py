@@ -41,7 +41,8 @@ class Running:
 
     @property
     def undo(self) -> int:
-        return sum(pictures for pictures, _ in self.blocks)
+        """Pictures that can be taken back."""
+        return sum(pictures for pictures, _ in self.blocks) if self.world.can_rewind else 0
 
 
 class Stage:
@@ -56,10 +57,8 @@ class Stage:
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to know of the model."""
-        from inferix.models import Adapter
-
         world = self.worlds["a"].world
-        adapter: Adapter = world.model.adapter
+        adapter = world.model.adapter
         return {
             "model": adapter.name,
             "fps": adapter.fps,
@@ -81,7 +80,7 @@ class Stage:
             order, world = orders[name], running.world
             before = world.frames
             pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
-            denoising += world.decoder.seconds[-1]
+            denoising += world.denoising
             running.pictures += len(pictures[name])
             running.blocks.append((len(pictures[name]), world.frames - before))
             self._forget_what_rewind_cannot_reach(running)
@@ -132,7 +131,7 @@ class Stage:
                 left, latents = left - count, latents + frames
             running.world.rewind(latents)
             running.blocks, running.pictures = blocks, left
-        return {"pictures": {name: self._last_picture(name) for name in names}, **self._extent()}
+        return {"pictures": {name: self.worlds[name].world.last_picture() for name in names}, **self._extent()}
 
     def reset(self, seed: int) -> dict[str, Any]:
         """One world again, from nothing."""
@@ -158,28 +157,20 @@ class Stage:
             self.close("b")
         self.worlds = {"a": Running(load(old.world, folder))}
         old.world.release()
-        return {"pictures": {"a": self._last_picture("a")}, "prompt": self.worlds["a"].world.prompt, **self._extent()}
+        world = self.worlds["a"].world
+        return {"picture": world.last_picture(), "prompt": world.prompt, **self._extent()}
 
     def _extent(self) -> dict[str, Any]:
         """By world: pictures made, and how many of the last ones can be taken back; bytes of the store by format."""
-        rewindable = self.worlds["a"].world.can_rewind
         return {
             "made": {name: running.pictures for name, running in self.worlds.items()},
-            "undo": {name: running.undo if rewindable else 0 for name, running in self.worlds.items()},
+            "undo": {name: running.undo for name, running in self.worlds.items()},
             "kv_bytes": self.worlds["a"].world.kv_bytes(),
         }
 
-    def _last_picture(self, name: str) -> np.ndarray | None:
-        """The picture a rewound or loaded world stands at, if it can be told: [1, height, width, 3]."""
-        world = self.worlds[name].world
-        if not world.can_rewind or not world.decoder.recent:
-            return None
-        picture: np.ndarray = world.pictures(world.decoder.recent[-1].latents)[-1:]
-        return picture
-
     def _forget_what_rewind_cannot_reach(self, running: Running) -> None:
         """The last block can always be taken back, and `undo` latent frames before it."""
-        reach = running.world.table.policy.undo
+        reach = running.world.undo
         while sum(latents for _, latents in running.blocks[:-1]) > reach:
             running.blocks.pop(0)
 
