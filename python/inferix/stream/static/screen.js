@@ -26,16 +26,21 @@ export class Screen extends EventTarget {
     this.last = frame;
   }
 
-  // WebRTC: the browser says which picture is shown, and when.
+  // WebRTC: the browser says which picture is shown, and when. On a busy machine the video may be one picture further
+  // than the callback that tells of it; a VideoFrame knows its own time, and is what is drawn.
   watch() {
     const { video } = this.link;
     video.requestVideoFrameCallback((now, info) => {
+      const image = "VideoFrame" in window ? new VideoFrame(video) : null;
+      const further = image ? image.timestamp / 1e6 - info.mediaTime : 0;
       let frame = null;
       if (this.link.origin !== null && info.rtpTimestamp !== undefined) {
-        const ticks = (info.rtpTimestamp - this.link.origin + 2 ** 32) % 2 ** 32;
-        frame = this.find(ticks);
+        frame = this.find((info.rtpTimestamp - this.link.origin + 2 ** 32) % 2 ** 32, further);
       }
-      this.draw(video, video.videoWidth, video.videoHeight, frame, info.expectedDisplayTime);
+      // Drawn now, it can't have been seen before now, whatever the browser expected of the video itself.
+      const seen = Math.max(info.expectedDisplayTime, performance.now());
+      this.draw(image ?? video, video.videoWidth, video.videoHeight, frame, seen);
+      image?.close();
       this.watch();
     });
   }
@@ -52,10 +57,13 @@ export class Screen extends EventTarget {
     });
   }
 
-  // RTP's clock counts modulo 2^32; one of the last few pictures has this timestamp.
-  find(ticks) {
-    for (const [pts, frame] of this.frames) if (pts % 2 ** 32 === ticks) return frame;
-    return null;
+  // The picture with this timestamp, which counts modulo 2^32, or the one that is `further` seconds on.
+  find(ticks, further) {
+    const known = [...this.frames.values()];
+    const told = known.find(({ pts }) => pts % 2 ** 32 === ticks);
+    if (!told || Math.abs(further) < 0.01) return told ?? null;
+    const distance = ({ pts }) => Math.abs(pts - told.pts - 90000 * further); // media time is in milliseconds
+    return known.reduce((best, frame) => (distance(frame) < distance(best) ? frame : best));
   }
 
   // WebSocket: the newest picture is drawn with the next animation frame, and seen when that one ends.
