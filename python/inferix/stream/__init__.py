@@ -5,7 +5,7 @@
     playout.py   when a block is begun and when a picture is shown
     session.py   the show: commands and controls in, pictures and events out
     video.py     one encoder for all who watch; bounded queues that drop to the next keyframe
-    sinks.py     RTMP, HLS, files
+    push.py      RTMP, SRT, HLS, files; recorder.py: what is kept on the server
     protocol.py  messages, checked against asyncapi.json, which is their definition
     client.py    one connection: limits, replies, who drives
     webrtc.py    aiortc, handed our packets

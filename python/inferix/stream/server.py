@@ -22,8 +22,8 @@ from . import protocol
 from .archive import Archive
 from .client import Client
 from .protocol import Message
+from .push import Sink
 from .session import Session
-from .sinks import Sink
 
 MAX_VIEWERS = 32
 TYPES = {

@@ -20,8 +20,9 @@ import numpy as np
 from .archive import Archive
 from .playout import Lead, PlayoutClock
 from .protocol import Message
+from .push import Sink
+from .recorder import Recorder
 from .remote import Broken, Refused, Remote
-from .sinks import Recorder, Sink
 from .steering import Steering
 from .video import TICKS, Broadcast
 from .worker import Order
