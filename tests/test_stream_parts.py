@@ -20,7 +20,10 @@ def test_the_clock_paces_slips_and_never_hurries():
     assert clock.next(5.0) == pytest.approx(5.1)  # here already, shown in its time
     assert clock.next(5.35) == 5.35 and clock.slips == 1  # late: shown at once
     assert clock.next(5.36) == pytest.approx(5.45)  # and the next one is not hurried to make up for it
+    assert clock.left(2, now=5.5) == pytest.approx(0.25)  # behind two more, which are due at 5.55 and 5.65
+    assert clock.left(0, now=7.0) == 0
     clock.rest()
+    assert clock.left(2, now=7.0) == pytest.approx(0.2)
     assert clock.next(9.0) == 9.0 and clock.slips == 1  # after a pause nothing is late
 
 
@@ -36,17 +39,17 @@ def test_pictures_are_never_closer_than_their_pace():
 
 def test_a_block_is_begun_as_late_as_its_making_allows():
     lead = Lead(limit=0.4, margin=0.02)
-    assert lead.wait(queued=0.4) == 0.0  # nothing known yet: as far ahead as is allowed
+    assert lead.wait(left=0.4) == 0.0  # nothing known yet: as far ahead as is allowed
     for _ in range(100):
         lead.made(0.08)
-    assert lead.wait(queued=0.3) == pytest.approx(0.2)
+    assert lead.wait(left=0.3) == pytest.approx(0.2)
     lead.made(0.2)  # a slow block is believed at once
-    assert lead.wait(queued=0.3) == pytest.approx(0.08)
+    assert lead.wait(left=0.3) == pytest.approx(0.08)
     for _ in range(200):
         lead.made(0.08)  # and forgotten slowly
-    assert lead.wait(queued=0.3) == pytest.approx(0.2, abs=1e-3)
+    assert lead.wait(left=0.3) == pytest.approx(0.2, abs=1e-3)
     lead.made(9.0)
-    assert lead.wait(queued=0.5) > 0, "however slow blocks are, the world runs no further ahead than the limit"
+    assert lead.wait(left=0.5) > 0, "however slow blocks are, the world runs no further ahead than the limit"
 
 
 def steering():

@@ -111,6 +111,7 @@ class Recording:
 
     def __init__(self):
         self.followed = []
+        self.ticks = lambda: 0
         self.steering = Steering(("none", "up"), {"w": "up"})
         self.broadcast = SimpleNamespace(subscribe=lambda *a: self.followed.append("video"), unsubscribe=lambda s: None)
 

@@ -110,7 +110,7 @@ class Client:
         if kind == "keys":
             self.session.steering.press(message["seq"], message["pressed"])
         elif kind == "ping":
-            self.tell({"type": "pong", "time": message["time"]})
+            self.tell({"type": "pong", "time": message["time"], "clock": self.session.ticks()})
         elif kind in ("hello", "wheel"):
             take = message.get("take", message.get("drive"))
             self.lobby.drive(self) if take else self.lobby.let_go(self)

@@ -27,13 +27,17 @@ class PlayoutClock:
         self.due, self._started = due, True
         return due
 
+    def left(self, queued: int, now: float) -> float:
+        """Seconds from `now` until one more picture, behind `queued` ones, is due."""
+        return queued * self.period + (max(0.0, self.due + self.period - now) if self._started else 0.0)
+
     def rest(self) -> None:
         """What comes next is not late: the world was paused or began anew."""
         self._started = False
 
 
 class Lead:
-    """How long before the queue runs dry the next block is begun: the time that blocks take, and a margin.
+    """How long before its first picture is due a block is begun: the time that blocks take, and a margin.
 
     A slow block is remembered and forgotten slowly; `limit` is how far the world may run ahead of what is shown.
     """
@@ -47,7 +51,7 @@ class Lead:
         expected = seconds if self.expected is None else self.expected
         self.expected = max(seconds, expected + self.forget * (seconds - expected))
 
-    def wait(self, queued: float) -> float:
-        """Seconds to wait before beginning, with this many seconds of pictures still to be shown; <= 0: now."""
+    def wait(self, left: float) -> float:
+        """Seconds to wait before beginning, if the first picture is due in `left` seconds; <= 0: now."""
         lead = self.limit if self.expected is None else min(self.limit, self.expected + self.margin)
-        return queued - lead
+        return left - lead

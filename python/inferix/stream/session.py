@@ -229,7 +229,8 @@ class Session:
         while not self._commands:
             wait: float | None = None
             if not self.paused or self._steps:
-                wait = self.lead.wait(len(self._queue) * self.clock.period) if not self.paused else 0.0
+                left = 0.0 if self.paused else self.clock.left(len(self._queue), time.monotonic())
+                wait = self.lead.wait(left)
                 if wait <= 0:
                     return
             self._changed.clear()
@@ -242,7 +243,7 @@ class Session:
         orders, seq, said = steering.orders(names)
         if self._steps:
             self._steps, self._play_until = self._steps - 1, block
-        ahead, positions = len(self._queue) * self.clock.period, dict(self.made)
+        ahead, positions = self.clock.left(len(self._queue), time.monotonic()), dict(self.made)
         started = time.perf_counter()
         try:
             made = await self._call("step", orders=orders)
@@ -414,7 +415,7 @@ class Session:
                     await asyncio.wait_for(self._ready.wait(), GAP)
                 if self.broadcast.keyframe_wanted and self._last:
                     await self._still(self._last)  # who joins a world that stands still
-            await asyncio.sleep(self.clock.next(self._now()) - self._now())
+            await asyncio.sleep(self.clock.next(time.monotonic()) - time.monotonic())
             if not self._queue or (self.paused and self._queue[0].block > self._play_until):
                 continue  # rewound or paused in the meantime
             picture = self._queue.popleft()
@@ -431,12 +432,14 @@ class Session:
 
     async def _show(self, worlds: dict[str, np.ndarray], frame: int, block: int) -> None:
         self._last = worlds
-        pts = round(self._now() * TICKS)
+        pts = self.ticks()
         event = {"type": "frame", "frame": frame, "block": block, "pts": pts, "worlds": list(worlds)}
         self.announce(event)
-        await self.broadcast.show(np.concatenate([worlds[name] for name in sorted(worlds)], 1), frame, pts)
+        pictures = [worlds[name] for name in sorted(worlds)]
+        await self.broadcast.show(pictures[0] if len(pictures) == 1 else np.concatenate(pictures, 1), frame, pts)
 
     @staticmethod
-    def _now() -> float:
-        return time.monotonic()
+    def ticks() -> int:
+        """The clock that pictures bear."""
+        return round(time.monotonic() * TICKS)
 

@@ -24,7 +24,7 @@ from PIL import Image
 TICKS = 90_000  # per second, of all timestamps: RTP's for video
 DEPTH = 12  # packets that may wait for one viewer: most of a second
 KEYFRAME_SECONDS = 2.0
-BITRATE = 4_500_000  # at most, from the first second on; simple pictures take less
+BITRATE = 3_500_000  # at most, from the first second on; simple pictures take less
 _MATRIX = {"h264": "ITU709", "vp8": "ITU601"}  # VP8 can't say which, and everyone takes the old one
 _BT709 = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}
 
@@ -46,7 +46,7 @@ _CHOICES = {
         ("h264_nvenc", {"preset": "p2", "tune": "ull", "zerolatency": "1", "forced-idr": "1", "profile": "baseline"}),
         (
             "libx264",
-            {"preset": "ultrafast", "tune": "zerolatency", "profile": "baseline", "forced-idr": "1", "crf": "18"},
+            {"preset": "ultrafast", "tune": "zerolatency", "profile": "baseline", "forced-idr": "1", "crf": "20"},
         ),
     ],
     "vp8": [("libvpx", {"deadline": "realtime", "cpu-used": "-6", "lag-in-frames": "0", "error-resilient": "1"})],

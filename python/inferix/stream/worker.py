@@ -225,5 +225,5 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
                 threading.Thread(target=reply, args=(number, work), daemon=True).start()
             else:
                 reply(number, work)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, OSError):
         pass  # the parent is gone

@@ -80,13 +80,14 @@ on("files", ({ worlds, videos }) => {
   $("videos").replaceChildren(...(links.length ? links : [item("none yet: press Record")]));
 });
 on("error", (error) => error.code !== "watching" && note(error.text, true));
-on("pong", ({ time }) => figures.roundTrip(performance.now() - time));
+on("pong", (pong) => figures.answer(pong, performance.now()));
 
 // What is seen
 
 let lastBlock = -1;
 screen.addEventListener("seen", ({ detail: { frame, seen } }) => {
   if (!frame) return;
+  figures.arrived(frame.pts, seen);
   const block = blocks.get(frame.block);
   if (block) figures.latency(pads.followed(block.applied_seq, seen));
   if (block && frame.block !== lastBlock) {

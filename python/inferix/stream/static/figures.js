@@ -1,13 +1,16 @@
 // The figures beside the picture. All are measured: in this browser, or by the server and sent with each block.
 
 const PARTS = { denoise: "denoise", pictures: "to pictures", transfer: "hand over", encode: "encode" };
-const KEEP = 100; // presses that the percentiles are of
+const KEEP = 200; // samples that the percentiles are of
 
 export class Figures {
   constructor(panel) {
     this.$ = (id) => panel.querySelector(`#${id}`);
     this.delays = [];
     this.blocks = [];
+    this.ways = [];
+    this.clocks = [];
+    this.offset = null;
     this.$("split").replaceChildren(...Object.keys(PARTS).map((part) => Object.assign(document.createElement("i"), { className: part })));
     this.$("split-key").replaceChildren(
       ...Object.entries(PARTS).map(([part, name]) => {
@@ -33,8 +36,19 @@ export class Figures {
     this.$("f-shown").textContent = fps.toFixed(1);
   }
 
-  roundTrip(ms) {
-    this.$("f-rtt").textContent = ms.toFixed(1);
+  // The server's clock in terms of ours, from the answer that was quickest: it is off by half its way at most.
+  answer({ time, clock }, now) {
+    this.clocks = [...this.clocks, { trip: now - time, offset: (time + now) / 2 - clock / 90 }].slice(-20);
+    const quickest = this.clocks.reduce((best, sample) => (sample.trip < best.trip ? sample : best));
+    this.offset = quickest.offset;
+    this.$("f-rtt").textContent = (now - time).toFixed(1);
+  }
+
+  // ms from handing a picture to the encoder to its being seen
+  arrived(pts, seen) {
+    if (this.offset === null) return;
+    this.ways = [...this.ways, seen - this.offset - pts / 90].slice(-KEEP);
+    if (this.ways.length % 8 === 0) this.$("f-way").textContent = Math.round([...this.ways].sort((a, b) => a - b)[this.ways.length >> 1]);
   }
 
   block({ frames, queue, slips, seconds, kv_bytes }) {
