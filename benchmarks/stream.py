@@ -29,7 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 # World, transport, and what must be: key to pixel within a block and 150 ms, the way of a picture within 100 ms.
-CASES = [("tiny", "webrtc"), ("tiny", "websocket"), ("synthetic 832 x 480", "webrtc"), ("synthetic 832 x 480", "websocket")]
+CASES = [
+    ("tiny", "webrtc"),
+    ("tiny", "websocket"),
+    ("synthetic 832 x 480", "webrtc"),
+    ("synthetic 832 x 480", "websocket"),
+]
 BLOCK_MS = 3 * 1000 / 16
 GOALS = {
     "key to pixel p95": (BLOCK_MS + 150, "ms", "tiny"),

@@ -4,8 +4,6 @@ import asyncio
 import functools
 from contextlib import asynccontextmanager
 
-import pytest
-
 import aiohttp
 
 from inferix.stream import protocol
@@ -18,7 +16,7 @@ PATIENCE = 30  # seconds: only a hang takes so long
 @asynccontextmanager
 async def running(tmp_path, opener=None, **options):
     """A server whose world is there."""
-    world = {name: options.pop(name) for name in ("size", "seconds", "can_rewind", "actions", "block", "texture") if name in options}
+    world = {name: options.pop(name) for name in ("seconds", "can_rewind", "actions") if name in options}
     server = Server(opener or functools.partial(open_bars, **world), port=0, folder=str(tmp_path / "worlds"), **options)
     await server.start()
     try:
@@ -122,30 +120,3 @@ def asynchronous(test):
         return LOOP.run_until_complete(asyncio.wait_for(test(*args, **kwargs), 3 * PATIENCE))
 
     return run
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """One server for the tests of a module: starting its worker takes two seconds."""
-    manager = running(tmp_path_factory.mktemp("shared"))
-    yield LOOP.run_until_complete(manager.__aenter__())
-    LOOP.run_until_complete(manager.__aexit__(None, None, None))
-
-
-@pytest.fixture
-def server(shared):
-    """The shared server, nobody watching, its world begun anew."""
-
-    async def fresh():
-        for client in tuple(shared.lobby.clients):
-            await client.leave()
-        await until(lambda: not shared.lobby.clients)
-        await shared.session.command("reset", seed=0)
-        if shared.session.paused:
-            await shared.session.command("resume")
-        await until(lambda: shared.session.phase == "running")
-        shared.session.steering.begin("calm")
-        await until(lambda: shared.session.steering.prompts["a"] == "calm")
-
-    LOOP.run_until_complete(fresh())
-    return shared

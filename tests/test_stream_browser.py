@@ -181,7 +181,9 @@ def test_a_key_shows_in_the_pixels(page, query):
     page.key("w", down=False)
     identical(page.watch(3, "s.bars.a[1] === 0"))
     delay = page.run("return inferix.figures.delays.at(-1)")
-    assert 0 < delay < 1000 * PATIENCE and str(round(delay)) == page.run("return document.getElementById('f-latency').textContent")
+    assert 0 < delay < 1000 * PATIENCE and str(round(delay)) == page.run(
+        "return document.getElementById('f-latency').textContent"
+    )
 
 
 def test_words_show_and_the_page_says_when(page):
@@ -235,7 +237,9 @@ def test_the_slider_takes_the_world_back(page):
     page.open()
     made = page.until("inferix.state().made.a > 24 && inferix.state().made.a")
     past = "document.getElementById('past')"
-    page.run(f"{past}.value = {made - 15}; {past}.dispatchEvent(new Event('input')); {past}.dispatchEvent(new Event('change'))")
+    page.run(
+        f"{past}.value = {made - 15}; {past}.dispatchEvent(new Event('input')); {past}.dispatchEvent(new Event('change'))"
+    )
     page.until("!inferix.state().paused")
     numbers = [picture["bars"]["a"][0] for picture in page.watch(2)]
     assert numbers[0] < made + 30
@@ -312,7 +316,9 @@ def test_the_tiny_world_looks_like_this(driver, loop, tmp_path, request):
         page.until(f"inferix.state().made.b > {last + 12}")
         driver.save_screenshot(str(tmp_path / "page.png"))
         shown = Image.open(io.BytesIO((tmp_path / "page.png").read_bytes())).convert("RGB")
-        box = page.run("const b = inferix.screen.canvases.b.getBoundingClientRect(); return [b.x, b.y, b.right, b.bottom]")
+        box = page.run(
+            "const b = inferix.screen.canvases.b.getBoundingClientRect(); return [b.x, b.y, b.right, b.bottom]"
+        )
         world = np.asarray(shown.crop(tuple(map(round, box)))).reshape(-1, 3)
         assert len(np.unique(world // 32, axis=0)) > 5, "a picture with several colours"
         if keep := request.config.getoption("--screenshot"):

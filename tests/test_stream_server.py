@@ -12,12 +12,39 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
-from stream_client import Viewer, asynchronous, running, server, shared, until  # noqa: F401, the last ones are fixtures
+from stream_client import LOOP, Viewer, asynchronous, running, until
 
 from inferix.stream import protocol
 from inferix.stream.server import Server
-from inferix.stream.worker import open_world
 from inferix.stream.testing import ACTIONS, WORDS, read_bars
+from inferix.stream.worker import open_world
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One server for the tests of a module: starting its worker takes two seconds."""
+    manager = running(tmp_path_factory.mktemp("shared"))
+    yield LOOP.run_until_complete(manager.__aenter__())
+    LOOP.run_until_complete(manager.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def server(shared):
+    """The shared server, nobody watching, its world begun anew."""
+
+    async def fresh():
+        for client in tuple(shared.lobby.clients):
+            await client.leave()
+        await until(lambda: not shared.lobby.clients)
+        await shared.session.command("reset", seed=0)
+        if shared.session.paused:
+            await shared.session.command("resume")
+        await until(lambda: shared.session.phase == "running")
+        shared.session.steering.begin("calm")
+        await until(lambda: shared.session.steering.prompts["a"] == "calm")
+
+    LOOP.run_until_complete(fresh())
+    return shared
 
 
 @asynchronous
@@ -251,7 +278,9 @@ async def test_recordings_and_saves_get_names_from_the_server(server, tmp_path):
     await viewer.leave()
 
 
-@pytest.mark.parametrize("name", ["../pyproject.toml", "%2e%2e%2fsecret.mp4", "secret.mp4", "", "/etc/passwd", "bars-20260101-000000-1"])
+@pytest.mark.parametrize(
+    "name", ["../pyproject.toml", "%2e%2e%2fsecret.mp4", "secret.mp4", "", "/etc/passwd", "bars-20260101-000000-1"]
+)
 @asynchronous
 async def test_no_path_from_a_client_is_opened(name, server):
     folder = server.archive.folder

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--model", default="tiny", help="which model (default: tiny)")
     play.add_argument("--weights", help="checkpoint file or its folder, for models that do not ship one")
     play.add_argument("--lora", help="low-rank updates to merge into the weights")
-    play.add_argument("--host", default="127.0.0.1", help="address to listen at; others than this machine need the token")
+    play.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; others than this machine need the token"
+    )
     play.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     play.add_argument("--token", help="what others must know to come in (default: a new one, printed)")
     play.add_argument("--folder", default="inferix-worlds", help="for saved worlds and recordings")
@@ -69,8 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
     play.add_argument("--window", type=int, help="frames a block sees, its own included (default: the model's)")
     play.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
-    play.add_argument("--undo", type=float, default=15.0, help="seconds that can be rewound, if the model can (default: 15)")
-    play.add_argument("--worlds", type=int, default=2, help="room for a world and its fork: 1 does without (default: 2)")
+    play.add_argument(
+        "--undo", type=float, default=15.0, help="seconds that can be rewound, if the model can (default: 15)"
+    )
+    play.add_argument(
+        "--worlds", type=int, default=2, help="room for a world and its fork: 1 does without (default: 2)"
+    )
     play.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
     play.add_argument("--device", help="where the network runs: cpu or cuda (default: a GPU, if there is one)")
     play.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")

@@ -61,9 +61,7 @@ class Sink:
         """The world is there: fps pictures per second of size (height, width), enlarged by `scale`."""
         if self._thread is None:
             geometry = fps, (size[0] * scale // 2 * 2, size[1] * scale // 2 * 2)
-            self._thread = threading.Thread(
-                target=self._run, args=geometry, daemon=True, name=f"push to {self.label}"
-            )
+            self._thread = threading.Thread(target=self._run, args=geometry, daemon=True, name=f"push to {self.label}")
             self._thread.start()
 
     def write(self, picture: np.ndarray | None) -> None:

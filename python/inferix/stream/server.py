@@ -177,7 +177,9 @@ class Server:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
         if not self._welcome(request):
-            raise web.HTTPForbidden(text="This world is not open to you. Use the address that `inferix play` printed.\n")
+            raise web.HTTPForbidden(
+                text="This world is not open to you. Use the address that `inferix play` printed.\n"
+            )
         response: web.StreamResponse = await handler(request)
         if self.token and "token" in request.query and not response.prepared:
             response.set_cookie("inferix", self.token, httponly=True, samesite="Strict")

@@ -25,7 +25,6 @@ from .recorder import Recorder
 from .remote import Broken, Refused, Remote
 from .steering import Steering
 from .video import TICKS, Broadcast
-from .worker import Order
 
 GAP = 0.2  # seconds: what comes after a longer rest is not late
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
@@ -89,7 +88,9 @@ class Session:
 
     async def start(self) -> None:
         """Begin to open the world; returns at once."""
-        self._tasks = [asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self._play)]
+        self._tasks = [
+            asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self._play)
+        ]
         for sink in self.sinks:
             sink.start(lambda: self.announce(self.state()))
 
@@ -139,7 +140,9 @@ class Session:
             Refused: it can't be followed, and nothing has changed.
         """
         if self.phase != "running" and name != "reset":
-            raise Refused(f"{name}: the world is {'still being opened' if self.phase == 'opening' else 'broken: reset it'}")
+            raise Refused(
+                f"{name}: the world is {'still being opened' if self.phase == 'opening' else 'broken: reset it'}"
+            )
         if len(self._commands) >= 16:
             raise Refused(f"{name}: 16 commands are waiting already")
         command = Command(name, arguments, asyncio.get_running_loop().create_future())
@@ -366,7 +369,9 @@ class Session:
         self._take(reply)
         self._queue.clear()
         self.clock.rest()
-        await self._still(self._last | {name: picture for name, picture in reply["pictures"].items() if picture is not None})
+        await self._still(
+            self._last | {name: picture for name, picture in reply["pictures"].items() if picture is not None}
+        )
 
     async def _do_save(self) -> dict[str, Any]:
         name = self.archive.new(self.model["model"])
@@ -442,4 +447,3 @@ class Session:
     def ticks() -> int:
         """The clock that pictures bear."""
         return round(time.monotonic() * TICKS)
-

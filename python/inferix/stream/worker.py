@@ -17,8 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 REFUSED, BROKEN = "refused", "broken"
 
 
@@ -175,9 +173,7 @@ class Stage:
             running.blocks.pop(0)
 
 
-def open_world(
-    model: str, *, undo_seconds: float, worlds: int, threads: int | None = None, **options: Any
-) -> Any:
+def open_world(model: str, *, undo_seconds: float, worlds: int, threads: int | None = None, **options: Any) -> Any:
     """A World with room to rewind as far as asked, if its model can, and for its forks. Runs in the worker."""
     import torch
 
