@@ -2,8 +2,8 @@
 
     python -m benchmarks.stream [--seconds 60] [--json FILE]
 
-Needs the extra `stream`, selenium, and Debian's chromium and chromium-driver. The server runs in a process of its own and
-its worlds in another, so that what encoding and transport cost can be told from what the world costs.
+Needs the extra `stream`, selenium, and Debian's chromium and chromium-driver. The server runs in a process of its own
+and its worlds in another, so that what encoding and transport cost can be told from what the world costs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ else peer.getStats().then((all) => done([...all.values()].find((s) => s.type ===
 
 
 def run(seconds: float = 60.0) -> list[dict[str, Any]]:
-    """One row per case and measure: case, measure, value, unit, and the goal and whether it is met, where there is one."""
+    """One row per case and measure: case, measure, value, unit, and the goal and whether it is met."""
     rows: list[dict[str, Any]] = []
     for world, transport in CASES:
         for measure, value, unit in _measure(world, transport, seconds):

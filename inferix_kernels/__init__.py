@@ -5,8 +5,17 @@ why the rest does not.
 """
 
 from ._dispatch import Unsupported
-from .layout import FORMATS, KVPages, PageList, Plan, make_plan
-from .ops import kv_append, kv_commit, kv_gather, merge_attention, paged_attention, qkv_prologue
+from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, make_plan
+from .ops import (
+    kv_append,
+    kv_commit,
+    kv_gather,
+    linear,
+    merge_attention,
+    paged_attention,
+    qkv_prologue,
+    quantize_rows,
+)
 from .page_table import PageTable
 from .paged_kv import KVStore, NotResident, OutOfPages
 from .passes import Pass
@@ -23,12 +32,16 @@ __all__ = [
     "Pass",
     "Plan",
     "Policy",
+    "Quantized",
+    "Segment",
     "Unsupported",
     "kv_append",
     "kv_commit",
     "kv_gather",
+    "linear",
     "make_plan",
     "merge_attention",
     "paged_attention",
     "qkv_prologue",
+    "quantize_rows",
 ]

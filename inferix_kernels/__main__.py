@@ -9,8 +9,18 @@ import torch
 
 from . import ops, testing
 from ._dispatch import AUTO, BACKENDS, Unsupported, implementation
+from .layout import Quantized
 
-OPS = ("kv_append", "kv_commit", "kv_gather", "paged_attention", "merge_attention", "qkv_prologue")
+OPS = (
+    "kv_append",
+    "kv_commit",
+    "kv_gather",
+    "paged_attention",
+    "merge_attention",
+    "qkv_prologue",
+    "quantize_rows",
+    "linear",
+)
 DEVICES = tuple(AUTO)
 
 
@@ -49,6 +59,7 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
     lse = q[:, :, 0].contiguous()
     qkv = torch.zeros(3, 48, device=device)
     tokens = torch.zeros(3, 1, 16, device=device)
+    matrix = Quantized(torch.zeros(3, 16, dtype=torch.int8, device=device), torch.ones(3, device=device))
     target, target_list = testing.filled_pool("int8", [3], heads=1, page_size=8, head_dim=16, device=device)
     calls: dict[str, Callable[[], object]] = {
         "kv_append": lambda: ops.kv_append(tokens, tokens, pool, where, backend=backend),
@@ -57,6 +68,8 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
         "paged_attention": lambda: ops.paged_attention(q, pools, plan, backend=backend),
         "merge_attention": lambda: ops.merge_attention(q, lse, q, lse, backend=backend),
         "qkv_prologue": lambda: ops.qkv_prologue(qkv, None, None, None, pool, where, backend=backend),
+        "quantize_rows": lambda: ops.quantize_rows(qkv, backend=backend),
+        "linear": lambda: ops.linear(matrix, matrix, backend=backend),
     }
     return calls[op]
 

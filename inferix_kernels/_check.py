@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import FORMAT_OF, FORMATS, KVPages, PageList, Plan, Side
+from .layout import FORMAT_OF, FORMATS, KVPages, PageList, Plan, Quantized, Side
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix
+ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
@@ -129,10 +131,70 @@ def check_page_list(name: str, where: PageList, sizes: dict[str, int], device: t
         check_tensor(f"{name}.{field}", tensor, (torch.int32,), f"len({name})", sizes, device)
 
 
-def check_plan(plan: Plan, device: torch.device) -> None:
+def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
     sizes: dict[str, int] = {}
-    for field, layout in (("q_indptr", "S+1"), ("page_indptr", "S+1"), ("page_ids", "N"), ("page_lens", "N")):
+    device = q.device
+    for field, layout in (("q_indptr", "S+1"), ("page_indptr", "L+1"), ("page_ids", "N"), ("page_lens", "N")):
         tensor = getattr(plan, field)
         check_tensor(f"plan.{field}", tensor, (torch.int32,), layout, sizes, device)
     if sizes["S+1"] == 0:
         raise ValueError("plan.q_indptr must hold at least its leading 0, got an empty tensor")
+    segments, lists = sizes["S+1"] - 1, sizes["L+1"] - 1
+    if lists not in (segments, segments * heads):
+        raise ValueError(
+            f"plan.page_indptr must be [{segments + 1}] (a list per segment) or [{segments * heads + 1}] (one for each"
+            f" of its KV heads), got [{lists + 1}]"
+        )
+    check_optional("plan.page_bias", plan.page_bias, (torch.float32,), "N", sizes, device)
+    check_optional("plan.page_variants", plan.page_variants, (torch.int32,), "N", sizes, device)
+    if (plan.page_variants is None) != (q.ndim == 3):
+        raise ValueError(
+            f"plan.page_variants must be given for q [V, T, Hq, D] and None for q [T, Hq, D],"
+            f" got {'None' if plan.page_variants is None else 'a tensor'} for q {list(q.shape)}"
+        )
+
+
+def check_norm(
+    name: str, weight: Tensor | None, bias: Tensor | None, heads: int, sizes: dict[str, int], device: torch.device
+) -> None:
+    """The weight of a norm over all of `heads` heads, or over each, and the bias that makes it a layer norm."""
+    D, size = sizes["D"], f"len({name})"
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{name}_bias must be None without {name}, got a tensor")
+        return
+    check_tensor(name, weight, FLOATS, size, sizes, device)
+    if len(weight) not in (D, heads * D):
+        raise ValueError(
+            f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
+        )
+    check_optional(f"{name}_bias", bias, FLOATS, size, sizes, device)
+
+
+def check_word(name: str, word: str | None, words: Sequence[str]) -> None:
+    if word is not None and word not in words:
+        raise ValueError(f"{name} must be {', '.join(map(repr, words))} or None, got {word!r}")
+
+
+def check_groups(name: str, groups: Tensor | None, width: str, sizes: dict[str, int], device: torch.device) -> None:
+    """[G, width], each row for M / G rows in turn."""
+    sizes.pop("G", None)  # each has its own
+    check_optional(name, groups, FLOATS, f"G {width}", sizes, device)
+    if groups is not None and (not len(groups) or sizes["M"] % len(groups)):
+        raise ValueError(f"{name} must have a number of rows that divides M={sizes['M']}, got {len(groups)}")
+
+
+def check_is_quantized(name: str, x: object) -> None:
+    if not isinstance(x, Quantized):
+        raise TypeError(f"{name} must be a Quantized, got {type(x).__name__}")
+
+
+def check_quantized(
+    name: str, x: Quantized, dtypes: Sequence[torch.dtype], layout: str, sizes: dict[str, int], device: torch.device
+) -> None:
+    check_is_quantized(name, x)
+    check_tensor(f"{name}.codes", x.codes, dtypes, layout, sizes, device)
+    check_tensor(f"{name}.scales", x.scales, (torch.float32,), layout.split()[0], sizes, device)
+    for field, tensor in (("codes", x.codes), ("scales", x.scales)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}.{field} must be contiguous, got strides {tensor.stride()}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import run
-from .layout import KVPages, PageList, Plan
+from .layout import KVPages, PageList, Plan, Quantized
 
 # A pool is the list of its six tensors; several pools are one list after the other.
 _WIDTH = len(KVPages._fields)
@@ -96,7 +96,8 @@ def kv_gather(
 @define(
     "paged_attention",
     "Tensor q, Tensor[] pools, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
-    "Tensor page_lens, float scale, Tensor(a!) out, Tensor(b!) lse, bool accumulate",
+    "Tensor page_lens, Tensor? page_bias, Tensor? page_variants, float scale, Tensor(a!) out, Tensor(b!) lse, "
+    "bool accumulate",
 )
 def _paged_attention(
     q: Tensor,
@@ -105,6 +106,8 @@ def _paged_attention(
     page_indptr: Tensor,
     page_ids: Tensor,
     page_lens: Tensor,
+    page_bias: Tensor | None,
+    page_variants: Tensor | None,
     scale: float,
     out: Tensor,
     lse: Tensor,
@@ -117,7 +120,7 @@ def _paged_attention(
         q.device,
         q,
         unflatten(pools),
-        Plan(q_indptr, page_indptr, page_ids, page_lens),
+        Plan(q_indptr, page_indptr, page_ids, page_lens, page_bias, page_variants),
         scale=scale,
         out=out,
         lse=lse,
@@ -155,8 +158,8 @@ def merge_attention(
 @define(
     "qkv_prologue",
     "Tensor qkv, Tensor? norm_q, Tensor? norm_k, Tensor? rope, Tensor(a!)[] pages, "
-    "Tensor ids, Tensor lens, Tensor? bias, Tensor? k_mean, float eps, bool interleaved, "
-    "Tensor(b!) out",
+    "Tensor ids, Tensor lens, Tensor? norm_q_bias, Tensor? norm_k_bias, Tensor? bias, Tensor? k_mean, float eps, "
+    "bool interleaved, Tensor(b!) out",
 )
 def _qkv_prologue(
     qkv: Tensor,
@@ -166,6 +169,8 @@ def _qkv_prologue(
     pages: list[Tensor],
     ids: Tensor,
     lens: Tensor,
+    norm_q_bias: Tensor | None,
+    norm_k_bias: Tensor | None,
     bias: Tensor | None,
     k_mean: Tensor | None,
     eps: float,
@@ -183,6 +188,8 @@ def _qkv_prologue(
         rope,
         *unflatten(pages),
         PageList(ids, lens),
+        norm_q_bias=norm_q_bias,
+        norm_k_bias=norm_k_bias,
         bias=bias,
         k_mean=k_mean,
         eps=eps,
@@ -199,6 +206,8 @@ def qkv_prologue(
     pages: KVPages,
     where: PageList,
     *,
+    norm_q_bias: Tensor | None,
+    norm_k_bias: Tensor | None,
     bias: Tensor | None,
     k_mean: Tensor | None,
     eps: float,
@@ -206,10 +215,124 @@ def qkv_prologue(
     out: Tensor,
     backend: str,
 ) -> None:
-    _qkv_prologue(qkv, norm_q, norm_k, rope, flatten(pages), *where, bias, k_mean, eps, interleaved, out, backend)
+    norms = norm_q_bias, norm_k_bias
+    _qkv_prologue(
+        qkv, norm_q, norm_k, rope, flatten(pages), *where, *norms, bias, k_mean, eps, interleaved, out, backend
+    )
 
 
-TRACED = {f.__name__: f for f in (kv_append, kv_commit, kv_gather, paged_attention, merge_attention, qkv_prologue)}
+@define(
+    "quantize_rows",
+    "Tensor x, str norm, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str activation, "
+    "Tensor(a!) codes, Tensor(b!) scales",
+)
+def _quantize_rows(
+    x: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str,
+    codes: Tensor,
+    scales: Tensor,
+    backend: str,
+) -> None:
+    run(
+        "quantize_rows",
+        backend,
+        x.device,
+        x,
+        codes.dtype,
+        norm=norm or None,
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=activation or None,
+        out=Quantized(codes, scales),
+    )
+
+
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str | None,
+    out: Quantized,
+    backend: str,
+) -> None:
+    _quantize_rows(x, norm or "", weight, bias, scale, shift, eps, activation or "", *out, backend)
+
+
+@define(
+    "linear",
+    "Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, Tensor? bias, str activation, Tensor? gate, "
+    "Tensor? residual, Tensor(a!) out",
+)
+def _linear(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    backend: str,
+) -> None:
+    run(
+        "linear",
+        backend,
+        x.device,
+        Quantized(x, x_scales),
+        Quantized(weight, weight_scales),
+        bias=bias,
+        activation=activation or None,
+        gate=gate,
+        residual=residual,
+        dtype=out.dtype,
+        out=out,
+    )
+
+
+def linear(
+    x: Quantized,
+    weight: Quantized,
+    *,
+    bias: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor,
+    backend: str,
+) -> None:
+    _linear(*x, *weight, bias, activation or "", gate, residual, out, backend)
+
+
+TRACED = {
+    f.__name__: f
+    for f in (
+        kv_append,
+        kv_commit,
+        kv_gather,
+        paged_attention,
+        merge_attention,
+        qkv_prologue,
+        quantize_rows,
+        linear,
+    )
+}
 
 
 def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> None:

@@ -199,37 +199,87 @@ class PageList(NamedTuple):
 class Plan(NamedTuple):
     """Which pages each query attends to. One plan serves all layers and all passes over a block.
 
-    Segment s is the queries q_indptr[s] : q_indptr[s+1]; all of them attend to every valid token of the pages
-    page_indptr[s] : page_indptr[s+1] and to nothing else. The page list is the mask.
+    Segment s is the queries q_indptr[s] : q_indptr[s+1]. It has one page list for all KV heads, or one for each: list
+    l is the pages page_indptr[l] : page_indptr[l+1], with l = s or l = s * H + head. A query attends to every valid
+    token of its list's pages and to nothing else. The page list is the mask.
     """
 
     q_indptr: Tensor  # [S+1] int32, from 0 to T
-    page_indptr: Tensor  # [S+1] int32, from 0 to N
+    page_indptr: Tensor  # [L+1] int32, from 0 to N; L is S, or S * H
     page_ids: Tensor  # [N] int32, counted through the pools in the order a call gives them
     page_lens: Tensor  # [N] int32, valid tokens of each page
+    page_bias: Tensor | None = None  # [N] float32, added to the scaled scores of a page's keys; -inf leaves it out
+    page_variants: Tensor | None = None  # [N] int32 in [0, V): which of q's variants meets the page
 
 
-def make_plan(segments: Sequence[tuple[int, Sequence[int], Sequence[int]]], device: torch.device | str = "cpu") -> Plan:
-    """Build a plan from (number of queries, page ids, valid tokens of each page) per segment, in query order.
+class Segment(NamedTuple):
+    """A run of queries and the pages they attend to, on the host."""
 
-    An empty page list is allowed: its queries get out = 0 and lse = -inf.
+    queries: int
+    ids: Sequence[int]
+    lens: Sequence[int]  # valid tokens of each page
+    bias: Sequence[float] | None = None
+    variants: Sequence[int] | None = None
+
+
+def make_plan(
+    segments: Sequence[Segment | tuple], device: torch.device | str = "cpu", *, lists_per_segment: int = 1
+) -> Plan:
+    """Build a plan from segments, or plain tuples (queries, ids, lens[, bias[, variants]]), in query order.
+
+    An empty page list is allowed: its queries get out = 0 and lse = -inf. With lists_per_segment = H every H entries
+    in a row are one segment: the same number of queries, and the page list of KV head 0, 1, ...
 
     Raises:
-        ValueError: a negative count, id or length, or as many ids as lengths not given. Ids and lengths are held
-            against the pools when the plan is used, since one plan may serve pools of several layers.
+        ValueError: a negative count, id or length; fields of a segment that differ in length; bias or variants in some
+            segments only; entries that make no whole segments. Ids and lengths are held against the pools when the
+            plan is used, since one plan may serve pools of several layers.
     """
-    for s, (queries, ids, lens) in enumerate(segments):
-        if queries < 0:
-            raise ValueError(f"segments[{s}]: the number of queries must not be negative, got {queries}")
-        _check_list(f"segments[{s}]: page ids", ids, lens)
-    q_indptr = accumulate((queries for queries, _, _ in segments), initial=0)
-    page_indptr = accumulate((len(ids) for _, ids, _ in segments), initial=0)
+    lists = [Segment(*segment) for segment in segments]
+    _check_segments(lists, lists_per_segment)
+
+    def flat(field: str) -> list:
+        return [x for segment in lists for x in getattr(segment, field)]
+
+    bias, variants = (bool(lists) and getattr(lists[0], field) is not None for field in ("bias", "variants"))
     return Plan(
-        _int32(list(q_indptr), device),
-        _int32(list(page_indptr), device),
-        _int32([page for _, ids, _ in segments for page in ids], device),
-        _int32([length for _, _, lens in segments for length in lens], device),
+        _int32(list(accumulate((segment.queries for segment in lists[::lists_per_segment]), initial=0)), device),
+        _int32(list(accumulate((len(segment.ids) for segment in lists), initial=0)), device),
+        _int32(flat("ids"), device),
+        _int32(flat("lens"), device),
+        torch.tensor(flat("bias"), dtype=torch.float32, device=device) if bias else None,
+        _int32(flat("variants"), device) if variants else None,
     )
+
+
+def _check_segments(lists: list[Segment], lists_per_segment: int) -> None:
+    if len(lists) % lists_per_segment:
+        raise ValueError(f"segments must be a multiple of {lists_per_segment} page lists, got {len(lists)}")
+    for s, segment in enumerate(lists):
+        if segment.queries < 0:
+            raise ValueError(f"segments[{s}]: the number of queries must not be negative, got {segment.queries}")
+        want = lists[s - s % lists_per_segment].queries
+        if segment.queries != want:
+            raise ValueError(
+                f"segments[{s}]: queries must be {want} in all lists of one segment, got {segment.queries}"
+            )
+        _check_list(f"segments[{s}]: page ids", segment.ids, segment.lens)
+        for field in ("bias", "variants"):
+            numbers = getattr(segment, field)
+            if (numbers is None) != (getattr(lists[0], field) is None):
+                raise ValueError(f"segments[{s}]: {field} must be given for all segments or for none")
+            if numbers is not None and len(numbers) != len(segment.ids):
+                raise ValueError(f"segments[{s}]: {field} must be {len(segment.ids)} numbers, got {len(numbers)}")
+
+
+class Quantized(NamedTuple):
+    """A matrix in 8 bits, each row with a scale of its own: x = codes * scales[:, None].
+
+    Rows are tokens of an activation, or output channels of a weight.
+    """
+
+    codes: Tensor  # [rows, K] int8 or float8_e4m3fn
+    scales: Tensor  # [rows] float32
 
 
 def _check_list(name: str, ids: Sequence[int], lens: Sequence[int]) -> None:

@@ -1,5 +1,7 @@
 """The public ops: what each computes, what it accepts, what it refuses. No kernels here.
 
+Long because it is the manual: more than half of it is docstrings.
+
 Every op takes `backend`: "auto", "compiled", "triton" or "reference". "auto" takes the first that can run (the table
 is in _dispatch.py); a backend asked for by name never falls back, it raises Unsupported. Every op that returns
 tensors takes `out`, so that a pass over a model can run without an allocation. There is no backward.
@@ -16,18 +18,25 @@ import torch
 from torch import Tensor
 
 from ._check import (
+    ACTIVATIONS,
+    CODES,
     FLOATS,
+    check_groups,
     check_inference,
+    check_is_quantized,
+    check_norm,
     check_optional,
     check_page_list,
     check_pages,
     check_plan,
     check_pools,
+    check_quantized,
     check_same_width,
     check_tensor,
+    check_word,
 )
 from ._library import call
-from .layout import FORMATS, KVPages, PageList, Plan
+from .layout import FORMATS, KVPages, PageList, Plan, Quantized
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
@@ -134,14 +143,17 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of ragged segments of queries over lists of pages: (out, lse).
 
-    One softmax runs across all pages of a segment's list, whatever their formats. A segment with an empty list gets
-    out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
+    One softmax runs across all pages of a list, whatever their formats. Where a list is empty, or the bias of all its
+    pages is -inf, out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
 
     Args:
         q: [T, Hq, D] float32, bfloat16 or float16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).
+            Or [V, T, Hq, D]: V variants of the same queries, turned to V positions, of which each page meets the one
+            that plan.page_variants names. So time can be counted anew without touching keys, which are stored rotated.
         pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
             Either all or none of their keys had a mean removed.
-        plan: its segments cover the T queries.
+        plan: its segments cover the T queries; one page list per segment, or one per segment and KV head. A page's
+            bias is finite or -inf.
         scale: of q . k; D ** -0.5 by default.
         out: [T, Hq, D] in q's dtype or float32, to write to.
         lse: [T, Hq] float32, to write to: log of the sum of exp(scale * q . k), natural.
@@ -152,18 +164,18 @@ def paged_attention(
     """
     sizes: dict[str, int] = {}
     check_inference("paged_attention", q)
-    check_tensor("q", q, FLOATS, "T Hq D", sizes, q.device)
+    check_tensor("q", q, FLOATS, "T Hq D" if q.ndim == 3 else "V T Hq D", sizes, q.device)
     check_pools(pools, sizes, q.device)
     check_same_width("pools", sizes)
-    check_plan(plan, q.device)
+    check_plan(plan, sizes["H"], q)
     if sizes["Hq"] % sizes["H"]:
         raise ValueError(f"q must have a multiple of the pools' H={sizes['H']} heads, got {sizes['Hq']}")
     if accumulate and (out is None or lse is None):
         raise ValueError("out and lse must be given with accumulate=True: they are what is added to, got None")
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape[-3:], dtype=q.dtype, device=q.device)
     if lse is None:
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        lse = torch.empty(q.shape[-3:-1], dtype=torch.float32, device=q.device)
     check_tensor("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
     check_tensor("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
     call(
@@ -226,6 +238,8 @@ def qkv_prologue(
     pages: KVPages,
     where: PageList,
     *,
+    norm_q_bias: Tensor | None = None,
+    norm_k_bias: Tensor | None = None,
     bias: Tensor | None = None,
     k_mean: Tensor | None = None,
     eps: float = 1e-6,
@@ -241,13 +255,14 @@ def qkv_prologue(
         qkv: [T, (Hq + 2H) * D] float32, bfloat16 or float16: q, k and v side by side, each head by head. H and D are
             the pages'; Hq follows from the width.
         norm_q, norm_k: RMS norm weights of any of these dtypes; [Hq * D] and [H * D] normalise all heads together
-            (Wan), [D] each head by itself; None is no norm.
+            (Wan), [D] each head by itself (MAGI); None is no norm.
+        norm_q_bias, norm_k_bias: as large as the weight: makes the norm a layer norm, which takes off the mean first.
         rope: [T, R/2, 2] float32, (cos, sin) of each token's angles; the first R <= D channels of every q and k
             head are turned. None turns nothing.
         pages, where: as for kv_append. pages is written.
         bias: [(Hq + 2H) * D] float32, bfloat16 or float16, added to qkv first.
         k_mean: [H, D] float32, subtracted from the rotated keys. See kv_commit.
-        eps: added to the mean square.
+        eps: added to the mean square, or the variance.
         interleaved: a pair of channels is (2j, 2j+1) (Wan); otherwise (j, j + R/2).
         out: [T, Hq, D] in qkv's dtype, to write to.
 
@@ -269,12 +284,8 @@ def qkv_prologue(
         raise ValueError(
             f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H, got {sizes['width']}"
         )
-    for name, weight, heads in (("norm_q", norm_q, query_heads), ("norm_k", norm_k, H)):
-        check_optional(name, weight, FLOATS, f"{name}_size", sizes, device)
-        if weight is not None and len(weight) not in (D, heads * D):
-            raise ValueError(
-                f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
-            )
+    check_norm("norm_q", norm_q, norm_q_bias, query_heads, sizes, device)
+    check_norm("norm_k", norm_k, norm_k_bias, H, sizes, device)
     check_optional("rope", rope, (torch.float32,), "T R/2 2", sizes, device)
     if rope is not None and 2 * rope.shape[1] > D:
         raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
@@ -293,10 +304,135 @@ def qkv_prologue(
         rope,
         pages,
         where,
+        norm_q_bias=norm_q_bias,
+        norm_k_bias=norm_k_bias,
         bias=bias,
         k_mean=k_mean,
         eps=eps,
         interleaved=interleaved,
+        out=out,
+    )
+    return out
+
+
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    *,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    out: Quantized | None = None,
+    backend: str = "auto",
+) -> Quantized:
+    """The rows of x in 8 bits, on the way through what stands before a linear layer: norm, modulation, activation.
+
+    y = activation((norm(x) * weight + bias) * (1 + scale) + shift), each step only if it is given; then codes and
+    scales of each row by the rule of int8 keys (reference.encode). All arithmetic before the codes is float32. What is
+    quantized must be finite. Weights of linear layers are quantized by the same op: a row is an output channel.
+
+    Args:
+        x: [M, K] float32, bfloat16 or float16.
+        dtype: int8 or float8_e4m3fn. Not used when out is given.
+        norm: "layer" or "rms", over a row; None is no norm.
+        weight, bias: [K] float32, bfloat16 or float16; the norm's.
+        scale, shift: [G, K] of these dtypes, G a divisor of M: the first M / G rows take the first row of each, and so
+            on. A frame's modulation (adaLN), given once per frame.
+        eps: added to the variance, or the mean square.
+        activation: "gelu", "gelu_tanh" or None.
+        out: codes [M, K] int8 or float8_e4m3fn and scales [M] float32, to write to.
+
+    Source: adaLN, arXiv:2212.09748.
+    """
+    sizes: dict[str, int] = {}
+    device = x.device
+    check_inference("quantize_rows", x)
+    check_tensor("x", x, FLOATS, "M K", sizes, device)
+    check_word("norm", norm, ("layer", "rms"))
+    check_word("activation", activation, ACTIVATIONS)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_optional(name, vector, FLOATS, "K", sizes, device)
+    for name, groups in (("scale", scale), ("shift", shift)):
+        check_groups(name, groups, "K", sizes, device)
+    if out is None:
+        codes = torch.empty(x.shape, dtype=dtype, device=device)
+        out = Quantized(codes, torch.empty(len(x), dtype=torch.float32, device=device))
+    check_quantized("out", out, CODES, "M K", sizes, device)
+    call(
+        "quantize_rows",
+        backend,
+        device,
+        x,
+        out.codes.dtype,
+        norm=norm,
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=activation,
+        out=out,
+    )
+    return out
+
+
+def linear(
+    x: Quantized | Tensor,
+    weight: Quantized,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer in 8 bits: residual + gate * activation(x @ weight.T + bias), each step only if it is given.
+
+    Products of int8 codes are summed exactly, those of e4m3 codes in float32 or better; everything after is float32.
+
+    Args:
+        x: codes [M, K] and scales [M], or a [M, K] float tensor, which is quantized first (quantize_rows).
+        weight: codes [N, K] of the same dtype, scales [N].
+        bias: [N] float32, bfloat16 or float16.
+        activation: "gelu", "gelu_tanh" or None.
+        gate: [G, N] of these dtypes, G a divisor of M, as scale in quantize_rows.
+        residual: [M, N] of these dtypes; may be out.
+        dtype: float32, bfloat16 or float16, of the result. Not used when out is given.
+        out: [M, N], to write to.
+    """
+    check_is_quantized("weight", weight)
+    if isinstance(x, Tensor):
+        x = quantize_rows(x, weight.codes.dtype, backend=backend)
+    sizes: dict[str, int] = {}
+    device = x.codes.device
+    check_quantized("x", x, CODES, "M K", sizes, device)
+    check_quantized("weight", weight, (x.codes.dtype,), "N K", sizes, device)
+    check_word("activation", activation, ACTIVATIONS)
+    check_optional("bias", bias, FLOATS, "N", sizes, device)
+    check_groups("gate", gate, "N", sizes, device)
+    check_optional("residual", residual, FLOATS, "M N", sizes, device)
+    if out is None:
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        out = torch.empty(sizes["M"], sizes["N"], dtype=dtype, device=device)
+    check_tensor("out", out, FLOATS, "M N", sizes, device)
+    call(
+        "linear",
+        backend,
+        device,
+        x,
+        weight,
+        bias=bias,
+        activation=activation,
+        gate=gate,
+        residual=residual,
+        dtype=out.dtype,
         out=out,
     )
     return out

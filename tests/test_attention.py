@@ -90,6 +90,109 @@ def test_attention_matches_the_reference_on_any_sizes(queries, lens, heads, grou
     assert_close("lse", lse, want_lse, head_dim)
 
 
+def lists_per_head(plan, heads, generator):
+    """The same segments, each KV head with a random part of the pages, in an order of its own: perhaps none."""
+    starts, lists = plan.q_indptr.tolist(), plan.page_indptr.tolist()
+    segments = []
+    for s in range(len(starts) - 1):
+        for _ in range(heads):
+            entries = torch.randperm(lists[s + 1] - lists[s], generator=generator) + lists[s]
+            entries = entries[: int(torch.randint(len(entries) + 1, (), generator=generator))]
+            ids, lens = plan.page_ids[entries].tolist(), plan.page_lens[entries].tolist()
+            segments.append((starts[s + 1] - starts[s], ids, lens))
+    return make_plan(segments, plan.page_ids.device, lists_per_segment=heads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lists_per_head_are_calls_per_head(case):
+    q, pools, plan = inputs(case, formats=KV_FORMATS)
+    H, generator = pools[0].heads, torch.Generator().manual_seed(5)
+    group = q.shape[1] // H
+    plan = lists_per_head(plan, H, generator)
+    out, lse = paged_attention(q, pools, plan, backend="reference")
+    starts, lists = plan.q_indptr.tolist(), plan.page_indptr.tolist()
+    for head in range(H):
+        entries = [slice(lists[s * H + head], lists[s * H + head + 1]) for s in range(len(starts) - 1)]
+        own = make_plan(
+            [
+                (starts[s + 1] - starts[s], plan.page_ids[part].tolist(), plan.page_lens[part].tolist())
+                for s, part in enumerate(entries)
+            ]
+        )
+        want_out, want_lse = paged_attention(q, pools, own, backend="reference")
+        heads = slice(head * group, (head + 1) * group)
+        assert torch.equal(out[:, heads], want_out[:, heads]) and torch.equal(lse[:, heads], want_lse[:, heads])
+
+
+def test_the_bias_of_a_page_is_added_to_its_scores():
+    q, pools, plan = inputs("ragged")
+    bias = torch.tensor([0.7, -torch.inf, -1.3, 2.0, 0.0, 0.0, -torch.inf])
+    assert len(bias) == len(plan.page_ids)
+    out, lse = paged_attention(q, pools, plan._replace(page_bias=bias), backend="reference")
+    starts, lists = plan.q_indptr.tolist(), plan.page_indptr.tolist()
+    for s in range(2):
+        entries = slice(lists[s], lists[s + 1])
+        lens = plan.page_lens[entries]
+        k, v = kv_gather(pools, PageList(plan.page_ids[entries], lens), backend="reference")
+        k, v = (x.transpose(0, 1).double() for x in (k, v))
+        scores = q[starts[s] : starts[s + 1]].transpose(0, 1).double() @ k.mT * q.shape[2] ** -0.5
+        scores = scores + bias[entries].repeat_interleave(lens)
+        want = (scores.softmax(-1) @ v).transpose(0, 1).float()
+        assert_close("out", out[starts[s] : starts[s + 1]], want, keys(plan))
+        assert_close("lse", lse[starts[s] : starts[s + 1]], scores.logsumexp(-1).T.float(), q.shape[2])
+
+
+def test_a_page_meets_the_variant_of_q_that_the_plan_names():
+    q, pools, plan = inputs("ragged")
+    others = torch.stack((torch.full_like(q, torch.nan), q, q * 2))
+    variants = torch.full_like(plan.page_ids, 1)
+    out, lse = paged_attention(others, pools, plan._replace(page_variants=variants), backend="reference")
+    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
+    assert torch.equal(out, want_out) and torch.equal(lse, want_lse)  # the NaN of variant 0 is not read
+    parts = []  # each half of the pages with its own variant, joined
+    for variant in (1, 2):
+        chosen = (torch.arange(len(plan.page_ids)) % 2 == variant - 1).float().log()  # 0 or -inf
+        parts.append(paged_attention(others[variant], pools, plan._replace(page_bias=chosen), backend="reference"))
+    variants = torch.arange(len(plan.page_ids), dtype=torch.int32) % 2 + 1
+    out, lse = paged_attention(others, pools, plan._replace(page_variants=variants), backend="reference")
+    want_out, want_lse = merge_attention(*parts[0], *parts[1], backend="reference")
+    assert_close("out", out, want_out, keys(plan))
+    assert_close("lse", lse, want_lse, q.shape[2])
+
+
+@pytest.mark.parametrize("formats, dtype", [(KV_FORMATS, torch.float32), (("bf16", "int8"), torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("what", ["lists per head", "bias", "variants", "all of them"])
+@pytest.mark.parametrize("case", CASES)
+def test_plans_of_every_kind_match_the_reference(case, what, formats, dtype, backend, device):
+    q, pools, plan = inputs(case, formats=formats, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(7)
+    if what in ("lists per head", "all of them"):
+        plan = lists_per_head(plan, pools[0].heads, generator)
+    pages = len(plan.page_ids)
+    if what in ("bias", "all of them"):
+        bias = torch.randn(pages, generator=generator) * 3
+        bias[torch.rand(pages, generator=generator) < 0.3] = -torch.inf
+        plan = plan._replace(page_bias=bias.to(device))
+    if what in ("variants", "all of them"):
+        q = torch.stack((q, q.flip(0), -q, q * 0.5))
+        variants = torch.randint(4, (pages,), generator=generator, dtype=torch.int32)
+        plan = plan._replace(page_variants=variants.to(device))
+    out, lse = paged_attention(q, pools, plan, backend=backend)
+    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
+    assert not out.isnan().any()
+    assert_close("out", out, want_out, keys(plan))
+    assert_close("lse", lse, want_lse, q.shape[-1])
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_bias_of_minus_infinity_everywhere_sees_nothing(accumulate, backend, device):
+    q, pools, plan = inputs("ragged", device=device)
+    plan = plan._replace(page_bias=torch.full(plan.page_ids.shape, -torch.inf, device=device))
+    out, lse = torch.ones_like(q), torch.full(q.shape[:2], 0.5, device=device)
+    paged_attention(q, pools, plan, out=out, lse=lse, accumulate=accumulate, backend=backend)
+    assert (out == (1 if accumulate else 0)).all() and (lse == (0.5 if accumulate else -torch.inf)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_given_out_may_be_float32(dtype, backend, device):
     q, pools, plan = inputs("ragged", dtype=dtype, device=device)

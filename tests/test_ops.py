@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import inferix_kernels as ik
-from inferix_kernels import KVPages, PageList, Plan, Unsupported, _library
+from inferix_kernels import KVPages, PageList, Plan, Quantized, Unsupported, _library
 from inferix_kernels.__main__ import OPS
 from inferix_kernels.testing import attention_inputs, filled_pool, mixed_pools, rope_table
 
@@ -23,17 +23,29 @@ def calls() -> dict[str, tuple]:
     others = [torch.randn(5, 4, 16), torch.randn(5, 4), torch.randn(5, 4, 16), torch.randn(5, 4)]
     rope = rope_table(11, 16)
     prologue = [torch.randn(11, 8 * 16), torch.rand(4 * 16), torch.rand(16), rope, target, target_list]
-    options = {"bias": torch.randn(8 * 16), "k_mean": torch.randn(2, 16), "eps": 1e-6, "interleaved": True}
+    norms = {"norm_q_bias": torch.randn(4 * 16), "norm_k_bias": torch.randn(16)}
+    options = {**norms, "bias": torch.randn(8 * 16), "k_mean": torch.randn(2, 16), "eps": 1e-6, "interleaved": True}
+    biased = plan._replace(page_bias=torch.randn(plan.page_ids.shape), page_variants=plan.page_ids % 2)
+    x = Quantized(torch.randint(-127, 128, (6, 16), dtype=torch.int8), torch.rand(6))
+    weight = Quantized(torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8))
+    modulate = {"norm": "layer", "weight": None, "bias": None, "scale": torch.randn(2, 16), "shift": torch.randn(2, 16)}
+    epilogue = {"bias": torch.randn(8), "activation": "gelu", "gate": torch.randn(3, 8), "residual": torch.randn(6, 8)}
+    quantized = Quantized(torch.empty(6, 16, dtype=torch.int8), torch.empty(6))
     return {
         "kv_append": ((k, v, target, target_list), {}),
         "kv_commit": ((source, source_list, target, target_list, torch.randn(2, 16)), {}),
         "kv_gather": ((pools, PageList.of(ids, page_lens), torch.float32), {"out": gathered}),
         "paged_attention": (
-            (q, attention_pools, plan),
+            (torch.stack((q, -q)), attention_pools, biased),
             {"scale": 0.25, "out": out, "lse": lse, "accumulate": False},
         ),
         "merge_attention": (others, {"out": torch.empty(5, 4, 16), "lse": torch.empty(5, 4)}),
         "qkv_prologue": (prologue, {**options, "out": torch.empty(11, 4, 16)}),
+        "quantize_rows": (
+            (torch.randn(6, 16), torch.int8),
+            {**modulate, "eps": 1e-6, "activation": None, "out": quantized},
+        ),
+        "linear": ((x, weight), {**epilogue, "dtype": torch.float32, "out": torch.empty(6, 8)}),
     }
 
 
@@ -170,6 +182,34 @@ MISTAKES = {
     "negative queries": (lambda: ik.make_plan([(-1, [], [])]), ValueError,
                          r"segments\[0\]: the number of queries must not be negative, got -1"),
     "ids without lens": (lambda: ik.make_plan([(1, [0], [])]), ValueError, "got 1 ids and 0 lens"),
+    "queries of one segment": (lambda: ik.make_plan([(1, [], []), (2, [], [])], lists_per_segment=2), ValueError,
+                               r"segments\[1\]: queries must be 1 in all lists of one segment, got 2"),
+    "half a segment": (lambda: ik.make_plan([(1, [], [])], lists_per_segment=2), ValueError,
+                       "segments must be a multiple of 2 page lists, got 1"),
+    "bias of some": (lambda: ik.make_plan([(1, [0], [3], [0.5]), (1, [0], [3])]), ValueError,
+                     r"segments\[1\]: bias must be given for all segments or for none"),
+    "bias of one page": (lambda: ik.make_plan([(1, [0, 1], [3, 3], [0.5])]), ValueError,
+                         r"segments\[0\]: bias must be 2 numbers, got 1"),
+    "lists": (lambda: ik.paged_attention(x(), [page()], ik.make_plan([(3, [0], [3])] * 3, lists_per_segment=3)),
+              ValueError, r"plan.page_indptr must be \[2\] \(a list per segment\) or \[3\] .* got \[4\]"),
+    "variants of one q": (lambda: ik.paged_attention(x(), [page()], ik.make_plan([(3, [0], [3], None, [0])])),
+                          ValueError, r"plan.page_variants must be given for q \[V, T, Hq, D\] and None for"),
+    "a bias without a norm": (lambda: ik.qkv_prologue(torch.zeros(3, 96), None, None, None, page(), ONE,
+                                                      norm_q_bias=torch.zeros(16)), ValueError,
+                              "norm_q_bias must be None without norm_q, got a tensor"),
+    "rows of a modulation": (lambda: ik.quantize_rows(torch.zeros(4, 16), scale=torch.zeros(3, 16)), ValueError,
+                             "scale must have a number of rows that divides M=4, got 3"),
+    "dtype of codes": (lambda: ik.quantize_rows(torch.zeros(4, 16), torch.int16), TypeError,
+                       "out.codes must be int8 or float8_e4m3fn, got int16"),
+    "activation": (lambda: ik.quantize_rows(torch.zeros(4, 16), activation="relu"), ValueError,
+                   "activation must be 'gelu', 'gelu_tanh' or None, got 'relu'"),
+    "K of a weight": (lambda: ik.linear(torch.zeros(4, 16), ik.quantize_rows(torch.zeros(2, 8))), ValueError,
+                      r"weight.codes must be \[N, K=16\], got \[2, 8\]"),
+    "codes of two kinds": (lambda: ik.linear(ik.quantize_rows(torch.zeros(4, 16)),
+                                             ik.quantize_rows(torch.zeros(2, 16), torch.float8_e4m3fn)), TypeError,
+                           "weight.codes must be int8, got float8_e4m3fn"),
+    "a weight in floats": (lambda: ik.linear(torch.zeros(4, 16), torch.zeros(2, 16)), TypeError,
+                           "weight must be a Quantized, got Tensor"),
     "negative len": (lambda: PageList.of([0], [-2]), ValueError, "got page 0 with -2 tokens"),
     "backend": (lambda: ik.kv_append(x(), x(), page(), ONE, backend="cudnn"), ValueError,
                 "backend must be auto or one of compiled, triton, reference, got 'cudnn'"),
@@ -183,6 +223,7 @@ WRONG_NUMBERS = {
     "page twice": (PageList.of([1, 1], [2, 1]), "where.ids must name each written page once, got 1 twice"),
 }
 WRONG_PLANS = {
+    "variant": (ik.make_plan([(3, [0], [3], None, [2])]), r"plan.page_variants\[0\] must be in \[0, 2\), got 2"),
     "id": (ik.make_plan([(3, [7], [1])]), r"plan.page_ids\[0\] must be in \[0, 2\), got 7"),
     "len": (ik.make_plan([(3, [0], [9])]), r"plan.page_lens\[0\] must be in \[0, 8\], got 9"),
     "queries": (ik.make_plan([(2, [0], [3])]), "plan.q_indptr must rise from 0 to 3, got"),
@@ -224,8 +265,9 @@ def test_lists_of_a_commit_must_agree(which):
 @pytest.mark.parametrize("mistake", WRONG_PLANS)
 def test_a_wrong_plan_is_named(mistake, which):
     plan, message = WRONG_PLANS[mistake]
+    q = x() if plan.page_variants is None else torch.stack((x(), x()))
     with pytest.raises(ValueError, match=message):
-        ik.paged_attention(x(), [page()], plan, backend=which)
+        ik.paged_attention(q, [page()], plan, backend=which)
 
 
 def test_a_named_backend_never_falls_back():
@@ -266,4 +308,13 @@ def test_a_plan_lists_its_segments():
     plan = ik.make_plan([(2, [4, 1], [8, 3]), (0, [], []), (5, [2], [1])])
     assert isinstance(plan, Plan)
     want = ([0, 2, 2, 7], [0, 2, 2, 3], [4, 1, 2], [8, 3, 1])
-    assert tuple(t.tolist() for t in plan) == want and all(t.dtype == torch.int32 for t in plan)
+    assert tuple(t.tolist() for t in plan[:4]) == want and all(t.dtype == torch.int32 for t in plan[:4])
+    assert plan.page_bias is None and plan.page_variants is None
+
+
+def test_a_plan_may_list_pages_for_each_head():
+    plan = ik.make_plan([(2, [4], [8], [0.5], [1]), (2, [], [], [], []), (5, [2], [1], [-1], [0]),
+                         (5, [0, 4], [8, 8], [0, 2], [3, 0])], lists_per_segment=2)  # fmt: skip
+    assert (plan.q_indptr.tolist(), plan.page_indptr.tolist()) == ([0, 2, 7], [0, 1, 1, 2, 4])
+    assert (plan.page_ids.tolist(), plan.page_variants.tolist()) == ([4, 2, 0, 4], [1, 0, 3, 0])
+    assert plan.page_bias.dtype == torch.float32 and plan.page_bias.tolist() == [0.5, -1, 0, 2]

@@ -31,6 +31,10 @@ def arguments(shape, norm, *, channels=None, dtype=torch.float32, format="fp32",
     where = PageList.of(range(len(lens), 0, -1), lens, device)
     if options.pop("bias", False):
         options["bias"] = torch.randn(width, generator=generator).to(device, dtype)
+    if options.pop("layer_norm", False):
+        options |= {
+            f"norm_{x}_bias": torch.randn(norm.shape, generator=generator).to(device) for x, norm in zip("qk", norms)
+        }
     if options.pop("k_mean", False):
         options["k_mean"] = torch.randn(heads, head_dim, generator=generator).to(device)
     return (qkv, *norms, rope, pool, where), options
@@ -104,6 +108,16 @@ def test_prologue_options_match_the_reference(interleaved, channels, bias, k_mea
     assert_same(run(args, options, backend), run(args, options, "reference"), "fp32", 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS[:2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prologue_with_a_layer_norm_matches_the_reference(shape, norm, dtype, backend, device):
+    channels = shape[3] // 4 * 2
+    args, options = arguments(shape, norm, channels=channels, dtype=dtype, layer_norm=True, k_mean=True, device=device)
+    options["interleaved"] = False
+    assert_same(run(args, options, backend), run(args, options, "reference"), "fp32", shape[3])
+
+
 def test_prologue_without_rope_or_norm_only_splits(backend, device):
     args, _ = arguments(SHAPES[1], "none", device=device)
     qkv, *_, pool, where = args
@@ -143,6 +157,15 @@ def test_the_reference_normalises_as_torch_does(norm):
     qkv, norm_q = args[0], args[1]
     x = qkv[:, : 4 * 64].unflatten(1, (-1, len(norm_q)))
     want = torch.nn.functional.rms_norm(x, (len(norm_q),), norm_q, 1e-6).reshape(-1, 4, 64)
+    assert_close("q", run(args, options, "reference")[0], want, 64)
+
+
+@pytest.mark.parametrize("norm", NORMS[:2])
+def test_the_reference_takes_a_layer_norm_as_torch_does(norm):
+    args, options = arguments(SHAPES[1], norm, channels=0, layer_norm=True)
+    qkv, norm_q = args[0], args[1]
+    x = qkv[:, : 4 * 64].unflatten(1, (-1, len(norm_q)))
+    want = torch.nn.functional.layer_norm(x, (len(norm_q),), norm_q, options["norm_q_bias"], 1e-6).reshape(-1, 4, 64)
     assert_close("q", run(args, options, "reference")[0], want, 64)
 
 

@@ -13,18 +13,20 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("aiortc", reason="needs the extra `stream`")
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if not (BROWSER and DRIVER):
-    pytest.skip("needs Debian's chromium and chromium-driver, which are not here", allow_module_level=True)
+pytest.importorskip("selenium", reason="needs selenium")
 
 import aioice.ice
+from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 from inferix.stream.server import Server
 from inferix.stream.testing import ACTIONS, BITS, CELL, WORDS, open_bars
 from inferix.stream.worker import open_world
 
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver, which are not here"
+)
 PATIENCE = 40
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic",
@@ -34,18 +36,20 @@ FLAGS = [
 # Notes of every picture seen: what its bars say, and what the server said of it.
 WATCH = """
 window.seen = [];
-const scratch = Object.assign(document.createElement("canvas"), {width: BITS * CELL, height: 1}).getContext("2d", {willReadFrequently: true});
+const row = Object.assign(document.createElement("canvas"), {width: BITS * CELL, height: 1});
+const scratch = row.getContext("2d", {willReadFrequently: true});
 inferix.screen.addEventListener("seen", ({detail: {frame}}) => {
   const read = (canvas) => {
     scratch.drawImage(canvas, 0, -CELL / 2);
-    const row = scratch.getImageData(0, 0, BITS * CELL, 1).data;
+    const data = scratch.getImageData(0, 0, BITS * CELL, 1).data;
     let code = 0;
-    for (let i = 0; i < BITS; i++) code = code * 2 + (row[4 * (i * CELL + CELL / 2)] > 127 ? 1 : 0);
+    for (let i = 0; i < BITS; i++) code = code * 2 + (data[4 * (i * CELL + CELL / 2)] > 127 ? 1 : 0);
     return [code >> 8, code >> 4 & 15, code & 15];
   };
   if (!frame) return seen.push(null);
   const block = inferix.blocks.get(frame.block) ?? null;
-  seen.push({frame, block, bars: Object.fromEntries(frame.worlds.map((name) => [name, read(inferix.screen.canvases[name])]))});
+  const bars = Object.fromEntries(frame.worlds.map((name) => [name, read(inferix.screen.canvases[name])]));
+  seen.push({frame, block, bars});
 });""".replace("BITS", str(BITS)).replace("CELL", str(CELL))
 
 
@@ -237,9 +241,9 @@ def test_the_slider_takes_the_world_back(page):
     page.open()
     made = page.until("inferix.state().made.a > 24 && inferix.state().made.a")
     past = "document.getElementById('past')"
-    page.run(
-        f"{past}.value = {made - 15}; {past}.dispatchEvent(new Event('input')); {past}.dispatchEvent(new Event('change'))"
-    )
+    page.run(f"{past}.value = {made - 15}")
+    for event in ("input", "change"):
+        page.run(f"{past}.dispatchEvent(new Event('{event}'))")
     page.until("!inferix.state().paused")
     numbers = [picture["bars"]["a"][0] for picture in page.watch(2)]
     assert numbers[0] < made + 30

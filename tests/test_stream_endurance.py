@@ -1,4 +1,4 @@
-"""A minute with viewers who come and go: nothing is left behind. It takes a minute because a leak needs time to show."""
+"""A minute with viewers who come and go: nothing is left behind. A minute, because a leak needs time to show."""
 
 import asyncio
 import gc

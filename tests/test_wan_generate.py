@@ -3,6 +3,7 @@
 Weights are tiny and random; formats and names are the published ones.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,11 +19,13 @@ from wan_folder import WORDS, write_encoder, write_folder, write_vae
 
 from inferix.cli import main
 from inferix.models import load_model
-from inferix.models.wan.text import PromptEncoder, published_encoder
+from inferix.models.wan.text import PromptEncoder, clean, published_encoder
 from inferix.models.wan.vae import VAE, load_vae
+from inferix.world import World
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra: wan)")
+pytest.importorskip("ftfy", reason="ftfy is not installed (extra: wan)")
 SIZE = (32, 48)
 
 
@@ -57,10 +60,13 @@ def test_one_command_makes_a_video(folder, prompt_cache, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
 
 
-@pytest.mark.parametrize("model, seconds", [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0)])
+@pytest.mark.parametrize(
+    "model, seconds",
+    [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0), ("wan-causal", 2.0), ("wan-t2v", 2.0)],
+)
 def test_the_other_models_run_too(model, seconds, folder, prompt_cache, tmp_path):
     out = tmp_path / "v.mp4"
-    more = []
+    more = ["--steps", 2, "--negative-prompt", "fog"] if model.startswith("wan") else []
     if model == "longlive":
         (tmp_path / "prompts").write_text("0 the fox walks in fog\n1.0 the fox runs in rain\n")
         more = ["--prompt-file", tmp_path / "prompts"]
@@ -119,6 +125,33 @@ def test_blocks_are_decoded_as_the_whole_video_is(folder):
     assert np.array_equal(np.concatenate(pictures), wanted)
 
 
+def vae_world(folder, name, prompt_cache, **options):
+    model = load_model(name, str(folder), size=SIZE, prompt_cache=prompt_cache)
+    model.adapter = dataclasses.replace(model.adapter, fused=False, rollout=9 if name == "causvid" else None)
+    return World(model, **options)
+
+
+@pytest.mark.parametrize("name", ["self-forcing", "causvid"])
+def test_a_world_with_a_vae_is_rewound(name, folder, prompt_cache):
+    """What its pictures look back on is as it was; CausVid's third rewinding is into its second rollout."""
+    straight, other = (vae_world(folder, name, prompt_cache, undo=3, window=9, worlds=2) for _ in range(2))
+    for blocks in (2, 1, 2):
+        wanted = [straight.step(prompt="fog") for _ in range(blocks)]
+        state = other.decoder.generator.get_state()
+        other.decoder.generator.manual_seed(99)
+        assert not any([np.array_equal(x, other.step(prompt="fog")) for x in wanted])
+        twin = other.fork()
+        for world in (other, twin):
+            world.rewind(3 * blocks)
+            world.decoder.generator.set_state(state)
+            assert all(np.array_equal(x, world.step(prompt="fog")) for x in wanted)
+        twin.release()
+    with pytest.raises(ValueError, match=r"frames must be one of 6, 3, for which .* got 9"):
+        other.rewind(9)
+    with pytest.raises(ValueError, match=r"frames must be one of 0, .* got 3: World\(undo"):
+        vae_world(folder, name, prompt_cache).rewind(3)
+
+
 def test_restart_encodes_the_first_overlapping_frame_again(folder):
     vae = VAE(write_vae(folder))
     latents = torch.randn(6, 16, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -139,12 +172,32 @@ def test_prompts_are_encoded_once(folder, tmp_path, monkeypatch):
     encoder = PromptEncoder(folder, 24, tmp_path)
     first = encoder("the  red panda&amp;fox\nwalks")
     assert first.shape[1] == 40 and 5 < len(first) <= 24
+    assert torch.equal(encoder("the red panda&fox walks"), first)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert torch.equal(PromptEncoder(folder, 24, tmp_path)("the red panda&fox walks"), first)  # without transformers
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    again = PromptEncoder(folder, 24, tmp_path)
+    assert torch.equal(again("the  red panda&amp;fox\nwalks"), first)  # with neither of the two
     with pytest.raises(ImportError, match=r"transformers, which is not installed: install the extra `wan`"):
         encoder("another fox")
     assert len(PromptEncoder(folder, 24, None).key("x")) == 32 and encoder.key("x") != encoder.key("y")
     assert PromptEncoder(folder, 23, tmp_path).key("x") != encoder.key("x")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "plain",
+        "  two\n\tlines  ",
+        "&amp;lt;b&amp;gt; &eacute;",
+        "the Mona Lisa doesnâ€™t",
+        "\ufeffＷｉｄｅ “quotes” ﬁ",
+        "熊猫",
+    ],
+)
+def test_prompts_are_cleaned_as_diffusers_does(prompt):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert clean(prompt) == prompt_clean(prompt)
 
 
 def test_long_prompts_are_cut_and_damaged_entries_made_again(folder, tmp_path):
@@ -235,8 +288,8 @@ def test_absent_parts_are_one_line(folder, prompt_cache, tmp_path, capsys, monke
     ]
     for command, message in cases:
         assert main(command) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        error = capsys.readouterr().err.split("inferix generate: ")
+        assert len(error) == 2 and message in error[1] and error[1].count("\n") == 1
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert main(options(folder, tmp_path / "v.mp4", prompt_cache)) == 2
     assert "diffusers, which is not installed: install the extra `wan`" in capsys.readouterr().err

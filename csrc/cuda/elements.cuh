@@ -1,4 +1,4 @@
-// Element types of the CUDA kernels. Their rounding is that of inferix_kernels/reference.py.
+// Element types of the CUDA kernels. Their rounding is that of inferix_kernels/reference.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

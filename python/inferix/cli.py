@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
     prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
+    generate.add_argument("--steps", type=int, help="denoising steps, for models not distilled to their own")
+    generate.add_argument("--guidance", type=float, help="away from the negative prompt, for models not distilled")
+    generate.add_argument("--negative-prompt", help="words to be guided away from (default: none, the empty prompt)")
     generate.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
     generate.add_argument("--window", type=int, help="frames a block sees, its own included (default: the model's)")
     generate.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
@@ -71,12 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
     play.add_argument("--window", type=int, help="frames a block sees, its own included (default: the model's)")
     play.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
-    play.add_argument(
-        "--undo", type=float, default=15.0, help="seconds that can be rewound, if the model can (default: 15)"
-    )
-    play.add_argument(
-        "--worlds", type=int, default=2, help="room for a world and its fork: 1 does without (default: 2)"
-    )
+    play.add_argument("--undo", type=float, help="seconds that can be rewound (default: 15, or 0 if a VAE looks back)")
+    play.add_argument("--worlds", type=int, default=2, help="room for a fork beside the world: 1 does without")
     play.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
     play.add_argument("--device", help="where the network runs: cpu or cuda (default: a GPU, if there is one)")
     play.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")

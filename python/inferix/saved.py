@@ -1,7 +1,8 @@
 """Worlds on disk: `save` a running world into a folder, `load` it, and it goes on bit for bit.
 
-The folder holds past.safetensors, what attention remembers (inferix_kernels.snapshot), and world.pt, what else the next
-block depends on: the state of the noise, the last latents, the words, and what the decoder of pictures carries along.
+The folder holds past0.safetensors, what attention remembers (inferix_kernels.snapshot; a guided world remembers two
+pasts), and world.pt, what else the next block depends on: the state of the noise, the last latents, the words, and what
+the decoder of pictures carries along.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 
 from inferix_kernels import snapshot
+from inferix_kernels.page_table import PageTable
 from inferix_kernels.passes import Block
 
-from .loop import Clean, Decoder
+from .branch import Clean
 from .world import World
 
 VERSION = 1
-PAST, STATE = "past.safetensors", "world.pt"
+PAST, STATE = "past{}.safetensors", "world.pt"
 
 
 @torch.inference_mode()
@@ -49,17 +51,25 @@ def save(world: World, folder: str | Path) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    past = world.table.fork()
     try:
-        past.policy = dataclasses.replace(past.policy, undo=0)
-        past.open_block(world.model.adapter.block_frames)  # turns the page: what the next block won't see, goes
-        past.abandon()
-        snapshot.save(past, part / PAST)
+        for i, branch in enumerate(decoder.branches):
+            _save_past(branch.table, part / PAST.format(i), world.model.adapter.block_frames)
         torch.save(state, part / STATE)
         part.replace(folder)
     finally:
-        past.release()
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _save_past(table: PageTable, path: Path, block_frames: int) -> None:
+    """Of a copy of the table, so that what only `rewind` wants can go: opening a block turns the page."""
+    past = table.fork()
+    try:
+        past.policy = dataclasses.replace(past.policy, undo=0)
+        past.open_block(block_frames)
+        past.abandon()
+        snapshot.save(past, path)
+    finally:
+        past.release()
 
 
 def load(world: World, folder: str | Path) -> World:
@@ -78,19 +88,22 @@ def load(world: World, folder: str | Path) -> World:
     }
     if wrong := [f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours.items() if state[name] != mine]:
         raise ValueError(f"folder must hold a world that goes on here, got {', '.join(wrong)}")
-    table = snapshot.load(world.store, Path(folder) / PAST, world.table.policy)
     other = copy.copy(world)
-    other.decoder = Decoder(world.model, table, torch.Generator())
+    other.decoder = world.decoder.fork()
+    for i, branch in enumerate(other.decoder.branches):
+        branch.restart()
+        branch.table = snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy)
     other.decoder.generator.set_state(state["generator"])
     other.decoder.frames = state["frames"]
     device = world.store.device
     other.decoder.recent = [
         Clean(Block(first, end, []), latents.to(device), None) for first, end, latents in state["recent"]
     ]
-    other.pictures = world.model.stream()
+    pictures: Any = world.model.stream()
     if state["pictures"] is not None:
-        other.pictures.restore(state["pictures"])  # type: ignore[attr-defined]
-    other.decoder.restart = getattr(other.pictures, "restart", other.decoder.restart)
+        pictures.restore(state["pictures"])
+    other.pictures = pictures
+    other.decoder.restart, other._kept = other._restart, []
     other.prompt = state["prompt"]
     return other
 

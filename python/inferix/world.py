@@ -31,7 +31,8 @@ class World:
         kv: format of the committed pages, see inferix_kernels.layout.FORMATS.
         window: frames a block sees, its own included; by default what the model was trained for.
         sink: first frames that are never forgotten.
-        undo: frames that `rewind` can take back, besides the block made last.
+        undo: frames that `rewind` can take back, besides the block made last. A VAE that looks back in time keeps its
+            state for each of these blocks, gigabytes at 480p; with 0, such a world can not be rewound.
         worlds: that the store has room for, this one and its forks, should they come to share nothing.
         seed: of all noise. The same seed, actions and prompts give the same frames.
         weights: checkpoint file or folder, for models that do not ship one.
@@ -60,6 +61,8 @@ class World:
             raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
         self.model = load_model(model, weights, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
+        if adapter.at_once and (window is not None or sink is not None):
+            raise ValueError(f"window and sink must not be given: {adapter.name} makes a video at once, from no past")
         window, sink = adapter.window if window is None else window, adapter.sink if sink is None else sink
         policy = Policy(window, sink, format=kv, undo=undo)
         largest = max(adapter.block_frames, adapter.first_block_frames)
@@ -69,22 +72,29 @@ class World:
             )
         if worlds < 1:
             raise ValueError(f"worlds must be at least 1, got {worlds}")
+        guided = adapter.guidance != 1
+        against = self.model.condition(adapter.negative_prompt, []) if guided else None
+        # Worlds the store has room for; with no past to see nothing is ever committed.
+        room = 0 if adapter.at_once else worlds * (2 if guided else 1)
         self.store = KVStore(
             layers=self.model.layers,
             heads=self.model.heads,
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
             block_frames=largest,
-            pools={format: worlds * frames for format, frames in policy.capacity().items()},
+            pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
+        self._against = against
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:
-        self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self.decoder = Decoder(self.model, self.store.open(policy), generator, self._against)
         self.pictures = self.model.stream()
-        self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
+        self.decoder.restart = self._restart
+        self._kept: list[tuple[int, Any]] = []  # (frames made, `pictures` as it was then), for `rewind`
         self.prompt: str | None = None
 
     @property
@@ -123,11 +133,14 @@ class World:
             if action is None and self.model.adapter.actions:
                 raise ValueError("step needs actions, one per frame, or one action for the whole block; got neither")
             actions = [] if action is None else [action] * self.model.adapter.block_frames
+        if self.model.adapter.at_once and self.frames:
+            raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
         before = self.prompt
         condition = self._condition(actions, prompt)
         wanted = self.model.adapter.recache if recache is None else recache
         if wanted and before not in (None, self.prompt):
             self.decoder.recache(condition)
+        self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents)
 
@@ -144,6 +157,8 @@ class World:
         """
         adapter = self.model.adapter
         size = adapter.block_frames
+        if adapter.at_once:
+            raise ValueError(f"observe: {adapter.name} makes a video at once, from no past")
         if adapter.actions and (len(frames) % size or len(frames) != len(actions) or not len(frames)):
             raise ValueError(
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
@@ -159,6 +174,7 @@ class World:
             )
         seen = []
         for block, condition in blocks:
+            self._keep()
             self.decoder.observe(block, condition)
             seen.append(self.pictures(block))
         return np.concatenate(seen)
@@ -174,28 +190,51 @@ class World:
         other.decoder = self.decoder.fork()
         if hasattr(self.pictures, "fork"):
             other.pictures = self.pictures.fork()
-        other.decoder.restart = getattr(other.pictures, "restart", other.decoder.restart)
+        other.decoder.restart, other._kept = other._restart, list(self._kept)
         if seed is not None:
             other.decoder.generator.manual_seed(seed)
         return other
 
     @property
     def can_rewind(self) -> bool:
-        """Do the pictures of a block depend on its latents alone?"""
-        return not hasattr(self.pictures, "fork")
+        """May `rewind` take anything back? Where pictures depend on those before them, only with an `undo`."""
+        return self.table.policy.undo > 0 or not hasattr(self.pictures, "fork")
 
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
-        `undo` frames before it too.
+        `undo` frames before it too; if pictures depend on those before them, only with an `undo`.
 
         Raises:
-            RuntimeError: the pictures of this model depend on those before them, which can't be unmade: keep a fork.
+            ValueError: it is not so many frames that can be taken back; nothing has changed.
         """
-        if not self.can_rewind:
-            raise RuntimeError(
-                f"rewind: a decoder that looks back in time, {self.model.adapter.name}'s, can't: keep a fork"
-            )
+        pictures, end = self.pictures, self.frames - frames
+        if frames and hasattr(pictures, "fork"):
+            before = dict(self._kept)
+            if end not in before:
+                sizes = ", ".join(str(self.frames - at) for at in before) or "0"
+                raise ValueError(
+                    f"frames must be one of {sizes}, for which the pictures' decoder was kept, got {frames}: "
+                    "World(undo=...) keeps more"
+                )
+            pictures = before[end].fork()
         self.decoder.rewind(frames)
+        self.pictures, self._kept = pictures, [(at, state) for at, state in self._kept if at < end]
+
+    def _keep(self) -> None:
+        """A block is about to be made: keep what its pictures look back on, as long as `rewind` may ask for it."""
+        undo = self.table.policy.undo
+        if undo and hasattr(self.pictures, "fork"):
+            self._kept = [(at, state) for at, state in self._kept if self.frames - undo <= at < self.frames]
+            self._kept.append((self.frames, self.pictures.fork()))
+
+    def _restart(self, latents: Tensor) -> Tensor:
+        """A new rollout begins with these, the last latents; there is no way back to before it."""
+        if not hasattr(self.pictures, "restart"):
+            return latents
+        begun: Tensor = self.pictures.restart(latents)
+        self._kept = []
+        self._keep()
+        return begun
 
     @property
     def denoising(self) -> float:
@@ -209,7 +248,7 @@ class World:
 
     def last_picture(self) -> np.ndarray | None:
         """uint8 [height, width, 3]: what the world looks like now; None if that can't be made again."""
-        if not self.can_rewind or not self.decoder.recent:
+        if hasattr(self.pictures, "fork") or not self.decoder.recent:
             return None
         picture: np.ndarray = self.pictures(self.decoder.recent[-1].latents)[-1]
         return picture
@@ -222,7 +261,8 @@ class World:
 
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
-        self.table.release()
+        for branch in self.decoder.branches:
+            branch.table.release()
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of the KV store by format, scratch apart."""

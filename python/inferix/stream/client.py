@@ -55,6 +55,7 @@ class Client:
         self._events: deque[str] = deque()
         self._wake = asyncio.Event()
         self._requests: set[asyncio.Task[None]] = set()
+        self._leaving: asyncio.Future[bool] | None = None
 
     async def run(self) -> None:
         """Until the viewer leaves."""
@@ -79,7 +80,7 @@ class Client:
         """Put a message on its way."""
         if len(self._events) >= MAX_EVENTS:
             self._events.clear()
-            asyncio.ensure_future(self.socket.close(code=1008, message=b"too slow"))
+            self._leaving = asyncio.ensure_future(self.socket.close(code=1008, message=b"too slow"))
             return
         self._events.append(protocol.encode(message))
         self._wake.set()

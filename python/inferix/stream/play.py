@@ -19,8 +19,8 @@ def play(args: argparse.Namespace) -> int:
         ValueError: an option is not what it must be; nothing has been opened.
     """
     for option, least in (("worlds", 1), ("undo", 0), ("seed", 0)):
-        if getattr(args, option) < least:
-            raise ValueError(f"--{option} must be at least {least}, got {getattr(args, option):g}")
+        if (value := getattr(args, option)) is not None and value < least:
+            raise ValueError(f"--{option} must be at least {least}, got {value:g}")
     opener = functools.partial(
         open_world,
         args.model,

@@ -18,7 +18,7 @@ class PlayoutClock:
         self._started = False
 
     def next(self, now: float) -> float:
-        """The time to show a picture that is here at `now`: one period after the one before, or at once if it is late."""
+        """When to show a picture that is here at `now`: one period after the one before, or at once if it is late."""
         due = self.due + self.period
         if due < now:
             if self._started:

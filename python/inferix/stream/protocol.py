@@ -1,4 +1,4 @@
-"""The messages between page and server. asyncapi.json defines them, and they are checked against it, so the two can't part.
+"""The messages between page and server: asyncapi.json defines them, and is what they are checked with.
 
 A message is one JSON object in UTF-8 with a `type`. Whatever is not exactly as defined raises `Invalid`, and the sender
 gets an `error` message that says what is wrong.

@@ -1,13 +1,14 @@
 """Pushing what is shown to RTMP, SRT, HLS or a file.
 
-Each target has a process, for as long as a connection lasts: PyAV has no time limit for writing, so a server that takes a
-connection and then says nothing would hold a thread for ever, but a process can be ended. In it is one encoder, which is
-flushed when the stream ends and never before: a flushed encoder takes no more pictures, and the stream would be over.
+Each target has a process, for as long as a connection lasts: PyAV has no time limit for writing, so a server that
+takes a connection and then says nothing would hold a thread for ever, but a process can be ended. In it is one encoder,
+which is flushed when the stream ends and never before: a flushed encoder takes no more pictures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import queue
 import signal
@@ -33,7 +34,7 @@ TICK = Fraction(1, 1000)  # FLV's clock
 
 
 class Sink:
-    """Pushes pictures to a URL or path until it is closed. A stream that fails is tried again, without end; a file is not.
+    """Pushes pictures to a URL or path until it is closed. A stream that fails is tried again, a file is not.
 
     Args:
         target: rtmp://..., rtmps://..., srt://... or the path of an .m3u8 (HLS), .mp4, .ts or .flv file.
@@ -55,7 +56,11 @@ class Sink:
     def start(self, changed: Callable[[], None]) -> None:
         """`changed` is called, on the loop that runs now, when `state` has."""
         loop = asyncio.get_running_loop()
-        self._told = lambda: loop.call_soon_threadsafe(changed) and None
+
+        def told() -> None:
+            loop.call_soon_threadsafe(changed)
+
+        self._told = told
 
     def open(self, fps: float, size: tuple[int, int], scale: int) -> None:
         """The world is there: fps pictures per second of size (height, width), enlarged by `scale`."""
@@ -159,15 +164,13 @@ class Sink:
 
     def _say(self, state: str) -> None:
         self.state = state
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop may have ended
             self._told()
-        except RuntimeError:
-            pass  # the loop has ended
 
 
 def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int, int]) -> None:
-    """The process: asks for a picture by sending None, encodes and sends it, and asks again; None ends the stream. A text
-    instead says what went wrong."""
+    """The process: asks for a picture by sending None, encodes and sends it, and asks again; None ends the stream. A
+    text instead says what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     options = {"hls_time": "2", "hls_list_size": "0", "hls_flags": "append_list"} if format == "hls" else {}
     try:
@@ -202,5 +205,5 @@ def _format_of(target: str) -> str:
     if not scheme and suffix in suffixes:
         return suffixes[suffix]
     raise ValueError(
-        f"--push must be an rtmp://, rtmps:// or srt:// address, or a path ending in {', '.join(suffixes)}, got {target!r}"
+        f"--push must be an rtmp://, rtmps:// or srt:// address or end in {', '.join(suffixes)}, got {target!r}"
     )

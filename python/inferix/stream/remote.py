@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing
 import signal
@@ -95,10 +96,8 @@ class Remote:
             self._process.join(1.0)
             code = self._process.exitcode
             how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop may be closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._fail, f"the worker process {how}")
-            except RuntimeError:
-                pass  # the loop is closed: nobody waits any more
 
     def _settle(self, number: int, result: Any, error: tuple[str, str] | None) -> None:
         future = self._waiting.pop(number, None) if number else self._waiting[0]

@@ -1,8 +1,9 @@
 """The server: the page, the WebSocket behind it, and who may come in.
 
-On 127.0.0.1 whoever can open a socket may watch and drive; anywhere else only who knows the token. Either way a page of
-another site can't reach us through a visitor's browser: a WebSocket's Origin must be our own address, and without a token
-so must be the Host. Files are found by name in a list that the server made; nothing a client sends is ever part of a path.
+On 127.0.0.1 whoever can open a socket may watch and drive; anywhere else only who knows the token. Either way a page
+of another site can't reach us through a visitor's browser: a WebSocket's Origin must be our own address, and without a
+token so must be the Host. Files are found by name in a list that the server made; nothing a client sends is ever part
+of a path.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Server:
         Raises:
             ValueError: the host or port can't be had.
         """
-        app = web.Application(middlewares=[self._guard])  # type: ignore[list-item]
+        app = web.Application(middlewares=[self._guard])
         app.router.add_get("/", self._page)
         app.router.add_get("/ws", self._socket)
         app.router.add_get("/files/{name}", self._file)

@@ -1,8 +1,8 @@
 """The show: orders and keys in, pictures and events out.
 
-Two tasks share a queue of pictures. `_make` follows commands and begins a block when `Lead` says so, with what is pressed
-at that moment; it alone talks to the worker, so a command falls between two blocks. `_play` shows the pictures by the
-playout clock. Neither waits for a viewer.
+Two tasks share a queue of pictures. `_make` follows commands and begins a block when `Lead` says so, with what is
+pressed at that moment; it alone changes the worlds, so a command falls between two blocks. `_play` shows the pictures
+by the playout clock. Neither waits for a viewer.
 """
 
 from __future__ import annotations

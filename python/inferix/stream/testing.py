@@ -1,7 +1,7 @@
-"""A world without a network, for tests and benchmarks: its pictures say in bars which one they are and what steered them.
+"""A world without a network, for tests and benchmarks: its pictures say in bars what they are and what steered them.
 
-The bars lie along the top edge, CELL pixels each, black or white: 16 bits number the picture within its world, 4 bits the
-action and 4 bits the words, all with the highest bit first.
+The bars lie along the top edge, CELL pixels each, black or white: 16 bits number the picture within its world, 4 bits
+the action and 4 bits the words, all with the highest bit first.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def choose(codec: str) -> tuple[str, dict[str, str]]:
 
 
 def configure(context: Any, codec: str, size: tuple[int, int], fps: float, tick: Fraction) -> None:
-    """Set what all encoders of live video here have in common: no delay, a bound on the rate, keyframes now and then."""
+    """Set what all encoders of live video have in common: no delay, a bound on the rate, keyframes now and then."""
     context.height, context.width = size
     context.pix_fmt = "yuv420p"
     context.time_base, context.framerate = tick, Fraction(fps).limit_denominator(1001)

@@ -1,8 +1,8 @@
 """WebRTC through aiortc, which is handed packets that are coded already: any rate and preset, one encoder for all.
 
-Two of aiortc's private names are used, each for want of a public one, and a test notices if they go: a browser's request
-for a keyframe (`RTCRtpSender._send_keyframe`), and the random start of RTP's clock, without which a browser can't say
-which picture it shows.
+Two of aiortc's private names are used, each for want of a public one, and a test notices if they go: a browser's
+request for a keyframe (`RTCRtpSender._send_keyframe`), and the random start of RTP's clock, without which a browser
+can't say which picture it shows.
 """
 
 from __future__ import annotations

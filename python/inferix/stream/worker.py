@@ -1,8 +1,8 @@
 """The worlds, in a process of their own: they never hold up the server, and what breaks here leaves it standing.
 
-The parent sends (id, name, arguments) and gets (id, result, error) for each. It decides when a block is made and under
-which controls; here it is only made. Requests are done one by one, but for `prepare`, which may take seconds for a large
-text encoder and runs beside them.
+The parent sends (id, name, arguments) and gets (id, result, error) for each. It decides when a block is made and
+under which controls; here it is only made. Requests are done one by one, but for `prepare`, which may take seconds for
+a large text encoder and runs beside them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSED, BROKEN = "refused", "broken"
+UNDO_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,12 @@ class Stage:
         started, denoising, pictures = time.perf_counter(), 0.0, {}
         for name, running in self.worlds.items():
             order, world = orders[name], running.world
-            before = world.frames
+            before, words = world.frames, world.prompt
             pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
             denoising += world.denoising
+            recache = world.model.adapter.recache if order.recache is None else order.recache
+            if recache and words not in (None, world.prompt):
+                running.blocks.clear()  # what was before the frames that were computed again is forgotten
             running.pictures += len(pictures[name])
             running.blocks.append((len(pictures[name]), world.frames - before))
             self._forget_what_rewind_cannot_reach(running)
@@ -115,7 +119,9 @@ class Stage:
         for name in names:
             running = self.worlds[name]
             if not running.world.can_rewind:
-                raise ValueError("rewind: this model's pictures depend on those before them: keep a fork instead")
+                raise ValueError(
+                    "rewind: this model's pictures depend on those before: keep a fork, or play --undo SECONDS"
+                )
             if position < running.pictures - running.undo:
                 raise ValueError(
                     f"rewind: frame must be {running.pictures - running.undo} or later, as far back as world "
@@ -173,8 +179,17 @@ class Stage:
             running.blocks.pop(0)
 
 
-def open_world(model: str, *, undo_seconds: float, worlds: int, threads: int | None = None, **options: Any) -> Any:
-    """A World with room to rewind as far as asked, if its model can, and for its forks. Runs in the worker."""
+def open_world(
+    model: str, *, undo_seconds: float | None, worlds: int, threads: int | None = None, **options: Any
+) -> Any:
+    """A World with room for forks and to rewind. Runs in the worker.
+
+    Args:
+        undo_seconds: how far; None: UNDO_SECONDS, but nothing for a model that would have to keep the state of a VAE,
+            gigabytes, for every block.
+        threads: of the CPU; None: what the model's adapter says.
+        options: of World and of the model's loader.
+    """
     import torch
 
     from inferix.models import load_model
@@ -183,10 +198,13 @@ def open_world(model: str, *, undo_seconds: float, worlds: int, threads: int | N
     settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend")}
     loaded = load_model(model, **options)
     adapter = loaded.adapter
-    if threads or adapter.threads:
-        torch.set_num_threads(threads or adapter.threads)  # type: ignore[arg-type]
-    rewindable = not hasattr(loaded.stream(), "fork")
-    blocks = -(-round(undo_seconds * adapter.fps) // adapter.block_frames) if rewindable else 0
+    if adapter.at_once:
+        raise ValueError(f"--model: {model} makes its video at once and can't be steered: use `inferix generate`")
+    if wanted := threads or adapter.threads:
+        torch.set_num_threads(wanted)
+    if undo_seconds is None:
+        undo_seconds = 0 if hasattr(loaded.stream(), "fork") else UNDO_SECONDS
+    blocks = -(-round(undo_seconds * adapter.fps) // adapter.block_frames)
     return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
 
 
@@ -195,10 +213,10 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
     lock = threading.Lock()
 
-    def reply(number: int, work: Callable[[], Any]) -> None:
+    def reply(number: int, work: Callable[..., Any], **arguments: Any) -> None:
         result, error = None, None
         try:
-            result = work()
+            result = work(**arguments)
         except ValueError as refusal:
             error = (REFUSED, str(refusal))
         except Exception:
@@ -216,10 +234,10 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         reply(0, open_stage)
         while stage:
             number, name, arguments = connection.recv()
-            work: Callable[[], Any] = lambda name=name, arguments=arguments: getattr(stage[0], name)(**arguments)  # type: ignore[misc]
+            work = getattr(stage[0], name)
             if name == "prepare":
-                threading.Thread(target=reply, args=(number, work), daemon=True).start()
+                threading.Thread(target=reply, args=(number, work), kwargs=arguments, daemon=True).start()
             else:
-                reply(number, work)
+                reply(number, work, **arguments)
     except (EOFError, OSError):
         pass  # the parent is gone
