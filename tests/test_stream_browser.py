@@ -151,7 +151,7 @@ def page(driver, server):
     page = Page(driver, server)
     yield page
     driver.get("about:blank")
-    if server.session.paused:
+    if server.session.player.paused:
         asyncio.run_coroutine_threadsafe(server.session.command("resume"), server.session.remote._loop).result()
 
 

@@ -61,7 +61,7 @@ def test_viewers_come_and_go_and_nothing_stays(tmp_path):
         return await asyncio.gather(*(guest(server, time.monotonic() + seconds) for _ in range(VIEWERS)))
 
     async def all_left(server):
-        await until(lambda: not server.lobby.clients and not server.session.broadcast.codecs)
+        await until(lambda: not server.lobby.clients and not server.session.player.broadcast.codecs)
         await asyncio.sleep(1)
 
     async def minute():

@@ -111,9 +111,9 @@ class Recording:
 
     def __init__(self):
         self.followed = []
-        self.ticks = lambda: 0
         self.steering = Steering(("none", "up"), {"w": "up"})
-        self.broadcast = SimpleNamespace(subscribe=lambda *a: self.followed.append("video"), unsubscribe=lambda s: None)
+        broadcast = SimpleNamespace(subscribe=lambda *a: self.followed.append("video"), unsubscribe=lambda s: None)
+        self.player = SimpleNamespace(broadcast=broadcast, ticks=lambda: 0)
 
     async def prompt(self, *arguments):
         self.followed.append("prompt")

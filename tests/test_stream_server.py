@@ -37,7 +37,7 @@ def server(shared):
             await client.leave()
         await until(lambda: not shared.lobby.clients)
         await shared.session.command("reset", seed=0)
-        if shared.session.paused:
+        if shared.session.player.paused:
             await shared.session.command("resume")
         await until(lambda: shared.session.phase == "running")
         shared.session.steering.begin("calm")
@@ -118,7 +118,7 @@ async def test_one_drives_and_the_others_watch(server):
     driver, watcher = await Viewer.join(server), await Viewer.join(server)
     before = server.session.state()["paused"]
     refused = await watcher.request("pause")
-    assert refused["code"] == "watching" and server.session.paused == before
+    assert refused["code"] == "watching" and server.session.player.paused == before
     await watcher.say("keys", seq=99, pressed=["up"])
     assert (await watcher.until("error", lambda e: e["text"].startswith("keys")))["code"] == "watching"
     assert server.session.steering.seq == -1
@@ -127,7 +127,7 @@ async def test_one_drives_and_the_others_watch(server):
     await driver.leave()
     await watcher.until("state", lambda state: state["driver"] is None)
     await watcher.request("wheel", take=True)
-    assert (await watcher.request("pause"))["type"] == "done" and server.session.paused
+    assert (await watcher.request("pause"))["type"] == "done" and server.session.player.paused
     await watcher.leave()
 
 

@@ -111,7 +111,7 @@ class Client:
         if kind == "keys":
             self.session.steering.press(message["seq"], message["pressed"])
         elif kind == "ping":
-            self.tell({"type": "pong", "time": message["time"], "clock": self.session.ticks()})
+            self.tell({"type": "pong", "time": message["time"], "clock": self.session.player.ticks()})
         elif kind in ("hello", "wheel"):
             take = message.get("take", message.get("drive"))
             self.lobby.drive(self) if take else self.lobby.let_go(self)
@@ -163,7 +163,7 @@ class Client:
 
     def subscribe(self, codec: str) -> None:
         """Send video over this socket, in this form or not at all."""
-        broadcast = self.session.broadcast
+        broadcast = self.session.player.broadcast
         if self.subscription is not None:
             broadcast.unsubscribe(self.subscription)
             self.subscription = None
@@ -177,7 +177,7 @@ class Client:
         except ImportError:
             raise Refused("offer: WebRTC needs aiortc, which is not installed here") from None
         await self._end_peer()
-        peer = self.peer = Peer(self.session.broadcast, self._from_channel, self.tell)
+        peer = self.peer = Peer(self.session.player.broadcast, self._from_channel, self.tell)
         answer = await peer.answer(sdp)
         self.tell({"type": "answer", "id": id, "sdp": answer})
 

@@ -1,8 +1,8 @@
 """The show: orders and keys in, pictures and events out.
 
 Two tasks share a queue of pictures. `_make` follows commands and begins a block when `Lead` says so, with what is
-pressed at that moment; it alone changes the worlds, so a command falls between two blocks. `_play` shows the pictures
-by the playout clock. Neither waits for a viewer.
+pressed at that moment; it alone changes the worlds, so a command falls between two blocks. The `Player` shows the
+pictures by its clock. Neither waits for a viewer.
 """
 
 from __future__ import annotations
@@ -18,25 +18,15 @@ from typing import Any
 import numpy as np
 
 from .archive import Archive
-from .playout import Lead, PlayoutClock
+from .player import Picture, Player
+from .playout import Lead
 from .protocol import Message
 from .push import Sink
 from .recorder import Recorder
 from .remote import Broken, Refused, Remote
 from .steering import Steering
-from .video import TICKS, Broadcast
 
-GAP = 0.2  # seconds: what comes after a longer rest is not late
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
-
-
-@dataclasses.dataclass
-class Picture:
-    """A picture waiting to be shown."""
-
-    frame: int
-    block: int
-    worlds: dict[str, np.ndarray]  # uint8 [height, width, 3] by name
 
 
 @dataclasses.dataclass
@@ -65,33 +55,29 @@ class Session:
         seed: int = 0,
         sinks: tuple[Sink, ...] = (),
     ):
-        self.opener, self.announce, self.archive, self.sinks = opener, announce, archive, sinks
+        self.opener, self.announce, self.archive = opener, announce, archive
         self.remote: Remote | None = None
         self.model: dict[str, Any] = {}  # Stage.describe
-        self.broadcast = Broadcast(16)
-        self.phase, self.crash, self.paused, self.seed = "opening", "", False, seed
+        self.player = Player(announce, self._wake, sinks)
+        self.phase, self.crash, self.seed = "opening", "", seed
         self.made: dict[str, int] = {"a": 0}
         self.undo: dict[str, int] = {"a": 0}
         self.kv_bytes: dict[str, int] = {}
         self.steering = Steering(())
-        self.recorder: Recorder | None = None
-        self.clock, self.lead = PlayoutClock(16), Lead(0.5)
-        self._queue: deque[Picture] = deque()
-        self._last: dict[str, np.ndarray] = {}  # the pictures shown last
+        self.lead = Lead(0.5)
         self._commands: deque[Command] = deque()
         self._blocks = self._frames = 0  # made so far; never counted back
         self._steps = 0  # blocks to be made although paused
-        self._play_until = -1  # blocks up to this one are shown although paused
-        self._changed, self._ready = asyncio.Event(), asyncio.Event()
+        self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
 
     async def start(self) -> None:
         """Begin to open the world; returns at once."""
         self._tasks = [
-            asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self._play)
+            asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self.player.run)
         ]
-        for sink in self.sinks:
+        for sink in self.player.sinks:
             sink.start(lambda: self.announce(self.state()))
 
     async def close(self) -> None:
@@ -102,8 +88,7 @@ class Session:
         self._fail_commands("the server is closing")
         if self.remote:
             await self.remote.close()
-        await self._stop_recording()
-        await asyncio.gather(*(asyncio.to_thread(sink.close) for sink in self.sinks))
+        await self.player.close()
 
     # What viewers are told
 
@@ -116,19 +101,22 @@ class Session:
             "type": "state",
             "phase": self.phase,
             "crash": self.crash or None,
-            "paused": self.paused,
+            "paused": self.player.paused,
             "seed": self.seed,
             "worlds": list(self.made),
             "steered": self.steering.worlds,
             "prompts": {name: self.steering.prompts.get(name) for name in self.made},
             "made": self.made,
             "undo": self.undo,
-            "recording": self.recorder.name if self.recorder else None,
-            "pushing": [{"to": sink.label, "state": sink.state} for sink in self.sinks],
+            "recording": self.player.recorder.name if self.player.recorder else None,
+            "pushing": [{"to": sink.label, "state": sink.state} for sink in self.player.sinks],
         }
 
-    def changed(self) -> None:
+    def _wake(self) -> None:
         self._changed.set()
+
+    def changed(self) -> None:
+        self._wake()
         self.announce(self.state())
 
     # What the driver asks for
@@ -187,29 +175,25 @@ class Session:
         self.changed()
         self.remote = Remote(self.opener)
         self.model = await self.remote.opened()
-        fps, size = self.model["fps"], self.model["size"]
-        self.broadcast.fps, self.broadcast.scale = fps, self.model["scale"]
-        self.clock = PlayoutClock(fps)
+        fps = self.model["fps"]
+        self.player.configure(fps, tuple(self.model["size"]), self.model["scale"])
         self.steering = Steering(self.model["actions"], self.model["keys"])
         self.steering.say(["a"], self.model["prompts"][0], None, None)
         self.kv_bytes = self.model["kv_bytes"]
         self.lead = Lead(limit=AHEAD * self.model["block"] / fps)
         await self._call("reset", seed=self.seed)
-        for sink in self.sinks:
-            sink.open(fps, size, self.model["scale"])
         self.phase = "running"
         self.announce(self.welcome())
         self.changed()
 
     def _start_over(self) -> None:
-        self.made, self.undo, self._last = {"a": 0}, {"a": 0}, {}
-        self._queue.clear()
-        self._steps, self._play_until = 0, -1
-        self.clock.rest()
+        self.made, self.undo = {"a": 0}, {"a": 0}
+        self.player.clear()
+        self.player.last, self.player.until, self._steps = {}, -1, 0
 
     def _crashed(self, reason: str) -> None:
         self.phase, self.crash = "crashed", reason[-4000:]
-        self._queue.clear()
+        self.player.clear()
         self._fail_commands("the world is broken: reset it")
         self.changed()
 
@@ -231,9 +215,8 @@ class Session:
         """Return when there is a command to follow, or the next block is to be begun."""
         while not self._commands:
             wait: float | None = None
-            if not self.paused or self._steps:
-                left = 0.0 if self.paused else self.clock.left(len(self._queue), time.monotonic())
-                wait = self.lead.wait(left)
+            if not self.player.paused or self._steps:
+                wait = self.lead.wait(0.0 if self.player.paused else self.player.left())
                 if wait <= 0:
                     return
             self._changed.clear()
@@ -245,8 +228,8 @@ class Session:
         steering, names, block = self.steering, list(self.made), self._blocks
         orders, seq, said = steering.orders(names)
         if self._steps:
-            self._steps, self._play_until = self._steps - 1, block
-        ahead, positions = self.clock.left(len(self._queue), time.monotonic()), dict(self.made)
+            self._steps, self.player.until = self._steps - 1, block
+        ahead, positions = self.player.left(), dict(self.made)
         started = time.perf_counter()
         try:
             made = await self._call("step", orders=orders)
@@ -260,7 +243,7 @@ class Session:
         count, first = max(map(len, pictures.values())), self._frames
         for i in range(count):
             worlds = {name: frames[min(i, len(frames) - 1)] for name, frames in pictures.items()}
-            self._queue.append(Picture(first + i, block, worlds))
+            self.player.queue.append(Picture(first + i, block, worlds))
         self._blocks, self._frames = block + 1, first + count
         spent = made["seconds"]
         event = {
@@ -274,16 +257,16 @@ class Session:
             "made": self.made,
             "undo": self.undo,
             "ahead": ahead,
-            "queue": len(self._queue),
+            "queue": len(self.player.queue),
             "seconds": {
                 "denoise": spent["denoise"],
                 "pictures": spent["pictures"],
                 "transfer": max(0.0, total - spent["total"]),
-                "encode": self.broadcast.encode_seconds * count,
+                "encode": self.player.broadcast.encode_seconds * count,
                 "total": total,
             },
             "kv_bytes": self.kv_bytes,
-            "slips": self.clock.slips,
+            "slips": self.player.clock.slips,
         }
         self.recent.append(event)
         self.announce(event)
@@ -293,7 +276,7 @@ class Session:
             self.announce({"type": "prompt", **applied})
         if said:
             self.announce(self.state())
-        self._ready.set()
+        self.player.ready.set()
 
     async def _follow(self, command: Command) -> None:
         try:
@@ -320,15 +303,15 @@ class Session:
     # Commands, each between two blocks
 
     async def _do_pause(self) -> None:
-        self.paused, self._steps, self._play_until = True, 0, -1
+        self.player.paused, self.player.until, self._steps = True, -1, 0
 
     async def _do_resume(self) -> None:
-        self.paused = False
-        self.clock.rest()
-        self._ready.set()
+        self.player.paused = False
+        self.player.clock.rest()
+        self.player.ready.set()
 
     async def _do_step(self) -> None:
-        if not self.paused:
+        if not self.player.paused:
             raise Refused("step: pause first")
         self._steps += 1
 
@@ -338,25 +321,25 @@ class Session:
         prompt = self.steering.prompts.get("a") or self.model["prompts"][0]
         self._start_over()
         self.steering.begin(prompt)
-        self._steps = int(self.paused)  # so that there is something to see
+        self._steps = int(self.player.paused)  # so that there is something to see
 
     async def _do_fork(self) -> None:
         self._take(await self._call("fork"))
         self.steering.fork()
-        for picture in self._queue:
+        for picture in self.player.queue:
             picture.worlds.setdefault("b", picture.worlds["a"])
-        if "a" in self._last:
-            await self._still(self._last | {"b": self._last["a"]})
+        if shown := self.player.last:
+            await self.player.show(shown | {"b": shown["a"]})
 
     async def _do_close(self, world: str) -> None:
         reply = await self._call("close", name=world)
         other = "b" if world == "a" else "a"
         self.steering.close(world)
         self._take(reply)
-        for picture in self._queue:
+        for picture in self.player.queue:
             picture.worlds = {"a": picture.worlds.get(other, picture.worlds["a"])}
-        if other in self._last:
-            await self._still({"a": self._last[other]})
+        if other in self.player.last:
+            await self.player.show({"a": self.player.last[other]})
 
     async def _do_steer(self, worlds: list[str]) -> None:
         if missing := [name for name in worlds if name not in self.made]:
@@ -367,11 +350,9 @@ class Session:
         names = list(self.steering.worlds)
         reply = await self._call("rewind", names=names, position=frame)
         self._take(reply)
-        self._queue.clear()
-        self.clock.rest()
-        await self._still(
-            self._last | {name: picture for name, picture in reply["pictures"].items() if picture is not None}
-        )
+        self.player.clear()
+        shown = {name: picture for name, picture in reply["pictures"].items() if picture is not None}
+        await self.player.show(self.player.last | shown)
 
     async def _do_save(self) -> dict[str, Any]:
         name = self.archive.new(self.model["model"])
@@ -387,63 +368,23 @@ class Session:
         self._take(reply)
         self.steering.begin(None, reply["prompt"])
         if reply["picture"] is not None:
-            await self._still({"a": reply["picture"]})
+            await self.player.show({"a": reply["picture"]})
 
     async def _do_record(self, on: bool) -> dict[str, Any] | None:
         if not on:
             return await self._stop_recording()
-        if self.recorder is not None:
+        if self.player.recorder is not None:
             raise Refused("record: a recording is under way")
         name = self.archive.new(self.model["model"])
         world = self.steering.worlds[0]
         size, scale = tuple(self.model["size"]), self.model["scale"]
-        self.recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
-        return {"name": self.recorder.name}
+        recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
+        self.player.recorder = recorder
+        return {"name": recorder.name}
 
     async def _stop_recording(self) -> dict[str, Any] | None:
-        recorder, self.recorder = self.recorder, None
+        recorder = await self.player.stop_recording()
         if recorder is None:
             return None
-        await asyncio.to_thread(recorder.close)
         self.announce(self.archive.listing())
         return {"name": recorder.name, "frames": recorder.frames}
-
-    # Playing
-
-    async def _play(self) -> None:
-        while True:
-            while not self._queue or (self.paused and self._queue[0].block > self._play_until):
-                self._ready.clear()
-                if self.paused or self.phase != "running":
-                    self.clock.rest()
-                with suppress(TimeoutError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self._ready.wait(), GAP)
-                if self.broadcast.keyframe_wanted and self._last:
-                    await self._still(self._last)  # who joins a world that stands still
-            await asyncio.sleep(self.clock.next(time.monotonic()) - time.monotonic())
-            if not self._queue or (self.paused and self._queue[0].block > self._play_until):
-                continue  # rewound or paused in the meantime
-            picture = self._queue.popleft()
-            self._changed.set()
-            await self._show(picture.worlds, picture.frame, picture.block)
-            if self.recorder is not None:
-                self.recorder.write(picture.worlds)
-            for sink in self.sinks:
-                sink.write(picture.worlds["a"])
-
-    async def _still(self, worlds: dict[str, np.ndarray]) -> None:
-        """Show something that is no new picture."""
-        await self._show(worlds, max(0, self._frames - 1), max(0, self._blocks - 1))
-
-    async def _show(self, worlds: dict[str, np.ndarray], frame: int, block: int) -> None:
-        self._last = worlds
-        pts = self.ticks()
-        event = {"type": "frame", "frame": frame, "block": block, "pts": pts, "worlds": list(worlds)}
-        self.announce(event)
-        pictures = [worlds[name] for name in sorted(worlds)]
-        await self.broadcast.show(pictures[0] if len(pictures) == 1 else np.concatenate(pictures, 1), frame, pts)
-
-    @staticmethod
-    def ticks() -> int:
-        """The clock that pictures bear."""
-        return round(time.monotonic() * TICKS)
