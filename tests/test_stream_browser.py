@@ -165,7 +165,7 @@ def identical(seen):
 
 
 def test_video_plays_and_every_picture_is_the_one_it_should_be(page):
-    page.open()
+    page.open("?transport=webrtc")
     page.until("inferix.link.transport === 'WebRTC' && inferix.link.origin !== null")
     seen = page.watch(24)
     identical(seen)
@@ -174,7 +174,7 @@ def test_video_plays_and_every_picture_is_the_one_it_should_be(page):
     assert not page.log()
 
 
-@pytest.mark.parametrize("query", ["", "?transport=websocket", "?transport=jpeg"])
+@pytest.mark.parametrize("query", ["?transport=webrtc", "?transport=websocket", "?transport=jpeg"])
 def test_a_key_shows_in_the_pixels(page, query):
     page.open(query)
     page.watch(3)

@@ -149,6 +149,18 @@ async def test_pause_stops_and_step_makes_exactly_one_block(server):
 
 
 @asynchronous
+async def test_pausing_does_not_wait_for_a_slow_block(tmp_path):
+    async with running(tmp_path, seconds=0.01) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("frame")
+        await viewer.request("prompt", text="hang")  # the next block takes a minute
+        await asyncio.sleep(0.5)
+        assert (await viewer.request("pause"))["type"] == "done"
+        assert (await viewer.request("record", on=True))["type"] == "done"
+        await viewer.leave()
+
+
+@asynchronous
 async def test_the_world_does_not_run_ahead(server):
     viewer = await Viewer.join(server)
     await until(lambda: len(viewer.all("block")) > 15)

@@ -57,6 +57,13 @@ def _wan() -> Finding:
     return True, "diffusers, transformers and ftfy found"
 
 
+def _stream() -> Finding:
+    missing = [name for name in ("aiohttp", "aiortc", "jsonschema") if importlib.util.find_spec(name) is None]
+    if missing:
+        return True, f"no {' and no '.join(missing)}, which `inferix play` needs for its page: extra `stream`"
+    return True, "aiohttp, aiortc and jsonschema found"
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
     "torch": _torch,
@@ -64,6 +71,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "video": _video,
     "tiny world": _tiny,
     "Wan models": _wan,
+    "live page": _stream,
 }
 
 

@@ -1,4 +1,4 @@
-"""Shows pictures one after the other, by the playout clock: to viewers, in a recording, and to where they are pushed."""
+"""Shows pictures one by one, by the playout clock: to viewers, in a recording, and where they are pushed to."""
 
 from __future__ import annotations
 
@@ -76,8 +76,7 @@ class Player:
             self._newest = picture.frame, picture.block
             self.shown()
             await self.show(picture.worlds)
-            if self.recorder is not None:
-                self.recorder.write(picture.worlds)
+            await self._record(picture.worlds)
             for sink in self.sinks:
                 sink.write(picture.worlds["a"])
 
@@ -107,6 +106,14 @@ class Player:
             await self.show(self.last)  # to who joins a world that stands still
 
     # Recording
+
+    async def _record(self, worlds: dict[str, np.ndarray]) -> None:
+        if self.recorder is None:
+            return
+        self.recorder.write(worlds)
+        if error := self.recorder.error:
+            await self.stop_recording()
+            self.announce({"type": "error", "id": None, "code": "internal", "text": f"record: {error}"[:500]})
 
     async def stop_recording(self) -> Recorder | None:
         """Finish the recording, if there is one."""

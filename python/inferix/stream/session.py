@@ -27,6 +27,7 @@ from .remote import Broken, Refused, Remote
 from .steering import Steering
 
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
+AT_ONCE = frozenset({"pause", "resume", "step", "steer", "record"})  # need no worlds, and don't wait for their block
 
 
 @dataclasses.dataclass
@@ -68,6 +69,7 @@ class Session:
         self._commands: deque[Command] = deque()
         self._blocks = self._frames = 0  # made so far; never counted back
         self._steps = 0  # blocks to be made although paused
+        self._following = False  # a command, right now
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
@@ -122,7 +124,7 @@ class Session:
     # What the driver asks for
 
     async def command(self, name: str, /, **arguments: Any) -> dict[str, Any] | None:
-        """Follow a command between two blocks, in the order in which they come.
+        """Follow a command: in the order in which they come, and between two blocks if it concerns the worlds.
 
         Raises:
             Refused: it can't be followed, and nothing has changed.
@@ -134,8 +136,11 @@ class Session:
         if len(self._commands) >= 16:
             raise Refused(f"{name}: 16 commands are waiting already")
         command = Command(name, arguments, asyncio.get_running_loop().create_future())
-        self._commands.append(command)
-        self._changed.set()
+        if name in AT_ONCE and not self._commands and not self._following:
+            await self._follow(command)
+        else:
+            self._commands.append(command)
+            self._changed.set()
         return await command.done
 
     async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
@@ -279,6 +284,7 @@ class Session:
         self.player.ready.set()
 
     async def _follow(self, command: Command) -> None:
+        self._following = True
         try:
             result = await getattr(self, f"_do_{command.name}")(**command.arguments)
         except (Refused, OSError) as refusal:
@@ -290,6 +296,8 @@ class Session:
         else:
             command.done.set_result(result)
             self.changed()
+        finally:
+            self._following = False
 
     async def _call(self, request: str, /, **arguments: Any) -> Any:
         assert self.remote is not None

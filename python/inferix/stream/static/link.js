@@ -1,7 +1,8 @@
 // The connection to the server: messages and video. See asyncapi.json.
 
-const CONNECT = 4000; // ms for WebRTC to bring a picture; after that video comes through the WebSocket
 const choice = new URLSearchParams(location.search).get("transport"); // "webrtc", "websocket" or "jpeg": for tests
+// ms for WebRTC to bring a picture; after that video comes through the WebSocket.
+const CONNECT = choice === "webrtc" ? 60000 : 5000;
 
 export class Link extends EventTarget {
   constructor(video) {
