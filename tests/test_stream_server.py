@@ -132,6 +132,22 @@ async def test_one_drives_and_the_others_watch(server):
 
 
 @asynchronous
+async def test_who_leaves_before_the_answer_harms_nobody(server):
+    watcher = await Viewer.join(server, drive=False)
+    fields = {"prompt": {"text": "snow"}, "record": {"on": True}, "rewind": {"frame": 10**9}}
+    for request in ("fork", "prompt", "record", "rewind"):
+        viewer = await Viewer.join(server)
+        await viewer.say(request, id="x", **fields.get(request, {}))
+        await viewer.leave()
+    await watcher.until("state", lambda state: state["driver"] is None)
+    blocks = len(watcher.all("block"))
+    await until(lambda: len(watcher.all("block")) > blocks + 3)
+    assert server.session.phase == "running"
+    await server.session.command("record", on=False)
+    await watcher.leave()
+
+
+@asynchronous
 async def test_pause_stops_and_step_makes_exactly_one_block(server):
     viewer = await Viewer.join(server)
     await viewer.until("frame")

@@ -136,12 +136,13 @@ class Session:
         if len(self._commands) >= 16:
             raise Refused(f"{name}: 16 commands are waiting already")
         command = Command(name, arguments, asyncio.get_running_loop().create_future())
+        command.done.add_done_callback(asyncio.Future.exception)  # known, even if who asked has left
         if name in AT_ONCE and not self._commands and not self._following:
             await self._follow(command)
         else:
             self._commands.append(command)
             self._changed.set()
-        return await command.done
+        return await asyncio.shield(command.done)  # who asked may leave; what was asked is done all the same
 
     async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
         """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks."""
