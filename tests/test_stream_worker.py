@@ -107,6 +107,29 @@ def test_a_save_that_does_not_fit_changes_nothing(spoil, tmp_path):
     assert np.array_equal(run(world, "l")["a"], run(twin, "l")["a"])
 
 
+def test_without_room_a_world_is_neither_forked_nor_left_for_a_saved_one(tmp_path):
+    world = Stage(lambda: small_world(window=6))
+    run(world, "ud", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    assert not world.describe()["can_fork"]
+    for request in (world.fork, lambda: world.load(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="--worlds 2"):
+            request()
+    run(world, "lr")
+
+
+def test_a_fork_does_not_end_for_a_save_that_can_not_be_read(tmp_path):
+    world = stage()
+    run(world, "ud", prompt="desert day")
+    world.fork()
+    with pytest.raises(ValueError, match="folder must hold"):
+        world.load(tmp_path / "nothing")
+    assert list(world.worlds) == ["a", "b"]
+    world.save("b", tmp_path / "saved")
+    world.load(tmp_path / "saved")
+    assert list(world.worlds) == ["a"]
+
+
 def test_saving_twice_under_one_name_is_refused(tmp_path):
     world = stage()
     run(world, "u", prompt="desert day")

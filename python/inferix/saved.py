@@ -79,20 +79,16 @@ def load(world: World, folder: str | Path) -> World:
         ValueError: the folder holds no such world, or one of another model or format; says which. Nothing has changed.
         OutOfPages: the store has no room for one more world.
     """
-    state = _read(Path(folder))
-    ours = {
-        "version": VERSION,
-        "model": world.model.adapter.name,
-        "format": world.table.policy.format,
-        "latent_shape": list(world.model.latent_shape),
-    }
-    if wrong := [f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours.items() if state[name] != mine]:
-        raise ValueError(f"folder must hold a world that goes on here, got {', '.join(wrong)}")
+    state = read(world, folder)
     other = copy.copy(world)
     other.decoder = world.decoder.fork()
-    for i, branch in enumerate(other.decoder.branches):
-        branch.restart()
-        branch.table = snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy)
+    try:
+        for i, branch in enumerate(other.decoder.branches):
+            branch.restart()
+            branch.table = snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy)
+    except BaseException:
+        other.release()
+        raise
     other.decoder.generator.set_state(state["generator"])
     other.decoder.frames = state["frames"]
     device = world.store.device
@@ -106,6 +102,26 @@ def load(world: World, folder: str | Path) -> World:
     other.decoder.restart, other._kept = other._restart, []
     other.prompt = state["prompt"]
     return other
+
+
+def read(world: World, folder: str | Path) -> dict[str, Any]:
+    """What `folder` says of itself, if a world saved there can go on over this one's model and store.
+
+    Raises:
+        ValueError: as for `load`.
+    """
+    state = _read(Path(folder))
+    ours = {
+        "version": VERSION,
+        "model": world.model.adapter.name,
+        "format": world.table.policy.format,
+        "latent_shape": list(world.model.latent_shape),
+    }
+    if wrong := [
+        f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours.items() if state.get(name) != mine
+    ]:
+        raise ValueError(f"folder must hold a world that goes on here, got {', '.join(wrong)}")
+    return state
 
 
 def _read(folder: Path) -> dict[str, Any]:

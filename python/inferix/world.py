@@ -86,7 +86,7 @@ class World:
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
-        self._against = against
+        self._against, self.worlds = against, worlds
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:

@@ -95,8 +95,8 @@ class Session:
     # What viewers are told
 
     def welcome(self) -> Message:
-        names = ("model", "fps", "size", "scale", "block", "actions", "keys", "prompts", "recache", "can_rewind")
-        return {"type": "welcome", "version": 1, **{name: self.model[name] for name in names}}
+        told = {name: value for name, value in self.model.items() if name != "kv_bytes"}
+        return {"type": "welcome", "version": 1, **told}
 
     def state(self) -> Message:
         return {

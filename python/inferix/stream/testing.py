@@ -64,7 +64,7 @@ class BarWorld:
         )  # fmt: skip
         self.model = SimpleNamespace(adapter=adapter, prepare=self._prepare)
         self.seconds, self.can_rewind, self.undo = seconds, can_rewind, 100 * block
-        self.frames, self.prompt, self.denoising = 0, "", 0.0
+        self.frames, self.prompt, self.denoising, self.worlds = 0, "", 0.0, 2
         self._ground = _noise(size) if texture else np.full((*size, 3), 90, np.uint8)
 
     def step(self, *, action: str | None, prompt: str | None, recache: bool | None) -> np.ndarray:

@@ -69,6 +69,7 @@ class Stage:
             "prompts": list(adapter.example_prompts),
             "recache": adapter.recache,
             "can_rewind": bool(world.can_rewind),
+            "can_fork": world.worlds > 1,
             "kv_bytes": world.kv_bytes(),
         }
 
@@ -103,6 +104,8 @@ class Stage:
         one = self.worlds["a"]
         if "b" in self.worlds:
             raise ValueError("fork: there are two worlds already: close one")
+        if one.world.worlds < 2:
+            raise ValueError("fork: there is room for one world: play --worlds 2")
         self.worlds["b"] = Running(one.world.fork(), list(one.blocks), one.pictures)
         return self._extent()
 
@@ -154,9 +157,12 @@ class Stage:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on with a saved world, alone."""
-        from inferix.saved import load
+        from inferix.saved import load, read
 
         old = self.worlds["a"]
+        if old.world.worlds < 2:
+            raise ValueError("load: there is no room beside this world for one more: play --worlds 2")
+        read(old.world, folder)  # before anything ends
         if "b" in self.worlds:
             self.close("b")
         self.worlds = {"a": Running(load(old.world, folder))}

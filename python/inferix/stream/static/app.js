@@ -126,7 +126,7 @@ function render() {
   for (const chip of $("examples").children) chip.setAttribute("aria-pressed", String(chip.textContent === said));
   $("pause").textContent = state.paused ? "Go on" : "Pause";
   $("step").disabled = !state.paused;
-  $("fork").hidden = state.worlds.length > 1;
+  $("fork").hidden = state.worlds.length > 1 || !welcome?.can_fork;
   $("both").hidden = state.worlds.length < 2;
   $("both").setAttribute("aria-pressed", String(state.steered.length > 1));
   $("record").classList.toggle("on", Boolean(state.recording));
