@@ -5,13 +5,13 @@ import functools
 import json
 import re
 
-import aiohttp
 import av
 import numpy as np
 import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
+import aiohttp
 from stream_client import LOOP, Viewer, asynchronous, running, until
 
 from inferix.stream import protocol
