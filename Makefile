@@ -12,8 +12,10 @@ demo: build
 	$(BIN)/inferix generate --model tiny --seconds 60 --seed 10 --actions random \
 	    --prompt-file examples/tour.txt --out demo.mp4
 
+# Steer the tiny world in the browser; the address is printed. PORT=8001 make play, if 8000 is taken.
+PORT ?= 8000
 play: build
-	$(BIN)/inferix play --model tiny
+	$(BIN)/inferix play --model tiny --seed 10 --port $(PORT)
 
 # One thread: the tests' operations are too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
@@ -45,7 +47,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*
 
 .venv/built: .venv/torch $(SOURCES)
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
-	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e .
+	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[stream]'
 	touch $@
 
 # With what only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.

@@ -9,6 +9,10 @@ from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshot", metavar="FILE", help="where the test of the page keeps a picture of it")
+
+
 def pairs() -> list:
     """(backend, device) of every backend but the reference, which is what they are compared with."""
     found = []

@@ -26,7 +26,7 @@ def test_a_picture_holds_every_pixel():
 
 def test_without_a_terminal_play_says_so(capsys, tmp_path):
     export(TinyWorldModel(TinyConfig(dim=32, layers=1, heads=2, head_dim=16, ffn=32)), tmp_path / "w.safetensors", {})
-    assert main(["play", "--weights", str(tmp_path / "w.safetensors")]) == 2
+    assert main(["play", "--terminal", "--weights", str(tmp_path / "w.safetensors")]) == 2
     assert "play needs a terminal" in capsys.readouterr().err
 
 
@@ -36,7 +36,7 @@ def test_keys_steer_and_q_ends(tmp_path):
     export(TinyWorldModel(TinyConfig(dim=32, layers=1, heads=2, head_dim=16, ffn=32)), tmp_path / "w.safetensors", {})
     child, terminal = pty.fork()
     if child == 0:
-        command = [sys.executable, "-m", "inferix", "play", "--weights", str(tmp_path / "w.safetensors")]
+        command = [sys.executable, "-m", "inferix", "play", "--terminal", "--weights", str(tmp_path / "w.safetensors")]
         os.execv(sys.executable, command)
     seen = _read_until(terminal, b"meadow day \xc2\xb7 none")
     os.write(terminal, b"w4")

@@ -64,11 +64,30 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")
     generate.add_argument("--threads", type=int, help="CPU threads (default: the model's)")
     generate.set_defaults(run=_generate)
-    play = commands.add_parser("play", help="steer a world in this terminal")
+    play = commands.add_parser("play", help="steer a world in the browser, or in this terminal")
     play.add_argument("--model", default="tiny", help="which model (default: tiny)")
-    play.add_argument("--weights", help="checkpoint file, for models that do not ship one")
+    play.add_argument("--weights", help="checkpoint file or its folder, for models that do not ship one")
+    play.add_argument("--lora", help="low-rank updates to merge into the weights")
+    play.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; others than this machine need the token"
+    )
+    play.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    play.add_argument("--token", help="what others must know to come in (default: a new one, printed)")
+    play.add_argument("--folder", default="inferix-worlds", help="for saved worlds and recordings")
+    play.add_argument(
+        "--push", "--rtmp", action="append", default=[], metavar="URL|FILE", help="also to rtmp://, srt://, .m3u8, .mp4"
+    )
+    play.add_argument("--terminal", action="store_true", help="play in this terminal instead")
     play.add_argument("--seed", type=int, default=0)
     play.add_argument("--kv", default="int8", help=f"format of the KV pages: {KV_HELP}")
+    play.add_argument("--window", type=int, help="frames a block sees, its own included (default: the model's)")
+    play.add_argument("--sink", type=int, help="first frames that are never forgotten (default: the model's)")
+    play.add_argument("--undo", type=float, help="seconds that can be rewound (default: 15, or 0 if a VAE looks back)")
+    play.add_argument("--worlds", type=int, default=2, help="room for a fork beside the world: 1 does without")
+    play.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
+    play.add_argument("--device", help="where the network runs: cpu or cuda (default: a GPU, if there is one)")
+    play.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")
+    play.add_argument("--threads", type=int, help="CPU threads (default: the model's)")
     play.set_defaults(run=_play)
     convert = commands.add_parser("convert", help="write a Wan checkpoint as one safetensors file that needs no other")
     convert.add_argument("source", help="checkpoint file, or the folder that holds it")
@@ -103,6 +122,16 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _play(args: argparse.Namespace) -> int:
+    if args.terminal:
+        return _play_in_terminal(args)
+    try:
+        from .stream.play import play
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the page needs {error.name}: pip install 'inferix[stream]', or play --terminal") from None
+    return play(args)
+
+
+def _play_in_terminal(args: argparse.Namespace) -> int:
     import torch
 
     from .terminal import play

@@ -65,6 +65,13 @@ def _magi() -> Finding:
     return True, f"{', '.join(wanted[:-1])} and {wanted[-1]} found"
 
 
+def _stream() -> Finding:
+    missing = [name for name in ("aiohttp", "aiortc", "jsonschema") if importlib.util.find_spec(name) is None]
+    if missing:
+        return True, f"no {' and no '.join(missing)}, which `inferix play` needs for its page: extra `stream`"
+    return True, "aiohttp, aiortc and jsonschema found"
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
     "torch": _torch,
@@ -73,6 +80,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "tiny world": _tiny,
     "Wan models": _wan,
     "MAGI-1": _magi,
+    "live page": _stream,
 }
 
 

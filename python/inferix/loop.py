@@ -124,6 +124,11 @@ class Decoder:
         self.frames -= frames
         self.recent = [clean for clean in self.recent if clean.block.end <= self._next_frame]
 
+    def release(self) -> None:
+        """Give all pages back to the store."""
+        for branch in self.branches:
+            branch.table.release()
+
     @torch.inference_mode()
     def recache(self, condition: Any) -> None:
         """Compute K and V of what the window holds again, as if it had been made under this condition.
@@ -136,7 +141,8 @@ class Decoder:
         policy = self.table.policy
         begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))
         if blocks := [clean for clean in self.recent if clean.block.first >= begin]:
-            self.recent = self.branches[0].replay(blocks, condition)
+            older = [clean for clean in self.recent if clean.block.end <= blocks[0].block.first]
+            self.recent = older + self.branches[0].replay(blocks, condition)
 
     def _new_rollout(self, condition: Any) -> None:
         """Begin again at frame 0, with the last frames as the past."""
@@ -157,7 +163,7 @@ class Decoder:
 
     def _remember(self, clean: Clean) -> None:
         policy, end = self.table.policy, clean.block.end
-        depth = max(self.model.adapter.overlap, policy.window or end)
+        depth = max(self.model.adapter.overlap, policy.window or end) + policy.undo
         self.frames += len(clean.latents)
         self.recent = [old for old in self.recent if old.block.end > end - depth] + [clean]
 

@@ -261,6 +261,10 @@ class Pipeline:
             "rewind: the blocks in flight rest on the last ones made, which can't be unmade: keep a fork"
         )
 
+    def release(self) -> None:
+        """Give all pages back to the store."""
+        self.table.release()
+
     def _begin(self, condition: Any) -> InFlight:
         size = self.model.adapter.block_frames
         told, noise = self.model.tell(condition, self._remaining()), self._noise(size)

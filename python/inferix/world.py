@@ -96,11 +96,15 @@ class World:
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
+        self._against, self.worlds, self._blocks = against, worlds, blocks
+        self._begin(policy, seed)
+
+    def _begin(self, policy: Policy, seed: int) -> None:
         table, generator = self.store.open(policy), torch.Generator().manual_seed(seed)
         self.decoder: Decoder | Pipeline = (
-            Pipeline(cast(PipelinedModel, self.model), table, generator, blocks)
-            if adapter.stages
-            else Decoder(self.model, table, generator, against)
+            Pipeline(cast(PipelinedModel, self.model), table, generator, self._blocks)
+            if self.model.adapter.stages
+            else Decoder(self.model, table, generator, self._against)
         )
         self.pictures = self.model.stream()
         self.decoder.restart = self._restart
@@ -124,6 +128,7 @@ class World:
         *,
         action: Action | None = None,
         known: Tensor | None = None,
+        recache: bool | None = None,
     ) -> np.ndarray:
         """Make the next block or, of a model with several in flight, begin one and move all by a stage.
 
@@ -132,6 +137,8 @@ class World:
             action: instead, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
             known: what `latents` was after this very step in an earlier run with the same seed; see Decoder.step.
+            recache: when the prompt changes, compute what the window remembers again under the new one; None does as
+                the model's adapter says.
 
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
@@ -145,7 +152,8 @@ class World:
             raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
         before = self.prompt
         condition = self._condition(actions, prompt)
-        if self.model.adapter.recache and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
+        wanted = self.model.adapter.recache if recache is None else recache
+        if wanted and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
             self.decoder.recache(condition)
         self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
@@ -206,6 +214,13 @@ class World:
             other.decoder.generator.manual_seed(seed)
         return other
 
+    @property
+    def can_rewind(self) -> bool:
+        """May `rewind` take anything back? Where pictures depend on those before them, only with an `undo`."""
+        if isinstance(self.decoder, Pipeline):
+            return False
+        return self.table.policy.undo > 0 or not hasattr(self.pictures, "fork")
+
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
         `undo` frames before it too; if pictures depend on those before them, only with an `undo`.
@@ -242,9 +257,32 @@ class World:
         self._keep()
         return begun
 
+    @property
+    def denoising(self) -> float:
+        """Seconds that the last block took, pictures apart."""
+        return self.decoder.seconds[-1]
+
+    @property
+    def undo(self) -> int:
+        """Latent frames that `rewind` can take back, besides the block made last."""
+        return self.table.policy.undo if self.can_rewind else 0
+
+    def last_picture(self) -> np.ndarray | None:
+        """uint8 [height, width, 3]: what the world looks like now; None if that can't be made again."""
+        if isinstance(self.decoder, Pipeline) or hasattr(self.pictures, "fork") or not self.decoder.recent:
+            return None
+        picture: np.ndarray = self.pictures(self.decoder.recent[-1].latents)[-1]
+        return picture
+
+    def reset(self, seed: int) -> None:
+        """Begin again, with nothing remembered and this seed."""
+        policy = self.table.policy
+        self.release()
+        self._begin(policy, seed)
+
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
-        self.table.release()
+        self.decoder.release()
 
     @property
     def ahead(self) -> int:

@@ -133,13 +133,17 @@ class Wan:
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
         if prompt not in self._crosses:
-            if self.text is None:
-                raise ValueError(
-                    f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
-                    "text_encoder/ and tokenizer/, or the files that Wan published"
-                )
-            self._crosses = {prompt: self.condition_on(self.text(prompt))}  # the last prompt alone: 190 MB for 1.3B
+            self._crosses = {prompt: self.condition_on(self.prepare(prompt))}  # the last prompt alone: 190 MB for 1.3B
         return self._crosses[prompt]
+
+    def prepare(self, prompt: str) -> Tensor:
+        """A prompt's embedding. Asked for ahead of its block, on any thread, it is in the encoder's cache by then."""
+        if self.text is None:
+            raise ValueError(
+                f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
+                "text_encoder/ and tokenizer/, or the files that Wan published"
+            )
+        return self.text(prompt)
 
     @torch.inference_mode()
     def condition_on(self, embedding: Tensor) -> Cross:

@@ -120,6 +120,17 @@ class VideoStream:
         other._cache = list(self._cache)
         return other
 
+    def state(self) -> dict[str, Any]:
+        """All of it, as plain values and tensors in host memory; `restore` takes it back."""
+        cache = [x.cpu() if isinstance(x, Tensor) else x for x in self._cache]
+        return {"cache": cache, "first": self._first, "tail": None if self._tail is None else self._tail.cpu()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        device = self.vae.mean.device
+        self._cache = [x.to(device) if isinstance(x, Tensor) else x for x in state["cache"]]
+        self._first = state["first"]
+        self._tail = None if state["tail"] is None else state["tail"].to(device)
+
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> np.ndarray:
         """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""

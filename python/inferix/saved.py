@@ -1,0 +1,136 @@
+"""Worlds on disk: `save` a running world into a folder, `load` it, and it goes on bit for bit.
+
+The folder holds past0.safetensors, what attention remembers (inferix_kernels.snapshot; a guided world remembers two
+pasts), and world.pt, what else the next block depends on: the state of the noise, the last latents, the words, and what
+the decoder of pictures carries along.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inferix_kernels import snapshot
+from inferix_kernels.page_table import PageTable
+from inferix_kernels.passes import Block
+
+from .branch import Clean
+from .pipeline import Pipeline
+from .world import World
+
+VERSION = 1
+PAST, STATE = "past{}.safetensors", "world.pt"
+
+
+@torch.inference_mode()
+def save(world: World, folder: str | Path) -> None:
+    """Write a world into `folder`, which must not exist yet; it appears whole or not at all.
+
+    The clean pass owed is done first, so the world goes on as the loaded one will. Frames kept for `rewind` alone are
+    left out.
+    """
+    decoder, folder = world.decoder, Path(folder)
+    if isinstance(decoder, Pipeline):
+        raise ValueError(
+            f"world must have one block under way at a time to be saved, got a {world.model.adapter.name} one"
+        )
+    if folder.exists():
+        raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
+    decoder.settle()
+    state = {
+        "version": VERSION,
+        "model": world.model.adapter.name,
+        "format": world.table.policy.format,
+        "latent_shape": list(world.model.latent_shape),
+        "prompt": world.prompt,
+        "frames": decoder.frames,
+        "generator": decoder.generator.get_state(),
+        "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in decoder.recent],
+        "pictures": world.pictures.state() if hasattr(world.pictures, "state") else None,
+    }
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for i, branch in enumerate(decoder.branches):
+            _save_past(branch.table, part / PAST.format(i), world.model.adapter.block_frames)
+        torch.save(state, part / STATE)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _save_past(table: PageTable, path: Path, block_frames: int) -> None:
+    """Of a copy of the table, so that what only `rewind` wants can go: opening a block turns the page."""
+    past = table.fork()
+    try:
+        past.policy = dataclasses.replace(past.policy, undo=0)
+        past.open_block(block_frames)
+        past.abandon()
+        snapshot.save(past, path)
+    finally:
+        past.release()
+
+
+def load(world: World, folder: str | Path) -> World:
+    """The world saved in `folder`, as another one over this one's model and store, as `World.fork` makes them.
+
+    Raises:
+        ValueError: the folder holds no such world, or one of another model or format; says which. Nothing has changed.
+        OutOfPages: the store has no room for one more world.
+    """
+    state = read(world, folder)
+    assert not isinstance(world.decoder, Pipeline)  # none of them was ever saved
+    other, decoder = copy.copy(world), world.decoder.fork()
+    other.decoder = decoder
+    try:
+        for i, branch in enumerate(decoder.branches):
+            branch.restart()
+            branch.table = snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy)
+    except BaseException:
+        other.release()
+        raise
+    decoder.generator.set_state(state["generator"])
+    decoder.frames = state["frames"]
+    device = world.store.device
+    decoder.recent = [Clean(Block(first, end, []), latents.to(device), None) for first, end, latents in state["recent"]]
+    pictures: Any = world.model.stream()
+    if state["pictures"] is not None:
+        pictures.restore(state["pictures"])
+    other.pictures = pictures
+    decoder.restart, other._kept = other._restart, []
+    other.prompt = state["prompt"]
+    return other
+
+
+def read(world: World, folder: str | Path) -> dict[str, Any]:
+    """What `folder` says of itself, if a world saved there can go on over this one's model and store.
+
+    Raises:
+        ValueError: as for `load`.
+    """
+    state = _read(Path(folder))
+    ours = {
+        "version": VERSION,
+        "model": world.model.adapter.name,
+        "format": world.table.policy.format,
+        "latent_shape": list(world.model.latent_shape),
+    }
+    if wrong := [
+        f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours.items() if state.get(name) != mine
+    ]:
+        raise ValueError(f"folder must hold a world that goes on here, got {', '.join(wrong)}")
+    return state
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)  # tensors and plain values, no code
+        return {"version": state["version"], **state}
+    except Exception as error:  # what a damaged pickle raises is anyone's guess
+        raise ValueError(f"folder must hold a saved world, got {str(folder)!r} ({error})") from None

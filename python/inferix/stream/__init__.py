@@ -1,0 +1,17 @@
+"""A world you steer: a live page over WebRTC or a WebSocket, pushed to RTMP, HLS or a file. Extra `stream`.
+
+worker.py    the worlds, in a process of their own: one request, one block
+remote.py    that process as the server sees it: awaitable requests, crashes as exceptions
+playout.py   when a block is begun and when a picture is shown
+session.py   the show: commands and controls in, pictures and events out
+video.py     one encoder for all who watch; bounded queues that drop to the next keyframe
+push.py      RTMP, SRT, HLS, files; recorder.py: what is kept on the server
+protocol.py  messages, checked against asyncapi.json, which is their definition
+client.py    one connection: limits, replies, who drives
+webrtc.py    aiortc, handed our packets
+server.py    the page, the WebSocket, who may come in
+"""
+
+from __future__ import annotations
+
+EXTRA = "install the extra `stream`: pip install 'inferix[stream]'"

@@ -1,0 +1,68 @@
+"""`inferix play`: a world on a page."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import signal
+import sys
+
+from .server import Server, serve
+from .worker import open_world
+
+
+def play(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C.
+
+    Raises:
+        ValueError: an option is not what it must be; nothing has been opened.
+    """
+    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0)):
+        if (value := getattr(args, option)) is not None and value < least:
+            raise ValueError(f"--{option} must be at least {least}, got {value:g}")
+    opener = functools.partial(
+        open_world,
+        args.model,
+        undo_seconds=args.undo,
+        worlds=args.worlds,
+        threads=args.threads,
+        kv=args.kv,
+        window=args.window,
+        sink=args.sink,
+        seed=args.seed,
+        backend=args.backend,
+        weights=args.weights,
+        lora=args.lora,
+        size=args.size,
+        device=args.device,
+    )
+    server = Server(
+        opener,
+        host=args.host,
+        port=args.port,
+        token=args.token,
+        folder=args.folder,
+        seed=args.seed,
+        push=tuple(args.push),
+    )
+    asyncio.run(_until_interrupted(server, args.model))
+    return 0
+
+
+async def _until_interrupted(server: Server, model: str) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+    def announce(address: str) -> None:
+        print(f"The {model} world is at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
+
+    running, stopped = asyncio.create_task(serve(server, announce)), asyncio.create_task(stop.wait())
+    await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
+    running.cancel()
+    stopped.cancel()
+    try:
+        await running
+    except asyncio.CancelledError:
+        print("ended", file=sys.stderr)

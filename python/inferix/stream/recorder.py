@@ -1,0 +1,49 @@
+"""Recordings: what is shown of one world, as an MP4 on the server."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from ..media import VideoWriter
+
+DEPTH = 64  # pictures that may wait for the disk
+
+
+class Recorder:
+    """An MP4 of what is shown of one world, at the model's own pace: pauses are left out.
+
+    Raises:
+        OSError, ValueError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, world: str, fps: float, size: tuple[int, int], scale: int):
+        self.name, self.world, self.frames, self.error = path.name, world, 0, ""
+        self._writer = VideoWriter(path, fps, size, scale)
+        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(DEPTH)
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"recording {path.name}")
+        self._thread.start()
+
+    def write(self, worlds: dict[str, np.ndarray]) -> None:
+        if self.world in worlds and not self.error:
+            try:
+                self._queue.put_nowait(worlds[self.world])
+            except queue.Full:
+                self.error = "the disk is too slow"
+
+    def close(self) -> None:
+        """Finish the file. Blocks for as long as the disk takes."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._writer as writer:
+            while (picture := self._queue.get()) is not None:
+                try:
+                    writer.write(picture[None])
+                    self.frames = writer.frames
+                except ValueError as error:
+                    self.error = str(error)

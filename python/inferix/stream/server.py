@@ -1,0 +1,244 @@
+"""The server: the page, the WebSocket behind it, and who may come in.
+
+On 127.0.0.1 whoever can open a socket may watch and drive; anywhere else only who knows the token. Either way a page
+of another site can't reach us through a visitor's browser: a WebSocket's Origin must be our own address, and without a
+token so must be the Host. Files are found by name in a list that the server made; nothing a client sends is ever part
+of a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import secrets
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from . import protocol
+from .archive import Archive
+from .client import Client
+from .protocol import Message
+from .push import Sink
+from .session import Session
+
+MAX_VIEWERS = 32
+TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".json": "application/json",
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "connect-src 'self' ws: wss:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Lobby:
+    """Everyone who is here, the session they look at, and which of them is at the wheel."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.clients: list[Client] = []
+        self.driver: Client | None = None
+        self._count = 0
+
+    def name(self) -> str:
+        self._count += 1
+        return f"viewer-{self._count}"
+
+    def enter(self, client: Client) -> None:
+        self.clients.append(client)
+        if self.session.model:
+            client.tell(self._addressed(self.session.welcome(), client))
+        for message in (self.session.archive.listing(), *self.session.recent):
+            client.tell(message)
+        self.announce(self.session.state())
+
+    def leave(self, client: Client) -> None:
+        self.clients.remove(client)
+        self.let_go(client)
+
+    def drive(self, client: Client) -> None:
+        """Put a client at the wheel, if nobody else is."""
+        if self.driver not in (None, client):
+            return
+        if self.driver is None:
+            self.session.steering.let_go()
+        self.driver = client
+        self.announce(self.session.state())
+
+    def let_go(self, client: Client) -> None:
+        if self.driver is client:
+            self.driver = None
+            self.session.steering.let_go()
+        self.announce(self.session.state())
+
+    def announce(self, message: Message) -> None:
+        """Tell everyone."""
+        if message["type"] == "state":
+            driver = self.driver.name if self.driver else None
+            message = {**message, "driver": driver, "viewers": len(self.clients)}
+        for client in tuple(self.clients):
+            client.tell(self._addressed(message, client))
+
+    def _addressed(self, message: Message, client: Client) -> Message:
+        if message["type"] != "welcome":
+            return message
+        return {**message, "client": client.name, "webrtc": has_webrtc()}
+
+
+def has_webrtc() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("aiortc") is not None
+
+
+class Server:
+    """Serves one session until it is closed.
+
+    Args:
+        opener: opens the world, in a process of its own.
+        host, port: to listen at; port 0 takes any that is free.
+        token: whoever comes must know it; None makes one, unless the host is this machine alone.
+        folder: for saved worlds and recordings.
+        push: addresses and files that the video also goes to.
+    """
+
+    def __init__(
+        self,
+        opener: Callable[[], Any],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        token: str | None = None,
+        folder: str = "inferix-worlds",
+        seed: int = 0,
+        push: tuple[str, ...] = (),
+    ):
+        self.host, self.port = host, port
+        self.token = token or (None if is_loopback(host) else secrets.token_urlsafe(16))
+        self.archive = Archive(folder)
+        sinks = tuple(Sink(target) for target in push)
+        self.session = Session(opener, lambda message: self.lobby.announce(message), self.archive, seed, sinks)
+        self.lobby = Lobby(self.session)
+        self.pages = _pages()
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}/" + (f"?token={self.token}" if self.token else "")
+
+    async def start(self) -> None:
+        """Listen, and begin to open the world.
+
+        Raises:
+            ValueError: the host or port can't be had.
+        """
+        app = web.Application(middlewares=[self._guard])
+        app.router.add_get("/", self._page)
+        app.router.add_get("/ws", self._socket)
+        app.router.add_get("/files/{name}", self._file)
+        app.router.add_get("/{page}", self._page)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.5)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self.host, self.port).start()
+        except (OSError, OverflowError) as error:
+            await self._runner.cleanup()
+            raise ValueError(f"--host, --port: cannot listen at {self.host}:{self.port} ({error})") from None
+        self.port = self._runner.addresses[0][1]
+        await self.session.start()
+
+    async def close(self) -> None:
+        """Send everyone home, end the worker, finish all files."""
+        for client in tuple(self.lobby.clients):
+            await client.leave()
+        await self.session.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+        if not self._welcome(request):
+            raise web.HTTPForbidden(
+                text="This world is not open to you. Use the address that `inferix play` printed.\n"
+            )
+        response: web.StreamResponse = await handler(request)
+        if self.token and "token" in request.query and not response.prepared:
+            response.set_cookie("inferix", self.token, httponly=True, samesite="Strict")
+        return response
+
+    def _welcome(self, request: web.Request) -> bool:
+        host = request.headers.get("Host", "")
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return False
+        if self.token is None:
+            name = urlsplit(f"//{host}").hostname or ""
+            return is_loopback(name) or name == self.host
+        given = request.query.get("token") or request.cookies.get("inferix") or ""
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
+    async def _page(self, request: web.Request) -> web.Response:
+        name = request.match_info.get("page", "index.html")
+        if name not in self.pages:
+            raise web.HTTPNotFound(text="There is no such page.\n")
+        body, kind = self.pages[name]
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=HEADERS)
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        path = self.archive.videos().get(request.match_info["name"])
+        if path is None:
+            raise web.HTTPNotFound(text="There is no such recording.\n")
+        return web.FileResponse(path, headers=HEADERS | {"Content-Disposition": f'attachment; filename="{path.name}"'})
+
+    async def _socket(self, request: web.Request) -> web.StreamResponse:
+        if len(self.lobby.clients) >= MAX_VIEWERS:
+            raise web.HTTPServiceUnavailable(text=f"{MAX_VIEWERS} are watching already.\n")
+        # What is larger than MAX_BYTES is answered; what is larger than this ends the connection before it is read.
+        socket = web.WebSocketResponse(
+            protocols=[protocol.SUBPROTOCOL], heartbeat=10.0, max_msg_size=8 * protocol.MAX_BYTES, timeout=0.5
+        )
+        await socket.prepare(request)
+        client = Client(self.lobby, socket, self.lobby.name())
+        self.lobby.enter(client)
+        try:
+            await client.run()
+        finally:
+            self.lobby.leave(client)
+        return socket
+
+
+def _pages() -> dict[str, tuple[bytes, str]]:
+    """name -> (content, type) of all that is served besides recordings; read once."""
+    package = resources.files(__package__)
+    files = [*(package / "static").iterdir(), package / "asyncapi.json"]
+    return {file.name: (file.read_bytes(), TYPES["." + file.name.rpartition(".")[2]]) for file in files}
+
+
+async def serve(server: Server, announce: Callable[[str], None]) -> None:
+    """Run until cancelled. `announce` is called with the address once the page can be opened."""
+    try:
+        await server.start()
+        announce(server.address)
+        await asyncio.Event().wait()
+    finally:
+        await server.close()

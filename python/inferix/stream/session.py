@@ -1,0 +1,399 @@
+"""The show: orders and keys in, pictures and events out.
+
+Two tasks share a queue of pictures. `_make` follows commands and begins a block when `Lead` says so, with what is
+pressed at that moment; it alone changes the worlds, so a command falls between two blocks. The `Player` shows the
+pictures by its clock. Neither waits for a viewer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from .archive import Archive
+from .player import Picture, Player
+from .playout import Lead
+from .protocol import Message
+from .push import Sink
+from .recorder import Recorder
+from .remote import Broken, Refused, Remote
+from .steering import Steering
+
+AHEAD = 2  # blocks: how far the world may run ahead of what is shown
+AT_ONCE = frozenset({"pause", "resume", "step", "steer", "record"})  # need no worlds, and don't wait for their block
+
+
+@dataclasses.dataclass
+class Command:
+    name: str
+    arguments: dict[str, Any]
+    done: asyncio.Future[dict[str, Any] | None]
+
+
+class Session:
+    """One running model and all who look at it.
+
+    Args:
+        opener: opens the world, in the worker.
+        announce: called with each event for every viewer.
+        archive: where saved worlds and recordings lie.
+        seed: of the first world.
+        sinks: where the pictures of world "a" are pushed to.
+    """
+
+    def __init__(
+        self,
+        opener: Callable[[], Any],
+        announce: Callable[[Message], None],
+        archive: Archive,
+        seed: int = 0,
+        sinks: tuple[Sink, ...] = (),
+    ):
+        self.opener, self.announce, self.archive = opener, announce, archive
+        self.remote: Remote | None = None
+        self.model: dict[str, Any] = {}  # Stage.describe
+        self.player = Player(announce, self._wake, sinks)
+        self.phase, self.crash, self.seed = "opening", "", seed
+        self.made: dict[str, int] = {"a": 0}
+        self.undo: dict[str, int] = {"a": 0}
+        self.kv_bytes: dict[str, int] = {}
+        self.steering = Steering(())
+        self.lead = Lead(0.5)
+        self._commands: deque[Command] = deque()
+        self._blocks = self._frames = 0  # made so far; never counted back
+        self._steps = 0  # blocks to be made although paused
+        self._following = False  # a command, right now
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
+
+    async def start(self) -> None:
+        """Begin to open the world; returns at once."""
+        self._tasks = [
+            asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self.player.run)
+        ]
+        for sink in self.player.sinks:
+            sink.start(lambda: self.announce(self.state()))
+
+    async def close(self) -> None:
+        """End everything; files are finished."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_commands("the server is closing")
+        if self.remote:
+            await self.remote.close()
+        await self.player.close()
+
+    # What viewers are told
+
+    def welcome(self) -> Message:
+        told = {name: value for name, value in self.model.items() if name != "kv_bytes"}
+        return {"type": "welcome", "version": 1, **told}
+
+    def state(self) -> Message:
+        return {
+            "type": "state",
+            "phase": self.phase,
+            "crash": self.crash or None,
+            "paused": self.player.paused,
+            "seed": self.seed,
+            "worlds": list(self.made),
+            "steered": self.steering.worlds,
+            "prompts": {name: self.steering.prompts.get(name) for name in self.made},
+            "made": self.made,
+            "undo": self.undo,
+            "recording": self.player.recorder.name if self.player.recorder else None,
+            "pushing": [{"to": sink.label, "state": sink.state} for sink in self.player.sinks],
+        }
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    def changed(self) -> None:
+        self._wake()
+        self.announce(self.state())
+
+    # What the driver asks for
+
+    async def command(self, name: str, /, **arguments: Any) -> dict[str, Any] | None:
+        """Follow a command: in the order in which they come, and between two blocks if it concerns the worlds.
+
+        Raises:
+            Refused: it can't be followed, and nothing has changed.
+        """
+        if self.phase != "running" and name != "reset":
+            raise Refused(
+                f"{name}: the world is {'still being opened' if self.phase == 'opening' else 'broken: reset it'}"
+            )
+        if len(self._commands) >= 16:
+            raise Refused(f"{name}: 16 commands are waiting already")
+        command = Command(name, arguments, asyncio.get_running_loop().create_future())
+        command.done.add_done_callback(asyncio.Future.exception)  # known, even if who asked has left
+        if name in AT_ONCE and not self._commands and not self._following:
+            await self._follow(command)
+        else:
+            self._commands.append(command)
+            self._changed.set()
+        return await asyncio.shield(command.done)  # who asked may leave; what was asked is done all the same
+
+    async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
+        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks."""
+        if self.phase != "running" or self.remote is None:
+            raise Refused("prompt: there is no world to hear it")
+        worlds = list(self.steering.worlds)
+        await self._call("prepare", text=text)
+        worlds = [name for name in worlds if name in self.made]
+        self.steering.say(worlds, text, recache, id)
+        self.announce({"type": "prompt", "id": id, "text": text, "worlds": worlds, "state": "waiting", "frame": None})
+        self._changed.set()
+
+    # Making
+
+    async def _make(self) -> None:
+        while True:
+            try:
+                await self._open()
+                while True:
+                    await self._until_work()
+                    if self._commands:
+                        await self._follow(self._commands.popleft())
+                    else:
+                        await self._block()
+            except Broken as error:
+                self._crashed(str(error))
+            except Exception as error:  # a mistake of ours must show as well, and leave the server up
+                self._crashed(f"{type(error).__name__}: {error}")
+            await self._until_reset()
+
+    async def _open(self) -> None:
+        if self.remote is not None:
+            await self.remote.close()
+        self.phase, self.crash = "opening", ""
+        self._start_over()
+        self.changed()
+        self.remote = Remote(self.opener)
+        self.model = await self.remote.opened()
+        fps = self.model["fps"]
+        self.player.configure(fps, tuple(self.model["size"]), self.model["scale"])
+        self.steering = Steering(self.model["actions"], self.model["keys"])
+        self.steering.say(["a"], self.model["prompts"][0], None, None)
+        self.kv_bytes = self.model["kv_bytes"]
+        self.lead = Lead(limit=AHEAD * self.model["block"] / fps)
+        await self._call("reset", seed=self.seed)
+        self.phase = "running"
+        self.announce(self.welcome())
+        self.changed()
+
+    def _start_over(self) -> None:
+        self.made, self.undo = {"a": 0}, {"a": 0}
+        self.player.clear()
+        self.player.last, self.player.until, self._steps = {}, -1, 0
+
+    def _crashed(self, reason: str) -> None:
+        self.phase, self.crash = "crashed", reason[-4000:]
+        self.player.clear()
+        self._fail_commands("the world is broken: reset it")
+        self.changed()
+
+    def _fail_commands(self, why: str) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            if not command.done.done():
+                command.done.set_exception(Refused(f"{command.name}: {why}"))
+
+    async def _until_reset(self) -> None:
+        while not self._commands:
+            self._changed.clear()
+            await self._changed.wait()
+        command = self._commands.popleft()
+        self.seed = command.arguments.get("seed", self.seed)
+        command.done.set_result(None)
+
+    async def _until_work(self) -> None:
+        """Return when there is a command to follow, or the next block is to be begun."""
+        while not self._commands:
+            wait: float | None = None
+            if not self.player.paused or self._steps:
+                wait = self.lead.wait(0.0 if self.player.paused else self.player.left())
+                if wait <= 0:
+                    return
+            self._changed.clear()
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait)
+
+    async def _block(self) -> None:
+        """Make the next block under what is pressed and said now."""
+        steering, names, block = self.steering, list(self.made), self._blocks
+        orders, seq, said = steering.orders(names)
+        if self._steps:
+            self._steps, self.player.until = self._steps - 1, block
+        ahead, positions = self.player.left(), dict(self.made)
+        started = time.perf_counter()
+        try:
+            made = await self._call("step", orders=orders)
+        except Refused as refusal:  # not even the model's own words: nothing will ever come
+            raise Broken(f"the world refuses its next block: {refusal}") from None
+        total = time.perf_counter() - started
+        if all(positions.values()):  # a block without a past takes many more steps
+            self.lead.made(total)
+        self._take(made)
+        pictures: dict[str, np.ndarray] = made["pictures"]
+        count, first = max(map(len, pictures.values())), self._frames
+        for i in range(count):
+            worlds = {name: frames[min(i, len(frames) - 1)] for name, frames in pictures.items()}
+            self.player.queue.append(Picture(first + i, block, worlds))
+        self._blocks, self._frames = block + 1, first + count
+        spent = made["seconds"]
+        event = {
+            "type": "block",
+            "block": block,
+            "first": first,
+            "frames": count,
+            "applied_seq": seq,
+            "positions": positions,
+            "actions": {name: orders[name].action for name in names},
+            "made": self.made,
+            "undo": self.undo,
+            "ahead": ahead,
+            "queue": len(self.player.queue),
+            "seconds": {
+                "denoise": spent["denoise"],
+                "pictures": spent["pictures"],
+                "transfer": max(0.0, total - spent["total"]),
+                "encode": self.player.broadcast.encode_seconds * count,
+                "total": total,
+            },
+            "kv_bytes": self.kv_bytes,
+            "slips": self.player.clock.slips,
+        }
+        self.recent.append(event)
+        self.announce(event)
+        for words in said:
+            steering.prompts |= dict.fromkeys(words.worlds, words.text)
+            applied = {"id": words.id, "text": words.text, "worlds": words.worlds, "state": "applied", "frame": first}
+            self.announce({"type": "prompt", **applied})
+        if said:
+            self.announce(self.state())
+        self.player.ready.set()
+
+    async def _follow(self, command: Command) -> None:
+        self._following = True
+        try:
+            result = await getattr(self, f"_do_{command.name}")(**command.arguments)
+        except (Refused, OSError) as refusal:
+            command.done.set_exception(Refused(str(refusal)))
+        except BaseException as error:
+            if not command.done.done():
+                command.done.set_exception(Refused(f"{command.name}: {error}"))
+            raise
+        else:
+            command.done.set_result(result)
+            self.changed()
+        finally:
+            self._following = False
+
+    async def _call(self, request: str, /, **arguments: Any) -> Any:
+        assert self.remote is not None
+        return await self.remote.call(request, **arguments)
+
+    def _take(self, reply: dict[str, Any]) -> None:
+        """The extent of the worlds after a request."""
+        self.made, self.undo, self.kv_bytes = reply["made"], reply["undo"], reply["kv_bytes"]
+        self.steering.keep(list(self.made))
+
+    # Commands, each between two blocks
+
+    async def _do_pause(self) -> None:
+        self.player.paused, self.player.until, self._steps = True, -1, 0
+
+    async def _do_resume(self) -> None:
+        self.player.paused = False
+        self.player.clock.rest()
+        self.player.ready.set()
+
+    async def _do_step(self) -> None:
+        if not self.player.paused:
+            raise Refused("step: pause first")
+        self._steps += 1
+
+    async def _do_reset(self, seed: int | None = None) -> None:
+        self.seed = self.seed if seed is None else seed
+        self._take(await self._call("reset", seed=self.seed))
+        prompt = self.steering.prompts.get("a") or self.model["prompts"][0]
+        self._start_over()
+        self.steering.begin(prompt)
+        self._steps = int(self.player.paused)  # so that there is something to see
+
+    async def _do_fork(self) -> None:
+        self._take(await self._call("fork"))
+        self.steering.fork()
+        for picture in self.player.queue:
+            picture.worlds.setdefault("b", picture.worlds["a"])
+        if shown := self.player.last:
+            await self.player.show(shown | {"b": shown["a"]})
+
+    async def _do_close(self, world: str) -> None:
+        reply = await self._call("close", name=world)
+        other = "b" if world == "a" else "a"
+        self.steering.close(world)
+        self._take(reply)
+        for picture in self.player.queue:
+            picture.worlds = {"a": picture.worlds.get(other, picture.worlds["a"])}
+        if other in self.player.last:
+            await self.player.show({"a": self.player.last[other]})
+
+    async def _do_steer(self, worlds: list[str]) -> None:
+        if missing := [name for name in worlds if name not in self.made]:
+            raise Refused(f"steer: worlds must be of {', '.join(self.made)}, got {', '.join(missing)}")
+        self.steering.worlds = sorted(worlds)
+
+    async def _do_rewind(self, frame: int) -> None:
+        names = list(self.steering.worlds)
+        reply = await self._call("rewind", names=names, position=frame)
+        self._take(reply)
+        self.player.clear()
+        shown = {name: picture for name, picture in reply["pictures"].items() if picture is not None}
+        await self.player.show(self.player.last | shown)
+
+    async def _do_save(self) -> dict[str, Any]:
+        name = self.archive.new(self.model["model"])
+        self._take(await self._call("save", name=self.steering.worlds[0], folder=self.archive.world(name)))
+        self.announce(self.archive.listing())
+        return {"name": name}
+
+    async def _do_load(self, name: str) -> None:
+        if name not in self.archive.worlds():
+            raise Refused(f"load: name must be that of a saved world, got {name!r}")
+        reply = await self._call("load", folder=self.archive.world(name))
+        self._start_over()
+        self._take(reply)
+        self.steering.begin(None, reply["prompt"])
+        if reply["picture"] is not None:
+            await self.player.show({"a": reply["picture"]})
+
+    async def _do_record(self, on: bool) -> dict[str, Any] | None:
+        if not on:
+            return await self._stop_recording()
+        if self.player.recorder is not None:
+            raise Refused("record: a recording is under way")
+        name = self.archive.new(self.model["model"])
+        world = self.steering.worlds[0]
+        size, scale = tuple(self.model["size"]), self.model["scale"]
+        recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
+        self.player.recorder = recorder
+        return {"name": recorder.name}
+
+    async def _stop_recording(self) -> dict[str, Any] | None:
+        recorder = await self.player.stop_recording()
+        if recorder is None:
+            return None
+        self.announce(self.archive.listing())
+        return {"name": recorder.name, "frames": recorder.frames}

@@ -1,0 +1,86 @@
+// The figures beside the picture. All are measured: in this browser, or by the server and sent with each block.
+
+const PARTS = { denoise: "denoise", pictures: "to pictures", transfer: "hand over", encode: "encode" };
+const KEEP = 200; // samples that the percentiles are of
+
+export class Figures {
+  constructor(panel) {
+    this.$ = (id) => panel.querySelector(`#${id}`);
+    this.delays = [];
+    this.blocks = [];
+    this.ways = [];
+    this.clocks = [];
+    this.offset = null;
+    this.$("split").replaceChildren(...Object.keys(PARTS).map((part) => Object.assign(document.createElement("i"), { className: part })));
+    this.$("split-key").replaceChildren(
+      ...Object.entries(PARTS).map(([part, name]) => {
+        const line = document.createElement("li");
+        line.className = part;
+        line.append(name, document.createElement("b"));
+        return line;
+      }),
+    );
+  }
+
+  // ms from pressing a key to seeing the first picture that follows it
+  latency(delays) {
+    if (!delays.length) return;
+    this.delays = [...this.delays, ...delays].slice(-KEEP);
+    this.$("f-latency").textContent = Math.round(delays.at(-1));
+    const sorted = [...this.delays].sort((a, b) => a - b);
+    const at = (share) => Math.round(sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]);
+    this.$("f-latency-more").textContent = `p50 ${at(0.5)} · p95 ${at(0.95)} of ${sorted.length}`;
+  }
+
+  shown(fps) {
+    this.$("f-shown").textContent = fps.toFixed(1);
+  }
+
+  // The server's clock in terms of ours, from the answer that was quickest: it is off by half its way at most.
+  answer({ time, clock }, now) {
+    this.clocks = [...this.clocks, { trip: now - time, offset: (time + now) / 2 - clock / 90 }].slice(-20);
+    const quickest = this.clocks.reduce((best, sample) => (sample.trip < best.trip ? sample : best));
+    this.offset = quickest.offset;
+    this.$("f-rtt").textContent = (now - time).toFixed(1);
+  }
+
+  // ms from handing a picture to the encoder to its being seen
+  arrived(pts, seen) {
+    if (this.offset === null) return;
+    this.ways = [...this.ways, seen - this.offset - pts / 90].slice(-KEEP);
+    if (this.ways.length % 8 === 0) this.$("f-way").textContent = Math.round([...this.ways].sort((a, b) => a - b)[this.ways.length >> 1]);
+  }
+
+  block({ frames, queue, slips, seconds, kv_bytes }) {
+    this.blocks = [...this.blocks, { frames, seconds }].slice(-16);
+    const sum = (part) => this.blocks.reduce((total, block) => total + block.seconds[part], 0);
+    const made = this.blocks.reduce((total, block) => total + block.frames, 0);
+    this.$("f-made").textContent = (made / sum("total")).toFixed(1);
+    this.$("f-queue").textContent = queue;
+    this.$("f-slips").textContent = slips;
+    const whole = Object.keys(PARTS).reduce((total, part) => total + sum(part), 0);
+    this.$("f-block").textContent = `${((1000 * sum("total")) / this.blocks.length).toFixed(0)} ms, ${frames} pictures`;
+    for (const part of Object.keys(PARTS)) {
+      this.$("split").querySelector(`.${part}`).style.flexGrow = sum(part) / whole;
+      this.$("split-key").querySelector(`.${part} b`).textContent = `${((1000 * sum(part)) / this.blocks.length).toFixed(1)} ms`;
+    }
+    this.memory(kv_bytes);
+  }
+
+  memory(bytes) {
+    const text = JSON.stringify(bytes);
+    if (text === this.bytes) return;
+    this.bytes = text;
+    const most = Math.max(...Object.values(bytes));
+    this.$("kv").replaceChildren(
+      ...Object.entries(bytes).map(([format, count]) => {
+        const line = document.createElement("li");
+        line.style.setProperty("--share", count / most);
+        const size = document.createElement("b");
+        size.textContent = count >= 2 ** 30 ? `${(count / 2 ** 30).toFixed(2)} GiB` : `${(count / 2 ** 20).toFixed(1)} MiB`;
+        line.append(format, size);
+        return line;
+      }),
+    );
+  }
+}

@@ -1,0 +1,254 @@
+"""The worlds, in a process of their own: they never hold up the server, and what breaks here leaves it standing.
+
+The parent sends (id, name, arguments) and gets (id, result, error) for each. It decides when a block is made and
+under which controls; here it is only made. Requests are done one by one, but for `prepare`, which may take seconds for
+a large text encoder and runs beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+REFUSED, BROKEN = "refused", "broken"
+UNDO_SECONDS = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What one world is told for its next block; None: no actions, the prompt it has, the model's own way."""
+
+    action: str | None = None
+    prompt: str | None = None
+    recache: bool | None = None
+
+
+@dataclasses.dataclass
+class Running:
+    """One world, and how far it can be rewound: (pictures, latent frames) of its last blocks, newest last."""
+
+    world: Any
+    blocks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    pictures: int = 0  # made so far, those taken back apart
+
+    @property
+    def undo(self) -> int:
+        """Pictures that can be taken back."""
+        return sum(pictures for pictures, _ in self.blocks) if self.world.can_rewind else 0
+
+
+class Stage:
+    """Worlds by name over one store: "a", and "b" while there is a fork.
+
+    Args:
+        open_world: opens the first one; see `open_world` below.
+    """
+
+    def __init__(self, open_world: Callable[[], Any]):
+        self.worlds = {"a": Running(open_world())}
+
+    def describe(self) -> dict[str, Any]:
+        """What the page needs to know of the model."""
+        world = self.worlds["a"].world
+        adapter = world.model.adapter
+        return {
+            "model": adapter.name,
+            "fps": adapter.fps,
+            "size": list(adapter.size),
+            "scale": adapter.scale,
+            "block": adapter.block_frames,
+            "actions": list(adapter.actions),
+            "keys": dict(adapter.keys),
+            "prompts": list(adapter.example_prompts),
+            "recache": adapter.recache,
+            "can_rewind": bool(world.can_rewind),
+            "can_fork": world.worlds > 1,
+            "kv_bytes": world.kv_bytes(),
+        }
+
+    def step(self, orders: dict[str, Order]) -> dict[str, Any]:
+        """The next block of every world: pictures uint8 [n, height, width, 3] by name, and where the time went."""
+        started, denoising, pictures = time.perf_counter(), 0.0, {}
+        for name, running in self.worlds.items():
+            order, world = orders[name], running.world
+            before, words = world.frames, world.prompt
+            pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
+            denoising += world.denoising
+            recache = world.model.adapter.recache if order.recache is None else order.recache
+            if recache and words not in (None, world.prompt):
+                running.blocks.clear()  # what was before the frames that were computed again is forgotten
+            running.pictures += len(pictures[name])
+            running.blocks.append((len(pictures[name]), world.frames - before))
+            self._forget_what_rewind_cannot_reach(running)
+        total = time.perf_counter() - started
+        seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
+        return {"pictures": pictures, "seconds": seconds, **self._extent()}
+
+    def prepare(self, text: str) -> None:
+        """Raise ValueError unless the model knows what these words mean; make them quick to use."""
+        model = self.worlds["a"].world.model
+        if hasattr(model, "prepare"):
+            model.prepare(text)
+        else:
+            actions = model.adapter.actions[:1] * model.adapter.block_frames
+            model.condition(text, actions)
+
+    def fork(self) -> dict[str, Any]:
+        one = self.worlds["a"]
+        if "b" in self.worlds:
+            raise ValueError("fork: there are two worlds already: close one")
+        if one.world.worlds < 2:
+            raise ValueError("fork: there is room for one world: play --worlds 2")
+        self.worlds["b"] = Running(one.world.fork(), list(one.blocks), one.pictures)
+        return self._extent()
+
+    def close(self, name: str) -> dict[str, Any]:
+        """End one of two worlds; the other is "a" from then on."""
+        if len(self.worlds) < 2 or name not in self.worlds:
+            raise ValueError(f"close: world must be one of two, got {name!r} of {', '.join(self.worlds)}")
+        self.worlds.pop(name).world.release()
+        self.worlds = {"a": next(iter(self.worlds.values()))}
+        return self._extent()
+
+    def rewind(self, names: list[str], position: int) -> dict[str, Any]:
+        """Take back whole blocks, until at most `position` pictures of each world are left."""
+        for name in names:
+            running = self.worlds[name]
+            if not running.world.can_rewind:
+                raise ValueError(
+                    "rewind: this model's pictures depend on those before: keep a fork, or play --undo SECONDS"
+                )
+            if position < running.pictures - running.undo:
+                raise ValueError(
+                    f"rewind: frame must be {running.pictures - running.undo} or later, as far back as world "
+                    f"{name} remembers, got {position}"
+                )
+        for name in names:
+            running = self.worlds[name]
+            latents, blocks, left = 0, list(running.blocks), running.pictures
+            while left > position:
+                count, frames = blocks.pop()
+                left, latents = left - count, latents + frames
+            running.world.rewind(latents)
+            running.blocks, running.pictures = blocks, left
+        return {"pictures": {name: self.worlds[name].world.last_picture() for name in names}, **self._extent()}
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """One world again, from nothing."""
+        if "b" in self.worlds:
+            self.close("b")
+        running = self.worlds["a"]
+        running.world.reset(seed)
+        running.blocks, running.pictures = [], 0
+        return self._extent()
+
+    def save(self, name: str, folder: Path) -> dict[str, Any]:
+        from inferix.saved import save
+
+        save(self.worlds[name].world, folder)
+        return self._extent()
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on with a saved world, alone."""
+        from inferix.saved import load, read
+
+        old = self.worlds["a"]
+        if old.world.worlds < 2:
+            raise ValueError("load: there is no room beside this world for one more: play --worlds 2")
+        read(old.world, folder)  # before anything ends
+        if "b" in self.worlds:
+            self.close("b")
+        self.worlds = {"a": Running(load(old.world, folder))}
+        old.world.release()
+        world = self.worlds["a"].world
+        return {"picture": world.last_picture(), "prompt": world.prompt, **self._extent()}
+
+    def _extent(self) -> dict[str, Any]:
+        """By world: pictures made, and how many of the last ones can be taken back; bytes of the store by format."""
+        return {
+            "made": {name: running.pictures for name, running in self.worlds.items()},
+            "undo": {name: running.undo for name, running in self.worlds.items()},
+            "kv_bytes": self.worlds["a"].world.kv_bytes(),
+        }
+
+    def _forget_what_rewind_cannot_reach(self, running: Running) -> None:
+        """The last block can always be taken back, and `undo` latent frames before it."""
+        reach = running.world.undo
+        while sum(latents for _, latents in running.blocks[:-1]) > reach:
+            running.blocks.pop(0)
+
+
+def open_world(
+    model: str, *, undo_seconds: float | None, worlds: int, threads: int | None = None, **options: Any
+) -> Any:
+    """A World with room for forks and to rewind. Runs in the worker.
+
+    Args:
+        undo_seconds: how far; None: UNDO_SECONDS, but nothing for a model that would have to keep the state of a VAE,
+            gigabytes, for every block.
+        threads: of the CPU; None: what the model's adapter says.
+        options: of World and of the model's loader.
+    """
+    import torch
+
+    from inferix.models import load_model
+    from inferix.world import World
+
+    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend")}
+    loaded = load_model(model, **options)
+    adapter = loaded.adapter
+    if adapter.at_once or adapter.stages:
+        how = (
+            "its video at once"
+            if adapter.at_once
+            else "several blocks at a time, the next ones begun before one is shown,"
+        )
+        raise ValueError(f"--model: {model} makes {how} and can't be steered: use `inferix generate`")
+    if wanted := threads or adapter.threads:
+        torch.set_num_threads(wanted)
+    if undo_seconds is None:
+        undo_seconds = 0 if hasattr(loaded.stream(), "fork") else UNDO_SECONDS
+    blocks = -(-round(undo_seconds * adapter.fps) // adapter.block_frames)
+    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
+
+
+def serve(connection: Connection, opener: Callable[[], Any]) -> None:
+    """The process: answers until the parent hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
+    lock = threading.Lock()
+
+    def reply(number: int, work: Callable[..., Any], **arguments: Any) -> None:
+        result, error = None, None
+        try:
+            result = work(**arguments)
+        except ValueError as refusal:
+            error = (REFUSED, str(refusal))
+        except Exception:
+            error = (BROKEN, traceback.format_exc())
+        with lock:
+            connection.send((number, result, error))
+
+    stage: list[Stage] = []
+
+    def open_stage() -> dict[str, Any]:
+        stage.append(Stage(opener))
+        return stage[0].describe()
+
+    try:
+        reply(0, open_stage)
+        while stage:
+            number, name, arguments = connection.recv()
+            work = getattr(stage[0], name)
+            if name == "prepare":
+                threading.Thread(target=reply, args=(number, work), kwargs=arguments, daemon=True).start()
+            else:
+                reply(number, work, **arguments)
+    except (EOFError, OSError):
+        pass  # the parent is gone

@@ -1,0 +1,75 @@
+"""`inferix play`, as typed: the address, Ctrl-C, and one line for what is wrong."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import pytest
+
+pytest.importorskip("aiohttp", reason="needs the extra `stream`")
+
+from stream_client import Viewer, asynchronous
+
+from inferix.cli import main
+
+
+class Listening:
+    """Where a server in another process listens."""
+
+    def __init__(self, port):
+        self.port = port
+
+
+@asynchronous
+async def test_ctrl_c_ends_quickly_and_closes_files(tmp_path):
+    command = [sys.executable, "-m", "inferix", "play", "--port", "0", "--folder", str(tmp_path / "worlds")]
+    command += ["--push", str(tmp_path / "pushed.mp4")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        port = int(re.search(r"http://127.0.0.1:(\d+)/", process.stdout.readline())[1])
+        viewer = await Viewer.join(Listening(port))
+        await viewer.until("frame")
+        name = (await viewer.request("record", on=True))["result"]["name"]
+        saved = await viewer.request("save")
+        assert saved["type"] == "done"
+        frames = len(viewer.all("frame"))
+        await viewer.until("frame", since=len(viewer.messages) + 30)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        took = time.monotonic() - started
+        assert process.returncode == 0 and "Traceback" not in errors, errors
+        assert took < 20, "2 s on a machine that has nothing else to do"
+        await viewer.leave()
+    finally:
+        process.kill()
+    assert frames
+    for path in (tmp_path / "worlds" / name, tmp_path / "pushed.mp4"):
+        with av.open(str(path)) as video:
+            assert sum(1 for _ in video.decode(video=0)) > 0
+    assert (tmp_path / "worlds" / saved["result"]["name"] / "world.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--host", "203.0.113.1"], "--host, --port: cannot listen at 203.0.113.1"),
+        (["--port", "99999999"], "--host, --port: cannot listen"),
+        (["--push", "http://x"], "--push must be an rtmp://"),
+        (["--worlds", "0"], "--worlds must be at least 1, got 0"),
+        (["--undo", "-1"], "--undo must be at least 0, got -1"),
+    ],
+)
+def test_bad_options_are_one_line(options, says, capsys, tmp_path):
+    assert main(["play", "--folder", str(tmp_path / "worlds"), *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_play_names_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "inferix.stream.play", None)
+    assert main(["play"]) == 2
+    assert "pip install 'inferix[stream]'" in capsys.readouterr().err

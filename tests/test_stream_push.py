@@ -1,0 +1,211 @@
+"""Pushing to RTMP, HLS and files: many blocks through one encoder, and servers that go and come back."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp", reason="needs the extra `stream`")
+
+from inferix.stream.push import Sink
+from inferix.stream.recorder import Recorder
+from inferix.stream.testing import BITS, CELL, bars, read_bars
+
+SIZE, FPS, BLOCK = (2 * CELL, BITS * CELL), 32, 3
+PATIENCE = 60
+MODULE = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
+
+
+def picture(number):
+    made = np.full((*SIZE, 3), 90, np.uint8)
+    made[:CELL] = bars(number, number % 5, 0)
+    return made
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def numbers_in(path):
+    with av.open(str(path)) as container:
+        return [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in container.decode(video=0)]
+
+
+class Source:
+    """Hands pictures to a sink at their pace, in blocks, as a world makes them."""
+
+    def __init__(self, sink):
+        self.sink, self.made, self._stop = sink, 0, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        sink.open(FPS, SIZE, 1)
+        self._thread.start()
+
+    def _run(self):
+        while not self._stop.is_set():
+            for _ in range(BLOCK):
+                self.sink.write(picture(self.made))
+                self.made += 1
+            time.sleep(BLOCK / FPS)
+
+    def close(self):
+        self._stop.set()
+        self._thread.join()
+        self.sink.close()
+
+
+LISTENER = """
+import sys, time, av
+from inferix.stream.testing import read_bars
+OPTIONS = {"listen": "1", "fflags": "nobuffer", "probesize": "32"}
+while True:  # who publishes may find nobody, and try again
+    try:
+        with av.open(sys.argv[1], options=OPTIONS) as container:
+            for count, frame in enumerate(container.decode(video=0), 1):
+                print(read_bars(frame.to_ndarray(format="rgb24"))[0], frame.time)
+                if count == int(sys.argv[2]):
+                    sys.exit()
+    except OSError:
+        time.sleep(0.1)
+"""
+
+
+def listen(port, wanted):
+    """Be an RTMP server for one stream: numbers and times of `wanted` pictures. In a process, which can be ended."""
+    command = [sys.executable, "-c", LISTENER, f"rtmp://127.0.0.1:{port}/live/key", str(wanted)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True, text=True).stdout
+    lines = [line.split() for line in output.splitlines()[-wanted:]]
+    return [int(number) for number, _ in lines], [float(at) for _, at in lines]
+
+
+def test_rtmp_goes_on_block_after_block_and_comes_back_when_the_server_does():
+    port = free_port()
+    sink = Sink(f"rtmp://127.0.0.1:{port}/live/key", retry=0.1)
+    source = Source(sink)
+    assert sink.label == "rtmp://127.0.0.1", "the key of the channel is nobody's business"
+    for _ in range(2):  # the second time the server was gone in between
+        numbers, times = listen(port, 8 * BLOCK)
+        assert np.all(np.diff(numbers) > 0), "eight blocks in their order"
+        assert np.all(np.diff(times) > 0)
+    assert sink.connections >= 2
+    source.close()
+    assert sink.state == "ended"
+
+
+def test_a_dead_server_costs_pictures_but_no_memory():
+    sink = Sink(f"rtmp://127.0.0.1:{free_port()}/live/key", retry=0.1)
+    sink.open(FPS, SIZE, 1)
+    for number in range(500):
+        sink.write(picture(number))
+    assert sink._queue.qsize() <= 64 and sink.dropped >= 400
+    started = time.monotonic()
+    sink.close()
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_says_nothing_is_given_up(monkeypatch):
+    """It takes the connection and then is silent, as a server does that hangs."""
+    monkeypatch.setattr("inferix.stream.push.PATIENCE", 1.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        sink = Sink(f"rtmp://127.0.0.1:{silent.getsockname()[1]}/live/key", retry=0.1)
+        sink.open(FPS, SIZE, 1)
+        first, _ = silent.accept()
+        second, _ = silent.accept()  # it tries again
+        sink.close()
+        first.close(), second.close()
+    assert sink.connections == 0 and sink.state == "ended"
+
+
+def test_a_stream_at_rest_is_kept_alive(tmp_path):
+    """One picture was made, and no more: it is sent again, since servers drop who is silent."""
+    sink = Sink(str(tmp_path / "out.ts"))
+    sink.open(FPS, SIZE, 1)
+    while sink.state != "live":
+        time.sleep(0.01)
+    sink.write(picture(7))
+    while sink.frames < 3:
+        time.sleep(0.01)
+    sink.close()
+    assert numbers_in(tmp_path / "out.ts")[:3] == [7, 7, 7]
+
+
+@pytest.mark.parametrize("name", ["out.m3u8", "out.mp4", "out.ts", "out.flv"])
+def test_files_hold_every_picture(name, tmp_path):
+    sink = Sink(str(tmp_path / name))
+    sink.open(FPS, SIZE, 1)
+    while sink.state != "live":
+        time.sleep(0.01)
+    for number in range(10 * BLOCK):
+        sink.write(picture(number))
+        time.sleep(0.002)
+    while sink.frames < 10 * BLOCK:
+        time.sleep(0.01)
+    sink.close()
+    assert numbers_in(tmp_path / name) == list(range(10 * BLOCK))
+
+
+@pytest.mark.parametrize("target", ["http://x/y", "out.avi", "rtmp:", ""])
+def test_an_address_that_is_none_is_refused(target):
+    with pytest.raises(ValueError, match="--push must be an rtmp://"):
+        Sink(target)
+
+
+def test_a_recording_is_whole_when_it_is_closed(tmp_path):
+    recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
+    for number in range(20):
+        recorder.write({"a": picture(number), "b": picture(0)})
+    recorder.write({"b": picture(0)})  # its world is gone
+    recorder.close()
+    assert numbers_in(tmp_path / "r.mp4") == list(range(20)) and recorder.frames == 20
+
+
+NGINX = """load_module {module}; daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;
+events {{}}
+rtmp {{ server {{ listen 127.0.0.1:{port}; application live {{ live on; wait_key on; idle_streams off;
+    hls on; hls_path {folder}/hls; hls_fragment 1s; }} }} }}
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("nginx") is None or not MODULE.exists(),
+    reason="needs Debian's nginx and libnginx-mod-rtmp, which are not here",
+)
+def test_nginx_takes_it_and_takes_it_again_after_a_restart(tmp_path):
+    port = free_port()
+    (tmp_path / "hls").mkdir(mode=0o777)
+    config = tmp_path / "nginx.conf"
+    config.write_text(NGINX.format(module=MODULE, folder=tmp_path, port=port))
+
+    def start():
+        return subprocess.Popen(["nginx", "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def watch(count):
+        """What a viewer of the server sees: numbers of pictures."""
+        viewer = LISTENER.replace('"listen": "1", ', "")
+        command = [sys.executable, "-c", viewer, f"rtmp://127.0.0.1:{port}/live/key", str(count)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True, text=True).stdout
+        return [int(line.split()[0]) for line in output.splitlines()[-count:]]
+
+    server = start()
+    sink = Sink(f"rtmp://127.0.0.1:{port}/live/key", retry=0.1)
+    source = Source(sink)
+    try:
+        before = watch(4 * BLOCK)
+        server.kill()
+        server.wait()
+        server = start()
+        after = watch(4 * BLOCK)
+    finally:
+        source.close()
+        server.kill()
+        server.wait()
+    assert np.all(np.diff(before) > 0) and np.all(np.diff(after) > 0) and after[0] > before[-1]
+    assert sink.connections >= 2 and list((tmp_path / "hls").iterdir())

@@ -1,0 +1,377 @@
+"""The server as a program sees it: messages, limits, who may come in, who drives. No browser, no network model."""
+
+import asyncio
+import functools
+import json
+import re
+
+import av
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp", reason="needs the extra `stream`")
+
+import aiohttp
+from stream_client import LOOP, Viewer, asynchronous, running, until
+
+from inferix.stream import protocol
+from inferix.stream.server import Server
+from inferix.stream.testing import ACTIONS, WORDS, read_bars
+from inferix.stream.worker import open_world
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One server for the tests of a module: starting its worker takes two seconds."""
+    manager = running(tmp_path_factory.mktemp("shared"))
+    yield LOOP.run_until_complete(manager.__aenter__())
+    LOOP.run_until_complete(manager.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def server(shared):
+    """The shared server, nobody watching, its world begun anew."""
+
+    async def fresh():
+        for client in tuple(shared.lobby.clients):
+            await client.leave()
+        await until(lambda: not shared.lobby.clients)
+        await shared.session.command("reset", seed=0)
+        if shared.session.player.paused:
+            await shared.session.command("resume")
+        await until(lambda: shared.session.phase == "running")
+        shared.session.steering.begin("calm")
+        await until(lambda: shared.session.steering.prompts["a"] == "calm")
+
+    LOOP.run_until_complete(fresh())
+    return shared
+
+
+@asynchronous
+async def test_keys_steer_the_next_block_and_are_echoed(server):
+    viewer = await Viewer.join(server)
+    await viewer.until("block")
+    since = len(viewer.messages)
+    await viewer.say("keys", seq=5, pressed=["up"])
+    block = await viewer.until("block", lambda block: block["applied_seq"] == 5, since)
+    assert block["actions"] == {"a": "up"}
+    await viewer.say("keys", seq=4, pressed=["left"])  # came late, on an unordered channel
+    await viewer.say("keys", seq=6, pressed=["up", "d"])  # a key stands for its action; the last one wins
+    block = await viewer.until("block", lambda block: block["applied_seq"] == 6, since)
+    assert block["actions"] == {"a": "right"}
+    assert not [b for b in viewer.all("block") if b["actions"] == {"a": "left"}]
+    await viewer.leave()
+
+
+@asynchronous
+async def test_a_tap_between_two_blocks_is_not_lost(tmp_path):
+    async with running(tmp_path, seconds=0.15) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("block")
+        await viewer.say("keys", seq=1, pressed=["left"])
+        await viewer.say("keys", seq=2, pressed=[])
+        block = await viewer.until("block", lambda block: block["applied_seq"] == 2)
+        following = await viewer.until("block", lambda b: b["block"] == block["block"] + 1)
+        assert (block["actions"], following["actions"]) == ({"a": "left"}, {"a": "none"})
+        await viewer.leave()
+
+
+@asynchronous
+async def test_pictures_are_the_ones_announced_and_begin_with_a_keyframe(server):
+    viewer = await Viewer.join(server)
+    await viewer.say("keys", seq=1, pressed=["up"])
+    await viewer.request("video", codec="h264")
+    await until(lambda: len(viewer.pictures) >= 12)
+    decoder = av.CodecContext.create("h264", "r")
+    frames = {frame["pts"]: frame for frame in viewer.all("frame")}
+    for (version, key, codec, _, number, pts), data in viewer.pictures[:12]:
+        assert (version, codec) == (1, protocol.CODECS["h264"])
+        assert key == (number == viewer.pictures[0][0][4])  # the first one, and no other for the next two seconds
+        (picture,) = decoder.decode(av.Packet(data))
+        shown, action, words = read_bars(picture.to_ndarray(format="rgb24"))
+        (block,) = [b for b in viewer.all("block") if b["block"] == frames[pts]["block"]]
+        assert number == frames[pts]["frame"] and shown == block["positions"]["a"] + number - block["first"]
+        assert ACTIONS[action] == block["actions"]["a"] and WORDS[words] == "calm"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_who_joins_late_begins_with_a_keyframe_even_of_a_world_at_rest(server):
+    first = await Viewer.join(server)
+    await first.request("video", codec="h264")
+    await until(lambda: len(first.pictures) > 5)
+    late = await Viewer.join(server, drive=False)
+    await late.request("video", codec="h264")
+    await until(lambda: late.pictures)
+    assert late.pictures[0][0][1] == 1
+    await first.request("pause")
+    third = await Viewer.join(server, drive=False)
+    await third.request("video", codec="jpeg")
+    await until(lambda: third.pictures)
+    assert third.pictures[0][1].startswith(b"\xff\xd8")
+    for viewer in (first, late, third):
+        await viewer.leave()
+
+
+@asynchronous
+async def test_one_drives_and_the_others_watch(server):
+    driver, watcher = await Viewer.join(server), await Viewer.join(server)
+    before = server.session.state()["paused"]
+    refused = await watcher.request("pause")
+    assert refused["code"] == "watching" and server.session.player.paused == before
+    await watcher.say("keys", seq=99, pressed=["up"])
+    assert (await watcher.until("error", lambda e: e["text"].startswith("keys")))["code"] == "watching"
+    assert server.session.steering.seq == -1
+    await watcher.request("wheel", take=True)  # it is taken: nothing happens
+    assert (await watcher.request("pause"))["type"] == "error"
+    await driver.leave()
+    await watcher.until("state", lambda state: state["driver"] is None)
+    await watcher.request("wheel", take=True)
+    assert (await watcher.request("pause"))["type"] == "done" and server.session.player.paused
+    await watcher.leave()
+
+
+@asynchronous
+async def test_who_leaves_before_the_answer_harms_nobody(server):
+    watcher = await Viewer.join(server, drive=False)
+    fields = {"prompt": {"text": "snow"}, "record": {"on": True}, "rewind": {"frame": 10**9}}
+    for request in ("fork", "prompt", "record", "rewind"):
+        viewer = await Viewer.join(server)
+        await viewer.say(request, id="x", **fields.get(request, {}))
+        await viewer.leave()
+    await watcher.until("state", lambda state: state["driver"] is None)
+    blocks = len(watcher.all("block"))
+    await until(lambda: len(watcher.all("block")) > blocks + 3)
+    assert server.session.phase == "running"
+    await server.session.command("record", on=False)
+    await watcher.leave()
+
+
+@asynchronous
+async def test_pause_stops_and_step_makes_exactly_one_block(server):
+    viewer = await Viewer.join(server)
+    await viewer.until("frame")
+    await viewer.request("pause")
+    await asyncio.sleep(0.3)  # what was on its way
+    blocks, frames = len(viewer.all("block")), len(viewer.all("frame"))
+    await asyncio.sleep(0.5)
+    assert (len(viewer.all("block")), len(viewer.all("frame"))) == (blocks, frames)
+    await viewer.request("step")
+    await viewer.until("frame", lambda frame: frame["frame"] == viewer.last("block")["first"] + 2)
+    assert len(viewer.all("block")) == blocks + 1
+    await viewer.request("resume")
+    await until(lambda: len(viewer.all("block")) > blocks + 3)
+    await viewer.leave()
+
+
+@asynchronous
+async def test_pausing_does_not_wait_for_a_slow_block(tmp_path):
+    async with running(tmp_path, seconds=0.01) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("frame")
+        await viewer.request("prompt", text="hang")  # the next block takes a minute
+        await asyncio.sleep(0.5)
+        assert (await viewer.request("pause"))["type"] == "done"
+        assert (await viewer.request("record", on=True))["type"] == "done"
+        await viewer.leave()
+
+
+@asynchronous
+async def test_the_world_does_not_run_ahead(server):
+    viewer = await Viewer.join(server)
+    await until(lambda: len(viewer.all("block")) > 15)
+    queues = [block["queue"] for block in viewer.all("block")[5:]]
+    assert max(queues) <= 2 * 3, "at most two blocks wait to be shown"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_a_prompt_says_when_it_takes_effect(server):
+    viewer = await Viewer.join(server)
+    refused = await viewer.request("prompt", text="nonsense")
+    assert refused["code"] == "refused" and "must be one of calm" in refused["text"]
+    await viewer.request("prompt", text="storm", recache=True)
+    waiting = await viewer.until("prompt", lambda prompt: prompt["text"] == "storm")
+    assert waiting["state"] == "waiting" and waiting["frame"] is None
+    applied = await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == "storm")
+    assert applied["frame"] in [block["first"] for block in viewer.all("block")]
+    assert applied["id"] == waiting["id"]
+    assert (await viewer.until("state", lambda s: s["prompts"]["a"] == "storm"))["phase"] == "running"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_fork_steer_and_close(server):
+    viewer = await Viewer.join(server)
+    await viewer.request("video", codec="jpeg")
+    await viewer.request("fork")
+    state = await viewer.until("state", lambda state: state["worlds"] == ["a", "b"])
+    assert state["steered"] == ["b"]
+    await viewer.say("keys", seq=1, pressed=["left"])
+    await viewer.until("block", lambda b: b["actions"] == {"a": "none", "b": "left"})
+    await viewer.request("prompt", text="snow")
+    await viewer.until("state", lambda s: s["prompts"] == {"a": "calm", "b": "snow"})
+    await viewer.request("steer", worlds=["a", "b"])
+    await viewer.say("keys", seq=2, pressed=["up"])
+    await viewer.until("block", lambda b: b["actions"] == {"a": "up", "b": "up"})
+    assert (await viewer.request("fork"))["code"] == "refused"
+    await viewer.request("close", world="a")  # "b" is "a" from now on
+    state = await viewer.until("state", lambda s: s["worlds"] == ["a"], len(viewer.messages) - 5)
+    assert state["prompts"] == {"a": "snow"}
+    assert (await viewer.request("close", world="a"))["code"] == "refused"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_rewind_takes_back_whole_blocks_and_no_more_than_is_remembered(server):
+    viewer = await Viewer.join(server)
+    await until(lambda: viewer.all("block") and viewer.last("block")["made"]["a"] >= 21)
+    await viewer.request("pause")
+    await viewer.request("rewind", frame=10)
+    state = await viewer.until("state", lambda state: state["made"]["a"] == 9)
+    assert state["undo"] == {"a": 9}
+    await viewer.request("step")
+    block = await viewer.until("block", lambda block: block["positions"]["a"] == 9)
+    assert block["first"] > 9, "pictures are counted as they are made, and never again"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_a_model_that_cannot_rewind_says_so(tmp_path):
+    async with running(tmp_path, can_rewind=False) as server:
+        viewer = await Viewer.join(server)
+        assert viewer.last("welcome")["can_rewind"] is False
+        await viewer.until("block")
+        refused = await viewer.request("rewind", frame=0)
+        assert refused["code"] == "refused" and "keep a fork" in refused["text"]
+        assert server.session.phase == "running" and viewer.last("block")["undo"] == {"a": 0}
+        await viewer.leave()
+
+
+@asynchronous
+async def test_a_model_without_actions_is_steered_by_words(tmp_path):
+    async with running(tmp_path, actions=()) as server:
+        viewer = await Viewer.join(server)
+        assert (await viewer.until("block"))["actions"] == {"a": None}
+        await viewer.say("keys", seq=1, pressed=["up"])
+        assert "words alone" in (await viewer.until("error"))["text"]
+        await viewer.leave()
+
+
+@pytest.mark.parametrize("word, says", [("crash", "told to crash"), ("exit", "exit code 3")])
+@asynchronous
+async def test_a_crash_shows_and_a_reset_starts_anew(word, says, server):
+    viewer = await Viewer.join(server)
+    await viewer.request("prompt", text=word)
+    crashed = await viewer.until("state", lambda state: state["phase"] == "crashed")
+    assert says in crashed["crash"]
+    assert "reset it" in (await viewer.request("fork"))["text"]
+    assert (await viewer.request("reset", seed=4))["type"] == "done"
+    since = len(viewer.messages)
+    await viewer.until("block", since=since)
+    assert viewer.last("state")["phase"] == "running" and viewer.last("state")["seed"] == 4
+    await viewer.leave()
+
+
+@asynchronous
+async def test_a_world_that_cannot_be_opened_says_why(tmp_path):
+    settings = {"kv": "int8", "window": None, "sink": None, "seed": 0, "backend": "auto"}
+    opener = functools.partial(open_world, "none", undo_seconds=1, worlds=1, **settings)
+    server = Server(opener, port=0, folder=str(tmp_path))
+    await server.start()
+    viewer = await Viewer.join(server)
+    state = await viewer.until("state", lambda state: state["phase"] == "crashed")
+    assert "model must be one of tiny" in state["crash"]
+    await viewer.leave()
+    await server.close()
+
+
+@asynchronous
+async def test_recordings_and_saves_get_names_from_the_server(server, tmp_path):
+    viewer = await Viewer.join(server)
+    await viewer.until("frame")
+    name = (await viewer.request("record", on=True))["result"]["name"]
+    assert (await viewer.request("record", on=True))["code"] == "refused"
+    frames = len(viewer.all("frame"))
+    await until(lambda: len(viewer.all("frame")) > frames + 9)
+    made = (await viewer.request("record", on=False))["result"]
+    assert made["name"] == name and made["frames"] >= 9
+    assert viewer.last("files")["videos"][0] == name
+    async with viewer.http.get(f"http://127.0.0.1:{server.port}/files/{name}") as response:
+        path = tmp_path / "fetched.mp4"
+        path.write_bytes(await response.read())
+    with av.open(str(path)) as video:
+        numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
+    assert len(numbers) == made["frames"] and np.all(np.diff(numbers) == 1)
+    await viewer.leave()
+
+
+@pytest.mark.parametrize(
+    "name", ["../pyproject.toml", "%2e%2e%2fsecret.mp4", "secret.mp4", "", "/etc/passwd", "bars-20260101-000000-1"]
+)
+@asynchronous
+async def test_no_path_from_a_client_is_opened(name, server):
+    folder = server.archive.folder
+    folder.mkdir(exist_ok=True)
+    for place in (folder, folder.parent):
+        (place / "secret.mp4").write_text("not for you")  # not a name that the server gives
+    viewer = await Viewer.join(server)
+    async with viewer.http.get(f"http://127.0.0.1:{server.port}/files/{name}") as response:
+        assert response.status == 404 and b"not for you" not in await response.read()
+    if name:
+        assert (await viewer.request("load", name=name))["code"] == "refused"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_other_sites_and_other_names_for_us_are_kept_out(server):
+    for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}, {"Origin": "null"}):
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await Viewer.join(server, headers=headers)
+        assert refused.value.status == 403
+    viewer = await Viewer.join(server, headers={"Origin": f"http://127.0.0.1:{server.port}"})
+    await viewer.leave()
+
+
+@asynchronous
+async def test_elsewhere_than_here_a_token_is_wanted(tmp_path):
+    async with running(tmp_path, host="0.0.0.0") as server:
+        assert len(server.token) >= 16 and server.token in server.address
+        root = f"http://127.0.0.1:{server.port}/"
+        async with aiohttp.ClientSession() as http:
+            for path in ("", "app.js", "ws", "files/x", "?token=wrong", "?token=é"):
+                async with http.get(root + path) as response:
+                    assert response.status == 403, path
+            async with http.get(f"{root}?token={server.token}") as response:
+                assert response.status == 200 and "HttpOnly" in response.headers["Set-Cookie"]
+            async with http.get(f"{root}app.js", headers={"Cookie": f"inferix={server.token}"}) as response:
+                assert response.status == 200
+            async with http.ws_connect(f"{root}ws?token={server.token}") as socket:
+                assert (await socket.receive_json())["type"] == "welcome"
+
+
+@asynchronous
+async def test_too_large_and_too_many_are_answered_and_change_nothing(server):
+    viewer = await Viewer.join(server)
+    await viewer.send(json.dumps({"type": "prompt", "text": "x" * (protocol.MAX_BYTES + 1)}))
+    assert (await viewer.until("error"))["code"] == "oversized"
+    for i in range(60):
+        await viewer.say("record", on=True, id=f"many{i}")
+    await viewer.until("error", lambda error: error["code"] == "rate")
+    limited = [error for error in viewer.all("error") if error["code"] == "rate"]
+    assert all("per second" in error["text"] or "under way" in error["text"] for error in limited)
+    await asyncio.sleep(1.5)
+    assert (await viewer.request("ping2"))["code"] == "malformed"
+    assert (await viewer.request("pause"))["type"] == "done"
+    await viewer.leave()
+
+
+@asynchronous
+async def test_the_page_needs_nothing_from_elsewhere(server):
+    async with aiohttp.ClientSession() as http:
+        for name in server.pages:
+            async with http.get(f"http://127.0.0.1:{server.port}/{name}") as response:
+                text = await response.text()
+                assert response.status == 200 and "default-src 'self'" in response.headers["Content-Security-Policy"]
+                outside = re.findall(r"""["'(]((?:https?:)?//[^"')\s]+)""", text)
+                assert set(outside) <= {"http://www.w3.org/2000/svg"}, name

@@ -1,0 +1,229 @@
+"""The worlds in their process, on a small network: fork, rewind, save and load; a crash is an exception."""
+
+import asyncio
+import dataclasses
+import functools
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("aiohttp", reason="needs the extra `stream`")
+
+from stream_client import asynchronous
+from test_loop import small_world
+from test_wan_world import wan
+
+from inferix import saved
+from inferix.stream.remote import Broken, Refused, Remote
+from inferix.stream.testing import open_bars
+from inferix.stream.worker import Order, Stage, open_world
+from inferix.world import World
+
+
+def stage(**options):
+    return Stage(lambda: small_world(window=6, worlds=2, **options))
+
+
+def run(stage, actions="uldr", prompt=None):
+    """Pictures of some blocks, by world."""
+    names = {"u": "up", "d": "down", "l": "left", "r": "right", "n": "none"}
+    made = [stage.step(dict.fromkeys(stage.worlds, Order(names[action], prompt)))["pictures"] for action in actions]
+    return {name: np.concatenate([pictures[name] for pictures in made]) for name in stage.worlds}
+
+
+def test_a_fork_goes_its_own_way_and_closing_keeps_the_other():
+    one, two = stage(), stage()
+    run(one, prompt="desert day"), run(two, prompt="desert day")
+    one.fork()
+    both = one.step({"a": Order("up"), "b": Order("left", "glacier night")})["pictures"]
+    assert np.array_equal(both["a"], run(two, "u")["a"]) and not np.array_equal(both["a"], both["b"])
+    with pytest.raises(ValueError, match="two worlds already"):
+        one.fork()
+    b = one.worlds["b"].world
+    assert one.close("a")["made"] == {"a": 15} and one.worlds["a"].world is b
+    one.fork()  # there is room again
+    with pytest.raises(ValueError, match="must be one of two"):
+        two.close("a")
+
+
+def test_rewinding_makes_the_same_again_as_far_as_it_reaches():
+    world = stage(undo=6)
+    first = run(world, "uldrud", prompt="desert day")["a"]
+    assert world._extent()["undo"] == {"a": 9}  # six frames, and the block made last
+    reply = world.rewind(["a"], 10)
+    assert reply["made"] == {"a": 9} and np.array_equal(reply["pictures"]["a"], first[8])
+    with pytest.raises(ValueError, match="frame must be 9 or later"):
+        world.rewind(["a"], 8)
+    again = run(world, "rud")["a"]
+    assert again.shape == first[9:].shape and world.worlds["a"].pictures == 18
+
+
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+def test_a_saved_world_goes_on_bit_for_bit(kv, tmp_path):
+    world = stage(kv=kv, undo=9)
+    run(world, "uldrnd", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    on = run(world, "lrud")["a"]
+    other = stage(kv=kv, undo=9, seed=5)
+    run(other, "n", prompt="meadow night")
+    reply = other.load(tmp_path / "saved")
+    assert reply["prompt"] == "desert day" and reply["picture"].shape == (96, 96, 3)
+    assert np.array_equal(run(other, "lrud")["a"], on)
+    other.rewind(["a"], other.worlds["a"].pictures - 3)
+    run(other, "u")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["past0.safetensors", "world.pt"]
+
+
+def test_what_is_saved_does_not_grow_with_what_can_be_rewound(tmp_path):
+    sizes = []
+    for undo in (0, 9):
+        world = stage(undo=undo)
+        run(world, "uldrnduu", prompt="desert day")
+        world.save("a", tmp_path / str(undo))
+        sizes.append((tmp_path / str(undo) / saved.PAST.format(0)).stat().st_size)
+        assert len(world.worlds["a"].world.table.held) >= 6, "the world itself forgets nothing by being saved"
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("spoil", ["nothing there", "damaged", "another format", "another model"])
+def test_a_save_that_does_not_fit_changes_nothing(spoil, tmp_path):
+    source = stage(kv="int8" if spoil == "another format" else "fp32")
+    run(source, "ud", prompt="desert day")
+    source.save("a", tmp_path / "saved")
+    if spoil == "nothing there":
+        (tmp_path / "saved" / saved.STATE).unlink()
+    if spoil == "damaged":
+        (tmp_path / "saved" / saved.STATE).write_bytes(b"no")
+    world, twin = stage(), stage()
+    for each in (world, twin):
+        run(each, "uu", prompt="glacier day")
+    if spoil == "another model":
+        model = world.worlds["a"].world.model
+        model.adapter = dataclasses.replace(model.adapter, name="x")
+    with pytest.raises(ValueError, match="folder must hold"):
+        world.load(tmp_path / "saved")
+    assert np.array_equal(run(world, "l")["a"], run(twin, "l")["a"])
+
+
+def test_without_room_a_world_is_neither_forked_nor_left_for_a_saved_one(tmp_path):
+    world = Stage(lambda: small_world(window=6))
+    run(world, "ud", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    assert not world.describe()["can_fork"]
+    for request in (world.fork, lambda: world.load(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="--worlds 2"):
+            request()
+    run(world, "lr")
+
+
+def test_a_fork_does_not_end_for_a_save_that_can_not_be_read(tmp_path):
+    world = stage()
+    run(world, "ud", prompt="desert day")
+    world.fork()
+    with pytest.raises(ValueError, match="folder must hold"):
+        world.load(tmp_path / "nothing")
+    assert list(world.worlds) == ["a", "b"]
+    world.save("b", tmp_path / "saved")
+    world.load(tmp_path / "saved")
+    assert list(world.worlds) == ["a"]
+
+
+def test_saving_twice_under_one_name_is_refused(tmp_path):
+    world = stage()
+    run(world, "u", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    with pytest.raises(ValueError, match="folder must be new"):
+        world.save("a", tmp_path / "saved")
+
+
+def test_a_world_whose_decoder_looks_back_is_saved_with_what_it_sees(tmp_path):
+    """A stand-in for a VAE: each picture depends on all latents before it."""
+
+    class Looking:
+        def __init__(self):
+            self.sum = torch.zeros(())
+
+        def __call__(self, latents):
+            self.sum = self.sum + latents.sum()
+            return np.full((len(latents), 2, 2, 3), int(self.sum * 1000) % 256, np.uint8)
+
+        def fork(self):
+            other = Looking()
+            other.sum = self.sum
+            return other
+
+        def state(self):
+            return {"sum": self.sum}
+
+        def restore(self, state):
+            self.sum = state["sum"]
+
+    def looking():
+        model = wan("self-forcing")
+        model.open_video = Looking
+        return World(model, kv="fp32", worlds=2)
+
+    world = Stage(looking)
+    prompts = {"a": Order(None, world.worlds["a"].world.model.adapter.example_prompts[0] or "rain")}
+    for _ in range(3):
+        world.step(prompts)
+    assert world._extent()["undo"] == {"a": 0}
+    with pytest.raises(ValueError, match="keep a fork"):
+        world.rewind(["a"], 0)
+    world.save("a", tmp_path / "saved")
+    on = [world.step({"a": Order()})["pictures"]["a"] for _ in range(2)]
+    other = Stage(looking)
+    other.load(tmp_path / "saved")
+    assert all(np.array_equal(a, other.step({"a": Order()})["pictures"]["a"]) for a in on)
+
+
+def test_recaching_can_be_chosen():
+    told = []
+    for recache in (None, True):
+        world = stage()
+        run(world, "ud", prompt="desert day")
+        inner = world.worlds["a"].world
+        inner.decoder.recache = lambda condition, recache=recache: told.append(recache)
+        world.step({"a": Order("up", "glacier night", recache)})
+    assert told == [True]
+
+
+@asynchronous
+async def test_errors_cross_the_process_and_a_broken_worker_stays_broken():
+    remote = Remote(functools.partial(open_bars))
+    await remote.opened()
+    with pytest.raises(Refused, match="prompt: must be one of calm"):
+        await remote.call("prepare", text="nonsense")
+    await remote.call("step", orders={"a": Order("up", "calm")})
+    with pytest.raises(Broken, match="told to crash"):
+        await remote.call("step", orders={"a": Order("up", "crash")})
+    with pytest.raises(Broken, match="told to crash"):
+        await remote.call("fork")
+    await remote.close()
+
+
+@asynchronous
+async def test_a_worker_that_is_busy_is_ended_all_the_same():
+    remote = Remote(open_bars)
+    await remote.opened()
+    stuck = asyncio.create_task(remote.call("step", orders={"a": Order("up", "hang")}))
+    await asyncio.sleep(0.2)
+    started = time.monotonic()
+    await remote.close()
+    assert time.monotonic() - started < 10 and not remote._reader.is_alive()
+    with pytest.raises((Broken, asyncio.CancelledError)):
+        await stuck
+
+
+@asynchronous
+async def test_the_tiny_world_opens_with_room_to_rewind():
+    settings = {"kv": "int8", "window": None, "sink": None, "seed": 0, "backend": "auto"}
+    remote = Remote(functools.partial(open_world, "tiny", undo_seconds=2.0, worlds=1, **settings))
+    described = await remote.opened()
+    assert described["can_rewind"] and described["fps"] == 16 and "up" in described["actions"]
+    made = await remote.call("step", orders={"a": Order("up", "meadow day")})
+    assert made["pictures"]["a"].shape == (3, 96, 96, 3) and made["undo"] == {"a": 3}
+    assert set(made["seconds"]) == {"denoise", "pictures", "total"}
+    await remote.close()
