@@ -5,15 +5,18 @@
 namespace inferix {
 
 struct PagedAttentionParams {
-  Rows q;    // [T, query_heads, D]  q_dtype
+  Rows q;    // [variants, T, query_heads, D]  q_dtype
+  int64_t q_variant_stride;  // in elements
   Rows out;  // [T, query_heads, D]  out_dtype, written; read too when accumulating
   float* lse;  // [T, query_heads]   natural logarithm
   Pools pools;  // Dv = D
   const int32_t* q_indptr;     // [segments + 1]  from 0 to T
-  const int32_t* page_indptr;  // [segments + 1]  from 0 to entries
-  PageList entries;            // pages of all segments
+  const int32_t* page_indptr;  // [segments * lists_per_segment + 1]  from 0 to entries
+  PageList entries;            // pages of all lists
+  const float* page_bias;      // [entries]  added to the scaled scores, finite or -inf; or null
+  const int32_t* page_variants;  // [entries]  in [0, variants); or null: all 0
   PageShape shape;
-  int64_t T, query_heads, segments;
+  int64_t variants, T, query_heads, segments, lists_per_segment;  // 1 list, or H
   float scale;
   bool accumulate;  // out and lse hold a result over other keys: merge into it
   DType q_dtype, out_dtype;
@@ -28,8 +31,8 @@ struct MergeAttentionParams {
   DType in_dtype, out_dtype;
 };
 
-void paged_attention_cpu(const PagedAttentionParams& params, int threads);
-void merge_attention_cpu(const MergeAttentionParams& params, int threads);
+void paged_attention_cpu(const PagedAttentionParams& params, const Cpu& cpu);
+void merge_attention_cpu(const MergeAttentionParams& params, const Cpu& cpu);
 
 void merge_attention_cuda(const MergeAttentionParams& params, void* stream);
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu.h"
 #include "dtypes.h"
 
 namespace inferix {
@@ -71,9 +72,9 @@ struct KvGatherParams {
   DType out_dtype;
 };
 
-void kv_append_cpu(const KvAppendParams& params, int threads);
-void kv_commit_cpu(const KvCommitParams& params, int threads);
-void kv_gather_cpu(const KvGatherParams& params, int threads);
+void kv_append_cpu(const KvAppendParams& params, const Cpu& cpu);
+void kv_commit_cpu(const KvCommitParams& params, const Cpu& cpu);
+void kv_gather_cpu(const KvGatherParams& params, const Cpu& cpu);
 
 void kv_append_cuda(const KvAppendParams& params, void* stream);
 void kv_commit_cuda(const KvCommitParams& params, void* stream);

@@ -11,6 +11,7 @@ struct QkvPrologueParams {
   const float* bias;     // [(query_heads + 2 H) * D] or null
   const float* norm_q;   // [query_heads * D], or [D] for each head by itself, or null
   const float* norm_k;   // [H * D], or [D] for each head by itself, or null
+  const float *norm_q_bias, *norm_k_bias;  // as the weights: of a layer norm; or null: an RMS norm
   int64_t norm_q_size, norm_k_size;
   const float* rope;     // [T, rope_pairs, 2]  cos, sin; or null
   const float* k_mean;   // [H, D] or null
@@ -24,6 +25,6 @@ struct QkvPrologueParams {
   DType dtype;
 };
 
-void qkv_prologue_cpu(const QkvPrologueParams& params, int threads);
+void qkv_prologue_cpu(const QkvPrologueParams& params, const Cpu& cpu);
 
 }  // namespace inferix

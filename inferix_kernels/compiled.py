@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Unsupported
-from .layout import Codec, KVPages, PageList, Plan, Side
+from .layout import Codec, KVPages, PageList, Plan, Quantized, Side
 
 try:
     import inferix_kernels._C as _C
@@ -20,6 +20,7 @@ except ImportError as error:
     raise ImportError(f"the extension inferix_kernels._C is not built ({error}): pip install -e .") from error
 
 HAS_CUDA: bool = _C.has_cuda
+ISA: _C.Isa = _C.best_isa()  # the instructions that CPU kernels use; tests set others
 CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "merge_attention"))
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 _CODECS = {
@@ -32,6 +33,12 @@ _CODECS = {
     Codec(torch.float8_e4m3fn, "channel", transposed=True): _C.Codec.e4m3_channel,
     Codec(torch.uint8, "token"): _C.Codec.u4_token,
     Codec(torch.uint8, "channel"): _C.Codec.u4_channel,
+}
+_NORMS = {None: _C.Norm.none, "layer": _C.Norm.layer, "rms": _C.Norm.rms}
+_ACTIVATIONS = {
+    None: _C.Activation.none,
+    "gelu": _C.Activation.gelu,
+    "gelu_tanh": _C.Activation.gelu_tanh,
 }
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int8))  # of codes
 
@@ -86,22 +93,28 @@ def kv_gather(
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    if q.ndim == 4 or plan.page_bias is not None or len(plan.page_indptr) != len(plan.q_indptr):
-        raise Unsupported("paged_attention: no compiled kernel yet for variants, page bias or page lists per head")
+    queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
+    variants, tokens, query_heads, _ = queries.shape
+    segments = len(plan.q_indptr) - 1
     _run(
         "paged_attention",
         q,
-        q=_rows("q", q),
+        q=_rows("q", queries),
+        q_variant_stride=queries.stride(0),
         out=_rows("out", out),
         lse=_address("lse", lse),
         pools=_pools(pools),
         q_indptr=_address("plan.q_indptr", plan.q_indptr),
         page_indptr=_address("plan.page_indptr", plan.page_indptr),
         entries=_page_list(plan.page_ids, plan.page_lens),
+        page_bias=_address("plan.page_bias", plan.page_bias),
+        page_variants=_address("plan.page_variants", plan.page_variants),
         shape=_shape(pools[0]),
-        T=q.shape[0],
-        query_heads=q.shape[1],
-        segments=len(plan.q_indptr) - 1,
+        variants=variants,
+        T=tokens,
+        query_heads=query_heads,
+        segments=segments,
+        lists_per_segment=(len(plan.page_indptr) - 1) // max(segments, 1),
         scale=scale,
         accumulate=accumulate,
         q_dtype=_DTYPES[q.dtype],
@@ -148,10 +161,10 @@ def qkv_prologue(
 ) -> Tensor:
     if qkv.stride(1) != 1:
         raise Unsupported(f"qkv must be contiguous in its last dimension, got strides {qkv.stride()}")
-    if norm_q_bias is not None or norm_k_bias is not None:
-        raise Unsupported("qkv_prologue: no compiled kernel yet for layer norms")
     # Held here until the call returns: .float() may make new tensors, and _C sees only their addresses.
-    norm_q, norm_k, bias = (None if x is None else x.float() for x in (norm_q, norm_k, bias))
+    norm_q, norm_k, norm_q_bias, norm_k_bias, bias = (
+        _float(x) for x in (norm_q, norm_k, norm_q_bias, norm_k_bias, bias)
+    )
     _run(
         "qkv_prologue",
         qkv,
@@ -160,6 +173,8 @@ def qkv_prologue(
         q=_address("out", out),
         bias=_address("bias", bias),
         norm_q=_address("norm_q", norm_q),
+        norm_q_bias=_address("norm_q_bias", norm_q_bias),
+        norm_k_bias=_address("norm_k_bias", norm_k_bias),
         norm_q_size=0 if norm_q is None else len(norm_q),
         norm_k=_address("norm_k", norm_k),
         norm_k_size=0 if norm_k is None else len(norm_k),
@@ -178,17 +193,89 @@ def qkv_prologue(
     return out
 
 
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    *,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    out: Quantized,
+) -> Quantized:
+    if x.stride(1) != 1:
+        raise Unsupported(f"x must be contiguous in its last dimension, got strides {x.stride()}")
+    weight, bias, scale, shift = (_float(vector) for vector in (weight, bias, scale, shift))  # held, as above
+    _run(
+        "quantize_rows",
+        x,
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        weight=_address("weight", weight),
+        bias=_address("bias", bias),
+        scale=_groups("scale", scale),
+        shift=_groups("shift", shift),
+        codes=_address("out.codes", out.codes),
+        scales=_address("out.scales", out.scales),
+        M=x.shape[0],
+        K=x.shape[1],
+        eps=eps,
+        norm=_NORMS[norm],
+        activation=_ACTIVATIONS[activation],
+        codec=_CODECS[Codec(out.codes.dtype, "token")],
+        x_dtype=_DTYPES[x.dtype],
+    )
+    return out
+
+
+def linear(
+    x: Quantized,
+    weight: Quantized,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor,
+) -> Tensor:
+    bias, gate = _float(bias), _float(gate)  # held, as above
+    _run(
+        "linear",
+        out,
+        x=_address("x.codes", x.codes),
+        weight=_address("weight.codes", weight.codes),
+        x_scales=_address("x.scales", x.scales),
+        weight_scales=_address("weight.scales", weight.scales),
+        bias=_address("bias", bias),
+        gate=_groups("gate", gate),
+        residual=_address("residual", residual),
+        out=_address("out", out),
+        M=out.shape[0],
+        N=out.shape[1],
+        K=x.codes.shape[1],
+        activation=_ACTIVATIONS[activation],
+        codec=_CODECS[Codec(x.codes.dtype, "token")],
+        residual_dtype=_DTYPES[out.dtype if residual is None else residual.dtype],
+        out_dtype=_DTYPES[out.dtype],
+    )
+    return out
+
+
 def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
     """Call _C's function of this name: the C++ kernel for a CPU tensor, the CUDA kernel on torch's current stream."""
     kernel = getattr(_C, op)
     if not like.is_cuda:
-        return kernel(**arguments, stream=None, threads=torch.get_num_threads())
+        return kernel(**arguments, stream=None, cpu=_C.Cpu(torch.get_num_threads(), ISA))
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     if op not in CUDA_OPS:
         raise Unsupported(f"{op}: no CUDA kernel yet")
     with torch.cuda.device(like.device):  # a stream only takes launches while its device is current
-        kernel(**arguments, stream=torch.cuda.current_stream().cuda_stream, threads=0)
+        kernel(**arguments, stream=torch.cuda.current_stream().cuda_stream, cpu=_C.Cpu(0, ISA))
 
 
 def _address(name: str, tensor: Tensor | None) -> int:
@@ -199,9 +286,17 @@ def _address(name: str, tensor: Tensor | None) -> int:
     return tensor.data_ptr()
 
 
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _groups(name: str, tensor: Tensor | None) -> _C.Groups:
+    return _C.Groups(_address(name, tensor), 0 if tensor is None else len(tensor))
+
+
 def _rows(name: str, tensor: Tensor) -> _C.Rows:
-    """[T, H, D] whose tokens and heads may lie apart, as in a slice of a packed qkv."""
-    token_stride, head_stride, stride = tensor.stride()
+    """[..., T, H, D] whose tokens and heads may lie apart, as in a slice of a packed qkv."""
+    token_stride, head_stride, stride = tensor.stride()[-3:]
     if stride != 1:
         raise Unsupported(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
     return _C.Rows(tensor.data_ptr(), token_stride, head_stride)

@@ -61,22 +61,22 @@ struct Ahead {
 
 // Codes and scales of x [length, width], rows `stride` apart, to slots 0 : length. Of a transposed tile the other slots
 // are filled too, with code 0.
-void encode(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead = {});
+void encode(Isa isa, const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead = {});
 
 // Tokens first : first + count as [count, width], rows `stride` apart.
-void decode(const Tile& from, int64_t first, int64_t count, float* to, int64_t stride);
+void decode(Isa isa, const Tile& from, int64_t first, int64_t count, float* to, int64_t stride);
 
 // [count, width] of one float type as the other; strides in elements.
-void to_floats(DType dtype, const void* from, int64_t from_stride, int64_t count, int64_t width, float* to,
+void to_floats(Isa isa, DType dtype, const void* from, int64_t from_stride, int64_t count, int64_t width, float* to,
                int64_t stride);
-void from_floats(DType dtype, const float* from, int64_t stride, int64_t count, int64_t width, void* to,
+void from_floats(Isa isa, DType dtype, const float* from, int64_t stride, int64_t count, int64_t width, void* to,
                  int64_t to_stride);
 
 // As decode, dense, but float32 tokens stay where they are.
-inline const float* floats_of(const Tile& from, int64_t first, int64_t count, Buffer& buffer) {
+inline const float* floats_of(Isa isa, const Tile& from, int64_t first, int64_t count, Buffer& buffer) {
   if (from.codec == Codec::f32) return reinterpret_cast<const float*>(from.codes) + first * from.width;
   float* to = buffer.floats(count * from.width);
-  decode(from, first, count, to, from.width);
+  decode(isa, from, first, count, to, from.width);
   return to;
 }
 

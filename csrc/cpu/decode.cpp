@@ -94,9 +94,9 @@ INFERIX_INLINE void from_floats_any(DType dtype, const float* from, int64_t stri
 }
 
 struct Kernels {
-  decltype(&decode) decode_tile;
-  decltype(&to_floats) rows_to_floats;
-  decltype(&from_floats) rows_from_floats;
+  void (*decode_tile)(const Tile&, int64_t, int64_t, float*, int64_t);
+  void (*rows_to_floats)(DType, const void*, int64_t, int64_t, int64_t, float*, int64_t);
+  void (*rows_from_floats)(DType, const float*, int64_t, int64_t, int64_t, void*, int64_t);
 };
 
 // The three for one instruction set.
@@ -118,25 +118,25 @@ INFERIX_KERNELS(portable, )
 #if defined(__x86_64__)
 INFERIX_KERNELS(v3, INFERIX_V3)
 INFERIX_KERNELS(v4, INFERIX_V4)
-const Kernels kernels = *best(&portable, &v3, &v4);
+Kernels kernels(Isa isa) { return *choose(isa, &portable, &v3, &v4); }
 #else
-constexpr Kernels kernels = portable;
+Kernels kernels(Isa) { return portable; }
 #endif
 
 }  // namespace
 
-void decode(const Tile& from, int64_t first, int64_t count, float* to, int64_t stride) {
-  kernels.decode_tile(from, first, count, to, stride);
+void decode(Isa isa, const Tile& from, int64_t first, int64_t count, float* to, int64_t stride) {
+  kernels(isa).decode_tile(from, first, count, to, stride);
 }
 
-void to_floats(DType dtype, const void* from, int64_t from_stride, int64_t count, int64_t width, float* to,
+void to_floats(Isa isa, DType dtype, const void* from, int64_t from_stride, int64_t count, int64_t width, float* to,
                int64_t stride) {
-  kernels.rows_to_floats(dtype, from, from_stride, count, width, to, stride);
+  kernels(isa).rows_to_floats(dtype, from, from_stride, count, width, to, stride);
 }
 
-void from_floats(DType dtype, const float* from, int64_t stride, int64_t count, int64_t width, void* to,
+void from_floats(Isa isa, DType dtype, const float* from, int64_t stride, int64_t count, int64_t width, void* to,
                  int64_t to_stride) {
-  kernels.rows_from_floats(dtype, from, stride, count, width, to, to_stride);
+  kernels(isa).rows_from_floats(dtype, from, stride, count, width, to, to_stride);
 }
 
 }  // namespace inferix

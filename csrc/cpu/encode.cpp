@@ -250,22 +250,20 @@ INFERIX_V4 void encode_v4(const Tile& to, const float* x, int64_t stride, int64_
   encode_any<true>(to, x, stride, length, ahead);
 }
 
-const Encode encode_best = best<Encode>(encode_portable, encode_v3, encode_v4);
+Encode encode_for(Isa isa) { return choose<Encode>(isa, encode_portable, encode_v3, encode_v4); }
 #else
 #if defined(__ARM_FEATURE_FMA)
 constexpr bool kHasFma = true;
 #else
 constexpr bool kHasFma = false;
 #endif
-void encode_best(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
-  encode_any<kHasFma>(to, x, stride, length, ahead);
-}
+Encode encode_for(Isa) { return encode_any<kHasFma>; }
 #endif
 
 }  // namespace
 
-void encode(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
-  encode_best(to, x, stride, length, ahead);
+void encode(Isa isa, const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
+  encode_for(isa)(to, x, stride, length, ahead);
 }
 
 }  // namespace inferix

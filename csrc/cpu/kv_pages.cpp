@@ -22,18 +22,18 @@ Buffer& buffer() {
   return mine;
 }
 
-void append(const Rows& rows, DType dtype, int64_t first, int64_t head, int64_t length, const Tile& to) {
+void append(Isa isa, const Rows& rows, DType dtype, int64_t first, int64_t head, int64_t length, const Tile& to) {
   const char* from = row_of(rows, dtype, first, head);
-  if (dtype == DType::f32) return write_tile(to, reinterpret_cast<const float*>(from), rows.token_stride, length);
+  if (dtype == DType::f32) return write_tile(isa, to, reinterpret_cast<const float*>(from), rows.token_stride, length);
   float* x = buffer().floats(length * to.width);
-  to_floats(dtype, from, rows.token_stride, length, to.width, x, to.width);
-  write_tile(to, x, to.width, length);
+  to_floats(isa, dtype, from, rows.token_stride, length, to.width, x, to.width);
+  write_tile(isa, to, x, to.width, length);
 }
 
-void gather(const Tile& from, int64_t length, const Rows& rows, DType dtype, int64_t first, int64_t head) {
+void gather(Isa isa, const Tile& from, int64_t length, const Rows& rows, DType dtype, int64_t first, int64_t head) {
   char* to = row_of(rows, dtype, first, head);
-  if (dtype == DType::f32) return decode(from, 0, length, reinterpret_cast<float*>(to), rows.token_stride);
-  from_floats(dtype, floats_of(from, 0, length, buffer()), from.width, length, from.width, to, rows.token_stride);
+  if (dtype == DType::f32) return decode(isa, from, 0, length, reinterpret_cast<float*>(to), rows.token_stride);
+  from_floats(isa, dtype, floats_of(isa, from, 0, length, buffer()), from.width, length, from.width, to, rows.token_stride);
 }
 
 // x may be `to`.
@@ -65,29 +65,29 @@ struct Move {
   }
 };
 
-void convert(const Move& move, const Ahead& ahead) {
-  const float* x = floats_of(move.from, 0, move.length, buffer());
+void convert(Isa isa, const Move& move, const Ahead& ahead) {
+  const float* x = floats_of(isa, move.from, 0, move.length, buffer());
   if (move.mean) {
     float* less = buffer().floats(move.length * move.from.width);
     subtract(x, move.mean, move.length, move.from.width, less);
     x = less;
   }
-  write_tile(move.to, x, move.from.width, move.length, ahead);
+  write_tile(isa, move.to, x, move.from.width, move.length, ahead);
 }
 
 }  // namespace
 
-void kv_append_cpu(const KvAppendParams& p, int threads) {
+void kv_append_cpu(const KvAppendParams& p, const Cpu& cpu) {
   const PageShape& s = p.shape;
   const auto starts = entry_starts("where.ids", "where.lens", p.where, p.pages.pages, s.page_size, p.T, true);
-  parallel_for(threads, p.where.n * s.H, [&](int64_t task) {
+  parallel_for(cpu.threads, p.where.n * s.H, [&](int64_t task) {
     const int64_t entry = task / s.H, head = task % s.H, page = p.where.ids[entry], length = p.where.lens[entry];
-    append(p.k, p.x_dtype, starts[entry], head, length, tile_of(p.pages.k, s, page, head));
-    append(p.v, p.x_dtype, starts[entry], head, length, tile_of(p.pages.v, s, page, head));
+    append(cpu.isa, p.k, p.x_dtype, starts[entry], head, length, tile_of(p.pages.k, s, page, head));
+    append(cpu.isa, p.v, p.x_dtype, starts[entry], head, length, tile_of(p.pages.v, s, page, head));
   });
 }
 
-void kv_commit_cpu(const KvCommitParams& p, int threads) {
+void kv_commit_cpu(const KvCommitParams& p, const Cpu& cpu) {
   const PageShape& s = p.shape;
   entry_starts("source_list.ids", "source_list.lens", p.source_list, p.source.pages, s.page_size, -1, false);
   entry_starts("target_list.ids", "target_list.lens", p.target_list, p.target.pages, s.page_size, -1, true);
@@ -99,28 +99,28 @@ void kv_commit_cpu(const KvCommitParams& p, int threads) {
   }
   const bool verbatim = p.source.k.codec == p.target.k.codec && p.source.v.codec == p.target.v.codec && !p.k_mean;
   // Runs of tiles, so that a thread knows what it reads next; four for each thread even out their speed.
-  const int64_t moves = 2 * p.source_list.n * s.H, run = std::clamp<int64_t>(moves / (4 * std::max(threads, 1)), 1, 32);
-  parallel_for(threads, (moves + run - 1) / run, [&](int64_t task) {
+  const int64_t moves = 2 * p.source_list.n * s.H, run = std::clamp<int64_t>(moves / (4 * std::max(cpu.threads, 1)), 1, 32);
+  parallel_for(cpu.threads, (moves + run - 1) / run, [&](int64_t task) {
     const int64_t end = std::min(moves, (task + 1) * run);
     for (int64_t i = task * run; i < end; ++i) {
       const Move move(p, i);
       if (verbatim) {
         copy_tile(move.from, move.to, move.length);
       } else {
-        convert(move, i + 1 < end ? Move(p, i + 1).ahead(move.length) : Ahead{});
+        convert(cpu.isa, move, i + 1 < end ? Move(p, i + 1).ahead(move.length) : Ahead{});
       }
     }
   });
 }
 
-void kv_gather_cpu(const KvGatherParams& p, int threads) {
+void kv_gather_cpu(const KvGatherParams& p, const Cpu& cpu) {
   const PageShape& s = p.shape;
   const auto starts = entry_starts("where.ids", "where.lens", p.where, total_pages(p.pools), s.page_size, p.T, false);
-  parallel_for(threads, p.where.n * s.H, [&](int64_t task) {
+  parallel_for(cpu.threads, p.where.n * s.H, [&](int64_t task) {
     const int64_t entry = task / s.H, head = task % s.H, length = p.where.lens[entry];
     const Location at = locate(p.pools, p.where.ids[entry]);
-    gather(tile_of(at.pool->k, s, at.page, head), length, p.k, p.out_dtype, starts[entry], head);
-    gather(tile_of(at.pool->v, s, at.page, head), length, p.v, p.out_dtype, starts[entry], head);
+    gather(cpu.isa, tile_of(at.pool->k, s, at.page, head), length, p.k, p.out_dtype, starts[entry], head);
+    gather(cpu.isa, tile_of(at.pool->v, s, at.page, head), length, p.v, p.out_dtype, starts[entry], head);
   });
 }
 

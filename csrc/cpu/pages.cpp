@@ -58,8 +58,8 @@ int64_t total_pages(const Pools& pools) {
   return total;
 }
 
-void write_tile(const Tile& tile, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
-  encode(tile, x, stride, length, ahead);
+void write_tile(Isa isa, const Tile& tile, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
+  encode(isa, tile, x, stride, length, ahead);
   const int64_t row = row_bytes(tile.codec, tile.width);
   if (!is_transposed(tile.codec)) std::memset(tile.codes + length * row, 0, (tile.page_size - length) * row);
   fill_scales(tile, length);

@@ -25,7 +25,7 @@ inline Location locate(const Pools& pools, int64_t page) {
 }
 
 // x [length, width], rows `stride` apart, fills slots 0 : length. The others store what a token of zeros would.
-void write_tile(const Tile& tile, const float* x, int64_t stride, int64_t length, const Ahead& ahead = {});
+void write_tile(Isa isa, const Tile& tile, const float* x, int64_t stride, int64_t length, const Ahead& ahead = {});
 
 // Bit for bit between tiles of one codec; slots past length as write_tile leaves them.
 void copy_tile(const Tile& from, const Tile& to, int64_t length);

@@ -2,30 +2,24 @@
 // page's tiles.
 #include "../qkv.h"
 
-#include <cmath>
 #include <vector>
 
 #include "elements.h"
+#include "norms.h"
 #include "pages.h"
 #include "parallel.h"
 
 namespace inferix {
 namespace {
 
-// x[size] becomes x / rms * weight, in groups of group_size, the weight's length.
-void rms_norm(float* x, int64_t size, const float* weight, int64_t group_size, float eps) {
+// x[size] becomes its norm, in groups of group_size, the weight's length: a layer norm if there is a bias.
+void norm(float* x, int64_t size, const float* weight, const float* bias, int64_t group_size, float eps) {
   for (float* end = x + size; x < end; x += group_size) {
-    // Sixteen partial sums: a single one is a chain of dependent additions, and less exact.
-    constexpr int kParts = 16;
-    float parts[kParts] = {};
-    int64_t i = 0;
-    for (; i + kParts <= group_size; i += kParts)
-      for (int j = 0; j < kParts; ++j) parts[j] += x[i + j] * x[i + j];
-    for (; i < group_size; ++i) parts[0] += x[i] * x[i];
-    float sum = 0.f;
-    for (const float part : parts) sum += part;
-    const float inverse = 1.f / std::sqrt(sum / float(group_size) + eps);
-    for (i = 0; i < group_size; ++i) x[i] = x[i] * inverse * weight[i];
+    if (bias) subtract_mean(x, group_size);
+    const float inverse = inverse_rms(x, group_size, eps);
+    for (int64_t i = 0; i < group_size; ++i) x[i] = x[i] * inverse * weight[i];
+    if (bias)
+      for (int64_t i = 0; i < group_size; ++i) x[i] += bias[i];
   }
 }
 
@@ -47,8 +41,8 @@ void prepare_token(const QkvPrologueParams& p, int64_t token, float* x) {
   for (int64_t i = 0; i < width; ++i) x[i] = to_float(from[i]);
   if (p.bias)
     for (int64_t i = 0; i < width; ++i) x[i] += p.bias[i];
-  if (p.norm_q) rms_norm(x, q_size, p.norm_q, p.norm_q_size, p.eps);
-  if (p.norm_k) rms_norm(x + q_size, k_size, p.norm_k, p.norm_k_size, p.eps);
+  if (p.norm_q) norm(x, q_size, p.norm_q, p.norm_q_bias, p.norm_q_size, p.eps);
+  if (p.norm_k) norm(x + q_size, k_size, p.norm_k, p.norm_k_bias, p.norm_k_size, p.eps);
   if (p.rope)
     for (int64_t head = 0; head < p.query_heads + p.shape.H; ++head)
       rotate(x + head * D, p.rope + token * p.rope_pairs * 2, p.rope_pairs, p.interleaved);
@@ -60,12 +54,12 @@ void prepare_token(const QkvPrologueParams& p, int64_t token, float* x) {
 
 }  // namespace
 
-void qkv_prologue_cpu(const QkvPrologueParams& p, int threads) {
+void qkv_prologue_cpu(const QkvPrologueParams& p, const Cpu& cpu) {
   const PageShape& s = p.shape;
   const auto starts = entry_starts("where.ids", "where.lens", p.where, p.pages.pages, s.page_size, p.T, true);
   const int64_t D = p.pages.k.width, q_size = p.query_heads * D, k_size = s.H * D, width = q_size + 2 * k_size;
   with_float_type(p.dtype, [&](auto type) {
-    parallel_for(threads, p.where.n, [&](int64_t entry) {
+    parallel_for(cpu.threads, p.where.n, [&](int64_t entry) {
       const int64_t length = p.where.lens[entry];
       thread_local std::vector<float> rows;  // [length, width]
       rows.resize(length * width);
@@ -73,8 +67,8 @@ void qkv_prologue_cpu(const QkvPrologueParams& p, int threads) {
         prepare_token<decltype(type)>(p, starts[entry] + t, rows.data() + t * width);
       for (int64_t head = 0; head < s.H; ++head) {
         const float* k = rows.data() + q_size + head * D;
-        write_tile(tile_of(p.pages.k, s, p.where.ids[entry], head), k, width, length);
-        write_tile(tile_of(p.pages.v, s, p.where.ids[entry], head), k + k_size, width, length);
+        write_tile(cpu.isa, tile_of(p.pages.k, s, p.where.ids[entry], head), k, width, length);
+        write_tile(cpu.isa, tile_of(p.pages.v, s, p.where.ids[entry], head), k + k_size, width, length);
       }
     });
   });

@@ -2,22 +2,21 @@
 #pragma once
 #include <cstdint>
 
+#include "../cpu.h"
+
 namespace inferix {
 
 // Everything that handles Lanes is inlined into a function compiled for one instruction set.
 #define INFERIX_INLINE [[gnu::always_inline]] inline
 
-// A kernel is compiled for three generations of x86; the best one is chosen at run time. Elsewhere there is one.
+// A kernel is compiled for three generations of x86, of which one is chosen at run time. Elsewhere there is one.
 #if defined(__x86_64__)
 #define INFERIX_V3 __attribute__((target("arch=x86-64-v3")))
 #define INFERIX_V4 __attribute__((target("arch=x86-64-v4")))
 
 template <typename Kernel>
-Kernel best(Kernel portable, Kernel v3, Kernel v4) {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    return v4;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? v3 : portable;
+Kernel choose(Isa isa, Kernel portable, Kernel v3, Kernel v4) {
+  return isa >= Isa::avx512 ? v4 : isa >= Isa::avx2 ? v3 : portable;
 }
 #endif
 

@@ -1,0 +1,23 @@
+// How a CPU kernel is to run.
+#pragma once
+
+namespace inferix {
+
+// Each has the instructions of those before it.
+enum class Isa {
+  portable,     // what the compiler assumes of every CPU of this kind
+  avx2,         // with FMA
+  avx512,       // F, VL, BW, DQ
+  avx512_vnni,  // dot products of 8-bit integers
+  avx512_bf16,  // dot products of bfloat16
+};
+
+// The last that this CPU has.
+Isa best_isa();
+
+struct Cpu {
+  int threads;
+  Isa isa;
+};
+
+}  // namespace inferix
