@@ -47,6 +47,20 @@ INFERIX_DEVICE int opaque(int x) {
   return x;
 }
 
+// Atomics in shared memory.
+template <typename T>
+INFERIX_DEVICE void shared_max(T* at, T x) {
+  atomicMax(at, x);
+}
+template <typename T>
+INFERIX_DEVICE void shared_min(T* at, T x) {
+  atomicMin(at, x);
+}
+template <typename T>
+INFERIX_DEVICE void shared_add(T* at, T x) {
+  atomicAdd(at, x);
+}
+
 // Registers move between warpgroups; every warp of a warpgroup must execute it. Counts are multiples of 8.
 template <int kCount>
 INFERIX_DEVICE void claim_registers() {
@@ -132,6 +146,8 @@ INFERIX_DEVICE float log2_approx(float x) {
 INFERIX_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 INFERIX_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 INFERIX_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number, the number
+INFERIX_DEVICE float nearest(float x) { return rintf(x); }  // halves to even
+INFERIX_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 INFERIX_DEVICE int to_integer(float x) { return __float2int_rn(x); }
 INFERIX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 INFERIX_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }

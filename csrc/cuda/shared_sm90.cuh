@@ -29,6 +29,7 @@ struct TileInfo {
   int length[kUnits];
   float bias[kUnits];
   int variant;
+  bool last;  // of its item
 };
 
 // The query rows of an item, or some of them.
@@ -52,6 +53,7 @@ struct Turn {
   Items items;
   Item item;
   RowBlock rows;  // of a consumer
+  int variant;    // of q that is in shared memory; -1: none
   bool more;
 };
 
@@ -104,6 +106,12 @@ constexpr int shared_bytes() {
   constexpr int bytes = sizeof(Shared<kKind, kD>) + 1024;  // what dynamic shared memory begins with is not aligned
   static_assert(bytes <= kSharedLimit);
   return bytes;
+}
+
+template <Kind kKind, int kD>
+INFERIX_DEVICE Shared<kKind, kD>& shared_of_block() {
+  char* memory = shared_memory();
+  return *reinterpret_cast<Shared<kKind, kD>*>(memory + (-shared_address(memory) & 1023));
 }
 
 // How a row's result over these keys and one over others share the place.

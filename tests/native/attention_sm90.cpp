@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/attention_sm90.cuh"
 #include "../../csrc/cuda/prepare_sm90.cuh"
+#include "../../csrc/cuda/probes_sm90.cuh"
 
 using namespace inferix;
 using namespace inferix::sm90;
@@ -212,6 +213,51 @@ Error run(const Case& c, uint32_t seed) {
 
 int failures = 0;
 
+// The bring-up's probes: one product of each kind, and one key tile by TMA.
+template <Kind kKind, int kD>
+void check_probes(const char* kind, uint32_t seed) {
+  rng.seed(seed);
+  constexpr int kSize = kKind == Kind::bf16 ? 2 : 1;
+  constexpr Type kKeys = kKind == Kind::bf16 ? Type::bf16 : kKind == Kind::i8f8 ? Type::s8 : Type::e4m3;
+  constexpr Type kValues = kKind == Kind::bf16 ? Type::bf16 : Type::e4m3;
+  const auto random_codes = [](int count, Type type) {
+    std::vector<char> bytes(count * bytes_of(type));
+    for (int i = 0; i < count; ++i) {
+      const float x = float(below(17) - 8);
+      const uint16_t code = type == Type::bf16 ? from_float<Bf16>(x).bits
+                            : type == Type::s8 ? uint16_t(uint8_t(int8_t(x))) : uint16_t(e4m3_bits(x));
+      std::memcpy(&bytes[i * bytes_of(type)], &code, bytes_of(type));
+    }
+    return bytes;
+  };
+  const auto q = random_codes(kRows * kD, kKeys), k = random_codes(kTileKeys * kD, kKeys);
+  const auto v = random_codes(kTileKeys * kD, kValues);
+  std::vector<float> weights(kRows * kTileKeys), scores(kRows * kTileKeys), out(kRows * kD);
+  for (float& w : weights) w = float(below(9));
+  Machine m(kWarpgroup, seed);
+  machine = &m;
+  m.run(0, 0, [&] { probe_scores_kernel<kKind, kD>(q.data(), k.data(), scores.data()); });
+  m.run(0, 0, [&] { probe_values_kernel<kKind, kD>(weights.data(), v.data(), out.data()); });
+  bool good = true;
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kTileKeys; ++n) {
+      float want = 0;
+      for (int d = 0; d < kD; ++d) want += decode(&q[(r * kD + d) * kSize], kKeys) * decode(&k[(n * kD + d) * kSize], kKeys);
+      good = good && scores[r * kTileKeys + n] == want;
+    }
+    for (int d = 0; d < kD; ++d) {
+      float want = 0;
+      for (int n = 0; n < kTileKeys; ++n) {
+        const int at = kKind == Kind::bf16 ? n * kD + d : (n / kUnitKeys * kD + d) * kUnitKeys + n % kUnitKeys;
+        want += weights[r * kTileKeys + n] * decode(&v[at * kSize], kValues);
+      }
+      good = good && out[r * kD + d] == want;
+    }
+  }
+  failures += !good;
+  std::printf("%s %s, D = %d, probes\n", good ? "ok  " : "FAIL", kind, kD);
+}
+
 template <Kind kKind, int kD>
 void check(const char* kind, const Case& c, uint32_t seed) {
   const Error error = run<kKind, kD>(c, seed);
@@ -244,5 +290,11 @@ int main(int argc, char** argv) {
     check<Kind::i8f8, 64>("i8f8", c, seed);
     check<Kind::fp8, 64>("fp8", c, seed);
   }
+  check_probes<Kind::bf16, 128>("bf16", seed);
+  check_probes<Kind::i8f8, 128>("i8f8", seed);
+  check_probes<Kind::fp8, 128>("fp8", seed);
+  check_probes<Kind::bf16, 64>("bf16", seed);
+  check_probes<Kind::i8f8, 64>("i8f8", seed);
+  check_probes<Kind::fp8, 64>("fp8", seed);
   return failures != 0;
 }

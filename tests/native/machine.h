@@ -7,6 +7,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -74,6 +75,7 @@ class Machine {
   void run(int block_x, int block_y, const std::function<void()>& kernel) {
     x = block_x, y = block_y, body = &kernel;
     for (Fiber& fiber : fibers) {
+      fiber.done = false;
       fiber.stack.reset(new char[kStack]);
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -198,6 +200,19 @@ T shuffle_from(T x, int lane) {
   return exchange(x, lane);
 }
 
+template <typename T>
+void shared_max(T* at, T x) {
+  *at = std::max(*at, x);
+}
+template <typename T>
+void shared_min(T* at, T x) {
+  *at = std::min(*at, x);
+}
+template <typename T>
+void shared_add(T* at, T x) {
+  *at += x;
+}
+
 inline int opaque(int x) { return x; }
 template <int kCount>
 void claim_registers() {}
@@ -292,6 +307,8 @@ inline float log2_approx(float x) { return std::log2(x); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float divide(float a, float b) { return a / b; }
 inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float nearest(float x) { return std::nearbyint(x); }
+inline float square_root(float x) { return std::sqrt(x); }
 inline int to_integer(float x) { return int(std::nearbyint(x)); }
 using inferix::bits_of;
 using inferix::float_of;
