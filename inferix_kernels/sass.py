@@ -47,7 +47,7 @@ def tool(name: str) -> str:
 
 
 def kernels(binary: Path, arch: str) -> list[Kernel]:
-    """The kernels for one architecture ("90a") in a binary that nvcc made, by name.
+    """The kernels for one architecture ("90a") in a binary that nvcc made, by name; none if it holds none.
 
     Raises:
         MissingTool: cuobjdump or nvdisasm is not here.
@@ -56,7 +56,7 @@ def kernels(binary: Path, arch: str) -> list[Kernel]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        subprocess.run(command, cwd=folder, capture_output=True)  # fails if there is no device code: none is found
         for cubin in sorted(Path(folder).glob(f"*.sm_{arch}.cubin")):
             usage = subprocess.run(
                 [tool("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True

@@ -32,7 +32,13 @@ def build(source: str, folder: Path, *options: str) -> Path:
 
 
 class Plane(Structure):
-    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("offsets", c_void_p), ("width", c_int64), ("codec", c_int32)]
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("width", c_int64),
+        ("codec", c_int32),
+    ]
 
 
 class Pool(Structure):

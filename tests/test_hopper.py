@@ -113,7 +113,14 @@ def test_page_ops_load_16_bytes_at_a_time(op, arch):
 )
 @with_nvcc
 def test_what_the_hopper_kernel_does_not_take_is_named(monkeypatch, changes, reason):
-    sizes = {"query_heads": 2, "heads": 2, "head_dim": 64, "page_size": 64, "formats": ("bf16",), "dtype": torch.bfloat16}
+    sizes = {
+        "query_heads": 2,
+        "heads": 2,
+        "head_dim": 64,
+        "page_size": 64,
+        "formats": ("bf16",),
+        "dtype": torch.bfloat16,
+    }
     q, pools, plan = attention_inputs([3], [7], **(sizes | changes))
 
     def run(op, like, **arguments):

@@ -49,11 +49,15 @@ struct Softmax {
   float sum[2] = {0.f, 0.f};                  // this thread's part of the sum of 2^(score - largest + lift)
 };
 
-// weights = 2^(score - largest + lift), packed as the left operand of the weighted sum. What was summed before
-// shrinks as the largest score grows.
-template <Kind kKind, int kD, int kSteps>
-INFERIX_DEVICE void soften(float (&scores)[64], const TileInfo& tile, const float (&scale)[2], Softmax& rows,
-                           uint32_t (&weights)[kSteps][4], float (&out)[kD / 2], int t) {
+// What turns scores of a unit into exponents: score * scale + offset = score in units of log 2 - largest + lift.
+struct Exponents {
+  float scale[2], offset[2][kUnits];  // of the thread's two rows
+};
+
+// Finds the largest score so far. What was summed before shrinks as it grows.
+template <Kind kKind, int kD>
+INFERIX_DEVICE void find_largest(float (&scores)[64], const TileInfo& tile, Exponents& exponents, Softmax& rows,
+                                 float (&out)[kD / 2], int t) {
   using S = Shared<kKind, kD>;
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
@@ -72,30 +76,36 @@ INFERIX_DEVICE void soften(float (&scores)[64], const TileInfo& tile, const floa
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float top = larger(fused(highest[r][0], scale[r], tile.bias[0]), fused(highest[r][1], scale[r], tile.bias[1]));
+    const float scale = exponents.scale[r];
+    float top = larger(fused(highest[r][0], scale, tile.bias[0]), fused(highest[r][1], scale, tile.bias[1]));
     top = larger(top, shuffle_xor(top, 1));
     top = larger(larger(top, shuffle_xor(top, 2)), rows.largest[r]);
     // Nothing but -inf so far: any finite number in its place makes all weights 0.
-    const float base = top == -INFINITY ? 0.f : top;
-    const float shrink = exp2_approx(rows.largest[r] - base);
+    const float base = top == -INFINITY ? 0.f : top, shrink = exp2_approx(rows.largest[r] - base);
     rows.largest[r] = top;
     rows.sum[r] *= shrink;
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i)
       if (row_slot(i) == r) out[i] *= shrink;
-    highest[r][0] = tile.bias[0] - base + S::kLift;
-    highest[r][1] = tile.bias[1] - base + S::kLift;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) exponents.offset[r][u] = tile.bias[u] - base + S::kLift;
   }
+}
+
+// The weights of a unit, as the left operand of the weighted sum.
+template <Kind kKind, int kD, int kSteps>
+INFERIX_DEVICE void weigh(const float (&scores)[64], int u, const Exponents& exponents, Softmax& rows,
+                          uint32_t (&weights)[kSteps][4]) {
+  using S = Shared<kKind, kD>;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      constexpr int kPacked = S::kEightBit ? 4 : 2;
-      float w[kPacked];
+      float w[S::kPacked];
 #pragma unroll
-      for (int n = 0; n < kPacked; ++n) {
-        const int i = S::kEightBit ? a_source_8(word, n, step) : a_source_16(word, n, step), r = row_slot(i);
-        w[n] = exp2_approx(fused(scores[i], scale[r], highest[r][i / 32]));
+      for (int n = 0; n < S::kPacked; ++n) {
+        const int i = S::a_source(word, n, step), r = row_slot(i);
+        w[n] = exp2_approx(fused(scores[32 * u + i], exponents.scale[r], exponents.offset[r][u]));
         rows.sum[r] += w[n];
       }
       weights[step][word] = S::pack_weights(w);
@@ -104,9 +114,9 @@ INFERIX_DEVICE void soften(float (&scores)[64], const TileInfo& tile, const floa
   }
 }
 
-// out += weights . values
+// out += weights . values of a unit. With 16 bits the product is only begun.
 template <Kind kKind, int kD, int kSteps>
-INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, const uint32_t (&a)[kSteps][4],
+INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, int u, const uint32_t (&weights)[kSteps][4],
                                float (&out)[kD / 2], int t) {
   using S = Shared<kKind, kD>;
   const uint32_t address = shared_address(shared.values[stage]);
@@ -114,16 +124,14 @@ INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, const uint3
     // Tensor cores keep 14 bits of an 8-bit sum's fraction: sums of a page are carried over to float32, by its scales.
     // 64 channels at a time: 128 would not leave enough registers.
 #pragma unroll
-    for (int n = 0; n < kUnits * kD / 64; ++n) {
-      const int u = n / (kD / 64), first = n % (kD / 64) * 64;
+    for (int first = 0; first < kD; first += 64) {
       float part[32];
       pin(part);
       multiply_begin();
       const uint64_t v = k_major(address + u * S::kUnitBytes + first * kUnitKeys, kUnitKeys);
 #pragma unroll
-      for (int step = 0; step < S::kValueSteps / kUnits; ++step)
-        multiply_registers_e4m3(part, a[u * S::kValueSteps / kUnits + step],
-                                v + k_major_step(step, kD, kUnitKeys) / kChunk, step > 0);
+      for (int step = 0; step < kSteps; ++step)
+        multiply_registers_e4m3(part, weights[step], v + k_major_step(step, kD, kUnitKeys) / kChunk, step > 0);
       multiply_commit();
       multiply_wait();
       pin(part);
@@ -137,15 +145,12 @@ INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, const uint3
       }
     }
   } else {
-    pin(out);
     multiply_begin();
-    const uint64_t v = mn_major(address, kTileKeys);
+    const uint64_t v = mn_major(address, kTileKeys) + mn_major_step(u * kSteps) / kChunk;
 #pragma unroll
-    for (int step = 0; step < S::kValueSteps; ++step)
-      multiply_registers_bf16(out, a[step], v + mn_major_step(step) / kChunk, true);
+    for (int step = 0; step < kSteps; ++step)
+      multiply_registers_bf16(out, weights[step], v + mn_major_step(step) / kChunk, true);
     multiply_commit();
-    multiply_wait();
-    pin(out);
   }
 }
 
@@ -214,14 +219,23 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
       last = tile.last;
       sync_warp();
       if (t % 32 == 0) barrier_arrive(&shared.keys_empty[stage]);
-      float scale[2] = {p.scale, p.scale};
+      Exponents exponents{{p.scale, p.scale}};
       if constexpr (S::kEightBit)
-        for (int r = 0; r < 2; ++r) scale[r] *= shared.query_scales[warpgroup][accumulator_row(opaque(t), 2 * r)];
-      uint32_t weights[S::kValueSteps][4];
-      soften<kKind, kD>(scores, tile, scale, softmax, weights, out, opaque(t));
+        for (int r = 0; r < 2; ++r)
+          exponents.scale[r] *= shared.query_scales[warpgroup][accumulator_row(opaque(t), 2 * r)];
+      find_largest<kKind, kD>(scores, tile, exponents, softmax, out, opaque(t));
+      uint32_t weights[kUnits][S::kUnitSteps][4];
+      weigh<kKind, kD>(scores, 0, exponents, softmax, weights[0]);
+      if constexpr (S::kEightBit) weigh<kKind, kD>(scores, 1, exponents, softmax, weights[1]);
       barrier_wait(&shared.values_full[stage], place.parity);
       if (tile.length[0] + tile.length[1] < kTileKeys) clear_unused_values(shared, stage, tile, warpgroup, t);
-      add_values(shared, stage, weights, out, opaque(t));
+      pin(out);
+      add_values(shared, stage, 0, weights[0], out, opaque(t));
+      // While the product of the first is under way. With 8 bits both are ready: scores would be in the way of parts.
+      if constexpr (!S::kEightBit) weigh<kKind, kD>(scores, 1, exponents, softmax, weights[1]);
+      add_values(shared, stage, 1, weights[1], out, opaque(t));
+      multiply_wait();
+      pin(out);
       sync_warp();
       if (t % 32 == 0) barrier_arrive(&shared.values_empty[stage]);
       place.advance();

@@ -76,25 +76,28 @@ probe_values_kernel(const float* weights, const char* v, float* out) {
   for (int i = t; i < kUnits * kD; i += kWarpgroup) shared.value_scales[0][S::kEightBit ? i : 0] = 1.f;
   fence_stores();
   sync_block();
-  uint32_t packed[S::kValueSteps][4];
-#pragma unroll
-  for (int step = 0; step < S::kValueSteps; ++step)
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      constexpr int kPacked = S::kEightBit ? 4 : 2;
-      float w[kPacked];
-#pragma unroll
-      for (int n = 0; n < kPacked; ++n) {
-        const int i = S::kEightBit ? a_source_8(word, n, step) : a_source_16(word, n, step);
-        const int key = i / 32 * kUnitKeys + key_of(t, i, S::kEightBit);
-        w[n] = weights[accumulator_row(t, i) * kTileKeys + key];
-      }
-      packed[step][word] = S::pack_weights(w);
-    }
   float mine[kD / 2];
 #pragma unroll
   for (int i = 0; i < kD / 2; ++i) mine[i] = 0.f;
-  add_values(shared, 0, packed, mine, t);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    uint32_t packed[S::kUnitSteps][4];
+#pragma unroll
+    for (int step = 0; step < S::kUnitSteps; ++step)
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        float w[S::kPacked];
+#pragma unroll
+        for (int n = 0; n < S::kPacked; ++n) {
+          const int i = S::a_source(word, n, step);
+          w[n] = weights[accumulator_row(t, i) * kTileKeys + u * kUnitKeys + key_of(t, i, S::kEightBit)];
+        }
+        packed[step][word] = S::pack_weights(w);
+      }
+    add_values(shared, 0, u, packed, mine, t);
+    multiply_wait();
+    pin(mine);
+  }
 #pragma unroll
   for (int i = 0; i < kD / 2; ++i) out[accumulator_row(t, i) * kD + accumulator_column(t, i)] = mine[i];
 }

@@ -68,7 +68,8 @@ struct Shared {
   static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kTileKeys * 4 : 0);
   static constexpr int kValueBytes = kTileBytes + (kEightBit ? kUnits * kD * 4 : 0);
   static constexpr float kLift = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
-  static constexpr int kValueSteps = kTileKeys / (kEightBit ? 32 : 16);
+  static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
+  static constexpr int kPacked = kEightBit ? 4 : 2;                     // weights in a register
   using Score = std::conditional_t<kKind == Kind::i8f8, int32_t, float>;
 
   // Swizzled tiles first: their pattern repeats every 1024 bytes, to which all of this is aligned.
@@ -86,6 +87,9 @@ struct Shared {
     if constexpr (kKind == Kind::bf16) multiply_shared_bf16(d, q, k, sum);
     else if constexpr (kKind == Kind::i8f8) multiply_shared_s8(d, q, k, sum);
     else multiply_shared_e4m3(d, q, k, sum);
+  }
+  static INFERIX_BOTH constexpr int a_source(int r, int n, int step) {
+    return kEightBit ? a_source_8(r, n, step) : a_source_16(r, n, step);
   }
   INFERIX_DEVICE static uint32_t pack_weights(const float* w) {
     if constexpr (kEightBit) return pack_e4m3(w[0], w[1], w[2], w[3]);
