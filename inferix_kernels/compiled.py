@@ -20,7 +20,8 @@ except ImportError as error:
     raise ImportError(f"the extension inferix_kernels._C is not built ({error}): pip install -e .") from error
 
 HAS_CUDA: bool = _C.has_cuda
-ISA: _C.Isa = _C.best_isa()  # the instructions that CPU kernels use; tests set others
+Isa = _C.Isa
+ISA: Isa = _C.best_isa()  # the instructions that CPU kernels use; tests set others
 CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "merge_attention"))
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 _CODECS = {
