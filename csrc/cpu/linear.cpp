@@ -90,7 +90,7 @@ Words words_of(Codec codec, Isa isa) {
 // x and the weight as the score loop reads them.
 struct Operands {
   Words words;
-  int64_t elements, row_words;   // to a word; to a row
+  int64_t row_words;             // to a row
   std::vector<Column> x;         // [ceil(M / 16)][row_words]
   std::vector<int32_t> weight;   // [N rounded up to 16][row_words]; empty if read in place
   std::vector<int32_t> start;    // [N rounded up to 16]  int8
@@ -98,7 +98,7 @@ struct Operands {
 };
 
 // One row of K codes as words, zeros up to a whole one; unsigned bytes are 128 more.
-INFERIX_INLINE void to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K, bool is_unsigned,
+INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K, bool is_unsigned,
                              int32_t* words) {
   words[o.row_words - 1] = 0;
   if (o.words == Words::int8) {
@@ -111,6 +111,30 @@ INFERIX_INLINE void to_words(const Operands& o, Isa isa, Codec codec, const char
   float one = 1.f, *x = buffer.floats(K);
   decode(isa, Tile{codec, 1, K, const_cast<char*>(codes), reinterpret_cast<char*>(&one), nullptr}, 0, 1, x, K);
   from_floats(isa, o.words == Words::bf16 ? DType::bf16 : DType::f32, x, K, 1, K, words, K);
+}
+
+// Sixteen rows of x, or as many as there are, side by side.
+template <typename S>
+INFERIX_INLINE void ready_x(Isa isa, const LinearParams& p, int64_t group, Operands& o) {
+  const int64_t stride = (o.row_words + kLanes - 1) / kLanes * kLanes, first = group * kLanes;
+  thread_local std::vector<int32_t> words;
+  words.assign(kLanes * stride, 0);
+  for (int64_t m = first; m < std::min(p.M, first + kLanes); ++m)
+    row_to_words(o, isa, p.codec, static_cast<const char*>(p.x) + m * p.K, p.K, true, &words[(m - first) * stride]);
+  alignas(64) Column block[kLanes];
+  for (int64_t n = 0; n < o.row_words; n += kLanes) {
+    S::transpose(reinterpret_cast<const float*>(&words[n]), stride, block[0].lane, kLanes);
+    std::copy_n(block, std::min<int64_t>(kLanes, o.row_words - n), &o.x[group * o.row_words + n]);
+  }
+}
+
+// A row of the weight, and what its sums begin with.
+INFERIX_INLINE void ready_weight(Isa isa, const LinearParams& p, int64_t n, Operands& o) {
+  const char* codes = static_cast<const char*>(p.weight) + n * p.K;
+  if (!o.weight.empty()) row_to_words(o, isa, p.codec, codes, p.K, false, &o.weight[n * o.row_words]);
+  int32_t sum = 0;
+  for (int64_t k = 0; k < p.K; ++k) sum += static_cast<int8_t>(codes[k]);
+  o.start[n] = -128 * sum;
 }
 
 template <typename S, int kBlock, typename Function>
@@ -175,31 +199,34 @@ INFERIX_INLINE void multiply(Isa isa, const LinearParams& p, const Operands& o, 
                              int64_t first) {
   const int64_t count = std::min(kTileKeys, p.N - first), rows = (count + kLanes - 1) / kLanes * kLanes;
   alignas(64) Column sums[kTileKeys];
-  float y[kTileKeys];
-  for (int64_t m = first_row; m < end_row; ++m) {
-    if (m % kLanes == 0) dots<S, kBlock>(p, o, m / kLanes, first, rows, sums);
-    for (int64_t n = 0; n < count; ++n) y[n] = sums[n].lane[m % kLanes];
-    finish(isa, p, m, first, count, y);
+  alignas(64) float y[kLanes][kTileKeys];
+  for (int64_t group = first_row; group < end_row; group += kLanes) {
+    dots<S, kBlock>(p, o, group / kLanes, first, rows, sums);
+    for (int64_t n = 0; n < rows; n += kLanes) S::transpose(sums[n].lane, kLanes, &y[0][n], kTileKeys);
+    for (int64_t m = group; m < std::min(end_row, group + kLanes); ++m) finish(isa, p, m, first, count, y[m - group]);
   }
 }
 
 struct Kernels {
   void (*prepare_row)(const QuantizeRowsParams&, int64_t, float*);
-  void (*words)(const Operands&, Isa, Codec, const char*, int64_t, bool, int32_t*);
+  void (*ready_x)(Isa, const LinearParams&, int64_t, Operands&);
+  void (*ready_weight)(Isa, const LinearParams&, int64_t, Operands&);
   void (*multiply_tile)(Isa, const LinearParams&, const Operands&, int64_t, int64_t, int64_t);
 };
 
 #define INFERIX_KERNELS(level, target, width, block)                                                                  \
   target void prepare_##level(const QuantizeRowsParams& p, int64_t row, float* y) { prepare(p, row, y); }             \
-  target void words_##level(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K, bool is_unsigned,  \
-                            int32_t* words) {                                                                         \
-    to_words(o, isa, codec, codes, K, is_unsigned, words);                                                            \
+  target void ready_x_##level(Isa isa, const LinearParams& p, int64_t group, Operands& o) {                           \
+    ready_x<Simd<width>>(isa, p, group, o);                                                                           \
+  }                                                                                                                   \
+  target void ready_weight_##level(Isa isa, const LinearParams& p, int64_t n, Operands& o) {                          \
+    ready_weight(isa, p, n, o);                                                                                       \
   }                                                                                                                   \
   target void multiply_##level(Isa isa, const LinearParams& p, const Operands& o, int64_t first_row, int64_t end_row, \
                                int64_t first) {                                                                       \
     multiply<Simd<width>, block>(isa, p, o, first_row, end_row, first);                                               \
   }                                                                                                                   \
-  constexpr Kernels level{prepare_##level, words_##level, multiply_##level};
+  constexpr Kernels level{prepare_##level, ready_x_##level, ready_weight_##level, multiply_##level};
 
 INFERIX_KERNELS(portable, , 4, 2)
 #if defined(__x86_64__)
@@ -210,41 +237,24 @@ Kernels kernels(Isa isa) { return *choose(isa, &portable, &v3, &v4); }
 Kernels kernels(Isa) { return portable; }
 #endif
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 Operands operands(const LinearParams& p, const Cpu& cpu) {
-  const auto to_words = kernels(cpu.isa).words;
+  const Kernels level = kernels(cpu.isa);
+  const int64_t groups = (p.M + kLanes - 1) / kLanes, blocks = (p.N + kLanes - 1) / kLanes;
   Operands o{};
   o.words = words_of(p.codec, cpu.isa);
-  o.elements = o.words == Words::int8 ? 4 : o.words == Words::bf16 ? 2 : 1;
-  o.row_words = round_up(p.K, o.elements) / o.elements;
-  o.x.resize(round_up(p.M, kLanes) / kLanes * o.row_words);
-  parallel_for(cpu.threads, round_up(p.M, kLanes) / kLanes, [&](int64_t group) {
-    thread_local std::vector<int32_t> words;
-    words.resize(o.row_words);
-    Column* columns = &o.x[group * o.row_words];
-    for (int64_t lane = 0; lane < kLanes && group * kLanes + lane < p.M; ++lane) {
-      const char* codes = static_cast<const char*>(p.x) + (group * kLanes + lane) * p.K;
-      to_words(o, cpu.isa, p.codec, codes, p.K, true, words.data());
-      for (int64_t n = 0; n < o.row_words; ++n) std::memcpy(&columns[n].lane[lane], &words[n], 4);
-    }
-  });
-  const int64_t rows = round_up(p.N, kLanes);
-  const bool in_place = o.words == Words::int8 && p.K % 4 == 0 && p.N == rows;
+  const int64_t elements = o.words == Words::int8 ? 4 : o.words == Words::bf16 ? 2 : 1;
+  o.row_words = (p.K + elements - 1) / elements;
+  o.x.resize(groups * o.row_words);
+  o.start.resize(blocks * kLanes);
   o.weight_rows = static_cast<const char*>(p.weight);
-  o.start.resize(rows);
-  if (!in_place) {
-    o.weight.resize(rows * o.row_words);
+  if (o.words != Words::int8 || p.K % 4 || p.N % kLanes) {
+    o.weight.resize(blocks * kLanes * o.row_words);
     o.weight_rows = reinterpret_cast<const char*>(o.weight.data());
   }
-  parallel_for(cpu.threads, rows / kLanes, [&](int64_t block) {
-    for (int64_t n = block * kLanes; n < std::min(p.N, (block + 1) * kLanes); ++n) {
-      const char* codes = static_cast<const char*>(p.weight) + n * p.K;
-      if (!in_place) to_words(o, cpu.isa, p.codec, codes, p.K, false, &o.weight[n * o.row_words]);
-      int32_t sum = 0;
-      for (int64_t k = 0; k < p.K; ++k) sum += static_cast<int8_t>(codes[k]);
-      o.start[n] = -128 * sum;
-    }
+  parallel_for(cpu.threads, groups, [&](int64_t group) { level.ready_x(cpu.isa, p, group, o); });
+  parallel_for(cpu.threads, blocks, [&](int64_t block) {
+    for (int64_t n = block * kLanes; n < std::min(p.N, (block + 1) * kLanes); ++n)
+      level.ready_weight(cpu.isa, p, n, o);
   });
   return o;
 }

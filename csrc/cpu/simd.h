@@ -11,6 +11,13 @@ namespace inferix {
 #define INFERIX_INLINE [[gnu::always_inline]] inline
 #define INFERIX_INLINE_LAMBDA __attribute__((always_inline))
 
+// Elements of two vectors, by constant indices.
+#if defined(__clang__) || __GNUC__ >= 12
+#define INFERIX_SHUFFLE(Indices, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INFERIX_SHUFFLE(Indices, a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
+#endif
+
 // A kernel is compiled for three generations of x86, of which one is chosen at run time. Elsewhere there is one.
 #if defined(__x86_64__)
 #define INFERIX_V3 __attribute__((target("arch=x86-64-v3")))
@@ -52,6 +59,28 @@ struct Simd {
   }
   INFERIX_INLINE static const Lanes& part(const Column& column, int i) {
     return *reinterpret_cast<const Lanes*>(column.lane + i * kWidth);
+  }
+
+  // to[i][j] = from[j][i], sixteen by sixteen; strides in floats.
+  INFERIX_INLINE static void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    if constexpr (kWidth == 16) {
+      // Four times the first half of the rows is interleaved with the second.
+      Lanes a[16], b[16];
+      unroll<16>([&](auto i) INFERIX_INLINE_LAMBDA { __builtin_memcpy(&a[i], from + i * from_stride, 64); });
+      unroll<4>([&](auto) INFERIX_INLINE_LAMBDA {
+        unroll<8>([&](auto i) INFERIX_INLINE_LAMBDA {
+          b[2 * i] = INFERIX_SHUFFLE(IntLanes, a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19,
+                                          4, 20, 5, 21, 6, 22, 7, 23);
+          b[2 * i + 1] = INFERIX_SHUFFLE(IntLanes, a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27,
+                                              12, 28, 13, 29, 14, 30, 15, 31);
+        });
+        unroll<16>([&](auto i) INFERIX_INLINE_LAMBDA { a[i] = b[i]; });
+      });
+      unroll<16>([&](auto i) INFERIX_INLINE_LAMBDA { __builtin_memcpy(to + i * to_stride, &a[i], 64); });
+    } else {
+      for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 16; ++j) to[i * to_stride + j] = from[j * from_stride + i];
+    }
   }
 
   // a > b ? a : b. One instruction, for which GCC 12 takes two.
