@@ -35,6 +35,10 @@ Arithmetic arithmetic_of(Codec codec, Isa isa) {
 
 constexpr int64_t kElements[kArithmetics] = {1, 2, 4};  // of a word
 
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+int64_t words_of(int64_t D, Arithmetic arithmetic) { return round_up(D, kElements[arithmetic]) / kElements[arithmetic]; }
+
 // Rows of one segment that read the same KV head: row r is query r / group, query head head * group + r % group.
 struct Task {
   int64_t segment, head, first_row, rows;
@@ -44,7 +48,7 @@ struct Task {
 struct Workspace {
   std::vector<Column> q[kArithmetics];  // [variants][groups][words of a row]; none if no pool wants it
   std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
-  std::vector<Column> out;              // [groups][D rounded up to the kernel's block]
+  std::vector<Column> out;              // [groups][D rounded up to 16]
   std::vector<Running> running;         // [groups]
   Buffer row, k, v, floats, halves;
   alignas(64) float bias[kTileKeys], k_scales[kTileKeys];
@@ -63,8 +67,6 @@ RowAddress address(const PagedAttentionParams& p, const Task& task, int64_t row)
 }
 
 int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -89,8 +91,9 @@ INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, 
 }
 
 // Queries in, scaled so that scores come out in units of log 2, and the state to start from.
+template <typename S>
 INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
-  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes;
+  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes, stride = round_up(D, kLanes);
   bool wanted[kArithmetics] = {};
   for (int i = 0; i < p.pools.count; ++i) wanted[arithmetic_of(p.pools.pool[i].k.codec, isa)] = true;
   Column lowest;
@@ -98,23 +101,26 @@ INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& ta
   w.running.assign(groups, Running{lowest, Column{}});
   w.out.assign(groups * out_columns, Column{});
   w.q_scale.assign(p.variants * groups, Column{});
-  float* x = w.row.floats(2 * D + 8);
-  int32_t* words = reinterpret_cast<int32_t*>(x + D + 4);
+  float *x = w.row.floats((kLanes + 1) * stride), *words = x + stride;  // a row; the words of sixteen
+  std::fill_n(x, (kLanes + 1) * stride, 0.f);
   for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {
-    if (!wanted[arithmetic]) continue;
-    const int64_t count = round_up(D, kElements[arithmetic]) / kElements[arithmetic];
-    w.q[arithmetic].assign(p.variants * groups * count, Column{});
-    for (int64_t variant = 0; variant < p.variants; ++variant)
-      for (int64_t row = 0; row < task.rows; ++row) {
+    const int64_t count = words_of(D, static_cast<Arithmetic>(arithmetic));
+    w.q[arithmetic].resize(wanted[arithmetic] ? p.variants * groups * count : 0);
+    for (int64_t group = 0; wanted[arithmetic] && group < p.variants * groups; ++group) {
+      const int64_t variant = group / groups, first = group % groups * kLanes;
+      for (int64_t row = first; row < std::min(task.rows, first + kLanes); ++row) {
         const int64_t at = variant * p.q_variant_stride + address(p, task, row).element(p.q);
         to_floats(isa, p.q_dtype, static_cast<const char*>(p.q.data) + at * element_bytes(p.q_dtype), D, 1, D, x, D);
         for (int64_t d = 0; d < D; ++d) x[d] *= p.scale * kLog2E;
-        std::fill_n(x + D, 4, 0.f);
-        const int64_t group = variant * groups + row / kLanes, lane = row % kLanes;
-        w.q_scale[group].lane[lane] = to_words(static_cast<Arithmetic>(arithmetic), x, D, words);
-        Column* columns = &w.q[arithmetic][group * count];
-        for (int64_t n = 0; n < count; ++n) std::memcpy(&columns[n].lane[lane], words + n, 4);
+        int32_t* row_words = reinterpret_cast<int32_t*>(words + (row - first) * stride);
+        w.q_scale[group].lane[row - first] = to_words(static_cast<Arithmetic>(arithmetic), x, D, row_words);
       }
+      alignas(64) Column block[kLanes];
+      for (int64_t n = 0; n < count; n += kLanes) {
+        S::transpose(words + n, stride, block[0].lane, kLanes);
+        std::copy_n(block, std::min<int64_t>(kLanes, count - n), &w.q[arithmetic][group * count + n]);
+      }
+    }
   }
 }
 
@@ -135,26 +141,34 @@ struct Merge {
   float lse, share_a, share_b;
 };
 
-void finish(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
+// One row of the result: x[D], to be multiplied with `inverse`.
+INFERIX_INLINE void finish_row(Isa isa, const PagedAttentionParams& p, const RowAddress& at, float mine, float inverse,
+                               float* __restrict x, float* __restrict before) {
   const int64_t D = width(p);
-  float *x = w.row.floats(2 * D), *before = x + D;
+  float& lse = p.lse[at.token * p.query_heads + at.head];
+  char* out = static_cast<char*>(p.out.data) + at.element(p.out) * element_bytes(p.out_dtype);
+  for (int64_t d = 0; d < D; ++d) x[d] *= inverse;
+  if (p.accumulate) {
+    const Merge merge(mine, lse);
+    to_floats(isa, p.out_dtype, out, D, 1, D, before, D);
+    for (int64_t d = 0; d < D; ++d) x[d] = merge.join(x[d], before[d]);
+    lse = merge.lse;
+  } else {
+    lse = mine;
+  }
+  from_floats(isa, p.out_dtype, x, D, 1, D, out, D);
+}
+
+template <typename S>
+INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
+  float *x = w.row.floats((kLanes + 1) * out_columns), *before = x + kLanes * out_columns;
   for (int64_t row = 0; row < task.rows; ++row) {
     const int64_t group = row / kLanes, lane = row % kLanes;
-    const RowAddress at = address(p, task, row);
+    for (int64_t d = 0; lane == 0 && d < out_columns; d += kLanes)
+      S::transpose(w.out[group * out_columns + d].lane, kLanes, x + d, out_columns);
     const float sum = w.running[group].sum.lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
-    float& lse = p.lse[at.token * p.query_heads + at.head];
-    const float mine = sum == 0.f ? -kInfinity : (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2;
-    for (int64_t d = 0; d < D; ++d) x[d] = w.out[group * out_columns + d].lane[lane] * inverse;
-    char* out = static_cast<char*>(p.out.data) + at.element(p.out) * element_bytes(p.out_dtype);
-    if (p.accumulate) {
-      const Merge merge(mine, lse);
-      to_floats(isa, p.out_dtype, out, D, 1, D, before, D);
-      for (int64_t d = 0; d < D; ++d) x[d] = merge.join(x[d], before[d]);
-      lse = merge.lse;
-    } else {
-      lse = mine;
-    }
-    from_floats(isa, p.out_dtype, x, D, 1, D, out, D);
+    const float lse = sum == 0.f ? -kInfinity : (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2;
+    finish_row(isa, p, address(p, task, row), lse, inverse, x + lane * out_columns, before);
   }
 }
 
@@ -171,7 +185,7 @@ void copy_rows(const char* from, int64_t from_stride, int64_t count, char* to, i
 INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
                                    Workspace& w) {
   const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
-  const int64_t D = tile.width, rows = round_up(count, block), words = round_up(D, kElements[arithmetic]) / kElements[arithmetic];
+  const int64_t D = tile.width, rows = round_up(count, block), words = words_of(D, arithmetic);
   const bool in_place = count == rows && D % kElements[arithmetic] == 0;
   std::fill_n(w.bias, count, bias);
   std::fill(w.bias + count, w.bias + rows, -kInfinity);
@@ -234,11 +248,10 @@ INFERIX_INLINE void interleave(int64_t count, int64_t width, int64_t stride, con
   }
 }
 
-INFERIX_INLINE TileValues ready_values(Isa isa, const Tile& tile, int64_t first, int64_t count, int64_t block,
-                                       Workspace& w) {
+INFERIX_INLINE TileValues ready_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
   const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
-  const int64_t D = tile.width, columns = round_up(D, block);
-  const int64_t steps = round_up(count, kElements[arithmetic]) / kElements[arithmetic];
+  const int64_t D = tile.width, columns = round_up(D, kLanes);
+  const int64_t steps = words_of(count, arithmetic);
   const char* codes = tile.codes + first * row_bytes(tile.codec, D);
   TileValues values{nullptr, columns * 4, steps, columns, nullptr};
   if (tile.codec == Codec::f32 && D == columns) {
@@ -283,8 +296,8 @@ INFERIX_INLINE void with_kernels(Arithmetic arithmetic, const Function& function
 
 template <typename S, int kBlock>
 INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  const int64_t out_columns = round_up(width(p), kBlock);
-  begin(isa, p, task, out_columns, w);
+  const int64_t out_columns = round_up(width(p), kLanes);
+  begin<S>(isa, p, task, out_columns, w);
   alignas(64) Column scores[kTileKeys];
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
   const int64_t groups = static_cast<int64_t>(w.running.size());
@@ -299,7 +312,7 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
     for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
       const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
       const TileKeys keys = ready_keys(isa, k_tile, first, count, bias, kBlock, w);
-      const TileValues values = ready_values(isa, v_tile, first, count, kBlock, w);
+      const TileValues values = ready_values(isa, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
         const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];
         Column highest, *out = &w.out[group * out_columns];
@@ -314,7 +327,7 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
       }
     }
   }
-  finish(isa, p, task, out_columns, w);
+  finish<S>(isa, p, task, out_columns, w);
 }
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
