@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: demo play test lint build bench clean
+.PHONY: demo play test sanitize lint build bench clean
 
 build: .venv/built
 
@@ -18,6 +18,10 @@ play: build
 # One thread: the tests' operations are too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# The C++ kernels at every level of instructions, under the address and undefined-behaviour sanitizers.
+sanitize: .venv/tools
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
 
 lint: .venv/tools
 	$(BIN)/ruff check .

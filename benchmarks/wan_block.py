@@ -104,8 +104,7 @@ def main() -> None:
         clock.seconds.clear()
         started = time.perf_counter()
         latents = decoder.step(condition)
-        with torch.inference_mode():
-            decoder._clean_pass()
+        decoder.settle()
         total = time.perf_counter() - started
         assert torch.isfinite(latents).all()
         split = " · ".join(f"{part} {seconds / total:.0%}" for part, seconds in clock.seconds.items())

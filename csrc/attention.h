@@ -1,4 +1,4 @@
-// paged_attention, merge_attention: see inferix_kernels/reference.py for what they mean.
+// paged_attention, merge_attention: see inferix_kernels/reference for what they mean.
 #pragma once
 #include "kv_pages.h"
 

@@ -85,7 +85,7 @@ void define_types(py::module_& m) {
       .value("e4m3_channel", Codec::e4m3_channel)
       .value("u4_token", Codec::u4_token)
       .value("u4_channel", Codec::u4_channel);
-  py::enum_<Isa>(m, "Isa", "Sets of instructions; each has those of the ones before it.")
+  py::enum_<Isa>(m, "Isa", py::arithmetic(), "Sets of instructions; each has those of the ones before it.")
       .value("portable", Isa::portable)
       .value("avx2", Isa::avx2)
       .value("avx512", Isa::avx512)

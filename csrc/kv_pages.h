@@ -1,5 +1,5 @@
 // kv_append, kv_commit, kv_gather: the contract shared by the CPU kernels, the CUDA kernels and the binding.
-// What the ops mean is written in inferix_kernels/reference.py.
+// What the ops mean is written in inferix_kernels/reference.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// qkv_prologue: see inferix_kernels/reference.py for what it means.
+// qkv_prologue: see inferix_kernels/reference for what it means.
 #pragma once
 #include "kv_pages.h"
 

@@ -20,7 +20,8 @@ except ImportError as error:
     raise ImportError(f"the extension inferix_kernels._C is not built ({error}): pip install -e .") from error
 
 HAS_CUDA: bool = _C.has_cuda
-ISA: _C.Isa = _C.best_isa()  # the instructions that CPU kernels use; tests set others
+Isa = _C.Isa
+ISA: Isa = _C.best_isa()  # the instructions that CPU kernels use; tests set others
 CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "paged_attention", "merge_attention", "qkv_prologue"))
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 _CODECS = {
@@ -168,7 +169,7 @@ def qkv_prologue(
     _run(
         "qkv_prologue",
         qkv,
-        qkv=qkv.data_ptr(),
+        qkv=_pointer("qkv", qkv),
         qkv_stride=qkv.stride(0),
         q=_address("out", out),
         bias=_address("bias", bias),
@@ -213,7 +214,7 @@ def quantize_rows(
     _run(
         "quantize_rows",
         x,
-        x=x.data_ptr(),
+        x=_pointer("x", x),
         x_stride=x.stride(0),
         weight=_address("weight", weight),
         bias=_address("bias", bias),
@@ -298,7 +299,14 @@ def _address(name: str, tensor: Tensor | None) -> int:
         return 0
     if not tensor.is_contiguous():
         raise Unsupported(f"{name} must be contiguous, got strides {tensor.stride()}")
-    return tensor.data_ptr()
+    return _pointer(name, tensor)
+
+
+def _pointer(name: str, tensor: Tensor) -> int:
+    address, size = tensor.data_ptr(), tensor.element_size()
+    if address % size:
+        raise ValueError(f"{name} must be aligned to its elements of {size} bytes, got address {address:#x}")
+    return address
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -314,7 +322,7 @@ def _rows(name: str, tensor: Tensor) -> _C.Rows:
     token_stride, head_stride, stride = tensor.stride()[-3:]
     if stride != 1:
         raise Unsupported(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
-    return _C.Rows(tensor.data_ptr(), token_stride, head_stride)
+    return _C.Rows(_pointer(name, tensor), token_stride, head_stride)
 
 
 def _page_list(ids: Tensor, lens: Tensor) -> _C.PageList:
@@ -325,15 +333,15 @@ def _shape(pages: KVPages) -> _C.PageShape:
     return _C.PageShape(pages.heads, pages.page_size)
 
 
-def _plane(side: Side, width: int) -> _C.Plane:
-    # ops.py has checked that all of them are contiguous.
-    codes, scales, offsets = (0 if x is None else x.data_ptr() for x in (side.codes, side.scales, side.offsets))
+def _plane(name: str, side: Side, width: int) -> _C.Plane:
+    parts = (name, side.codes), (f"{name}_scales", side.scales), (f"{name}_offsets", side.offsets)
+    codes, scales, offsets = (_address(part, tensor) for part, tensor in parts)
     return _C.Plane(codes, scales, offsets, width, _CODECS[side.codec])
 
 
 def _pool(pages: KVPages) -> _C.Pool:
     k, v = pages.sides
-    return _C.Pool(_plane(k, pages.head_dim), _plane(v, pages.value_dim), pages.pages)
+    return _C.Pool(_plane("pages.k", k, pages.head_dim), _plane("pages.v", v, pages.value_dim), pages.pages)
 
 
 def _pools(pools: Sequence[KVPages]) -> list[_C.Pool]:

@@ -234,6 +234,12 @@ class PageTable:
         self.next_frame = end
         self._thaw()
 
+    def forget(self, frames: Iterable[int]) -> None:
+        """Forget these held frames: no block sees them any more."""
+        frames = list(frames)
+        self._held(frames)
+        self._forget(frames)
+
     def _thaw(self) -> None:
         """A world without a first block has no mean key, even if a clean pass that failed had frozen some layers'."""
         if self.next_frame == 0:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from inferix_kernels import Unsupported
+from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
 
 
@@ -47,6 +47,16 @@ def backend(backend_and_device: tuple[str, str]) -> str:
 @pytest.fixture
 def device(backend_and_device: tuple[str, str]) -> str:
     return backend_and_device[1]
+
+
+@pytest.fixture(params=list(compiled.Isa.__members__))
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each set of instructions that this CPU has, in turn."""
+    level = compiled.Isa.__members__[request.param]
+    if level > compiled._C.best_isa():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(compiled, "ISA", level)
+    return request.param
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from inferix_kernels import PageList, kv_gather, make_plan, merge_attention, paged_attention
+from inferix_kernels import PageList, compiled, kv_gather, make_plan, merge_attention, paged_attention
 from inferix_kernels.layout import KV_FORMATS
 from inferix_kernels.testing import assert_close, attention_inputs, filled_pool
 
@@ -30,6 +30,31 @@ CASES = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXES = [((format,), torch.float32) for format in KV_FORMATS] + [(KV_FORMATS, dtype) for dtype in DTYPES]
+
+
+# Where the CPU has instructions for it, queries and weights are rounded as the pages are. What that may add to the
+# output (a share of its L2 norm) and to an lse; measured: 0.25 % for 8 bits of mantissa; 0.8 % where a query is held in
+# 127ths of its largest number and a weight in 255ths of the largest in its page.
+ROUNDING = {
+    "bf16": (0.004, 0.01),
+    "int4": (0.006, 0.01),
+    "fp8": (0.006, 0.01),
+    "i8f8": (0.012, 0.03),
+    "int8": (0.012, 0.03),
+}
+
+
+def assert_attention(got, want, plan, formats, backend="compiled"):
+    """(out, lse) of a backend against the reference's."""
+    bounds = [ROUNDING[format] for format in formats if format in ROUNDING]
+    if backend != "compiled" or not bounds or compiled.Isa.avx512_vnni > compiled.ISA:
+        assert_close("out", got[0], want[0], keys(plan))
+        return assert_close("lse", got[1], want[1], got[0].shape[2])
+    share, step = max(bounds)
+    out, wanted = (x[0].float() for x in (got, want))
+    half = torch.finfo(got[0].dtype).eps / 2 if got[0].dtype != torch.float32 else 0.0
+    assert (out - wanted).norm() <= (share + half) * wanted.norm()
+    torch.testing.assert_close(got[1], want[1], rtol=0, atol=step)
 
 
 def inputs(case: str, **kwargs):
@@ -64,11 +89,9 @@ def test_the_reference_is_softmax_over_gathered_tokens(case):
 @pytest.mark.parametrize("case", CASES)
 def test_attention_matches_the_reference(case, formats, dtype, backend, device):
     q, pools, plan = inputs(case, formats=formats, dtype=dtype, device=device)
-    out, lse = paged_attention(q, pools, plan, backend=backend)
-    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
-    assert not out.isnan().any()  # every slot that must not be read is poisoned
-    assert_close("out", out, want_out, keys(plan))
-    assert_close("lse", lse, want_lse, q.shape[2])
+    got, want = (paged_attention(q, pools, plan, backend=which) for which in (backend, "reference"))
+    assert not got[0].isnan().any()  # every slot that must not be read is poisoned
+    assert_attention(got, want, plan, formats, backend)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
@@ -84,10 +107,8 @@ def test_attention_matches_the_reference_on_any_sizes(queries, lens, heads, grou
     hypothesis.assume(head_dim % 2 == 0 or "int4" not in formats)  # its codes come in pairs
     sizes = {"query_heads": heads * group, "heads": heads, "head_dim": head_dim, "page_size": 24}
     q, pools, plan = attention_inputs(queries, lens, **sizes, formats=formats)
-    out, lse = paged_attention(q, pools, plan, backend="compiled")
-    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
-    assert_close("out", out, want_out, keys(plan))
-    assert_close("lse", lse, want_lse, head_dim)
+    got, want = (paged_attention(q, pools, plan, backend=which) for which in ("compiled", "reference"))
+    assert_attention(got, want, plan, formats)
 
 
 def lists_per_head(plan, heads, generator):
@@ -177,11 +198,9 @@ def test_plans_of_every_kind_match_the_reference(case, what, formats, dtype, bac
         q = torch.stack((q, q.flip(0), -q, q * 0.5))
         variants = torch.randint(4, (pages,), generator=generator, dtype=torch.int32)
         plan = plan._replace(page_variants=variants.to(device))
-    out, lse = paged_attention(q, pools, plan, backend=backend)
-    want_out, want_lse = paged_attention(q, pools, plan, backend="reference")
-    assert not out.isnan().any()
-    assert_close("out", out, want_out, keys(plan))
-    assert_close("lse", lse, want_lse, q.shape[-1])
+    got, want = (paged_attention(q, pools, plan, backend=which) for which in (backend, "reference"))
+    assert not got[0].isnan().any()
+    assert_attention(got, want, plan, formats, backend)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -250,8 +269,7 @@ def test_accumulating_over_groups_of_pages_equals_one_call(formats, backend, dev
             entries = (slice(lists[s], middle), slice(middle, lists[s + 1]), slice(0, 0))[part]
             segments.append((starts[s + 1] - starts[s], ids[entries], lens[entries]))
         paged_attention(q, pools, make_plan(segments, device), out=out, lse=lse, accumulate=True, backend=backend)
-    assert_close("out", out, want_out, keys(whole))
-    assert_close("lse", lse, want_lse, q.shape[2])
+    assert_attention((out, lse), (want_out, want_lse), whole, formats, backend)
 
 
 def test_large_scores_do_not_overflow(backend, device):

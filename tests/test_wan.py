@@ -7,6 +7,7 @@ the float32 one, 0.1 and more for the others).
 
 import pytest
 import torch
+import torch.nn.functional as F
 from wan_golden import DenseTable, golden, model_for, run, table_for
 
 from inferix_kernels import Policy
@@ -116,6 +117,45 @@ def test_fused_equals_separate(variant, recorded):
         decoder = run(model, tensors, DenseTable(model, policy), blocks)
         finals.append(torch.cat([steps[-1] for steps in decoder.x0]))
     assert furthest(*finals) < 1e-12
+
+
+class ByBlock:
+    """torch's linear layer, each block of a pass multiplied by itself, so that all products have the same size."""
+
+    blocks = 1
+
+    def __init__(self, model, monkeypatch):
+        linear, predict = F.linear, model.predict
+
+        def noting(blocks, *args):
+            self.blocks = len(blocks)
+            return predict(blocks, *args)
+
+        model.predict = noting
+        monkeypatch.setattr(
+            F, "linear", lambda x, *args: torch.cat([linear(part, *args) for part in x.chunk(self.blocks)])
+        )
+
+
+@pytest.mark.parametrize("kv", ["fp32", "int8"])
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_fused_differs_from_separate_by_the_size_of_its_products_alone(backend, kv, recorded, monkeypatch):
+    """A product of twice the rows sums in another order: 2e-6. With the products by block, all bits are the same."""
+    _, blocks, policy = ROLLING["local6_sink1"]
+    tensors = recorded["self_forcing_static"] | recorded["self_forcing_rolling"]
+
+    def final(fused, by_block):
+        model = model_for(tensors, "self-forcing", fused=fused)
+        with monkeypatch.context() as patched:
+            if by_block:
+                ByBlock(model, patched)
+            decoder = run(model, tensors, table_for(model, policy, kv, backend), blocks)
+        return torch.cat([steps[-1] for steps in decoder.x0])
+
+    separate = final(False, False)
+    assert torch.equal(final(True, True), separate)
+    if kv == "fp32":  # a rounding of a key to int8 may flip
+        assert furthest(final(True, False), separate) < 5e-6
 
 
 def test_int8_pages_cost_little(recorded):

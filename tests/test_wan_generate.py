@@ -18,11 +18,12 @@ from wan_folder import WORDS, write_encoder, write_folder, write_vae
 
 from inferix.cli import main
 from inferix.models import load_model
-from inferix.models.wan.text import PromptEncoder, published_encoder
+from inferix.models.wan.text import PromptEncoder, clean, published_encoder
 from inferix.models.wan.vae import VAE, load_vae
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra: wan)")
+pytest.importorskip("ftfy", reason="ftfy is not installed (extra: wan)")
 SIZE = (32, 48)
 
 
@@ -57,10 +58,13 @@ def test_one_command_makes_a_video(folder, prompt_cache, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
 
 
-@pytest.mark.parametrize("model, seconds", [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0)])
+@pytest.mark.parametrize(
+    "model, seconds",
+    [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0), ("wan-causal", 2.0), ("wan-t2v", 2.0)],
+)
 def test_the_other_models_run_too(model, seconds, folder, prompt_cache, tmp_path):
     out = tmp_path / "v.mp4"
-    more = []
+    more = ["--steps", 2, "--negative-prompt", "fog"] if model.startswith("wan") else []
     if model == "longlive":
         (tmp_path / "prompts").write_text("0 the fox walks in fog\n1.0 the fox runs in rain\n")
         more = ["--prompt-file", tmp_path / "prompts"]
@@ -139,12 +143,32 @@ def test_prompts_are_encoded_once(folder, tmp_path, monkeypatch):
     encoder = PromptEncoder(folder, 24, tmp_path)
     first = encoder("the  red panda&amp;fox\nwalks")
     assert first.shape[1] == 40 and 5 < len(first) <= 24
+    assert torch.equal(encoder("the red panda&fox walks"), first)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert torch.equal(PromptEncoder(folder, 24, tmp_path)("the red panda&fox walks"), first)  # without transformers
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    again = PromptEncoder(folder, 24, tmp_path)
+    assert torch.equal(again("the  red panda&amp;fox\nwalks"), first)  # with neither of the two
     with pytest.raises(ImportError, match=r"transformers, which is not installed: install the extra `wan`"):
         encoder("another fox")
     assert len(PromptEncoder(folder, 24, None).key("x")) == 32 and encoder.key("x") != encoder.key("y")
     assert PromptEncoder(folder, 23, tmp_path).key("x") != encoder.key("x")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "plain",
+        "  two\n\tlines  ",
+        "&amp;lt;b&amp;gt; &eacute;",
+        "the Mona Lisa doesnâ€™t",
+        "\ufeffＷｉｄｅ “quotes” ﬁ",
+        "熊猫",
+    ],
+)
+def test_prompts_are_cleaned_as_diffusers_does(prompt):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert clean(prompt) == prompt_clean(prompt)
 
 
 def test_long_prompts_are_cut_and_damaged_entries_made_again(folder, tmp_path):
@@ -235,8 +259,8 @@ def test_absent_parts_are_one_line(folder, prompt_cache, tmp_path, capsys, monke
     ]
     for command, message in cases:
         assert main(command) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        error = capsys.readouterr().err.split("inferix generate: ")
+        assert len(error) == 2 and message in error[1] and error[1].count("\n") == 1
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert main(options(folder, tmp_path / "v.mp4", prompt_cache)) == 2
     assert "diffusers, which is not installed: install the extra `wan`" in capsys.readouterr().err

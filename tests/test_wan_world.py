@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from wan_golden import DenseTable, Replay, random_network, table_for, tiny_config
 
 from inferix.loop import Decoder
@@ -16,6 +17,7 @@ from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.network import rope_table
 from inferix.world import World
 from inferix_kernels import Policy
+from inferix_kernels.reference.qkv import normalise, rotate
 
 SIZE = (48, 80)
 
@@ -88,31 +90,64 @@ def test_a_new_rollout_begins_with_the_overlap():
     assert torch.equal(fresh.step(condition), blocks[3])
 
 
-def test_a_new_prompt_recaches_the_window_but_not_the_sink():
-    model = wan("longlive", window=6, sink=3)
+def test_a_new_prompt_recaches_the_window_as_longlive_does():
+    """Its published code: one forward over the last window + sink frames, in which row j of the keys is the sink's for
+    the first frames and is made anew after those, and a block sees the rows up to its own end.
+    """
+    model, window, sink = wan("longlive", window=9, sink=3), 9, 3
+    network, tokens = model.network.double(), model.frame_tokens
+    fog, rain = model.condition_on(text("fog").double()), model.condition_on(text("rain").double())
+    table = DenseTable(model, Policy(window, sink))
+    draws = (noise.double() for noise in torch.randn(99, 3, *model.latent_shape).unbind())
+    decoder = Replay(model, table, draws)
+    frames = torch.cat([decoder.step(fog) for _ in range(7)])[-(window + sink) :]  # 9 .. 20 of 0 .. 20
+    decoder.settle()
+    kept = [table.gather(layer, range(sink)) for layer in range(2)]
+    before = table.gather(1, range(12, 21))
+    decoder.recache(rain)
+    decoder.settle()
+    rows, made = torch.arange(len(frames) * tokens), []
+    mask = rows < ((rows // (3 * tokens) + 1) * 3 * tokens)[:, None]
+    rope = model.rope(range(9, 21))
+
+    def attend(layer, qkv, norm_q, norm_k, eps):
+        q, k, v = (part.unflatten(1, (model.heads, -1)) for part in normed(qkv, norm_q, norm_k, eps))
+        q, k = rotate(q, rope, True), rotate(k, rope, True)
+        made.append((k[sink * tokens :], v[sink * tokens :]))
+        k, v = (torch.cat([old, new]) for old, new in zip(kept[layer], made[-1]))
+        out = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask)
+        return out.transpose(0, 1).flatten(1)
+
+    with torch.inference_mode():
+        network([frames], torch.zeros(len(frames)), [rain], attend)
+    for layer in range(2):
+        for got, wanted in zip(table.gather(layer, range(12, 21)), made[layer]):
+            assert (got - wanted).abs().max() < 1e-12
+        for got, wanted in zip(table.gather(layer, range(sink)), kept[layer]):
+            assert torch.equal(got, wanted)
+    assert decoder.frames == 21 and (table.gather(1, range(12, 21))[1] - before[1]).abs().max() > 0.1
+
+
+def normed(qkv, norm_q, norm_k, eps):
+    q, k, v = qkv.chunk(3, 1)
+    return normalise(q, norm_q, None, eps), normalise(k, norm_k, None, eps), v
+
+
+def test_a_recached_world_goes_on_as_one_that_was_told_so():
+    model, policy = wan("longlive", window=6, sink=3), Policy(window=6, sink=3)
     fog, rain = model.condition_on(text("fog")), model.condition_on(text("rain"))
-    policy = Policy(window=6, sink=3)
     decoder = Decoder(model, table_for(model, policy), torch.Generator().manual_seed(0))
     blocks = [decoder.step(fog) for _ in range(6)]  # frames 0..17
-    sink, before = decoder.table.gather(0, [0, 1, 2]), decoder.table.gather(1, [12, 13, 14])
     decoder.recache(rain)
-    assert decoder.frames == 18
-    with torch.inference_mode():
-        decoder._clean_pass()
-    assert list(decoder.table.held) == [0, 1, 2, 12, 13, 14, 15, 16, 17]
-    assert all(torch.equal(a, b) for a, b in zip(decoder.table.gather(0, [0, 1, 2]), sink))
-    # By hand: the sink under the old prompt, then blocks 3 to 5 (the 9 frames held) under the new one.
     oracle = Decoder(model, table_for(model, policy), torch.Generator())
+    oracle.generator.set_state(decoder.generator.get_state())
     oracle.observe(blocks[0], fog)
-    oracle.table.next_frame = 9
-    for block in blocks[3:]:
+    oracle.table.next_frame = 12
+    for block in blocks[4:]:
         oracle.observe(block, rain)
-    for layer in range(2):
-        got, wanted = (table.gather(layer, range(12, 18)) for table in (decoder.table, oracle.table))
-        # The sink's clean pass ran alone here and fused there: sums in another order.
-        assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(got, wanted))
-    # Layer 0 sees no prompt; layer 1 does.
-    assert not torch.allclose(decoder.table.gather(1, [12, 13, 14])[1], before[1], atol=1e-2)
+    # The clean passes of the sink and of the last block ran alone here and fused there: sums in another order.
+    assert torch.allclose(decoder.step(rain), oracle.step(rain), atol=2e-5)
+    assert decoder.frames == 21 and list(decoder.table.held) == [0, 1, 2, 15, 16, 17]
 
 
 def test_recaching_is_the_adapters_choice():
@@ -147,7 +182,7 @@ def test_a_video_is_continued_from_given_frames(name):
     for block in blocks[:3]:
         continued.decoder.observe(block, model.condition("fog", []))
     for _ in range(3 * len(model.adapter.times)):
-        continued.decoder._noise(made.decoder.recent[-1].block)
+        continued.decoder._noise(3 if name == "self-forcing" else 1)
     # The last clean pass ran alone here and fused there: sums in another order.
     assert torch.allclose(play(continued, ["fog"])[0], blocks[3], atol=2e-5)
 
@@ -169,7 +204,7 @@ def test_far_from_the_start_a_world_is_the_same():
         model = wan()
         model.network.double()
         table = DenseTable(model, Policy(window=6))
-        table.sealed = [start - 1] if start else []
+        table.next_frame = start
         generator = torch.Generator().manual_seed(0)
         draws = (torch.randn(3, *model.latent_shape, generator=generator) for _ in range(99))
         decoder = Replay(model, table, draws)

@@ -1,6 +1,7 @@
 """A folder as people have it on disk, with tiny random weights: network, text encoder, tokenizer and VAE.
 
-Needs diffusers and transformers. Run as a script, it writes one: `python tests/wan_folder.py FOLDER`.
+Needs diffusers and transformers. Run as a script, it writes one: `python tests/wan_folder.py FOLDER [--image]`, with
+--image that of an image-to-video model.
 """
 
 import json
@@ -42,6 +43,16 @@ def write_encoder(folder):
     return encoder
 
 
+def write_image_encoder(folder):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 160, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14, hidden_act="gelu"))
+    tower.save_pretrained(folder / "image_encoder")
+    return tower.eval()
+
+
 def write_vae(folder):
     from diffusers import AutoencoderKLWan
 
@@ -51,13 +62,16 @@ def write_vae(folder):
     return vae.eval()
 
 
-def write_folder(folder):
+def write_folder(folder, image=False):
+    """`image`: an image-to-video network, with the tower that looks at the picture."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_network(folder)
+    write_network(folder, **({"channels_in": 36, "image_dim": 160} if image else {}))
     write_encoder(folder)
     write_vae(folder)
+    if image:
+        write_image_encoder(folder)
     return folder
 
 
 if __name__ == "__main__":
-    print(write_folder(Path(sys.argv[1])))
+    print(write_folder(Path(sys.argv[1]), image="--image" in sys.argv))

@@ -4,6 +4,7 @@
 stands in for a page table and keeps plain lists of K and V: what the paper says, without a page.
 """
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from inferix.models.wan.checkpoint import config_of
 from inferix.models.wan.names import canonical
 from inferix.models.wan.network import WanConfig, WanNetwork
 from inferix_kernels import KVStore, Policy
-from inferix_kernels.reference import rms_norm, rotate
+from inferix_kernels.reference.qkv import normalise, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = {"heads": 3, "text_len": 24}  # what the shapes of the recorded weights do not show
@@ -77,11 +78,16 @@ class Replay(Decoder):
         self.held.append([*self.table.held, *self.recent[-1].block.frames])
         return clean
 
-    def _noised(self, clean, level, block):
-        self.x0[-1].append(clean)
-        return super()._noised(clean, level, block)
+    def _sampler(self, levels, frames):
+        sampler = super()._sampler(levels, frames)
 
-    def _noise(self, block):
+        def noting(step, x, clean):
+            self.x0[-1].append(clean)
+            return sampler(step, x, clean)
+
+        return noting
+
+    def _noise(self, frames):
         drawn = next(self.draws)
         return drawn.to(self.model.network.dtype)
 
@@ -124,8 +130,7 @@ def run(model, tensors, table, blocks):
     condition = model.condition_on(tensors["inputs.prompt_embeds"][0])
     for _ in range(blocks):
         decoder.step(condition)
-    with torch.inference_mode():
-        decoder._clean_pass()
+    decoder.settle()
     assert next(decoder.draws, None) is None
     return decoder
 
@@ -152,7 +157,7 @@ class DensePass:
         table, dim = self.table, qkv.shape[1] // 3
         q, k, v = qkv.split(dim, 1)
         q, k = (
-            rotate(rms_norm(x, weight, eps).unflatten(1, (table.heads, -1)), self.rope, True)
+            rotate(normalise(x, weight, None, eps).unflatten(1, (table.heads, -1)), self.rope, True)
             for x, weight in ((q, norm_q), (k, norm_k))
         )
         v = v.unflatten(1, (table.heads, -1))
@@ -176,11 +181,7 @@ class DenseTable:
     def __init__(self, model, policy=Policy()):
         self.policy, self.heads, self.frame_tokens = policy, model.heads, model.frame_tokens
         self.cache = [{} for _ in range(model.layers)]  # per layer: frame -> (k, v)
-        self.sealed, self.open = [], []
-
-    @property
-    def next_frame(self):
-        return self.sealed[-1] + 1 if self.sealed else 0
+        self.sealed, self.open, self.next_frame, self.pinned = [], [], 0, set()
 
     @property
     def held(self):
@@ -198,9 +199,25 @@ class DenseTable:
     def seal(self, block):
         self.open.remove(block)
         self.sealed += block.frames
+        self.next_frame = block.end
 
     def abandon(self, keep=None):
         self.open = [block for block in self.open if block is keep]
+
+    def truncate(self, end):
+        self.forget([frame for frame in self.sealed if frame >= end])
+        self.next_frame = end
+
+    def forget(self, frames):
+        self.sealed = [frame for frame in self.sealed if frame not in frames]
+        for layer in self.cache:
+            for frame in frames:
+                layer.pop(frame, None)
+
+    def fork(self):
+        other = copy.copy(self)
+        other.cache, other.sealed, other.open = [dict(layer) for layer in self.cache], list(self.sealed), []
+        return other
 
     def gather(self, layer, frames):
         return tuple(torch.cat(part) for part in zip(*(self.cache[layer][frame] for frame in frames)))

@@ -1,8 +1,9 @@
-// paged_attention and merge_attention on the CPU.
+// paged_attention and merge_attention on the CPU: tasks, and what a task makes of queries, pages and results. The inner
+// loops are in attention_tile.h.
 //
-// Sixteen query rows lie side by side in a vector register. Keys and values are then read in the order they are
-// stored, one scalar at a time for all sixteen rows; the softmax over keys needs no sum across a register; and a page
-// may hold any number of valid tokens without a mask.
+// Keys and values meet the queries in the precision that their pages have: floats in float32, bfloat16 and what is
+// coarser in bfloat16, int8 in int8 with queries and weights of 8 bits too, where the CPU has the instructions. Else
+// all of it is float32.
 #include "../attention.h"
 
 #include <algorithm>
@@ -10,10 +11,10 @@
 #include <limits>
 #include <vector>
 
-#include "elements.h"
+#include "attention_tile.h"
+#include "codes.h"
 #include "pages.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace inferix {
 namespace {
@@ -21,10 +22,22 @@ namespace {
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A task's query rows share each 8-bit page converted once. 96 rows of 64 channels keep their state in 48 KB.
-constexpr int64_t kRowsPerTask = 96;
-// Keys whose scores are held at once.
-constexpr int64_t kKeys = 64;
+// A task's query rows share each tile made ready once; their sums should stay in a core's second cache.
+constexpr int64_t kRowsPerTask = 256;
+
+enum Arithmetic { kFloats, kBf16, kInt8, kArithmetics };
+
+Arithmetic arithmetic_of(Codec codec, Isa isa) {
+  if (codec == Codec::f32 || codec == Codec::f16) return kFloats;
+  if (codec == Codec::i8_token || codec == Codec::i8_channel) return isa >= Isa::avx512_vnni ? kInt8 : kFloats;
+  return isa >= Isa::avx512_bf16 ? kBf16 : kFloats;
+}
+
+constexpr int64_t kElements[kArithmetics] = {1, 2, 4};  // of a word
+
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+int64_t words_of(int64_t D, Arithmetic arithmetic) { return round_up(D, kElements[arithmetic]) / kElements[arithmetic]; }
 
 // Rows of one segment that read the same KV head: row r is query r / group, query head head * group + r % group.
 struct Task {
@@ -33,77 +46,15 @@ struct Task {
 
 // What a thread needs for a task; kept between calls, since a task is short.
 struct Workspace {
-  std::vector<Column> q, out;        // [variants][groups][D], [groups][D rounded up to the kernel's rows]
-  std::vector<Column> largest, sum;  // [groups]  of the scores, in units of log 2; of 2^(score - largest)
-  Buffer k, v;                       // [kKeys, D]  a decoded part of a page
+  std::vector<Column> q[kArithmetics];  // [variants][groups][words of a row]; none if no pool wants it
+  std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
+  std::vector<Column> out;              // [groups][D rounded up to 16]
+  std::vector<Running> running;         // [groups]
+  Buffer row, k, v, floats, halves;
+  alignas(64) float bias[kTileKeys], k_scales[kTileKeys];
+  alignas(64) int32_t start[kTileKeys];
+  Buffer v_scales;
 };
-
-// acc[i] += sum over n < count of a[offsets[i] + n * step] * columns[n]
-template <typename S, int kRows>
-INFERIX_INLINE void multiply_add(const float* a, const int64_t (&offsets)[kRows], int64_t step, const Column* columns,
-                                 int64_t count, typename S::Lanes (&acc)[kRows][S::kParts]) {
-  for (int64_t n = 0; n < count; ++n) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int part = 0; part < S::kParts; ++part)
-        acc[i][part] += a[offsets[i] + n * step] * S::part(columns[n], part);
-    }
-  }
-}
-
-// scores[key] = k[key] . q + bias for each of sixteen queries.
-template <typename S, int kRows>
-INFERIX_INLINE void score_keys(const float* k, int64_t count, int64_t D, const Column* q, float bias, Column* scores) {
-  for (int64_t first = 0; first < count; first += kRows) {
-    // Past the last key the last one again: nothing invalid is read, and its result is dropped.
-    int64_t offsets[kRows];
-    for (int i = 0; i < kRows; ++i) offsets[i] = std::min(first + i, count - 1) * D;
-    typename S::Lanes acc[kRows][S::kParts] = {};
-    multiply_add<S>(k, offsets, 1, q, D, acc);
-    for (int i = 0; i < kRows && first + i < count; ++i)
-      for (int part = 0; part < S::kParts; ++part) S::part(scores[first + i], part) = acc[i][part] + bias;
-  }
-}
-
-// scores become 2^(score - largest); returns what everything summed before must be multiplied with.
-template <typename S>
-INFERIX_INLINE Column soften(Column* scores, int64_t count, Column& largest, Column& sum) {
-  Column shrink;
-  for (int part = 0; part < S::kParts; ++part) {
-    typename S::Lanes highest = S::part(largest, part);
-    for (int64_t key = 0; key < count; ++key) highest = S::larger(S::part(scores[key], part), highest);
-    const typename S::Lanes factor = S::exp2(S::part(largest, part) - highest);
-    typename S::Lanes total = S::part(sum, part) * factor;
-    for (int64_t key = 0; key < count; ++key) {
-      const typename S::Lanes weight = S::exp2(S::part(scores[key], part) - highest);
-      S::part(scores[key], part) = weight;
-      total += weight;
-    }
-    S::part(largest, part) = highest;
-    S::part(sum, part) = total;
-    S::part(shrink, part) = factor;
-  }
-  return shrink;
-}
-
-// out[d] = out[d] * shrink + sum over keys of weights[key] * v[key][d]
-template <typename S, int kRows>
-INFERIX_INLINE void add_values(const float* v, int64_t count, int64_t D, const Column* weights, const Column& shrink,
-                               Column* out) {
-  for (int64_t first = 0; first < D; first += kRows) {
-    int64_t offsets[kRows];
-    typename S::Lanes acc[kRows][S::kParts];
-    for (int i = 0; i < kRows; ++i) {
-      offsets[i] = std::min(first + i, D - 1);  // out has room for a whole last step
-      for (int part = 0; part < S::kParts; ++part)
-        acc[i][part] = S::part(out[first + i], part) * S::part(shrink, part);
-    }
-    multiply_add<S>(v, offsets, D, weights, count, acc);
-    for (int i = 0; i < kRows; ++i)
-      for (int part = 0; part < S::kParts; ++part) S::part(out[first + i], part) = acc[i][part];
-  }
-}
 
 struct RowAddress {
   int64_t element(const Rows& rows) const { return token * rows.token_stride + head * rows.head_stride; }
@@ -117,25 +68,58 @@ RowAddress address(const PagedAttentionParams& p, const Task& task, int64_t row)
 
 int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Queries in, scaled so that scores come out in units of log 2, and the running state to start from.
-template <typename Q>
-void begin(const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
-  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes;
+// x[D], zeros up to a whole word, as the words of one arithmetic; bytes are 128 more than what they stand for. Returns
+// the scale of bytes.
+INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, int32_t* words) {
+  if (arithmetic == kFloats) {
+    std::memcpy(words, x, D * 4);
+  } else if (arithmetic == kBf16) {
+    for (int64_t n = 0; n < (D + 1) / 2; ++n)
+      words[n] = from_float<Bf16>(x[2 * n]).bits | from_float<Bf16>(x[2 * n + 1]).bits << 16;
+  } else {
+    int32_t largest = 0;
+    for (int64_t d = 0; d < D; ++d) largest = std::max(largest, magnitude(x[d]));
+    const float scale = std::max(float_of(static_cast<uint32_t>(largest)), kAmaxFloor) / kInt8Max, inverse = 1.f / scale;
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
+    for (int64_t d = 0; d < round_up(D, 4); ++d) bytes[d] = static_cast<uint8_t>(rounded(x[d] * inverse) + 128);
+    // A NaN has made every byte meaningless: the scale carries it on.
+    return largest > 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : scale;
+  }
+  return 1.f;
+}
+
+// Queries in, scaled so that scores come out in units of log 2, and the state to start from.
+template <typename S>
+INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
+  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes, stride = round_up(D, kLanes);
+  bool wanted[kArithmetics] = {};
+  for (int i = 0; i < p.pools.count; ++i) wanted[arithmetic_of(p.pools.pool[i].k.codec, isa)] = true;
   Column lowest;
   std::fill_n(lowest.lane, kLanes, -kInfinity);
-  w.q.assign(p.variants * groups * D, Column{});
+  w.running.assign(groups, Running{lowest, Column{}});
   w.out.assign(groups * out_columns, Column{});
-  w.largest.assign(groups, lowest);
-  w.sum.assign(groups, Column{});
-  for (int64_t row = 0; row < task.rows; ++row) {
-    const int64_t group = row / kLanes, lane = row % kLanes;
-    const RowAddress at = address(p, task, row);
-    for (int64_t variant = 0; variant < p.variants; ++variant) {
-      const Q* q = static_cast<const Q*>(p.q.data) + variant * p.q_variant_stride + at.element(p.q);
-      Column* columns = &w.q[(variant * groups + group) * D];
-      for (int64_t d = 0; d < D; ++d) columns[d].lane[lane] = to_float(q[d]) * (p.scale * kLog2E);
+  w.q_scale.assign(p.variants * groups, Column{});
+  float *x = w.row.floats((kLanes + 1) * stride), *words = x + stride;  // a row; the words of sixteen
+  std::fill_n(x, (kLanes + 1) * stride, 0.f);
+  for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {
+    const int64_t count = words_of(D, static_cast<Arithmetic>(arithmetic));
+    w.q[arithmetic].resize(wanted[arithmetic] ? p.variants * groups * count : 0);
+    for (int64_t group = 0; wanted[arithmetic] && group < p.variants * groups; ++group) {
+      const int64_t variant = group / groups, first = group % groups * kLanes;
+      for (int64_t row = first; row < std::min(task.rows, first + kLanes); ++row) {
+        const int64_t at = variant * p.q_variant_stride + address(p, task, row).element(p.q);
+        to_floats(isa, p.q_dtype, static_cast<const char*>(p.q.data) + at * element_bytes(p.q_dtype), D, 1, D, x, D);
+        for (int64_t d = 0; d < D; ++d) x[d] *= p.scale * kLog2E;
+        int32_t* row_words = reinterpret_cast<int32_t*>(words + (row - first) * stride);
+        w.q_scale[group].lane[row - first] = to_words(static_cast<Arithmetic>(arithmetic), x, D, row_words);
+      }
+      alignas(64) Column block[kLanes];
+      for (int64_t n = 0; n < count; n += kLanes) {
+        S::transpose(words + n, stride, block[0].lane, kLanes);
+        std::copy_n(block, std::min<int64_t>(kLanes, count - n), &w.q[arithmetic][group * count + n]);
+      }
     }
   }
 }
@@ -157,61 +141,205 @@ struct Merge {
   float lse, share_a, share_b;
 };
 
-template <typename Out>
-void finish(const PagedAttentionParams& p, const Task& task, int64_t out_columns, const Workspace& w) {
+// One row of the result: x[D], to be multiplied with `inverse`.
+INFERIX_INLINE void finish_row(Isa isa, const PagedAttentionParams& p, const RowAddress& at, float mine, float inverse,
+                               float* __restrict x, float* __restrict before) {
+  const int64_t D = width(p);
+  float& lse = p.lse[at.token * p.query_heads + at.head];
+  char* out = static_cast<char*>(p.out.data) + at.element(p.out) * element_bytes(p.out_dtype);
+  for (int64_t d = 0; d < D; ++d) x[d] *= inverse;
+  if (p.accumulate) {
+    const Merge merge(mine, lse);
+    to_floats(isa, p.out_dtype, out, D, 1, D, before, D);
+    for (int64_t d = 0; d < D; ++d) x[d] = merge.join(x[d], before[d]);
+    lse = merge.lse;
+  } else {
+    lse = mine;
+  }
+  from_floats(isa, p.out_dtype, x, D, 1, D, out, D);
+}
+
+template <typename S>
+INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
+  float *x = w.row.floats((kLanes + 1) * out_columns), *before = x + kLanes * out_columns;
   for (int64_t row = 0; row < task.rows; ++row) {
     const int64_t group = row / kLanes, lane = row % kLanes;
-    const RowAddress at = address(p, task, row);
-    const float sum = w.sum[group].lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
-    Out* out = static_cast<Out*>(p.out.data) + at.element(p.out);
-    float& lse = p.lse[at.token * p.query_heads + at.head];
-    float mine = sum == 0.f ? -kInfinity : (w.largest[group].lane[lane] + std::log2(sum)) * kLn2;
-    const Merge merge(mine, p.accumulate ? lse : -kInfinity);
-    for (int64_t d = 0; d < width(p); ++d) {
-      const float value = w.out[group * out_columns + d].lane[lane] * inverse;
-      out[d] = from_float<Out>(p.accumulate ? merge.join(value, to_float(out[d])) : value);
-    }
-    lse = p.accumulate ? merge.lse : mine;
+    for (int64_t d = 0; lane == 0 && d < out_columns; d += kLanes)
+      S::transpose(w.out[group * out_columns + d].lane, kLanes, x + d, out_columns);
+    const float sum = w.running[group].sum.lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
+    const float lse = sum == 0.f ? -kInfinity : (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2;
+    finish_row(isa, p, address(p, task, row), lse, inverse, x + lane * out_columns, before);
   }
 }
 
-template <typename S, int kRows>
+// Rows of count tokens from codes that lie `from_stride` bytes apart, zeros up to `rows` and `stride`.
+void copy_rows(const char* from, int64_t from_stride, int64_t count, char* to, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const int64_t bytes = t < count ? from_stride : 0;
+    if (bytes) std::memcpy(to + t * stride, from + t * from_stride, bytes);
+    std::memset(to + t * stride + bytes, 0, stride - bytes);
+  }
+}
+
+// Tokens first : first + count of a tile of keys.
+INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
+                                   Workspace& w) {
+  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
+  const int64_t D = tile.width, rows = round_up(count, block), words = words_of(D, arithmetic);
+  const bool in_place = count == rows && D % kElements[arithmetic] == 0;
+  std::fill_n(w.bias, count, bias);
+  std::fill(w.bias + count, w.bias + rows, -kInfinity);
+  TileKeys keys{nullptr, words * 4, words, rows, w.bias, nullptr, nullptr};
+  const int64_t bytes = row_bytes(tile.codec, D);
+  const char* codes = tile.codes + first * bytes;
+  const bool stored = tile.codec == Codec::f32 || (tile.codec == Codec::bf16 && arithmetic == kBf16) || arithmetic == kInt8;
+  char* to = reinterpret_cast<char*>(w.k.floats(rows * words));
+  if (stored && in_place) {
+    keys.rows = codes;
+  } else if (stored) {
+    copy_rows(codes, bytes, count, to, words * 4, rows);
+    keys.rows = to;
+  } else {
+    const float* x = floats_of(isa, tile, first, count, w.floats);
+    if (arithmetic == kFloats) {
+      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, to, D * 4, rows);
+    } else {
+      from_floats(isa, DType::bf16, x, D, count, D, to, words * 2);
+      for (int64_t t = 0; t < count && D % 2; ++t) std::memset(to + t * words * 4 + D * 2, 0, 2);
+      std::memset(to + count * words * 4, 0, (rows - count) * words * 4);
+    }
+    keys.rows = to;
+  }
+  if (arithmetic == kInt8) {
+    std::fill(w.k_scales + count, w.k_scales + rows, 0.f);
+    std::memcpy(w.k_scales, reinterpret_cast<const float*>(tile.scales) + first, count * 4);
+    for (int64_t t = 0; t < rows; ++t) {
+      const int8_t* row = reinterpret_cast<const int8_t*>(keys.rows) + t * keys.stride;
+      int32_t sum = 0;
+      for (int64_t d = 0; d < words * 4; ++d) sum += row[d];
+      w.start[t] = -128 * sum;
+    }
+    keys.scales = w.k_scales, keys.start = w.start;
+  }
+  return keys;
+}
+
+// Words of kCount rows' elements: [ceil(count / kCount)][stride], rows past count 0.
+template <typename Element, int kCount, typename Load>
+INFERIX_INLINE void interleave(int64_t count, int64_t width, int64_t stride, const Load& row, uint32_t* to) {
+  static constexpr Element zeros[1] = {};
+  for (int64_t t = 0; t < count; t += kCount, to += stride) {
+    const Element* from[kCount];
+    for (int i = 0; i < kCount; ++i) from[i] = t + i < count ? row(t + i) : zeros;
+    if (t + kCount <= count) {
+      for (int64_t d = 0; d < width; ++d) {
+        uint32_t word = 0;
+        for (int i = 0; i < kCount; ++i) word |= uint32_t(from[i][d]) << (32 / kCount * i);
+        to[d] = word;
+      }
+    } else {
+      for (int64_t d = 0; d < width; ++d) {
+        uint32_t word = 0;
+        for (int i = 0; t + i < count; ++i) word |= uint32_t(from[i][d]) << (32 / kCount * i);
+        to[d] = word;
+      }
+    }
+    std::fill(to + width, to + stride, 0);
+  }
+}
+
+INFERIX_INLINE TileValues ready_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
+  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
+  const int64_t D = tile.width, columns = round_up(D, kLanes);
+  const int64_t steps = words_of(count, arithmetic);
+  const char* codes = tile.codes + first * row_bytes(tile.codec, D);
+  TileValues values{nullptr, columns * 4, steps, columns, nullptr};
+  if (tile.codec == Codec::f32 && D == columns) {
+    values.rows = codes;
+    return values;
+  }
+  float* to = w.v.floats(steps * columns);
+  values.rows = reinterpret_cast<const char*>(to);
+  if (arithmetic == kInt8) {
+    const auto row = [&](int64_t t) { return reinterpret_cast<const uint8_t*>(codes) + t * D; };
+    interleave<uint8_t, 4>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
+    float* scales = w.v_scales.floats(columns);
+    std::memcpy(scales, tile.scales, D * 4);
+    std::fill(scales + D, scales + columns, 0.f);
+    values.scales = scales;
+  } else if (tile.codec == Codec::bf16 && arithmetic == kBf16) {
+    const auto row = [&](int64_t t) { return reinterpret_cast<const Pair*>(codes) + t * D; };
+    interleave<Pair, 2>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
+  } else {
+    const float* x = floats_of(isa, tile, first, count, w.floats);
+    if (arithmetic == kFloats) {
+      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, reinterpret_cast<char*>(to), columns * 4, count);
+    } else {
+      Pair* halves = reinterpret_cast<Pair*>(w.halves.floats(count * D));
+      from_floats(isa, DType::bf16, x, D, count, D, halves, D);
+      interleave<Pair, 2>(count, D, columns, [&](int64_t t) { return halves + t * D; }, reinterpret_cast<uint32_t*>(to));
+    }
+  }
+  return values;
+}
+
+template <typename S, int kBlock, typename Function>
+INFERIX_INLINE void with_kernels(Arithmetic arithmetic, const Function& function) {
+#if defined(__x86_64__)
+  if constexpr (S::kWidth == 16) {
+    if (arithmetic == kInt8) return function(TileKernels<S, Int8Quads, kBlock>{});
+    if (arithmetic == kBf16) return function(TileKernels<S, Bf16Pairs, kBlock>{});
+  }
+#endif
+  function(TileKernels<S, Floats<S>, kBlock>{});
+}
+
+template <typename S, int kBlock>
 INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  const int64_t D = width(p), out_columns = (D + kRows - 1) / kRows * kRows;
-  with_float_type(p.q_dtype, [&](auto q) { begin<decltype(q)>(p, task, out_columns, w); });
-  Column scores[kKeys];
+  const int64_t out_columns = round_up(width(p), kLanes);
+  begin<S>(isa, p, task, out_columns, w);
+  alignas(64) Column scores[kTileKeys];
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
+  const int64_t groups = static_cast<int64_t>(w.running.size());
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
     const float bias = p.page_bias ? p.page_bias[i] * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
-    const Column* q = &w.q[(p.page_variants ? p.page_variants[i] : 0) * w.sum.size() * D];
     const Location page = locate(p.pools, p.entries.ids[i]);
-    const Tile keys = tile_of(page.pool->k, p.shape, page.page, task.head);
-    const Tile values = tile_of(page.pool->v, p.shape, page.page, task.head);
-    for (int64_t first = 0; first < p.entries.lens[i]; first += kKeys) {
-      const int64_t count = std::min<int64_t>(kKeys, p.entries.lens[i] - first);
-      const float *k = floats_of(isa, keys, first, count, w.k), *v = floats_of(isa, values, first, count, w.v);
-      for (size_t group = 0; group < w.sum.size(); ++group) {
-        score_keys<S, kRows>(k, count, D, q + group * D, bias, scores);
-        const Column shrink = soften<S>(scores, count, w.largest[group], w.sum[group]);
-        add_values<S, kRows>(v, count, D, scores, shrink, &w.out[group * out_columns]);
+    const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
+    const Tile v_tile = tile_of(page.pool->v, p.shape, page.page, task.head);
+    const Arithmetic k_arithmetic = arithmetic_of(k_tile.codec, isa), v_arithmetic = arithmetic_of(v_tile.codec, isa);
+    const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
+    for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
+      const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
+      const TileKeys keys = ready_keys(isa, k_tile, first, count, bias, kBlock, w);
+      const TileValues values = ready_values(isa, v_tile, first, count, w);
+      for (int64_t group = 0; group < groups; ++group) {
+        const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];
+        Column highest, *out = &w.out[group * out_columns];
+        with_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+          highest = kernels.score(keys, q, w.q_scale[first_group + group], scores);
+        });
+        follow<S>(highest, w.running[group], out, out_columns);
+        with_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+          const Column factor = kernels.soften(scores, keys.count, highest, w.running[group]);
+          kernels.add_values(values, scores, factor, out);
+        });
       }
     }
   }
-  with_float_type(p.out_dtype, [&](auto out) { finish<decltype(out)>(p, task, out_columns, w); });
+  finish<S>(isa, p, task, out_columns, w);
 }
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
 
-// kRows * kParts sums must fit the registers beside a column: 8 of 32 zmm (more would wait for loads), 8 of 16 ymm or
-// xmm, 16 of 32 on Arm.
+// kBlock * kParts sums must fit the registers beside a column: 16 of 32 zmm, 8 of 16 ymm or xmm, 16 of 32 on Arm.
 #if defined(__aarch64__)
-constexpr int kPortableRows = 4;
+constexpr int kPortableBlock = 4;
 #else
-constexpr int kPortableRows = 2;
+constexpr int kPortableBlock = 2;
 #endif
 void attend_portable(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend<Simd<4>, kPortableRows>(isa, p, task, w);
+  attend<Simd<4>, kPortableBlock>(isa, p, task, w);
 }
 
 #if defined(__x86_64__)
@@ -220,7 +348,7 @@ INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& ta
 }
 
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend<Simd<16>, 8>(isa, p, task, w);
+  attend<Simd<16>, 16>(isa, p, task, w);
 }
 
 Attend attend_for(Isa isa) { return choose<Attend>(isa, attend_portable, attend_v3, attend_v4); }
@@ -247,9 +375,12 @@ std::vector<Task> split(const PagedAttentionParams& p) {
   std::vector<Task> tasks;
   for (int64_t segment = 0; segment < p.segments; ++segment) {
     const int64_t rows = (p.q_indptr[segment + 1] - p.q_indptr[segment]) * (p.query_heads / p.shape.H);
+    // Equal shares, whole registers.
+    const int64_t shares = std::max<int64_t>((rows + kRowsPerTask - 1) / kRowsPerTask, 1);
+    const int64_t share = round_up((rows + shares - 1) / shares, kLanes);
     for (int64_t head = 0; head < p.shape.H; ++head)
-      for (int64_t first = 0; first < rows; first += kRowsPerTask)
-        tasks.push_back({segment, head, first, std::min(kRowsPerTask, rows - first)});
+      for (int64_t first = 0; first < rows; first += share)
+        tasks.push_back({segment, head, first, std::min(share, rows - first)});
   }
   return tasks;
 }

@@ -11,11 +11,6 @@ namespace inferix {
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pairs of bytes are read as 16 bits");
 typedef uint16_t __attribute__((may_alias)) Pair;  // of bytes
 typedef uint8_t __attribute__((vector_size(16))) Bytes;
-#if defined(__clang__) || __GNUC__ >= 12
-#define INFERIX_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define INFERIX_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bytes{__VA_ARGS__})
-#endif
 
 struct Int8Code {
   using Stored = int8_t;
@@ -83,8 +78,8 @@ INFERIX_INLINE void transpose_block(const uint8_t* from, int64_t from_stride, ui
   for (int round = 0; round < 4; ++round) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      b[2 * i] = INFERIX_SHUFFLE(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      b[2 * i + 1] = INFERIX_SHUFFLE(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      b[2 * i] = INFERIX_SHUFFLE(Bytes, a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      b[2 * i + 1] = INFERIX_SHUFFLE(Bytes, a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = b[i];

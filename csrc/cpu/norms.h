@@ -3,11 +3,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include "simd.h"
+
 namespace inferix {
 
 // The sum of term(i), i < count, as sixteen partial sums: a single one is a chain of dependent additions, less exact.
 template <typename Term>
-inline float sum_of(int64_t count, const Term& term) {
+INFERIX_INLINE float sum_of(int64_t count, const Term& term) {
   constexpr int kParts = 16;
   float parts[kParts] = {};
   int64_t i = 0;
@@ -19,13 +21,13 @@ inline float sum_of(int64_t count, const Term& term) {
   return sum;
 }
 
-inline void subtract_mean(float* x, int64_t count) {
-  const float mean = sum_of(count, [x](int64_t i) { return x[i]; }) / float(count);
+INFERIX_INLINE void subtract_mean(float* x, int64_t count) {
+  const float mean = sum_of(count, [x](int64_t i) INFERIX_INLINE_LAMBDA { return x[i]; }) / float(count);
   for (int64_t i = 0; i < count; ++i) x[i] -= mean;
 }
 
-inline float inverse_rms(const float* x, int64_t count, float eps) {
-  return 1.f / std::sqrt(sum_of(count, [x](int64_t i) { return x[i] * x[i]; }) / float(count) + eps);
+INFERIX_INLINE float inverse_rms(const float* x, int64_t count, float eps) {
+  return 1.f / std::sqrt(sum_of(count, [x](int64_t i) INFERIX_INLINE_LAMBDA { return x[i] * x[i]; }) / float(count) + eps);
 }
 
 }  // namespace inferix

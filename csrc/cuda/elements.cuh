@@ -1,5 +1,5 @@
 // Element types of the CUDA kernels, on a GPU and acted out on the host. Their rounding is that of
-// inferix_kernels/reference.py.
+// inferix_kernels/reference.
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_bf16.h>

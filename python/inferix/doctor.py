@@ -51,10 +51,10 @@ def _tiny() -> Finding:
 
 
 def _wan() -> Finding:
-    missing = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("diffusers", "transformers", "ftfy") if importlib.util.find_spec(name) is None]
     if missing:
         return True, f"no {' and no '.join(missing)}, which prompts and pictures of Wan models need: extra `wan`"
-    return True, "diffusers and transformers found"
+    return True, "diffusers, transformers and ftfy found"
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {

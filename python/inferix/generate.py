@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path
 from .media import VideoWriter, contact_sheet, read_picture
-from .models import Adapter
+from .models import Adapter, load_model
 from .world import World
 
 INTERRUPTED = 130
@@ -27,19 +27,34 @@ SHEET_COLUMNS, SHEET_ROWS = 8, 4
 def generate(args: argparse.Namespace) -> int:
     """Make the video that the command line asks for; 130 if Ctrl-C ended it early."""
     _check(args)
-    world = _open(args)
-    adapter = world.model.adapter
-    if threads := args.threads or adapter.threads:
-        torch.set_num_threads(threads)
-    prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
-    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
-    for _, prompt in prompts.starts:  # every word is checked before the first frame is made
-        world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
-    actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
+    model = load_model(
+        args.model,
+        args.weights,
+        size=args.size,
+        lora=args.lora,
+        device=args.device,
+        prompt_cache=args.prompt_cache,
+        steps=args.steps,
+        guidance=args.guidance,
+        negative_prompt=args.negative_prompt,
+    )
+    adapter = model.adapter
     total = round(args.seconds * adapter.fps)
     if total < 1:
         raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
     given = None if args.image is None else read_picture(args.image, adapter.size)
+    if adapter.at_once:
+        model, given = model.for_video(total, None if given is None else given[0]), None
+    world = World(model, kv=args.kv, window=args.window, sink=args.sink, seed=args.seed, backend=args.backend)
+    if threads := args.threads or adapter.threads:
+        torch.set_num_threads(threads)
+    prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
+    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
+    if adapter.at_once and len(prompts.starts) > 1:
+        raise ValueError(f"--prompt-file must hold one prompt for {adapter.name}, which makes a video at once")
+    for _, prompt in prompts.starts:  # every word is checked before the first frame is made
+        world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
+    actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
     scale = adapter.scale if args.scale is None else args.scale
     with VideoWriter(args.out, adapter.fps, adapter.size, scale=scale) as video:
         journal = None if adapter.live else _journal(args, world, prompts)
@@ -155,22 +170,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} must be at least 1, got {value}")
 
 
-def _open(args: argparse.Namespace) -> World:
-    return World(
-        args.model,
-        kv=args.kv,
-        window=args.window,
-        sink=args.sink,
-        seed=args.seed,
-        weights=args.weights,
-        backend=args.backend,
-        size=args.size,
-        lora=args.lora,
-        device=args.device,
-        prompt_cache=args.prompt_cache,
-    )
-
-
 def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journal:
     adapter: Adapter = world.model.adapter
     weights = Path(args.weights).resolve()
@@ -184,6 +183,9 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journa
         "window": args.window,
         "sink": args.sink,
         "backend": args.backend,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "negative_prompt": args.negative_prompt,
         "image": args.image and str(args.image.resolve()),
         "prompts": prompts.starts,
     }

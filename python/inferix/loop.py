@@ -1,51 +1,56 @@
 """The semi-autoregressive decode loop: denoise a block, make it the past, go on.
 
 This is the paper's figure as code. Whatever differs between models is data in their `Adapter`; whatever concerns
-pages is in `inferix_kernels.page_table`.
+keys and values is a `Branch`.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inferix_kernels.page_table import PageTable
-from inferix_kernels.passes import Block, Pass
 
+from .branch import Branch, Clean
 from .models import BlockModel
-
-
-@dataclasses.dataclass
-class Clean:
-    """A finished block; `Decoder.owed` is the one whose clean pass is still to come."""
-
-    block: Block
-    latents: Tensor
-    condition: Any
+from .samplers import SAMPLERS, Sampler
 
 
 class Decoder:
     """One world's loop. `step` makes the next block; `observe` takes a given one as if it had been made.
 
-    The clean pass of a block, which turns its K and V into the past, is owed until the next block begins: then it
-    shares that block's first forward (fused) or runs just before it (separate). The results are the same, bit for
-    bit on one backend; the last block of a video never pays for a clean pass that nobody reads.
+    The last block of a video never pays for a clean pass that nobody reads: see Branch.
+
+    Args:
+        table: empty; where this world's keys and values go.
+        generator: of all noise.
+        against: what a guided model is guided away from, as the model's `condition` made it; None: no guidance.
     """
 
-    def __init__(self, model: BlockModel, table: PageTable, generator: torch.Generator):
-        self.model, self.table, self.generator = model, table, generator
-        self.owed: Clean | None = None
+    def __init__(self, model: BlockModel, table: PageTable, generator: torch.Generator, against: Any = None):
+        self.model, self.generator = model, generator
+        self.branches = [Branch(model, table)]
+        if against is not None:
+            self.branches.append(Branch(model, table.fork(), against))
         self.recent: list[Clean] = []  # the blocks a new prompt or a new rollout may need again
         self.frames = 0  # latent frames made or observed
         self.seconds: list[float] = []  # per block made
         # Overlapping latents as the next rollout begins with them; a VAE encodes the first one again.
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
+
+    @property
+    def table(self) -> PageTable:
+        return self.branches[0].table
+
+    @property
+    def owed(self) -> Clean | None:
+        """The block whose clean pass is still to come."""
+        return self.branches[0].owed
 
     @torch.inference_mode()
     def step(self, condition: Any, known: Tensor | None = None) -> Tensor:
@@ -55,140 +60,108 @@ class Decoder:
         blocks depend on, K, V and the state of the generator, becomes what it was then, at the cost of one forward.
         """
         started = time.perf_counter()
-        adapter, model, table = self.model.adapter, self.model, self.table
+        adapter = self.model.adapter
         if adapter.rollout and self._next_frame >= adapter.rollout:
             self._new_rollout(condition)
-            table = self.table
+        first = self._next_frame == 0
+        frames, (levels, told) = adapter.frames(first), zip(*adapter.schedule(first))
         try:
-            if self.owed and not (adapter.fused and table.can_fuse):
-                self._clean_pass()
-            first = self._next_frame == 0
-            schedule = adapter.schedule(first)
-            block = table.open_block(adapter.frames(first))
-            noisy: Pass | None = None
-            x = self._noise(block)
-            for i, (level, t) in enumerate(schedule):
-                if self.owed:
-                    predicted = self._fused_first_step(block, x, t, condition)
-                elif known is None:
-                    noisy = noisy or table.plan([block], self._rope(block))  # one plan for all layers and steps
-                    predicted = model.predict([x], [t], [condition], noisy.attend)
+            for branch in self.branches:
+                branch.open(frames)
+            x, sampler = self._noise(frames), self._sampler(levels, frames)
+            for i, (level, t) in enumerate(zip(levels, told)):
+                if known is None or self.owed:
+                    predicted = self._predict(x, t, condition)
                 if known is not None:
                     clean = known
                 else:
                     clean = predicted if adapter.prediction == "x0" else x - level * predicted
-                x = self._noised(clean, schedule[i + 1][0], block) if i + 1 < len(schedule) else clean
+                x = sampler(i, x, clean) if i + 1 < len(levels) else clean
         except BaseException:
-            table.abandon(keep=self.owed.block if self.owed else None)
+            for branch in self.branches:
+                branch.abandon()
             raise
-        self._made(Clean(block, x, condition))
+        made, *_ = [branch.close(x, condition) for branch in self.branches]
+        self._remember(made)
         self.seconds.append(time.perf_counter() - started)
         return x
 
     @torch.inference_mode()
     def observe(self, latents: Tensor, condition: Any) -> None:
         """Take a given clean block [frames, *latent_shape] as the next block of the world."""
-        if self.owed:
-            self._clean_pass()
-        self._made(Clean(self.table.open_block(len(latents)), latents, condition))
-        self._clean_pass()
+        taken, *_ = [branch.take(latents, condition) for branch in self.branches]
+        self._remember(taken)
+        self.settle()
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Run the clean pass that is owed, if one is, so that the last block's K and V are there to be read."""
+        for branch in self.branches:
+            branch.settle()
 
     def fork(self) -> Decoder:
-        """Another world's loop with the same past; the clean pass owed is owed by both."""
+        """Another world's loop with the same past."""
         other = copy.copy(self)
-        other.table, other.generator = self.table.fork(), torch.Generator(self.generator.device)
+        other.branches = [branch.fork() for branch in self.branches]
+        other.generator = torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
         other.recent, other.seconds = list(self.recent), []
-        if self.owed:
-            other.owed = dataclasses.replace(self.owed, block=other.table.open_block(len(self.owed.block.frames)))
         return other
 
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks. See PageTable.rewind for how far back one can go."""
-        owed, table, end = self.owed, self.table, self._next_frame - frames
-        if owed and frames:
-            size = len(owed.block.frames)
-            if frames < size:
-                raise ValueError(f"frames must be whole blocks, the last one of {size}, got {frames}")
-            table.abandon()
-            try:
-                table.rewind(frames - size)
-            except BaseException:
-                self.owed = dataclasses.replace(owed, block=table.open_block(size))
-                raise
-            self.owed = None
-        elif not owed:
-            table.rewind(frames)
+        for branch in self.branches:
+            branch.rewind(frames)
         self.frames -= frames
-        self.recent = [clean for clean in self.recent if clean.block.end <= end]
+        self.recent = [clean for clean in self.recent if clean.block.end <= self._next_frame]
 
     @torch.inference_mode()
     def recache(self, condition: Any) -> None:
         """Compute K and V of what the window holds again, as if it had been made under this condition.
 
-        Oldest block first, each seeing what the policy lets it see; the sink keeps what it has. The last block's clean
-        pass stays owed.
+        Oldest block first, each seeing the sink, which keeps what it has, and those before it that are made anew. The
+        last block's clean pass stays owed.
+
+        Source: _recache_after_switch of github.com/NVlabs/LongLive (4f69408), with its global sink.
         """
-        table, blocks = self.table, [clean for clean in self.recent if clean.block.first >= self.table.policy.sink]
-        if not blocks:
-            return
-        table.abandon()
-        table.truncate(blocks[0].block.first)
-        self.owed, self.recent = None, []
-        self.frames -= sum(len(clean.latents) for clean in blocks)
-        for clean in blocks:
-            if self.owed:
-                self._clean_pass()
-            self._made(Clean(table.open_block(len(clean.latents)), clean.latents, condition))
+        policy = self.table.policy
+        begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))
+        if blocks := [clean for clean in self.recent if clean.block.first >= begin]:
+            self.recent = self.branches[0].replay(blocks, condition)
 
     def _new_rollout(self, condition: Any) -> None:
         """Begin again at frame 0, with the last frames as the past."""
         overlap = self.model.adapter.overlap
         given = self.restart(torch.cat([clean.latents for clean in self.recent])[-overlap:])
-        self.table.release()
-        self.table, self.owed, self.recent = self.table.store.open(self.table.policy), None, []
+        for branch in self.branches:
+            branch.restart()
+        self.recent = []
         self.observe(given, condition)
         self.frames -= overlap
 
-    def _made(self, clean: Clean) -> None:
-        policy, adapter = self.table.policy, self.model.adapter
-        self.owed, self.frames = clean, self.frames + len(clean.latents)
-        depth = max(adapter.overlap, (policy.window or clean.block.end) + policy.sink)
-        self.recent = [old for old in self.recent if old.block.end > clean.block.end - depth] + [clean]
-
-    def _fused_first_step(self, block: Block, x: Tensor, t: float, condition: Any) -> Tensor:
-        """One forward over the owed block, clean, and the new one, noisy, which reads what the former commits."""
-        owed, table = self.owed, self.table
-        assert owed is not None
-        both = table.plan([owed.block, block], self._rope(owed.block, block), commit=owed.block)
-        times, conditions = [self.model.adapter.context_time, t], [owed.condition, condition]
-        predicted = self.model.predict([owed.latents, x], times, conditions, both.attend)
-        table.seal(owed.block)
-        self.owed = None
+    def _predict(self, x: Tensor, t: float, condition: Any) -> Tensor:
+        """The prediction or, guided, the one it is guided away from and `guidance` times the way from there."""
+        predicted, *against = (branch.predict(x, t, condition) for branch in self.branches)
+        for other in against:
+            predicted = other + self.model.adapter.guidance * (predicted - other)
         return predicted
 
-    def _clean_pass(self) -> None:
-        """The separate clean pass: only K and V of the owed block are wanted, and the model stops after the last."""
-        owed = self.owed
-        assert owed is not None
-        clean = self.table.plan([owed.block], self._rope(owed.block), commit=owed.block, predict=False)
-        self.model.predict([owed.latents], [self.model.adapter.context_time], [owed.condition], clean.attend)
-        self.table.seal(owed.block)
-        self.owed = None
+    def _remember(self, clean: Clean) -> None:
+        policy, end = self.table.policy, clean.block.end
+        depth = max(self.model.adapter.overlap, policy.window or end)
+        self.frames += len(clean.latents)
+        self.recent = [old for old in self.recent if old.block.end > end - depth] + [clean]
 
     @property
     def _next_frame(self) -> int:
         """Index of the next frame in this rollout."""
-        return self.owed.block.end if self.owed else self.table.next_frame
+        return self.branches[0].next_frame
 
-    def _noised(self, clean: Tensor, level: float, block: Block) -> Tensor:
-        return (1 - level) * clean + level * self._noise(block)
+    def _sampler(self, levels: Sequence[float], frames: int) -> Sampler:
+        return SAMPLERS[self.model.adapter.sampler](levels, lambda: self._noise(frames))
 
-    def _noise(self, block: Block) -> Tensor:
+    def _noise(self, frames: int) -> Tensor:
         """Drawn on the generator's device, so that a seed means the same wherever the model runs."""
-        shape = (len(block.frames), *self.model.latent_shape)
+        shape = (frames, *self.model.latent_shape)
         drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
         return drawn.to(self.table.store.device)
-
-    def _rope(self, *blocks: Block) -> Tensor:
-        return self.model.rope([frame for block in blocks for frame in block.frames])

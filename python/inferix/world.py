@@ -60,6 +60,8 @@ class World:
             raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
         self.model = load_model(model, weights, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
+        if adapter.at_once and (window is not None or sink is not None):
+            raise ValueError(f"window and sink must not be given: {adapter.name} makes a video at once, from no past")
         window, sink = adapter.window if window is None else window, adapter.sink if sink is None else sink
         policy = Policy(window, sink, format=kv, undo=undo)
         largest = max(adapter.block_frames, adapter.first_block_frames)
@@ -69,17 +71,21 @@ class World:
             )
         if worlds < 1:
             raise ValueError(f"worlds must be at least 1, got {worlds}")
+        guided = adapter.guidance != 1
+        against = self.model.condition(adapter.negative_prompt, []) if guided else None
+        # Worlds the store has room for; with no past to see nothing is ever committed.
+        room = 0 if adapter.at_once else worlds * (2 if guided else 1)
         self.store = KVStore(
             layers=self.model.layers,
             heads=self.model.heads,
             head_dim=self.model.head_dim,
             frame_tokens=self.model.frame_tokens,
             block_frames=largest,
-            pools={format: worlds * frames for format, frames in policy.capacity().items()},
+            pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
             device=getattr(self.model, "device", "cpu"),
             backend=backend,
         )
-        self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed))
+        self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed), against)
         self.pictures = self.model.stream()
         self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
         self.prompt: str | None = None
@@ -117,6 +123,8 @@ class World:
             if action is None and self.model.adapter.actions:
                 raise ValueError("step needs actions, one per frame, or one action for the whole block; got neither")
             actions = [] if action is None else [action] * self.model.adapter.block_frames
+        if self.model.adapter.at_once and self.frames:
+            raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
         before = self.prompt
         condition = self._condition(actions, prompt)
         if self.model.adapter.recache and before not in (None, self.prompt):
@@ -137,6 +145,8 @@ class World:
         """
         adapter = self.model.adapter
         size = adapter.block_frames
+        if adapter.at_once:
+            raise ValueError(f"observe: {adapter.name} makes a video at once, from no past")
         if adapter.actions and (len(frames) % size or len(frames) != len(actions) or not len(frames)):
             raise ValueError(
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"

@@ -23,11 +23,15 @@ class Adapter:
         name: as given to --model.
         block_frames: latent frames denoised together.
         first_block_frames: the same for the first block of a world; 0: as `block_frames`.
-        times: noise levels of a block's denoising steps, descending from 1. After each but the last the prediction
-            is noised again with fresh noise, x = (1 - t) x0 + t noise (few-step sampling of CausVid and Self Forcing).
+        times: noise levels of a block's denoising steps, descending from 1: x = (1 - t) x0 + t noise.
         timesteps: what the network is told at each of `times`; empty: `times`.
         first_times: `times` for a block without a past, which has more to invent. Empty: as `times`.
         prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
+        sampler: how a block gets from one level to the next: "renoise" (few-step models), "euler" or "unipc"; see
+            inferix.samplers.
+        guidance: of the prediction away from what the network says under `negative_prompt`, times the way from there
+            (classifier-free guidance, arXiv:2207.12598). 1: none, and half the work.
+        negative_prompt: see `guidance`.
         context_time: what the network is told in the clean pass. The block itself is not noised again.
         fused: run a block's clean pass in one forward with the next block's first step.
         window, sink: frames a block sees; see inferix_kernels.policy.Policy.
@@ -52,6 +56,9 @@ class Adapter:
     first_block_frames: int = 0
     first_times: tuple[float, ...] = ()
     prediction: str = "x0"
+    sampler: str = "renoise"
+    guidance: float = 1.0
+    negative_prompt: str = ""
     context_time: float = 0.0
     fused: bool = True
     window: int | None = None
@@ -67,6 +74,11 @@ class Adapter:
     actions: tuple[str, ...] = ()
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example_prompts: tuple[str, ...] = ("",)
+
+    @property
+    def at_once(self) -> bool:
+        """A block sees nothing before it, so that a video is one block: a bidirectional model."""
+        return self.window == self.block_frames and not self.sink
 
     def schedule(self, first: bool) -> list[tuple[float, float]]:
         """(noise level, what the network is told) of every step of a block; `first`: it has no past."""
@@ -110,6 +122,12 @@ class BlockModel(Protocol):
     ) -> Tensor:
         """Prediction for the last of `blocks` ([frames, *latent_shape] each); empty if `attend` ended the pass."""
 
+    def for_video(self, frames: int, picture: np.ndarray | None = None) -> BlockModel:
+        """Only if adapter.at_once: the same model for a video of so many frames, one block.
+
+        `picture`, uint8 [height, width, 3], is how the video begins; image-to-video models need it.
+        """
+
     def encode(self, frames: np.ndarray) -> Tensor:
         """uint8 [frames, height, width, 3] -> latents [frames, *latent_shape]."""
 
@@ -133,6 +151,10 @@ MODELS = {
     "self-forcing-first-frame": _WAN,
     "causvid": _WAN,
     "longlive": _WAN,
+    "wan-t2v": _WAN,
+    "wan-i2v-480p": _WAN,
+    "wan-i2v-720p": _WAN,
+    "wan-causal": _WAN,
 }
 
 

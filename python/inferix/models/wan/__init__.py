@@ -1,7 +1,11 @@
-"""Wan2.1 made causal: Self Forcing, CausVid, LongLive and what differs from them by a table entry."""
+"""Wan2.1, made causal: Self Forcing, CausVid, LongLive and what differs from them by a table entry. And Wan2.1 itself,
+their teacher, which makes a video at once: a block without a past.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +16,17 @@ import torch
 from torch import Tensor
 
 from .. import Adapter, PagedAttend
-from .adapters import ADAPTERS, PARTS, variant
+from .adapters import ADAPTERS, PARTS, customised
 from .checkpoint import find_checkpoint, find_lora, load_network
+from .image import has_image_encoder, load_image_encoder
 from .network import Cross, WanConfig, WanNetwork, rope_table
 from .text import CACHE, PromptEncoder, has_encoder
-from .vae import has_vae, load_vae
+from .vae import PICTURES, has_vae, load_vae
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
 LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direction
+MASK = PICTURES  # channels that say, of each picture that a latent frame stands for, whether it is given
 
 
 class TextEncoder(Protocol):
@@ -47,7 +53,13 @@ class Wan:
         text: encodes prompts; without it only `condition_on` works.
         open_video: opens a VAE for one world; without it only latents come out.
         encode_video: uint8 [n, height, width, 3] -> latents [frames, channels, h, w].
+        encode_start: (uint8 [height, width, 3], frames) -> latents of a video that begins with this picture and is grey
+            after it, [frames, channels, h, w]; image-to-video networks are told them beside the noise.
+        look: uint8 [height, width, 3] -> [tokens, image_dim], if the network also attends to the picture.
     """
+
+    tokens: Tensor | None = None  # of the picture a video begins with, once `for_video` was told one
+    beside: Tensor | None = None  # [frames, mask and latent channels, h, w]: what goes beside the noisy latents
 
     def __init__(
         self,
@@ -56,18 +68,23 @@ class Wan:
         text: TextEncoder | None = None,
         open_video: Callable[[], VideoDecoder] | None = None,
         encode_video: Callable[[np.ndarray], Tensor] | None = None,
+        encode_start: Callable[[np.ndarray, int], Tensor] | None = None,
+        look: Callable[[np.ndarray], Tensor] | None = None,
     ):
         config = network.config
         step = [LATENT_STRIDE * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
-        if config.channels_in != config.channels_out:
+        beside = config.channels_in - config.channels_out  # told an image beside each latent, a whole video of them
+        if beside not in ((0, MASK + config.channels_out) if adapter.at_once else (0,)):
             raise ValueError(
-                f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}: an "
-                "image-to-video model that is told the image beside each latent, which no block-wise model here is"
+                f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}, which "
+                f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * config.channels_out} channels, are "
+                "run as wan-i2v-480p and wan-i2v-720p"
             )
         self.network, self.adapter = network.eval().requires_grad_(False), adapter
         self.text, self.open_video, self.encode_video = text, open_video, encode_video
+        self.encode_start, self.look, self.needs_picture = encode_start, look, bool(beside)
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
         height, width = (side // LATENT_STRIDE for side in adapter.size)
         self.grid = height // config.patch[0], width // config.patch[1]
@@ -80,6 +97,32 @@ class Wan:
         # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
         dtype = torch.promote_types(self.network.dtype, torch.float32)
         return rope_table(frames, self.grid, self.head_dim, dtype).to(self.device)
+
+    @torch.inference_mode()
+    def for_video(self, frames: int, picture: np.ndarray | None = None) -> Wan:
+        """The model for a video of so many pictures, made at once; `picture`, uint8 [height, width, 3], begins it."""
+        adapter, config = self.adapter, self.network.config
+        if not adapter.at_once:
+            raise ValueError(f"for_video: {adapter.name} makes a video block by block, of any length")
+        if (picture is not None) != self.needs_picture:
+            raise ValueError(f"image must {'be given' if self.needs_picture else 'not be given'} for {adapter.name}")
+        count = 1 - (1 - frames) // PICTURES
+        other = copy.copy(self)
+        other.adapter, other._crosses = dataclasses.replace(adapter, block_frames=count, window=count), {}
+        if picture is not None:
+            if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
+                raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
+            if self.encode_start is None or (config.image_dim and self.look is None):
+                raise ValueError(
+                    f"image: the weights of {adapter.name} need a VAE beside them and, to look at it, image_encoder/ "
+                    "or the file that Wan published"
+                )
+            latents = self.encode_start(picture, count).to(self.device)
+            given = torch.zeros(count, MASK, *latents.shape[2:]).to(latents)
+            given[0] = 1
+            other.beside = torch.cat([given, latents], 1)
+            other.tokens = self.look(picture).to(self.device) if self.look and config.image_dim else None
+        return other
 
     @torch.inference_mode()
     def condition(self, prompt: str, actions: Sequence[int | str]) -> Cross:
@@ -98,11 +141,15 @@ class Wan:
     @torch.inference_mode()
     def condition_on(self, embedding: Tensor) -> Cross:
         """The same from a prompt embedding [tokens, text_dim]."""
-        return self.network.cross(embedding.to(self.device))
+        if self.needs_picture and self.beside is None:
+            raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video, --image")
+        return self.network.cross(embedding.to(self.device), self.tokens)
 
     def predict(
         self, blocks: Sequence[Tensor], times: Sequence[float], conditions: Sequence[Cross], attend: PagedAttend
     ) -> Tensor:
+        if self.beside is not None:
+            blocks = [torch.cat([block, self.beside.to(block)], 1) for block in blocks]
         told = [time for block, time in zip(blocks, times) for _ in block]
         flow = self.network(blocks, torch.tensor(told, dtype=torch.float64), conditions, attend)
         return blocks[-1].new_empty(0, *self.latent_shape) if flow is None else flow.to(blocks[-1].dtype)
@@ -136,6 +183,9 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     prompt_cache: str | Path = CACHE,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
 ) -> Wan:
     """A model of ADAPTERS from its checkpoint.
 
@@ -147,11 +197,12 @@ def load(
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
         prompt_cache: folder for prompt embeddings.
+        steps, guidance, negative_prompt: of a model that was not distilled to a few steps; by default the adapter's.
 
     Raises:
         ValueError: something is missing, damaged or of another architecture; says what.
     """
-    adapter = ADAPTERS[name] if size is None else variant(ADAPTERS[name], name, size=size)
+    adapter = customised(ADAPTERS[name], size, steps, guidance, negative_prompt)
     path = find_checkpoint(weights)
     folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
     if lora is None and weights is not None and Path(weights).is_dir():
@@ -167,4 +218,6 @@ def load(
         text,
         open_video=None if vae is None else lambda: vae().open(),
         encode_video=None if vae is None else lambda frames: vae().encode(frames),
+        encode_start=None if vae is None else lambda picture, frames: vae().encode_start(picture, frames),
+        look=(lambda picture: load_image_encoder(folder)(picture)) if has_image_encoder(folder) else None,
     )

@@ -3,14 +3,18 @@
 Noise levels lie on the schedule the models were trained with: level = s u / (1 + (s - 1) u), u = 1 - i / 1000,
 i = 0 .. 999, in float32, because a checkpoint is told 833.33331 and not 833.33333; the network is told 1000 times it.
 
+The teachers, undistilled, take many steps, guided: Wan's own bidirectional models, a video at once, and the causal ones
+that distillation begins with, block by block.
+
 Sources: configs and inference loops of github.com/guandeh17/Self-Forcing (33593df), github.com/tianweiy/CausVid
-(ca21150) and github.com/NVlabs/LongLive.
+(ca21150), github.com/NVlabs/LongLive and github.com/Wan-Video/Wan2.1 (9737cba).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +46,13 @@ def unwarped(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]
     return {"times": tuple(table[nearest].tolist()), "timesteps": tuple(map(float, steps))}
 
 
+def many(steps: int, shift: float) -> dict[str, tuple[float, ...]]:
+    """So many steps, even before the shift; the network is told whole numbers."""
+    u = torch.linspace(1 - 1 / TRAIN_STEPS, 0.0, steps + 1, dtype=torch.float64)[:-1]
+    levels = shift * u / (1 + (shift - 1) * u)
+    return {"times": tuple(levels.float().tolist()), "timesteps": tuple((levels * TRAIN_STEPS).floor().tolist())}
+
+
 SELF_FORCING = Adapter(
     name="self-forcing",
     block_frames=3,
@@ -70,9 +81,48 @@ CAUSVID = Adapter(
 )
 
 
+def customised(
+    adapter: Adapter,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+) -> Adapter:
+    """An adapter with what a user wants otherwise; None is as it was.
+
+    Raises:
+        ValueError: steps or guidance of a model that was distilled to steps of its own and to no guidance.
+    """
+    wanted: dict[str, Any] = {"size": size, "guidance": guidance, "negative_prompt": negative_prompt}
+    if adapter.name not in SHIFTS:
+        for option, value in (("steps", steps), ("guidance", guidance), ("negative_prompt", negative_prompt)):
+            if value is not None:
+                raise ValueError(f"{option}: {adapter.name} was distilled, to {len(adapter.times)} steps unguided")
+    elif steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        wanted |= many(steps, SHIFTS[adapter.name])
+    return dataclasses.replace(adapter, **{field: value for field, value in wanted.items() if value is not None})
+
+
 def variant(base: Adapter, name: str, **changes: object) -> Adapter:
     return dataclasses.replace(base, name=name, **changes)  # type: ignore[arg-type]
 
+
+# Of the teachers' schedules, by name.
+SHIFTS = {"wan-t2v": 5.0, "wan-i2v-480p": 3.0, "wan-i2v-720p": 5.0, "wan-causal": 5.0}
+TEACHER = Adapter(
+    name="wan-t2v",
+    block_frames=21,
+    window=21,
+    prediction="flow",
+    sampler="unipc",
+    guidance=5.0,
+    fps=FPS,
+    size=SIZE,
+    example_prompts=PROMPTS,
+    **many(50, SHIFTS["wan-t2v"]),  # type: ignore[arg-type]
+)
 
 ADAPTERS = {
     adapter.name: adapter
@@ -84,6 +134,11 @@ ADAPTERS = {
         CAUSVID,
         # LongLive's cache of 12 frames counts its sink of 3; our window does not.
         variant(SELF_FORCING, "longlive", window=9, sink=3, recache=True),
+        TEACHER,
+        variant(TEACHER, "wan-i2v-480p", **many(40, SHIFTS["wan-i2v-480p"])),
+        variant(TEACHER, "wan-i2v-720p", size=(720, 1280), **many(40, SHIFTS["wan-i2v-720p"])),
+        # Block by block, as Self Forcing's multi-step inference runs what it distills from.
+        variant(TEACHER, "wan-causal", block_frames=3, guidance=3.0),
     )
 }
 

@@ -42,8 +42,16 @@ NAMES = [
 
 
 def clean(prompt: str) -> str:
-    """Entities resolved and white space folded, as the models' captions were."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """Broken Unicode repaired, entities resolved, white space folded: as the models' captions were.
+
+    Raises:
+        ImportError: ftfy is not installed; names the extra.
+    """
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        raise ImportError(f"prompt: cleaning it needs ftfy, which is not installed: {EXTRA}") from None
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(fix_text(prompt)))).strip()
 
 
 def has_encoder(folder: Path) -> bool:
@@ -65,8 +73,7 @@ class PromptEncoder:
         self._identity: str | None = None
 
     def __call__(self, prompt: str) -> Tensor:
-        """Raises ImportError, naming the extra, if transformers is needed and missing; ValueError if files are."""
-        prompt = clean(prompt)
+        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are."""
         file = None if self.cache is None else self.cache / f"{self.key(prompt)}.safetensors"
         if file is not None and file.exists():
             try:
@@ -106,7 +113,7 @@ class PromptEncoder:
     def _encode(self, prompt: str) -> Tensor:
         tokenizer, encoder = self._load()
         tokens = tokenizer(
-            [prompt], max_length=self.text_len, truncation=True, add_special_tokens=True, return_tensors="pt"
+            [clean(prompt)], max_length=self.text_len, truncation=True, add_special_tokens=True, return_tensors="pt"
         )
         hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
         return hidden.float().contiguous()

@@ -39,7 +39,9 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
         raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
     if (folder / "vae").is_dir():
         try:
-            model = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+            # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
+            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+            model = AutoencoderKLWan.from_pretrained(folder / "vae", **options)
         except (OSError, json.JSONDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
@@ -84,6 +86,13 @@ class VAE:
             raise ValueError(f"frames must be 1 + {PICTURES} k for the VAE to encode, got {len(frames)}")
         pictures = torch.tensor(frames).permute(3, 0, 1, 2)[None]
         return self.encode_pictures(pictures.to(self.model.device, self.model.dtype) / 127.5 - 1)
+
+    @torch.inference_mode()
+    def encode_start(self, picture: np.ndarray, frames: int) -> Tensor:
+        """Latents [frames, ...] of a video that begins with a picture, uint8 [height, width, 3], and then is grey."""
+        pictures = torch.zeros(1, 3, 1 + PICTURES * (frames - 1), *picture.shape[:2])
+        pictures[0, :, 0] = torch.tensor(picture).permute(2, 0, 1) / 127.5 - 1
+        return self.encode_pictures(pictures.to(self.model.device, self.model.dtype))
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """[1, 3, pictures, height, width] in [-1, 1] -> latents [frames, channels, h, w] float32."""

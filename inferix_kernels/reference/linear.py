@@ -1,0 +1,67 @@
+"""8-bit linear layers and what stands before them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Codec, Quantized, as_bytes
+from .codecs import encode
+
+
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    *,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    out: Quantized,
+) -> Quantized:
+    y = x.float()
+    if norm == "layer":
+        y = y - y.mean(-1, keepdim=True)
+    if norm is not None:
+        y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight.float()
+    y = y if bias is None else y + bias.float()
+    y = y if scale is None else y * (1 + per_row(scale, len(y)))
+    y = y if shift is None else y + per_row(shift, len(y))
+    y = activate(y, activation)
+    codes, scales, _ = encode(y[None], Codec(dtype, "token"))
+    as_bytes(out.codes).copy_(as_bytes(codes[0]))
+    out.scales.copy_(scales[0])  # type: ignore[index]
+    return out
+
+
+def linear(
+    x: Quantized,
+    weight: Quantized,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor,
+) -> Tensor:
+    # float64 holds every sum of products of 8-bit codes exactly.
+    y = (x.codes.double() @ weight.codes.double().mT).float() * (x.scales[:, None] * weight.scales)
+    y = y if bias is None else y + bias.float()
+    y = activate(y, activation)
+    y = y if gate is None else y * per_row(gate, len(y))
+    return out.copy_(y if residual is None else y + residual.float())
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    gelu = {"gelu": "none", "gelu_tanh": "tanh"}  # by the error function, and its approximation
+    return y if activation is None else torch.nn.functional.gelu(y, approximate=gelu[activation])
+
+
+def per_row(groups: Tensor, rows: int) -> Tensor:
+    """[G, N] -> [rows, N]: each group's row for rows / G rows in turn."""
+    return groups.float().repeat_interleave(rows // max(len(groups), 1), 0)
