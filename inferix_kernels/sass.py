@@ -98,7 +98,7 @@ def readable(mangled: str) -> str:
 
 
 def table(found: list[Kernel]) -> str:
-    rows = [("kernel", "registers", "stack", *SHOWN)]
+    rows: list[tuple[str, ...]] = [("kernel", "registers", "stack", *SHOWN)]
     for kernel in found:
         counts = (str(kernel.instructions[opcode] or "-") for opcode in SHOWN)
         rows.append((kernel.name, str(kernel.registers), str(kernel.stack), *counts))

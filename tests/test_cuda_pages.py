@@ -48,7 +48,7 @@ def written(ops_or_reference, x, v, format, lens, heads, page_size, width):
 def test_append_stores_what_the_reference_stores(ops, case, format):
     lens, heads, page_size, D = CASES[case]
     width = (D, 16) if format == "latent8" else D
-    for dtype in DTYPES:
+    for dtype in DTYPES if format in ("fp16", "i8f8") else DTYPES[:1]:
         k, v = tokens(lens, heads, D, dtype), tokens(lens, heads, 16 if format == "latent8" else D, dtype, seed=4)
         got, _ = written(ops, k, v, format, lens, heads, page_size, width)
         want, _ = written(reference, k, v, format, lens, heads, page_size, width)
@@ -82,7 +82,7 @@ def test_commit_converts_as_the_reference(ops, case, source):
     pool, where = filled_pool(source, lens, heads, page_size, D)
     k_mean = torch.randn(heads, D, generator=torch.Generator().manual_seed(9))
     for target in KV_FORMATS:
-        for mean in (None, k_mean):
+        for mean in (None, k_mean) if target in (source, "int8") else (k_mean,):
             results = []
             for which in (ops, reference):
                 to = poisoned_pool(target, len(lens) + 2, heads, page_size, D)

@@ -121,7 +121,7 @@ INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, int u, cons
   using S = Shared<kKind, kD>;
   const uint32_t address = shared_address(shared.values[stage]);
   if constexpr (S::kEightBit) {
-    // Tensor cores keep 14 bits of an 8-bit sum's fraction: sums of a page are carried over to float32, by its scales.
+    // Tensor cores keep about 14 bits of an 8-bit sum: sums of a page are carried over to float32, by its scales.
     // 64 channels at a time: 128 would not leave enough registers.
 #pragma unroll
     for (int first = 0; first < kD; first += 64) {
