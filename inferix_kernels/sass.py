@@ -18,6 +18,7 @@ from typing import NamedTuple
 # Tensor cores by type, TMA, and what should not be there: local memory.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
 _KINDS = ("bf16", "i8f8", "fp8")  # sm90::Kind
+_TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 _FUNCTION = re.compile(r"\s*Function : (\S+)|\.text\.(\S+):")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
@@ -92,8 +93,9 @@ def readable(mangled: str) -> str:
         rest = rest[stop:]
     arguments = [_KINDS[int(kind)] for kind in re.findall(r"4KindE(\d)", rest.split("EEv")[0])]
     arguments += re.findall(r"Li(\d+)E", rest.split("EEv")[0])
-    if not arguments:  # of a merge: element types
-        arguments = re.findall(r"^I(.*?)Ev", rest)
+    if not arguments and (types := re.match(r"I(\w+?)E+v", rest)):  # of a merge: element types
+        for word in re.findall(r"13__nv_bfloat16|6__half|S\d*_|f", types[1]):
+            arguments.append(_TYPES.get(word) or arguments[-1])  # S_: the same again
     return (names[-1] if names else mangled) + (f"<{', '.join(arguments)}>" if arguments else "")
 
 

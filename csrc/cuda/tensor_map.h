@@ -8,6 +8,10 @@
 
 #include "layouts.h"
 
+#if CUDART_VERSION < 12050
+#error "the Hopper kernels need nvcc 12.5 or later; without it on PATH the C++ kernels are built alone"
+#endif
+
 namespace inferix::sm90 {
 
 inline CUtensorMap tensor_map(const char* op, const void* data, const TensorBox& box, bool eight_bit) {
