@@ -172,19 +172,21 @@ void define_qkv(py::module_& m) {
   m.def(
       "qkv_prologue",
       [](Address qkv, int64_t qkv_stride, Address q, Address bias, Address norm_q, Address norm_q_bias,
-         int64_t norm_q_size, Address norm_k, Address norm_k_bias, int64_t norm_k_size, Address rope, int64_t rope_pairs, Address k_mean, bool interleaved, float eps,
-         const Pool& pages, const PageList& where, const PageShape& shape, int64_t T, int64_t query_heads, DType dtype,
+         int64_t norm_q_size, Address norm_k, Address norm_k_bias, int64_t norm_k_size, Address rope,
+         int64_t rope_pairs, Address k_mean, bool interleaved, float eps, const Pool& pages, const PageList& where,
+         const PageShape& shape, int64_t T, int64_t query_heads, DType dtype,
          const Workspace& workspace, Stream stream, const Cpu& cpu) {
         QkvPrologueParams params{at<void>(qkv), at<void>(q), qkv_stride, at<float>(bias), at<float>(norm_q),
                                        at<float>(norm_k), at<float>(norm_q_bias), at<float>(norm_k_bias),
-                                       norm_q_size, norm_k_size, at<float>(rope), at<float>(k_mean), rope_pairs, interleaved, eps, pages, where, shape, T,
-                                       query_heads, dtype, nullptr};
+                                       norm_q_size, norm_k_size, at<float>(rope), at<float>(k_mean), rope_pairs,
+                                       interleaved, eps, pages, where, shape, T, query_heads, dtype, nullptr};
         allot<QkvPrologueParams>(workspace, stream, INFERIX_CUDA_KERNEL(qkv_prologue_workspace), params);
         launch(params, stream, cpu, qkv_prologue_cpu, INFERIX_CUDA_KERNEL(qkv_prologue_cuda));
       },
       py::kw_only(), "qkv"_a, "qkv_stride"_a, "q"_a, "bias"_a, "norm_q"_a, "norm_q_bias"_a, "norm_q_size"_a,
-      "norm_k"_a, "norm_k_bias"_a, "norm_k_size"_a, "rope"_a, "rope_pairs"_a, "k_mean"_a, "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a,
-      "T"_a, "query_heads"_a, "dtype"_a, "workspace"_a, "stream"_a, "cpu"_a);
+      "norm_k"_a, "norm_k_bias"_a, "norm_k_size"_a, "rope"_a, "rope_pairs"_a, "k_mean"_a,
+      "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a, "T"_a, "query_heads"_a, "dtype"_a,
+      "workspace"_a, "stream"_a, "cpu"_a);
 }
 
 void define_linear(py::module_& m) {

@@ -83,7 +83,7 @@ def rows() -> list[tuple[str, str, str, str]]:
 def main() -> None:
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()},"
-        f" {torch.get_num_threads()} threads, GPU: {gpu()}"
+        f" {torch.get_num_threads()} threads, CPU kernels: {instructions()}, GPU: {gpu()}"
     )
     order = "; ".join(f"{', '.join(names)} on {device}" for device, names in AUTO.items())
     print(f"auto tries, in this order: {order}\n")
@@ -91,6 +91,16 @@ def main() -> None:
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
+
+
+def instructions() -> str:
+    """The level that run-time dispatch has chosen for the C++ kernels."""
+    try:
+        from . import compiled
+    except ImportError:
+        return "not built"
+    name: str = compiled.ISA.name
+    return name
 
 
 def gpu() -> str:

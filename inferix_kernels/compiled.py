@@ -21,7 +21,7 @@ except ImportError as error:
 
 HAS_CUDA: bool = _C.has_cuda
 Isa = _C.Isa
-ISA: _C.Isa = _C.best_isa()  # the instructions that CPU kernels use; tests set others
+ISA: Any = _C.best_isa()  # the instructions that CPU kernels use; tests set others
 CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "paged_attention", "merge_attention", "qkv_prologue"))
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 _CODECS = {

@@ -42,7 +42,7 @@ def build() -> None:
 
 
 def runtime() -> str:
-    """Libraries to load before Python: the sanitizer, and the C++ runtime, whose exceptions it looks for at its start."""
+    """Libraries to load before Python: the sanitizer, and the C++ runtime, whose exceptions it looks for at once."""
     compiler = os.environ.get("CXX", "g++")
     paths = []
     for name in ("libasan.so", "libstdc++.so"):

@@ -57,10 +57,11 @@ class World:
                 del self.frames[frame]
 
     def age(self, end, cold):
+        """Frames in the policy's format change with their age; a sink that was converted by hand stays as it is."""
+        old = self.policy.older[1] if self.policy.older else None
         for frame, (format, layers) in self.frames.items():
-            wanted = self.policy.format_of(frame, end)
-            if self.policy.older and frame not in cold and format == self.policy.format and wanted != format:
-                self.frames[frame] = wanted, [through(wanted, *kv) for kv in layers]
+            if frame not in cold and format == self.policy.format and self.policy.format_of(frame, end) == old:
+                self.frames[frame] = old, [through(old, *kv) for kv in layers]
 
 
 class StoreModel(RuleBasedStateMachine):

@@ -3,6 +3,7 @@
 Weights are tiny and random; formats and names are the published ones.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from inferix.cli import main
 from inferix.models import load_model
 from inferix.models.wan.text import PromptEncoder, clean, published_encoder
 from inferix.models.wan.vae import VAE, load_vae
+from inferix.world import World
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra: wan)")
@@ -121,6 +123,33 @@ def test_blocks_are_decoded_as_the_whole_video_is(folder):
     wanted = ((whole + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     assert wanted.std() > 1
     assert np.array_equal(np.concatenate(pictures), wanted)
+
+
+def vae_world(folder, name, prompt_cache, **options):
+    model = load_model(name, str(folder), size=SIZE, prompt_cache=prompt_cache)
+    model.adapter = dataclasses.replace(model.adapter, fused=False, rollout=9 if name == "causvid" else None)
+    return World(model, **options)
+
+
+@pytest.mark.parametrize("name", ["self-forcing", "causvid"])
+def test_a_world_with_a_vae_is_rewound(name, folder, prompt_cache):
+    """What its pictures look back on is as it was; CausVid's third rewinding is into its second rollout."""
+    straight, other = (vae_world(folder, name, prompt_cache, undo=3, window=9, worlds=2) for _ in range(2))
+    for blocks in (2, 1, 2):
+        wanted = [straight.step(prompt="fog") for _ in range(blocks)]
+        state = other.decoder.generator.get_state()
+        other.decoder.generator.manual_seed(99)
+        assert not any([np.array_equal(x, other.step(prompt="fog")) for x in wanted])
+        twin = other.fork()
+        for world in (other, twin):
+            world.rewind(3 * blocks)
+            world.decoder.generator.set_state(state)
+            assert all(np.array_equal(x, world.step(prompt="fog")) for x in wanted)
+        twin.release()
+    with pytest.raises(ValueError, match=r"frames must be one of 6, 3, for which .* got 9"):
+        other.rewind(9)
+    with pytest.raises(ValueError, match=r"frames must be one of 0, .* got 3: World\(undo"):
+        vae_world(folder, name, prompt_cache).rewind(3)
 
 
 def test_restart_encodes_the_first_overlapping_frame_again(folder):

@@ -143,7 +143,9 @@ def test_one_command_makes_a_video_from_a_picture(tmp_path, capsys):
     command += ["--size", "32x48", "--prompt", "the fox runs", "--prompt-cache", tmp_path / "prompts", "--steps", "2"]
     command = [str(word) for word in [*command, "--negative-prompt", "fog", "--device", "cpu"]]
     assert main(command) == 2
-    assert "image must be given for wan-i2v-480p" in capsys.readouterr().err and not out.exists()
+    assert (
+        "image must be given: this network is told how a video begins" in capsys.readouterr().err and not out.exists()
+    )
     assert main([*command, "--image", str(tmp_path / "first.png")]) == 0
     assert "11 frames" in capsys.readouterr().out and out.exists()
     (tmp_path / "words").write_text("0 the fox runs\n0.3 the fox walks\n")

@@ -233,6 +233,31 @@ def test_a_guided_run_is_taken_up_and_forked_bit_for_bit(kv):
         assert all(torch.equal(a, b) for a, b in zip(whole[3:], play(one, prompts[3:]), strict=True))
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known", "made"])
+def test_a_guided_world_goes_on_after_a_block_that_failed_between_its_branches(known):
+    prompts = ["fog", "fog", "rain"]
+    whole = play(world(causal(), kv="fp32"), prompts)
+    again = world(causal(), kv="fp32")
+    play(again, prompts[:1])
+    state, predict, calls = again.decoder.generator.get_state(), again.model.predict, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 2:  # one branch has settled what it owed, the other has not
+            raise KeyboardInterrupt
+        return predict(*args)
+
+    again.model.predict = fail
+    with pytest.raises(KeyboardInterrupt):
+        play(again, prompts[1:2])
+    again.model.predict = predict
+    again.decoder.generator.set_state(state)
+    rest = play(again, prompts[1:], known=whole[1:2] if known else ())
+    # Settled apart from the block's first step in one branch: sums in another order, nine times over.
+    assert all(furthest(a, b) < 1e-4 for a, b in zip(whole[1:], rest, strict=True))
+    assert all(branch.table.next_frame == 6 for branch in again.decoder.branches)
+
+
 def test_a_guided_world_is_rewound():
     prompts = ["fog", "fog", "rain", "rain"]
     whole = play(world(causal(fused=False), window=6), prompts)
@@ -273,12 +298,20 @@ def test_the_published_tables():
         (lambda: world(adapter_for("euler"), window=9), "window and sink must not be given: wan-t2v makes a video at"),
         (lambda: play(world(adapter_for("euler")), ["fog"] * 2), "step: wan-t2v has made its video, at once"),
         (lambda: world(adapter_for("euler")).observe(np.zeros((9, *SIZE, 3), np.uint8), prompt="fog"), "from no past"),
+        (
+            lambda: Decoder(world(causal()).model, None, None),
+            "against must be a condition: the guidance of wan-causal is 5",
+        ),
+        (
+            lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(0),
+            "frames must be at least 1, got 0",
+        ),
         (lambda: Wan(random_network(tiny_config()), causal()).for_video(9), "wan-causal makes a video block by block"),
         (
             lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(
                 9, np.zeros((*SIZE, 3), np.uint8)
             ),
-            "image must not be given for wan-t2v",
+            "image must not be given: this network is told none",
         ),
     ],
 )

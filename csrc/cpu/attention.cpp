@@ -8,11 +8,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
-#include "attention_tile.h"
-#include "codes.h"
+#include "attention_operands.h"
 #include "pages.h"
 #include "parallel.h"
 
@@ -20,40 +18,13 @@ namespace inferix {
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A task's query rows share each tile made ready once; their sums should stay in a core's second cache.
 constexpr int64_t kRowsPerTask = 256;
 
-enum Arithmetic { kFloats, kBf16, kInt8, kArithmetics };
-
-Arithmetic arithmetic_of(Codec codec, Isa isa) {
-  if (codec == Codec::f32 || codec == Codec::f16) return kFloats;
-  if (codec == Codec::i8_token || codec == Codec::i8_channel) return isa >= Isa::avx512_vnni ? kInt8 : kFloats;
-  return isa >= Isa::avx512_bf16 ? kBf16 : kFloats;
-}
-
-constexpr int64_t kElements[kArithmetics] = {1, 2, 4};  // of a word
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-int64_t words_of(int64_t D, Arithmetic arithmetic) { return round_up(D, kElements[arithmetic]) / kElements[arithmetic]; }
-
 // Rows of one segment that read the same KV head: row r is query r / group, query head head * group + r % group.
 struct Task {
   int64_t segment, head, first_row, rows;
-};
-
-// What a thread needs for a task; kept between calls, since a task is short.
-struct Workspace {
-  std::vector<Column> q[kArithmetics];  // [variants][groups][words of a row]; none if no pool wants it
-  std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
-  std::vector<Column> out;              // [groups][D rounded up to 16]
-  std::vector<Running> running;         // [groups]
-  Buffer row, k, v, floats, halves;
-  alignas(64) float bias[kTileKeys], k_scales[kTileKeys];
-  alignas(64) int32_t start[kTileKeys];
-  Buffer v_scales;
 };
 
 struct RowAddress {
@@ -70,26 +41,6 @@ int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// x[D], zeros up to a whole word, as the words of one arithmetic; bytes are 128 more than what they stand for. Returns
-// the scale of bytes.
-INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, int32_t* words) {
-  if (arithmetic == kFloats) {
-    std::memcpy(words, x, D * 4);
-  } else if (arithmetic == kBf16) {
-    for (int64_t n = 0; n < (D + 1) / 2; ++n)
-      words[n] = from_float<Bf16>(x[2 * n]).bits | from_float<Bf16>(x[2 * n + 1]).bits << 16;
-  } else {
-    int32_t largest = 0;
-    for (int64_t d = 0; d < D; ++d) largest = std::max(largest, magnitude(x[d]));
-    const float scale = std::max(float_of(static_cast<uint32_t>(largest)), kAmaxFloor) / kInt8Max, inverse = 1.f / scale;
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
-    for (int64_t d = 0; d < round_up(D, 4); ++d) bytes[d] = static_cast<uint8_t>(rounded(x[d] * inverse) + 128);
-    // A NaN has made every byte meaningless: the scale carries it on.
-    return largest > 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : scale;
-  }
-  return 1.f;
-}
-
 // Queries in, scaled so that scores come out in units of log 2, and the state to start from.
 template <typename S>
 INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
@@ -103,7 +54,7 @@ INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& ta
   w.q_scale.assign(p.variants * groups, Column{});
   float *x = w.row.floats((kLanes + 1) * stride), *words = x + stride;  // a row; the words of sixteen
   std::fill_n(x, (kLanes + 1) * stride, 0.f);
-  for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {
+  for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {  // kInt8 last: the scales are its
     const int64_t count = words_of(D, static_cast<Arithmetic>(arithmetic));
     w.q[arithmetic].resize(wanted[arithmetic] ? p.variants * groups * count : 0);
     for (int64_t group = 0; wanted[arithmetic] && group < p.variants * groups; ++group) {
@@ -160,7 +111,8 @@ INFERIX_INLINE void finish_row(Isa isa, const PagedAttentionParams& p, const Row
 }
 
 template <typename S>
-INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
+INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,
+                           Workspace& w) {
   float *x = w.row.floats((kLanes + 1) * out_columns), *before = x + kLanes * out_columns;
   for (int64_t row = 0; row < task.rows; ++row) {
     const int64_t group = row / kLanes, lane = row % kLanes;
@@ -170,117 +122,6 @@ INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& t
     const float lse = sum == 0.f ? -kInfinity : (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2;
     finish_row(isa, p, address(p, task, row), lse, inverse, x + lane * out_columns, before);
   }
-}
-
-// Rows of count tokens from codes that lie `from_stride` bytes apart, zeros up to `rows` and `stride`.
-void copy_rows(const char* from, int64_t from_stride, int64_t count, char* to, int64_t stride, int64_t rows) {
-  for (int64_t t = 0; t < rows; ++t) {
-    const int64_t bytes = t < count ? from_stride : 0;
-    if (bytes) std::memcpy(to + t * stride, from + t * from_stride, bytes);
-    std::memset(to + t * stride + bytes, 0, stride - bytes);
-  }
-}
-
-// Tokens first : first + count of a tile of keys.
-INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
-                                   Workspace& w) {
-  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
-  const int64_t D = tile.width, rows = round_up(count, block), words = words_of(D, arithmetic);
-  const bool in_place = count == rows && D % kElements[arithmetic] == 0;
-  std::fill_n(w.bias, count, bias);
-  std::fill(w.bias + count, w.bias + rows, -kInfinity);
-  TileKeys keys{nullptr, words * 4, words, rows, w.bias, nullptr, nullptr};
-  const int64_t bytes = row_bytes(tile.codec, D);
-  const char* codes = tile.codes + first * bytes;
-  const bool stored = tile.codec == Codec::f32 || (tile.codec == Codec::bf16 && arithmetic == kBf16) || arithmetic == kInt8;
-  char* to = reinterpret_cast<char*>(w.k.floats(rows * words));
-  if (stored && in_place) {
-    keys.rows = codes;
-  } else if (stored) {
-    copy_rows(codes, bytes, count, to, words * 4, rows);
-    keys.rows = to;
-  } else {
-    const float* x = floats_of(isa, tile, first, count, w.floats);
-    if (arithmetic == kFloats) {
-      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, to, D * 4, rows);
-    } else {
-      from_floats(isa, DType::bf16, x, D, count, D, to, words * 2);
-      for (int64_t t = 0; t < count && D % 2; ++t) std::memset(to + t * words * 4 + D * 2, 0, 2);
-      std::memset(to + count * words * 4, 0, (rows - count) * words * 4);
-    }
-    keys.rows = to;
-  }
-  if (arithmetic == kInt8) {
-    std::fill(w.k_scales + count, w.k_scales + rows, 0.f);
-    std::memcpy(w.k_scales, reinterpret_cast<const float*>(tile.scales) + first, count * 4);
-    for (int64_t t = 0; t < rows; ++t) {
-      const int8_t* row = reinterpret_cast<const int8_t*>(keys.rows) + t * keys.stride;
-      int32_t sum = 0;
-      for (int64_t d = 0; d < words * 4; ++d) sum += row[d];
-      w.start[t] = -128 * sum;
-    }
-    keys.scales = w.k_scales, keys.start = w.start;
-  }
-  return keys;
-}
-
-// Words of kCount rows' elements: [ceil(count / kCount)][stride], rows past count 0.
-template <typename Element, int kCount, typename Load>
-INFERIX_INLINE void interleave(int64_t count, int64_t width, int64_t stride, const Load& row, uint32_t* to) {
-  static constexpr Element zeros[1] = {};
-  for (int64_t t = 0; t < count; t += kCount, to += stride) {
-    const Element* from[kCount];
-    for (int i = 0; i < kCount; ++i) from[i] = t + i < count ? row(t + i) : zeros;
-    if (t + kCount <= count) {
-      for (int64_t d = 0; d < width; ++d) {
-        uint32_t word = 0;
-        for (int i = 0; i < kCount; ++i) word |= uint32_t(from[i][d]) << (32 / kCount * i);
-        to[d] = word;
-      }
-    } else {
-      for (int64_t d = 0; d < width; ++d) {
-        uint32_t word = 0;
-        for (int i = 0; t + i < count; ++i) word |= uint32_t(from[i][d]) << (32 / kCount * i);
-        to[d] = word;
-      }
-    }
-    std::fill(to + width, to + stride, 0);
-  }
-}
-
-INFERIX_INLINE TileValues ready_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
-  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
-  const int64_t D = tile.width, columns = round_up(D, kLanes);
-  const int64_t steps = words_of(count, arithmetic);
-  const char* codes = tile.codes + first * row_bytes(tile.codec, D);
-  TileValues values{nullptr, columns * 4, steps, columns, nullptr};
-  if (tile.codec == Codec::f32 && D == columns) {
-    values.rows = codes;
-    return values;
-  }
-  float* to = w.v.floats(steps * columns);
-  values.rows = reinterpret_cast<const char*>(to);
-  if (arithmetic == kInt8) {
-    const auto row = [&](int64_t t) { return reinterpret_cast<const uint8_t*>(codes) + t * D; };
-    interleave<uint8_t, 4>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
-    float* scales = w.v_scales.floats(columns);
-    std::memcpy(scales, tile.scales, D * 4);
-    std::fill(scales + D, scales + columns, 0.f);
-    values.scales = scales;
-  } else if (tile.codec == Codec::bf16 && arithmetic == kBf16) {
-    const auto row = [&](int64_t t) { return reinterpret_cast<const Pair*>(codes) + t * D; };
-    interleave<Pair, 2>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
-  } else {
-    const float* x = floats_of(isa, tile, first, count, w.floats);
-    if (arithmetic == kFloats) {
-      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, reinterpret_cast<char*>(to), columns * 4, count);
-    } else {
-      Pair* halves = reinterpret_cast<Pair*>(w.halves.floats(count * D));
-      from_floats(isa, DType::bf16, x, D, count, D, halves, D);
-      interleave<Pair, 2>(count, D, columns, [&](int64_t t) { return halves + t * D; }, reinterpret_cast<uint32_t*>(to));
-    }
-  }
-  return values;
 }
 
 template <typename S, int kBlock, typename Function>
@@ -311,7 +152,7 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
     const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
     for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
       const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
-      const TileKeys keys = ready_keys(isa, k_tile, first, count, bias, kBlock, w);
+      const TileKeys keys = ready_keys<S>(isa, k_tile, first, count, bias, kBlock, w);
       const TileValues values = ready_values(isa, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
         const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];

@@ -47,7 +47,26 @@ struct Int8Quads {
 };
 #endif
 
-// A tile of keys, in words: a row for each key. Rows are kKeyBlock's multiple; those past the last key have a bias of
+// What int8 sums begin with: bytes of queries are 128 too large.
+template <typename S>
+INFERIX_INLINE int32_t start_of(const char* codes, int64_t count) {
+  int32_t sum = 0;
+  int64_t i = 0;
+#if defined(__x86_64__)
+  if constexpr (S::kWidth == 16) {
+    typedef int32_t Block __attribute__((vector_size(64), aligned(1), may_alias));
+    const Simd<16>::IntLanes ones = Simd<16>::IntLanes{} + 0x01010101;
+    Simd<16>::IntLanes sums = {};
+    for (; i + 64 <= count; i += 64)
+      asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(ones), "m"(*reinterpret_cast<const Block*>(codes + i)));
+    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  }
+#endif
+  for (; i < count; ++i) sum += static_cast<int8_t>(codes[i]);
+  return -128 * sum;
+}
+
+// A tile of keys, in words: a row for each key. Their number is a multiple of the block; those past the last key have a bias of
 // -inf.
 struct TileKeys {
   const char* rows;

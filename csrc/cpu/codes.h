@@ -79,7 +79,8 @@ INFERIX_INLINE void transpose_block(const uint8_t* from, int64_t from_stride, ui
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       b[2 * i] = INFERIX_SHUFFLE(Bytes, a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      b[2 * i + 1] = INFERIX_SHUFFLE(Bytes, a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      b[2 * i + 1] = INFERIX_SHUFFLE(Bytes, a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                     15, 31);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = b[i];

@@ -33,7 +33,8 @@ void append(Isa isa, const Rows& rows, DType dtype, int64_t first, int64_t head,
 void gather(Isa isa, const Tile& from, int64_t length, const Rows& rows, DType dtype, int64_t first, int64_t head) {
   char* to = row_of(rows, dtype, first, head);
   if (dtype == DType::f32) return decode(isa, from, 0, length, reinterpret_cast<float*>(to), rows.token_stride);
-  from_floats(isa, dtype, floats_of(isa, from, 0, length, buffer()), from.width, length, from.width, to, rows.token_stride);
+  from_floats(isa, dtype, floats_of(isa, from, 0, length, buffer()), from.width, length, from.width, to,
+              rows.token_stride);
 }
 
 // x may be `to`.
@@ -99,7 +100,8 @@ void kv_commit_cpu(const KvCommitParams& p, const Cpu& cpu) {
   }
   const bool verbatim = p.source.k.codec == p.target.k.codec && p.source.v.codec == p.target.v.codec && !p.k_mean;
   // Runs of tiles, so that a thread knows what it reads next; four for each thread even out their speed.
-  const int64_t moves = 2 * p.source_list.n * s.H, run = std::clamp<int64_t>(moves / (4 * std::max(cpu.threads, 1)), 1, 32);
+  const int64_t moves = 2 * p.source_list.n * s.H, shares = 4 * std::max(cpu.threads, 1);
+  const int64_t run = std::clamp<int64_t>(moves / shares, 1, 32);
   parallel_for(cpu.threads, (moves + run - 1) / run, [&](int64_t task) {
     const int64_t end = std::min(moves, (task + 1) * run);
     for (int64_t i = task * run; i < end; ++i) {

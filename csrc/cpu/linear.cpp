@@ -98,8 +98,8 @@ struct Operands {
 };
 
 // One row of K codes as words, zeros up to a whole one; unsigned bytes are 128 more.
-INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K, bool is_unsigned,
-                             int32_t* words) {
+INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K,
+                                 bool is_unsigned, int32_t* words) {
   words[o.row_words - 1] = 0;
   if (o.words == Words::int8) {
     std::memcpy(words, codes, K);
@@ -129,12 +129,11 @@ INFERIX_INLINE void ready_x(Isa isa, const LinearParams& p, int64_t group, Opera
 }
 
 // A row of the weight, and what its sums begin with.
+template <typename S>
 INFERIX_INLINE void ready_weight(Isa isa, const LinearParams& p, int64_t n, Operands& o) {
   const char* codes = static_cast<const char*>(p.weight) + n * p.K;
   if (!o.weight.empty()) row_to_words(o, isa, p.codec, codes, p.K, false, &o.weight[n * o.row_words]);
-  int32_t sum = 0;
-  for (int64_t k = 0; k < p.K; ++k) sum += static_cast<int8_t>(codes[k]);
-  o.start[n] = -128 * sum;
+  if (o.words == Words::int8) o.start[n] = start_of<S>(codes, p.K);
 }
 
 template <typename S, int kBlock, typename Function>
@@ -220,7 +219,7 @@ struct Kernels {
     ready_x<Simd<width>>(isa, p, group, o);                                                                           \
   }                                                                                                                   \
   target void ready_weight_##level(Isa isa, const LinearParams& p, int64_t n, Operands& o) {                          \
-    ready_weight(isa, p, n, o);                                                                                       \
+    ready_weight<Simd<width>>(isa, p, n, o);                                                                             \
   }                                                                                                                   \
   target void multiply_##level(Isa isa, const LinearParams& p, const Operands& o, int64_t first_row, int64_t end_row, \
                                int64_t first) {                                                                       \

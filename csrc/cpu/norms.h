@@ -27,7 +27,8 @@ INFERIX_INLINE void subtract_mean(float* x, int64_t count) {
 }
 
 INFERIX_INLINE float inverse_rms(const float* x, int64_t count, float eps) {
-  return 1.f / std::sqrt(sum_of(count, [x](int64_t i) INFERIX_INLINE_LAMBDA { return x[i] * x[i]; }) / float(count) + eps);
+  const float sum = sum_of(count, [x](int64_t i) INFERIX_INLINE_LAMBDA { return x[i] * x[i]; });
+  return 1.f / std::sqrt(sum / float(count) + eps);
 }
 
 }  // namespace inferix

@@ -2,6 +2,7 @@
 // page's tiles.
 #include "../qkv.h"
 
+#include <cstring>
 
 #include "norms.h"
 #include "pages.h"
@@ -11,7 +12,8 @@ namespace inferix {
 namespace {
 
 // x[size] becomes its norm, in groups of group_size, the weight's length: a layer norm if there is a bias.
-INFERIX_INLINE void norm(float* x, int64_t size, const float* weight, const float* bias, int64_t group_size, float eps) {
+INFERIX_INLINE void norm(float* x, int64_t size, const float* weight, const float* bias, int64_t group_size,
+                         float eps) {
   for (float* end = x + size; x < end; x += group_size) {
     if (bias) subtract_mean(x, group_size);
     const float inverse = inverse_rms(x, group_size, eps);
@@ -76,17 +78,24 @@ void qkv_prologue_cpu(const QkvPrologueParams& p, const Cpu& cpu) {
   const Prepare prepare_token = prepare_for(cpu.isa);
   parallel_for(cpu.threads, p.where.n, [&](int64_t entry) {
     const int64_t length = p.where.lens[entry];
+    // Keys and values wait until their page is whole; what a token is made of stays in the first cache meanwhile.
     thread_local Buffer buffer;
-    float* rows = buffer.floats(length * width);
-    const int64_t first = starts[entry];
-    const char* from = static_cast<const char*>(p.qkv) + first * p.qkv_stride * bytes;
-    to_floats(cpu.isa, p.dtype, from, p.qkv_stride, length, width, rows, width);
-    for (int64_t t = 0; t < length; ++t) prepare_token(p, first + t, rows + t * width);
-    from_floats(cpu.isa, p.dtype, rows, width, length, q_size, static_cast<char*>(p.q) + first * q_size * bytes, q_size);
+    float *x = buffer.floats(width + length * 2 * k_size), *rows = x + width;
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t token = starts[entry] + t;
+      const char* from = static_cast<const char*>(p.qkv) + token * p.qkv_stride * bytes;
+      to_floats(cpu.isa, p.dtype, from, width, 1, width, x, width);
+      // The next token arrives while this one is computed.
+      for (int64_t i = 0; token + 1 < p.T && i < width * bytes; i += 64)
+        __builtin_prefetch(from + p.qkv_stride * bytes + i);
+      prepare_token(p, token, x);
+      from_floats(cpu.isa, p.dtype, x, q_size, 1, q_size, static_cast<char*>(p.q) + token * q_size * bytes, q_size);
+      std::memcpy(rows + t * 2 * k_size, x + q_size, 2 * k_size * sizeof(float));
+    }
     for (int64_t head = 0; head < s.H; ++head) {
-      const float* k = rows + q_size + head * D;
-      write_tile(cpu.isa, tile_of(p.pages.k, s, p.where.ids[entry], head), k, width, length);
-      write_tile(cpu.isa, tile_of(p.pages.v, s, p.where.ids[entry], head), k + k_size, width, length);
+      const float* k = rows + head * D;
+      write_tile(cpu.isa, tile_of(p.pages.k, s, p.where.ids[entry], head), k, 2 * k_size, length);
+      write_tile(cpu.isa, tile_of(p.pages.v, s, p.where.ids[entry], head), k + k_size, 2 * k_size, length);
     }
   });
 }

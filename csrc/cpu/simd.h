@@ -112,7 +112,7 @@ struct Simd {
     return p * (Lanes)(((IntLanes)shifted + 127) << 23);
   }
 
-  // The same, within 7.5e-5 (degree 3) or 2.6e-6 (degree 4), for numbers that are rounded afterwards; 2^-120 below that.
+  // The same within 7.5e-5 (degree 3) or 2.6e-6 (degree 4), for numbers that are rounded afterwards; at least 2^-120.
   template <int kDegree>
   INFERIX_INLINE static Lanes exp2_short(const Lanes& x_in) {
     static_assert(kDegree == 3 || kDegree == 4);

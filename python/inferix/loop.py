@@ -30,9 +30,16 @@ class Decoder:
         table: empty; where this world's keys and values go.
         generator: of all noise.
         against: what a guided model is guided away from, as the model's `condition` made it; None: no guidance.
+
+    Raises:
+        ValueError: the adapter asks for guidance and `against` is missing, or the other way round.
     """
 
     def __init__(self, model: BlockModel, table: PageTable, generator: torch.Generator, against: Any = None):
+        name, scale = model.adapter.name, model.adapter.guidance
+        if (scale != 1) != (against is not None):
+            wanted = "a condition" if against is None else "None"
+            raise ValueError(f"against must be {wanted}: the guidance of {name} is {scale:g}")
         self.model, self.generator = model, generator
         self.branches = [Branch(model, table)]
         if against is not None:
@@ -70,7 +77,7 @@ class Decoder:
                 branch.open(frames)
             x, sampler = self._noise(frames), self._sampler(levels, frames)
             for i, (level, t) in enumerate(zip(levels, told)):
-                if known is None or self.owed:
+                if known is None or any(branch.owed for branch in self.branches):
                     predicted = self._predict(x, t, condition)
                 if known is not None:
                     clean = known

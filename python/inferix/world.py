@@ -31,7 +31,8 @@ class World:
         kv: format of the committed pages, see inferix_kernels.layout.FORMATS.
         window: frames a block sees, its own included; by default what the model was trained for.
         sink: first frames that are never forgotten.
-        undo: frames that `rewind` can take back, besides the block made last.
+        undo: frames that `rewind` can take back, besides the block made last. A VAE that looks back in time keeps its
+            state for each of these blocks, gigabytes at 480p; with 0, such a world can not be rewound.
         worlds: that the store has room for, this one and its forks, should they come to share nothing.
         seed: of all noise. The same seed, actions and prompts give the same frames.
         weights: checkpoint file or folder, for models that do not ship one.
@@ -87,7 +88,8 @@ class World:
         )
         self.decoder = Decoder(self.model, self.store.open(policy), torch.Generator().manual_seed(seed), against)
         self.pictures = self.model.stream()
-        self.decoder.restart = getattr(self.pictures, "restart", self.decoder.restart)
+        self.decoder.restart = self._restart
+        self._kept: list[tuple[int, Any]] = []  # (frames made, `pictures` as it was then), for `rewind`
         self.prompt: str | None = None
 
     @property
@@ -129,6 +131,7 @@ class World:
         condition = self._condition(actions, prompt)
         if self.model.adapter.recache and before not in (None, self.prompt):
             self.decoder.recache(condition)
+        self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents)
 
@@ -162,6 +165,7 @@ class World:
             )
         seen = []
         for block, condition in blocks:
+            self._keep()
             self.decoder.observe(block, condition)
             seen.append(self.pictures(block))
         return np.concatenate(seen)
@@ -177,23 +181,46 @@ class World:
         other.decoder = self.decoder.fork()
         if hasattr(self.pictures, "fork"):
             other.pictures = self.pictures.fork()
-        other.decoder.restart = getattr(other.pictures, "restart", other.decoder.restart)
+        other.decoder.restart, other._kept = other._restart, list(self._kept)
         if seed is not None:
             other.decoder.generator.manual_seed(seed)
         return other
 
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
-        `undo` frames before it too.
+        `undo` frames before it too; if pictures depend on those before them, only with an `undo`.
 
         Raises:
-            RuntimeError: the pictures of this model depend on those before them, which can't be unmade: keep a fork.
+            ValueError: it is not so many frames that can be taken back; nothing has changed.
         """
-        if hasattr(self.pictures, "fork"):
-            raise RuntimeError(
-                f"rewind: a decoder that looks back in time, {self.model.adapter.name}'s, can't: keep a fork"
-            )
+        pictures, end = self.pictures, self.frames - frames
+        if frames and hasattr(pictures, "fork"):
+            before = dict(self._kept)
+            if end not in before:
+                sizes = ", ".join(str(self.frames - at) for at in before) or "0"
+                raise ValueError(
+                    f"frames must be one of {sizes}, for which the pictures' decoder was kept, got {frames}: "
+                    "World(undo=...) keeps more"
+                )
+            pictures = before[end].fork()
         self.decoder.rewind(frames)
+        self.pictures, self._kept = pictures, [(at, state) for at, state in self._kept if at < end]
+
+    def _keep(self) -> None:
+        """A block is about to be made: keep what its pictures look back on, as long as `rewind` may ask for it."""
+        undo = self.table.policy.undo
+        if undo and hasattr(self.pictures, "fork"):
+            self._kept = [(at, state) for at, state in self._kept if self.frames - undo <= at < self.frames]
+            self._kept.append((self.frames, self.pictures.fork()))
+
+    def _restart(self, latents: Tensor) -> Tensor:
+        """A new rollout begins with these, the last latents; there is no way back to before it."""
+        if not hasattr(self.pictures, "restart"):
+            return latents
+        begun: Tensor = self.pictures.restart(latents)
+        self._kept = []
+        self._keep()
+        return begun
 
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""

@@ -104,8 +104,11 @@ class Wan:
         adapter, config = self.adapter, self.network.config
         if not adapter.at_once:
             raise ValueError(f"for_video: {adapter.name} makes a video block by block, of any length")
+        if frames < 1:
+            raise ValueError(f"frames must be at least 1, got {frames}")
         if (picture is not None) != self.needs_picture:
-            raise ValueError(f"image must {'be given' if self.needs_picture else 'not be given'} for {adapter.name}")
+            told = "be given: this network is told how a video begins"
+            raise ValueError(f"image must {told if self.needs_picture else 'not be given: this network is told none'}")
         count = 1 - (1 - frames) // PICTURES
         other = copy.copy(self)
         other.adapter, other._crosses = dataclasses.replace(adapter, block_frames=count, window=count), {}

@@ -1,0 +1,173 @@
+// What attention's inner loops read: queries, keys and values as words. Included by attention.cpp alone.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "attention_tile.h"
+#include "codes.h"
+
+namespace inferix {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Keys and values meet the queries in the precision that their pages have, where the CPU has the instructions.
+enum Arithmetic { kFloats, kBf16, kInt8, kArithmetics };
+
+inline Arithmetic arithmetic_of(Codec codec, Isa isa) {
+  if (codec == Codec::f32 || codec == Codec::f16) return kFloats;
+  if (codec == Codec::i8_token || codec == Codec::i8_channel) return isa >= Isa::avx512_vnni ? kInt8 : kFloats;
+  return isa >= Isa::avx512_bf16 ? kBf16 : kFloats;
+}
+
+constexpr int64_t kElements[kArithmetics] = {1, 2, 4};  // of a word
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+inline int64_t words_of(int64_t D, Arithmetic arithmetic) {
+  return round_up(D, kElements[arithmetic]) / kElements[arithmetic];
+}
+
+// What a thread needs for a task; kept between calls, since a task is short.
+struct Workspace {
+  std::vector<Column> q[kArithmetics];  // [variants][groups][words of a row]; none if no pool wants it
+  std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
+  std::vector<Column> out;              // [groups][D rounded up to 16]
+  std::vector<Running> running;         // [groups]
+  Buffer row, k, v, floats, halves;
+  alignas(64) float bias[kTileKeys], k_scales[kTileKeys];
+  alignas(64) int32_t start[kTileKeys];
+  Buffer v_scales;
+};
+
+// x[D], zeros up to a whole word, as the words of one arithmetic; bytes are 128 more than what they stand for. Returns
+// the scale of bytes.
+INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, int32_t* words) {
+  if (arithmetic == kFloats) {
+    std::memcpy(words, x, D * 4);
+  } else if (arithmetic == kBf16) {
+    for (int64_t n = 0; n < (D + 1) / 2; ++n)
+      words[n] = from_float<Bf16>(x[2 * n]).bits | from_float<Bf16>(x[2 * n + 1]).bits << 16;
+  } else {
+    int32_t largest = 0;
+    for (int64_t d = 0; d < D; ++d) largest = std::max(largest, magnitude(x[d]));
+    const float scale = std::max(float_of(static_cast<uint32_t>(largest)), kAmaxFloor) / kInt8Max;
+    const float inverse = 1.f / scale;
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
+    for (int64_t d = 0; d < round_up(D, 4); ++d) bytes[d] = static_cast<uint8_t>(rounded(x[d] * inverse) + 128);
+    // A NaN has made every byte meaningless: the scale carries it on.
+    return largest > 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : scale;
+  }
+  return 1.f;
+}
+
+// Rows of count tokens from codes that lie `from_stride` bytes apart, zeros up to `rows` and `stride`.
+inline void copy_rows(const char* from, int64_t from_stride, int64_t count, char* to, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const int64_t bytes = t < count ? from_stride : 0;
+    if (bytes) std::memcpy(to + t * stride, from + t * from_stride, bytes);
+    std::memset(to + t * stride + bytes, 0, stride - bytes);
+  }
+}
+
+// Tokens first : first + count of a tile of keys.
+template <typename S>
+INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
+                                   Workspace& w) {
+  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
+  const int64_t D = tile.width, rows = round_up(count, block), words = words_of(D, arithmetic);
+  const bool in_place = count == rows && D % kElements[arithmetic] == 0;
+  std::fill_n(w.bias, count, bias);
+  std::fill(w.bias + count, w.bias + rows, -kInfinity);
+  TileKeys keys{nullptr, words * 4, words, rows, w.bias, nullptr, nullptr};
+  const int64_t bytes = row_bytes(tile.codec, D);
+  const char* codes = tile.codes + first * bytes;
+  const bool stored =
+      tile.codec == Codec::f32 || (tile.codec == Codec::bf16 && arithmetic == kBf16) || arithmetic == kInt8;
+  char* to = reinterpret_cast<char*>(w.k.floats(rows * words));
+  if (stored && in_place) {
+    keys.rows = codes;
+  } else if (stored) {
+    copy_rows(codes, bytes, count, to, words * 4, rows);
+    keys.rows = to;
+  } else {
+    const float* x = floats_of(isa, tile, first, count, w.floats);
+    if (arithmetic == kFloats) {
+      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, to, D * 4, rows);
+    } else {
+      from_floats(isa, DType::bf16, x, D, count, D, to, words * 2);
+      for (int64_t t = 0; t < count && D % 2; ++t) std::memset(to + t * words * 4 + D * 2, 0, 2);
+      std::memset(to + count * words * 4, 0, (rows - count) * words * 4);
+    }
+    keys.rows = to;
+  }
+  if (arithmetic == kInt8) {
+    std::fill(w.k_scales + count, w.k_scales + rows, 0.f);
+    std::memcpy(w.k_scales, reinterpret_cast<const float*>(tile.scales) + first, count * 4);
+    for (int64_t t = 0; t < rows; ++t) w.start[t] = start_of<S>(keys.rows + t * keys.stride, keys.stride);
+    keys.scales = w.k_scales, keys.start = w.start;
+  }
+  return keys;
+}
+
+// Words of kCount rows' elements: [ceil(count / kCount)][stride], rows past count 0.
+template <typename Element, int kCount, typename Load>
+INFERIX_INLINE void interleave(int64_t count, int64_t width, int64_t stride, const Load& row, uint32_t* to) {
+  static constexpr Element zeros[1] = {};
+  for (int64_t t = 0; t < count; t += kCount, to += stride) {
+    const Element* from[kCount];
+    for (int i = 0; i < kCount; ++i) from[i] = t + i < count ? row(t + i) : zeros;
+    if (t + kCount <= count) {
+      for (int64_t d = 0; d < width; ++d) {
+        uint32_t word = 0;
+        for (int i = 0; i < kCount; ++i) word |= uint32_t(from[i][d]) << (32 / kCount * i);
+        to[d] = word;
+      }
+    } else {
+      for (int64_t d = 0; d < width; ++d) {
+        uint32_t word = 0;
+        for (int i = 0; t + i < count; ++i) word |= uint32_t(from[i][d]) << (32 / kCount * i);
+        to[d] = word;
+      }
+    }
+    std::fill(to + width, to + stride, 0);
+  }
+}
+
+INFERIX_INLINE TileValues ready_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
+  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
+  const int64_t D = tile.width, columns = round_up(D, kLanes);
+  const int64_t steps = words_of(count, arithmetic);
+  const char* codes = tile.codes + first * row_bytes(tile.codec, D);
+  TileValues values{nullptr, columns * 4, steps, columns, nullptr};
+  if (tile.codec == Codec::f32 && D == columns) {
+    values.rows = codes;
+    return values;
+  }
+  float* to = w.v.floats(steps * columns);
+  values.rows = reinterpret_cast<const char*>(to);
+  if (arithmetic == kInt8) {
+    const auto row = [&](int64_t t) { return reinterpret_cast<const uint8_t*>(codes) + t * D; };
+    interleave<uint8_t, 4>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
+    float* scales = w.v_scales.floats(columns);
+    std::memcpy(scales, tile.scales, D * 4);
+    std::fill(scales + D, scales + columns, 0.f);
+    values.scales = scales;
+  } else if (tile.codec == Codec::bf16 && arithmetic == kBf16) {
+    const auto row = [&](int64_t t) { return reinterpret_cast<const Pair*>(codes) + t * D; };
+    interleave<Pair, 2>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
+  } else {
+    const float* x = floats_of(isa, tile, first, count, w.floats);
+    if (arithmetic == kFloats) {
+      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, reinterpret_cast<char*>(to), columns * 4, count);
+    } else {
+      Pair* halves = reinterpret_cast<Pair*>(w.halves.floats(count * D));
+      from_floats(isa, DType::bf16, x, D, count, D, halves, D);
+      const auto row = [&](int64_t t) { return halves + t * D; };
+      interleave<Pair, 2>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
+    }
+  }
+  return values;
+}
+
+}  // namespace inferix
