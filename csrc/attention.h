@@ -20,6 +20,7 @@ struct PagedAttentionParams {
   float scale;
   bool accumulate;  // out and lse hold a result over other keys: merge into it
   DType q_dtype, out_dtype;
+  void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
 };
 
 struct MergeAttentionParams {
@@ -34,6 +35,8 @@ struct MergeAttentionParams {
 void paged_attention_cpu(const PagedAttentionParams& params, const Cpu& cpu);
 void merge_attention_cpu(const MergeAttentionParams& params, const Cpu& cpu);
 
+int64_t paged_attention_workspace(const PagedAttentionParams& params);
+void paged_attention_cuda(const PagedAttentionParams& params, void* stream);
 void merge_attention_cuda(const MergeAttentionParams& params, void* stream);
 
 }  // namespace inferix

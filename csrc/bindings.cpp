@@ -2,15 +2,18 @@
 //
 // Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU kernel as
 // `cpu` says; a number is a cudaStream_t.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "attention.h"
+#include "cuda/probes_sm90.h"
 #include "kv_pages.h"
 #include "linear.h"
 #include "qkv.h"
@@ -57,6 +60,14 @@ void launch(const Params& params, Stream stream, const Cpu& cpu, void (*kernel)(
   if (!stream) return kernel(params, cpu);
   if (!cuda) throw std::invalid_argument("this op has no CUDA kernel in this build");
   cuda(params, at<void>(*stream));
+}
+
+// Called with a number of bytes, returns the address of so much scratch memory on the op's device.
+using Workspace = std::function<Address(int64_t)>;
+
+template <typename Params>
+void allot(const Workspace& workspace, Stream stream, int64_t (*bytes)(const Params&), Params& params) {
+  if (stream && bytes) params.workspace = at<void>(workspace(bytes(params)));
 }
 
 void define_types(py::module_& m) {
@@ -133,16 +144,18 @@ void define_attention(py::module_& m) {
          Address page_indptr, const PageList& entries, Address page_bias, Address page_variants,
          const PageShape& shape, int64_t q_variant_stride, int64_t variants, int64_t T, int64_t query_heads,
          int64_t segments, int64_t lists_per_segment, float scale, bool accumulate, DType q_dtype, DType out_dtype,
-         Stream stream, const Cpu& cpu) {
-        const PagedAttentionParams params{
+         const Workspace& workspace, Stream stream, const Cpu& cpu) {
+        PagedAttentionParams params{
             q, q_variant_stride, out, at<float>(lse), pools_of(pools), at<const int32_t>(q_indptr),
             at<const int32_t>(page_indptr), entries, at<const float>(page_bias), at<const int32_t>(page_variants),
-            shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, q_dtype, out_dtype};
-        launch(params, stream, cpu, paged_attention_cpu, nullptr);
+            shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, q_dtype, out_dtype, nullptr};
+        allot<PagedAttentionParams>(workspace, stream, INFERIX_CUDA_KERNEL(paged_attention_workspace), params);
+        launch(params, stream, cpu, paged_attention_cpu, INFERIX_CUDA_KERNEL(paged_attention_cuda));
       },
       py::kw_only(), "q"_a, "out"_a, "lse"_a, "pools"_a, "q_indptr"_a, "page_indptr"_a, "entries"_a, "page_bias"_a,
       "page_variants"_a, "shape"_a, "q_variant_stride"_a, "variants"_a, "T"_a, "query_heads"_a, "segments"_a,
-      "lists_per_segment"_a, "scale"_a, "accumulate"_a, "q_dtype"_a, "out_dtype"_a, "stream"_a, "cpu"_a);
+      "lists_per_segment"_a, "scale"_a, "accumulate"_a, "q_dtype"_a, "out_dtype"_a, "workspace"_a,
+      "stream"_a, "cpu"_a);
   m.def(
       "merge_attention",
       [](Address out_a, Address lse_a, Address out_b, Address lse_b, Address out, Address lse, int64_t rows, int64_t D,
@@ -161,17 +174,19 @@ void define_qkv(py::module_& m) {
       [](Address qkv, int64_t qkv_stride, Address q, Address bias, Address norm_q, Address norm_q_bias,
          int64_t norm_q_size, Address norm_k, Address norm_k_bias, int64_t norm_k_size, Address rope,
          int64_t rope_pairs, Address k_mean, bool interleaved, float eps, const Pool& pages, const PageList& where,
-         const PageShape& shape, int64_t T, int64_t query_heads, DType dtype, Stream stream, const Cpu& cpu) {
-        const QkvPrologueParams params{at<void>(qkv), at<void>(q), qkv_stride, at<float>(bias), at<float>(norm_q),
+         const PageShape& shape, int64_t T, int64_t query_heads, DType dtype,
+         const Workspace& workspace, Stream stream, const Cpu& cpu) {
+        QkvPrologueParams params{at<void>(qkv), at<void>(q), qkv_stride, at<float>(bias), at<float>(norm_q),
                                        at<float>(norm_k), at<float>(norm_q_bias), at<float>(norm_k_bias),
                                        norm_q_size, norm_k_size, at<float>(rope), at<float>(k_mean), rope_pairs,
-                                       interleaved, eps, pages, where, shape, T, query_heads, dtype};
-        launch(params, stream, cpu, qkv_prologue_cpu, nullptr);
+                                       interleaved, eps, pages, where, shape, T, query_heads, dtype, nullptr};
+        allot<QkvPrologueParams>(workspace, stream, INFERIX_CUDA_KERNEL(qkv_prologue_workspace), params);
+        launch(params, stream, cpu, qkv_prologue_cpu, INFERIX_CUDA_KERNEL(qkv_prologue_cuda));
       },
       py::kw_only(), "qkv"_a, "qkv_stride"_a, "q"_a, "bias"_a, "norm_q"_a, "norm_q_bias"_a, "norm_q_size"_a,
       "norm_k"_a, "norm_k_bias"_a, "norm_k_size"_a, "rope"_a, "rope_pairs"_a, "k_mean"_a,
-      "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a, "T"_a, "query_heads"_a, "dtype"_a, "stream"_a,
-      "cpu"_a);
+      "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a, "T"_a, "query_heads"_a, "dtype"_a,
+      "workspace"_a, "stream"_a, "cpu"_a);
 }
 
 void define_linear(py::module_& m) {
@@ -208,9 +223,31 @@ void define_linear(py::module_& m) {
       "M"_a, "N"_a, "K"_a, "activation"_a, "codec"_a, "residual_dtype"_a, "out_dtype"_a, "stream"_a, "cpu"_a);
 }
 
+#ifdef INFERIX_CUDA
+void define_probes(py::module_& m) {
+  m.def(
+      "probe_load",
+      [](const Pool& pages, const PageShape& shape, int first_row, int second_row, int head, Address keys,
+         Address values, Address key_scales, Address value_scales, Address stream) {
+        probe_load_cuda({pages, shape, first_row, second_row, head, at<void>(keys), at<void>(values),
+                         at<float>(key_scales), at<float>(value_scales)},
+                        at<void>(stream));
+      },
+      py::kw_only(), "pages"_a, "shape"_a, "first_row"_a, "second_row"_a, "head"_a, "keys"_a, "values"_a,
+      "key_scales"_a, "value_scales"_a, "stream"_a);
+  m.def(
+      "probe_multiply",
+      [](const Pool& like, bool values, Address a, Address b, Address out, Address stream) {
+        probe_multiply_cuda({like, values, at<void>(a), at<void>(b), at<float>(out)}, at<void>(stream));
+      },
+      py::kw_only(), "like"_a, "values"_a, "a"_a, "b"_a, "out"_a, "stream"_a);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  py::register_exception<Unsupported>(m, "Unsupported");
   define_types(m);
   define_kv_pages(m);
   define_attention(m);
@@ -218,6 +255,7 @@ PYBIND11_MODULE(_C, m) {
   define_linear(m);
   m.attr("max_pools") = kMaxPools;
 #ifdef INFERIX_CUDA
+  define_probes(m);
   m.attr("has_cuda") = true;
 #else
   m.attr("has_cuda") = false;

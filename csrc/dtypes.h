@@ -14,6 +14,11 @@ inline const char* name(DType dtype) {
   return names[static_cast<int>(dtype)];
 }
 
+// A kernel cannot take these arguments, and says why before it writes anything; another backend may.
+struct Unsupported : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 [[noreturn]] inline void unsupported(const char* argument, DType dtype) {
   throw std::invalid_argument(std::string(argument) + " cannot be " + name(dtype));
 }

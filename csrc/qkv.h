@@ -23,8 +23,12 @@ struct QkvPrologueParams {
   PageShape shape;
   int64_t T, query_heads;
   DType dtype;
+  void* workspace;  // on a GPU, qkv_prologue_workspace(params) bytes; else null
 };
 
 void qkv_prologue_cpu(const QkvPrologueParams& params, const Cpu& cpu);
+
+int64_t qkv_prologue_workspace(const QkvPrologueParams& params);
+void qkv_prologue_cuda(const QkvPrologueParams& params, void* stream);
 
 }  // namespace inferix

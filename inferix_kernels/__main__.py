@@ -1,6 +1,7 @@
 """`python -m inferix_kernels`: what runs on this machine, and why the rest does not. Each op is tried, not guessed.
 
-`python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use;
+`python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use; with
+`--arch 90a` it says so of the CUDA kernels that are built.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import ops, testing
+from . import ops, sass, testing
 from ._dispatch import AUTO, BACKENDS, Unsupported, implementation
 from .layout import Quantized, make_plan
 
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     ahead = commands.add_parser("compile", help="compile the Triton kernels ahead of time; needs no GPU")
     ahead.add_argument("cases", nargs="*", help='what to compile, as "linear" or "kv_append i8f8"; all by default')
-    ahead.add_argument("--arch", nargs="+", metavar="SM", help="80 89 90 100 120 by default")
+    ahead.add_argument("--arch", nargs="+", metavar="SM", help="80 89 90 100 120 by default; 90a: of CUDA")
     output = ahead.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
     output.add_argument("--markdown", action="store_true", help="a line for each op")
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"written: {tune(options.ops)}")
             return 0
-    except (Unsupported, ImportError) as error:  # without Triton
+    except (Unsupported, ImportError, sass.MissingTool) as error:  # ImportError: without Triton
         print(f"python -m inferix_kernels {options.command}: {error}", file=sys.stderr)
         return 2
     print_machine()
@@ -129,11 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: bool, as_markdown: bool) -> int:
     """0 if all is sound, 1 if a kernel spills or ptxas warns, 2 if there is nothing to compile."""
-    from .triton_kernels import aot
-
-    # sm_90a and its like are targets of the CUDA kernels in csrc/; Triton adds the letter itself.
+    # sm_90a and its like are targets of the CUDA kernels in csrc/, built ahead; Triton adds the letter itself.
+    if names and not names[0].isdigit():
+        if len(names) > 1 or cases or as_json or as_markdown:
+            raise Unsupported(f"--arch {names[0]} must be alone: it is a table of the CUDA kernels that are built")
+        print(sass.report(names[0]))
+        return 0
     if others := [name for name in names or () if not name.isdigit()]:
         raise Unsupported(f"Triton's architectures are numbers, as 90: no {', '.join(others)}")
+    from .triton_kernels import aot
+
     rows: list[aot.Row] = []
 
     def seen() -> Iterator[aot.Row]:

@@ -22,7 +22,7 @@ except ImportError as error:
 HAS_CUDA: bool = _C.has_cuda
 Isa = _C.Isa
 ISA: Any = _C.best_isa()  # the instructions that CPU kernels use; tests set others
-CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "merge_attention"))
+CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "paged_attention", "merge_attention", "qkv_prologue"))
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 _CODECS = {
     Codec(torch.float32): _C.Codec.float32,
@@ -41,7 +41,6 @@ _ACTIVATIONS = {
     "gelu": _C.Activation.gelu,
     "gelu_tanh": _C.Activation.gelu_tanh,
 }
-_CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.int8))  # of codes
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
@@ -120,6 +119,7 @@ def paged_attention(
         accumulate=accumulate,
         q_dtype=_DTYPES[q.dtype],
         out_dtype=_DTYPES[out.dtype],
+        workspace=_Workspace(q.device),
     )
     return out, lse
 
@@ -190,6 +190,7 @@ def qkv_prologue(
         T=qkv.shape[0],
         query_heads=out.shape[1],
         dtype=_DTYPES[qkv.dtype],
+        workspace=_Workspace(qkv.device),
     )
     return out
 
@@ -275,8 +276,22 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
         raise Unsupported("the extension was built without nvcc")
     if op not in CUDA_OPS:
         raise Unsupported(f"{op}: no CUDA kernel yet")
-    with torch.cuda.device(like.device):  # a stream only takes launches while its device is current
-        kernel(**arguments, stream=torch.cuda.current_stream().cuda_stream, cpu=_C.Cpu(0, ISA))
+    try:
+        with torch.cuda.device(like.device):  # a stream only takes launches while its device is current
+            kernel(**arguments, stream=torch.cuda.current_stream().cuda_stream, cpu=_C.Cpu(0, ISA))
+    except _C.Unsupported as error:
+        raise Unsupported(str(error)) from error
+
+
+class _Workspace:
+    """Scratch memory of one call, on its device. Freed when the call has been queued, for what is queued after it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, size: int) -> int:
+        self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.memory.data_ptr()
 
 
 def _address(name: str, tensor: Tensor | None) -> int:
@@ -325,8 +340,6 @@ def _plane(name: str, side: Side, width: int) -> _C.Plane:
 
 
 def _pool(pages: KVPages) -> _C.Pool:
-    if pages.k.is_cuda and not _CUDA_DTYPES.issuperset((pages.k.dtype, pages.v.dtype)):
-        raise Unsupported(f"no CUDA kernel yet for {pages.format} pages")
     k, v = pages.sides
     return _C.Pool(_plane("pages.k", k, pages.head_dim), _plane("pages.v", v, pages.value_dim), pages.pages)
 

@@ -145,8 +145,12 @@ def test_the_readmes_table_has_every_case():
 
 
 def test_the_command_says_what_it_can_not_do(capsys):
-    assert main(["compile", "--arch", "90a"]) == 2
+    assert main(["compile", "--arch", "90", "90a"]) == 2
     assert "Triton's architectures are numbers, as 90: no 90a" in capsys.readouterr().err
+    assert main(["compile", "--arch", "90a", "--json"]) == 2
+    assert "--arch 90a must be alone" in capsys.readouterr().err
+    assert main(["compile", "--arch", "75a"]) == 2
+    assert "the extension holds no kernels for sm_75a" in capsys.readouterr().err
     assert main(["compile", "nothing"]) == 2
     assert "no case begins with 'nothing'" in capsys.readouterr().err
     if not torch.cuda.is_available():

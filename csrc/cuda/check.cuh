@@ -1,4 +1,4 @@
-// A launch that CUDA refuses becomes a Python RuntimeError that names the op.
+// What CUDA refuses becomes a Python RuntimeError that names the op.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -7,9 +7,10 @@
 
 namespace inferix {
 
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
+inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
+
+inline void check_launch(const char* op) { check_cuda(op, cudaGetLastError()); }
 
 }  // namespace inferix

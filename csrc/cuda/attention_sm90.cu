@@ -1,0 +1,226 @@
+// paged_attention on Hopper: what it takes, its scratch memory, its launches. Never run on a GPU; the kernels run on the
+// host in tests/native.
+//
+// One pass for each pool, in order: the first writes out and lse, each later one merges into them, as a call with
+// accumulate does. What lies between two passes is float32.
+#include <algorithm>
+
+#include "../attention.h"
+#include "attention_sm90.cuh"
+#include "check.cuh"
+#include "prepare_sm90.cuh"
+#include "probes_sm90.cuh"
+#include "probes_sm90.h"
+#include "tensor_map.h"
+
+namespace inferix {
+namespace {
+
+using namespace sm90;
+
+constexpr int kMaxBlocks = 256;  // multiprocessors of a Hopper GPU are at most 144
+
+void require(bool fits, const std::string& what) {
+  if (!fits) throw Unsupported("paged_attention: the Hopper kernel " + what);
+}
+
+template <typename Function>
+void with_kernel(const Pool& pool, Function&& function) {
+  const Codec k = pool.k.codec, v = pool.v.codec;
+  const auto with_kind = [&](auto width) {
+    constexpr int kD = decltype(width)::value;
+    if (k == Codec::bf16 && v == Codec::bf16)
+      return function(std::integral_constant<Kind, Kind::bf16>{}, std::integral_constant<int, kD>{});
+    if (k == Codec::i8_token && v == Codec::e4m3_channel)
+      return function(std::integral_constant<Kind, Kind::i8f8>{}, std::integral_constant<int, kD>{});
+    if (k == Codec::e4m3_token && v == Codec::e4m3_channel)
+      return function(std::integral_constant<Kind, Kind::fp8>{}, std::integral_constant<int, kD>{});
+    require(false, "reads bf16, i8f8 and fp8 pages only");
+  };
+  if (pool.k.width == 128 && pool.v.width == 128) return with_kind(std::integral_constant<int, 128>{});
+  if (pool.k.width == 64 && pool.v.width == 64) return with_kind(std::integral_constant<int, 64>{});
+  require(false, "needs head_dim 64 or 128, got " + std::to_string(pool.k.width));
+}
+
+bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
+void check(const PagedAttentionParams& p) {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  const int64_t group = p.query_heads / p.shape.H;
+  require(p.q_dtype == DType::bf16, std::string("takes q in bfloat16, got ") + name(p.q_dtype));
+  require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
+  require(p.shape.page_size % kUnitKeys == 0,
+          "needs a page_size that is a multiple of 64, got " + std::to_string(p.shape.page_size));
+  for (int i = 0; i < p.pools.count; ++i) {
+    const Pool& pool = p.pools.pool[i];
+    with_kernel(pool, [](auto, auto) {});
+    require(pool.pages * p.shape.H * std::max(p.shape.page_size, pool.k.width) <= kMost,
+            "counts slots of a pool in 31 bits, got " + std::to_string(pool.pages) + " pages");
+    for (const void* x : {pool.k.codes, pool.v.codes, pool.k.scales, pool.v.scales})
+      require(aligned(x, 16), "needs pools whose tensors begin at a multiple of 16 bytes");
+  }
+  require(p.T * group <= kMost && p.entries.n * (p.shape.page_size / kUnitKeys) <= kMost, "counts rows in 31 bits");
+  require(aligned(p.q.data, 16) && p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0 && p.q_variant_stride % 8 == 0,
+          "reads q 16 bytes at a time: its address and strides must be multiples of that");
+  require(aligned(p.out.data, p.out_dtype == DType::f32 ? 8 : 4) && p.out.token_stride % 2 == 0 &&
+              p.out.head_stride % 2 == 0,
+          "writes out two channels at a time: its address and strides must be multiples of that");
+}
+
+// Scratch memory, cut into arrays. With a null base it measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return array;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct Scratch {
+  WorkTable work;
+  Unit* units;
+  int64_t* list_start;
+  int32_t* list_tiles;
+  float *piece_out, *piece_lse, *running;
+  int64_t bytes;
+
+  Scratch(const PagedAttentionParams& p, int blocks) {
+    Arena arena(p.workspace);
+    const int64_t D = p.pools.pool[0].k.width, strips = p.segments * p.shape.H, lists = p.segments * p.lists_per_segment;
+    work = {arena.take<int64_t>(strips + 1), arena.take<int32_t>(strips + 1), arena.take<int32_t>(strips),
+            arena.take<int64_t>(blocks + 1), arena.take<int32_t>(1), int32_t(strips), blocks};
+    units = arena.take<Unit>(unit_start(lists, p.entries.n, int(p.variants), int(p.shape.page_size)));
+    list_start = arena.take<int64_t>(lists + 1);
+    list_tiles = arena.take<int32_t>(lists);
+    piece_out = arena.take<float>(2 * int64_t(blocks) * kTileRows * D);
+    piece_lse = arena.take<float>(2 * int64_t(blocks) * kTileRows);
+    running = arena.take<float>(p.pools.count > 1 && p.out_dtype != DType::f32 ? p.T * p.query_heads * D : 0);
+    bytes = arena.used();
+  }
+};
+
+PrepareArgs prepare_args(const PagedAttentionParams& p, const Scratch& scratch, int pool, int64_t first_page) {
+  return {p.q_indptr, p.page_indptr, p.entries.ids, p.entries.lens, p.page_bias, p.page_variants, int32_t(p.T),
+          int32_t(p.entries.n), int32_t(p.segments), int32_t(p.shape.H), int32_t(p.lists_per_segment),
+          int32_t(p.variants), int32_t(first_page), int32_t(p.pools.pool[pool].pages), int32_t(p.shape.page_size),
+          int32_t(p.query_heads / p.shape.H), scratch.work, scratch.units, scratch.list_start, scratch.list_tiles};
+}
+
+AttentionArgs attention_args(const PagedAttentionParams& p, const Scratch& scratch, int pool) {
+  const int64_t D = p.pools.pool[pool].k.width;
+  const HeadRows out{static_cast<char*>(p.out.data), p.out.token_stride, p.out.head_stride, p.out_dtype};
+  const HeadRows running = p.out_dtype == DType::f32
+                               ? out
+                               : HeadRows{reinterpret_cast<char*>(scratch.running), p.query_heads * D, D, DType::f32};
+  const HeadRows nothing{nullptr, 0, 0, DType::f32};
+  const bool first = pool == 0, last = pool == p.pools.count - 1;
+  return {static_cast<const char*>(p.q.data), p.q_variant_stride, p.q.token_stride, p.q.head_stride,
+          !first ? running : p.accumulate ? out : nothing, last ? out : running, p.lse,
+          static_cast<const float*>(p.pools.pool[pool].k.scales), static_cast<const float*>(p.pools.pool[pool].v.scales),
+          p.q_indptr, scratch.units, scratch.list_start, scratch.work, int32_t(p.T), int32_t(p.shape.H),
+          int32_t(p.query_heads / p.shape.H), int32_t(p.lists_per_segment), int32_t(p.shape.page_size),
+          p.scale * kLog2E, scratch.piece_out, scratch.piece_lse};
+}
+
+struct Maps {
+  CUtensorMap keys, values;
+};
+
+Maps maps_of(const Pool& pool, const PageShape& s) {
+  const bool eight_bit = pool.k.codec != Codec::bf16;
+  const uint64_t tiles = uint64_t(pool.pages) * s.H, slots = tiles * s.page_size;
+  const int D = int(pool.k.width);
+  return {tensor_map("paged_attention", pool.k.codes, eight_bit ? byte_rows(slots, D) : float_rows(slots, D), eight_bit),
+          tensor_map("paged_attention", pool.v.codes,
+                     eight_bit ? transposed_bytes(tiles * D, D, int(s.page_size)) : float_rows(slots, D), eight_bit)};
+}
+
+int multiprocessors() {
+  int device, count, major;
+  check_cuda("paged_attention", cudaGetDevice(&device));
+  check_cuda("paged_attention", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  check_cuda("paged_attention", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  require(major == 9, "needs a GPU of compute capability 9.0, got " + std::to_string(major));
+  return std::min(count, kMaxBlocks);
+}
+
+// Launches with the shared memory that a kind of page needs.
+template <Kind kKind, int kD, typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  constexpr int kBytes = shared_bytes<kKind, kD>();
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  kernel<<<grid, threads, kBytes, stream>>>(arguments...);
+  check_launch(op);
+}
+
+}  // namespace
+
+int64_t paged_attention_workspace(const PagedAttentionParams& p) {
+  check(p);
+  return Scratch(p, kMaxBlocks).bytes;
+}
+
+void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
+  check(p);
+  if (p.T == 0 || p.query_heads == 0) return;
+  const int blocks = multiprocessors();
+  const Scratch scratch(p, blocks);
+  const auto s = static_cast<cudaStream_t>(stream);
+  int64_t first_page = 0;
+  for (int i = 0; i < p.pools.count; ++i) {
+    const Pool& pool = p.pools.pool[i];
+    const Maps maps = maps_of(pool, p.shape);
+    const AttentionArgs args = attention_args(p, scratch, i);
+    prepare_kernel<<<1, kPrepareThreads, 0, s>>>(prepare_args(p, scratch, i, first_page));
+    check_launch("paged_attention");
+    with_kernel(pool, [&](auto kind, auto width) {
+      constexpr Kind kKind = decltype(kind)::value;
+      constexpr int kD = decltype(width)::value;
+      launch<kKind, kD>("paged_attention", attention_kernel<kKind, kD>, blocks, (kConsumers + 1) * kWarpgroup, s, args,
+                        maps.keys, maps.values);
+      merge_pieces_kernel<kD><<<dim3(blocks, kMergeParts), kMergeThreads, 0, s>>>(args);
+      check_launch("paged_attention");
+    });
+    first_page += pool.pages;
+  }
+}
+
+void probe_load_cuda(const ProbeLoadParams& p, void* stream) {
+  with_kernel(p.pages, [&](auto kind, auto width) {
+    constexpr Kind kKind = decltype(kind)::value;
+    constexpr int kD = decltype(width)::value;
+    const Maps maps = maps_of(p.pages, p.shape);
+    AttentionArgs args{};
+    args.k_scales = static_cast<const float*>(p.pages.k.scales);
+    args.v_scales = static_cast<const float*>(p.pages.v.scales);
+    args.page_size = int32_t(p.shape.page_size);
+    launch<kKind, kD>("probe_load", probe_load_kernel<kKind, kD>, 1, kWarpgroup, static_cast<cudaStream_t>(stream), args,
+                      maps.keys, maps.values, p.first_row, p.second_row, p.head, static_cast<char*>(p.keys),
+                      static_cast<char*>(p.values), p.key_scales, p.value_scales);
+  });
+}
+
+void probe_multiply_cuda(const ProbeMultiplyParams& p, void* stream) {
+  with_kernel(p.like, [&](auto kind, auto width) {
+    constexpr Kind kKind = decltype(kind)::value;
+    constexpr int kD = decltype(width)::value;
+    const auto s = static_cast<cudaStream_t>(stream);
+    if (p.values)
+      launch<kKind, kD>("probe_multiply", probe_values_kernel<kKind, kD>, 1, kWarpgroup, s,
+                        static_cast<const float*>(p.a), static_cast<const char*>(p.b), p.out);
+    else
+      launch<kKind, kD>("probe_multiply", probe_scores_kernel<kKind, kD>, 1, kWarpgroup, s,
+                        static_cast<const char*>(p.a), static_cast<const char*>(p.b), p.out);
+  });
+}
+
+}  // namespace inferix

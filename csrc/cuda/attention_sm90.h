@@ -1,0 +1,66 @@
+// What the Hopper attention kernels are given: one pool of pages, its share of the plan, and where results go.
+#pragma once
+#include "../dtypes.h"
+#include "work.h"
+
+namespace inferix::sm90 {
+
+// What pages hold and how they are multiplied.
+enum class Kind {
+  bf16,  // bf16 keys and values
+  i8f8,  // int8 keys by token, int8 products; e4m3 transposed values by channel, e4m3 products
+  fp8,   // e4m3 keys by token, e4m3 products; values as i8f8
+};
+
+// The plan as prepare reads it, and what it makes of it for one pool.
+struct PrepareArgs {
+  const int32_t *q_indptr, *page_indptr, *page_ids, *page_lens;
+  const float* page_bias;        // or null
+  const int32_t* page_variants;  // or null
+  int32_t T, entries, segments, heads, lists_per_segment, variants;
+  int32_t first_page, pages, page_size;  // page ids of this pool
+  int32_t group;                         // query heads that read one KV head
+  WorkTable work;
+  Unit* units;
+  int64_t* list_start;  // [lists + 1]  where each page list's units begin; the last is not used
+  int32_t* list_tiles;  // [lists]      key tiles of each page list
+};
+
+// Where a list's units begin, and with the number of lists the room that all need: each entry has page_size / 64 units,
+// those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
+INFERIX_BOTH inline int64_t unit_start(int64_t list, int64_t first_entry, int variants, int page_size) {
+  return first_entry * (page_size / kUnitKeys) + list * (variants + 2);
+}
+
+// Elements i and i + 1 of a CSR row pointer. It has not been checked on the host, which would have to wait for the
+// device: whatever it holds, nothing outside 0 .. end is read.
+INFERIX_BOTH inline Stretch range_of(const int32_t* indptr, int i, int32_t end) {
+  const int32_t low = indptr[i] < 0 ? 0 : indptr[i] > end ? end : indptr[i];
+  const int32_t high = indptr[i + 1] < low ? low : indptr[i + 1] > end ? end : indptr[i + 1];
+  return {low, high};
+}
+
+// Elements of a [T, heads, D] tensor.
+struct HeadRows {
+  char* data;
+  int64_t token_stride, head_stride;  // in elements
+  DType dtype;
+};
+
+struct AttentionArgs {
+  const char* q;  // [variants, T, query_heads, D] bf16
+  int64_t q_variant_stride, q_token_stride, q_head_stride;
+  HeadRows from, out;  // from: a result over other keys to start with, or null; may be out
+  float* lse;          // [T, query_heads]; read too if there is a from
+  const float *k_scales, *v_scales;
+  const int32_t* q_indptr;
+  const Unit* units;
+  const int64_t* list_start;
+  WorkTable work;
+  int32_t T, heads, group, lists_per_segment, page_size;
+  float scale;          // of scores, times log2(e)
+  float* piece_out;     // [2 * blocks, kTileRows, D]  softmax-weighted means of pieces
+  float* piece_lse;     // [2 * blocks, kTileRows]
+};
+
+}  // namespace inferix::sm90

@@ -1,0 +1,165 @@
+// What the Hopper attention kernel brings to shared memory: keys and values by TMA, queries by the warpgroup that needs
+// them.
+#pragma once
+#include "shared_sm90.cuh"
+
+namespace inferix::sm90 {
+
+INFERIX_DEVICE const Unit* units_of(const AttentionArgs& p, const Item& item) {
+  const int list = p.lists_per_segment == 1 ? item.strip / p.heads : item.strip;
+  return p.units + p.list_start[list] + kUnits * item.first;
+}
+
+// A place in the ring of stages: use n is in stage n % kStages, and is the n / kStages-th use of it.
+template <int kStages>
+struct Place {
+  uint32_t stage = 0, parity = 0;
+  INFERIX_DEVICE void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+template <Kind kKind, int kD>
+INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, Shared<kKind, kD>& shared, int stage,
+                              const Unit (&units)[kUnits], int head) {
+  using S = Shared<kKind, kD>;
+  uint64_t* full = &shared.keys_full[stage];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int row = units[u].row + head * p.page_size;
+    if constexpr (S::kEightBit) {
+      load_box(map, shared.keys[stage] + u * S::kUnitBytes, full, 0, 0, 0, 0, row / 16);
+      load_bytes(p.k_scales + row, shared.key_scales[stage] + u * kUnitKeys, full, kUnitKeys * sizeof(float));
+    } else {
+      for (int panel = 0; panel < S::kPanels; ++panel)
+        load_box(map, shared.keys[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64, row);
+    }
+  }
+}
+
+template <Kind kKind, int kD>
+INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap& map, Shared<kKind, kD>& shared, int stage,
+                                const Unit (&units)[kUnits], int head) {
+  using S = Shared<kKind, kD>;
+  uint64_t* full = &shared.values_full[stage];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if constexpr (S::kEightBit) {
+      const int row = (units[u].row / p.page_size + head) * kD;
+      load_box(map, shared.values[stage] + u * S::kUnitBytes, full, units[u].row % p.page_size, row);
+      load_bytes(p.v_scales + row, shared.value_scales[stage] + u * kD, full, kD * sizeof(float));
+    } else {
+      const int row = units[u].row + head * p.page_size;
+      for (int panel = 0; panel < S::kPanels; ++panel)
+        load_box(map, shared.values[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64,
+                 row);
+    }
+  }
+}
+
+// The loading thread.
+template <Kind kKind, int kD>
+INFERIX_DEVICE void produce(const AttentionArgs& p, const TensorMap& keys, const TensorMap& values,
+                            Shared<kKind, kD>& shared) {
+  using S = Shared<kKind, kD>;
+  Place<S::kStages> place;
+  Turn& turn = shared.turns[kConsumers];
+  turn.items = Items(p.work, block_index());
+  while (turn.items.next(p.work, turn.item)) {
+    const Unit* next = units_of(p, turn.item);
+    const int head = turn.item.strip % p.heads;
+    for (int left = turn.item.count; left > 0; --left) {
+      const Unit units[kUnits] = {next[0], next[1]};  // on their way while we wait
+      next += kUnits;
+      const int stage = place.stage;
+      barrier_wait(&shared.keys_empty[stage], place.parity ^ 1);
+      shared.tiles[stage] = {{units[0].length, units[1].length}, {units[0].bias, units[1].bias}, units[0].variant, left == 1};
+      barrier_arrive_expecting(&shared.keys_full[stage], S::kKeyBytes);
+      load_keys(p, keys, shared, stage, units, head);
+      barrier_wait(&shared.values_empty[stage], place.parity ^ 1);
+      barrier_arrive_expecting(&shared.values_full[stage], S::kValueBytes);
+      load_values(p, values, shared, stage, units, head);
+      place.advance();
+    }
+  }
+}
+
+// 64 query rows of one variant to shared memory, as 8-bit pages need them. Rows past the end are zeros.
+template <Kind kKind, int kD>
+INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, Shared<kKind, kD>& shared, int warpgroup, int t) {
+  using S = Shared<kKind, kD>;
+  t = opaque(t);
+  const RowBlock rows = shared.turns[warpgroup].rows;
+  const int variant = shared.tiles[stage].variant;
+  constexpr int kChunks = kD * 2 / kChunk;  // of a row of bf16
+  sync_named(1 + warpgroup, kWarpgroup);    // no warp still multiplies the ones before
+#pragma unroll 4
+  for (int i = t; i < kRows * kChunks; i += kWarpgroup) {
+    const int r = i / kChunks, chunk = i % kChunks;
+    Chunk x = {};
+    if (rows.has(r)) {
+      const int64_t at = variant * p.q_variant_stride + rows.query(r) * p.q_token_stride + rows.head(r) * p.q_head_stride;
+      x = *reinterpret_cast<const Chunk*>(p.q + 2 * at + chunk * kChunk);
+    }
+    if constexpr (S::kEightBit) {
+      float values[8];
+      uint32_t largest = 0;  // as bits, of which a NaN's are the largest: a row with one gets a scale that is NaN
+      for (int n = 0; n < 8; ++n) {
+        values[n] = float_of(n % 2 ? x.word[n / 2] & 0xffff0000u : x.word[n / 2] << 16);
+        const uint32_t magnitude = bits_of(values[n]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      for (int distance = kChunks / 2; distance > 0; distance /= 2) {
+        const uint32_t other = shuffle_xor(largest, distance);
+        largest = other > largest ? other : largest;
+      }
+      const float amax = float_of(largest < bits_of(kAmaxFloor) ? bits_of(kAmaxFloor) : largest);
+      constexpr float kTop = kKind == Kind::i8f8 ? kInt8Max : kE4m3Max;
+      const float inverse = divide(kTop, amax);
+      if (chunk == 0) shared.query_scales[warpgroup][r] = amax * (1.f / kTop);
+      for (int n = 0; n < 8; ++n) values[n] *= inverse;
+      uint32_t* to = reinterpret_cast<uint32_t*>(shared.queries[warpgroup] + tile_offset(r, chunk * 8, kRows, kD));
+      to[0] = S::pack_codes(values);
+      to[1] = S::pack_codes(values + 4);
+    } else {
+      *reinterpret_cast<Chunk*>(shared.queries[warpgroup] + tile_offset(r, chunk * kChunk, kRows, kD * 2)) = x;
+    }
+  }
+  if (t == 0) shared.turns[warpgroup].variant = variant;
+  fence_stores();
+  sync_named(1 + warpgroup, kWarpgroup);
+}
+
+// Values past the end of a page may be anything, and their weight of 0 does not undo a NaN: they become 0. So do the
+// scales of a page of nothing. Each warpgroup does it for itself; that others do the same at the same time is harmless.
+template <Kind kKind, int kD>
+INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, const TileInfo& tile, int warpgroup,
+                                        int t) {
+  using S = Shared<kKind, kD>;
+  t = opaque(t);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int length = tile.length[u];
+    if (length == kUnitKeys) continue;
+    if constexpr (S::kEightBit) {
+      for (int channel = t; channel < kD; channel += kWarpgroup) {
+        char* unit = shared.values[stage] + u * S::kUnitBytes;
+        for (int key = length & ~3; key < kUnitKeys; key += 4) {
+          uint32_t& word = *reinterpret_cast<uint32_t*>(unit + tile_offset(channel, key, kD, kUnitKeys));
+          word = key < length ? word & ((1u << 8 * (length - key)) - 1) : 0;
+        }
+        if (length == 0) shared.value_scales[stage][u * kD + channel] = 0.f;
+      }
+    } else {
+      constexpr int kRowChunks = 128 / kChunk;
+      const int first = u * kUnitKeys + length, count = (kUnitKeys - length) * kRowChunks;
+      for (int panel = 0; panel < S::kPanels; ++panel)
+        for (int i = t; i < count; i += kWarpgroup)
+          *reinterpret_cast<Chunk*>(shared.values[stage] + panel * S::kPanelBytes + first * 128 + i * kChunk) = Chunk{};
+    }
+  }
+  fence_stores();
+  sync_named(1 + warpgroup, kWarpgroup);
+}
+
+}  // namespace inferix::sm90

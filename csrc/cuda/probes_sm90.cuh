@@ -1,0 +1,105 @@
+// Each stage of the attention kernel by itself, for the first meeting with a GPU: what fails here explains what fails
+// there. The host compiles this too.
+#pragma once
+#include "attention_sm90.cuh"
+
+namespace inferix::sm90 {
+
+// One key tile by TMA, as it lies in shared memory: keys [tile bytes], values [tile bytes], and with 8 bits their scales
+// [128] and [2, D].
+template <Kind kKind, int kD>
+INFERIX_KERNEL(kWarpgroup)
+probe_load_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMap key_map,
+                  INFERIX_GRID_CONSTANT TensorMap value_map, int first_row, int second_row, int head, char* keys,
+                  char* values, float* key_scales, float* value_scales) {
+  using S = Shared<kKind, kD>;
+  S& shared = shared_of_block<kKind, kD>();
+  const int t = thread_index();
+  if (t == 0) {
+    barrier_init(&shared.keys_full[0], 1);
+    barrier_init(&shared.values_full[0], 1);
+    fence_barrier_init();
+    const Unit units[kUnits] = {{first_row, kUnitKeys, 0.f, 0}, {second_row, kUnitKeys, 0.f, 0}};
+    barrier_arrive_expecting(&shared.keys_full[0], S::kKeyBytes);
+    load_keys(p, key_map, shared, 0, units, head);
+    barrier_arrive_expecting(&shared.values_full[0], S::kValueBytes);
+    load_values(p, value_map, shared, 0, units, head);
+  }
+  sync_block();
+  barrier_wait(&shared.keys_full[0], 0);
+  barrier_wait(&shared.values_full[0], 0);
+  for (int i = t; i < S::kTileBytes; i += kWarpgroup) {
+    keys[i] = shared.keys[0][i];
+    values[i] = shared.values[0][i];
+  }
+  if constexpr (S::kEightBit) {
+    for (int i = t; i < kTileKeys; i += kWarpgroup) key_scales[i] = shared.key_scales[0][i];
+    for (int i = t; i < kUnits * kD; i += kWarpgroup) value_scales[i] = shared.value_scales[0][i];
+  }
+}
+
+// scores [64, 128] = q [64, width bytes] . k [128, width bytes], of codes; columns in the order of k's rows.
+template <Kind kKind, int kD>
+INFERIX_KERNEL(kWarpgroup)
+probe_scores_kernel(const char* q, const char* k, float* scores) {
+  using S = Shared<kKind, kD>;
+  S& shared = shared_of_block<kKind, kD>();
+  const int t = thread_index();
+  for (int i = t; i < kRows * S::kWidth; i += kWarpgroup)
+    shared.queries[0][tile_offset(i / S::kWidth, i % S::kWidth, kRows, S::kWidth)] = q[i];
+  for (int i = t; i < kTileKeys * S::kWidth; i += kWarpgroup)
+    shared.keys[0][tile_offset(i / S::kWidth, i % S::kWidth, kTileKeys, S::kWidth)] = k[i];
+  for (int i = t; i < kTileKeys; i += kWarpgroup) shared.key_scales[0][i] = 1.f;
+  fence_stores();
+  sync_block();
+  float mine[64];
+  score(shared, 0, 0, mine, t);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) scores[accumulator_row(t, i) * kTileKeys + accumulator_column(t, i)] = mine[i];
+}
+
+// out [64, D] = weights [64, 128] . v. v as bytes: bf16 [128, D]; 8 bits [2, D, 64], of each unit of 64 keys.
+template <Kind kKind, int kD>
+INFERIX_KERNEL(kWarpgroup)
+probe_values_kernel(const float* weights, const char* v, float* out) {
+  using S = Shared<kKind, kD>;
+  S& shared = shared_of_block<kKind, kD>();
+  const int t = thread_index();
+  for (int i = t; i < S::kTileBytes; i += kWarpgroup) {
+    if constexpr (S::kEightBit) {
+      const int u = i / S::kUnitBytes, within = i % S::kUnitBytes;
+      shared.values[0][u * S::kUnitBytes + tile_offset(within / kUnitKeys, within % kUnitKeys, kD, kUnitKeys)] = v[i];
+    } else {
+      shared.values[0][tile_offset(i / (2 * kD), i % (2 * kD), kTileKeys, 2 * kD)] = v[i];
+    }
+  }
+  for (int i = t; i < kUnits * kD; i += kWarpgroup) shared.value_scales[0][S::kEightBit ? i : 0] = 1.f;
+  fence_stores();
+  sync_block();
+  float mine[kD / 2];
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) mine[i] = 0.f;
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    uint32_t packed[S::kUnitSteps][4];
+#pragma unroll
+    for (int step = 0; step < S::kUnitSteps; ++step)
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        float w[S::kPacked];
+#pragma unroll
+        for (int n = 0; n < S::kPacked; ++n) {
+          const int i = S::a_source(word, n, step);
+          w[n] = weights[accumulator_row(t, i) * kTileKeys + u * kUnitKeys + key_of(t, i, S::kEightBit)];
+        }
+        packed[step][word] = S::pack_weights(w);
+      }
+    add_values(shared, 0, u, packed, mine, t);
+    multiply_wait();
+    pin(mine);
+  }
+#pragma unroll
+  for (int i = 0; i < kD / 2; ++i) out[accumulator_row(t, i) * kD + accumulator_column(t, i)] = mine[i];
+}
+
+}  // namespace inferix::sm90

@@ -1,0 +1,183 @@
+// A thread block's shared memory, by kind of page, and what else the kernels of attention share.
+#pragma once
+#include <cmath>
+#include <type_traits>
+
+#include "attention_sm90.h"
+#ifdef __CUDACC__
+#include "wgmma.cuh"
+#else
+#include "machine.h"
+#endif
+
+namespace inferix::sm90 {
+
+constexpr float kLn2 = 0.69314718f, kLog2E = 1.44269504f;
+
+struct alignas(16) Chunk {
+  uint32_t word[4];
+};
+struct alignas(16) Quad {
+  float x[4];
+};
+struct alignas(8) Pair {
+  float x[2];
+};
+
+// What a stage's key tile is, from the thread that loads it.
+struct TileInfo {
+  int length[kUnits];
+  float bias[kUnits];
+  int variant;
+  bool last;  // of its item
+};
+
+// The query rows of an item, or some of them.
+struct RowBlock {
+  int64_t first_query;
+  int first_row, rows;  // of the strip: first_row .. rows - 1
+  int group, first_head;
+  INFERIX_DEVICE bool has(int r) const { return first_row + r < rows; }
+  INFERIX_DEVICE int64_t query(int r) const { return first_query + (first_row + r) / group; }
+  INFERIX_DEVICE int head(int r) const { return first_head + (first_row + r) % group; }
+};
+
+INFERIX_DEVICE RowBlock rows_of(const AttentionArgs& p, int strip, int tile, int first_row) {
+  const Stretch queries = range_of(p.q_indptr, strip / p.heads, p.T);
+  return {queries.begin, tile * kTileRows + first_row, int(queries.end - queries.begin) * p.group, p.group,
+          strip % p.heads * p.group};
+}
+
+// Where a warpgroup is. In shared memory: registers are for what the loop over keys needs.
+struct Turn {
+  Items items;
+  Item item;
+  RowBlock rows;  // of a consumer
+  int variant;    // of q that is in shared memory; -1: none
+  bool more;
+};
+
+template <Kind kKind, int kD>
+struct Shared {
+  static constexpr bool kEightBit = kKind != Kind::bf16;
+  static constexpr int kWidth = kEightBit ? kD : 2 * kD;  // bytes of a row of keys or queries
+  static constexpr int kRowBytes = row_bytes(kWidth), kPanels = panels(kWidth);
+  static constexpr int kTileBytes = kTileKeys * kWidth, kPanelBytes = kTileKeys * kRowBytes;
+  static constexpr int kUnitBytes = kTileBytes / kUnits;
+  static constexpr int kStages = kTileBytes > 16384 ? 2 : 4;
+  static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kTileKeys * 4 : 0);
+  static constexpr int kValueBytes = kTileBytes + (kEightBit ? kUnits * kD * 4 : 0);
+  static constexpr float kLift = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
+  static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
+  static constexpr int kPacked = kEightBit ? 4 : 2;                     // weights in a register
+  using Score = std::conditional_t<kKind == Kind::i8f8, int32_t, float>;
+
+  // Swizzled tiles first: their pattern repeats every 1024 bytes, to which all of this is aligned.
+  char queries[kConsumers][kRows * kWidth];
+  char keys[kStages][kTileBytes];    // bf16: [panels][128 keys][128 bytes]; 8 bits: [units][64 keys][D]
+  char values[kStages][kTileBytes];  // bf16: as keys; 8 bits: [units][D][64 keys]
+  alignas(128) float key_scales[kEightBit ? kStages : 1][kTileKeys];
+  alignas(128) float value_scales[kEightBit ? kStages : 1][kUnits * kD];
+  float query_scales[kConsumers][kRows];
+  TileInfo tiles[kStages];
+  Turn turns[kConsumers + 1];
+  uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
+
+  INFERIX_DEVICE static void multiply_scores(Score (&d)[64], uint64_t q, uint64_t k, bool sum) {
+    if constexpr (kKind == Kind::bf16) multiply_shared_bf16(d, q, k, sum);
+    else if constexpr (kKind == Kind::i8f8) multiply_shared_s8(d, q, k, sum);
+    else multiply_shared_e4m3(d, q, k, sum);
+  }
+  static INFERIX_BOTH constexpr int a_source(int r, int n, int step) {
+    return kEightBit ? a_source_8(r, n, step) : a_source_16(r, n, step);
+  }
+  INFERIX_DEVICE static uint32_t pack_weights(const float* w) {
+    if constexpr (kEightBit) return pack_e4m3(w[0], w[1], w[2], w[3]);
+    else return pack_bf16(w[0], w[1]);
+  }
+  // Four codes of a query.
+  INFERIX_DEVICE static uint32_t pack_codes(const float* x) {
+    if constexpr (kKind == Kind::fp8) return pack_e4m3(x[0], x[1], x[2], x[3]);
+    uint32_t word = 0;
+    for (int n = 0; n < 4; ++n) word |= uint32_t(to_integer(x[n]) & 0xff) << 8 * n;
+    return word;
+  }
+};
+
+constexpr int kSharedLimit = 232448;  // bytes of a block on Hopper
+template <Kind kKind, int kD>
+constexpr int shared_bytes() {
+  constexpr int bytes = sizeof(Shared<kKind, kD>) + 1024;  // what dynamic shared memory begins with is not aligned
+  static_assert(bytes <= kSharedLimit);
+  return bytes;
+}
+
+template <Kind kKind, int kD>
+INFERIX_DEVICE Shared<kKind, kD>& shared_of_block() {
+  char* memory = shared_memory();
+  return *reinterpret_cast<Shared<kKind, kD>*>(memory + (-shared_address(memory) & 1023));
+}
+
+// How a row's result over these keys and one over others share the place.
+struct Shares {
+  float mine, theirs, lse;
+  int64_t from, out, lse_at;
+  INFERIX_DEVICE void write_lse(const AttentionArgs& p) const { p.lse[lse_at] = lse; }
+
+  // count pairs, pair i at column(i), of x(i).
+  template <int kCount, typename Column, typename Value>
+  INFERIX_DEVICE void write(const AttentionArgs& p, const Column& column, const Value& x) const {
+    if (p.from.data) {
+      if (p.from.dtype == DType::f32) add_and_write<true, DType::f32, kCount>(p, column, x);
+      else if (p.from.dtype == DType::bf16) add_and_write<true, DType::bf16, kCount>(p, column, x);
+      else add_and_write<true, DType::f16, kCount>(p, column, x);
+    } else {
+      add_and_write<false, DType::f32, kCount>(p, column, x);
+    }
+  }
+
+ private:
+  template <bool kAdd, DType kFrom, int kCount, typename Column, typename Value>
+  INFERIX_DEVICE void add_and_write(const AttentionArgs& p, const Column& column, const Value& x) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      Pair y = x(i);
+      if constexpr (kAdd) {
+        // Who saw no key contributes nothing, whatever is there: 0 * NaN is NaN, so it is chosen away.
+        const Pair other = theirs > 0.f ? read_pair<kFrom>(p.from.data, from + column(i)) : Pair{};
+        y = {{fused(other.x[0], theirs, y.x[0] * mine), fused(other.x[1], theirs, y.x[1] * mine)}};
+      }
+      write_pair(p.out, out + column(i), y);
+    }
+  }
+  template <DType kType>
+  INFERIX_DEVICE static Pair read_pair(const char* data, int64_t at) {
+    if constexpr (kType == DType::f32) return *reinterpret_cast<const Pair*>(data + 4 * at);
+    const uint32_t bits = *reinterpret_cast<const uint32_t*>(data + 2 * at);
+    if constexpr (kType == DType::bf16) return {{float_of(bits << 16), float_of(bits & 0xffff0000u)}};
+    return {{half_to_float(uint16_t(bits)), half_to_float(uint16_t(bits >> 16))}};
+  }
+  INFERIX_DEVICE static void write_pair(const HeadRows& rows, int64_t at, Pair y) {
+    if (rows.dtype == DType::f32) *reinterpret_cast<Pair*>(rows.data + 4 * at) = y;
+    else
+      *reinterpret_cast<uint32_t*>(rows.data + 2 * at) =
+          rows.dtype == DType::bf16 ? pack_bf16(y.x[0], y.x[1]) : pack_f16(y.x[0], y.x[1]);
+  }
+};
+
+INFERIX_DEVICE float exp_approx(float x) { return exp2_approx(x * kLog2E); }
+
+// lse is over these keys, and becomes that over both.
+INFERIX_DEVICE Shares shares_of(const AttentionArgs& p, int64_t query, int head, float lse) {
+  Shares shares{1.f, 0.f, lse, query * p.from.token_stride + head * p.from.head_stride,
+                query * p.out.token_stride + head * p.out.head_stride, query * p.heads * p.group + head};
+  if (!p.from.data) return shares;
+  const float before = p.lse[shares.lse_at], highest = larger(before, lse), base = highest == -INFINITY ? 0.f : highest;
+  const float a = exp_approx(before - base), b = exp_approx(lse - base), total = a + b;
+  shares.theirs = total == 0.f ? 0.f : divide(a, total);
+  shares.mine = total == 0.f ? 0.f : divide(b, total);
+  shares.lse = base + log2_approx(total) * kLn2;
+  return shares;
+}
+
+}  // namespace inferix::sm90

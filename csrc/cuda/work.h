@@ -1,0 +1,126 @@
+// Who computes what: query tiles x key tiles, shared out evenly over the thread blocks. Compiled for the host too.
+//
+// A strip is a (segment, KV head): its query tiles all walk the same key tiles. Work counts (query tile, key tile)
+// pairs, strip by strip, query tile by query tile. While all strips are equally long, whole waves of query tiles go to
+// the blocks one each, so that blocks at work together read the same keys at the same time and find them in L2. What is
+// left, or everything if strips differ, is cut into as many equal stretches as there are blocks (stream-K): a stretch
+// ends in the middle of a query tile, whose pieces are merged afterwards in the order of the blocks. Nothing depends on
+// time, so results are bitwise the same in every run.
+//
+// Work is counted in 64 bits, that of one strip in 32: 2^31 is a strip of four million queries and as many keys.
+#pragma once
+#include <cstdint>
+
+#include "layouts.h"
+
+namespace inferix::sm90 {
+
+// 64 keys of one page. A key tile is two units of the same variant; the second may be empty.
+struct alignas(16) Unit {
+  int32_t row;     // (page * H * page_size) + first slot; KV head h is h * page_size further on
+  int32_t length;  // valid keys, 0 to 64
+  float bias;      // of the page, in units of log 2
+  int32_t variant;
+};
+
+struct Stretch {
+  int64_t begin, end;
+};
+
+// What prepare leaves for the other kernels. Strip s * H + h.
+struct WorkTable {
+  int64_t* work_start;     // [strips + 1]  work before each strip
+  int32_t* tile_start;     // [strips + 1]  query tiles before each strip
+  int32_t* key_tiles;      // [strips]
+  int64_t* stretch_start;  // [blocks + 1]  where each block's stretch begins
+  int32_t* whole;          // [1]           query tiles that are handed out whole
+  int32_t strips, blocks;
+};
+
+struct Item {
+  int strip, tile;   // query tile within its strip
+  int first, count;  // key tiles
+  int slot;          // where a piece is kept
+  bool whole;        // all key tiles of the query tile
+};
+
+// Query tiles that are handed out whole, when all strips have `key_tiles` or, if they differ, key_tiles is 0.
+INFERIX_BOTH inline int whole_tiles(int tiles, int key_tiles, int blocks) {
+  return key_tiles == 0 ? 0 : tiles / blocks * blocks;
+}
+
+// The work that is left is cut evenly.
+INFERIX_BOTH inline int64_t stretch_start(int64_t work, int64_t whole_work, int block, int blocks) {
+  return whole_work + (work - whole_work) * block / blocks;
+}
+
+template <typename T>
+INFERIX_BOTH int last_not_above(const T* starts, int n, int64_t x) {
+  int low = 0, high = n;  // starts[low] <= x, and x < starts[high]: what is empty lies below what is not
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= x ? low : high) = middle;
+  }
+  return low;
+}
+
+INFERIX_BOTH inline Stretch stretch_of(const WorkTable& t, int block) {
+  return {t.stretch_start[block], t.stretch_start[block + 1]};
+}
+
+// The piece at a place of the work that goes on to `end` at most.
+INFERIX_BOTH inline Item item_at(const WorkTable& t, int64_t at, int64_t end, int block) {
+  const int strip = last_not_above(t.work_start, t.strips, at), length = t.key_tiles[strip];
+  const int within = int(at - t.work_start[strip]);
+  const int first = within % length, left = length - first;
+  const int count = end - at < left ? int(end - at) : left;
+  // A block has at most one piece that begins in the middle of a query tile, and at most one more that does not end it.
+  return {strip, within / length, first, count, 2 * block + (first == 0), count == length};
+}
+
+// The items of one block, in order.
+struct Items {
+  int block, tile;  // tile: the next that is handed out whole
+  Stretch left;
+
+  Items() = default;
+  INFERIX_BOTH Items(const WorkTable& t, int block) : block(block), tile(block), left(stretch_of(t, block)) {}
+  INFERIX_BOTH bool next(const WorkTable& t, Item& item) {
+    if (tile < *t.whole) {
+      const int strip = last_not_above(t.tile_start, t.strips, tile);
+      item = {strip, tile - t.tile_start[strip], 0, t.key_tiles[strip], 0, true};
+      tile += t.blocks;
+      return true;
+    }
+    if (left.begin >= left.end) return false;
+    item = item_at(t, left.begin, left.end, block);
+    left.begin += item.count;
+    return true;
+  }
+};
+
+// The query tile that begins in a block's stretch and does not end there: `blocks` blocks in a row have pieces of it,
+// but for those whose stretch is empty. 0 if there is none.
+struct Split {
+  int strip, tile, blocks;
+};
+
+INFERIX_BOTH inline Split split_tile(const WorkTable& t, int block) {
+  const Stretch mine = stretch_of(t, block);
+  if (mine.begin >= mine.end) return {0, 0, 0};
+  const int strip = last_not_above(t.work_start, t.strips, mine.end - 1), length = t.key_tiles[strip];
+  const int tile = int(mine.end - 1 - t.work_start[strip]) / length;
+  const int64_t begin = t.work_start[strip] + int64_t(tile) * length, end = begin + length;
+  if (begin < mine.begin || end == mine.end) return {strip, tile, 0};
+  int more = 1;
+  while (stretch_of(t, block + more).end < end) ++more;
+  return {strip, tile, more + 1};
+}
+
+// Where the n-th of them left its piece; -1 if it has none.
+INFERIX_BOTH inline int slot_of(const WorkTable& t, int block, int n) {
+  const Stretch theirs = stretch_of(t, block + n);
+  return theirs.begin < theirs.end ? 2 * (block + n) + (n == 0) : -1;
+}
+
+}  // namespace inferix::sm90
