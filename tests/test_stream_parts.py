@@ -14,17 +14,25 @@ from inferix.stream.video import DEPTH, TICKS, Encoder, JpegEncoder, Packet, Sub
 from inferix.stream.worker import Order
 
 
+def show(clock, now):
+    """The time at which a picture that is here at `now` is shown."""
+    due = clock.next(now)
+    clock.show(due)
+    return due
+
+
 def test_the_clock_paces_slips_and_never_hurries():
     clock = PlayoutClock(fps=10)
-    assert clock.next(5.0) == 5.0  # the first picture, at once
-    assert clock.next(5.0) == pytest.approx(5.1)  # here already, shown in its time
-    assert clock.next(5.35) == 5.35 and clock.slips == 1  # late: shown at once
-    assert clock.next(5.36) == pytest.approx(5.45)  # and the next one is not hurried to make up for it
+    assert show(clock, 5.0) == 5.0  # the first picture, at once
+    assert clock.next(5.0) == clock.next(5.0) == pytest.approx(5.1), "asking changes nothing"
+    assert show(clock, 5.0) == pytest.approx(5.1)  # here already, shown in its time
+    assert show(clock, 5.35) == 5.35 and clock.slips == 1  # late: shown at once
+    assert show(clock, 5.36) == pytest.approx(5.45)  # and the next one is not hurried to make up for it
     assert clock.left(2, now=5.5) == pytest.approx(0.25)  # behind two more, which are due at 5.55 and 5.65
     assert clock.left(0, now=7.0) == 0
     clock.rest()
     assert clock.left(2, now=7.0) == pytest.approx(0.2)
-    assert clock.next(9.0) == 9.0 and clock.slips == 1  # after a pause nothing is late
+    assert show(clock, 9.0) == 9.0 and clock.slips == 1  # after a pause nothing is late
 
 
 def test_pictures_are_never_closer_than_their_pace():
@@ -32,7 +40,7 @@ def test_pictures_are_never_closer_than_their_pace():
     clock, now, shown = PlayoutClock(fps=16), 0.0, []
     for wait in generator.exponential(1 / 16, 500):
         now = max(now + wait, shown[-1] if shown else 0.0)
-        shown.append(clock.next(now))
+        shown.append(show(clock, now))
         assert shown[-1] >= now
     assert np.diff(shown).min() >= 1 / 16 - 1e-9
 

@@ -69,10 +69,12 @@ class Player:
             if not self._may_show():
                 await self._rest()
                 continue
-            await asyncio.sleep(self.clock.next(time.monotonic()) - time.monotonic())
+            due = self.clock.next(time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
             if not self._may_show():
                 continue  # rewound or paused in the meantime
             picture = self.queue.popleft()
+            self.clock.show(due)
             self._newest = picture.frame, picture.block
             self.shown()
             await self.show(picture.worlds)

@@ -19,13 +19,13 @@ class PlayoutClock:
 
     def next(self, now: float) -> float:
         """When to show a picture that is here at `now`: one period after the one before, or at once if it is late."""
-        due = self.due + self.period
-        if due < now:
-            if self._started:
-                self.slips += 1
-            due = now
+        return max(now, self.due + self.period) if self._started else now
+
+    def show(self, due: float) -> None:
+        """A picture is shown, at the time that `next` gave."""
+        if self._started and due > self.due + self.period:
+            self.slips += 1
         self.due, self._started = due, True
-        return due
 
     def left(self, queued: int, now: float) -> float:
         """Seconds from `now` until one more picture, behind `queued` ones, is due."""
