@@ -11,6 +11,7 @@ what no longer fits into the eight minutes is left out by name. FOLDER receives 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferix_kernels import KVPages, PageList, compiled, kv_append, make_plan, paged_attention
+from inferix_kernels import KVPages, PageList, Plan, compiled, kv_append, make_plan, paged_attention
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 6.5 * 60  # seconds, of everything but the build
@@ -116,7 +117,7 @@ def check(log: Log) -> bool:
     return good
 
 
-def inputs(shape: Shape, format: str) -> tuple[Tensor, Tensor, Tensor, KVPages, object]:
+def inputs(shape: Shape, format: str) -> tuple[Tensor, Tensor, Tensor, KVPages, Plan]:
     """Random numbers, never zeros: on those tensor cores run 13% faster. One page list, shuffled by frames."""
     generator = torch.Generator("cuda").manual_seed(0)
     keys = shape.frames * FRAME
@@ -138,28 +139,25 @@ def contenders(shape: Shape) -> dict[str, Callable[[], Tensor]]:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], device="cuda")
 
-        def ours(q=q, pool=pool, plan=plan, out=out, lse=lse) -> Tensor:
-            return paged_attention(q, [pool], plan, out=out, lse=lse, backend="compiled")[0]
-
-        calls[f"inferix, {format} pages"] = ours
+        ours = functools.partial(paged_attention, q, [pool], plan, out=out, lse=lse, backend="compiled")
+        calls[f"inferix, {format} pages"] = lambda ours=ours: ours()[0]  # type: ignore[misc]
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+
+    def sdpa(backend: str) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+            grouped = shape.heads != shape.kv_heads
+            out = F.scaled_dot_product_attention(*heads_first, enable_gqa=grouped)  # type: ignore[misc,arg-type]
+        return out[0].transpose(0, 1)
+
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
-
-        def sdpa(backend=backend) -> Tensor:
-            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-                return F.scaled_dot_product_attention(*heads_first, enable_gqa=shape.heads != shape.kv_heads)[
-                    0
-                ].transpose(0, 1)
-
-        calls[f"SDPA, {backend.lower()}"] = sdpa
+        calls[f"SDPA, {backend.lower()}"] = functools.partial(sdpa, backend)
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError:
         return calls
     for splits in (1, 2, 3, 4):
-        calls[f"FlashAttention-3, {splits} splits"] = lambda splits=splits: _first(
-            flash_attn_func(q[None], k[None], v[None], num_splits=splits)
-        )[0]
+        flash = functools.partial(flash_attn_func, q[None], k[None], v[None], num_splits=splits)
+        calls[f"FlashAttention-3, {splits} splits"] = lambda flash=flash: _first(flash())[0]  # type: ignore[misc]
     return calls
 
 
@@ -198,15 +196,15 @@ def speed(log: Log, folder: Path, rounds: int) -> None:
                 log.say(f"{shape.name} | {name}: {str(error).splitlines()[0]}")
                 continue
             exact = got if exact is None else exact
-            error = float((got - exact).norm() / exact.norm())
-            if error > 0.05:
-                log.say(f"{shape.name} | {name}: WRONG by {error:.2g}, not timed")
+            off = float((got - exact).norm() / exact.norm())
+            if off > 0.05:
+                log.say(f"{shape.name} | {name}: WRONG by {off:.2g}, not timed")
                 continue
             times = seconds_of(calls[name], rounds)
             median = statistics.median(times)
-            records.append({"shape": shape.name, "contender": name, "error": error, "seconds": times})
+            records.append({"shape": shape.name, "contender": name, "error": off, "seconds": times})
             log.say(
-                f"{shape.name} | {name}: {1e3 * median:.3f} ms, {flop / median / 1e12:.0f} TFLOP/s, error {error:.2g}"
+                f"{shape.name} | {name}: {1e3 * median:.3f} ms, {flop / median / 1e12:.0f} TFLOP/s, error {off:.2g}"
             )
         (folder / "speed.json").write_text(json.dumps({"device": torch.cuda.get_device_name(), "records": records}))
 

@@ -1,6 +1,6 @@
 """A world on its page, as people have it: a server, a headless Chromium, keys pressed, pixels seen.
 
-    python -m benchmarks.stream [--seconds 60] [--json FILE]
+    python -m benchmarks run stream [--seconds 60] [--json FILE]
 
 Needs the extra `stream`, selenium, and Debian's chromium and chromium-driver. The server runs in a process of its own
 and its worlds in another, so that what encoding and transport cost can be told from what the world costs.
@@ -8,10 +8,11 @@ and its worlds in another, so that what encoding and transport cost can be told 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import dataclasses
 import functools
-import json
+import importlib.util
+import math
 import os
 import random
 import shutil
@@ -19,14 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from .harness.measure import Settings
+from .harness.rows import Row
 
 # World, transport, and what must be: key to pixel within a block and 150 ms, the way of a picture within 100 ms.
 CASES = [
@@ -61,24 +63,33 @@ else peer.getStats().then((all) => done([...all.values()].find((s) => s.type ===
 """
 
 
-def run(seconds: float = 60.0) -> list[dict[str, Any]]:
-    """One row per case and measure: case, measure, value, unit, and the goal and whether it is met."""
-    rows: list[dict[str, Any]] = []
+def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
+    """One row per world and transport, `settings.seconds` of video each; its note names the goals that were missed."""
+    if settings.rounds == 0:  # to check and not to time: that is what tests/test_stream_*.py do
+        return
     for world, transport in CASES:
-        for measure, value, unit in _measure(world, transport, seconds):
-            goal, _, only = GOALS.get(measure, (None, "", "none"))
-            applies = goal is not None and world.startswith(only)
-            rows.append(
-                {
-                    "case": f"{world}, {transport}",
-                    "measure": measure,
-                    "value": value,
-                    "unit": unit,
-                    "goal": goal if applies else None,
-                    "met": value <= goal if applies else None,
-                }
-            )
-    return rows
+        row = Row("stream", "play", world, transport, "-", settings.device, "ok")
+        if absent := _absent():
+            yield dataclasses.replace(row, status="absent", note=absent)
+            continue
+        missed = []
+        for measure, value, unit in _measure(world, transport, settings.seconds):
+            row.metrics[f"{measure}, {unit}" if unit else measure] = value
+            goal, _, only = GOALS.get(measure, (math.inf, "", ""))
+            if world.startswith(only) and value > goal:
+                missed.append(f"{measure} {value:.4g} > {goal:g} {unit}".rstrip())
+        row.note = "missed: " + "; ".join(missed) if missed else "all goals met"
+        yield row
+
+
+def _absent() -> str:
+    """What a browser test needs and this machine lacks."""
+    modules = [name for name in ("aiohttp", "aiortc", "selenium") if importlib.util.find_spec(name) is None]
+    programs = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    hints = [f"pip install {' '.join(modules)}"] * bool(modules) + ["apt install chromium chromium-driver"] * bool(
+        programs
+    )
+    return "; ".join(hints)
 
 
 def _measure(world: str, transport: str, seconds: float) -> Iterator[tuple[str, float, str]]:
@@ -133,7 +144,7 @@ def _used(pid: int) -> tuple[float, float]:
 
 @contextmanager
 def _server(world: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "benchmarks.stream", "--serve", world]
+    command = [sys.executable, "-m", "benchmarks.stream", world]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -149,13 +160,14 @@ def _serve(world: str) -> None:
     from inferix.stream.worker import open_world
 
     if world == "tiny":
-        settings = {"kv": "int8", "window": None, "sink": None, "seed": 10, "backend": "auto"}
+        settings: dict[str, Any] = {"kv": "int8", "window": None, "sink": None, "seed": 10, "backend": "auto"}
         opener: Any = functools.partial(open_world, "tiny", undo_seconds=15, worlds=2, **settings)
     else:
         opener = functools.partial(open_bars, size=(480, 832), texture=True)
     with tempfile.TemporaryDirectory() as folder:
         server = Server(opener, port=0, folder=folder, seed=10)
-        asyncio.run(serve(server, lambda address: print(address, flush=True)))
+        with suppress(KeyboardInterrupt):
+            asyncio.run(serve(server, lambda address: print(address, flush=True)))
 
 
 @contextmanager
@@ -183,35 +195,5 @@ def _until(browser: Any, expression: str, seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(title="a world on its page", title_justify="left")
-    for column in ("case", "measure", "value", "must be", "met"):
-        made.add_column(column, justify="left" if column in ("case", "measure") else "right", no_wrap=True)
-    for i, row in enumerate(rows):
-        case = row["case"] if i == 0 or rows[i - 1]["case"] != row["case"] else ""
-        goal = "" if row["goal"] is None else f"<= {row['goal']:g} {row['unit']}"
-        met = {None: "", True: "yes", False: "NO"}[row["met"]]
-        made.add_row(case, row["measure"], f"{row['value']:.4g} {row['unit']}", goal, met, end_section=False)
-    return made
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of video per case (default: 60)")
-    parser.add_argument("--json", type=Path, help="write the rows there, too")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        try:
-            return _serve(args.serve)
-        except KeyboardInterrupt:
-            return None
-    rows = run(args.seconds)
-    Console(width=110).print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return None
-
-
 if __name__ == "__main__":
-    main()
+    _serve(sys.argv[1])

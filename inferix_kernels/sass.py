@@ -1,6 +1,7 @@
 """What the compiler made of the CUDA kernels in the extension: registers, spills, and which instructions.
 
-`python -m inferix_kernels compile --arch 90a` prints the table. Needs cuobjdump and nvdisasm, which come with CUDA and with Triton.
+`python -m inferix_kernels compile --arch 90a` prints the table. Needs cuobjdump and nvdisasm, which come with CUDA and
+with Triton.
 """
 
 from __future__ import annotations
