@@ -9,13 +9,13 @@ TORCH := 2.13.0
 build: .venv/built
 
 demo: build
-	$(BIN)/inferix generate --model tiny --seconds 60 --seed 10 --actions random \
+	$(BIN)/inferix generate --model tiny --seconds 60 --seed 6 --actions random \
 	    --prompt-file examples/tour.txt --out demo.mp4
 
 # Steer the tiny world in the browser; the address is printed. PORT=8001 make play, if 8000 is taken.
 PORT ?= 8000
 play: build
-	$(BIN)/inferix play --model tiny --seed 10 --port $(PORT)
+	$(BIN)/inferix play --model tiny --seed 6 --port $(PORT)
 
 # One thread: the tests' operations are too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools

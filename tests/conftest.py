@@ -1,5 +1,6 @@
 """Backends and devices that exist on this machine. A test that takes `backend` and `device` runs once on each pair."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,11 @@ import torch
 
 from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
+
+if not torch.cuda.is_available():
+    # Without a GPU, Triton kernels run in its interpreter. Triton reads this once, when it is imported, and diffusers
+    # imports it too: so it is set here, before any test file.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

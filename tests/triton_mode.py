@@ -1,12 +1,8 @@
-"""Import this before Triton: without a GPU its kernels run in its interpreter, and a process can not have both."""
-
-import os
+"""Where the tests run Triton's kernels: on a GPU or, without one, in its interpreter; conftest.py says which."""
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
 
 from inferix_kernels.triton_kernels.launch import INTERPRETED
@@ -17,8 +13,7 @@ DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_availabl
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("Triton was imported before this file could set TRITON_INTERPRET=1")
+    assert request.param == "cuda" or INTERPRETED, "Triton was imported before conftest.py set TRITON_INTERPRET=1"
     return request.param
 
 
