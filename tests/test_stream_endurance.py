@@ -66,14 +66,22 @@ def test_viewers_come_and_go_and_nothing_stays(tmp_path):
         await until(lambda: not server.lobby.clients and not server.session.player.broadcast.codecs)
         await asyncio.sleep(1)
 
+    async def least():
+        """Of ten looks: a block under way has a task of its own, now and then."""
+        counts = []
+        for _ in range(10):
+            counts.append(count())
+            await asyncio.sleep(0.1)
+        return [min(column) for column in zip(*counts)]
+
     async def minute():
         async with running(tmp_path) as server:
             await crowd(server, MINUTE / 6)  # libraries load, pools fill
             await all_left(server)
-            before = count()
+            before = await least()
             seen = await crowd(server, 5 * MINUTE / 6)
             await all_left(server)
-            after = count()
+            after = await least()
             assert min(seen) > 0 and server.session.phase == "running"
             return before, after
 
