@@ -1,11 +1,15 @@
 """The parts of the show that need no server: clock, lead, steering, encoders, bounded queues, the archive."""
 
+import asyncio
+import time
+
 import av
 import numpy as np
 import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
+from inferix.stream import video
 from inferix.stream.archive import Archive
 from inferix.stream.playout import Lead, PlayoutClock
 from inferix.stream.steering import SILENCE, Steering
@@ -158,3 +162,28 @@ def test_an_archive_lists_what_it_named_and_nothing_else(tmp_path):
     archive.video("mine").write_text("x")
     (tmp_path / "worlds" / ".tiny-20260101-000000-1.part").mkdir()
     assert archive.worlds() == [names[0]] and list(archive.videos()) == [f"{names[1]}.mp4"]
+
+
+def test_two_pictures_at_once_meet_the_encoder_one_after_the_other(monkeypatch):
+    inside, most = [], []
+
+    class Slow:
+        def __init__(self, codec, size, fps):
+            self.size = size
+
+        def encode(self, picture, frame, pts, keyframe):
+            inside.append(frame)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.remove(frame)
+
+    monkeypatch.setattr(video, "Encoder", Slow)
+
+    async def crowd():
+        broadcast = video.Broadcast(16)
+        broadcast.subscribe("h264", lambda: None)
+        picture = np.zeros((16, 16, 3), np.uint8)
+        await asyncio.gather(*(broadcast.show(picture, i, i) for i in range(6)))
+
+    asyncio.run(crowd())
+    assert len(most) == 6 and max(most) == 1

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import io
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -176,6 +177,9 @@ class Broadcast:
         self.encode_seconds = 0.0  # of the last picture
         self._subscriptions: set[Subscription] = set()
         self._encoders: dict[str, Encoder | JpegEncoder] = {}
+        # A fork is shown at once, beside the clock's next picture, and a cancelled `show` leaves its thread behind: two
+        # threads in one encoder crash the process.
+        self._encoding = threading.Lock()
         self._keyframe: set[str] = set()
 
     def subscribe(self, codec: str, arrived: Callable[[], None]) -> Subscription:
@@ -216,12 +220,13 @@ class Broadcast:
     def _encode(
         self, codec: str, picture: np.ndarray, frame: int, pts: int, keyframe: bool
     ) -> tuple[Packet | None, float]:
-        started = time.perf_counter()
         height, width = (side * self.scale // 2 * 2 for side in picture.shape[:2])
-        encoder = self._encoders.get(codec)
-        if encoder is None or encoder.size != (height, width):
-            size = height, width
-            encoder = JpegEncoder(size) if codec == "jpeg" else Encoder(codec, size, self.fps)
-            self._encoders[codec] = encoder
-        packet = encoder.encode(picture, frame, pts, keyframe)
-        return packet, time.perf_counter() - started
+        with self._encoding:
+            started = time.perf_counter()
+            encoder = self._encoders.get(codec)
+            if encoder is None or encoder.size != (height, width):
+                size = height, width
+                encoder = JpegEncoder(size) if codec == "jpeg" else Encoder(codec, size, self.fps)
+                self._encoders[codec] = encoder
+            packet = encoder.encode(picture, frame, pts, keyframe)
+            return packet, time.perf_counter() - started
