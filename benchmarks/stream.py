@@ -160,12 +160,12 @@ def _serve(world: str) -> None:
     from inferix.stream.worker import open_world
 
     if world == "tiny":
-        settings: dict[str, Any] = {"kv": "int8", "window": None, "sink": None, "seed": 10, "backend": "auto"}
+        settings: dict[str, Any] = {"kv": "int8", "window": None, "sink": None, "seed": 6, "backend": "auto"}
         opener: Any = functools.partial(open_world, "tiny", undo_seconds=15, worlds=2, **settings)
     else:
         opener = functools.partial(open_bars, size=(480, 832), texture=True)
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(opener, port=0, folder=folder, seed=10)
+        server = Server(opener, port=0, folder=folder, seed=6)
         with suppress(KeyboardInterrupt):
             asyncio.run(serve(server, lambda address: print(address, flush=True)))
 

@@ -303,7 +303,7 @@ def test_the_tiny_world_looks_like_this(driver, loop, tmp_path, request):
     opener = functools.partial(open_world, "tiny", undo_seconds=15, worlds=2, **settings)
     server = serve(loop, opener, tmp_path)
     try:
-        asyncio.run_coroutine_threadsafe(_reset(server, 10), loop).result()
+        asyncio.run_coroutine_threadsafe(_reset(server, 6), loop).result()
         page = Page(driver, server)
         page.open()
         for key in "wdsdw":
