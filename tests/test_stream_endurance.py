@@ -89,7 +89,7 @@ def test_viewers_come_and_go_and_nothing_stays(tmp_path):
     assert after[0] <= before[0], "tasks"
     assert after[1] <= before[1], "threads"
     assert after[2] <= before[2], "file handles"
-    # By itself 6 MiB; in a process that has run other tests, whose heap is in pieces, up to 31 were seen. About a hundred
+    # By itself 6 MiB; in a process that has run other tests, whose heap is in pieces, 31 were seen. About a hundred
     # connections come and go, and each that leaked would be a megabyte or more.
     assert after[3] - before[3] < 64, f"resident memory grew from {before[3]:.0f} to {after[3]:.0f} MiB"
     print(f"before {before}, after {after}")
