@@ -127,3 +127,4 @@ class Player:
     async def close(self) -> None:
         await self.stop_recording()
         await asyncio.gather(*(asyncio.to_thread(sink.close) for sink in self.sinks))
+        self.broadcast.close()

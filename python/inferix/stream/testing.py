@@ -98,6 +98,9 @@ class BarWorld:
     def reset(self, seed: int) -> None:
         self.frames, self.prompt = 0, ""
 
+    def settle(self) -> None:
+        pass
+
     def release(self) -> None:
         pass
 

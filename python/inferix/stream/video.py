@@ -10,10 +10,10 @@ import asyncio
 import dataclasses
 import functools
 import io
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -177,9 +177,9 @@ class Broadcast:
         self.encode_seconds = 0.0  # of the last picture
         self._subscriptions: set[Subscription] = set()
         self._encoders: dict[str, Encoder | JpegEncoder] = {}
-        # A fork is shown at once, beside the clock's next picture, and a cancelled `show` leaves its thread behind: two
-        # threads in one encoder crash the process.
-        self._encoding = threading.Lock()
+        # One thread: a fork is shown at once, beside the clock's next picture, a cancelled `show` leaves its work behind,
+        # and two pictures at a time in one encoder crash the process. It also keeps the encoder in one core's caches.
+        self._thread = ThreadPoolExecutor(1, "encoder")
         self._keyframe: set[str] = set()
 
     def subscribe(self, codec: str, arrived: Callable[[], None]) -> Subscription:
@@ -193,6 +193,10 @@ class Broadcast:
         self._subscriptions.discard(subscription)
         if all(other.codec != subscription.codec for other in self._subscriptions):
             self._encoders.pop(subscription.codec, None)
+
+    def close(self) -> None:
+        """Nothing will be shown any more."""
+        self._thread.shutdown(wait=False)
 
     @property
     def codecs(self) -> set[str]:
@@ -208,7 +212,8 @@ class Broadcast:
         for codec in sorted(self.codecs):
             keyframe = codec in self._keyframe
             self._keyframe.discard(codec)
-            packet, seconds = await asyncio.to_thread(self._encode, codec, picture, frame, pts, keyframe)
+            work = functools.partial(self._encode, codec, picture, frame, pts, keyframe)
+            packet, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, work)
             spent += seconds
             if packet is None:
                 continue
@@ -221,12 +226,11 @@ class Broadcast:
         self, codec: str, picture: np.ndarray, frame: int, pts: int, keyframe: bool
     ) -> tuple[Packet | None, float]:
         height, width = (side * self.scale // 2 * 2 for side in picture.shape[:2])
-        with self._encoding:
-            started = time.perf_counter()
-            encoder = self._encoders.get(codec)
-            if encoder is None or encoder.size != (height, width):
-                size = height, width
-                encoder = JpegEncoder(size) if codec == "jpeg" else Encoder(codec, size, self.fps)
-                self._encoders[codec] = encoder
-            packet = encoder.encode(picture, frame, pts, keyframe)
-            return packet, time.perf_counter() - started
+        started = time.perf_counter()
+        encoder = self._encoders.get(codec)
+        if encoder is None or encoder.size != (height, width):
+            size = height, width
+            encoder = JpegEncoder(size) if codec == "jpeg" else Encoder(codec, size, self.fps)
+            self._encoders[codec] = encoder
+        packet = encoder.encode(picture, frame, pts, keyframe)
+        return packet, time.perf_counter() - started

@@ -91,6 +91,11 @@ class Stage:
         seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
         return {"pictures": pictures, "seconds": seconds, **self._extent()}
 
+    def settle(self) -> None:
+        """What can be done while a block is shown, so that the next one comes sooner after its controls."""
+        for running in self.worlds.values():
+            running.world.settle()
+
     def prepare(self, text: str) -> None:
         """Raise ValueError unless the model knows what these words mean; make them quick to use."""
         model = self.worlds["a"].world.model
@@ -250,5 +255,7 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
                 threading.Thread(target=reply, args=(number, work), kwargs=arguments, daemon=True).start()
             else:
                 reply(number, work, **arguments)
+            if name == "step" and not connection.poll():
+                stage[0].settle()
     except (EOFError, OSError):
         pass  # the parent is gone
