@@ -177,8 +177,8 @@ class Broadcast:
         self.encode_seconds = 0.0  # of the last picture
         self._subscriptions: set[Subscription] = set()
         self._encoders: dict[str, Encoder | JpegEncoder] = {}
-        # One thread: a fork is shown at once, beside the clock's next picture, a cancelled `show` leaves its work behind,
-        # and two pictures at a time in one encoder crash the process. It also keeps the encoder in one core's caches.
+        # One thread: a fork is shown at once, beside the clock's next picture, and a cancelled `show` leaves its work
+        # behind, but two pictures at a time in one encoder crash the process. And one core's caches hold the encoder.
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._keyframe: set[str] = set()
 
