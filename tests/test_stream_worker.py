@@ -17,7 +17,7 @@ from test_wan_world import wan
 
 from inferix import saved
 from inferix.stream.remote import Broken, Refused, Remote
-from inferix.stream.testing import open_bars
+from inferix.stream.testing import BarWorld, open_bars
 from inferix.stream.worker import Order, Stage, open_world
 from inferix.world import World
 
@@ -48,8 +48,12 @@ def test_a_fork_goes_its_own_way_and_closing_keeps_the_other():
         two.close("a")
 
 
-def test_rewinding_makes_the_same_again_as_far_as_it_reaches():
+@pytest.mark.parametrize("settled", [False, True])
+def test_rewinding_makes_the_same_again_as_far_as_it_reaches(settled):
     world = stage(undo=6)
+    if settled:
+        step = world.step
+        world.step = lambda orders: (step(orders), world.settle())[0]
     first = run(world, "uldrud", prompt="desert day")["a"]
     assert world._extent()["undo"] == {"a": 9}  # six frames, and the block made last
     reply = world.rewind(["a"], 10)
@@ -201,6 +205,30 @@ async def test_errors_cross_the_process_and_a_broken_worker_stays_broken():
         await remote.call("step", orders={"a": Order("up", "crash")})
     with pytest.raises(Broken, match="told to crash"):
         await remote.call("fork")
+    await remote.close()
+
+
+class Owing(BarWorld):
+    """Says as its store's size how many blocks it has been asked to settle."""
+
+    settled = 0
+
+    def settle(self):
+        self.settled += 1
+
+    def kv_bytes(self):
+        return {"settled": self.settled}
+
+
+@asynchronous
+async def test_what_a_block_still_owes_is_done_while_nobody_asks_for_the_next():
+    remote = Remote(Owing)
+    await remote.opened()
+    for blocks in (1, 2):
+        await remote.call("step", orders={"a": Order("up", "calm")})
+        await asyncio.sleep(0.5)  # nobody asks for anything
+        seen = await remote.call("rewind", names=["a"], position=100)  # takes nothing back
+        assert seen["kv_bytes"] == {"settled": blocks}
     await remote.close()
 
 
