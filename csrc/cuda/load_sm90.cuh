@@ -133,30 +133,24 @@ INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, Shared<kKind
 // Values past the end of a page may be anything, and their weight of 0 does not undo a NaN: they become 0. So do the
 // scales of a page of nothing. Each warpgroup does it for itself; that others do the same at the same time is harmless.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, const TileInfo& tile, int warpgroup,
-                                        int t) {
+INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, int u, int length, int warpgroup, int t) {
   using S = Shared<kKind, kD>;
   t = opaque(t);
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int length = tile.length[u];
-    if (length == kUnitKeys) continue;
-    if constexpr (S::kEightBit) {
-      for (int channel = t; channel < kD; channel += kWarpgroup) {
-        char* unit = shared.values[stage] + u * S::kUnitBytes;
-        for (int key = length & ~3; key < kUnitKeys; key += 4) {
-          uint32_t& word = *reinterpret_cast<uint32_t*>(unit + tile_offset(channel, key, kD, kUnitKeys));
-          word = key < length ? word & ((1u << 8 * (length - key)) - 1) : 0;
-        }
-        if (length == 0) shared.value_scales[stage][u * kD + channel] = 0.f;
+  if constexpr (S::kEightBit) {
+    for (int channel = t; channel < kD; channel += kWarpgroup) {
+      char* unit = shared.values[stage] + u * S::kUnitBytes;
+      for (int key = length & ~3; key < kUnitKeys; key += 4) {
+        uint32_t& word = *reinterpret_cast<uint32_t*>(unit + tile_offset(channel, key, kD, kUnitKeys));
+        word = key < length ? word & ((1u << 8 * (length - key)) - 1) : 0;
       }
-    } else {
-      constexpr int kRowChunks = 128 / kChunk;
-      const int first = u * kUnitKeys + length, count = (kUnitKeys - length) * kRowChunks;
-      for (int panel = 0; panel < S::kPanels; ++panel)
-        for (int i = t; i < count; i += kWarpgroup)
-          *reinterpret_cast<Chunk*>(shared.values[stage] + panel * S::kPanelBytes + first * 128 + i * kChunk) = Chunk{};
+      if (length == 0) shared.value_scales[stage][u * kD + channel] = 0.f;
     }
+  } else {
+    constexpr int kRowChunks = 128 / kChunk;
+    const int first = u * kUnitKeys + length, count = (kUnitKeys - length) * kRowChunks;
+    for (int panel = 0; panel < S::kPanels; ++panel)
+      for (int i = t; i < count; i += kWarpgroup)
+        *reinterpret_cast<Chunk*>(shared.values[stage] + panel * S::kPanelBytes + first * 128 + i * kChunk) = Chunk{};
   }
   fence_stores();
   sync_named(1 + warpgroup, kWarpgroup);

@@ -52,10 +52,16 @@ probe_scores_kernel(const char* q, const char* k, float* scores) {
   for (int i = t; i < kTileKeys; i += kWarpgroup) shared.key_scales[0][i] = 1.f;
   fence_stores();
   sync_block();
-  float mine[64];
-  score(shared, 0, 0, mine, t);
+  Queries<kKind, kD> queries;
+  queries.read(shared, 0, t);
+#pragma unroll 1
+  for (int first = 0; first < kUnits; first += S::kStepUnits) {
+    float mine[S::kScores];
+    score(shared, 0, first, queries, 0, mine, t);
 #pragma unroll
-  for (int i = 0; i < 64; ++i) scores[accumulator_row(t, i) * kTileKeys + accumulator_column(t, i)] = mine[i];
+    for (int i = 0; i < S::kScores; ++i)
+      scores[accumulator_row(t, i) * kTileKeys + first * kUnitKeys + accumulator_column(t, i)] = mine[i];
+  }
 }
 
 // out [64, D] = weights [64, 128] . v. v as bytes: bf16 [128, D]; 8 bits [2, D, 64], of each unit of 64 keys.

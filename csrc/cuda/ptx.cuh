@@ -40,6 +40,8 @@ INFERIX_DEVICE T shuffle_from(T x, int lane) {
   return __shfl_sync(~0u, x, lane);
 }
 
+INFERIX_DEVICE bool any_in_warp(bool x) { return __any_sync(~0u, x); }
+
 // The same number, of which the compiler knows nothing: what is computed from it stays where it is used instead of
 // being kept in registers across a loop.
 INFERIX_DEVICE int opaque(int x) {

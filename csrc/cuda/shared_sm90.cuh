@@ -68,6 +68,9 @@ struct Shared {
   static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kTileKeys * 4 : 0);
   static constexpr int kValueBytes = kTileBytes + (kEightBit ? kUnits * kD * 4 : 0);
   static constexpr float kLift = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
+  // Units that are multiplied together. With 8 bits sums go to float32 after each: two would not leave enough registers.
+  static constexpr int kStepUnits = kEightBit ? 1 : kUnits;
+  static constexpr int kScores = kStepUnits * kUnitKeys / 2;            // of a thread
   static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
   static constexpr int kPacked = kEightBit ? 4 : 2;                     // weights in a register
   using Score = std::conditional_t<kKind == Kind::i8f8, int32_t, float>;
@@ -83,11 +86,6 @@ struct Shared {
   Turn turns[kConsumers + 1];
   uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
 
-  INFERIX_DEVICE static void multiply_scores(Score (&d)[64], uint64_t q, uint64_t k, bool sum) {
-    if constexpr (kKind == Kind::bf16) multiply_shared_bf16(d, q, k, sum);
-    else if constexpr (kKind == Kind::i8f8) multiply_shared_s8(d, q, k, sum);
-    else multiply_shared_e4m3(d, q, k, sum);
-  }
   static INFERIX_BOTH constexpr int a_source(int r, int n, int step) {
     return kEightBit ? a_source_8(r, n, step) : a_source_16(r, n, step);
   }

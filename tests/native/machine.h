@@ -200,6 +200,11 @@ T shuffle_from(T x, int lane) {
   return exchange(x, lane);
 }
 
+inline bool any_in_warp(bool x) {
+  for (int mask = 1; mask < 32; mask *= 2) x = shuffle_xor(x, mask) || x;
+  return x;
+}
+
 template <typename T>
 void shared_max(T* at, T x) {
   *at = std::max(*at, x);

@@ -81,14 +81,8 @@ void multiply_shared(T (&d)[kCount], Type type, uint64_t a, uint64_t b, bool sum
 inline void multiply_shared_bf16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
   multiply_shared(d, Type::bf16, a, b, sum);
 }
-inline void multiply_shared_e4m3(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  multiply_shared(d, Type::e4m3, a, b, sum);
-}
-inline void multiply_shared_s8(int32_t (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  multiply_shared(d, Type::s8, a, b, sum);
-}
-template <int kCount>
-void multiply_registers(float (&d)[kCount], Type type, bool k_major, const uint32_t (&a)[4], uint64_t b, bool sum) {
+template <typename T, int kCount>
+void multiply_registers(T (&d)[kCount], Type type, bool k_major, const uint32_t (&a)[4], uint64_t b, bool sum) {
   const int warpgroup = thread_index() / kWarpgroup * kWarpgroup;
   const size_t n = machine->self().products.size();
   std::memcpy(machine->self().a[n], a, sizeof a);
@@ -105,6 +99,9 @@ void multiply_registers_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_
 template <int kCount>
 void multiply_registers_e4m3(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
   multiply_registers(d, Type::e4m3, true, a, b, sum);
+}
+inline void multiply_registers_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  multiply_registers(d, Type::s8, true, a, b, sum);
 }
 
 inline void multiply_wait() {
