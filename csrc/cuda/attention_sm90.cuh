@@ -1,15 +1,15 @@
 // paged_attention on Hopper: the kernel itself, on top of ptx.cuh and wgmma.cuh. The host compiles it too, on top of
 // tests/native/machine.h.
 //
-// Four warpgroups in a block. One thread of the last asks TMA for keys and values, straight from the pages that the plan
-// names, into a ring of stages: once for all 192 query rows of the block. The others have 64 rows each and go through
-// the ring on their own: scores, softmax, weighted values. While one waits for its product the others keep the tensor
-// cores busy.
+// Four warpgroups in a block. The last asks TMA for keys and values, straight from the pages that the plan names, into a
+// ring of stages: once for all 192 query rows of the block. If they must be widened for the tensor cores it does that
+// too; else one of its threads is enough. The others have 64 rows each and go through the ring on their own: scores,
+// softmax, weighted values. While one waits for its product the others keep the tensor cores busy.
 //
 // A row is a query and one of the query heads that read the same KV head: row r of a strip is query r / group, query
 // head head * group + r % group.
 #pragma once
-#include "load_sm90.cuh"
+#include "widen_sm90.cuh"
 
 namespace inferix::sm90 {
 
@@ -52,13 +52,14 @@ INFERIX_DEVICE void score(Shared<kKind, kD>& shared, int stage, int first, const
   multiply_commit();
   multiply_wait();
   pin(raw);
-  if constexpr (S::kEightBit) {
-    // A thread's columns of sixteen are four neighbouring keys: see key_of_column_8.
+  if constexpr (S::kKeyScales) {
+    constexpr int kRun = S::kPacked;  // neighbouring keys of a thread: with 8 bits four, see key_of_column_8
+    const float* scales = shared.key_scales[stage] + first * kUnitKeys + t % 4 * kRun;
 #pragma unroll
-    for (int i = 0; i < S::kScores; i += 8) {
-      const Quad scale = *reinterpret_cast<const Quad*>(shared.key_scales[stage] + first * kUnitKeys + i * 2 + t % 4 * 4);
+    for (int i = 0; i < S::kScores; i += 2 * kRun) {
+      const Floats<kRun> scale = *reinterpret_cast<const Floats<kRun>*>(scales + 2 * i);
 #pragma unroll
-      for (int n = 0; n < 8; ++n) scores[i + n] = float(raw[i + n]) * scale.x[n / 4 * 2 + n % 2];
+      for (int n = 0; n < 2 * kRun; ++n) scores[i + n] = float(raw[i + n]) * scale.x[n / 4 * 2 + n % 2];
     }
   } else {
 #pragma unroll
@@ -186,10 +187,13 @@ INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, int u, cons
     }
   } else {
     multiply_begin();
-    const uint64_t v = mn_major(address, kTileKeys) + mn_major_step(u * kSteps) / kChunk;
+    const uint64_t v = S::kTransposed ? k_major(address + u * S::kUnitBytes, kUnitKeys * 2)
+                                      : mn_major(address, kTileKeys) + mn_major_step(u * kSteps) / kChunk;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      multiply_registers_bf16(out, weights[step], v + mn_major_step(step) / kChunk, true);
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t along = S::kTransposed ? k_major_step(step, kD, kUnitKeys * 2) : mn_major_step(step);
+      multiply_registers_bf16<S::kTransposed>(out, weights[step], v + along / kChunk, true);
+    }
     multiply_commit();
   }
 }
@@ -275,8 +279,9 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
         uint32_t weights[S::kStepUnits][S::kUnitSteps][4];
         weigh<kKind, kD>(scores, 0, exponents, softmax, weights[0]);
         barrier_wait(&shared.values_full[stage], place.parity);
-        for (int u = 0; u < S::kStepUnits; ++u)
-          if (step.length[u] < kUnitKeys) clear_unused_values(shared, stage, first + u, step.length[u], warpgroup, t);
+        if constexpr (!S::kWide)
+          for (int u = 0; u < S::kStepUnits; ++u)
+            if (step.length[u] < kUnitKeys) clear_unused_values(shared, stage, first + u, step.length[u], warpgroup, t);
         pin(out);
         add_values(shared, stage, first, weights[0], out, opaque(t));
 #pragma unroll
@@ -296,6 +301,10 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
   }
 }
 
+// Of the 65,536 registers of a multiprocessor.
+constexpr int kMultiplyingRegisters = 160, kLoadingRegisters = 32;
+static_assert((kConsumers * kMultiplyingRegisters + kLoadingRegisters) * kWarpgroup <= 65536);
+
 template <Kind kKind, int kD>
 INFERIX_KERNEL((kConsumers + 1) * kWarpgroup)
 attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMap keys,
@@ -304,22 +313,27 @@ attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT Te
   S& shared = shared_of_block<kKind, kD>();
   const int thread = thread_index(), warpgroup = shuffle_from(thread / kWarpgroup, 0), t = thread % kWarpgroup;
   if (thread == 0) {
-    prefetch_map(keys);
-    prefetch_map(values);
+    if constexpr (S::kKeyMap) prefetch_map(keys);
+    if constexpr (S::kValueMap) prefetch_map(values);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(&shared.keys_full[stage], 1);
       barrier_init(&shared.values_full[stage], 1);
       barrier_init(&shared.keys_empty[stage], kConsumers * kWarpgroup / 32);
       barrier_init(&shared.values_empty[stage], kConsumers * kWarpgroup / 32);
     }
+    if constexpr (S::kWide) {
+      barrier_init(&shared.raw.keys.full, 1);
+      barrier_init(&shared.raw.values.full, 1);
+    }
     fence_barrier_init();
   }
   sync_block();
   if (warpgroup == kConsumers) {
-    release_registers<32>();
-    if (t == 0) produce(p, keys, values, shared);
+    release_registers<kLoadingRegisters>();
+    if constexpr (S::kWide) produce_widened(p, values, shared, t);
+    else if (t == 0) produce(p, keys, values, shared);
   } else {
-    claim_registers<160>();
+    claim_registers<kMultiplyingRegisters>();
     consume(p, shared, warpgroup, t);
   }
 }

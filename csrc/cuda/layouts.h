@@ -67,8 +67,8 @@ INFERIX_BOTH constexpr int row_slot(int i) { return i / 2 % 2; }
 INFERIX_BOTH constexpr int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + 8 * row_slot(i); }
 INFERIX_BOTH constexpr int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-// The left operand from registers: register r of thread t holds 4 bytes of the 32 of a step, of one row; lowest first, 2
-// values of 16 bits or 4 of 8 bits.
+// The left operand from registers: register r of thread t holds 4 bytes of the 32 of a step, of one row. They are, lowest
+// first, 2 values of 16 bits or 4 of 8 bits.
 INFERIX_BOTH constexpr int a_row(int t, int r) { return accumulator_row(t, 2 * (r % 2)); }
 INFERIX_BOTH constexpr int a_byte(int t, int r) { return 16 * (r / 2) + 4 * (t % 4); }
 // a_source(r, n, s) says which accumulator is the n-th value of register r, step s, when scores become weights.

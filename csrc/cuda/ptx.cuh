@@ -153,6 +153,8 @@ INFERIX_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 INFERIX_DEVICE int to_integer(float x) { return __float2int_rn(x); }
 INFERIX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 INFERIX_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+// Byte i is number (which >> 4 i & 7) of a's four and b's four.
+INFERIX_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
 INFERIX_DEVICE uint32_t pack_bf16(float a, float b) {
   uint32_t y;
   asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b));

@@ -92,9 +92,9 @@ void multiply_registers(T (&d)[kCount], Type type, bool k_major, const uint32_t 
     return fragment(quad, lower, k, type);
   });
 }
-template <int kCount>
+template <bool kKMajor, int kCount>
 void multiply_registers_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  multiply_registers(d, Type::bf16, false, a, b, sum);
+  multiply_registers(d, Type::bf16, kKMajor, a, b, sum);
 }
 template <int kCount>
 void multiply_registers_e4m3(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
