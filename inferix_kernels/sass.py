@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 # Tensor cores by type, TMA, and what should not be there: local memory.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
-_KINDS = ("bf16", "i8f8", "fp8", "wide int8", "wide i8f8", "wide fp8", "wide int4")  # sm90::Kind
+_KINDS = ("bf16", "f16", "i8f8", "fp8", "wide int8", "wide i8f8", "wide fp8", "wide int4")  # sm90::Kind
 _TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 _FUNCTION = re.compile(r"\s*Function : (\S+)|\.text\.(\S+):")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")

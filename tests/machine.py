@@ -19,6 +19,7 @@ CODECS = ("f32", "bf16", "f16", "i8_token", "i8_channel", "e4m3_token", "e4m3_ch
 # How the Hopper kernel multiplies (sm90::Kind): format of the pages, and whether in 8 bits; else codes become bf16.
 KINDS = {
     "bf16": ("bf16", False),
+    "f16": ("fp16", False),
     "i8f8": ("i8f8", True),
     "fp8": ("fp8", True),
     "wide int8": ("int8", False),

@@ -47,8 +47,9 @@ CASES = {
 }
 
 
-def inputs(case: str, formats: tuple[str, ...], D: int, dtype: torch.dtype = torch.bfloat16):
+def inputs(case: str, formats: tuple[str, ...], D: int):
     queries, lens, query_heads, heads, page_size = CASES[case]
+    dtype = torch.float16 if formats == ("fp16",) else torch.bfloat16
     return attention_inputs(queries, lens, query_heads=query_heads, heads=heads, head_dim=D, page_size=page_size,
                             formats=formats, dtype=dtype, device="cuda")  # fmt: skip
 

@@ -84,8 +84,8 @@ def test_1_tma_brings_a_key_tile(gpu, kind, D, page_size):
     for u, page in enumerate(pages):
         k, v = (torch.empty(page_size, H, D, device=gpu.device) for _ in range(2))
         reference.kv_gather([pool], PageList.of([page], [page_size], gpu.device), out=(k, v))
-        want_k = pool.k[page, head, slot] if by_token else k[slot, head].bfloat16()
-        want_v = v[slot, head].bfloat16()
+        want_k = pool.k[page, head, slot] if by_token else k[slot, head].to(multiplied(kind, 0))
+        want_v = v[slot, head].to(multiplied(kind, 1))
         if eight_bit:
             want_k, want_v = want_k[key_order()], pool.v[page, head, :, slot]
         elif transposed:
@@ -95,7 +95,7 @@ def test_1_tma_brings_a_key_tile(gpu, kind, D, page_size):
             got_v = values.cpu()[64 * width * u :][tile_offsets(D, 64 * width // D)]
         else:
             got_v = values.cpu()[tile_offsets(128, width)][64 * u : 64 * u + 64]
-        if eight_bit or format == "bf16":
+        if eight_bit or kind in ("bf16", "f16"):
             assert torch.equal(got_k, unit(want_k)) and torch.equal(got_v, unit(want_v))
         else:  # a product and a sum may be rounded once or twice
             same_number(got_k, want_k.bfloat16())
@@ -125,7 +125,7 @@ def probe(gpu, kind: str, D: int, values: bool, a: torch.Tensor, b: torch.Tensor
 def multiplied(kind: str, side: int) -> torch.dtype:
     """What the tensor cores are given: keys (0) or values (1)."""
     format, eight_bit = KINDS[kind]
-    return FORMATS[format][side].dtype if eight_bit else torch.bfloat16
+    return FORMATS[format][side].dtype if eight_bit or kind == "f16" else torch.bfloat16
 
 
 @pytest.mark.parametrize("D", [64, 128])

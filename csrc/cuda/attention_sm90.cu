@@ -36,11 +36,11 @@ void with_kind(const Pool& pool, bool eight_bit, Function&& function) {
     return require(false, "needs head_dim 64 or 128, got " + std::to_string(pool.k.width));
   }
   if constexpr (sizeof...(kOthers) > 0) with_kind<kOthers...>(pool, eight_bit, function);
-  else require(false, "reads bf16, int8, i8f8, fp8 and int4 pages only");
+  else require(false, "reads bf16, fp16, int8, i8f8, fp8 and int4 pages only");
 }
 template <typename Function>
 void with_kernel(const Pool& pool, bool eight_bit, Function&& function) {
-  with_kind<Kind::bf16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
+  with_kind<Kind::bf16, Kind::f16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
       pool, eight_bit, function);
 }
 
@@ -49,13 +49,15 @@ bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t
 void check(const PagedAttentionParams& p) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   const int64_t group = p.query_heads / p.shape.H;
-  require(p.q_dtype == DType::bf16, std::string("takes q in bfloat16, got ") + name(p.q_dtype));
   require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
   require(p.shape.page_size % kUnitKeys == 0,
           "needs a page_size that is a multiple of 64, got " + std::to_string(p.shape.page_size));
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
-    with_kernel(pool, p.eight_bit, [](auto, auto) {});
+    with_kernel(pool, p.eight_bit, [&](auto kind, auto) {
+      constexpr DType type = query_type(decltype(kind)::value);
+      require(p.q_dtype == type, std::string("takes q in ") + name(type) + " over such pages, got " + name(p.q_dtype));
+    });
     require(pool.pages * p.shape.H * std::max(p.shape.page_size, pool.k.width) <= kMost,
             "counts slots of a pool in 31 bits, got " + std::to_string(pool.pages) + " pages");
     for (const void* x : {pool.k.codes, pool.v.codes, pool.k.scales, pool.v.scales, pool.k.offsets, pool.v.offsets})

@@ -19,9 +19,16 @@ template <Kind kKind, int kD>
 struct Queries {
   using S = Shared<kKind, kD>;
   uint32_t word[S::kEightBit ? S::kWidth / kStepBytes : 1][4];
+  float scales[2];  // of scores in units of log 2, of the thread's two rows
 
-  INFERIX_DEVICE void read(const Shared<kKind, kD>& shared, int warpgroup, int t) {
+  INFERIX_DEVICE float scale(const AttentionArgs& p, int r) const {
+    if constexpr (S::kEightBit) return scales[r];
+    else return p.scale;
+  }
+  INFERIX_DEVICE void read(const AttentionArgs& p, const Shared<kKind, kD>& shared, int warpgroup, int t) {
     if constexpr (S::kEightBit) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) scales[r] = p.scale * shared.query_scales[warpgroup][accumulator_row(t, 2 * r)];
 #pragma unroll
       for (int step = 0; step < S::kWidth / kStepBytes; ++step)
 #pragma unroll
@@ -47,6 +54,8 @@ INFERIX_DEVICE void score(Shared<kKind, kD>& shared, int stage, int first, const
     const uint64_t right = k + k_major_step(step, kTileKeys, S::kWidth) / kChunk;
     if constexpr (kKind == Kind::i8f8) multiply_registers_s8(raw, queries.word[step], right, step > 0);
     else if constexpr (kKind == Kind::fp8) multiply_registers_e4m3(raw, queries.word[step], right, step > 0);
+    else if constexpr (kKind == Kind::f16)
+      multiply_shared_f16(raw, q + k_major_step(step, kRows, S::kWidth) / kChunk, right, step > 0);
     else multiply_shared_bf16(raw, q + k_major_step(step, kRows, S::kWidth) / kChunk, right, step > 0);
   }
   multiply_commit();
@@ -191,8 +200,9 @@ INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, int u, cons
                                       : mn_major(address, kTileKeys) + mn_major_step(u * kSteps) / kChunk;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t along = S::kTransposed ? k_major_step(step, kD, kUnitKeys * 2) : mn_major_step(step);
-      multiply_registers_bf16<S::kTransposed>(out, weights[step], v + along / kChunk, true);
+      const uint64_t right = v + (S::kTransposed ? k_major_step(step, kD, kUnitKeys * 2) : mn_major_step(step)) / kChunk;
+      if constexpr (kKind == Kind::f16) multiply_registers_f16<S::kTransposed>(out, weights[step], right, true);
+      else multiply_registers_bf16<S::kTransposed>(out, weights[step], right, true);
     }
     multiply_commit();
   }
@@ -259,7 +269,7 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
       barrier_wait(&shared.keys_full[stage], place.parity);
       if (shared.tiles[stage].variant != shared.turns[warpgroup].variant) {
         load_queries(p, stage, shared, warpgroup, t);
-        queries.read(shared, warpgroup, opaque(t));
+        queries.read(p, shared, warpgroup, opaque(t));
       }
 #pragma unroll 1
       for (int first = 0; first < kUnits; first += S::kStepUnits) {
@@ -271,10 +281,7 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
           sync_warp();
           if (t % 32 == 0) barrier_arrive(&shared.keys_empty[stage]);
         }
-        Exponents<S::kStepUnits> exponents{{p.scale, p.scale}};
-        if constexpr (S::kEightBit)
-          for (int r = 0; r < 2; ++r)
-            exponents.scale[r] *= shared.query_scales[warpgroup][accumulator_row(opaque(t), 2 * r)];
+        Exponents<S::kStepUnits> exponents{{queries.scale(p, 0), queries.scale(p, 1)}};
         find_largest<kKind, kD>(scores, step, exponents, softmax, out, opaque(t));
         uint32_t weights[S::kStepUnits][S::kUnitSteps][4];
         weigh<kKind, kD>(scores, 0, exponents, softmax, weights[0]);

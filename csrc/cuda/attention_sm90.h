@@ -8,6 +8,7 @@ namespace inferix::sm90 {
 // What pages hold and how they are multiplied.
 enum class Kind {
   bf16,  // bf16 keys and values
+  f16,   // float16 keys and values
   i8f8,  // int8 keys by token, int8 products; e4m3 transposed values by channel, e4m3 products
   fp8,   // e4m3 keys by token, e4m3 products; values as i8f8
   // Codes become bf16 on their way to the tensor cores, all products are of bf16: q and weights lose no bits to 8-bit
@@ -24,6 +25,7 @@ struct Codecs {
 INFERIX_BOTH constexpr Codecs codecs_of(Kind kind) {
   switch (kind) {
     case Kind::bf16: return {Codec::bf16, Codec::bf16};
+    case Kind::f16: return {Codec::f16, Codec::f16};
     case Kind::wide_int8: return {Codec::i8_token, Codec::i8_channel};
     case Kind::i8f8:
     case Kind::wide_i8f8: return {Codec::i8_token, Codec::e4m3_channel};
@@ -34,7 +36,8 @@ INFERIX_BOTH constexpr Codecs codecs_of(Kind kind) {
   return {};
 }
 INFERIX_BOTH constexpr bool is_eight_bit(Kind kind) { return kind == Kind::i8f8 || kind == Kind::fp8; }
-INFERIX_BOTH constexpr bool is_wide(Kind kind) { return kind != Kind::bf16 && !is_eight_bit(kind); }
+INFERIX_BOTH constexpr bool is_wide(Kind kind) { return kind >= Kind::wide_int8; }
+INFERIX_BOTH constexpr DType query_type(Kind kind) { return kind == Kind::f16 ? DType::f16 : DType::bf16; }
 
 INFERIX_BOTH constexpr bool is_packed(Codec codec) { return codec == Codec::u4_token || codec == Codec::u4_channel; }
 INFERIX_BOTH constexpr bool is_e4m3(Codec codec) { return codec == Codec::e4m3_token || codec == Codec::e4m3_channel; }
@@ -79,7 +82,7 @@ struct HeadRows {
 };
 
 struct AttentionArgs {
-  const char* q;  // [variants, T, query_heads, D] bf16
+  const char* q;  // [variants, T, query_heads, D] query_type
   int64_t q_variant_stride, q_token_stride, q_head_stride;
   HeadRows from, out;  // from: a result over other keys to start with, or null; may be out
   float* lse;          // [T, query_heads]; read too if there is a from

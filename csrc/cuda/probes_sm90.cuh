@@ -69,7 +69,7 @@ probe_scores_kernel(const char* q, const char* k, float* scores) {
   fence_stores();
   sync_block();
   Queries<kKind, kD> queries;
-  queries.read(shared, 0, t);
+  queries.read(AttentionArgs{}, shared, 0, t);
 #pragma unroll 1
   for (int first = 0; first < kUnits; first += S::kStepUnits) {
     float mine[S::kScores];

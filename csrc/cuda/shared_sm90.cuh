@@ -180,6 +180,7 @@ struct Shared {
   }
   INFERIX_DEVICE static uint32_t pack_weights(const float* w) {
     if constexpr (kEightBit) return pack_e4m3(w[0], w[1], w[2], w[3]);
+    else if constexpr (kKind == Kind::f16) return pack_f16(w[0], w[1]);
     else return pack_bf16(w[0], w[1]);
   }
   // Four codes of a query.

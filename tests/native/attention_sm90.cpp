@@ -24,6 +24,9 @@ struct Case {
   int slow = -1;                // a warpgroup
 };
 
+bool is_float(Codec codec) { return codec == Codec::bf16 || codec == Codec::f16; }
+constexpr Type type_of_queries(Kind kind) { return query_type(kind) == DType::f16 ? Type::f16 : Type::bf16; }
+
 // The keys or the values of a pool, of which all that no entry names is NaN.
 template <int kD>
 struct Numbers {
@@ -36,7 +39,7 @@ struct Numbers {
 
   Numbers(Codec codec, const Case& c) : codec(codec), heads(c.heads), page_size(c.page_size) {
     const size_t slots = size_t(c.pages) * heads * page_size;
-    codes.assign(slots * kD * 2, codec == Codec::bf16 ? 0xff : 0x7f);
+    codes.assign(slots * kD * 2, is_float(codec) ? 0xff : 0x7f);
     const size_t count = is_by_token(codec) ? slots : slots / page_size * kD;
     scales.assign(count, NAN);
     half_scales.assign(count, from_float<Half>(NAN).bits);
@@ -68,10 +71,10 @@ struct Numbers {
     const size_t row = size_t(tile) * page_size + t, at = row * kD + d;
     const size_t parameter = is_by_token(codec) ? row : size_t(tile) * kD + d;
     const float x = flat ? 0.f : normal();
-    if (codec == Codec::bf16) {
-      const Bf16 number = from_float<Bf16>(x);
-      std::memcpy(&codes[2 * at], &number, 2);
-      return to_float(number);
+    if (is_float(codec)) {
+      const uint16_t bits = codec == Codec::f16 ? from_float<Half>(x).bits : from_float<Bf16>(x).bits;
+      std::memcpy(&codes[2 * at], &bits, 2);
+      return decode(&bits, codec == Codec::f16 ? Type::f16 : Type::bf16);
     }
     if (is_packed(codec)) {
       const int code = below(16);
@@ -105,7 +108,7 @@ void fill_queries(std::vector<uint16_t>& q) {
     float x = normal();
     if (kKind == Kind::i8f8) x = i % kD == 0 ? 127 / 64.f : std::fmax(-127.f, std::fmin(127.f, std::nearbyint(x * 64))) / 64;
     if (kKind == Kind::fp8) x = i % kD == 0 ? 448 / 128.f : to_float(E4m3{uint8_t(e4m3_bits(x * 128))}) / 128;
-    q[i] = from_float<Bf16>(x).bits;
+    q[i] = kKind == Kind::f16 ? from_float<Half>(x).bits : from_float<Bf16>(x).bits;
   }
 }
 
@@ -175,12 +178,13 @@ Error run(const Case& c, uint32_t seed) {
                      units.data(), list_start.data(), work, T, c.heads, c.group, c.lists_per_segment, c.page_size,
                      scale * kLog2E, piece_out.data(), piece_lse.data()};
   const uint64_t slots = uint64_t(c.pages) * c.heads * c.page_size;
-  const bool bf16 = kKind == Kind::bf16;
+  const bool floats = is_float(codecs_of(kKind).k);
   const TensorMap k_map{reinterpret_cast<char*>(pages.k.codes.data()),
-                        bf16 ? float_rows(slots, kD) : byte_rows(slots, kD), bf16 ? 2 : 1};
+                        floats ? float_rows(slots, kD) : byte_rows(slots, kD), floats ? 2 : 1};
   const TensorMap v_map{
       reinterpret_cast<char*>(pages.v.codes.data()),
-      bf16 ? float_rows(slots, kD) : transposed_bytes(uint64_t(c.pages) * c.heads * kD, kD, c.page_size), bf16 ? 2 : 1};
+      floats ? float_rows(slots, kD) : transposed_bytes(uint64_t(c.pages) * c.heads * kD, kD, c.page_size),
+      floats ? 2 : 1};
   for (int block = 0; block < c.blocks; ++block) {
     Machine m((kConsumers + 1) * kWarpgroup, seed + block);
     machine = &m;
@@ -209,7 +213,7 @@ Error run(const Case& c, uint32_t seed) {
           for (int i = 0; i < lens[e]; ++i) {
             const size_t slot = (size_t(page) * c.heads + head) * c.page_size + i;
             double score = 0;
-            for (int d = 0; d < kD; ++d) score += double(to_float(Bf16{x[d]})) * pages.k.numbers[slot * kD + d];
+            for (int d = 0; d < kD; ++d) score += double(decode(&x[d], type_of_queries(kKind))) * pages.k.numbers[slot * kD + d];
             scores.push_back(score * scale + (c.bias ? bias[e] : 0.f));
             values.push_back(&pages.v.numbers[slot * kD]);
           }
@@ -225,9 +229,12 @@ Error run(const Case& c, uint32_t seed) {
         for (size_t i = 0; i < scores.size(); ++i) {
           const double w = top == -INFINITY ? 0 : std::exp(scores[i] - top);
           total += w;
-          // Weights are rounded to 8 bits of mantissa (bf16), or to 4, and in steps of 2^-18 at least (e4m3, lifted by
-          // 2^8): by half of the last bit, in proportion to the value they belong to. So are values that were widened.
-          const double rounding = is_eight_bit(kKind) ? w * 0x1p-4 + 0x1p-18 : w * 0x1p-8;
+          // Weights are rounded to 8 bits of mantissa (bf16), to 11 and in steps of 2^-24 at least (f16), or to 4 and in
+          // steps of 2^-17 (e4m3, lifted by 2^8): by half of that, in proportion to the value they belong to. So are
+          // values that were widened.
+          const double rounding = is_eight_bit(kKind)    ? w * 0x1p-4 + 0x1p-18
+                                  : kKind == Kind::f16 ? w * 0x1p-11 + 0x1p-25
+                                                       : w * 0x1p-8;
           const double widening = is_wide(kKind) ? w * 0x1p-8 : 0;
           for (int d = 0; d < kD && w > 0; ++d) {
             sum[d] += w * values[i][d];
@@ -253,13 +260,14 @@ template <Kind kKind, int kD>
 void check_probes(const char* kind, uint32_t seed) {
   rng.seed(seed);
   constexpr int kSize = is_eight_bit(kKind) ? 1 : 2;
-  constexpr Type kKeys = !is_eight_bit(kKind) ? Type::bf16 : kKind == Kind::i8f8 ? Type::s8 : Type::e4m3;
-  constexpr Type kValues = !is_eight_bit(kKind) ? Type::bf16 : Type::e4m3;
+  constexpr Type kKeys = !is_eight_bit(kKind) ? type_of_queries(kKind) : kKind == Kind::i8f8 ? Type::s8 : Type::e4m3;
+  constexpr Type kValues = !is_eight_bit(kKind) ? type_of_queries(kKind) : Type::e4m3;
   const auto random_codes = [](int count, Type type) {
     std::vector<char> bytes(count * bytes_of(type));
     for (int i = 0; i < count; ++i) {
       const float x = float(below(17) - 8);
-      const uint16_t code = type == Type::bf16 ? from_float<Bf16>(x).bits
+      const uint16_t code = type == Type::bf16  ? from_float<Bf16>(x).bits
+                            : type == Type::f16 ? from_float<Half>(x).bits
                             : type == Type::s8 ? uint16_t(uint8_t(int8_t(x))) : uint16_t(e4m3_bits(x));
       std::memcpy(&bytes[i * bytes_of(type)], &code, bytes_of(type));
     }
@@ -327,6 +335,7 @@ int main(int argc, char** argv) {
   };
   const uint32_t seed = argc > 1 ? uint32_t(std::atoi(argv[1])) : 0;
   check_all<Kind::bf16>("bf16", cases, seed);
+  check_all<Kind::f16>("f16", cases, seed);
   check_all<Kind::i8f8>("i8f8", cases, seed);
   check_all<Kind::fp8>("fp8", cases, seed);
   check_all<Kind::wide_int8>("wide int8", cases, seed);

@@ -55,7 +55,7 @@ template <typename Function>
 void act(const Pool& pool, bool eight_bit, const Function& function) {
   Machine m(kWarpgroup, 0);
   machine = &m;
-  with_kind<Kind::bf16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
+  with_kind<Kind::bf16, Kind::f16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
       pool, eight_bit, [&](auto kind, auto width) { m.run(0, 0, [&] { function(kind, width); }); });
 }
 
