@@ -54,6 +54,14 @@ def inputs(case: str, formats: tuple[str, ...], D: int):
                             formats=formats, dtype=dtype, device="cuda")  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_3_floats_in_pages_of_any_size(kind):
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    q, pools, plan = attention_inputs([130], [40] * 9 + [33], query_heads=2, heads=2, head_dim=128, page_size=40,
+                                      formats=(KINDS[kind][0],), dtype=dtype, device="cuda")  # fmt: skip
+    close(kind, attend(kind, q, pools, plan)[0], paged_attention(q, pools, plan, backend="reference")[0])
+
+
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)

@@ -50,12 +50,15 @@ void check(const PagedAttentionParams& p) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   const int64_t group = p.query_heads / p.shape.H;
   require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
-  require(p.shape.page_size % kUnitKeys == 0,
-          "needs a page_size that is a multiple of 64, got " + std::to_string(p.shape.page_size));
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
     with_kernel(pool, p.eight_bit, [&](auto kind, auto) {
-      constexpr DType type = query_type(decltype(kind)::value);
+      constexpr Kind kKind = decltype(kind)::value;
+      constexpr DType type = query_type(kKind);
+      // What a box of 16-bit rows reads past the end of its page is another's, and masked like slots not yet written.
+      require(!(is_eight_bit(kKind) || is_wide(kKind)) || p.shape.page_size % kUnitKeys == 0,
+              "needs a page_size that is a multiple of 64 for 8-bit and 4-bit pages, got " +
+                  std::to_string(p.shape.page_size));
       require(p.q_dtype == type, std::string("takes q in ") + name(type) + " over such pages, got " + name(p.q_dtype));
     });
     require(pool.pages * p.shape.H * std::max(p.shape.page_size, pool.k.width) <= kMost,
@@ -63,7 +66,7 @@ void check(const PagedAttentionParams& p) {
     for (const void* x : {pool.k.codes, pool.v.codes, pool.k.scales, pool.v.scales, pool.k.offsets, pool.v.offsets})
       require(aligned(x, 16), "needs pools whose tensors begin at a multiple of 16 bytes");
   }
-  require(p.T * group <= kMost && p.entries.n * (p.shape.page_size / kUnitKeys) <= kMost, "counts rows in 31 bits");
+  require(p.T * group <= kMost && p.entries.n * units_of_page(int(p.shape.page_size)) <= kMost, "counts rows in 31 bits");
   require(aligned(p.q.data, 16) && p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0 && p.q_variant_stride % 8 == 0,
           "reads q 16 bytes at a time: its address and strides must be multiples of that");
   require(aligned(p.out.data, p.out_dtype == DType::f32 ? 8 : 4) && p.out.token_stride % 2 == 0 &&

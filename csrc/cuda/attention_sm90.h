@@ -60,10 +60,12 @@ struct PrepareArgs {
   int32_t* list_tiles;  // [lists]      key tiles of each page list
 };
 
-// Where a list's units begin, and with the number of lists the room that all need: each entry has page_size / 64 units,
-// those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
+INFERIX_BOTH inline int units_of_page(int page_size) { return (page_size + kUnitKeys - 1) / kUnitKeys; }
+
+// Where a list's units begin, and with the number of lists the room that all need: each entry has at most all units of a
+// page, those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
 INFERIX_BOTH inline int64_t unit_start(int64_t list, int64_t first_entry, int variants, int page_size) {
-  return first_entry * (page_size / kUnitKeys) + list * (variants + 2);
+  return first_entry * units_of_page(page_size) + list * (variants + 2);
 }
 
 // Elements i and i + 1 of a CSR row pointer. It has not been checked on the host, which would have to wait for the

@@ -131,7 +131,7 @@ Error run(const Case& c, uint32_t seed) {
   }
   const int first_page = 5, segments = int(c.queries.size());
   for (int list = 0; list < segments * c.lists_per_segment; ++list) {
-    const int n = list % 3 == 2 ? 0 : 1 + below(c.entries);
+    const int n = list % 3 == 2 ? 0 : c.entries / 2 + below(c.entries / 2 + 1);
     for (int i = 0; i < n; ++i) {
       const int page = 1 + below(c.pages - 1);
       const bool foreign = below(8) == 0;  // of another pool
@@ -333,9 +333,15 @@ int main(int argc, char** argv) {
       {"lists per head, variants", {9, 30}, 3, 2, 128, 6, 3, 3, 4, 5, true, false, false},
       {"more blocks than work", {1, 2}, 1, 1, 64, 4, 1, 1, 9, 2, false, true, false},
   };
+  const std::vector<Case> any_page_size{
+      {"small pages", {70}, 2, 1, 24, 9, 2, 1, 2, 12, true, false, false},
+      {"odd pages", {70}, 2, 1, 93, 9, 1, 2, 2, 6, false, false, false},
+  };
   const uint32_t seed = argc > 1 ? uint32_t(std::atoi(argv[1])) : 0;
   check_all<Kind::bf16>("bf16", cases, seed);
   check_all<Kind::f16>("f16", cases, seed);
+  check_all<Kind::bf16>("bf16", any_page_size, seed);
+  check_all<Kind::f16>("f16", any_page_size, seed);
   check_all<Kind::i8f8>("i8f8", cases, seed);
   check_all<Kind::fp8>("fp8", cases, seed);
   check_all<Kind::wide_int8>("wide int8", cases, seed);
