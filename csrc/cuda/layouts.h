@@ -37,9 +37,10 @@ INFERIX_BOTH constexpr uint32_t tile_offset(int row, int byte, int rows, int wid
 }
 
 // Matrix descriptors of wgmma; offsets are in units of 16 bytes. Bits 0-13: start; 16-29: leading dimension offset;
-// 32-45: stride dimension offset; 62-63: swizzle, 1 for rows of 128 bytes, 2 for 64.
+// 32-45: stride dimension offset; 62-63: swizzle, 1 for rows of 128 bytes, 2 for 64. Shared memory ends below 2^18, so
+// that 14 bits hold every address.
 INFERIX_BOTH constexpr uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride, int row_bytes) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+  return uint64_t(address >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
          uint64_t(row_bytes == 128 ? 1 : 2) << 62;
 }
 

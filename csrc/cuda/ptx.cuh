@@ -42,10 +42,11 @@ INFERIX_DEVICE T shuffle_from(T x, int lane) {
 
 INFERIX_DEVICE bool any_in_warp(bool x) { return __any_sync(~0u, x); }
 
-// The same number, of which the compiler knows nothing: what is computed from it stays where it is used instead of
-// being kept in registers across a loop.
+// The same number, of which the compiler knows only that it is not negative: what is computed from it stays where it is
+// used instead of being kept in registers across a loop.
 INFERIX_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  __builtin_assume(x >= 0);
   return x;
 }
 
