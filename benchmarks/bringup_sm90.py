@@ -32,7 +32,8 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 6.5 * 60  # seconds, of everything but the build
 PAGE = 64
 STAGES = ("test_1", "test_2", "test_3_attention", "test_3", "test_4")
-SMALL = ("test_1", "test_2", "test_3_accumulate", "test_3_bias")  # what compute-sanitizer gets through in a minute
+# What compute-sanitizer gets through in a minute.
+SMALL = "(test_1 or test_2) and 128 or test_3_accumulate or test_3_bias"
 
 
 class Shape(NamedTuple):
@@ -51,6 +52,15 @@ SHAPES = (
     Shape("short window, 3 frames over 6", 4680, 6, 12, 12),
 )
 D, FRAME = 128, 1560
+# Format of the pages, and whether they are multiplied in 8 bits.
+OURS = {
+    "bf16": ("bf16", False),
+    "i8f8": ("i8f8", True),
+    "fp8": ("fp8", True),
+    "int8 as bf16": ("int8", False),
+    "i8f8 as bf16": ("i8f8", False),
+    "int4 as bf16": ("int4", False),
+}
 
 
 class Log:
@@ -86,7 +96,7 @@ class Log:
         return code == 0
 
 
-def tests(names: tuple[str, ...]) -> list[str]:
+def tests(which: str) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -95,16 +105,17 @@ def tests(names: tuple[str, ...]) -> list[str]:
         "-x",
         "-m",
         "gpu",
+        "tests/test_hopper_stages.py",
         "tests/test_hopper_gpu.py",
         "-k",
-        " or ".join(names),
+        which,
     ]
 
 
 def check(log: Log) -> bool:
     good = True
     for stage in STAGES:
-        good = log.step(stage, tests((stage,)), 60) and good
+        good = log.step(stage, tests(stage), 60) and good
     families = [f"tests/test_{family}.py" for family in ("kv_pages", "qkv", "attention")]
     good = log.step("all ops", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *families], 75) and good
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -132,15 +143,17 @@ def inputs(shape: Shape, format: str) -> tuple[Tensor, Tensor, Tensor, KVPages, 
     return q, k, v, pool, make_plan([(shape.queries, ids, lens)], "cuda")
 
 
+def ours(eight_bit: bool, q: Tensor, pool: KVPages, plan: Plan, out: Tensor, lse: Tensor) -> Tensor:
+    compiled.ALLOW_8_BIT = eight_bit
+    return paged_attention(q, [pool], plan, out=out, lse=lse, backend="compiled")[0]
+
+
 def contenders(shape: Shape) -> dict[str, Callable[[], Tensor]]:
     calls: dict[str, Callable[[], Tensor]] = {}
-    for format in ("bf16", "i8f8", "fp8"):
+    for name, (format, eight_bit) in OURS.items():
         q, k, v, pool, plan = inputs(shape, format)
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], device="cuda")
-
-        ours = functools.partial(paged_attention, q, [pool], plan, out=out, lse=lse, backend="compiled")
-        calls[f"inferix, {format} pages"] = lambda ours=ours: ours()[0]  # type: ignore[misc]
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
+        calls[f"inferix, {name} pages"] = functools.partial(ours, eight_bit, q, pool, plan, out, lse)
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
 
     def sdpa(backend: str) -> Tensor:
@@ -219,26 +232,27 @@ def counters(log: Log) -> None:
         "lts__t_sector_hit_rate.pct,dram__bytes_read.sum,smsp__issue_active.avg.pct_of_peak_sustained_active,"
         "l1tex__data_bank_conflicts_pipe_lsu.sum"
     )
-    for format in ("bf16", "i8f8"):
-        program = [sys.executable, "-m", "benchmarks.bringup_sm90", "--once", format]
+    for name in ("bf16", "i8f8", "int8 as bf16"):
+        program = [sys.executable, "-m", "benchmarks.bringup_sm90", "--once", name]
         which = ["--kernel-name", "regex:attention_kernel", "--launch-count", "1"]
         command = [ncu, "--clock-control", "none", "--metrics", metrics, *which, *program]
-        log.step(f"ncu, {format}", command, 60, lines=15)
+        log.step(f"ncu, {name}", command, 60, lines=15)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bringup"))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--once", choices=("bf16", "i8f8", "fp8"), help="shape W once, for a profiler")
+    parser.add_argument("--once", choices=tuple(OURS), help="shape W once, for a profiler")
     options = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise SystemExit("this needs a Hopper GPU")
     if not compiled.HAS_CUDA:
         raise SystemExit("the extension was built without nvcc: put it on PATH, then pip install -e .")
     if options.once:
-        q, _, _, pool, plan = inputs(SHAPES[0], options.once)
-        paged_attention(q, [pool], plan, backend="compiled")
+        format, eight_bit = OURS[options.once]
+        q, _, _, pool, plan = inputs(SHAPES[0], format)
+        ours(eight_bit, q, pool, plan, torch.empty_like(q), torch.empty(q.shape[:2], device="cuda"))
         torch.cuda.synchronize()
         return
     log = Log(options.out)

@@ -19,6 +19,7 @@ struct PagedAttentionParams {
   int64_t variants, T, query_heads, segments, lists_per_segment;  // 1 list, or H
   float scale;
   bool accumulate;  // out and lse hold a result over other keys: merge into it
+  bool eight_bit;   // on a GPU: pages that allow it are multiplied in 8 bits, q and weights rounded to them
   DType q_dtype, out_dtype;
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
 };

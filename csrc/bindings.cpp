@@ -143,18 +143,19 @@ void define_attention(py::module_& m) {
       [](const Rows& q, const Rows& out, Address lse, const std::vector<Pool>& pools, Address q_indptr,
          Address page_indptr, const PageList& entries, Address page_bias, Address page_variants,
          const PageShape& shape, int64_t q_variant_stride, int64_t variants, int64_t T, int64_t query_heads,
-         int64_t segments, int64_t lists_per_segment, float scale, bool accumulate, DType q_dtype, DType out_dtype,
-         const Workspace& workspace, Stream stream, const Cpu& cpu) {
+         int64_t segments, int64_t lists_per_segment, float scale, bool accumulate, bool eight_bit, DType q_dtype,
+         DType out_dtype, const Workspace& workspace, Stream stream, const Cpu& cpu) {
         PagedAttentionParams params{
             q, q_variant_stride, out, at<float>(lse), pools_of(pools), at<const int32_t>(q_indptr),
             at<const int32_t>(page_indptr), entries, at<const float>(page_bias), at<const int32_t>(page_variants),
-            shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, q_dtype, out_dtype, nullptr};
+            shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, eight_bit, q_dtype,
+            out_dtype, nullptr};
         allot<PagedAttentionParams>(workspace, stream, INFERIX_CUDA_KERNEL(paged_attention_workspace), params);
         launch(params, stream, cpu, paged_attention_cpu, INFERIX_CUDA_KERNEL(paged_attention_cuda));
       },
       py::kw_only(), "q"_a, "out"_a, "lse"_a, "pools"_a, "q_indptr"_a, "page_indptr"_a, "entries"_a, "page_bias"_a,
       "page_variants"_a, "shape"_a, "q_variant_stride"_a, "variants"_a, "T"_a, "query_heads"_a, "segments"_a,
-      "lists_per_segment"_a, "scale"_a, "accumulate"_a, "q_dtype"_a, "out_dtype"_a, "workspace"_a,
+      "lists_per_segment"_a, "scale"_a, "accumulate"_a, "eight_bit"_a, "q_dtype"_a, "out_dtype"_a, "workspace"_a,
       "stream"_a, "cpu"_a);
   m.def(
       "merge_attention",
@@ -227,20 +228,20 @@ void define_linear(py::module_& m) {
 void define_probes(py::module_& m) {
   m.def(
       "probe_load",
-      [](const Pool& pages, const PageShape& shape, int first_row, int second_row, int head, Address keys,
-         Address values, Address key_scales, Address value_scales, Address stream) {
-        probe_load_cuda({pages, shape, first_row, second_row, head, at<void>(keys), at<void>(values),
+      [](const Pool& pages, const PageShape& shape, bool eight_bit, int first_row, int second_row, int head,
+         Address keys, Address values, Address key_scales, Address value_scales, Address stream) {
+        probe_load_cuda({pages, shape, eight_bit, first_row, second_row, head, at<void>(keys), at<void>(values),
                          at<float>(key_scales), at<float>(value_scales)},
                         at<void>(stream));
       },
-      py::kw_only(), "pages"_a, "shape"_a, "first_row"_a, "second_row"_a, "head"_a, "keys"_a, "values"_a,
+      py::kw_only(), "pages"_a, "shape"_a, "eight_bit"_a, "first_row"_a, "second_row"_a, "head"_a, "keys"_a, "values"_a,
       "key_scales"_a, "value_scales"_a, "stream"_a);
   m.def(
       "probe_multiply",
-      [](const Pool& like, bool values, Address a, Address b, Address out, Address stream) {
-        probe_multiply_cuda({like, values, at<void>(a), at<void>(b), at<float>(out)}, at<void>(stream));
+      [](const Pool& like, bool eight_bit, bool values, Address a, Address b, Address out, Address stream) {
+        probe_multiply_cuda({like, eight_bit, values, at<void>(a), at<void>(b), at<float>(out)}, at<void>(stream));
       },
-      py::kw_only(), "like"_a, "values"_a, "a"_a, "b"_a, "out"_a, "stream"_a);
+      py::kw_only(), "like"_a, "eight_bit"_a, "values"_a, "a"_a, "b"_a, "out"_a, "stream"_a);
 }
 #endif
 

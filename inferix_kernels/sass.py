@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 # Tensor cores by type, TMA, and what should not be there: local memory.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
-_KINDS = ("bf16", "i8f8", "fp8")  # sm90::Kind
+_KINDS = ("bf16", "f16", "i8f8", "fp8", "wide int8", "wide i8f8", "wide fp8", "wide int4")  # sm90::Kind
 _TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 _FUNCTION = re.compile(r"\s*Function : (\S+)|\.text\.(\S+):")
+_LABEL = re.compile(r"(\.L_\w+):")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]+)")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
@@ -29,6 +31,7 @@ class Kernel(NamedTuple):
     registers: int
     stack: int  # bytes
     instructions: Counter[str]
+    highest: dict[str, int]  # register after setmaxnreg, by what it did: inc or dec
 
 
 class MissingTool(RuntimeError):
@@ -63,9 +66,9 @@ def kernels(binary: Path, arch: str) -> list[Kernel]:
                 [tool("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
             )
             listing = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True)
-            counts = opcodes(listing.stdout)
+            counts, highest = opcodes(listing.stdout), registers_after_setmaxnreg(listing.stdout)
             for name, registers, stack, _ in _USAGE.findall(usage.stdout):
-                found.append(Kernel(readable(name), int(registers), int(stack), counts[name]))
+                found.append(Kernel(readable(name), int(registers), int(stack), counts[name], highest[name]))
     return sorted(found, key=lambda kernel: kernel.name)
 
 
@@ -82,6 +85,42 @@ def opcodes(listing: str) -> dict[str, Counter[str]]:
             if parts[0] == "LDG" and "128" in parts:
                 current["LDG.128"] += 1
     return counts
+
+
+def registers_after_setmaxnreg(listing: str) -> dict[str, dict[str, int]]:
+    """The highest register named by what each setmaxnreg of a function leads to: its warps have no others."""
+    code: dict[str, list[str]] = {}  # labels, with a colon, and instructions
+    current: list[str] = []
+    for line in listing.splitlines():
+        if match := _FUNCTION.match(line):
+            current = code.setdefault(match[1] or match[2], [])
+        elif match := _LABEL.match(line.strip()):
+            current.append(match[0])
+        elif match := _INSTRUCTION.search(line):
+            current.append(match[1].strip())
+    found: dict[str, dict[str, int]] = {name: {} for name in code}
+    for name, lines in code.items():
+        for i, line in enumerate(lines):
+            if "USETMAXREG" in line:
+                found[name]["dec" if "DEALLOC" in line else "inc"] = _highest_register(lines, i)
+    return found
+
+
+def _highest_register(lines: list[str], start: int) -> int:
+    """Of the instructions that can follow `start`."""
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    seen: set[int] = set()
+    ahead, highest = [start], -1
+    while ahead:
+        i = ahead.pop()
+        while i < len(lines) and i not in seen:
+            seen.add(i)
+            highest = max([highest, *(int(number) for number in re.findall(r"\bR(\d+)\b", lines[i]))])
+            ahead += [labels[target] for target in re.findall(r"`\((\.L_\w+)\)", lines[i]) if target in labels]
+            if re.match(r"(EXIT|RET\b.*|BRA(\.U)? `\S+)\s*$", lines[i]):  # without a condition
+                break
+            i += 1
+    return highest
 
 
 def readable(mangled: str) -> str:

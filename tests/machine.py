@@ -16,6 +16,17 @@ from inferix_kernels.layout import KVPages, PageList
 
 NATIVE = Path(__file__).parent / "native"
 CODECS = ("f32", "bf16", "f16", "i8_token", "i8_channel", "e4m3_token", "e4m3_channel", "u4_token", "u4_channel")
+# How the Hopper kernel multiplies (sm90::Kind): format of the pages, and whether in 8 bits; else codes become bf16.
+KINDS = {
+    "bf16": ("bf16", False),
+    "f16": ("fp16", False),
+    "i8f8": ("i8f8", True),
+    "fp8": ("fp8", True),
+    "wide int8": ("int8", False),
+    "wide i8f8": ("i8f8", False),
+    "wide fp8": ("fp8", False),
+    "wide int4": ("int4", False),
+}
 
 
 def build(source: str, folder: Path, *options: str) -> Path:
@@ -114,16 +125,47 @@ def shape(pages: KVPages) -> Shape:
     return Shape(pages.heads, pages.page_size)
 
 
-class PageOps:
-    """The ops of csrc/cuda/kv_pages.cuh and qkv.cuh, on CPU tensors."""
+class ProbeLoad(Structure):
+    _fields_ = [("pages", Pool), ("shape", Shape), ("eight_bit", c_bool), ("first_row", c_int), ("second_row", c_int),
+                ("head", c_int), ("keys", c_void_p), ("values", c_void_p), ("key_scales", c_void_p),
+                ("value_scales", c_void_p)]  # fmt: skip
 
-    def __init__(self, folder: Path):
-        self.library = ctypes.CDLL(str(build("pages.cpp", folder, "-shared", "-fPIC", "-ffp-contract=off")))
+
+class ProbeMultiply(Structure):
+    _fields_ = [("like", Pool), ("eight_bit", c_bool), ("values", c_bool), ("a", c_void_p), ("b", c_void_p),
+                ("out", c_void_p)]  # fmt: skip
+
+
+class Library:
+    def __init__(self, source: str, folder: Path):
+        self.library = ctypes.CDLL(str(build(source, folder, "-shared", "-fPIC", "-ffp-contract=off")))
 
     def run(self, op: str, params: Structure) -> None:
         function = getattr(self.library, op)
         function.argtypes, function.restype = [POINTER(type(params))], None
         function(ctypes.byref(params))
+
+
+class Probes(Library):
+    """The kernels of csrc/cuda/probes_sm90.cuh, on CPU tensors."""
+
+    device = "cpu"
+
+    def __init__(self, folder: Path):
+        super().__init__("probes.cpp", folder)
+
+    def load(self, pages: KVPages, eight_bit: bool, rows: tuple[int, int], head: int, *written: Tensor) -> None:
+        self.run("probe_load", ProbeLoad(pool(pages), shape(pages), eight_bit, *rows, head, *map(address, written)))
+
+    def multiply(self, like: KVPages, eight_bit: bool, values: bool, a: Tensor, b: Tensor, out: Tensor) -> None:
+        self.run("probe_multiply", ProbeMultiply(pool(like), eight_bit, values, *map(address, (a, b, out))))
+
+
+class PageOps(Library):
+    """The ops of csrc/cuda/kv_pages.cuh and qkv.cuh, on CPU tensors."""
+
+    def __init__(self, folder: Path):
+        super().__init__("pages.cpp", folder)
 
     def kv_append(self, k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
         self.run("kv_append", Append(rows(k), rows(v), pool(pages), listed(where), shape(pages), len(k), dtype(k)))

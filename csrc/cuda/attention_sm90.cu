@@ -24,22 +24,24 @@ void require(bool fits, const std::string& what) {
   if (!fits) throw Unsupported("paged_attention: the Hopper kernel " + what);
 }
 
+// Calls function(kind, head_dim) with the first kind that reads such pages.
+template <Kind kKind, Kind... kOthers, typename Function>
+void with_kind(const Pool& pool, bool eight_bit, Function&& function) {
+  constexpr Codecs kCodecs = codecs_of(kKind);
+  if (pool.k.codec == kCodecs.k && pool.v.codec == kCodecs.v && (eight_bit || !is_eight_bit(kKind))) {
+    if (pool.k.width == 128 && pool.v.width == 128)
+      return function(std::integral_constant<Kind, kKind>{}, std::integral_constant<int, 128>{});
+    if (pool.k.width == 64 && pool.v.width == 64)
+      return function(std::integral_constant<Kind, kKind>{}, std::integral_constant<int, 64>{});
+    return require(false, "needs head_dim 64 or 128, got " + std::to_string(pool.k.width));
+  }
+  if constexpr (sizeof...(kOthers) > 0) with_kind<kOthers...>(pool, eight_bit, function);
+  else require(false, "reads bf16, fp16, int8, i8f8, fp8 and int4 pages only");
+}
 template <typename Function>
-void with_kernel(const Pool& pool, Function&& function) {
-  const Codec k = pool.k.codec, v = pool.v.codec;
-  const auto with_kind = [&](auto width) {
-    constexpr int kD = decltype(width)::value;
-    if (k == Codec::bf16 && v == Codec::bf16)
-      return function(std::integral_constant<Kind, Kind::bf16>{}, std::integral_constant<int, kD>{});
-    if (k == Codec::i8_token && v == Codec::e4m3_channel)
-      return function(std::integral_constant<Kind, Kind::i8f8>{}, std::integral_constant<int, kD>{});
-    if (k == Codec::e4m3_token && v == Codec::e4m3_channel)
-      return function(std::integral_constant<Kind, Kind::fp8>{}, std::integral_constant<int, kD>{});
-    require(false, "reads bf16, i8f8 and fp8 pages only");
-  };
-  if (pool.k.width == 128 && pool.v.width == 128) return with_kind(std::integral_constant<int, 128>{});
-  if (pool.k.width == 64 && pool.v.width == 64) return with_kind(std::integral_constant<int, 64>{});
-  require(false, "needs head_dim 64 or 128, got " + std::to_string(pool.k.width));
+void with_kernel(const Pool& pool, bool eight_bit, Function&& function) {
+  with_kind<Kind::bf16, Kind::f16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
+      pool, eight_bit, function);
 }
 
 bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
@@ -47,19 +49,24 @@ bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t
 void check(const PagedAttentionParams& p) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   const int64_t group = p.query_heads / p.shape.H;
-  require(p.q_dtype == DType::bf16, std::string("takes q in bfloat16, got ") + name(p.q_dtype));
   require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
-  require(p.shape.page_size % kUnitKeys == 0,
-          "needs a page_size that is a multiple of 64, got " + std::to_string(p.shape.page_size));
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
-    with_kernel(pool, [](auto, auto) {});
+    with_kernel(pool, p.eight_bit, [&](auto kind, auto) {
+      constexpr Kind kKind = decltype(kind)::value;
+      constexpr DType type = query_type(kKind);
+      // What a box of 16-bit rows reads past the end of its page is another's, and masked like slots not yet written.
+      require(!(is_eight_bit(kKind) || is_wide(kKind)) || p.shape.page_size % kUnitKeys == 0,
+              "needs a page_size that is a multiple of 64 for 8-bit and 4-bit pages, got " +
+                  std::to_string(p.shape.page_size));
+      require(p.q_dtype == type, std::string("takes q in ") + name(type) + " over such pages, got " + name(p.q_dtype));
+    });
     require(pool.pages * p.shape.H * std::max(p.shape.page_size, pool.k.width) <= kMost,
             "counts slots of a pool in 31 bits, got " + std::to_string(pool.pages) + " pages");
-    for (const void* x : {pool.k.codes, pool.v.codes, pool.k.scales, pool.v.scales})
+    for (const void* x : {pool.k.codes, pool.v.codes, pool.k.scales, pool.v.scales, pool.k.offsets, pool.v.offsets})
       require(aligned(x, 16), "needs pools whose tensors begin at a multiple of 16 bytes");
   }
-  require(p.T * group <= kMost && p.entries.n * (p.shape.page_size / kUnitKeys) <= kMost, "counts rows in 31 bits");
+  require(p.T * group <= kMost && p.entries.n * units_of_page(int(p.shape.page_size)) <= kMost, "counts rows in 31 bits");
   require(aligned(p.q.data, 16) && p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0 && p.q_variant_stride % 8 == 0,
           "reads q 16 bytes at a time: its address and strides must be multiples of that");
   require(aligned(p.out.data, p.out_dtype == DType::f32 ? 8 : 4) && p.out.token_stride % 2 == 0 &&
@@ -124,7 +131,7 @@ AttentionArgs attention_args(const PagedAttentionParams& p, const Scratch& scrat
   const bool first = pool == 0, last = pool == p.pools.count - 1;
   return {static_cast<const char*>(p.q.data), p.q_variant_stride, p.q.token_stride, p.q.head_stride,
           !first ? running : p.accumulate ? out : nothing, last ? out : running, p.lse,
-          static_cast<const float*>(p.pools.pool[pool].k.scales), static_cast<const float*>(p.pools.pool[pool].v.scales),
+          p.pools.pool[pool].k, p.pools.pool[pool].v,
           p.q_indptr, scratch.units, scratch.list_start, scratch.work, int32_t(p.T), int32_t(p.shape.H),
           int32_t(p.query_heads / p.shape.H), int32_t(p.lists_per_segment), int32_t(p.shape.page_size),
           p.scale * kLog2E, scratch.piece_out, scratch.piece_lse};
@@ -134,13 +141,21 @@ struct Maps {
   CUtensorMap keys, values;
 };
 
+// Of what is read through a map; the others stay empty.
+template <Kind kKind, int kD>
 Maps maps_of(const Pool& pool, const PageShape& s) {
-  const bool eight_bit = pool.k.codec != Codec::bf16;
+  using S = Shared<kKind, kD>;
   const uint64_t tiles = uint64_t(pool.pages) * s.H, slots = tiles * s.page_size;
-  const int D = int(pool.k.width);
-  return {tensor_map("paged_attention", pool.k.codes, eight_bit ? byte_rows(slots, D) : float_rows(slots, D), eight_bit),
-          tensor_map("paged_attention", pool.v.codes,
-                     eight_bit ? transposed_bytes(tiles * D, D, int(s.page_size)) : float_rows(slots, D), eight_bit)};
+  const auto map = [](const void* codes, const TensorBox& box, bool bytes) {
+    return tensor_map("paged_attention", codes, box, bytes);
+  };
+  Maps maps{};
+  if (S::kKeyMap)
+    maps.keys = map(pool.k.codes, S::kEightBit ? byte_rows(slots, kD) : float_rows(slots, kD), S::kEightBit);
+  if (S::kValueMap)
+    maps.values = map(pool.v.codes, S::kTransposed ? transposed_bytes(tiles * kD, kD, int(s.page_size))
+                                                   : float_rows(slots, kD), S::kTransposed);
+  return maps;
 }
 
 int multiprocessors() {
@@ -178,13 +193,13 @@ void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
   int64_t first_page = 0;
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
-    const Maps maps = maps_of(pool, p.shape);
     const AttentionArgs args = attention_args(p, scratch, i);
     prepare_kernel<<<1, kPrepareThreads, 0, s>>>(prepare_args(p, scratch, i, first_page));
     check_launch("paged_attention");
-    with_kernel(pool, [&](auto kind, auto width) {
+    with_kernel(pool, p.eight_bit, [&](auto kind, auto width) {
       constexpr Kind kKind = decltype(kind)::value;
       constexpr int kD = decltype(width)::value;
+      const Maps maps = maps_of<kKind, kD>(pool, p.shape);
       launch<kKind, kD>("paged_attention", attention_kernel<kKind, kD>, blocks, (kConsumers + 1) * kWarpgroup, s, args,
                         maps.keys, maps.values);
       merge_pieces_kernel<kD><<<dim3(blocks, kMergeParts), kMergeThreads, 0, s>>>(args);
@@ -195,13 +210,13 @@ void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
 }
 
 void probe_load_cuda(const ProbeLoadParams& p, void* stream) {
-  with_kernel(p.pages, [&](auto kind, auto width) {
+  with_kernel(p.pages, p.eight_bit, [&](auto kind, auto width) {
     constexpr Kind kKind = decltype(kind)::value;
     constexpr int kD = decltype(width)::value;
-    const Maps maps = maps_of(p.pages, p.shape);
+    const Maps maps = maps_of<kKind, kD>(p.pages, p.shape);
     AttentionArgs args{};
-    args.k_scales = static_cast<const float*>(p.pages.k.scales);
-    args.v_scales = static_cast<const float*>(p.pages.v.scales);
+    args.k = p.pages.k;
+    args.v = p.pages.v;
     args.page_size = int32_t(p.shape.page_size);
     launch<kKind, kD>("probe_load", probe_load_kernel<kKind, kD>, 1, kWarpgroup, static_cast<cudaStream_t>(stream), args,
                       maps.keys, maps.values, p.first_row, p.second_row, p.head, static_cast<char*>(p.keys),
@@ -210,7 +225,7 @@ void probe_load_cuda(const ProbeLoadParams& p, void* stream) {
 }
 
 void probe_multiply_cuda(const ProbeMultiplyParams& p, void* stream) {
-  with_kernel(p.like, [&](auto kind, auto width) {
+  with_kernel(p.like, p.eight_bit, [&](auto kind, auto width) {
     constexpr Kind kKind = decltype(kind)::value;
     constexpr int kD = decltype(width)::value;
     const auto s = static_cast<cudaStream_t>(stream);

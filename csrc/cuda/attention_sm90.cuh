@@ -1,45 +1,78 @@
 // paged_attention on Hopper: the kernel itself, on top of ptx.cuh and wgmma.cuh. The host compiles it too, on top of
 // tests/native/machine.h.
 //
-// Four warpgroups in a block. One thread of the last asks TMA for keys and values, straight from the pages that the plan
-// names, into a ring of stages: once for all 192 query rows of the block. The others have 64 rows each and go through
-// the ring on their own: scores, softmax, weighted values. While one waits for its product the others keep the tensor
-// cores busy.
+// Four warpgroups in a block. The last asks TMA for keys and values, straight from the pages that the plan names, into a
+// ring of stages: once for all 192 query rows of the block. If they must be widened for the tensor cores it does that
+// too; else one of its threads is enough. The others have 64 rows each and go through the ring on their own: scores,
+// softmax, weighted values. While one waits for its product the others keep the tensor cores busy.
 //
 // A row is a query and one of the query heads that read the same KV head: row r of a strip is query r / group, query
 // head head * group + r % group.
 #pragma once
-#include "load_sm90.cuh"
+#include "widen_sm90.cuh"
 
 namespace inferix::sm90 {
 
-// scores[i] = q . k, in units of each query row's scale.
+// The left operand of the scores of 8-bit pages: a thread's part of its warpgroup's queries, in registers. Those of 16
+// bits stay in shared memory.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void score(Shared<kKind, kD>& shared, int stage, int warpgroup, float (&scores)[64], int t) {
+struct Queries {
+  using S = Shared<kKind, kD>;
+  uint32_t word[S::kEightBit ? S::kWidth / kStepBytes : 1][4];
+  float scales[2];  // of scores in units of log 2, of the thread's two rows
+
+  INFERIX_DEVICE float scale(const AttentionArgs& p, int r) const {
+    if constexpr (S::kEightBit) return scales[r];
+    else return p.scale;
+  }
+  INFERIX_DEVICE void read(const AttentionArgs& p, const Shared<kKind, kD>& shared, int warpgroup, int t) {
+    if constexpr (S::kEightBit) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) scales[r] = p.scale * shared.query_scales[warpgroup][accumulator_row(t, 2 * r)];
+#pragma unroll
+      for (int step = 0; step < S::kWidth / kStepBytes; ++step)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          word[step][r] = *reinterpret_cast<const uint32_t*>(
+              shared.queries[warpgroup] + tile_offset(a_row(t, r), step * kStepBytes + a_byte(t, r), kRows, S::kWidth));
+    }
+  }
+};
+
+// scores[i] = q . k of the units from `first` on, in units of each query row's scale.
+template <Kind kKind, int kD>
+INFERIX_DEVICE void score(Shared<kKind, kD>& shared, int stage, int first, const Queries<kKind, kD>& queries,
+                          int warpgroup, float (&scores)[Shared<kKind, kD>::kScores], int t) {
   using S = Shared<kKind, kD>;
   const uint64_t q = k_major(opaque(shared_address(shared.queries[warpgroup])), S::kRowBytes);
-  const uint64_t k = k_major(shared_address(shared.keys[stage]), S::kRowBytes);
-  typename S::Score raw[64];
+  const uint64_t k = k_major(shared_address(shared.keys[stage]) + first * S::kUnitBytes, S::kRowBytes);
+  typename S::Score raw[S::kScores];
   pin(raw);
   multiply_begin();
 #pragma unroll
-  for (int step = 0; step < S::kWidth / kStepBytes; ++step)
-    S::multiply_scores(raw, q + k_major_step(step, kRows, S::kWidth) / kChunk,
-                       k + k_major_step(step, kTileKeys, S::kWidth) / kChunk, step > 0);
+  for (int step = 0; step < S::kWidth / kStepBytes; ++step) {
+    const uint64_t right = k + k_major_step(step, kTileKeys, S::kWidth) / kChunk;
+    if constexpr (kKind == Kind::i8f8) multiply_registers_s8(raw, queries.word[step], right, step > 0);
+    else if constexpr (kKind == Kind::fp8) multiply_registers_e4m3(raw, queries.word[step], right, step > 0);
+    else if constexpr (kKind == Kind::f16)
+      multiply_shared_f16(raw, q + k_major_step(step, kRows, S::kWidth) / kChunk, right, step > 0);
+    else multiply_shared_bf16(raw, q + k_major_step(step, kRows, S::kWidth) / kChunk, right, step > 0);
+  }
   multiply_commit();
   multiply_wait();
   pin(raw);
-  if constexpr (S::kEightBit) {
-    // A thread's columns of sixteen are four neighbouring keys: see key_of_column_8.
+  if constexpr (S::kKeyScales) {
+    constexpr int kRun = S::kPacked;  // neighbouring keys of a thread: with 8 bits four, see key_of_column_8
+    const float* scales = shared.key_scales[stage] + first * kUnitKeys + t % 4 * kRun;
 #pragma unroll
-    for (int i = 0; i < 64; i += 8) {
-      const Quad scale = *reinterpret_cast<const Quad*>(shared.key_scales[stage] + i * 2 + t % 4 * 4);
+    for (int i = 0; i < S::kScores; i += 2 * kRun) {
+      const Floats<kRun> scale = *reinterpret_cast<const Floats<kRun>*>(scales + 2 * i);
 #pragma unroll
-      for (int n = 0; n < 8; ++n) scores[i + n] = float(raw[i + n]) * scale.x[n / 4 * 2 + n % 2];
+      for (int n = 0; n < 2 * kRun; ++n) scores[i + n] = float(raw[i + n]) * scale.x[n / 4 * 2 + n % 2];
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) scores[i] = raw[i];
+    for (int i = 0; i < S::kScores; ++i) scores[i] = raw[i];
   }
 }
 
@@ -49,52 +82,69 @@ struct Softmax {
   float sum[2] = {0.f, 0.f};                  // this thread's part of the sum of 2^(score - largest + lift)
 };
 
-// What turns scores of a unit into exponents: score * scale + offset = score in units of log 2 - largest + lift.
-struct Exponents {
-  float scale[2], offset[2][kUnits];  // of the thread's two rows
+// What there is to know of the units of a step.
+template <int kStepUnits>
+struct Step {
+  int length[kStepUnits];
+  float bias[kStepUnits];
+  INFERIX_DEVICE Step(const TileInfo& tile, int first) {
+#pragma unroll
+    for (int u = 0; u < kStepUnits; ++u) {
+      length[u] = tile.length[first + u];
+      bias[u] = tile.bias[first + u];
+    }
+  }
 };
 
-// Finds the largest score so far. What was summed before shrinks as it grows.
-template <Kind kKind, int kD>
-INFERIX_DEVICE void find_largest(float (&scores)[64], const TileInfo& tile, Exponents& exponents, Softmax& rows,
-                                 float (&out)[kD / 2], int t) {
+// What turns scores of a unit into exponents: score * scale + offset = score in units of log 2 - largest + lift.
+template <int kStepUnits>
+struct Exponents {
+  float scale[2], offset[2][kStepUnits];  // of the thread's two rows
+};
+
+// Finds the largest score so far. What was summed before shrinks as it grows, which it soon does no more.
+template <Kind kKind, int kD, int kStepUnits, int kScores>
+INFERIX_DEVICE void find_largest(float (&scores)[kScores], const Step<kStepUnits>& step,
+                                 Exponents<kStepUnits>& exponents, Softmax& rows, float (&out)[kD / 2], int t) {
   using S = Shared<kKind, kD>;
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (tile.length[u] == kUnitKeys) continue;
-    const int length = tile.length[u] - key_of(t, 0, S::kEightBit);  // key_of(t, i) = key_of(t, 0) + key_of(0, i)
+  for (int u = 0; u < kStepUnits; ++u) {
+    if (step.length[u] == kUnitKeys) continue;
+    const int length = step.length[u] - key_of(t, 0, S::kEightBit);  // key_of(t, i) = key_of(t, 0) + key_of(0, i)
 #pragma unroll
     for (int i = 0; i < 32; ++i)
       if (key_of(0, i, S::kEightBit) >= length) scores[32 * u + i] = -INFINITY;
   }
-  float highest[2][kUnits];
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    highest[0][u] = highest[1][u] = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) highest[row_slot(i)][u] = larger(highest[row_slot(i)][u], scores[32 * u + i]);
-  }
+  float shrink[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float scale = exponents.scale[r];
-    float top = larger(fused(highest[r][0], scale, tile.bias[0]), fused(highest[r][1], scale, tile.bias[1]));
+    float top = -INFINITY;
+#pragma unroll
+    for (int u = 0; u < kStepUnits; ++u) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 32; ++i)
+        if (row_slot(i) == r) highest = larger(highest, scores[32 * u + i]);
+      top = larger(top, fused(highest, exponents.scale[r], step.bias[u]));
+    }
     top = larger(top, shuffle_xor(top, 1));
     top = larger(larger(top, shuffle_xor(top, 2)), rows.largest[r]);
     // Nothing but -inf so far: any finite number in its place makes all weights 0.
-    const float base = top == -INFINITY ? 0.f : top, shrink = exp2_approx(rows.largest[r] - base);
+    const float base = top == -INFINITY ? 0.f : top;
+    shrink[r] = exp2_approx(rows.largest[r] - base);
     rows.largest[r] = top;
-    rows.sum[r] *= shrink;
+    rows.sum[r] *= shrink[r];
 #pragma unroll
-    for (int i = 0; i < kD / 2; ++i)
-      if (row_slot(i) == r) out[i] *= shrink;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) exponents.offset[r][u] = tile.bias[u] - base + S::kLift;
+    for (int u = 0; u < kStepUnits; ++u) exponents.offset[r][u] = step.bias[u] - base + S::kLift;
   }
+  if (any_in_warp(shrink[0] != 1.f || shrink[1] != 1.f))
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) out[i] *= shrink[row_slot(i)];
 }
 
 // The weights of a unit, as the left operand of the weighted sum.
-template <Kind kKind, int kD, int kSteps>
-INFERIX_DEVICE void weigh(const float (&scores)[64], int u, const Exponents& exponents, Softmax& rows,
+template <Kind kKind, int kD, int kStepUnits, int kScores, int kSteps>
+INFERIX_DEVICE void weigh(const float (&scores)[kScores], int u, const Exponents<kStepUnits>& exponents, Softmax& rows,
                           uint32_t (&weights)[kSteps][4]) {
   using S = Shared<kKind, kD>;
 #pragma unroll
@@ -146,10 +196,14 @@ INFERIX_DEVICE void add_values(Shared<kKind, kD>& shared, int stage, int u, cons
     }
   } else {
     multiply_begin();
-    const uint64_t v = mn_major(address, kTileKeys) + mn_major_step(u * kSteps) / kChunk;
+    const uint64_t v = S::kTransposed ? k_major(address + u * S::kUnitBytes, kUnitKeys * 2)
+                                      : mn_major(address, kTileKeys) + mn_major_step(u * kSteps) / kChunk;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-      multiply_registers_bf16(out, weights[step], v + mn_major_step(step) / kChunk, true);
+    for (int step = 0; step < kSteps; ++step) {
+      const uint64_t right = v + (S::kTransposed ? k_major_step(step, kD, kUnitKeys * 2) : mn_major_step(step)) / kChunk;
+      if constexpr (kKind == Kind::f16) multiply_registers_f16<S::kTransposed>(out, weights[step], right, true);
+      else multiply_registers_bf16<S::kTransposed>(out, weights[step], right, true);
+    }
     multiply_commit();
   }
 }
@@ -203,6 +257,7 @@ template <Kind kKind, int kD>
 INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, int warpgroup, int t) {
   using S = Shared<kKind, kD>;
   Place<S::kStages> place;
+  Queries<kKind, kD> queries;
   if (t == 0) shared.turns[warpgroup].items = Items(p.work, block_index());
   while (next_turn(p, shared, warpgroup, t)) {
     float out[kD / 2];
@@ -212,30 +267,38 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
     for (bool last = false; !last;) {
       const int stage = place.stage;
       barrier_wait(&shared.keys_full[stage], place.parity);
-      if (shared.tiles[stage].variant != shared.turns[warpgroup].variant) load_queries(p, stage, shared, warpgroup, t);
-      float scores[64];
-      score(shared, stage, warpgroup, scores, opaque(t));
-      const TileInfo tile = shared.tiles[stage];
-      last = tile.last;
-      sync_warp();
-      if (t % 32 == 0) barrier_arrive(&shared.keys_empty[stage]);
-      Exponents exponents{{p.scale, p.scale}};
-      if constexpr (S::kEightBit)
-        for (int r = 0; r < 2; ++r)
-          exponents.scale[r] *= shared.query_scales[warpgroup][accumulator_row(opaque(t), 2 * r)];
-      find_largest<kKind, kD>(scores, tile, exponents, softmax, out, opaque(t));
-      uint32_t weights[kUnits][S::kUnitSteps][4];
-      weigh<kKind, kD>(scores, 0, exponents, softmax, weights[0]);
-      if constexpr (S::kEightBit) weigh<kKind, kD>(scores, 1, exponents, softmax, weights[1]);
-      barrier_wait(&shared.values_full[stage], place.parity);
-      if (tile.length[0] + tile.length[1] < kTileKeys) clear_unused_values(shared, stage, tile, warpgroup, t);
-      pin(out);
-      add_values(shared, stage, 0, weights[0], out, opaque(t));
-      // While the product of the first is under way. With 8 bits both are ready: scores would be in the way of parts.
-      if constexpr (!S::kEightBit) weigh<kKind, kD>(scores, 1, exponents, softmax, weights[1]);
-      add_values(shared, stage, 1, weights[1], out, opaque(t));
-      multiply_wait();
-      pin(out);
+      if (shared.tiles[stage].variant != shared.turns[warpgroup].variant) {
+        load_queries(p, stage, shared, warpgroup, t);
+        queries.read(p, shared, warpgroup, opaque(t));
+      }
+#pragma unroll 1
+      for (int first = 0; first < kUnits; first += S::kStepUnits) {
+        float scores[S::kScores];
+        score(shared, stage, first, queries, warpgroup, scores, opaque(t));
+        const Step<S::kStepUnits> step(shared.tiles[stage], first);
+        if (first + S::kStepUnits == kUnits) {
+          last = shared.tiles[stage].last;
+          sync_warp();
+          if (t % 32 == 0) barrier_arrive(&shared.keys_empty[stage]);
+        }
+        Exponents<S::kStepUnits> exponents{{queries.scale(p, 0), queries.scale(p, 1)}};
+        find_largest<kKind, kD>(scores, step, exponents, softmax, out, opaque(t));
+        uint32_t weights[S::kStepUnits][S::kUnitSteps][4];
+        weigh<kKind, kD>(scores, 0, exponents, softmax, weights[0]);
+        barrier_wait(&shared.values_full[stage], place.parity);
+        if constexpr (!S::kWide)
+          for (int u = 0; u < S::kStepUnits; ++u)
+            if (step.length[u] < kUnitKeys) clear_unused_values(shared, stage, first + u, step.length[u], warpgroup, t);
+        pin(out);
+        add_values(shared, stage, first, weights[0], out, opaque(t));
+#pragma unroll
+        for (int u = 1; u < S::kStepUnits; ++u) {  // while the product of the unit before is under way
+          weigh<kKind, kD>(scores, u, exponents, softmax, weights[u]);
+          add_values(shared, stage, first + u, weights[u], out, opaque(t));
+        }
+        multiply_wait();
+        pin(out);
+      }
       sync_warp();
       if (t % 32 == 0) barrier_arrive(&shared.values_empty[stage]);
       place.advance();
@@ -245,6 +308,10 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, Shared<kKind, kD>& shared, i
   }
 }
 
+// Of the 65,536 registers of a multiprocessor.
+constexpr int kMultiplyingRegisters = 160, kLoadingRegisters = 32;
+static_assert((kConsumers * kMultiplyingRegisters + kLoadingRegisters) * kWarpgroup <= 65536);
+
 template <Kind kKind, int kD>
 INFERIX_KERNEL((kConsumers + 1) * kWarpgroup)
 attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMap keys,
@@ -253,22 +320,27 @@ attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT Te
   S& shared = shared_of_block<kKind, kD>();
   const int thread = thread_index(), warpgroup = shuffle_from(thread / kWarpgroup, 0), t = thread % kWarpgroup;
   if (thread == 0) {
-    prefetch_map(keys);
-    prefetch_map(values);
+    if constexpr (S::kKeyMap) prefetch_map(keys);
+    if constexpr (S::kValueMap) prefetch_map(values);
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(&shared.keys_full[stage], 1);
       barrier_init(&shared.values_full[stage], 1);
       barrier_init(&shared.keys_empty[stage], kConsumers * kWarpgroup / 32);
       barrier_init(&shared.values_empty[stage], kConsumers * kWarpgroup / 32);
     }
+    if constexpr (S::kWide) {
+      barrier_init(&shared.raw.keys.full, 1);
+      barrier_init(&shared.raw.values.full, 1);
+    }
     fence_barrier_init();
   }
   sync_block();
   if (warpgroup == kConsumers) {
-    release_registers<32>();
-    if (t == 0) produce(p, keys, values, shared);
+    release_registers<kLoadingRegisters>();
+    if constexpr (S::kWide) produce_widened(p, values, shared, t);
+    else if (t == 0) produce(p, keys, values, shared);
   } else {
-    claim_registers<160>();
+    claim_registers<kMultiplyingRegisters>();
     consume(p, shared, warpgroup, t);
   }
 }

@@ -1,6 +1,6 @@
 // What the Hopper attention kernels are given: one pool of pages, its share of the plan, and where results go.
 #pragma once
-#include "../dtypes.h"
+#include "../kv_pages.h"
 #include "work.h"
 
 namespace inferix::sm90 {
@@ -8,9 +8,43 @@ namespace inferix::sm90 {
 // What pages hold and how they are multiplied.
 enum class Kind {
   bf16,  // bf16 keys and values
+  f16,   // float16 keys and values
   i8f8,  // int8 keys by token, int8 products; e4m3 transposed values by channel, e4m3 products
   fp8,   // e4m3 keys by token, e4m3 products; values as i8f8
+  // Codes become bf16 on their way to the tensor cores, all products are of bf16: q and weights lose no bits to 8-bit
+  // types.
+  wide_int8,
+  wide_i8f8,
+  wide_fp8,
+  wide_int4,
 };
+
+struct Codecs {
+  Codec k, v;
+};
+INFERIX_BOTH constexpr Codecs codecs_of(Kind kind) {
+  switch (kind) {
+    case Kind::bf16: return {Codec::bf16, Codec::bf16};
+    case Kind::f16: return {Codec::f16, Codec::f16};
+    case Kind::wide_int8: return {Codec::i8_token, Codec::i8_channel};
+    case Kind::i8f8:
+    case Kind::wide_i8f8: return {Codec::i8_token, Codec::e4m3_channel};
+    case Kind::fp8:
+    case Kind::wide_fp8: return {Codec::e4m3_token, Codec::e4m3_channel};
+    case Kind::wide_int4: return {Codec::u4_channel, Codec::u4_token};
+  }
+  return {};
+}
+INFERIX_BOTH constexpr bool is_eight_bit(Kind kind) { return kind == Kind::i8f8 || kind == Kind::fp8; }
+INFERIX_BOTH constexpr bool is_wide(Kind kind) { return kind >= Kind::wide_int8; }
+INFERIX_BOTH constexpr DType query_type(Kind kind) { return kind == Kind::f16 ? DType::f16 : DType::bf16; }
+
+INFERIX_BOTH constexpr bool is_packed(Codec codec) { return codec == Codec::u4_token || codec == Codec::u4_channel; }
+INFERIX_BOTH constexpr bool is_e4m3(Codec codec) { return codec == Codec::e4m3_token || codec == Codec::e4m3_channel; }
+INFERIX_BOTH constexpr bool is_transposed(Codec codec) { return codec == Codec::e4m3_channel; }
+INFERIX_BOTH constexpr bool is_by_token(Codec codec) {
+  return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
+}
 
 // The plan as prepare reads it, and what it makes of it for one pool.
 struct PrepareArgs {
@@ -26,10 +60,12 @@ struct PrepareArgs {
   int32_t* list_tiles;  // [lists]      key tiles of each page list
 };
 
-// Where a list's units begin, and with the number of lists the room that all need: each entry has page_size / 64 units,
-// those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
+INFERIX_BOTH inline int units_of_page(int page_size) { return (page_size + kUnitKeys - 1) / kUnitKeys; }
+
+// Where a list's units begin, and with the number of lists the room that all need: each entry has at most all units of a
+// page, those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
 INFERIX_BOTH inline int64_t unit_start(int64_t list, int64_t first_entry, int variants, int page_size) {
-  return first_entry * (page_size / kUnitKeys) + list * (variants + 2);
+  return first_entry * units_of_page(page_size) + list * (variants + 2);
 }
 
 // Elements i and i + 1 of a CSR row pointer. It has not been checked on the host, which would have to wait for the
@@ -48,11 +84,11 @@ struct HeadRows {
 };
 
 struct AttentionArgs {
-  const char* q;  // [variants, T, query_heads, D] bf16
+  const char* q;  // [variants, T, query_heads, D] query_type
   int64_t q_variant_stride, q_token_stride, q_head_stride;
   HeadRows from, out;  // from: a result over other keys to start with, or null; may be out
   float* lse;          // [T, query_heads]; read too if there is a from
-  const float *k_scales, *v_scales;
+  Plane k, v;          // of the pool
   const int32_t* q_indptr;
   const Unit* units;
   const int64_t* list_start;

@@ -37,9 +37,10 @@ INFERIX_BOTH constexpr uint32_t tile_offset(int row, int byte, int rows, int wid
 }
 
 // Matrix descriptors of wgmma; offsets are in units of 16 bytes. Bits 0-13: start; 16-29: leading dimension offset;
-// 32-45: stride dimension offset; 62-63: swizzle, 1 for rows of 128 bytes, 2 for 64.
+// 32-45: stride dimension offset; 62-63: swizzle, 1 for rows of 128 bytes, 2 for 64. Shared memory ends below 2^18, so
+// that 14 bits hold every address.
 INFERIX_BOTH constexpr uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride, int row_bytes) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+  return uint64_t(address >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
          uint64_t(row_bytes == 128 ? 1 : 2) << 62;
 }
 
@@ -67,8 +68,11 @@ INFERIX_BOTH constexpr int row_slot(int i) { return i / 2 % 2; }
 INFERIX_BOTH constexpr int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + 8 * row_slot(i); }
 INFERIX_BOTH constexpr int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
-// The left operand from registers: register r of step s holds, lowest first, 2 values of 16 bits or 4 of 8 bits.
-// a_source(r, n, s) says which accumulator is the n-th of them when scores become weights.
+// The left operand from registers: register r of thread t holds 4 bytes of the 32 of a step, of one row. They are, lowest
+// first, 2 values of 16 bits or 4 of 8 bits.
+INFERIX_BOTH constexpr int a_row(int t, int r) { return accumulator_row(t, 2 * (r % 2)); }
+INFERIX_BOTH constexpr int a_byte(int t, int r) { return 16 * (r / 2) + 4 * (t % 4); }
+// a_source(r, n, s) says which accumulator is the n-th value of register r, step s, when scores become weights.
 //
 // 16 bits: a thread's columns are two neighbours of every eight, in both. 8 bits: they are four neighbours of every
 // sixteen here, two of every eight there. So the 8-bit keys of a unit are loaded in another order, in which column

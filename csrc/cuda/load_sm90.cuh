@@ -1,14 +1,9 @@
 // What the Hopper attention kernel brings to shared memory: keys and values by TMA, queries by the warpgroup that needs
-// them.
+// them. Codes that must be widened: widen_sm90.cuh.
 #pragma once
 #include "shared_sm90.cuh"
 
 namespace inferix::sm90 {
-
-INFERIX_DEVICE const Unit* units_of(const AttentionArgs& p, const Item& item) {
-  const int list = p.lists_per_segment == 1 ? item.strip / p.heads : item.strip;
-  return p.units + p.list_start[list] + kUnits * item.first;
-}
 
 // A place in the ring of stages: use n is in stage n % kStages, and is the n / kStages-th use of it.
 template <int kStages>
@@ -18,6 +13,10 @@ struct Place {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
+
+INFERIX_DEVICE void load_scales(const Plane& plane, int64_t first, float* to, uint64_t* barrier, int count) {
+  load_bytes(static_cast<const float*>(plane.scales) + first, to, barrier, count * sizeof(float));
+}
 
 template <Kind kKind, int kD>
 INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, Shared<kKind, kD>& shared, int stage,
@@ -29,7 +28,7 @@ INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, Shar
     const int row = units[u].row + head * p.page_size;
     if constexpr (S::kEightBit) {
       load_box(map, shared.keys[stage] + u * S::kUnitBytes, full, 0, 0, 0, 0, row / 16);
-      load_bytes(p.k_scales + row, shared.key_scales[stage] + u * kUnitKeys, full, kUnitKeys * sizeof(float));
+      load_scales(p.k, row, shared.key_scales[stage] + u * kUnitKeys, full, kUnitKeys);
     } else {
       for (int panel = 0; panel < S::kPanels; ++panel)
         load_box(map, shared.keys[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64, row);
@@ -47,7 +46,7 @@ INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap& map, Sh
     if constexpr (S::kEightBit) {
       const int row = (units[u].row / p.page_size + head) * kD;
       load_box(map, shared.values[stage] + u * S::kUnitBytes, full, units[u].row % p.page_size, row);
-      load_bytes(p.v_scales + row, shared.value_scales[stage] + u * kD, full, kD * sizeof(float));
+      load_scales(p.v, row, shared.value_scales[stage] + u * kD, full, kD);
     } else {
       const int row = units[u].row + head * p.page_size;
       for (int panel = 0; panel < S::kPanels; ++panel)
@@ -63,24 +62,17 @@ INFERIX_DEVICE void produce(const AttentionArgs& p, const TensorMap& keys, const
                             Shared<kKind, kD>& shared) {
   using S = Shared<kKind, kD>;
   Place<S::kStages> place;
-  Turn& turn = shared.turns[kConsumers];
-  turn.items = Items(p.work, block_index());
-  while (turn.items.next(p.work, turn.item)) {
-    const Unit* next = units_of(p, turn.item);
-    const int head = turn.item.strip % p.heads;
-    for (int left = turn.item.count; left > 0; --left) {
-      const Unit units[kUnits] = {next[0], next[1]};  // on their way while we wait
-      next += kUnits;
-      const int stage = place.stage;
-      barrier_wait(&shared.keys_empty[stage], place.parity ^ 1);
-      shared.tiles[stage] = {{units[0].length, units[1].length}, {units[0].bias, units[1].bias}, units[0].variant, left == 1};
-      barrier_arrive_expecting(&shared.keys_full[stage], S::kKeyBytes);
-      load_keys(p, keys, shared, stage, units, head);
-      barrier_wait(&shared.values_empty[stage], place.parity ^ 1);
-      barrier_arrive_expecting(&shared.values_full[stage], S::kValueBytes);
-      load_values(p, values, shared, stage, units, head);
-      place.advance();
-    }
+  Walk& walk = shared.walk;
+  for (walk.begin(p); walk.more; walk.step(p)) {
+    const int stage = place.stage, head = walk.head(p);
+    barrier_wait(&shared.keys_empty[stage], place.parity ^ 1);
+    shared.tiles[stage] = walk.info();
+    barrier_arrive_expecting(&shared.keys_full[stage], S::kKeyBytes);
+    load_keys(p, keys, shared, stage, walk.units, head);
+    barrier_wait(&shared.values_empty[stage], place.parity ^ 1);
+    barrier_arrive_expecting(&shared.values_full[stage], S::kValueBytes);
+    load_values(p, values, shared, stage, walk.units, head);
+    place.advance();
   }
 }
 
@@ -133,30 +125,24 @@ INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, Shared<kKind
 // Values past the end of a page may be anything, and their weight of 0 does not undo a NaN: they become 0. So do the
 // scales of a page of nothing. Each warpgroup does it for itself; that others do the same at the same time is harmless.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, const TileInfo& tile, int warpgroup,
-                                        int t) {
+INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, int u, int length, int warpgroup, int t) {
   using S = Shared<kKind, kD>;
   t = opaque(t);
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int length = tile.length[u];
-    if (length == kUnitKeys) continue;
-    if constexpr (S::kEightBit) {
-      for (int channel = t; channel < kD; channel += kWarpgroup) {
-        char* unit = shared.values[stage] + u * S::kUnitBytes;
-        for (int key = length & ~3; key < kUnitKeys; key += 4) {
-          uint32_t& word = *reinterpret_cast<uint32_t*>(unit + tile_offset(channel, key, kD, kUnitKeys));
-          word = key < length ? word & ((1u << 8 * (length - key)) - 1) : 0;
-        }
-        if (length == 0) shared.value_scales[stage][u * kD + channel] = 0.f;
+  if constexpr (S::kEightBit) {
+    for (int channel = t; channel < kD; channel += kWarpgroup) {
+      char* unit = shared.values[stage] + u * S::kUnitBytes;
+      for (int key = length & ~3; key < kUnitKeys; key += 4) {
+        uint32_t& word = *reinterpret_cast<uint32_t*>(unit + tile_offset(channel, key, kD, kUnitKeys));
+        word = key < length ? word & ((1u << 8 * (length - key)) - 1) : 0;
       }
-    } else {
-      constexpr int kRowChunks = 128 / kChunk;
-      const int first = u * kUnitKeys + length, count = (kUnitKeys - length) * kRowChunks;
-      for (int panel = 0; panel < S::kPanels; ++panel)
-        for (int i = t; i < count; i += kWarpgroup)
-          *reinterpret_cast<Chunk*>(shared.values[stage] + panel * S::kPanelBytes + first * 128 + i * kChunk) = Chunk{};
+      if (length == 0) shared.value_scales[stage][u * kD + channel] = 0.f;
     }
+  } else {
+    constexpr int kRowChunks = 128 / kChunk;
+    const int first = u * kUnitKeys + length, count = (kUnitKeys - length) * kRowChunks;
+    for (int panel = 0; panel < S::kPanels; ++panel)
+      for (int i = t; i < count; i += kWarpgroup)
+        *reinterpret_cast<Chunk*>(shared.values[stage] + panel * S::kPanelBytes + first * 128 + i * kChunk) = Chunk{};
   }
   fence_stores();
   sync_named(1 + warpgroup, kWarpgroup);

@@ -5,8 +5,8 @@
 
 namespace inferix::sm90 {
 
-// One key tile by TMA, as it lies in shared memory: keys [tile bytes], values [tile bytes], and with 8 bits their scales
-// [128] and [2, D].
+// One key tile by TMA, widened if its kind is, as it lies in shared memory: keys [tile bytes], values [tile bytes], the
+// scales of keys that multiply scores [128], and with 8 bits those of values [2, D].
 template <Kind kKind, int kD>
 INFERIX_KERNEL(kWarpgroup)
 probe_load_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMap key_map,
@@ -15,30 +15,45 @@ probe_load_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT T
   using S = Shared<kKind, kD>;
   S& shared = shared_of_block<kKind, kD>();
   const int t = thread_index();
+  Unit(&units)[kUnits] = shared.walk.units;
+  uint64_t *keys_full = &shared.keys_full[0], *values_full = &shared.values_full[0];
+  if constexpr (S::kWide) keys_full = &shared.raw.keys.full, values_full = &shared.raw.values.full;
   if (t == 0) {
-    barrier_init(&shared.keys_full[0], 1);
-    barrier_init(&shared.values_full[0], 1);
+    units[0] = {first_row, kUnitKeys, 0.f, 0};
+    units[1] = {second_row, kUnitKeys, 0.f, 0};
+    barrier_init(keys_full, 1);
+    barrier_init(values_full, 1);
     fence_barrier_init();
-    const Unit units[kUnits] = {{first_row, kUnitKeys, 0.f, 0}, {second_row, kUnitKeys, 0.f, 0}};
-    barrier_arrive_expecting(&shared.keys_full[0], S::kKeyBytes);
-    load_keys(p, key_map, shared, 0, units, head);
-    barrier_arrive_expecting(&shared.values_full[0], S::kValueBytes);
-    load_values(p, value_map, shared, 0, units, head);
+    if constexpr (S::kWide) {
+      load_raw(p, p.k, key_map, units, head, shared.raw.keys);
+      load_raw(p, p.v, value_map, units, head, shared.raw.values);
+    } else {
+      barrier_arrive_expecting(keys_full, S::kKeyBytes);
+      load_keys(p, key_map, shared, 0, units, head);
+      barrier_arrive_expecting(values_full, S::kValueBytes);
+      load_values(p, value_map, shared, 0, units, head);
+    }
   }
   sync_block();
-  barrier_wait(&shared.keys_full[0], 0);
-  barrier_wait(&shared.values_full[0], 0);
+  barrier_wait(keys_full, 0);
+  barrier_wait(values_full, 0);
+  if constexpr (S::kWide) {
+    widen_keys(shared, 0, t);
+    widen_values(shared, 0, {kUnitKeys, kUnitKeys}, t);
+    sync_block();
+  }
   for (int i = t; i < S::kTileBytes; i += kWarpgroup) {
     keys[i] = shared.keys[0][i];
     values[i] = shared.values[0][i];
   }
-  if constexpr (S::kEightBit) {
+  if constexpr (S::kKeyScales)
     for (int i = t; i < kTileKeys; i += kWarpgroup) key_scales[i] = shared.key_scales[0][i];
+  if constexpr (S::kEightBit)
     for (int i = t; i < kUnits * kD; i += kWarpgroup) value_scales[i] = shared.value_scales[0][i];
-  }
 }
 
-// scores [64, 128] = q [64, width bytes] . k [128, width bytes], of codes; columns in the order of k's rows.
+// scores [64, 128] = q [64, width bytes] . k [128, width bytes], of the type that is multiplied; columns in the order of
+// k's rows.
 template <Kind kKind, int kD>
 INFERIX_KERNEL(kWarpgroup)
 probe_scores_kernel(const char* q, const char* k, float* scores) {
@@ -49,16 +64,23 @@ probe_scores_kernel(const char* q, const char* k, float* scores) {
     shared.queries[0][tile_offset(i / S::kWidth, i % S::kWidth, kRows, S::kWidth)] = q[i];
   for (int i = t; i < kTileKeys * S::kWidth; i += kWarpgroup)
     shared.keys[0][tile_offset(i / S::kWidth, i % S::kWidth, kTileKeys, S::kWidth)] = k[i];
-  for (int i = t; i < kTileKeys; i += kWarpgroup) shared.key_scales[0][i] = 1.f;
+  if constexpr (S::kKeyScales)
+    for (int i = t; i < kTileKeys; i += kWarpgroup) shared.key_scales[0][i] = 1.f;
   fence_stores();
   sync_block();
-  float mine[64];
-  score(shared, 0, 0, mine, t);
+  Queries<kKind, kD> queries;
+  queries.read(AttentionArgs{}, shared, 0, t);
+#pragma unroll 1
+  for (int first = 0; first < kUnits; first += S::kStepUnits) {
+    float mine[S::kScores];
+    score(shared, 0, first, queries, 0, mine, t);
 #pragma unroll
-  for (int i = 0; i < 64; ++i) scores[accumulator_row(t, i) * kTileKeys + accumulator_column(t, i)] = mine[i];
+    for (int i = 0; i < S::kScores; ++i)
+      scores[accumulator_row(t, i) * kTileKeys + first * kUnitKeys + accumulator_column(t, i)] = mine[i];
+  }
 }
 
-// out [64, D] = weights [64, 128] . v. v as bytes: bf16 [128, D]; 8 bits [2, D, 64], of each unit of 64 keys.
+// out [64, D] = weights [64, 128] . v. v as bytes: [128, D]; transposed [2, D, 64], of each unit of 64 keys.
 template <Kind kKind, int kD>
 INFERIX_KERNEL(kWarpgroup)
 probe_values_kernel(const float* weights, const char* v, float* out) {
@@ -66,9 +88,10 @@ probe_values_kernel(const float* weights, const char* v, float* out) {
   S& shared = shared_of_block<kKind, kD>();
   const int t = thread_index();
   for (int i = t; i < S::kTileBytes; i += kWarpgroup) {
-    if constexpr (S::kEightBit) {
+    if constexpr (S::kTransposed) {
+      constexpr int kWide = kUnitKeys * S::kSize;
       const int u = i / S::kUnitBytes, within = i % S::kUnitBytes;
-      shared.values[0][u * S::kUnitBytes + tile_offset(within / kUnitKeys, within % kUnitKeys, kD, kUnitKeys)] = v[i];
+      shared.values[0][u * S::kUnitBytes + tile_offset(within / kWide, within % kWide, kD, kWide)] = v[i];
     } else {
       shared.values[0][tile_offset(i / (2 * kD), i % (2 * kD), kTileKeys, 2 * kD)] = v[i];
     }

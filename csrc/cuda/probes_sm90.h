@@ -7,6 +7,7 @@ namespace inferix {
 struct ProbeLoadParams {
   Pool pages;
   PageShape shape;
+  bool eight_bit;                    // as in PagedAttentionParams
   int first_row, second_row, head;  // of two units of 64 keys: (page * H * page_size) + first slot
   void *keys, *values;              // written: a key tile as it lies in shared memory
   float *key_scales, *value_scales;  // [128], [2, D]; written with 8 bits
@@ -14,7 +15,9 @@ struct ProbeLoadParams {
 
 struct ProbeMultiplyParams {
   Pool like;     // codecs and widths
-  bool values;   // out [64, D] = a [64, 128] float . b; else out [64, 128] = a [64, D] . b [128, D], of codes
+  bool eight_bit;
+  // out [64, D] = a [64, 128] float . b; else out [64, 128] = a [64, D] . b [128, D], of the type that is multiplied
+  bool values;
   const void *a, *b;
   float* out;
 };

@@ -40,10 +40,13 @@ INFERIX_DEVICE T shuffle_from(T x, int lane) {
   return __shfl_sync(~0u, x, lane);
 }
 
-// The same number, of which the compiler knows nothing: what is computed from it stays where it is used instead of
-// being kept in registers across a loop.
+INFERIX_DEVICE bool any_in_warp(bool x) { return __any_sync(~0u, x); }
+
+// The same number, of which the compiler knows only that it is not negative: what is computed from it stays where it is
+// used instead of being kept in registers across a loop.
 INFERIX_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  __builtin_assume(x >= 0);
   return x;
 }
 
@@ -151,6 +154,8 @@ INFERIX_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 INFERIX_DEVICE int to_integer(float x) { return __float2int_rn(x); }
 INFERIX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 INFERIX_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+// Byte i is number (which >> 4 i & 7) of a's four and b's four.
+INFERIX_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
 INFERIX_DEVICE uint32_t pack_bf16(float a, float b) {
   uint32_t y;
   asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b));

@@ -17,12 +17,11 @@ constexpr float kLn2 = 0.69314718f, kLog2E = 1.44269504f;
 struct alignas(16) Chunk {
   uint32_t word[4];
 };
-struct alignas(16) Quad {
-  float x[4];
+template <int kCount>
+struct alignas(4 * kCount) Floats {
+  float x[kCount];
 };
-struct alignas(8) Pair {
-  float x[2];
-};
+using Pair = Floats<2>;
 
 // What a stage's key tile is, from the thread that loads it.
 struct TileInfo {
@@ -48,19 +47,106 @@ INFERIX_DEVICE RowBlock rows_of(const AttentionArgs& p, int strip, int tile, int
           strip % p.heads * p.group};
 }
 
-// Where a warpgroup is. In shared memory: registers are for what the loop over keys needs.
+INFERIX_DEVICE const Unit* units_of(const AttentionArgs& p, const Item& item) {
+  const int list = p.lists_per_segment == 1 ? item.strip / p.heads : item.strip;
+  return p.units + p.list_start[list] + kUnits * item.first;
+}
+
+// Where a multiplying warpgroup is. In shared memory: registers are for what the loop over keys needs.
 struct Turn {
   Items items;
   Item item;
-  RowBlock rows;  // of a consumer
-  int variant;    // of q that is in shared memory; -1: none
+  RowBlock rows;
+  int variant;  // of q that is at hand; -1: none
   bool more;
 };
 
+// Where the loading warpgroup is: at a key tile.
+struct Walk {
+  Items items;
+  Item item;
+  const Unit* next;
+  Unit units[kUnits];
+  int left;   // key tiles of the item after this one
+  bool more;  // there is a tile at all
+  INFERIX_DEVICE void begin(const AttentionArgs& p) {
+    items = Items(p.work, block_index());
+    left = 0;
+    step(p);
+  }
+  INFERIX_DEVICE void step(const AttentionArgs& p) {
+    if (left == 0) {
+      more = items.next(p.work, item);
+      if (!more) return;
+      next = units_of(p, item);
+      left = item.count;
+    }
+    for (int u = 0; u < kUnits; ++u) units[u] = next[u];
+    next += kUnits;
+    --left;
+  }
+  INFERIX_DEVICE int head(const AttentionArgs& p) const { return item.strip % p.heads; }
+  INFERIX_DEVICE TileInfo info() const {
+    return {{units[0].length, units[1].length}, {units[0].bias, units[1].bias}, units[0].variant, left == 0};
+  }
+};
+
+// One side of a key tile as it is in the page: codes that are still to be widened, and what scales them.
+template <Codec kCodec, int kD>
+struct RawSide {
+  static constexpr bool kTransposed = is_transposed(kCodec);
+  static constexpr int kRows = kTransposed ? kD : kUnitKeys, kColumns = kTransposed ? kUnitKeys : kD;
+  static constexpr int kRowBytes = is_packed(kCodec) ? kColumns / 2 : kColumns, kUnitBytes = kRows * kRowBytes;
+  static constexpr int kScales = is_by_token(kCodec) ? kUnitKeys : kD;
+  using Scale = std::conditional_t<is_packed(kCodec), uint16_t, float>;
+
+  alignas(1024) char codes[kUnits * kUnitBytes];
+  alignas(128) Scale scales[kUnits][kScales];
+  alignas(128) Scale offsets[is_packed(kCodec) ? kUnits : 1][kScales];
+  uint64_t full;
+
+  // Codes 8 * octet .. 8 * octet + 7 of a row of a unit.
+  static constexpr int kOctetBytes = 8 * kRowBytes / kColumns;
+  struct alignas(kOctetBytes) Octet {
+    uint32_t word[kOctetBytes / 4];
+  };
+  INFERIX_DEVICE static int place(int row, int octet) {
+    return kTransposed ? tile_offset(row, octet * 8, kRows, kRowBytes) : row * kRowBytes + octet * kOctetBytes;
+  }
+
+  // Scales and offsets first .. first + kCount - 1 of a unit.
+  template <int kCount>
+  struct Parameters {
+    struct alignas(kCount * sizeof(Scale) < 16 ? kCount * sizeof(Scale) : 16) Run {
+      Scale x[kCount];
+    };
+    Run scale, offset;
+    INFERIX_DEVICE void read(const RawSide& raw, int u, int first) {
+      scale = *reinterpret_cast<const Run*>(&raw.scales[u][first]);
+      if constexpr (is_packed(kCodec)) offset = *reinterpret_cast<const Run*>(&raw.offsets[u][first]);
+    }
+    INFERIX_DEVICE float scaled(float x, int n) const {
+      if constexpr (is_packed(kCodec)) return fused(x, half_to_float(scale.x[n]), half_to_float(offset.x[n]));
+      else return x * scale.x[n];
+    }
+  };
+};
+template <Kind kKind, int kD>
+struct Raw {
+  RawSide<codecs_of(kKind).k, kD> keys;
+  RawSide<codecs_of(kKind).v, kD> values;
+};
+struct Nothing {};
+
 template <Kind kKind, int kD>
 struct Shared {
-  static constexpr bool kEightBit = kKind != Kind::bf16;
-  static constexpr int kWidth = kEightBit ? kD : 2 * kD;  // bytes of a row of keys or queries
+  static constexpr Codecs kCodecs = codecs_of(kKind);
+  static constexpr bool kEightBit = is_eight_bit(kKind), kWide = is_wide(kKind);
+  static constexpr bool kTransposed = is_transposed(kCodecs.v);
+  static constexpr bool kKeyScales = is_by_token(kCodecs.k);  // multiply scores
+  static constexpr bool kKeyMap = !kWide, kValueMap = !kWide || kTransposed;  // what TMA needs a tensor map for
+  static constexpr int kSize = kEightBit ? 1 : 2;             // bytes of a number that is multiplied
+  static constexpr int kWidth = kD * kSize;                   // bytes of a row of keys or queries
   static constexpr int kRowBytes = row_bytes(kWidth), kPanels = panels(kWidth);
   static constexpr int kTileBytes = kTileKeys * kWidth, kPanelBytes = kTileKeys * kRowBytes;
   static constexpr int kUnitBytes = kTileBytes / kUnits;
@@ -68,31 +154,33 @@ struct Shared {
   static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kTileKeys * 4 : 0);
   static constexpr int kValueBytes = kTileBytes + (kEightBit ? kUnits * kD * 4 : 0);
   static constexpr float kLift = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
+  // Units that are multiplied together. With 8 bits sums go to float32 after each, and two would not leave enough
+  // registers.
+  static constexpr int kStepUnits = kEightBit ? 1 : kUnits;
+  static constexpr int kScores = kStepUnits * kUnitKeys / 2;            // of a thread
   static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
   static constexpr int kPacked = kEightBit ? 4 : 2;                     // weights in a register
   using Score = std::conditional_t<kKind == Kind::i8f8, int32_t, float>;
 
   // Swizzled tiles first: their pattern repeats every 1024 bytes, to which all of this is aligned.
   char queries[kConsumers][kRows * kWidth];
-  char keys[kStages][kTileBytes];    // bf16: [panels][128 keys][128 bytes]; 8 bits: [units][64 keys][D]
-  char values[kStages][kTileBytes];  // bf16: as keys; 8 bits: [units][D][64 keys]
-  alignas(128) float key_scales[kEightBit ? kStages : 1][kTileKeys];
+  char keys[kStages][kTileBytes];    // 16 bits: [panels][128 keys][128 bytes]; 8 bits: [units][64 keys][D]
+  char values[kStages][kTileBytes];  // as 16-bit keys; transposed: [units][D][64 keys]
+  std::conditional_t<kWide, Raw<kKind, kD>, Nothing> raw;
+  alignas(128) float key_scales[kKeyScales ? kStages : 1][kTileKeys];
   alignas(128) float value_scales[kEightBit ? kStages : 1][kUnits * kD];
   float query_scales[kConsumers][kRows];
   TileInfo tiles[kStages];
-  Turn turns[kConsumers + 1];
+  Turn turns[kConsumers];
+  Walk walk;
   uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
 
-  INFERIX_DEVICE static void multiply_scores(Score (&d)[64], uint64_t q, uint64_t k, bool sum) {
-    if constexpr (kKind == Kind::bf16) multiply_shared_bf16(d, q, k, sum);
-    else if constexpr (kKind == Kind::i8f8) multiply_shared_s8(d, q, k, sum);
-    else multiply_shared_e4m3(d, q, k, sum);
-  }
   static INFERIX_BOTH constexpr int a_source(int r, int n, int step) {
     return kEightBit ? a_source_8(r, n, step) : a_source_16(r, n, step);
   }
   INFERIX_DEVICE static uint32_t pack_weights(const float* w) {
     if constexpr (kEightBit) return pack_e4m3(w[0], w[1], w[2], w[3]);
+    else if constexpr (kKind == Kind::f16) return pack_f16(w[0], w[1]);
     else return pack_bf16(w[0], w[1]);
   }
   // Four codes of a query.

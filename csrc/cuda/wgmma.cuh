@@ -35,70 +35,48 @@ INFERIX_DEVICE void pin(T (&d)[kCount]) {
 #define INFERIX_PLUS_F(x) "+f"(x)
 #define INFERIX_PLUS_R(x) "+r"(x)
 
-// k = 16. a, b K-major.
-INFERIX_DEVICE void multiply_shared_bf16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 0;\n}"
-      : INFERIX_D64(INFERIX_PLUS_F, d)
-      : "l"(a), "l"(b), "r"(int(sum)));
+// k = 16, types of 16 bits. a and, with a from shared memory, b are K-major; else b is K-major or MN-major.
+#define INFERIX_MULTIPLY_16_BIT(type)                                                                         \
+INFERIX_DEVICE void multiply_shared_##type(float (&d)[64], uint64_t a, uint64_t b, bool sum) {                \
+  asm volatile(                                                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                            \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type " "                                      \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                     \
+      "%64, %65, p, 1, 1, 0, 0;\n}"                                                                           \
+      : INFERIX_D64(INFERIX_PLUS_F, d)                                                                        \
+      : "l"(a), "l"(b), "r"(int(sum)));                                                                       \
+}                                                                                                             \
+template <bool kKMajor>                                                                                       \
+INFERIX_DEVICE void multiply_registers_##type(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool sum) { \
+  asm volatile(                                                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                            \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type " "                                      \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                     \
+      "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"                                                           \
+      : INFERIX_D64(INFERIX_PLUS_F, d)                                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(sum)), "n"(int(!kKMajor)));               \
+}                                                                                                             \
+template <bool kKMajor>                                                                                       \
+INFERIX_DEVICE void multiply_registers_##type(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) { \
+  asm volatile(                                                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                            \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type " "                                       \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                     \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"                                                           \
+      : INFERIX_D32(INFERIX_PLUS_F, d, 0)                                                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(sum)), "n"(int(!kKMajor)));               \
 }
+INFERIX_MULTIPLY_16_BIT(bf16)
+INFERIX_MULTIPLY_16_BIT(f16)
+
 // k = 32. 8-bit operands are always K-major.
-INFERIX_DEVICE void multiply_shared_e4m3(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1;\n}"
-      : INFERIX_D64(INFERIX_PLUS_F, d)
-      : "l"(a), "l"(b), "r"(int(sum)));
-}
-// k = 32; exact.
-INFERIX_DEVICE void multiply_shared_s8(int32_t (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p;\n}"
-      : INFERIX_D64(INFERIX_PLUS_R, d)
-      : "l"(a), "l"(b), "r"(int(sum)));
-}
-// k = 16. b MN-major.
-INFERIX_DEVICE void multiply_registers_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-      : INFERIX_D64(INFERIX_PLUS_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(sum)));
-}
-// k = 16. b MN-major.
-INFERIX_DEVICE void multiply_registers_bf16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-      : INFERIX_D32(INFERIX_PLUS_F, d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(sum)));
-}
-// k = 32.
 INFERIX_DEVICE void multiply_registers_e4m3(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
@@ -109,7 +87,19 @@ INFERIX_DEVICE void multiply_registers_e4m3(float (&d)[32], const uint32_t (&a)[
       : INFERIX_D32(INFERIX_PLUS_F, d, 0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(sum)));
 }
+// k = 32; exact.
+INFERIX_DEVICE void multiply_registers_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p;\n}"
+      : INFERIX_D32(INFERIX_PLUS_R, d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(sum)));
+}
 
+#undef INFERIX_MULTIPLY_16_BIT
 #undef INFERIX_D8
 #undef INFERIX_D32
 #undef INFERIX_D64

@@ -21,57 +21,83 @@ struct Case {
   int heads, group, page_size, pages, variants, lists_per_segment, blocks;
   int entries;  // of a list, at most
   bool bias, accumulate, flat;  // flat: all keys are 0
+  int slow = -1;                // a warpgroup
 };
 
-// A pool of which all that no entry names is NaN.
+bool is_float(Codec codec) { return codec == Codec::bf16 || codec == Codec::f16; }
+constexpr Type type_of_queries(Kind kind) { return query_type(kind) == DType::f16 ? Type::f16 : Type::bf16; }
+
+// The keys or the values of a pool, of which all that no entry names is NaN.
+template <int kD>
+struct Numbers {
+  Codec codec;
+  int heads, page_size;
+  std::vector<uint8_t> codes;                       // as they lie in the page
+  std::vector<float> scales;                        // 8 bits
+  std::vector<uint16_t> half_scales, half_offsets;  // 4 bits
+  std::vector<float> numbers;                       // what they stand for: [pages, heads, page_size, D]
+
+  Numbers(Codec codec, const Case& c) : codec(codec), heads(c.heads), page_size(c.page_size) {
+    const size_t slots = size_t(c.pages) * heads * page_size;
+    codes.assign(slots * kD * 2, is_float(codec) ? 0xff : 0x7f);
+    const size_t count = is_by_token(codec) ? slots : slots / page_size * kD;
+    scales.assign(count, NAN);
+    half_scales.assign(count, from_float<Half>(NAN).bits);
+    half_offsets = half_scales;
+    numbers.assign(slots * kD, NAN);
+  }
+  Plane plane() {
+    const bool four = is_packed(codec);
+    void* const parameters = four ? static_cast<void*>(half_scales.data()) : scales.data();
+    return {codes.data(), parameters, half_offsets.data(), kD, codec};
+  }
+  // Of page `page`: its parameters, then each of its first `length` tokens. `flat`: all are 0, as keys are with which
+  // every weight is the same.
+  void fill(int page, int length, bool values, bool flat) {
+    for (int tile = page * heads; tile < (page + 1) * heads; ++tile) {
+      const int first = is_by_token(codec) ? tile * page_size : tile * kD, count = is_by_token(codec) ? length : kD;
+      for (int at = first; at < first + count; ++at) {
+        scales[at] = flat ? 0.f : values ? 0.01f + 0.001f * below(10) : 0.002f + 0.0005f * below(8);
+        half_scales[at] = from_float<Half>(flat ? 0.f : 0.1f + 0.01f * below(10)).bits;
+        half_offsets[at] = from_float<Half>(flat ? 0.f : -1.f - 0.1f * below(10)).bits;
+      }
+      for (int t = 0; t < length; ++t)
+        for (int d = 0; d < kD; ++d) numbers[(size_t(tile) * page_size + t) * kD + d] = draw(tile, t, d, values, flat);
+    }
+  }
+
+ private:
+  float draw(int tile, int t, int d, bool values, bool flat) {
+    const size_t row = size_t(tile) * page_size + t, at = row * kD + d;
+    const size_t parameter = is_by_token(codec) ? row : size_t(tile) * kD + d;
+    const float x = flat ? 0.f : normal();
+    if (is_float(codec)) {
+      const uint16_t bits = codec == Codec::f16 ? from_float<Half>(x).bits : from_float<Bf16>(x).bits;
+      std::memcpy(&codes[2 * at], &bits, 2);
+      return decode(&bits, codec == Codec::f16 ? Type::f16 : Type::bf16);
+    }
+    if (is_packed(codec)) {
+      const int code = below(16);
+      uint8_t& pair = codes[at / 2];
+      pair = d % 2 ? uint8_t((pair & 15) | code << 4) : uint8_t((pair & 0xf0) | code);
+      const float scale = to_float(Half{half_scales[parameter]}), offset = to_float(Half{half_offsets[parameter]});
+      const float y = std::fma(float(code), scale, offset);
+      return values ? y : to_float(from_float<Bf16>(y));  // keys are rounded to what is multiplied
+    }
+    uint8_t& code = codes[is_transposed(codec) ? (size_t(tile) * kD + d) * page_size + t : at];
+    const float top = values ? 100 : 40;
+    code = is_e4m3(codec) ? uint8_t(e4m3_bits(x * top)) : uint8_t(int8_t(std::fmax(-127.f, std::fmin(127.f, x * 40))));
+    return scales[parameter] * decode(&code, is_e4m3(codec) ? Type::e4m3 : Type::s8);
+  }
+};
+
 template <Kind kKind, int kD>
 struct Pages {
-  static constexpr bool kEightBit = kKind != Kind::bf16;
-  int heads, page_size, count;
-  std::vector<uint8_t> k, v;
-  std::vector<float> k_scales, v_scales;
-  std::vector<float> keys, values;  // what they stand for: [pages, heads, page_size, D]
-
-  explicit Pages(const Case& c) : heads(c.heads), page_size(c.page_size), count(c.pages) {
-    const size_t slots = size_t(count) * heads * page_size;
-    k.assign(slots * kD * (kEightBit ? 1 : 2), 0x7f);
-    v = k;
-    if (kEightBit) {
-      k_scales.assign(slots, NAN);
-      v_scales.assign(size_t(count) * heads * kD, NAN);
-    } else {
-      for (auto* x : {&k, &v}) std::memset(x->data(), 0xff, x->size());
-    }
-    keys.assign(slots * kD, NAN);
-    values.assign(slots * kD, NAN);
-  }
+  Numbers<kD> k, v;
+  explicit Pages(const Case& c) : k(codecs_of(kKind).k, c), v(codecs_of(kKind).v, c) {}
   void fill(int page, int length, bool flat) {
-    for (int head = 0; head < heads; ++head) {
-      const size_t tile = size_t(page) * heads + head;
-      if (kEightBit)
-        for (int d = 0; d < kD; ++d) v_scales[tile * kD + d] = 0.01f + 0.001f * below(10);
-      for (int t = 0; t < length; ++t) {
-        const size_t row = tile * page_size + t;
-        if (kEightBit) k_scales[row] = flat ? 0.f : 0.002f + 0.0005f * below(8);
-        for (int d = 0; d < kD; ++d) {
-          const float x = flat ? 0.f : normal(), y = normal();
-          if (kEightBit) {
-            const uint8_t code = kKind == Kind::i8f8 ? uint8_t(int8_t(x * 40)) : uint8_t(e4m3_bits(x * 40));
-            k[row * kD + d] = code;
-            keys[row * kD + d] = k_scales[row] * decode(&code, kKind == Kind::i8f8 ? Type::s8 : Type::e4m3);
-            const uint8_t value = uint8_t(e4m3_bits(y * 100));
-            v[(tile * kD + d) * page_size + t] = value;
-            values[row * kD + d] = v_scales[tile * kD + d] * decode(&value, Type::e4m3);
-          } else {
-            const uint16_t a = from_float<Bf16>(x).bits, b = from_float<Bf16>(y).bits;
-            std::memcpy(&k[2 * (row * kD + d)], &a, 2);
-            std::memcpy(&v[2 * (row * kD + d)], &b, 2);
-            keys[row * kD + d] = to_float(Bf16{a});
-            values[row * kD + d] = to_float(Bf16{b});
-          }
-        }
-      }
-    }
+    k.fill(page, length, false, flat);
+    v.fill(page, length, true, false);
   }
 };
 
@@ -82,7 +108,7 @@ void fill_queries(std::vector<uint16_t>& q) {
     float x = normal();
     if (kKind == Kind::i8f8) x = i % kD == 0 ? 127 / 64.f : std::fmax(-127.f, std::fmin(127.f, std::nearbyint(x * 64))) / 64;
     if (kKind == Kind::fp8) x = i % kD == 0 ? 448 / 128.f : to_float(E4m3{uint8_t(e4m3_bits(x * 128))}) / 128;
-    q[i] = from_float<Bf16>(x).bits;
+    q[i] = kKind == Kind::f16 ? from_float<Half>(x).bits : from_float<Bf16>(x).bits;
   }
 }
 
@@ -105,7 +131,7 @@ Error run(const Case& c, uint32_t seed) {
   }
   const int first_page = 5, segments = int(c.queries.size());
   for (int list = 0; list < segments * c.lists_per_segment; ++list) {
-    const int n = list % 3 == 2 ? 0 : below(c.entries + 1);
+    const int n = list % 3 == 2 ? 0 : c.entries / 2 + below(c.entries / 2 + 1);
     for (int i = 0; i < n; ++i) {
       const int page = 1 + below(c.pages - 1);
       const bool foreign = below(8) == 0;  // of another pool
@@ -148,16 +174,21 @@ Error run(const Case& c, uint32_t seed) {
   if (!c.accumulate) from.data = nullptr;
   const float scale = 1 / std::sqrt(float(kD));
   AttentionArgs args{reinterpret_cast<char*>(q.data()), int64_t(T) * query_heads * kD, int64_t(query_heads) * kD, kD,
-                     from, rows, lse.data(), pages.k_scales.data(), pages.v_scales.data(), q_indptr.data(),
+                     from, rows, lse.data(), pages.k.plane(), pages.v.plane(), q_indptr.data(),
                      units.data(), list_start.data(), work, T, c.heads, c.group, c.lists_per_segment, c.page_size,
                      scale * kLog2E, piece_out.data(), piece_lse.data()};
   const uint64_t slots = uint64_t(c.pages) * c.heads * c.page_size;
-  const TensorMap k_map{reinterpret_cast<char*>(pages.k.data()), kKind == Kind::bf16 ? float_rows(slots, kD) : byte_rows(slots, kD), kKind == Kind::bf16 ? 2 : 1};
-  const TensorMap v_map{reinterpret_cast<char*>(pages.v.data()),
-                        kKind == Kind::bf16 ? float_rows(slots, kD) : transposed_bytes(uint64_t(c.pages) * c.heads * kD, kD, c.page_size), kKind == Kind::bf16 ? 2 : 1};
+  const bool floats = is_float(codecs_of(kKind).k);
+  const TensorMap k_map{reinterpret_cast<char*>(pages.k.codes.data()),
+                        floats ? float_rows(slots, kD) : byte_rows(slots, kD), floats ? 2 : 1};
+  const TensorMap v_map{
+      reinterpret_cast<char*>(pages.v.codes.data()),
+      floats ? float_rows(slots, kD) : transposed_bytes(uint64_t(c.pages) * c.heads * kD, kD, c.page_size),
+      floats ? 2 : 1};
   for (int block = 0; block < c.blocks; ++block) {
     Machine m((kConsumers + 1) * kWarpgroup, seed + block);
     machine = &m;
+    m.slow = c.slow;
     m.run(block, 0, [&] { attention_kernel<kKind, kD>(args, k_map, v_map); });
   }
   for (int block = 0; block < c.blocks; ++block)
@@ -182,9 +213,9 @@ Error run(const Case& c, uint32_t seed) {
           for (int i = 0; i < lens[e]; ++i) {
             const size_t slot = (size_t(page) * c.heads + head) * c.page_size + i;
             double score = 0;
-            for (int d = 0; d < kD; ++d) score += double(to_float(Bf16{x[d]})) * pages.keys[slot * kD + d];
+            for (int d = 0; d < kD; ++d) score += double(decode(&x[d], type_of_queries(kKind))) * pages.k.numbers[slot * kD + d];
             scores.push_back(score * scale + (c.bias ? bias[e] : 0.f));
-            values.push_back(&pages.values[slot * kD]);
+            values.push_back(&pages.v.numbers[slot * kD]);
           }
         }
         double total = 0, top = -INFINITY;
@@ -198,12 +229,16 @@ Error run(const Case& c, uint32_t seed) {
         for (size_t i = 0; i < scores.size(); ++i) {
           const double w = top == -INFINITY ? 0 : std::exp(scores[i] - top);
           total += w;
-          // Weights are rounded to 8 bits of mantissa (bf16), or to 4, and in steps of 2^-18 at least (e4m3, lifted by
-          // 2^8): by half of the last bit, in proportion to the value they belong to.
-          const double rounding = kKind == Kind::bf16 ? w * 0x1p-8 : w * 0x1p-4 + 0x1p-18;
+          // Weights are rounded to 8 bits of mantissa (bf16), to 11 and in steps of 2^-24 at least (f16), or to 4 and in
+          // steps of 2^-17 (e4m3, lifted by 2^8): by half of that, in proportion to the value they belong to. So are
+          // values that were widened.
+          const double rounding = is_eight_bit(kKind)    ? w * 0x1p-4 + 0x1p-18
+                                  : kKind == Kind::f16 ? w * 0x1p-11 + 0x1p-25
+                                                       : w * 0x1p-8;
+          const double widening = is_wide(kKind) ? w * 0x1p-8 : 0;
           for (int d = 0; d < kD && w > 0; ++d) {
             sum[d] += w * values[i][d];
-            magnitude[d] += (c.flat ? 0 : rounding) * std::fabs(values[i][d]);
+            magnitude[d] += ((c.flat ? 0 : rounding) + widening) * std::fabs(values[i][d]);
           }
         }
         for (int d = 0; d < kD; ++d) {
@@ -224,14 +259,15 @@ int failures = 0;
 template <Kind kKind, int kD>
 void check_probes(const char* kind, uint32_t seed) {
   rng.seed(seed);
-  constexpr int kSize = kKind == Kind::bf16 ? 2 : 1;
-  constexpr Type kKeys = kKind == Kind::bf16 ? Type::bf16 : kKind == Kind::i8f8 ? Type::s8 : Type::e4m3;
-  constexpr Type kValues = kKind == Kind::bf16 ? Type::bf16 : Type::e4m3;
+  constexpr int kSize = is_eight_bit(kKind) ? 1 : 2;
+  constexpr Type kKeys = !is_eight_bit(kKind) ? type_of_queries(kKind) : kKind == Kind::i8f8 ? Type::s8 : Type::e4m3;
+  constexpr Type kValues = !is_eight_bit(kKind) ? type_of_queries(kKind) : Type::e4m3;
   const auto random_codes = [](int count, Type type) {
     std::vector<char> bytes(count * bytes_of(type));
     for (int i = 0; i < count; ++i) {
       const float x = float(below(17) - 8);
-      const uint16_t code = type == Type::bf16 ? from_float<Bf16>(x).bits
+      const uint16_t code = type == Type::bf16  ? from_float<Bf16>(x).bits
+                            : type == Type::f16 ? from_float<Half>(x).bits
                             : type == Type::s8 ? uint16_t(uint8_t(int8_t(x))) : uint16_t(e4m3_bits(x));
       std::memcpy(&bytes[i * bytes_of(type)], &code, bytes_of(type));
     }
@@ -255,7 +291,8 @@ void check_probes(const char* kind, uint32_t seed) {
     for (int d = 0; d < kD; ++d) {
       float want = 0;
       for (int n = 0; n < kTileKeys; ++n) {
-        const int at = kKind == Kind::bf16 ? n * kD + d : (n / kUnitKeys * kD + d) * kUnitKeys + n % kUnitKeys;
+        const bool transposed = is_transposed(codecs_of(kKind).v);
+        const int at = transposed ? (n / kUnitKeys * kD + d) * kUnitKeys + n % kUnitKeys : n * kD + d;
         want += weights[r * kTileKeys + n] * decode(&v[at * kSize], kValues);
       }
       good = good && out[r * kD + d] == want;
@@ -274,31 +311,42 @@ void check(const char* kind, const Case& c, uint32_t seed) {
   std::fflush(stdout);
 }
 
+template <Kind kKind>
+void check_all(const char* kind, const std::vector<Case>& cases, uint32_t seed) {
+  for (const Case& c : cases) {
+    check<kKind, 128>(kind, c, seed);
+    check<kKind, 64>(kind, c, seed);
+  }
+  check_probes<kKind, 128>(kind, seed);
+  check_probes<kKind, 64>(kind, seed);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::vector<Case> cases{
       // queries, heads, group, page_size, pages, variants, lists, blocks, entries, bias, accumulate, flat
       {"one segment", {70}, 1, 1, 64, 9, 1, 1, 2, 9, false, false, false},
+      {"a slow warpgroup", {20}, 1, 1, 128, 9, 1, 1, 1, 12, false, false, false, 0},
       {"equal keys", {5}, 2, 1, 64, 6, 1, 1, 3, 5, false, false, true},
       {"grouped heads, ragged", {37, 3, 50}, 2, 3, 64, 8, 1, 1, 3, 6, true, true, false},
       {"lists per head, variants", {9, 30}, 3, 2, 128, 6, 3, 3, 4, 5, true, false, false},
       {"more blocks than work", {1, 2}, 1, 1, 64, 4, 1, 1, 9, 2, false, true, false},
   };
+  const std::vector<Case> any_page_size{
+      {"small pages", {70}, 2, 1, 24, 9, 2, 1, 2, 12, true, false, false},
+      {"odd pages", {70}, 2, 1, 93, 9, 1, 2, 2, 6, false, false, false},
+  };
   const uint32_t seed = argc > 1 ? uint32_t(std::atoi(argv[1])) : 0;
-  for (const Case& c : cases) {
-    check<Kind::bf16, 128>("bf16", c, seed);
-    check<Kind::i8f8, 128>("i8f8", c, seed);
-    check<Kind::fp8, 128>("fp8", c, seed);
-    check<Kind::bf16, 64>("bf16", c, seed);
-    check<Kind::i8f8, 64>("i8f8", c, seed);
-    check<Kind::fp8, 64>("fp8", c, seed);
-  }
-  check_probes<Kind::bf16, 128>("bf16", seed);
-  check_probes<Kind::i8f8, 128>("i8f8", seed);
-  check_probes<Kind::fp8, 128>("fp8", seed);
-  check_probes<Kind::bf16, 64>("bf16", seed);
-  check_probes<Kind::i8f8, 64>("i8f8", seed);
-  check_probes<Kind::fp8, 64>("fp8", seed);
+  check_all<Kind::bf16>("bf16", cases, seed);
+  check_all<Kind::f16>("f16", cases, seed);
+  check_all<Kind::bf16>("bf16", any_page_size, seed);
+  check_all<Kind::f16>("f16", any_page_size, seed);
+  check_all<Kind::i8f8>("i8f8", cases, seed);
+  check_all<Kind::fp8>("fp8", cases, seed);
+  check_all<Kind::wide_int8>("wide int8", cases, seed);
+  check_all<Kind::wide_i8f8>("wide i8f8", cases, seed);
+  check_all<Kind::wide_fp8>("wide fp8", cases, seed);
+  check_all<Kind::wide_int4>("wide int4", cases, seed);
   return failures != 0;
 }

@@ -45,14 +45,14 @@ void pipeline() {
 void product() {
   char* tile = shared_memory() + (-shared_address(shared_memory()) & 1023);
   const int t = thread_index();
-  for (int i = t; i < 192 * 128; i += kWarpgroup) reinterpret_cast<uint8_t*>(tile)[i] = uint8_t(e4m3_bits(1.f));
+  for (int i = t; i < 192 * 64; i += kWarpgroup) reinterpret_cast<uint16_t*>(tile)[i] = from_float<Bf16>(1.f).bits;
   sync_block();
   float d[64];
-  multiply_shared_e4m3(d, k_major(shared_address(tile), 128), k_major(shared_address(tile) + 64 * 128, 128), false);
+  multiply_shared_bf16(d, k_major(shared_address(tile), 128), k_major(shared_address(tile) + 64 * 128, 128), false);
   multiply_commit();
   if (has("no wait for the product")) std::memset(tile, 0, 192 * 128);
   multiply_wait();
-  if (d[5] != 32.f) fail("a wrong product");
+  if (d[5] != 16.f) fail("a wrong product");
 }
 
 }  // namespace

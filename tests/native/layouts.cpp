@@ -71,6 +71,7 @@ void fragments() {
             // PTX: register r is of row g or g + 8 by its low bit; its high bit is worth half the depth.
             const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8, k = r / 2 * depth / 2 + t % 4 * per + n;
             const int key = i / 32 * kUnitKeys + key_of(t, i, eight_bit);
+            check(a_row(t, r) == row && a_byte(t, r) == (k - n) * (eight_bit ? 1 : 2), "an operand has its place");
             check(accumulator_row(t, i) == row, "a weight is of its row");
             check(key == step * depth + k, "a weight is of its key");
           }

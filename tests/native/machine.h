@@ -115,6 +115,7 @@ class Machine {
   std::vector<Copy> copies;
   std::map<std::pair<int, size_t>, std::vector<float>> right_operands;  // of a warpgroup's products, while they are read
   int current = 0, x = 0, y = 0;
+  int slow = -1;  // a warpgroup that the others get far ahead of, as far as they may
 
  private:
   struct Meeting {
@@ -127,7 +128,7 @@ class Machine {
     const int warps = int(fibers.size()) / 32, first = int(random() % warps);
     for (int i = 0; i < warps; ++i) {
       const int warp = (first + i) % warps;
-      if (random() % 4 == 0) {
+      if (random() % 16 < (warp * 32 / kWarpgroup == slow ? 14 : 4)) {
         skipped = true;
         left = true;
         continue;
@@ -198,6 +199,11 @@ T shuffle_up(T x, int distance) {
 template <typename T>
 T shuffle_from(T x, int lane) {
   return exchange(x, lane);
+}
+
+inline bool any_in_warp(bool x) {
+  for (int mask = 1; mask < 32; mask *= 2) x = shuffle_xor(x, mask) || x;
+  return x;
 }
 
 template <typename T>
@@ -312,6 +318,14 @@ inline float square_root(float x) { return std::sqrt(x); }
 inline int to_integer(float x) { return int(std::nearbyint(x)); }
 using inferix::bits_of;
 using inferix::float_of;
+inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int n = which >> 4 * i & 7;
+    y |= ((n < 4 ? a >> 8 * n : b >> 8 * (n - 4)) & 255) << 8 * i;
+  }
+  return y;
+}
 inline uint32_t pack_bf16(float a, float b) {
   return from_float<Bf16>(a).bits | uint32_t(from_float<Bf16>(b).bits) << 16;
 }

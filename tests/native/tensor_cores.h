@@ -4,12 +4,13 @@
 
 namespace inferix::sm90 {
 
-enum class Type { bf16, e4m3, s8 };
-inline int bytes_of(Type type) { return type == Type::bf16 ? 2 : 1; }
+enum class Type { bf16, f16, e4m3, s8 };
+inline int bytes_of(Type type) { return type == Type::bf16 || type == Type::f16 ? 2 : 1; }
 inline float decode(const void* from, Type type) {
   uint16_t wide = 0;
   std::memcpy(&wide, from, bytes_of(type));
   if (type == Type::bf16) return to_float(Bf16{wide});
+  if (type == Type::f16) return to_float(Half{wide});
   if (type == Type::e4m3) return to_float(E4m3{uint8_t(wide)});
   return float(int8_t(wide));
 }
@@ -81,14 +82,11 @@ void multiply_shared(T (&d)[kCount], Type type, uint64_t a, uint64_t b, bool sum
 inline void multiply_shared_bf16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
   multiply_shared(d, Type::bf16, a, b, sum);
 }
-inline void multiply_shared_e4m3(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  multiply_shared(d, Type::e4m3, a, b, sum);
+inline void multiply_shared_f16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
+  multiply_shared(d, Type::f16, a, b, sum);
 }
-inline void multiply_shared_s8(int32_t (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  multiply_shared(d, Type::s8, a, b, sum);
-}
-template <int kCount>
-void multiply_registers(float (&d)[kCount], Type type, bool k_major, const uint32_t (&a)[4], uint64_t b, bool sum) {
+template <typename T, int kCount>
+void multiply_registers(T (&d)[kCount], Type type, bool k_major, const uint32_t (&a)[4], uint64_t b, bool sum) {
   const int warpgroup = thread_index() / kWarpgroup * kWarpgroup;
   const size_t n = machine->self().products.size();
   std::memcpy(machine->self().a[n], a, sizeof a);
@@ -98,13 +96,20 @@ void multiply_registers(float (&d)[kCount], Type type, bool k_major, const uint3
     return fragment(quad, lower, k, type);
   });
 }
-template <int kCount>
+template <bool kKMajor, int kCount>
 void multiply_registers_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  multiply_registers(d, Type::bf16, false, a, b, sum);
+  multiply_registers(d, Type::bf16, kKMajor, a, b, sum);
+}
+template <bool kKMajor, int kCount>
+void multiply_registers_f16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  multiply_registers(d, Type::f16, kKMajor, a, b, sum);
 }
 template <int kCount>
 void multiply_registers_e4m3(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
   multiply_registers(d, Type::e4m3, true, a, b, sum);
+}
+inline void multiply_registers_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  multiply_registers(d, Type::s8, true, a, b, sum);
 }
 
 inline void multiply_wait() {
