@@ -276,7 +276,13 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
     """Call _C's function of this name: the C++ kernel for a CPU tensor, the CUDA kernel on torch's current stream."""
     kernel = getattr(_C, op)
     if not like.is_cuda:
-        return kernel(**arguments, stream=None, cpu=_C.Cpu(torch.get_num_threads(), ISA))
+        try:
+            return kernel(**arguments, stream=None, cpu=_C.Cpu(torch.get_num_threads(), ISA))
+        except TypeError as error:  # this file and csrc/bindings.cpp agree: pybind11 can only be refusing for another one
+            raise RuntimeError(
+                f"{op}: inferix_kernels._C was built from other sources than these: build it again "
+                f"(make build, or pip install -e .): {str(error).splitlines()[0]}"
+            ) from error
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     if op not in CUDA_OPS:

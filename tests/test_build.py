@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import inferix_kernels
 from inferix_kernels import _dispatch
@@ -62,6 +63,14 @@ def test_a_missing_extension_is_one_clear_line():
     lines = result.stdout.splitlines()
     assert "inferix_kernels._C is not built" in lines[0] and "pip install" in lines[0], result.stderr
     assert float(lines[1]) == pytest.approx(0.6931472)  # auto takes the reference: log(1 + 1)
+
+
+def test_an_extension_of_other_sources_says_so(monkeypatch):
+    compiled = pytest.importorskip("inferix_kernels.compiled")
+    monkeypatch.setattr(compiled._C, "merge_attention", compiled._C.kv_append)  # takes other arguments
+    out, lse = torch.zeros(1, 1, 16), torch.zeros(1, 1)
+    with pytest.raises(RuntimeError, match="merge_attention: .* other sources than these: build it again"):
+        inferix_kernels.merge_attention(out, lse, out, lse, backend="compiled")
 
 
 def test_the_listing_names_every_op_and_backend():
