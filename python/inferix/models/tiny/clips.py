@@ -12,6 +12,8 @@ from .model import patchify, unpatchify
 from .simulator import BOAT_SPRITES, PLACES, PLAYER_SPRITES, SPRITE, TILE, TIMES, UNIT, UNITS, Simulator
 
 OWN_CONTEXT = 2  # blocks of its own that a stream attends to
+EQUALLY = 500.0  # mean squared error, of 255 squared, by which one place must look more like a player than another
+CANDIDATES = 12  # futures of which the hardest are learned from
 PLAYER_WEIGHT = 3.0  # the player, who must be steered, is learned later than the boats
 
 
@@ -29,8 +31,18 @@ class Clip:
     touched: Tensor
 
 
-def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1, first_switch: float = 0.0) -> Clip:
-    """Play `blocks` blocks under a wandering player; the theme changes at a block boundary with chance `switch`."""
+def simulate(
+    world: Simulator,
+    blocks: int,
+    frames: int,
+    switch: float = 0.1,
+    first_switch: float = 0.0,
+    keys: np.ndarray | None = None,
+) -> Clip:
+    """Play `blocks` blocks under `keys` [B, blocks * frames] or, by default, a player who wanders.
+
+    The theme changes at a block boundary with chance `switch`.
+    """
     images, actions, themes, touched = [], [], [], []
     before = _sprite_tokens(world)
     for block in range(blocks):
@@ -39,7 +51,7 @@ def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1, fi
         world.theme = np.where(new[:, None], theme, world.theme)
         themes.append(world.theme.copy())
         for _ in range(frames):
-            actions.append(world.wander())
+            actions.append(world.wander() if keys is None else keys[:, len(actions)])
             world.step(actions[-1])
             images.append(world.render())
             now = _sprite_tokens(world)
@@ -52,6 +64,23 @@ def simulate(world: Simulator, blocks: int, frames: int, switch: float = 0.1, fi
         torch.from_numpy(np.stack(themes, 1)),
         torch.from_numpy(np.stack(touched, 1)).flatten(2).unflatten(1, (blocks, -1)).flatten(2),
     )
+
+
+def hard_futures(world: Simulator, count: int, frames: int) -> np.ndarray:
+    """Keys [count, frames] for one room: of a player who wanders, and then of those who are most in trouble.
+
+    A player who walks on is learned soon. Where a model errs is at walls and turns, late in a block: all that came
+    before must be worked out first.
+    """
+    tried = world.repeat(CANDIDATES)
+    keys, trouble = [], tried.rng.random(CANDIDATES)
+    for _ in range(frames):
+        before, held = tried.player, tried.held
+        keys.append(tried.wander(0.5))
+        tried.step(keys[-1])
+        trouble += (keys[-1] != held) + 2 * ((tried.player == before).all(1) & (keys[-1] > 0))
+    trouble[0] = np.inf
+    return np.stack(keys, 1)[np.argsort(-trouble)[:count]]
 
 
 def _sprite_tokens(world: Simulator) -> np.ndarray:
@@ -76,7 +105,7 @@ class Stream:
     """
 
     HISTORY = ("tokens", "actions", "themes")
-    LONGEST = 80
+    LONGEST = 200
 
     def __init__(self, block_frames: int, rng: np.random.Generator):
         self.block_frames, self.rng, self.age, self.doubt = block_frames, rng, 0, float("inf")
@@ -89,6 +118,36 @@ class Stream:
         clip = simulate(self.world, OWN_CONTEXT, self.block_frames)
         self.tokens, self.actions, self.themes = clip.tokens[0], clip.actions[0], clip.themes[0]
         self.age, self.doubt = 0, 0.0
+
+    def haunt(self) -> None:
+        """Put a second player into its last frames, more or less solid, and fade the first one now and then.
+
+        A model that seldom errs seldom sees what its errors look like, and a player once doubled would stay so.
+        """
+        last = int(self.rng.choice([1, 3, 6]))
+        frames = (unpatchify(self.tokens.flatten(0, 1)) + 1).mul(127.5).clamp(0, 255).numpy()
+        offset = self._offset()
+        ghost, player = (1.0 if self.rng.random() < 0.5 else self.rng.uniform(0.2, 1.0) for _ in range(2))
+        other_way = int(self.rng.integers(1, 5)) if self.rng.random() < 0.5 else 0
+        room = self.world.pick(0)
+        for i in range(len(frames) - last, len(frames)):
+            room.theme = self.themes[i // self.block_frames][None].numpy()
+            windows = np.lib.stride_tricks.sliding_window_view(frames[i], (SPRITE, SPRITE), (0, 1))
+            place, facing = find_player(room, windows)
+            appears = place + offset
+            if room.blocked(appears[None])[0]:
+                continue
+            _blend(frames[i], place, room.scenery()[0][_window(place)], 1 - player)
+            _blend(frames[i], appears, PLAYER_SPRITES[(other_way or facing) - 1], ghost)
+        self.tokens = patchify(torch.from_numpy(frames) / 127.5 - 1).unflatten(0, self.tokens.shape[:2])
+        settle(self.world, frames[-1])
+
+    def _offset(self) -> np.ndarray:
+        """[2] units from the player to where another could stand now, mostly near."""
+        reach = 3 if self.rng.random() < 0.7 else UNITS
+        offsets = self.rng.integers(-reach, reach + 1, (64, 2))
+        free = ~self.world.repeat(len(offsets)).blocked(self.world.player + offsets) & offsets.any(1)
+        return offsets[free.argmax()]
 
     def advance(self, world: Simulator, tokens: Tensor, actions: Tensor, themes: Tensor) -> bool:
         """Take the block [1, L, patch] just made as the newest one; `world` is what it should have come to.
@@ -105,6 +164,18 @@ class Stream:
         return bool((world.sprite_corners() != expected).any())
 
 
+def _window(place: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the sprite at a place [2] in units."""
+    (y, x) = place * UNIT
+    return slice(y, y + SPRITE), slice(x, x + SPRITE)
+
+
+def _blend(image: np.ndarray, place: np.ndarray, sprite: np.ndarray, share: float) -> None:
+    """Draw a sprite [8, 8, 3] at a place [2] in units of `image`, in place, as solid as `share` says."""
+    there = _window(place)
+    image[there] += share * (sprite - image[there])
+
+
 def settle(world: Simulator, image: np.ndarray) -> None:
     """Put the sprites of one room where `image` [96, 96, 3], 0 .. 255, shows them best.
 
@@ -112,11 +183,7 @@ def settle(world: Simulator, image: np.ndarray) -> None:
     it becomes one sprite again, at the place that looks most like it.
     """
     windows = np.lib.stride_tricks.sliding_window_view(image.astype(np.float32), (SPRITE, SPRITE), (0, 1))
-    places = np.argwhere(np.ones((UNITS, UNITS), bool))
-    error = _template_errors(windows[::UNIT, ::UNIT].reshape(len(places), -1), PLAYER_SPRITES)
-    error[world.repeat(len(places)).blocked(places)] = np.inf
-    place, facing = np.unravel_index(error.argmin(), error.shape)
-    world.player[0], world.facing[0] = places[place], facing + 1
+    world.player[0], world.facing[0] = find_player(world, windows)
     for boat, (row, column, length) in enumerate(world.canals[0]):
         path = np.repeat([[3 * row, 3 * column]], 3 * length - 1, 0)
         path[:, 1 - boat] += np.arange(len(path))  # the first boat sails along a row
@@ -125,6 +192,19 @@ def settle(world: Simulator, image: np.ndarray) -> None:
         error = _template_errors(windows[pixels[:, 0], pixels[:, 1]].reshape(len(path), -1), BOAT_SPRITES[boat])
         place, heading = np.unravel_index(error.argmin(), error.shape)
         world.boats[0, boat], world.heading[0, boat] = path[place], 2 * heading - 1
+
+
+def find_player(world: Simulator, windows: np.ndarray) -> tuple[np.ndarray, int]:
+    """Place [2] in units and facing of the player in one room, from the 8 x 8 windows [89, 89, 3, 8, 8] of its picture.
+
+    Of two that are equally like a player it is the one further up: a rule that a picture decides, and a model can learn.
+    """
+    places = np.argwhere(np.ones((UNITS, UNITS), bool))
+    error = _template_errors(windows[::UNIT, ::UNIT].reshape(len(places), -1), PLAYER_SPRITES)
+    error += np.linspace(0, EQUALLY, len(places))[:, None]
+    error[world.repeat(len(places)).blocked(places)] = np.inf
+    place, facing = np.unravel_index(error.argmin(), error.shape)
+    return places[place], int(facing) + 1
 
 
 def _template_errors(windows: np.ndarray, templates: np.ndarray) -> np.ndarray:

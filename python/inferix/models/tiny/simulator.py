@@ -209,11 +209,15 @@ class Simulator:
         corners[:, 2, 1] += (TILE - SPRITE) // 2
         return corners
 
-    def render(self) -> np.ndarray:
-        """[B, 96, 96, 3] uint8."""
+    def scenery(self) -> np.ndarray:
+        """[B, 96, 96, 3] uint8: the room without its sprites."""
         rooms = np.arange(self.batch)[:, None, None]
         textures = TILES[self.theme[:, 0], self.theme[:, 1]]
-        image = textures[rooms, self.kinds].transpose(0, 1, 3, 2, 4, 5).reshape(self.batch, SIZE, SIZE, 3)
+        return textures[rooms, self.kinds].transpose(0, 1, 3, 2, 4, 5).reshape(self.batch, SIZE, SIZE, 3)
+
+    def render(self) -> np.ndarray:
+        """[B, 96, 96, 3] uint8."""
+        image = self.scenery()
         for b, corners in enumerate(self.sprite_corners()):
             sprites = [PLAYER_SPRITES[self.facing[b] - 1]]
             sprites += [BOAT_SPRITES[boat, (self.heading[b, boat] + 1) // 2] for boat in range(BOATS)]
