@@ -278,7 +278,7 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
     if not like.is_cuda:
         try:
             return kernel(**arguments, stream=None, cpu=_C.Cpu(torch.get_num_threads(), ISA))
-        except TypeError as error:  # this file and csrc/bindings.cpp agree: pybind11 can only be refusing for another one
+        except TypeError as error:  # this file and csrc/bindings.cpp agree: pybind11 refuses for another one
             raise RuntimeError(
                 f"{op}: inferix_kernels._C was built from other sources than these: build it again "
                 f"(make build, or pip install -e .): {str(error).splitlines()[0]}"

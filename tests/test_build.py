@@ -69,7 +69,7 @@ def test_an_extension_of_other_sources_says_so(monkeypatch):
     compiled = pytest.importorskip("inferix_kernels.compiled")
     monkeypatch.setattr(compiled._C, "merge_attention", compiled._C.kv_append)  # takes other arguments
     out, lse = torch.zeros(1, 1, 16), torch.zeros(1, 1)
-    with pytest.raises(RuntimeError, match="merge_attention: .* other sources than these: build it again"):
+    with pytest.raises(RuntimeError, match=r"merge_attention: .* other sources than these: build it again"):
         inferix_kernels.merge_attention(out, lse, out, lse, backend="compiled")
 
 

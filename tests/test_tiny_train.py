@@ -3,11 +3,15 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from inferix.models.tiny import load, train
-from inferix.models.tiny.model import TinyConfig
+from inferix.models.tiny.checker import look
+from inferix.models.tiny.clips import Stream, hard_futures, settle, simulate
+from inferix.models.tiny.model import TinyConfig, unpatchify
+from inferix.models.tiny.simulator import PLAYER_SPRITES, Simulator
 
 SMALL = TinyConfig(dim=32, layers=1, heads=2, head_dim=16, ffn=32)
 
@@ -41,7 +45,7 @@ def test_a_run_resumes_with_all_its_state(tmp_path):
     run(tmp_path, 25)
     before = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     args = dict(seed=0, lr=3e-3, batch=4, compile=False, steps=50, decay=0.3, warmup=5, average=0.998, motion=12.0)
-    args |= dict(first_weight=0.3, shift=8.0, sample_steps=2, own_from=0.5, sound=0.04, one_step=0.75)
+    args |= dict(first_weight=0.3, shift=8.0, sample_steps=3, sample_shift=1.0, own_from=0.5, sound=0.04, haunted=0.06)
     trainer = train.Trainer(argparse.Namespace(**args), SMALL)
     trainer.load(before)
     assert trainer.step == 25
@@ -57,3 +61,54 @@ def test_a_run_starts_from_shipped_weights(tmp_path):
     log = run(tmp_path / "second", 25, "--init", str(tmp_path / "first" / "tiny_world.safetensors"))
     fresh = run(tmp_path / "third", 25)
     assert log[0]["next"] < 0.8 * fresh[0]["next"]
+
+
+def frames_of(stream):
+    return ((unpatchify(stream.tokens.flatten(0, 1)) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def test_a_haunted_stream_shows_two_players_and_goes_on_from_one_of_them():
+    generator, doubled = np.random.default_rng(0), 0
+    for _ in range(40):
+        stream = Stream(3, generator)
+        stream.restart_if_lost(sound=0.02)
+        before, player = frames_of(stream), stream.world.player.copy()
+        stream.haunt()
+        after, world = frames_of(stream), stream.world
+        assert np.array_equal(before[:1], after[:1]) or (before != after).any((1, 2, 3)).all(), (
+            "the last frames, in a row"
+        )
+        assert not world.blocked(world.player)[0]
+        doubled += look(after[-1:]).count[0, 0] > 1
+        if (world.player != player).any():  # the other one is more solid, or as solid and further up
+            assert look(after[-1:]).count[0, 0] >= 1
+    assert doubled >= 5
+
+
+def test_of_two_players_the_more_solid_one_stays_and_of_equals_the_upper():
+    world = Simulator(1, np.random.default_rng(1), wall_share=0.0)
+    free = np.argwhere([[not world.blocked(np.array([[y, x]]))[0] for x in range(23)] for y in range(23)])
+    upper, lower = free[0], free[-1]
+    for solid, stays in ((1.0, upper), (0.5, lower)):
+        image = world.scenery()[0].astype(np.float32)
+        for place, share in ((upper, solid), (lower, 1.0)):
+            y, x = place * 4
+            image[y : y + 8, x : x + 8] += share * (PLAYER_SPRITES[0] - image[y : y + 8, x : x + 8])
+        settle(world, image)
+        assert world.player[0].tolist() == stays.tolist()
+
+
+def test_hard_futures_run_into_more_than_a_wandering_player_does():
+    world = Simulator(1, np.random.default_rng(2))
+    stopped = np.zeros(4)
+    for _ in range(100):
+        keys = hard_futures(world, 4, 3)
+        clip = simulate(world.repeat(4), 1, 3, keys=keys)
+        assert np.array_equal(clip.actions[:, 0].numpy(), keys)
+        futures = world.repeat(4)
+        for key in keys.T:
+            before = futures.player
+            futures.step(key)
+            stopped += (futures.player == before).all(1) & (key > 0)
+        world.step(keys[0, :1])
+    assert stopped[1:].min() > 1.25 * stopped[0] > 0

@@ -197,7 +197,7 @@ def settle(world: Simulator, image: np.ndarray) -> None:
 def find_player(world: Simulator, windows: np.ndarray) -> tuple[np.ndarray, int]:
     """Place [2] in units and facing of the player in one room, from the 8 x 8 windows [89, 89, 3, 8, 8] of its picture.
 
-    Of two that are equally like a player it is the one further up: a rule that a picture decides, and a model can learn.
+    Of two that are equally like a player it is the one further up: a picture decides it, and a model can learn it.
     """
     places = np.argwhere(np.ones((UNITS, UNITS), bool))
     error = _template_errors(windows[::UNIT, ::UNIT].reshape(len(places), -1), PLAYER_SPRITES)

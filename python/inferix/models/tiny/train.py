@@ -251,8 +251,9 @@ class Trainer:
         ]
         report = self._sprite_errors("own_sprites", error.flatten(0, 1), touched.flatten(0, 1))
         report["age"] = torch.tensor([float(stream.age) for stream in self.streams]).mean()
-        report["astray"] = (strayed > ASTRAY)[~torch.from_numpy(haunted)].float().mean()
-        report["moved"] = torch.tensor(moved)[~torch.from_numpy(haunted)].float().mean()
+        if not haunted.all():
+            report["astray"] = (strayed > ASTRAY)[~torch.from_numpy(haunted)].float().mean()
+            report["moved"] = torch.tensor(moved)[~torch.from_numpy(haunted)].float().mean()
         return loss, report
 
     def _weight(self, touched: Tensor) -> Tensor:
