@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import patchify, unpatchify
-from .simulator import BOAT_SPRITES, PLACES, PLAYER_SPRITES, SPRITE, TILE, TIMES, UNIT, UNITS, Simulator
+from .simulator import BOAT_SPRITES, MOVES, PLACES, PLAYER_SPRITES, SPRITE, TILE, TIMES, UNIT, UNITS, Simulator
 
 OWN_CONTEXT = 2  # blocks of its own that a stream attends to
 EQUALLY = 500.0  # mean squared error, of 255 squared, by which one place must look more like a player than another
@@ -69,16 +69,17 @@ def simulate(
 def hard_futures(world: Simulator, count: int, frames: int) -> np.ndarray:
     """Keys [count, frames] for one room: of a player who wanders, and then of those who are most in trouble.
 
-    A player who walks on is learned soon. Where a model errs is at walls and turns, late in a block: all that came
-    before must be worked out first.
+    A player who walks on is learned soon. Where a model errs is at walls and turns, late in a block, for all that came
+    before must be worked out first, and where half of a player would run into a tile: the other half must hear of it.
     """
     tried = world.repeat(CANDIDATES)
     keys, trouble = [], tried.rng.random(CANDIDATES)
     for _ in range(frames):
         before, held = tried.player, tried.held
         keys.append(tried.wander(0.5))
+        hangs = tried.solid_corners(before + MOVES[keys[-1]]) == 1
         tried.step(keys[-1])
-        trouble += (keys[-1] != held) + 2 * ((tried.player == before).all(1) & (keys[-1] > 0))
+        trouble += (keys[-1] != held) + 2 * ((tried.player == before).all(1) & (keys[-1] > 0)) + 3 * hangs
     trouble[0] = np.inf
     return np.stack(keys, 1)[np.argsort(-trouble)[:count]]
 

@@ -181,13 +181,17 @@ class Simulator:
     def blocked(self, position: np.ndarray) -> np.ndarray:
         """[B] bool: would a player at [B, 2] units stand outside the room or on a tile that is not floor?"""
         outside = ((position < 0) | (position >= UNITS)).any(-1)
+        return outside | (self.solid_corners(position) > 0)
+
+    def solid_corners(self, position: np.ndarray) -> np.ndarray:
+        """[B] int: how many corners of a player at [B, 2] units would lie on a tile that is not floor.
+
+        One alone, and the player hangs on a tile with half of itself.
+        """
         low = position.clip(0, UNITS - 1)
-        solid = np.zeros(len(position), bool)
         rooms = np.arange(len(position))
-        for dy in (0, 1):
-            for dx in (0, 1):
-                solid |= self.kinds[rooms, (low[:, 0] + dy) // 3, (low[:, 1] + dx) // 3] != FLOOR
-        return outside | solid
+        corners = [((low[:, 0] + dy) // 3, (low[:, 1] + dx) // 3) for dy in (0, 1) for dx in (0, 1)]
+        return np.sum([self.kinds[rooms, y, x] != FLOOR for y, x in corners], 0)
 
     def step(self, actions: np.ndarray) -> None:
         """Advance one frame under [B] int actions (indices into ACTIONS)."""

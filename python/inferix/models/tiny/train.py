@@ -245,9 +245,12 @@ class Trainer:
             x0 = x0.detach().clamp(-1, 1)
             x = noised(x0, torch.full(truth.shape[:2], levels[i + 1])) if i + 1 < len(levels) else x0
         strayed = ((x - truth).square().mean(-1) * touched).sum(2) / touched.sum(2)
-        moved = [  # life goes on along the first future
-            stream.advance(futures[i].pick(0), x[i, :1], actions[i, :1], themes[i, :1])
-            for i, stream in enumerate(self.streams)
+        # Life goes on as it comes or, every other time, the hardest way.
+        moved = [
+            stream.advance(
+                futures[i].pick(way), x[i, way : way + 1], actions[i, way : way + 1], themes[i, way : way + 1]
+            )
+            for i, (stream, way) in enumerate(zip(self.streams, self.world.rng.integers(0, 2, len(self.streams))))
         ]
         report = self._sprite_errors("own_sprites", error.flatten(0, 1), touched.flatten(0, 1))
         report["age"] = torch.tensor([float(stream.age) for stream in self.streams]).mean()
