@@ -43,7 +43,8 @@ def simulate(
 
     The theme changes at a block boundary with chance `switch`.
     """
-    images, actions, themes, touched = [], [], [], []
+    images, themes, touched = [], [], []
+    actions: list[np.ndarray] = []
     before = _sprite_tokens(world)
     for block in range(blocks):
         new = world.rng.random(world.batch) < (switch if block else first_switch)
