@@ -134,8 +134,7 @@ class Stream:
         room = self.world.pick(0)
         for i in range(len(frames) - last, len(frames)):
             room.theme = self.themes[i // self.block_frames][None].numpy()
-            windows = np.lib.stride_tricks.sliding_window_view(frames[i], (SPRITE, SPRITE), (0, 1))
-            place, facing = find_player(room, windows)
+            place, facing = find_player(room, _windows(frames[i]))
             appears = place + offset
             if room.blocked(appears[None])[0]:
                 continue
@@ -166,6 +165,11 @@ class Stream:
         return bool((world.sprite_corners() != expected).any())
 
 
+def _windows(image: np.ndarray) -> np.ndarray:
+    """[96, 96, 3] -> [89, 89, 3, 8, 8] float32: what a sprite at each pixel would cover."""
+    return np.lib.stride_tricks.sliding_window_view(image.astype(np.float32), (SPRITE, SPRITE), (0, 1))
+
+
 def _window(place: np.ndarray) -> tuple[slice, slice]:
     """Rows and columns of the sprite at a place [2] in units."""
     (y, x) = place * UNIT
@@ -184,7 +188,7 @@ def settle(world: Simulator, image: np.ndarray) -> None:
     What a smeared or doubled sprite should become next must follow from the picture alone, or it cannot be learned:
     it becomes one sprite again, at the place that looks most like it.
     """
-    windows = np.lib.stride_tricks.sliding_window_view(image.astype(np.float32), (SPRITE, SPRITE), (0, 1))
+    windows = _windows(image)
     world.player[0], world.facing[0] = find_player(world, windows)
     for boat, (row, column, length) in enumerate(world.canals[0]):
         path = np.repeat([[3 * row, 3 * column]], 3 * length - 1, 0)

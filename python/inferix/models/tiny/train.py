@@ -35,6 +35,7 @@ from .model import Layer, TinyConfig, TinyWorldModel, few_step_times, rope_angle
 from .simulator import Simulator
 
 ASTRAY = 0.04  # error of a block's sprites past which the log counts it as gone astray
+HAUNTED_WEIGHT = 0.3  # of a stream with two players: which one stays is hard to tell, and must not drown the rest
 FUTURES = 4  # next blocks that a stream tries, each under other actions
 
 
@@ -217,8 +218,8 @@ class Trainer:
             stream.restart_if_lost(args.sound)
             if appears:
                 stream.haunt()
-        # Which of two players stays is hard to tell: those streams' errors are large, and must not drown the others'.
-        says = torch.where(torch.from_numpy(haunted), 0.3, 1.0)[:, None, None]
+        calm = ~torch.from_numpy(haunted)
+        says = torch.where(calm, 1.0, HAUNTED_WEIGHT)[:, None, None]
         frames = self.config.block_frames
         keys = [hard_futures(stream.world, FUTURES, frames) for stream in self.streams]
         futures = [stream.world.repeat(FUTURES) for stream in self.streams]
@@ -254,9 +255,9 @@ class Trainer:
         ]
         report = self._sprite_errors("own_sprites", error.flatten(0, 1), touched.flatten(0, 1))
         report["age"] = torch.tensor([float(stream.age) for stream in self.streams]).mean()
-        if not haunted.all():
-            report["astray"] = (strayed > ASTRAY)[~torch.from_numpy(haunted)].float().mean()
-            report["moved"] = torch.tensor(moved)[~torch.from_numpy(haunted)].float().mean()
+        if calm.any():
+            report["astray"] = (strayed > ASTRAY)[calm].float().mean()
+            report["moved"] = torch.tensor(moved)[calm].float().mean()
         return loss, report
 
     def _weight(self, touched: Tensor) -> Tensor:
