@@ -217,8 +217,13 @@ class Server:
         if len(self.lobby.clients) >= MAX_VIEWERS:
             raise web.HTTPServiceUnavailable(text=f"{MAX_VIEWERS} are watching already.\n")
         # What is larger than MAX_BYTES is answered; what is larger than this ends the connection before it is read.
+        # Not compressed: most of it is video, which would only cost time once more.
         socket = web.WebSocketResponse(
-            protocols=[protocol.SUBPROTOCOL], heartbeat=10.0, max_msg_size=8 * protocol.MAX_BYTES, timeout=0.5
+            protocols=[protocol.SUBPROTOCOL],
+            heartbeat=10.0,
+            max_msg_size=8 * protocol.MAX_BYTES,
+            timeout=0.5,
+            compress=False,
         )
         await socket.prepare(request)
         client = Client(self.lobby, socket, self.lobby.name())

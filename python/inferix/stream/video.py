@@ -85,7 +85,7 @@ def configure(context: Any, codec: str, size: tuple[int, int], fps: float, tick:
 
 def convert(picture: np.ndarray, size: tuple[int, int], codec: str, keyframe: bool) -> av.VideoFrame:
     """A picture uint8 [height, width, 3] as an encoder takes it. Enlarged pixels stay squares."""
-    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    image = av.VideoFrame.from_numpy_buffer(np.ascontiguousarray(picture), format="rgb24")
     image = image.reformat(size[1], size[0], "yuv420p", dst_colorspace=_MATRIX[codec], interpolation="POINT")
     image.pict_type = PictureType.I if keyframe else PictureType.NONE
     return image

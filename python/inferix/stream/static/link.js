@@ -112,11 +112,7 @@ export class Link extends EventTarget {
     if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
     if ("playoutDelayHint" in receiver) receiver.playoutDelayHint = 0;
     const shown = new Promise((resolve, reject) => {
-      peer.ontrack = ({ track }) => {
-        this.video.srcObject = new MediaStream([track]);
-        this.video.play().catch(() => {});
-        this.video.addEventListener("loadeddata", resolve, { once: true });
-      };
+      peer.ontrack = ({ track }) => this.show(track, resolve);
       peer.onconnectionstatechange = () => {
         if (peer.connectionState === "failed") reject(new Error("no way through"));
       };
@@ -135,6 +131,28 @@ export class Link extends EventTarget {
     };
   }
 
+  // A <video> holds pictures back until they come evenly; the server has spaced them already, so they are taken as they
+  // come where that can be done. There is nothing to end: with the peer ends its track, and with the track its pictures.
+  show(track, begun) {
+    if ("MediaStreamTrackProcessor" in window && "metadata" in VideoFrame.prototype) {
+      const { readable } = new MediaStreamTrackProcessor({ track, maxBufferSize: 1 });
+      const write = (image) => {
+        begun();
+        this.emit("picture", { image, pts: this.time(image.metadata().rtpTimestamp) });
+      };
+      readable.pipeTo(new WritableStream({ write })).catch((error) => console.info("WebRTC:", error.message));
+    } else {
+      this.video.srcObject = new MediaStream([track]);
+      this.video.play().catch(() => {});
+      this.video.addEventListener("loadeddata", begun, { once: true });
+    }
+  }
+
+  // The server's timestamp, modulo 2^32, of a picture with RTP's; null if that can't be told (yet).
+  time(rtp) {
+    return this.origin === null || rtp === undefined ? null : (rtp - this.origin + 2 ** 32) % 2 ** 32;
+  }
+
   endPeer() {
     this.peer?.close();
     this.peer = this.channel = this.origin = null;
@@ -145,24 +163,21 @@ export class Link extends EventTarget {
 
   picture(data) {
     const view = new DataView(data);
-    const [key, codec, frame] = [view.getUint8(1) & 1, view.getUint8(2), view.getUint32(4)];
+    const [key, codec] = [view.getUint8(1) & 1, view.getUint8(2)];
     const pts = Number(view.getBigUint64(8));
     const bytes = new Uint8Array(data, 16);
     if (codec === 1) {
-      createImageBitmap(new Blob([bytes], { type: "image/jpeg" })).then((image) => this.emit("picture", { image, frame, pts }));
+      createImageBitmap(new Blob([bytes], { type: "image/jpeg" })).then((image) => this.emit("picture", { image, pts }));
       return;
     }
     if (this.decoder?.state !== "configured") {
       if (!key) return;
       this.decoder = new VideoDecoder({
-        output: (image) => this.emit("picture", { image, frame: this.frames.get(image.timestamp), pts: image.timestamp }),
+        output: (image) => this.emit("picture", { image, pts: image.timestamp }),
         error: (error) => console.warn("decoder:", error.message),
       });
       this.decoder.configure({ codec: "avc1.42001f", optimizeForLatency: true });
-      this.frames = new Map();
     }
-    this.frames.set(pts, frame);
-    if (this.frames.size > 64) this.frames.delete(this.frames.keys().next().value);
     this.decoder.decode(new EncodedVideoChunk({ type: key ? "key" : "delta", timestamp: pts, data: bytes }));
   }
 }

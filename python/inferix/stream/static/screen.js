@@ -8,7 +8,7 @@ export class Screen extends EventTarget {
     this.link = link;
     this.canvases = Object.fromEntries(figures.map((figure) => [figure.dataset.world, figure.querySelector("canvas")]));
     this.glow = glow.getContext("2d");
-    this.frames = new Map(); // pts -> the server's `frame` message
+    this.frames = new Map(); // pts modulo 2^32, which is all that RTP knows -> the server's `frame` message
     this.past = new Map(); // "world position" -> small canvas
     this.times = []; // when pictures were shown, over the last two seconds
     this.newest = null;
@@ -21,26 +21,18 @@ export class Screen extends EventTarget {
   }
 
   expect(frame) {
-    this.frames.set(frame.pts, frame);
+    this.frames.set(frame.pts % 2 ** 32, frame);
     if (this.frames.size > 300) this.frames.delete(this.frames.keys().next().value);
     this.last = frame;
   }
 
-  // WebRTC: the browser says which picture is shown, and when. On a busy machine the video may be one picture further
-  // than the callback that tells of it; a VideoFrame knows its own time, and is what is drawn.
+  // WebRTC in a <video>: the browser says which picture is shown, and when.
   watch() {
     const { video } = this.link;
     video.requestVideoFrameCallback((now, info) => {
-      const image = "VideoFrame" in window ? new VideoFrame(video) : null;
-      const further = image ? image.timestamp / 1e6 - info.mediaTime : 0;
-      let frame = null;
-      if (this.link.origin !== null && info.rtpTimestamp !== undefined) {
-        frame = this.find((info.rtpTimestamp - this.link.origin + 2 ** 32) % 2 ** 32, further);
-      }
       // Drawn now, it can't have been seen before now, whatever the browser expected of the video itself.
       const seen = Math.max(info.expectedDisplayTime, performance.now());
-      this.draw(image ?? video, video.videoWidth, video.videoHeight, frame, seen);
-      image?.close();
+      this.draw(video, video.videoWidth, video.videoHeight, this.find(this.link.time(info.rtpTimestamp)), seen);
       this.watch();
     });
   }
@@ -57,16 +49,11 @@ export class Screen extends EventTarget {
     });
   }
 
-  // The picture with this timestamp, which counts modulo 2^32, or the one that is `further` seconds on.
-  find(ticks, further) {
-    const known = [...this.frames.values()];
-    const told = known.find(({ pts }) => pts % 2 ** 32 === ticks);
-    if (!told || Math.abs(further) < 0.01) return told ?? null;
-    const distance = ({ pts }) => Math.abs(pts - told.pts - 90000 * further); // media time is in milliseconds
-    return known.reduce((best, frame) => (distance(frame) < distance(best) ? frame : best));
+  find(pts) {
+    return pts === null ? null : (this.frames.get(pts % 2 ** 32) ?? null);
   }
 
-  // WebSocket: the newest picture is drawn with the next animation frame, and seen when that one ends.
+  // The newest picture is drawn with the next animation frame, and seen when that one ends.
   arrive(picture) {
     this.newest?.image.close();
     const idle = this.newest === null;
@@ -77,7 +64,7 @@ export class Screen extends EventTarget {
       this.newest = null;
       const [width, height] = [image.displayWidth ?? image.width, image.displayHeight ?? image.height];
       try {
-        this.draw(image, width, height, this.frames.get(pts) ?? null, now + 1000 / 60);
+        this.draw(image, width, height, this.find(pts), now + 1000 / 60);
       } catch (error) {
         console.info("picture:", error.message); // closed while the page was out of sight
       }
