@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .model import patchify, unpatchify
-from .simulator import BOAT_SPRITES, MOVES, PLACES, PLAYER_SPRITES, SPRITE, TILE, TIMES, UNIT, UNITS, Simulator
+from .simulator import ACTIONS, BOAT_SPRITES, MOVES, PLACES, PLAYER_SPRITES, SPRITE, TILE, TIMES, UNIT, UNITS, Simulator
 
 OWN_CONTEXT = 2  # blocks of its own that a stream attends to
 EQUALLY = 500.0  # mean squared error, of 255 squared, by which one place must look more like a player than another
-CANDIDATES = 12  # futures of which the hardest are learned from
+CANDIDATES = 16  # futures of which the hardest are learned from
+SEEK = 0.4  # chance that one of these runs into a tile with half of itself where it can
 PLAYER_WEIGHT = 3.0  # the player, who must be steered, is learned later than the boats
 
 
@@ -22,7 +23,7 @@ class Clip:
     """B clips of n blocks.
 
     tokens [B, n, L, patch], actions [B, n, frames], themes [B, n, 2]; touched [B, n, L] float: PLAYER_WEIGHT where the
-    player is, or was one frame ago; else 1 where a boat is or was; else 0.
+    player is, was one frame ago, or would be if nothing were in its way; else 1 where a boat is or was; else 0.
     """
 
     tokens: Tensor
@@ -53,10 +54,12 @@ def simulate(
         themes.append(world.theme.copy())
         for _ in range(frames):
             actions.append(world.wander() if keys is None else keys[:, len(actions)])
+            wanted = (world.player + MOVES[actions[-1]]).clip(0, UNITS - 1) * UNIT
             world.step(actions[-1])
             images.append(world.render())
             now = _sprite_tokens(world)
             touched.append(np.maximum(now, before))
+            _cover(touched[-1], wanted, PLAYER_WEIGHT)
             before = now
     tokens = patchify(torch.from_numpy(np.stack(images, 1)).float() / 127.5 - 1)
     return Clip(
@@ -67,6 +70,36 @@ def simulate(
     )
 
 
+def simulate_doubled(world: Simulator, frames: int, share: float) -> tuple[Clip, Tensor]:
+    """First blocks, and the same [B, 1, L, patch] with a second player in a share of them, each more or less solid.
+
+    A model that makes a block from noise may begin two players, and must have learned that the stronger one stays, or
+    of equals the one that ends further up. The clips have it so.
+    """
+    rng, batch = world.rng, world.batch
+    twin = world.repeat(1)
+    while (bad := twin.blocked(twin.player) | (twin.player == world.player).all(1)).any():
+        twin.player[bad] = rng.integers(0, UNITS, (bad.sum(), 2))
+    twin.facing = rng.integers(1, len(ACTIONS), batch)
+    keys = np.stack([world.wander() for _ in range(frames)], 1)
+    clips = [simulate(rooms, 1, frames, keys=keys) for rooms in (world, twin)]
+    theirs = [clip.touched == PLAYER_WEIGHT for clip in clips]
+    apart = ~(theirs[0] & theirs[1]).flatten(1).any(1).numpy() & (rng.random(batch) < share)
+    solid = np.where(rng.random((2, batch)) < 0.5, 1.0, rng.uniform(0.2, 1.0, (2, batch)))
+    solid = np.where(apart, solid, [[1.0], [0.0]])
+    further_up = (np.stack([rooms.player for rooms in (world, twin)]) @ [UNITS, 1]).argmin(0)
+    first, other = torch.from_numpy(solid).float()[:, :, None, None, None]
+    change = (clips[1].tokens - clips[0].tokens) * torch.where(theirs[0][..., None], 1 - first, other)
+    stays = np.where(solid[0] == solid[1], further_up, solid.argmax(0))
+    stays, doubled = (torch.from_numpy(rooms).reshape(-1, 1, 1) for rooms in (stays == 0, apart))
+    truth = dataclasses.replace(
+        clips[0],
+        tokens=torch.where(stays[..., None], clips[0].tokens, clips[1].tokens),
+        touched=torch.where(doubled, torch.maximum(clips[0].touched, clips[1].touched), clips[0].touched),
+    )
+    return truth, clips[0].tokens + change
+
+
 def hard_futures(world: Simulator, count: int, frames: int) -> np.ndarray:
     """Keys [count, frames] for one room: of a player who wanders, and then of those who are most in trouble.
 
@@ -74,13 +107,18 @@ def hard_futures(world: Simulator, count: int, frames: int) -> np.ndarray:
     before must be worked out first, and where half of a player would run into a tile: the other half must hear of it.
     """
     tried = world.repeat(CANDIDATES)
-    keys, trouble = [], tried.rng.random(CANDIDATES)
+    keys, trouble, rng = [], tried.rng.random(CANDIDATES), tried.rng
     for _ in range(frames):
         before, held = tried.player, tried.held
-        keys.append(tried.wander(0.5))
-        hangs = tried.solid_corners(before + MOVES[keys[-1]]) == 1
+        wandering = tried.wander(0.5)
+        hangs = np.stack([tried.solid_corners(before + move) == 1 for move in MOVES])
+        seeks = hangs.any(0) & (rng.random(CANDIDATES) < SEEK)
+        seeks[0] = False
+        tried.held = np.where(seeks, (hangs * rng.random(hangs.shape)).argmax(0), wandering)
+        keys.append(tried.held)
         tried.step(keys[-1])
-        trouble += (keys[-1] != held) + 2 * ((tried.player == before).all(1) & (keys[-1] > 0)) + 3 * hangs
+        stuck = (tried.player == before).all(1) & (keys[-1] > 0)
+        trouble += (keys[-1] != held) + 2 * stuck + 3 * hangs[keys[-1], range(CANDIDATES)]
     trouble[0] = np.inf
     return np.stack(keys, 1)[np.argsort(-trouble)[:count]]
 
@@ -88,13 +126,18 @@ def hard_futures(world: Simulator, count: int, frames: int) -> np.ndarray:
 def _sprite_tokens(world: Simulator) -> np.ndarray:
     """[B, 8, 8] float32: weight of the sprite that covers a tile in part."""
     covered = np.zeros(world.kinds.shape, np.float32)
-    corners = world.sprite_corners()
-    rooms = np.arange(world.batch)
-    for sprite, weight in ((1, 1.0), (2, 1.0), (0, PLAYER_WEIGHT)):
-        for dy in (0, SPRITE - 1):
-            for dx in (0, SPRITE - 1):
-                covered[rooms, (corners[:, sprite, 0] + dy) // TILE, (corners[:, sprite, 1] + dx) // TILE] = weight
+    player, *boats = world.sprite_corners().swapaxes(0, 1)
+    for boat in boats:
+        _cover(covered, boat, 1.0)
+    _cover(covered, player, PLAYER_WEIGHT)
     return covered
+
+
+def _cover(tiles: np.ndarray, corners: np.ndarray, weight: float) -> None:
+    """Set the tiles [B, 8, 8] that sprites with corners [B, 2] in pixels cover in part, in place."""
+    for dy in (0, SPRITE - 1):
+        for dx in (0, SPRITE - 1):
+            tiles[np.arange(len(tiles)), (corners[:, 0] + dy) // TILE, (corners[:, 1] + dx) // TILE] = weight
 
 
 class Stream:

@@ -30,12 +30,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .clips import OWN_CONTEXT, Stream, hard_futures, simulate
+from .clips import OWN_CONTEXT, PLAYER_WEIGHT, Stream, hard_futures, simulate, simulate_doubled
 from .model import Layer, TinyConfig, TinyWorldModel, few_step_times, rope_angles
 from .simulator import Simulator
 
+WRONG = 0.003  # error of a token past which it counts like one with a player: what leaks out of a sprite is small
 ASTRAY = 0.04  # error of a block's sprites past which the log counts it as gone astray
 HAUNTED_WEIGHT = 0.3  # of a stream with two players: which one stays is hard to tell, and must not drown the rest
+DOUBLED = 0.5  # share of the blocks without a past in which a second player is begun
 FUTURES = 4  # next blocks that a stream tries, each under other actions
 
 
@@ -193,10 +195,10 @@ class Trainer:
     def _nothing_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 2, every fourth step: blocks without a past."""
         self.starts.reset(self.world.rng.random(self.starts.batch) < 0.5)
-        clip = simulate(self.starts, 1, self.config.block_frames)
+        clip, seen = simulate_doubled(self.starts, self.config.block_frames, DOUBLED)
         t = self._times(clip.tokens.shape[:2])
         none = clip.tokens[:, :0]
-        x0 = self.predict("nothing", none, noised(clip.tokens, t), t[:, :0], t, clip.actions, clip.themes).float()
+        x0 = self.predict("nothing", none, noised(seen, t), t[:, :0], t, clip.actions, clip.themes).float()
         error = (x0 - clip.tokens).square().mean(-1)
         weight = self.args.first_weight * self._weight(clip.touched) / t.clamp(min=0.3)[..., None]
         return (error * weight).mean(), {"first": error.detach().mean()}
@@ -242,7 +244,8 @@ class Trainer:
                 x0 = self.predict("own", context, x, clean, level, *both).float()
             error = (x0 - truth).square().mean(-1)
             if i == learned:
-                loss = (error * self._weight(touched) * says / t).mean()
+                wrong = (error.detach() > WRONG) * PLAYER_WEIGHT
+                loss = (error * self._weight(torch.maximum(touched, wrong)) * says / t).mean()
             x0 = x0.detach().clamp(-1, 1)
             x = noised(x0, torch.full(truth.shape[:2], levels[i + 1])) if i + 1 < len(levels) else x0
         strayed = ((x - truth).square().mean(-1) * touched).sum(2) / touched.sum(2)
