@@ -42,7 +42,7 @@ class Lead:
     A slow block is remembered and forgotten slowly; `limit` is how far the world may run ahead of what is shown.
     """
 
-    def __init__(self, limit: float, margin: float = 0.02, forget: float = 0.06):
+    def __init__(self, limit: float, margin: float = 0.01, forget: float = 0.06):
         self.limit, self.margin, self.forget = limit, margin, forget
         self.expected: float | None = None
 
