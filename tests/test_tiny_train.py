@@ -9,9 +9,9 @@ import torch
 
 from inferix.models.tiny import load, train
 from inferix.models.tiny.checker import look
-from inferix.models.tiny.clips import Stream, hard_futures, settle, simulate
+from inferix.models.tiny.clips import PLAYER_WEIGHT, Stream, hard_futures, settle, simulate, simulate_doubled
 from inferix.models.tiny.model import TinyConfig, unpatchify
-from inferix.models.tiny.simulator import PLAYER_SPRITES, Simulator
+from inferix.models.tiny.simulator import MOVES, PLAYER_COLOR, PLAYER_SPRITES, TILE, UNIT, Simulator
 
 SMALL = TinyConfig(dim=32, layers=1, heads=2, head_dim=16, ffn=32)
 
@@ -112,3 +112,38 @@ def test_hard_futures_run_into_more_than_a_wandering_player_does():
             stopped += (futures.player == before).all(1) & (key > 0)
         world.step(keys[0, :1])
     assert stopped[1:].min() > 1.25 * stopped[0] > 0
+
+
+def test_the_tile_that_a_player_runs_into_counts_as_one_with_the_player():
+    rng, blocked = np.random.default_rng(3), 0
+    for _ in range(60):
+        world = Simulator(1, rng)
+        start, key = world.player[0].copy(), int(rng.integers(1, 5))
+        clip = simulate(world, 1, 1, keys=np.array([[key]]))
+        hit = (world.player[0] == start).all()
+        blocked += hit
+        wanted = (start + MOVES[key]).clip(0, 22) * UNIT
+        for corner in wanted, wanted + 2 * UNIT - 1:
+            row, column = corner // TILE
+            assert clip.touched[0, 0].unflatten(0, (8, 8))[row, column] == PLAYER_WEIGHT
+    assert 5 < blocked < 55
+
+
+def frames(tokens):
+    return ((unpatchify(tokens.flatten(0, 1)) + 1) * 127.5).round().clamp(0, 255).byte().numpy().reshape(-1, 96, 96, 3)
+
+
+def test_of_two_players_begun_the_stronger_one_stays_or_of_equals_the_upper():
+    world = Simulator(64, np.random.default_rng(4))
+    clip, seen = simulate_doubled(world, 3, 1.0)
+    truth, shown = look(frames(clip.tokens)), look(frames(seen))
+    assert truth.once[:, 0].all(), "one player, undivided"
+    assert (shown.count[:, 1:] == 1).all(), "boats are left alone"
+    red, left = ((frames(z)[2::3] == PLAYER_COLOR).all(-1) for z in (seen, clip.tokens))  # the last pictures
+    two = np.flatnonzero(red.sum((1, 2)) == 2 * left.sum((1, 2)))
+    assert len(two) >= 8, "a quarter of the clips show two whole players, but for those whose paths cross"
+    assert (red[two].any(2).argmax(1) == left[two].any(2).argmax(1)).all(), "the upper one stays"
+    faded = np.flatnonzero(red.sum((1, 2)) == left.sum((1, 2)))
+    assert len(faded) >= 16 and (red[faded] == left[faded]).all(), "where one is whole, it stays"
+    clip, seen = simulate_doubled(world, 3, 0.0)
+    assert torch.equal(seen, clip.tokens)

@@ -82,22 +82,18 @@ def simulate_doubled(world: Simulator, frames: int, share: float) -> tuple[Clip,
         twin.player[bad] = rng.integers(0, UNITS, (bad.sum(), 2))
     twin.facing = rng.integers(1, len(ACTIONS), batch)
     keys = np.stack([world.wander() for _ in range(frames)], 1)
-    clips = [simulate(rooms, 1, frames, keys=keys) for rooms in (world, twin)]
-    theirs = [clip.touched == PLAYER_WEIGHT for clip in clips]
-    apart = ~(theirs[0] & theirs[1]).flatten(1).any(1).numpy() & (rng.random(batch) < share)
+    one, other = (simulate(rooms, 1, frames, keys=keys) for rooms in (world, twin))
+    ours, theirs = one.touched == PLAYER_WEIGHT, other.touched == PLAYER_WEIGHT
+    doubled = ~(ours & theirs).flatten(1).any(1).numpy() & (rng.random(batch) < share)  # where paths cross, not
     solid = np.where(rng.random((2, batch)) < 0.5, 1.0, rng.uniform(0.2, 1.0, (2, batch)))
-    solid = np.where(apart, solid, [[1.0], [0.0]])
+    solid = np.where(doubled, solid, [[1.0], [0.0]])
     further_up = (np.stack([rooms.player for rooms in (world, twin)]) @ [UNITS, 1]).argmin(0)
-    first, other = torch.from_numpy(solid).float()[:, :, None, None, None]
-    change = (clips[1].tokens - clips[0].tokens) * torch.where(theirs[0][..., None], 1 - first, other)
-    stays = np.where(solid[0] == solid[1], further_up, solid.argmax(0))
-    stays, doubled = (torch.from_numpy(rooms).reshape(-1, 1, 1) for rooms in (stays == 0, apart))
-    truth = dataclasses.replace(
-        clips[0],
-        tokens=torch.where(stays[..., None], clips[0].tokens, clips[1].tokens),
-        touched=torch.where(doubled, torch.maximum(clips[0].touched, clips[1].touched), clips[0].touched),
-    )
-    return truth, clips[0].tokens + change
+    other_stays = np.where(solid[0] == solid[1], further_up, solid.argmax(0)) == 1
+    fade, appear = torch.from_numpy(np.stack([1 - solid[0], solid[1]])).float()[:, :, None, None, None]
+    seen = one.tokens + (other.tokens - one.tokens) * torch.where(ours[..., None], fade, appear)
+    tokens = torch.where(torch.from_numpy(other_stays)[:, None, None, None], other.tokens, one.tokens)
+    both = torch.where(torch.from_numpy(doubled)[:, None, None], other.touched, 0).maximum(one.touched)
+    return dataclasses.replace(one, tokens=tokens, touched=both), seen
 
 
 def hard_futures(world: Simulator, count: int, frames: int) -> np.ndarray:
