@@ -52,15 +52,17 @@ SHAPES = (
     Shape("short window, 3 frames over 6", 4680, 6, 12, 12),
 )
 D, FRAME = 128, 1560
-# Format of the pages, and whether they are multiplied in 8 bits.
+# Format of the pages, whether they are multiplied in 8 bits, and how far from attention to what was never quantized
+# that leaves a right result: a rel. L2 error of 0.037 for i8f8, 0.052 for fp8 and 0.136 for int4 on normal numbers.
 OURS = {
-    "bf16": ("bf16", False),
-    "i8f8": ("i8f8", True),
-    "fp8": ("fp8", True),
-    "int8 as bf16": ("int8", False),
-    "i8f8 as bf16": ("i8f8", False),
-    "int4 as bf16": ("int4", False),
+    "bf16": ("bf16", False, 0.02),
+    "i8f8": ("i8f8", True, 0.06),
+    "fp8": ("fp8", True, 0.08),
+    "int8 as bf16": ("int8", False, 0.02),
+    "i8f8 as bf16": ("i8f8", False, 0.05),
+    "int4 as bf16": ("int4", False, 0.2),
 }
+LIMITS = {f"inferix, {name} pages": limit for name, (_, _, limit) in OURS.items()}
 
 
 class Log:
@@ -78,8 +80,8 @@ class Log:
         self.file.write(line + "\n")
         self.file.flush()
 
-    def step(self, name: str, command: list[str], seconds: float, lines: int = 25) -> bool:
-        """Run a command, show the end of what it says."""
+    def step(self, name: str, command: list[str], seconds: float, lines: int = 25, refused: str | None = None) -> bool:
+        """Run a command, show the end of what it says. If `refused` is in the last line, it has failed as well."""
         seconds = min(seconds, self.left())
         if seconds < 5:
             self.say(f"{name}: left out, the time is up")
@@ -91,8 +93,11 @@ class Log:
         except subprocess.TimeoutExpired as error:
             code = f"stopped after {seconds:.0f} s: a deadlock?"
             output = error.stdout if isinstance(error.stdout, str) else (error.stdout or b"").decode(errors="replace")
+        said = output.splitlines()[-lines:]
+        if code == 0 and refused and said and refused in said[-1]:
+            code = f"something was {refused}"
         self.say(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}")
-        self.say("\n    " + "\n    ".join(output.splitlines()[-lines:]))
+        self.say("\n    " + "\n    ".join(said))
         return code == 0
 
 
@@ -115,7 +120,8 @@ def tests(which: str) -> list[str]:
 def check(log: Log) -> bool:
     good = True
     for stage in STAGES:
-        good = log.step(stage, tests(stage), 60) and good
+        # An op that has no kernel is skipped by its tests; here a kernel that refuses its arguments would be.
+        good = log.step(stage, tests(stage), 60, refused="skipped") and good
     families = [f"tests/test_{family}.py" for family in ("kv_pages", "qkv", "attention")]
     good = log.step("all ops", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *families], 75) and good
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -123,7 +129,8 @@ def check(log: Log) -> bool:
         log.say("compute-sanitizer: not here")
         return good
     for what in ("memcheck", "racecheck"):
-        # racecheck does not follow mbarriers through TMA everywhere: read what it says before believing it.
+        # racecheck does not follow mbarriers through TMA everywhere, and three warpgroups clear the unused end of a
+        # page with the same zeros, each for itself: read what it says before believing it.
         log.step(what, [sanitizer, "--tool", what, "--error-exitcode", "9", *tests(SMALL)], 75)
     return good
 
@@ -150,7 +157,7 @@ def ours(eight_bit: bool, q: Tensor, pool: KVPages, plan: Plan, out: Tensor, lse
 
 def contenders(shape: Shape) -> dict[str, Callable[[], Tensor]]:
     calls: dict[str, Callable[[], Tensor]] = {}
-    for name, (format, eight_bit) in OURS.items():
+    for name, (format, eight_bit, _) in OURS.items():
         q, k, v, pool, plan = inputs(shape, format)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
         calls[f"inferix, {name} pages"] = functools.partial(ours, eight_bit, q, pool, plan, out, lse)
@@ -210,7 +217,7 @@ def speed(log: Log, folder: Path, rounds: int) -> None:
                 continue
             exact = got if exact is None else exact
             off = float((got - exact).norm() / exact.norm())
-            if off > 0.05:
+            if off > LIMITS.get(name, 0.02):
                 log.say(f"{shape.name} | {name}: WRONG by {off:.2g}, not timed")
                 continue
             times = seconds_of(calls[name], rounds)
@@ -250,7 +257,7 @@ def main() -> None:
     if not compiled.HAS_CUDA:
         raise SystemExit("the extension was built without nvcc: put it on PATH, then pip install -e .")
     if options.once:
-        format, eight_bit = OURS[options.once]
+        format, eight_bit, _ = OURS[options.once]
         q, _, _, pool, plan = inputs(SHAPES[0], format)
         ours(eight_bit, q, pool, plan, torch.empty_like(q), torch.empty(q.shape[:2], device="cuda"))
         torch.cuda.synchronize()

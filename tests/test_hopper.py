@@ -94,7 +94,8 @@ def test_kernels_keep_within_their_registers(kernels):
     }
     for name, kernel in kernels.items():
         attends = name.startswith("attention_kernel")
-        assert kernel.registers <= (128 if attends else 255)  # at launch
+        # At launch. Attention needs all of them: 4 * 128 become 3 * 160 + 32, or the last to ask would wait for ever.
+        assert kernel.registers == 128 if attends else kernel.registers <= 255
         # Then registers move to the warpgroups that multiply: kMultiplyingRegisters, kLoadingRegisters.
         assert not attends or (64 < kernel.highest["inc"] < 160 and 8 < kernel.highest["dec"] < 32)
         assert kernel.stack == 0 and not {"LDL", "STL"} & set(kernel.instructions), f"{name} spills registers"
