@@ -82,6 +82,26 @@ def test_attention_compiles_and_spills_nothing(architecture):
     assert (architecture == 90) == any(row.kernel == "sum_kernel" for row in rows)  # where lists are split
 
 
+def test_merging_in_place_reads_everything_before_it_writes():
+    """Threads of a program read the same lse: without a barrier one might read what another has written already."""
+    script = """
+from inferix_kernels.triton_kernels.launch import compile_only
+from inferix_kernels.triton_kernels.merge import cases
+for case in cases():
+    with compile_only(90) as kernels:
+        case.call()
+    print(kernels[0].asm["ptx"].replace(chr(10), " "))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    programs = done.stdout.splitlines()
+    assert len(programs) == 2
+    for ptx in programs:
+        before, after = ptx.rsplit("bar.sync", 1)
+        assert "ld.global" in before and "st.global" not in before
+        assert "st.global" in after and "ld.global" not in after
+
+
 def test_every_kernel_has_cases_and_every_case_a_configuration():
     cases = list(aot.all_cases())
     assert {case.op for case in cases} == set(OPS) & set(vars(sys.modules["inferix_kernels.triton_kernels"]))
@@ -163,7 +183,7 @@ def test_the_command_says_what_it_can_not_do(capsys):
 def test_an_architecture_without_a_file_takes_the_one_before(monkeypatch):
     for architecture, name in (
         (80, "sm_80"),
-        (86, "sm_80"),
+        (86, "sm_89"),
         (90, "sm_90"),
         (103, "sm_100"),
         (121, "sm_120"),
@@ -193,18 +213,44 @@ def test_the_tuner_keeps_what_takes_the_least_time_in_all(monkeypatch):
         run()
         tile = tiles[-1]
         if tile["n"] * tile["k"] * tile["stages"] > 65536:
-            raise tune.OutOfResources(1, 0, "shared memory")
+            raise tune.TooMuch("shared memory")
         return abs(tile["m"] - (64 if "small" in shapes[run] else 128)) + abs(tile["n"] - 256) + tile["warps"]
 
     calls = {shape: [call(shape), call(shape)] for shape in ("small", "large")}
     shapes = {run: shape for shape, runs in calls.items() for run in runs}
     cases = [Case("linear", "int8", "", run, shape) for shape, runs in calls.items() for run in runs]
-    found = tune.best("linear", cases, clock)
+    shipped = {"any": {"m": 32, "n": 256, "k": 64, "tall": 8, "warps": 8, "stages": 2}}
+    found = tune.best("linear", cases, clock, shipped)
     assert list(found) == ["small", "large"]
     for shape, m in (("small", 64), ("large", 128)):
-        assert (found[shape]["m"], found[shape]["n"], found[shape]["warps"]) == (m, 256, 4)
+        assert (found[shape]["m"], found[shape]["n"], found[shape]["warps"]) == (m, 256, m // 16)  # sums in registers
         assert found[shape]["n"] * found[shape]["k"] * found[shape]["stages"] <= 65536
     assert not config._trials
+
+
+def test_the_tuner_keeps_what_is_shipped_unless_beaten_and_passes_over_what_the_gpu_can_not():
+    def refused():
+        raise Unsupported("needs sm_89")
+
+    cases = [
+        Case("paged_attention", "int8", "", lambda: None, "floats"),
+        Case("paged_attention", "fp8", "", refused, "8 bits"),
+        Case("paged_attention", "i8f8", "", refused, "floats"),
+    ]
+    shipped = {"floats": {"m": 32, "n": 16, "warps": 4, "stages": 1}, "8 bits": {"m": 64}}
+    times = iter([1.0, *[2.0] * 1000])
+    assert tune.best("paged_attention", cases, lambda call: next(times), shipped) == {"floats": shipped["floats"]}
+
+    def fails(call):
+        raise tune.TritonError("too large")
+
+    assert tune.best("paged_attention", cases, fails, shipped) == {"floats": shipped["floats"]}
+
+    def breaks(call):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.best("paged_attention", cases, breaks, shipped)
 
 
 def test_a_tuned_file_goes_before_the_architectures(tmp_path, monkeypatch):

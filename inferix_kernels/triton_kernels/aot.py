@@ -30,8 +30,8 @@ from .select import cases as select_cases
 
 CASES = (page_cases, prologue_cases, attention_cases, latent_cases, merge_cases, linear_cases, select_cases)
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications).
-MOST_SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-ARCHITECTURES = tuple(MOST_SHARED)
+MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+ARCHITECTURES = (80, 89, 90, 100, 120)
 
 
 class Row(NamedTuple):

@@ -102,7 +102,7 @@ def multiplies_e4m3(pages: KVPages) -> bool:
 
 def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     """Attention of Wan 1.3B, three frames of 480p on a window of nine; other widths; q in float32."""
-    formats: list[tuple[str, ...]] = [(format,) for format in KV_FORMATS if format != "fp32"]
+    formats: list[tuple[str, ...]] = [(format,) for format in KV_FORMATS]
     for mix in [*formats, ("bf16", "int8", "int4")]:
         yield _case(mix, 128, device=device)
     for width in (64, 256):
@@ -213,11 +213,13 @@ def attend_run(
     if CODES:
         queries, scales = quantize(queries.to(tl.float32), KEY)
         factors *= scales
-    # The next entry is read while this one is multiplied: nothing waits for a page id.
+    # An entry is read in the step before its own, so that copies of its page can begin with that step.
     page, length, bias = entry_of(first, last, plan, variant, pool, KEY.page_size)
     for i in range(first * PARTS, last * PARTS):
         at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
+        if EIGHT_BIT and VALUE.kind == "e4m3":  # read here, it is there when the products are
+            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
         if CODES:
             codes = read_codes(pool.k, at, row, 0, length, KEY, BLOCK_N, COLS)
             scores = multiply_codes(queries, tl.trans(codes), KEY)
@@ -234,7 +236,6 @@ def attend_run(
             codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
             tile_sum = multiply_codes(as_e4m3(weights * WEIGHT_SCALE), codes, VALUE)
-            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
             sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
         else:
             values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
@@ -253,8 +254,9 @@ def read_scales(scales, at, row, length, tile: tl.constexpr, ROWS: tl.constexpr,
 @triton.jit
 def quantize(x, tile: tl.constexpr):
     """Rows of float32 as codes of a tile's kind, and their scales."""
-    scale = tl.maximum(tl.max(tl.abs(x), 1), tile.floor) / tile.top
-    x = tl.minimum(tl.maximum(x / scale[:, None], -tile.top), tile.top)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), tile.floor), tile.top)
+    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    x = tl.minimum(tl.maximum(x, -tile.top), tile.top)
     if tile.kind == "int8":
         return round_to_int(x).to(tl.int8), scale
     else:
@@ -271,11 +273,13 @@ def as_e4m3(x):
 
 @triton.jit
 def multiply_codes(a, b, tile: tl.constexpr):
-    """a @ b of codes of a tile's kind, as float32; int8 exactly."""
+    """a @ b of codes of a tile's kind, as float32; int8 exactly, e4m3 with at most 128 products in fewer bits."""
     if tile.kind == "int8":
         return tl.dot(a, b).to(tl.float32)
     else:
-        return tl.dot(a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True))
+        MOST: tl.constexpr = 128 if a.shape[1] > 128 else a.shape[1]
+        a, b = a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
+        return tl.dot(a, b, max_num_imprecise_acc=MOST)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ reference.encode's, to the bit.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Tile(NamedTuple):
         return min(16, max(1, self.rows * self.cols // 1024))
 
 
+@lru_cache
 def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, numbers: int | None = None) -> Tile:
     """To write, a tile must be cut so that no scale runs across parts, which is the default; to read, it need not.
 
@@ -64,7 +66,7 @@ def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, 
         cols = min(cols, max(_LEAST_CHANNELS, numbers // rows))
     top = reference.LARGEST.get(codec.dtype, 1.0)
     floor = reference.STEP_FLOOR if codec.packed else reference.AMAX_FLOOR
-    least = floor if codec.packed else float(torch.tensor(floor) / top)
+    least = floor if codec.packed else float(torch.tensor(floor, device="cpu") / top)
     parts = triton.cdiv(width, cols) if split else triton.cdiv(page_size, rows)
     kind = _KINDS.get(codec.dtype, "float")
     return Tile(kind, axis, codec.transposed, page_size, width, top, floor, least, split, rows, cols, parts)

@@ -58,6 +58,7 @@ def file_of(device: torch.device) -> Path:
         if own.exists():
             return own
     target = architecture(device) or 89  # the interpreter's: the first with e4m3
+    target = 89 if target == 86 else target  # an sm_86 has as little shared memory, and asks for no row of e4m3
     shipped = sorted(int(path.stem.removeprefix("sm_")) for path in FOLDER.glob("sm_*.json"))
     if target < shipped[0]:
         raise Unsupported(f"Triton kernels need sm_{shipped[0]} or later, this is sm_{target}")

@@ -79,7 +79,8 @@ def shape_class(q: Tensor) -> str:
 
 def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     """16 heads on a latent of 512 with a rotary part of 64."""
-    for format, dtype in (("latent8", torch.bfloat16), ("bf16", torch.bfloat16), ("latent8", torch.float32)):
+    kinds = [(format, torch.bfloat16) for format in ("latent8", "bf16", "fp32")]
+    for format, dtype in (*kinds, ("latent8", torch.float32)):
         pool = KVPages.empty(format, 75, 1, 64, (512, 64), device)
         q = torch.empty(1560, 16, 576, dtype=dtype, device=device)
         plan = make_plan([(len(q), range(75), [64] * 75)], device)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .._dispatch import Unsupported
 
@@ -23,6 +24,10 @@ def _probe() -> None:
 # when it is imported, so what it did is the only trustworthy answer.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
 _ahead: tuple[int, list[Any]] | None = None  # while compiling ahead: the architecture, and the kernels compiled for it
+
+
+class TooMuch(Unsupported):
+    """A program as large as its configuration says needs more of the GPU than there is."""
 
 
 class Case(NamedTuple):
@@ -59,15 +64,22 @@ def _capability(device: torch.device) -> int:
 def launch(
     kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, fma: bool = False, **kwargs: Any
 ) -> None:
-    """Without fma, products and sums round one by one, as in the reference."""
+    """Without fma, products and sums round one by one, as in the reference.
+
+    Raises:
+        TooMuch: the program needs more of the GPU than there is.
+    """
     if programs == 0:
         return  # CUDA refuses an empty grid
     options = {**kwargs, "num_warps": num_warps, "enable_fp_fusion": fma}
     if _ahead is not None:
         _ahead[1].append(kernel.warmup(*args, **options, grid=(programs,)))
         return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton takes the current
-        kernel[(programs,)](*args, **options)
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton's: the current
+            kernel[(programs,)](*args, **options)
+    except OutOfResources as error:
+        raise TooMuch(f"{kernel.__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -101,6 +101,8 @@ def merge_kernel(
         mask=mask & (weight_b > 0)[:, None],
         other=0.0,
     )
+    # out and lse may be those just read, by other threads of this program as well: all have read before any writes.
+    tl.debug_barrier()
     safe = tl.where(total > 0, total, 1.0)
     merged = x.to(tl.float32) * (weight_a / safe)[:, None] + y.to(tl.float32) * (weight_b / safe)[:, None]
     places = (token * token_stride + head * head_stride)[:, None] + col * stride

@@ -31,6 +31,7 @@ MOST_POOLS = 8  # each is a loop of its own in a kernel
 LEAST_SCALE = 1e-30  # for 0: a masked score is -inf, and must stay so when it is scaled
 # What a program costs besides its keys, in tiles of keys: finding its work, loading queries, writing partial sums.
 _OVERHEAD = 2
+_PARTIAL = 4  # and what it costs more where lists are split: partial sums go to memory and are read again
 _MOST_SPLITS = 64
 _SUMMED = 4096  # numbers of one program that adds up splits
 
@@ -44,7 +45,8 @@ def splits_for(programs: int, key_tiles: int, processors: int) -> int:
     """
 
     def time(splits: int) -> int:
-        return triton.cdiv(programs * splits, processors) * (triton.cdiv(key_tiles, splits) + _OVERHEAD)
+        overhead = _OVERHEAD + _PARTIAL * (splits > 1)
+        return triton.cdiv(programs * splits, processors) * (triton.cdiv(key_tiles, splits) + overhead)
 
     return min(range(1, max(2, min(_MOST_SPLITS, key_tiles // 2) + 1)), key=lambda splits: (time(splits), splits))
 
@@ -109,6 +111,7 @@ def attend(
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
     if scale < 0:
         q, scale = -q, -scale
+    chosen = keys_of_a_tile(chosen, q, pools)
     heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
     segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
     block_m = tile_rows(chosen["m"], tokens * group, segments)
@@ -148,6 +151,15 @@ def attend(
     )
     if summed:
         sum_splits(outs, lses, out, lse, accumulate)
+
+
+def keys_of_a_tile(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Config:
+    """Tile sizes are for numbers of q's size. Pages of larger ones get tiles of fewer keys, in as many bytes; where a
+    product takes no fewer, tiles of fewer queries make up for it.
+    """
+    widest = max(side.codes.element_size() for pages in pools for side in pages.sides)
+    n = chosen["n"] * q.element_size() // max(widest, q.element_size())
+    return {**chosen, "m": max(16, chosen["m"] * min(n, 16) // 16), "n": max(n, 16)}
 
 
 def tile_rows(most: int, rows: int, segments: int) -> int:
@@ -232,6 +244,7 @@ def finish(x, largest, total, out, lse, split, token, head, here, start, WIDTH: 
         total = old + new
         # What saw no key is not read: it may be NaN.
         kept = tl.load(places, mask=mask & (old != 0)[:, None], other=0.0).to(tl.float32)
+        tl.debug_barrier()  # other threads of this program read the lse of these rows too, before any writes it
         saw = total != 0
         total = tl.where(saw, total, 1.0)
         x = kept * (old / total)[:, None] + x * (new / total)[:, None]
@@ -258,7 +271,7 @@ def load_rows(q, variant, token, head, here, start, WIDTH: tl.constexpr, COLS: t
     cols = start + tl.arange(0, COLS)
     places = (token * q.token + head * q.head)[:, None] + cols[None, :] * q.channel
     mask = here[:, None] & (cols < WIDTH)[None, :]
-    return tl.load(q.pointer + variant * q.of + places, mask=mask, other=0.0)
+    return tl.load(q.pointer + variant * tl.cast(q.of, tl.int64) + places, mask=mask, other=0.0)
 
 
 @triton.jit

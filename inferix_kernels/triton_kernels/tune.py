@@ -1,6 +1,7 @@
 """Choosing tile sizes on a GPU: `python -m inferix_kernels tune` rewrites configs/<device>.json. Never when an op runs.
 
-Every candidate is measured on the cases that the kernels are compiled ahead for, and the one of least total time stays.
+Every candidate is measured on the cases that the kernels are compiled ahead for, and the one of least total time stays,
+the shipped one among them. The file is written after each op: a search that is cut short is not lost.
 Never run on a GPU: the search is tested with a clock of its own.
 """
 
@@ -8,18 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from .._dispatch import Unsupported
 from . import config
 from .config import Config
-from .launch import Case
+from .launch import Case, TooMuch
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -28,6 +29,7 @@ CANDIDATES: dict[str, list[Config]] = {
     "linear": [
         {"m": m, "n": n, "k": k, "tall": 8, "warps": warps, "stages": stages}
         for m, n, k, warps, stages in product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5))
+        if m * n <= 128 * 32 * warps  # numbers of a sum that the registers hold
     ],
     "paged_attention": [
         {"m": m, "n": n, "warps": warps, "stages": stages}
@@ -48,7 +50,7 @@ CANDIDATES: dict[str, list[Config]] = {
 
 
 def tune(ops: Sequence[str] = ()) -> Path:
-    """Measure on this GPU, and write its file: the shipped entries of its architecture with what was found better."""
+    """Measure on this GPU, and write its file: the entries it has so far with what was found better, op by op."""
     if not torch.cuda.is_available():
         raise Unsupported("tune measures on a GPU, and there is none here")
     from .aot import all_cases
@@ -58,17 +60,30 @@ def tune(ops: Sequence[str] = ()) -> Path:
     device = torch.device("cuda", torch.cuda.current_device())
     table: dict[str, dict[str, Config]] = json.loads(config.file_of(device).read_text())
     for op in ops or CANDIDATES:
-        table[op] |= best(op, [case for case in all_cases(device) if case.op == op], median_ms)
-    config.write(config.own_file(device), table)
+        table[op] |= best(op, [case for case in all_cases(device) if case.op == op], median_ms, table[op])
+        config.write(config.own_file(device), table)
     return config.own_file(device)
 
 
-def best(op: str, cases: Sequence[Case], timer: Timer) -> dict[str, Config]:
-    """class of shapes -> the candidate under which its cases take the least time together."""
+def best(op: str, cases: Sequence[Case], timer: Timer, table: Mapping[str, Config]) -> dict[str, Config]:
+    """class of shapes -> the candidate under which its cases take the least time together.
+
+    The entry that `table` has is a candidate too, and stays unless another is faster. A class of which this GPU can run
+    no case is left out.
+    """
     found = {}
     for shape in dict.fromkeys(case.shape for case in cases):
-        calls = [case.call for case in cases if case.shape == shape]
-        found[shape] = min(CANDIDATES[op], key=lambda entry: _total(op, shape, entry, calls, timer))
+        before = table.get(shape) or table["any"]
+        calls = [case.call for case in cases if case.shape == shape and _runs(op, shape, before, case.call)]
+        if not calls:
+            continue
+        times = {0: _total(op, shape, before, calls, timer, math.inf)}
+        candidates = [before, *(entry for entry in CANDIDATES[op] if entry != before)]
+        for i, entry in enumerate(candidates[1:], 1):
+            times[i] = _total(op, shape, entry, calls, timer, min(times.values()))
+        chosen = min(times, key=lambda i: times[i])
+        found[shape] = candidates[chosen]
+        print(f"{op}, {shape}: {times[chosen]:.3g} ms with {found[shape]}, {times[0]:.3g} ms before", flush=True)
     return found
 
 
@@ -77,13 +92,33 @@ def median_ms(call: Callable[[], object]) -> float:
     return time
 
 
-def _total(op: str, shape: str, entry: Config, calls: Iterable[Callable[[], object]], timer: Timer) -> float:
-    def times() -> Iterator[float]:
+def _runs(op: str, shape: str, entry: Config, call: Callable[[], object]) -> bool:
+    """Whether this GPU has what the case asks for, e4m3 products say, in tiles of whatever size."""
+    try:
+        with config.trial(op, shape, entry):
+            call()
+    except TooMuch:
+        return True
+    except Unsupported:
+        return False
+    return True
+
+
+def _total(
+    op: str, shape: str, entry: Config, calls: Iterable[Callable[[], object]], timer: Timer, bound: float
+) -> float:
+    """Time of all calls; infinite if one of them can't be compiled so, or once it is more than `bound`."""
+    total = 0.0
+    with config.trial(op, shape, entry):
         for call in calls:
             try:
-                yield timer(call)
-            except (OutOfResources, triton.CompilationError):
-                yield math.inf
-
-    with config.trial(op, shape, entry):
-        return sum(times())
+                total += timer(call)
+            except (TooMuch, TritonError):
+                return math.inf
+            except RuntimeError as error:
+                if "PassManager" not in str(error):  # a compiler's pass that fails on tiles of this size
+                    raise
+                return math.inf
+            if total > bound:
+                return math.inf
+    return total
