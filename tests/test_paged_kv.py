@@ -27,6 +27,7 @@ from inferix_kernels import (
     kv_append,
     make_plan,
     paged_attention,
+    paged_kv,
 )
 from inferix_kernels.testing import clustered_keys_and_values, poisoned_pool
 
@@ -229,6 +230,28 @@ def test_converted_frames_read_as_if_committed_so_and_forks_share_the_conversion
     k, _ = table.gather(0, [0, 1])
     error = (k - before[0][0][: len(k)]).norm() / k.norm()
     assert 0.005 < error < 0.1
+    table.release()
+    fork.release()
+    assert free_slots(store) == {"int8": 9, "int4": 9, "bf16": 2}
+
+
+def test_a_conversion_that_fails_leaves_nothing_to_share(monkeypatch):
+    store = mixed_store()
+    table = store.open(Policy(9, format="int8"))
+    add_blocks(table, 1)
+    fork, free = table.fork(), free_slots(store)
+
+    def fail(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paged_kv, "kv_commit", fail)
+        with pytest.raises(KeyboardInterrupt):
+            table.convert([0, 1], "int4")
+    assert free_slots(store) == free
+    before = contents(table)[0][0]
+    fork.convert([0, 1], "int4")
+    assert (contents(fork)[0][0] - before).norm() / before.norm() < 0.1
     table.release()
     fork.release()
     assert free_slots(store) == {"int8": 9, "int4": 9, "bf16": 2}
