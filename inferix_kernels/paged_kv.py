@@ -273,20 +273,20 @@ class KVStore:
 
     def converted(self, extents: Sequence[Extent], format: str) -> list[Extent]:
         """The same frames in another format, one reference more each: found if a fork made them already, else made."""
-        fresh = [extent for extent in extents if format not in extent.derived]
+        fresh = [e for e in extents if format not in e.derived or not e.derived[format].resident]
         made = self.allocate([format] * len(fresh))
         try:
             for source in {extent.format for extent in fresh}:
                 pairs = [(old, new) for old, new in zip(fresh, made) if old.format == source]
                 lists = [self._all_layers(group) for group in zip(*pairs)]
-                kv_commit(
-                    self.pools[source].pages, lists[0], self.pools[format].pages, lists[1], backend=self.backend
-                )
+                kv_commit(self.pools[source].pages, lists[0], self.pools[format].pages, lists[1], backend=self.backend)
         except BaseException:
             for new in made:
                 self.release(new)
             raise
         for extent, new in zip(fresh, made):  # only now: pages that were not written are no one's to share
+            if away := extent.derived.get(format):  # in host memory alone, where whoever sent it there still has it
+                away.origin = None
             extent.derived[format], new.origin, new.references, new.hot = new, extent, 0, 0
         return [self.share(extent.derived[format]) for extent in extents]
 
