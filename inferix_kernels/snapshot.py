@@ -86,6 +86,11 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
                 _restore(store, [extent for extent in extents if extent.format == format], format, file)
             if "k_means" in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 table.k_means = list(file.get_tensor("k_means").to(store.device).unbind())
+            elif store.freezes_mean and state["next_frame"]:
+                # Nothing was taken off these keys: so it stays, lest attention mix keys with and without.
+                table.k_means = list(
+                    torch.zeros(store.num_layers, store.heads, store.scratch.head_dim, device=store.device)
+                )
         except BaseException:
             table.release()
             raise

@@ -94,6 +94,19 @@ def test_frames_in_host_memory_are_saved_too(tmp_path):
     assert digest(load(open_store(pools={"i8f8": 9}), tmp_path / "w")) == want
 
 
+def test_a_past_without_means_goes_on_without_in_a_store_that_quantizes(tmp_path):
+    """Its keys lie in the pages as they are; a mean frozen now would be taken off the next ones alone."""
+    plain = open_store(pools={"fp32": 9}).open(Policy(9))
+    add_block(plain, 0)
+    save(plain, tmp_path / "w")
+    mixed = load(open_store(pools={"fp32": 9, "int8": 3}), tmp_path / "w")
+    for table in (plain, mixed):
+        add_block(table, 1)
+    assert digest(mixed) == digest(plain)
+    save(mixed, tmp_path / "again")
+    assert digest(load(open_store(pools={"fp32": 9, "int8": 3}), tmp_path / "again")) == digest(plain)
+
+
 @pytest.mark.parametrize("moment", ["while writing", "before the rename"])
 def test_a_crash_while_saving_leaves_the_snapshot_that_was_there(tmp_path, moment):
     path = tmp_path / "world.safetensors"
