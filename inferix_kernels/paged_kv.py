@@ -222,12 +222,15 @@ class KVStore:
 
     # Holding and letting go
 
-    def allocate(self, formats: Sequence[str]) -> list[Extent]:
-        """A new extent per format named, all or none.
+    def allocate(self, formats: Sequence[str], in_host: bool = False) -> list[Extent]:
+        """A new extent per format named, all or none; on the device, or cold in host memory.
 
         Raises:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
+        if in_host:
+            slots = self._take(self.host, formats, "in host memory")
+            return [Extent(format, host_slot=slot, hot=0) for format, slot in zip(formats, slots)]
         for format in formats:
             if format not in self.pools:
                 raise ValueError(f"format must have a pool in this store ({', '.join(self.pools)}), got {format!r}")
