@@ -91,23 +91,47 @@ def test_what_is_saved_does_not_grow_with_what_can_be_rewound(tmp_path):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("spoil", ["nothing there", "damaged", "another format", "another model"])
+SPOILED = {
+    "nothing there": "folder must hold a saved world",
+    "damaged": "folder must hold a saved world",
+    "no past": r"must be a snapshot of a world, got .*past0.safetensors: ",
+    "damaged past": r"must be a snapshot of a world, got .*past0.safetensors: ",
+    "another format": r"got format 'int8' \(here 'fp32'\)$",
+    "another window": r"got window 9 \(here 6\)$",
+    "another sink": r"got sink 1 \(here 0\)$",
+    "other weights": r"got weights '\w{16}' \(here '\w{16}'\)$",
+    "another model": r"got model 'tiny' \(here 'x'\)$",
+    "another guidance": r"got pasts 1 \(here 2\)$",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
 def test_a_save_that_does_not_fit_changes_nothing(spoil, tmp_path):
-    source = stage(kv="int8" if spoil == "another format" else "fp32")
+    options = {"another format": {"kv": "int8"}, "another window": {"window": 9}, "another sink": {"sink": 1}}
+    source = Stage(lambda: small_world(**({"window": 6} | options.get(spoil, {}))))
+    if spoil == "other weights":
+        source.worlds["a"].world.model.network.state_dict()["layers.0.qkv.weight"][0] += 1e-3
     run(source, "ud", prompt="desert day")
     source.save("a", tmp_path / "saved")
-    if spoil == "nothing there":
-        (tmp_path / "saved" / saved.STATE).unlink()
-    if spoil == "damaged":
-        (tmp_path / "saved" / saved.STATE).write_bytes(b"no")
+    state, past = tmp_path / "saved" / saved.STATE, tmp_path / "saved" / saved.PAST.format(0)
+    if spoil in ("nothing there", "no past"):
+        (past if spoil == "no past" else state).unlink()
+    if spoil in ("damaged", "damaged past"):
+        (past if spoil == "damaged past" else state).write_bytes(b"no")
     world, twin = stage(), stage()
     for each in (world, twin):
         run(each, "uu", prompt="glacier day")
+    model = world.worlds["a"].world.model
+    adapter = model.adapter
     if spoil == "another model":
-        model = world.worlds["a"].world.model
-        model.adapter = dataclasses.replace(model.adapter, name="x")
-    with pytest.raises(ValueError, match="folder must hold"):
+        model.adapter = dataclasses.replace(adapter, name="x")
+    if spoil == "another guidance":
+        model.adapter = dataclasses.replace(adapter, guidance=3)
+    free = {format: len(pool.free) for format, pool in world.worlds["a"].world.store.pools.items()}
+    with pytest.raises(ValueError, match=SPOILED[spoil]):
         world.load(tmp_path / "saved")
+    model.adapter = adapter
+    assert free == {format: len(pool.free) for format, pool in world.worlds["a"].world.store.pools.items()}
     assert np.array_equal(run(world, "l")["a"], run(twin, "l")["a"])
 
 
