@@ -114,6 +114,10 @@ def test_a_world_goes_on_after_a_block_that_failed():
         (lambda: World("giant"), "model must be one of tiny, .* got 'giant'"),
         (lambda: small_world().step(action="up"), "prompt must be given with the first block"),
         (lambda: small_world().step(prompt="desert day"), "step needs actions"),
+        (
+            lambda: small_world().step(action="up", prompt="desert day", recache=True),
+            "recache must not be asked for: each block of tiny was told actions of its own",
+        ),
         (lambda: small_world().step(["up"], "desert day"), "actions must be 3, one per frame, got 1"),
         (
             lambda: small_world().step(action="jump", prompt="desert day"),

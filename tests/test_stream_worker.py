@@ -210,12 +210,19 @@ def test_a_world_whose_decoder_looks_back_is_saved_with_what_it_sees(tmp_path):
 def test_recaching_can_be_chosen():
     told = []
     for recache in (None, True):
-        world = stage()
-        run(world, "ud", prompt="desert day")
+        world = Stage(lambda: World(wan("self-forcing"), kv="fp32"))
+        for _ in range(2):
+            world.step({"a": Order(None, "fog")})
         inner = world.worlds["a"].world
         inner.decoder.recache = lambda condition, recache=recache: told.append(recache)
-        world.step({"a": Order("up", "glacier night", recache)})
+        world.step({"a": Order(None, "rain", recache)})
     assert told == [True]
+    acting = stage()
+    run(acting, "ud", prompt="desert day")
+    before = acting._extent()
+    with pytest.raises(ValueError, match="recache must not be asked for"):
+        acting.step({"a": Order("up", "glacier night", True)})
+    assert acting._extent() == before and acting.worlds["a"].world.prompt == "desert day"
 
 
 @asynchronous

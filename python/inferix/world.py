@@ -138,7 +138,7 @@ class World:
             prompt: words for the world from this block on; None keeps the last prompt.
             known: what `latents` was after this very step in an earlier run with the same seed; see Decoder.step.
             recache: when the prompt changes, compute what the window remembers again under the new one; None does as
-                the model's adapter says.
+                the model's adapter says. Not for a model that takes actions: each block was told its own.
 
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
@@ -150,9 +150,14 @@ class World:
             actions = [] if action is None else [action] * self.model.adapter.block_frames
         if self.model.adapter.at_once and self.frames:
             raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
+        wanted = self.model.adapter.recache if recache is None else recache
+        if wanted and self.model.adapter.actions:
+            raise ValueError(
+                f"recache must not be asked for: each block of {self.model.adapter.name} was told actions of its own, "
+                "under which it would not be computed again"
+            )
         before = self.prompt
         condition = self._condition(actions, prompt)
-        wanted = self.model.adapter.recache if recache is None else recache
         if wanted and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
             self.decoder.recache(condition)
         self._keep()
