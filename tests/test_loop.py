@@ -165,12 +165,32 @@ def test_a_rewound_world_stands_where_it_stood():
     assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))
 
 
-def test_a_rewind_too_far_changes_nothing():
-    world, straight = (small_world(True, "int8", window=6) for _ in range(2))
-    play(world, 5)
-    play(straight, 5)
-    for frames, message in ((9, "have left the window"), (2, "frames must be whole blocks, the last one of 3, got 2")):
-        with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("undo, sizes", [(0, "0, 3"), (9, "0, 3, 6, 9, 12")])
+@pytest.mark.parametrize("settled", [False, True])
+def test_whole_blocks_are_taken_back_or_nothing(settled, undo, sizes):
+    world, straight = (small_world(True, "int8", window=6, undo=undo) for _ in range(2))
+    for each in (world, straight):
+        play(each, 6)
+        if settled:
+            each.settle()
+    for frames in (1, 2, 4, 7, 15, 18, 21, -3):
+        with pytest.raises(ValueError, match=f"frames must be one of {sizes}, whole blocks .* got {frames}: World"):
             world.rewind(frames)
-    assert world.frames == 15
+    assert world.frames == 18 and world.undo == int(sizes.split()[-1])
+    world.rewind(0)
     assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))
+
+
+def test_what_a_world_says_can_be_taken_back_can_be():
+    for size in small_world_of_six().rewinds:
+        world = small_world_of_six()
+        world.rewind(size)
+        assert world.frames == 18 - size
+        play(world, 1)
+        assert world.frames == 21 - size
+
+
+def small_world_of_six():
+    world = small_world(window=6, undo=6)
+    play(world, 6)
+    return world

@@ -64,6 +64,22 @@ def test_rewinding_makes_the_same_again_as_far_as_it_reaches(settled):
     assert again.shape == first[9:].shape and world.worlds["a"].pictures == 18
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_nothing_is_offered_from_before_a_rollout(settled):
+    """CausVid begins again every few blocks, with the last frames as its past, and there is no way back to before."""
+    world = Stage(lambda: World(wan("causvid", rollout=9), kv="fp32", undo=9))
+    reach = []
+    for _ in range(6):
+        reach.append(world.step({"a": Order(None, "fog")})["undo"]["a"])
+        if settled:
+            world.settle()
+    assert reach == [3, 6, 9, 3, 6, 3]
+    world.rewind(["a"], 15)
+    assert world.step({"a": Order()})["made"] == {"a": 18}
+    with pytest.raises(ValueError, match="frame must be 15 or later"):
+        world.rewind(["a"], 12)
+
+
 @pytest.mark.parametrize("kv", ["fp32", "int8"])
 def test_a_saved_world_goes_on_bit_for_bit(kv, tmp_path):
     world = stage(kv=kv, undo=9)

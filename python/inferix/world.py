@@ -234,23 +234,32 @@ class World:
             return False
         return self.table.policy.undo > 0 or not hasattr(self.pictures, "fork")
 
+    @property
+    def rewinds(self) -> list[int]:
+        """How many latent frames `rewind` can take back now: none, the last block, the last two, and so on."""
+        if isinstance(self.decoder, Pipeline):
+            return [0]
+        kept = {self.frames, *(at for at, _ in self._kept)}
+        sizes = self.decoder.rewinds
+        return [size for size in sizes if self.frames - size in kept] if hasattr(self.pictures, "fork") else sizes
+
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
-        `undo` frames before it too; if pictures depend on those before them, only with an `undo`.
+        `undo` frames before it too; if pictures depend on those before them, only with an `undo`. A new rollout can not
+        be taken back to before it.
 
         Raises:
-            ValueError: it is not so many frames that can be taken back; nothing has changed.
+            ValueError: it is not one of `rewinds`; nothing has changed.
         """
+        if isinstance(self.decoder, Decoder) and frames not in self.rewinds:
+            sizes = ", ".join(map(str, self.rewinds))
+            raise ValueError(
+                f"frames must be one of {sizes}, whole blocks that are remembered, got {frames}: World(undo=...) "
+                "remembers more"
+            )
         pictures, end = self.pictures, self.frames - frames
         if frames and hasattr(pictures, "fork"):
-            before = dict(self._kept)
-            if end not in before:
-                sizes = ", ".join(str(self.frames - at) for at in before) or "0"
-                raise ValueError(
-                    f"frames must be one of {sizes}, for which the pictures' decoder was kept, got {frames}: "
-                    "World(undo=...) keeps more"
-                )
-            pictures = before[end].fork()
+            pictures = dict(self._kept)[end].fork()
         self.decoder.rewind(frames)
         self.pictures, self._kept = pictures, [(at, state) for at, state in self._kept if at < end]
 
@@ -277,8 +286,8 @@ class World:
 
     @property
     def undo(self) -> int:
-        """Latent frames that `rewind` can take back, besides the block made last."""
-        return self.table.policy.undo if self.can_rewind else 0
+        """Latent frames that `rewind` can take back now, at most."""
+        return self.rewinds[-1]
 
     def last_picture(self) -> np.ndarray | None:
         """uint8 [height, width, 3]: what the world looks like now; None if that can't be made again."""
