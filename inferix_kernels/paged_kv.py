@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._check import check_counts, check_page_size
 from .layout import FORMATS, KVPages, PageList, as_bytes
 from .ops import kv_commit, kv_gather
 
@@ -131,15 +132,12 @@ class KVStore:
         counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        check_counts(counts)
         if unknown := [format for format in (*pools, *host, scratch_format) if format not in FORMATS]:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {unknown[0]!r}")
         if not pools:
             raise ValueError("pools must name at least one format, got none")
-        if page_size < 8 or page_size % 8:
-            raise ValueError(f"page_size must be a positive multiple of 8, got {page_size}")
+        check_page_size(page_size)
         if FORMATS[scratch_format].quantized:
             raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens

@@ -306,6 +306,10 @@ def test_latent_rows_are_stored_and_read_back(format):
     "make, message",
     [
         (lambda: Policy(0), "window must be at least 1 frame, got 0"),
+        (lambda: Policy("9"), "window must be a whole number of frames, got '9'"),
+        (lambda: Policy(9, sink=None), "sink must be a whole number of frames, got None"),
+        (lambda: Policy(9, undo=2.5), "undo must be a whole number of frames, got 2.5"),
+        (lambda: open_store(layers="2"), "layers must be a whole number, got '2'"),
         (lambda: Policy(3, -1), "sink must be 0 or more frames, got -1"),
         (lambda: Policy(3, older=(0, "int4")), "older must begin after at least 1 frame, got 0"),
         (lambda: Policy(format="int8").capacity(), "frames must be given for a policy without a window"),
