@@ -96,6 +96,16 @@ def test_a_saved_world_goes_on_bit_for_bit(kv, tmp_path):
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["past0.safetensors", "world.pt"]
 
 
+def test_a_saved_world_is_taken_up_in_the_place_of_one_that_was_released(tmp_path):
+    world = stage()
+    run(world, "ud", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    inner = world.worlds["a"].world
+    inner.release()
+    again = saved.load(inner, tmp_path / "saved")
+    assert np.array_equal(again.step(action="up"), saved.load(inner, tmp_path / "saved").step(action="up"))
+
+
 def test_what_is_saved_does_not_grow_with_what_can_be_rewound(tmp_path):
     sizes = []
     for undo in (0, 9):

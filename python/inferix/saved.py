@@ -103,7 +103,7 @@ def load(world: World, folder: str | Path) -> World:
         pictures.restore(state["pictures"])
     other.pictures = pictures
     decoder.restart, other._kept = other._restart, []
-    other.prompt = state["prompt"]
+    other.prompt, other.released = state["prompt"], False
     return other
 
 

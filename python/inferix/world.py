@@ -62,6 +62,7 @@ class World:
     ):
         if kv not in KV_FORMATS:
             raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
+        _check_seed(seed)
         self.model = load_model(model, weights, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
         if adapter.at_once and (window is not None or sink is not None):
@@ -73,9 +74,9 @@ class World:
             raise ValueError(
                 f"window must be at least the {largest} frames of one block, which it counts, got {window}"
             )
-        if worlds < 1:
-            raise ValueError(f"worlds must be at least 1, got {worlds}")
-        if blocks is not None and (not adapter.stages or blocks < 1):
+        if not isinstance(worlds, int) or worlds < 1:
+            raise ValueError(f"worlds must be at least 1, got {worlds!r}")
+        if blocks is not None and (not adapter.stages or not isinstance(blocks, int) or blocks < 1):
             raise ValueError(
                 "blocks must be at least 1, and given only for a model that runs in a pipeline, "
                 f"got {blocks} for {adapter.name}"
@@ -110,6 +111,7 @@ class World:
         self.decoder.restart = self._restart
         self._kept: list[tuple[int, Any]] = []  # (frames made, `pictures` as it was then), for `rewind`
         self.prompt: str | None = None
+        self.released = False
 
     @property
     def table(self) -> PageTable:
@@ -134,7 +136,7 @@ class World:
 
         Args:
             actions: one per frame of the block; none for a model that takes none.
-            action: instead, one held for the whole block.
+            action: in their place, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
             known: what `latents` was after this very step in an earlier run with the same seed; see Decoder.step.
             recache: when the prompt changes, compute what the window remembers again under the new one; None does as
@@ -144,6 +146,9 @@ class World:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
             latents, float32 [frames, ...].
         """
+        self._check_alive("step")
+        if actions is not None and action is not None:
+            raise ValueError(f"step needs actions or one action, got both: {actions!r} and {action!r}")
         if actions is None:
             if action is None and self.model.adapter.actions:
                 raise ValueError("step needs actions, one per frame, or one action for the whole block; got neither")
@@ -176,6 +181,7 @@ class World:
             uint8 [n, height, width, 3], as the model sees them: encoded and decoded again. With several blocks in
             flight those of whole blocks; the rest come with the block that they begin.
         """
+        self._check_alive("observe")
         adapter = self.model.adapter
         size = adapter.block_frames
         if adapter.at_once:
@@ -218,6 +224,9 @@ class World:
             seed: of the fork's noise; None goes on with a copy of this world's, so that the same actions give the
                 same frames.
         """
+        self._check_alive("fork")
+        if seed is not None:
+            _check_seed(seed)
         other = copy.copy(self)
         other.decoder = self.decoder.fork()
         if hasattr(self.pictures, "fork"):
@@ -298,13 +307,19 @@ class World:
 
     def reset(self, seed: int) -> None:
         """Begin again, with nothing remembered and this seed."""
+        _check_seed(seed)
         policy = self.table.policy
         self.release()
         self._begin(policy, seed)
 
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
+        self.released = True
         self.decoder.release()
+
+    def _check_alive(self, what: str) -> None:
+        if self.released:
+            raise RuntimeError(f"{what}: this world was released, and can't go on")
 
     @property
     def ahead(self) -> int:
@@ -335,9 +350,16 @@ class World:
         prompt = self.prompt if prompt is None else prompt
         if prompt is None:
             raise ValueError("prompt must be given with the first block: the world has no look yet")
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be words, got {prompt!r}")
         wanted = self.model.adapter.block_frames if self.model.adapter.actions else len(actions)
         if len(actions) != wanted:
             raise ValueError(f"actions must be {wanted}, one per frame, got {len(actions)}")
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
