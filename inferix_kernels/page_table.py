@@ -267,6 +267,15 @@ class PageTable:
         self._held(frames)
         self._forget(frames)
 
+    def check_room(self, blocks: Sequence[Block], leaving: Sequence[int]) -> None:
+        """Could these blocks be committed, one after another, once the held frames `leaving` are forgotten?
+
+        Raises:
+            OutOfPages: not so.
+        """
+        formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
+        self.store.check_room(formats, self._held(leaving))
+
     def _thaw(self) -> None:
         """A world without a first block has no mean key, even if a clean pass that failed had frozen some layers'."""
         if self.next_frame == 0:

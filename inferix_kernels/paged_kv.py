@@ -236,17 +236,33 @@ class KVStore:
 
     def _take(self, pools: Mapping[str, Pool], formats: Sequence[str], where: str) -> list[int]:
         """A free slot per format named, all or none."""
+        self._check_room(pools, formats, where)
+        return [pools[format].free.pop() for format in formats]
+
+    def _check_room(
+        self, pools: Mapping[str, Pool], formats: Sequence[str], where: str, leaving: Sequence[Extent] = ()
+    ) -> None:
+        """Are there slots for all of these, or would be, were these extents let go by one world?"""
         need = {format: formats.count(format) for format in dict.fromkeys(formats)}
         if any(frames > len(pools[format].free) for format, frames in need.items()):
             self.settle()
         for format, frames in need.items():
             pool = pools[format]
-            if frames > len(pool.free):
+            ours = [e for e in leaving if e.format == format and e.references == 1 and e.slot is not None]
+            free = len(pool.free) + len(ours)
+            if frames > free:
                 raise OutOfPages(
                     f"{format} pool {where}: {frames} frames ({frames * pool.frame_bytes:,} bytes) asked for, "
-                    f"{pool.frames - len(pool.free)} of {pool.frames} are held and {len(pool.free)} free"
+                    f"{pool.frames - free} of {pool.frames} are held and {free} free"
                 )
-        return [pools[format].free.pop() for format in formats]
+
+    def check_room(self, formats: Sequence[str], leaving: Sequence[Extent]) -> None:
+        """Could these be allocated, once one world has let go of the extents `leaving`?
+
+        Raises:
+            OutOfPages: not so.
+        """
+        self._check_room(self.pools, formats, "on the device", leaving)
 
     def share(self, extent: Extent, hot: bool = True) -> Extent:
         extent.references += 1

@@ -150,6 +150,9 @@ class Decoder:
         last block's clean pass stays owed.
 
         Source: _recache_after_switch of github.com/NVlabs/LongLive (4f69408), with its global sink.
+
+        Raises:
+            OutOfPages: the store has no room; nothing has changed. After any other failure half of the past is gone.
         """
         policy = self.table.policy
         begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))

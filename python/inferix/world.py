@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inferix_kernels import KVStore, PageTable, Policy
+from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
 from inferix_kernels.layout import KV_FORMATS
 
 from .loop import Decoder
@@ -164,10 +164,20 @@ class World:
         before = self.prompt
         condition = self._condition(actions, prompt)
         if wanted and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
-            self.decoder.recache(condition)
+            self._recache(self.decoder, condition, before)
         self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents[: self.decoder.finished])
+
+    def _recache(self, decoder: Decoder, condition: Any, before: str | None) -> None:
+        try:
+            decoder.recache(condition)
+        except OutOfPages:  # before anything was changed
+            self.prompt = before
+            raise
+        except BaseException:  # half of what it remembered is gone
+            self.release()
+            raise
 
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
@@ -319,7 +329,7 @@ class World:
 
     def _check_alive(self, what: str) -> None:
         if self.released:
-            raise RuntimeError(f"{what}: this world was released, and can't go on")
+            raise RuntimeError(f"{what}: this world was released, or lost as it was recached, and can't go on")
 
     @property
     def ahead(self) -> int:
