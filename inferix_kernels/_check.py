@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,20 @@ from .layout import FORMAT_OF, FORMATS, KVPages, PageList, Plan, Quantized, Side
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix
 ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+def check_counts(counts: Mapping[str, object], least: int = 1) -> None:
+    """Each by its name: a whole number, and not less than `least`."""
+    for name, count in counts.items():
+        if not isinstance(count, numbers.Integral):
+            raise ValueError(f"{name} must be a whole number, got {count!r}")
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
+def check_page_size(page_size: int) -> None:
+    if not isinstance(page_size, numbers.Integral) or page_size < 8 or page_size % 8:
+        raise ValueError(f"page_size must be a positive multiple of 8, got {page_size!r}")
 
 
 def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:

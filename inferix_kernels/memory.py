@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from ._check import check_counts, check_page_size
 from .layout import FORMATS, tile_shapes
 from .policy import Policy
 
@@ -92,8 +93,12 @@ def plan_memory(
         budget: bytes on the device.
         Others: as for KVStore.
     """
-    if worlds < 1:
-        raise ValueError(f"worlds must be at least 1, got {worlds}")
+    counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
+    counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
+    counts |= {"worlds": worlds, "scratch_blocks": scratch_blocks} | ({} if frames is None else {"frames": frames})
+    check_counts(counts)
+    check_counts({"archived": archived}, least=0)
+    check_page_size(page_size)
     pages = -(-frame_tokens // page_size)
 
     def size(format: str, count: int, depth: int) -> int:

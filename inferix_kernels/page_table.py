@@ -241,13 +241,17 @@ class PageTable:
         if not 0 <= frames <= self.next_frame:
             raise ValueError(f"frames must be 0 to {self.next_frame}, as many as there are, got {frames}")
         end = self.next_frame - frames
-        wanted = [f for f in range(end) if self.policy.sees(f, end + self.store.block_frames)]
-        if gone := [f for f in wanted if f not in self.held]:
+        if gone := self.gone(end):
             raise ValueError(
                 f"frames {gone} have left the window, which frame {end} would see: rewind less, give the policy "
                 f"undo={self.policy.undo + frames}, or keep a fork"
             )
         self.truncate(end)
+
+    def gone(self, end: int) -> list[int]:
+        """Frames before `end` that the next block would see from there, and that are held no more."""
+        horizon = end + self.store.block_frames
+        return [f for f in range(end) if self.policy.sees(f, horizon) and f not in self.held]
 
     def truncate(self, end: int) -> None:
         """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open."""
@@ -262,6 +266,15 @@ class PageTable:
         frames = list(frames)
         self._held(frames)
         self._forget(frames)
+
+    def check_room(self, blocks: Sequence[Block], leaving: Sequence[int]) -> None:
+        """Could these blocks be committed, one after another, once the held frames `leaving` are forgotten?
+
+        Raises:
+            OutOfPages: not so.
+        """
+        formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
+        self.store.check_room(formats, self._held(leaving))
 
     def _thaw(self) -> None:
         """A world without a first block has no mean key, even if a clean pass that failed had frozen some layers'."""

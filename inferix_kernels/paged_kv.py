@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._check import check_counts, check_page_size
 from .layout import FORMATS, KVPages, PageList, as_bytes
 from .ops import kv_commit, kv_gather
 
@@ -131,15 +132,12 @@ class KVStore:
         counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        check_counts(counts)
         if unknown := [format for format in (*pools, *host, scratch_format) if format not in FORMATS]:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {unknown[0]!r}")
         if not pools:
             raise ValueError("pools must name at least one format, got none")
-        if page_size < 8 or page_size % 8:
-            raise ValueError(f"page_size must be a positive multiple of 8, got {page_size}")
+        check_page_size(page_size)
         if FORMATS[scratch_format].quantized:
             raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
@@ -222,12 +220,15 @@ class KVStore:
 
     # Holding and letting go
 
-    def allocate(self, formats: Sequence[str]) -> list[Extent]:
-        """A new extent per format named, all or none.
+    def allocate(self, formats: Sequence[str], in_host: bool = False) -> list[Extent]:
+        """A new extent per format named, all or none; on the device, or cold in host memory.
 
         Raises:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
+        if in_host:
+            slots = self._take(self.host, formats, "in host memory")
+            return [Extent(format, host_slot=slot, hot=0) for format, slot in zip(formats, slots)]
         for format in formats:
             if format not in self.pools:
                 raise ValueError(f"format must have a pool in this store ({', '.join(self.pools)}), got {format!r}")
@@ -235,17 +236,33 @@ class KVStore:
 
     def _take(self, pools: Mapping[str, Pool], formats: Sequence[str], where: str) -> list[int]:
         """A free slot per format named, all or none."""
+        self._check_room(pools, formats, where)
+        return [pools[format].free.pop() for format in formats]
+
+    def _check_room(
+        self, pools: Mapping[str, Pool], formats: Sequence[str], where: str, leaving: Sequence[Extent] = ()
+    ) -> None:
+        """Are there slots for all of these, or would be, were these extents let go by one world?"""
         need = {format: formats.count(format) for format in dict.fromkeys(formats)}
         if any(frames > len(pools[format].free) for format, frames in need.items()):
             self.settle()
         for format, frames in need.items():
             pool = pools[format]
-            if frames > len(pool.free):
+            ours = [e for e in leaving if e.format == format and e.references == 1 and e.slot is not None]
+            free = len(pool.free) + len(ours)
+            if frames > free:
                 raise OutOfPages(
                     f"{format} pool {where}: {frames} frames ({frames * pool.frame_bytes:,} bytes) asked for, "
-                    f"{pool.frames - len(pool.free)} of {pool.frames} are held and {len(pool.free)} free"
+                    f"{pool.frames - free} of {pool.frames} are held and {free} free"
                 )
-        return [pools[format].free.pop() for format in formats]
+
+    def check_room(self, formats: Sequence[str], leaving: Sequence[Extent]) -> None:
+        """Could these be allocated, once one world has let go of the extents `leaving`?
+
+        Raises:
+            OutOfPages: not so.
+        """
+        self._check_room(self.pools, formats, "on the device", leaving)
 
     def share(self, extent: Extent, hot: bool = True) -> Extent:
         extent.references += 1
@@ -273,14 +290,21 @@ class KVStore:
 
     def converted(self, extents: Sequence[Extent], format: str) -> list[Extent]:
         """The same frames in another format, one reference more each: found if a fork made them already, else made."""
-        fresh = [extent for extent in extents if format not in extent.derived]
-        for extent, new in zip(fresh, self.allocate([format] * len(fresh))):
+        fresh = [e for e in extents if format not in e.derived or not e.derived[format].resident]
+        made = self.allocate([format] * len(fresh))
+        try:
+            for source in {extent.format for extent in fresh}:
+                pairs = [(old, new) for old, new in zip(fresh, made) if old.format == source]
+                lists = [self._all_layers(group) for group in zip(*pairs)]
+                kv_commit(self.pools[source].pages, lists[0], self.pools[format].pages, lists[1], backend=self.backend)
+        except BaseException:
+            for new in made:
+                self.release(new)
+            raise
+        for extent, new in zip(fresh, made):  # only now: pages that were not written are no one's to share
+            if away := extent.derived.get(format):  # in host memory alone, where whoever sent it there still has it
+                away.origin = None
             extent.derived[format], new.origin, new.references, new.hot = new, extent, 0, 0
-        for source in {extent.format for extent in fresh}:
-            group = [extent for extent in fresh if extent.format == source]
-            lists = (self._all_layers(group), self._all_layers([extent.derived[format] for extent in group]))
-            pages = (self.pools[source].pages, self.pools[format].pages)
-            kv_commit(pages[0], lists[0], pages[1], lists[1], backend=self.backend)
         return [self.share(extent.derived[format]) for extent in extents]
 
     def _all_layers(self, extents: Sequence[Extent]) -> PageList:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,10 @@ class Policy:
     on_evict: Callable[[Any, int], None] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("window", "sink", "undo"):
+            frames = getattr(self, name)
+            if not isinstance(frames, numbers.Integral) and not (name == "window" and frames is None):
+                raise ValueError(f"{name} must be a whole number of frames, got {frames!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 frame, got {self.window}")
         for name, frames in (("sink", self.sink), ("undo", self.undo)):

@@ -2,7 +2,8 @@
 
 The file holds, for each format in use, one tensor per part of its pages (codes, scales, offsets), [layers, pages, ...]
 with the frames in the order of the table; the frozen key means; and as metadata the version, the store's geometry, the
-policy and the list of frames. Blocks that are still open are not part of the past, and not of the file.
+policy, the list of frames, and which of them wait in host memory. Blocks that are still open are not part of the past,
+and not of the file.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def save(table: PageTable, path: str | os.PathLike[str]) -> None:
         "next_frame": table.next_frame,
         "frames": [[frame, extent.format] for frame, extent in table.held.items()],
         "pinned": sorted(table.pinned),
+        "cold": sorted(table.cold),
     }
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -68,37 +70,68 @@ def save(table: PageTable, path: str | os.PathLike[str]) -> None:
 def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = None) -> PageTable:
     """The world saved in `path`, over `store`; under another policy if one is given.
 
+    Frames that waited in host memory wait there again, if the store has a pool of their format there.
+
     Raises:
-        ValueError: the file is not a snapshot, or of another version, model or geometry: the difference is named.
+        ValueError: the file can't be read, is not a snapshot, or of another version, model or geometry: the difference
+            is named.
         OutOfPages: the store has no room for it. Nothing was changed.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        state = _checked(store, file.metadata(), path)
-        saved = state["policy"]
-        saved["older"] = saved["older"] and tuple(saved["older"])
-        table = store.open(policy or Policy(**saved))
-        extents = store.allocate([format for _, format in state["frames"]])
-        try:
-            table.held = {frame: extent for (frame, _), extent in zip(state["frames"], extents)}
-            for format in dict.fromkeys(format for _, format in state["frames"]):
-                _restore(store, [extent for extent in extents if extent.format == format], format, file)
-            if "k_means" in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                table.k_means = list(file.get_tensor("k_means").to(store.device).unbind())
-        except BaseException:
-            table.release()
-            raise
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _load(store, file, path, policy)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
+
+
+def _load(store: KVStore, file: Any, path: str | os.PathLike[str], policy: Policy | None) -> PageTable:
+    state = _checked(store, file.metadata(), path)
+    saved = state["policy"]
+    saved["older"] = saved["older"] and tuple(saved["older"])
+    table, formats = store.open(policy or Policy(**saved)), dict(state["frames"])
+    cold = [frame for frame in state.get("cold", []) if formats[frame] in store.host]
+    table.held, table.cold = _allocate(store, formats, cold), set(cold)
+    try:
+        for format in dict.fromkeys(formats.values()):
+            _restore(store, [extent for extent in table.held.values() if extent.format == format], format, file)
+        if "k_means" in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            table.k_means = list(file.get_tensor("k_means").to(store.device).unbind())
+        elif store.freezes_mean and state["next_frame"]:
+            # Nothing was taken off these keys: so it stays, lest attention mix keys with and without.
+            zeros = torch.zeros(store.num_layers, store.heads, store.scratch.head_dim, device=store.device)
+            table.k_means = list(zeros)
+    except BaseException:
+        table.release()
+        raise
     table.next_frame, table.pinned = state["next_frame"], set(state["pinned"])
     return table
+
+
+def _allocate(store: KVStore, formats: dict[int, str], cold: list[int]) -> dict[int, Extent]:
+    """An extent per frame, all or none: the cold ones in host memory."""
+    hot = [frame for frame in formats if frame not in cold]
+    extents = dict(zip(hot, store.allocate([formats[frame] for frame in hot])))
+    try:
+        extents |= dict(zip(cold, store.allocate([formats[frame] for frame in cold], in_host=True)))
+    except BaseException:
+        for extent in extents.values():
+            store.release(extent)
+        raise
+    return {frame: extents[frame] for frame in formats}
 
 
 def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
     if not metadata or "inferix" not in metadata:
         raise ValueError(f"path must be a snapshot of a world, got {path}: it has no such header")
-    state: dict[str, Any] = json.loads(metadata["inferix"])
-    if state["version"] != VERSION:
-        raise ValueError(f"path must be a snapshot of version {VERSION}, got version {state['version']} in {path}")
+    try:
+        state: dict[str, Any] = json.loads(metadata["inferix"])
+        version = state["version"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"path must be a snapshot of a world, got {path}: its header is damaged") from None
+    if version != VERSION:
+        raise ValueError(f"path must be a snapshot of version {VERSION}, got version {version} in {path}")
     ours = json.loads(json.dumps(store.geometry))  # tuples become lists, as in the file
     differences = [f"{n} {theirs!r} (here {ours[n]!r})" for n, theirs in state["geometry"].items() if theirs != ours[n]]
     if differences:
@@ -117,7 +150,7 @@ def _pages(store: KVStore, extent: Extent, layer: int) -> KVPages:
 def _restore(store: KVStore, extents: list[Extent], format: str, file: Any) -> None:
     n = store.pages_per_frame
     for i, field in enumerate(KVPages._fields):
-        if f"{format}.{field}" not in file.keys():  # noqa: SIM118
+        if _pages(store, extents[0], 0)[i] is None:
             continue
         tensor = file.get_tensor(f"{format}.{field}")  # [layers, frames * n, ...]
         for layer in range(store.num_layers):

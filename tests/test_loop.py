@@ -111,9 +111,26 @@ def test_a_world_goes_on_after_a_block_that_failed():
         (lambda: small_world(kv="fp7"), "kv must be one of fp32, fp16, bf16, int8, i8f8, fp8, int4, got 'fp7'"),
         (lambda: small_world(window=2), "window must be at least the 3 frames of one block.* got 2"),
         (lambda: small_world(window=-1), "window must be at least 1 frame, got -1"),
+        (lambda: small_world(window="9"), "window must be a whole number of frames, got '9'"),
+        (lambda: small_world(window=3.5), "window must be a whole number of frames, got 3.5"),
+        (lambda: small_world(undo=2.5), "undo must be a whole number of frames, got 2.5"),
+        (lambda: small_world(seed="x"), "seed must be a whole number from 0 .* got 'x'"),
+        (lambda: small_world(seed=1.5), "seed must be a whole number from 0 .* got 1.5"),
+        (lambda: small_world(seed=-1), "seed must be a whole number from 0 .* got -1"),
+        (lambda: small_world().fork(seed=1 << 63), "seed must be a whole number from 0 .* got 9223372036854775808"),
+        (lambda: small_world(worlds="2"), "worlds must be at least 1, got '2'"),
+        (lambda: small_world().step(action="up", prompt=5), "prompt must be words, got 5"),
+        (
+            lambda: small_world().step(["up"] * 3, "desert day", action="down"),
+            r"step needs actions or one action, got both: \['up', 'up', 'up'\] and 'down'",
+        ),
         (lambda: World("giant"), "model must be one of tiny, .* got 'giant'"),
         (lambda: small_world().step(action="up"), "prompt must be given with the first block"),
         (lambda: small_world().step(prompt="desert day"), "step needs actions"),
+        (
+            lambda: small_world().step(action="up", prompt="desert day", recache=True),
+            "recache must not be asked for: each block of tiny was told actions of its own",
+        ),
         (lambda: small_world().step(["up"], "desert day"), "actions must be 3, one per frame, got 1"),
         (
             lambda: small_world().step(action="jump", prompt="desert day"),
@@ -161,12 +178,60 @@ def test_a_rewound_world_stands_where_it_stood():
     assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))
 
 
-def test_a_rewind_too_far_changes_nothing():
-    world, straight = (small_world(True, "int8", window=6) for _ in range(2))
-    play(world, 5)
-    play(straight, 5)
-    for frames, message in ((9, "have left the window"), (2, "frames must be whole blocks, the last one of 3, got 2")):
-        with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("undo, sizes", [(0, "0, 3"), (9, "0, 3, 6, 9, 12")])
+@pytest.mark.parametrize("settled", [False, True])
+def test_whole_blocks_are_taken_back_or_nothing(settled, undo, sizes):
+    world, straight = (small_world(True, "int8", window=6, undo=undo) for _ in range(2))
+    for each in (world, straight):
+        play(each, 6)
+        if settled:
+            each.settle()
+    for frames in (1, 2, 4, 7, 15, 18, 21, -3):
+        with pytest.raises(ValueError, match=f"frames must be one of {sizes}, whole blocks .* got {frames}: World"):
             world.rewind(frames)
-    assert world.frames == 15
+    assert world.frames == 18 and world.undo == int(sizes.split()[-1])
+    world.rewind(0)
     assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))
+
+
+def test_what_a_world_says_can_be_taken_back_can_be():
+    for size in small_world_of_six().rewinds:
+        world = small_world_of_six()
+        world.rewind(size)
+        assert world.frames == 18 - size
+        play(world, 1)
+        assert world.frames == 21 - size
+
+
+def small_world_of_six():
+    world = small_world(window=6, undo=6)
+    play(world, 6)
+    return world
+
+
+@pytest.mark.parametrize("seed", [7.0, "7", -1, 1 << 63])
+def test_a_reset_that_is_refused_changes_nothing(seed):
+    world, straight = (small_world(window=6) for _ in range(2))
+    play(world, 2)
+    play(straight, 2)
+    with pytest.raises(ValueError, match="seed must be a whole number from 0"):
+        world.reset(seed)
+    assert all(torch.equal(a, b) for a, b in zip(play(world, 2), play(straight, 2)))
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_released_world_can_not_go_on_but_begin_again(settled):
+    world = small_world(window=6)
+    first = world.step(action="up", prompt="desert day")
+    if settled:
+        world.settle()
+    world.release()
+    for name, do in {
+        "step": lambda: world.step(action="up"),
+        "observe": lambda: world.observe(first, ["up"] * 3),
+        "fork": world.fork,
+    }.items():
+        with pytest.raises(RuntimeError, match=f"{name}: this world was released, .* can't go on"):
+            do()
+    world.reset(0)
+    assert np.array_equal(world.step(action="up", prompt="desert day"), first)

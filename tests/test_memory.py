@@ -68,6 +68,13 @@ def test_a_budget_that_is_too_small_says_by_how_much():
         (lambda: plan_memory(**WAN, policy=Policy(window=9)), "format must be named"),
         (lambda: plan_memory(**WAN, policy=Policy(window=9, format="fp7")), "format must be one of .*, got 'fp7'"),
         (lambda: plan_memory(**WAN, policy=MIXED, worlds=0), "worlds must be at least 1, got 0"),
+        (
+            lambda: plan_memory(**WAN, policy=MIXED, page_size=0),
+            "page_size must be a positive multiple of 8, got 0",
+        ),
+        (lambda: plan_memory(**WAN | {"layers": -1}, policy=MIXED), "layers must be at least 1, got -1"),
+        (lambda: plan_memory(**WAN | {"heads": 1.5}, policy=MIXED), "heads must be a whole number, got 1.5"),
+        (lambda: plan_memory(**WAN, policy=MIXED, archived=-1), "archived must be at least 0, got -1"),
     ],
 )
 def test_bad_input_says_what_it_must_be(make, message):

@@ -298,6 +298,30 @@ def test_a_frame_that_a_fork_still_reads_stays_on_the_device():
         table.gather(0, [0])
 
 
+@pytest.mark.parametrize("way_back", [False, True])
+def test_a_conversion_that_a_fork_sent_away_is_made_again(way_back):
+    store = mixed_store()
+    table = store.open(Policy(9, format="int8"))
+    add_blocks(table, 1)
+    fork = table.fork()
+    fork.convert([1], "int4")
+    want = fork.gather(1, [1])
+    fork.offload([1])
+    store.settle()
+    if way_back:
+        fork.prefetch([1])
+    table.convert([1], "int4")
+    assert equal([table.gather(1, [1])], [want])
+    if not way_back:
+        fork.prefetch([1])
+    store.settle()
+    assert equal([fork.gather(1, [1])], [want])
+    for each in (fork, table):
+        each.release()
+    store.settle()
+    assert free_slots(store) == {"int8": 9, "int4": 9, "bf16": 2}
+
+
 def test_full_host_memory_refuses_and_changes_nothing():
     store = open_store("int8", frames=9, host={"int8": 2})
     table = store.open(Policy(9))

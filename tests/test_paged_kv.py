@@ -27,6 +27,7 @@ from inferix_kernels import (
     kv_append,
     make_plan,
     paged_attention,
+    paged_kv,
 )
 from inferix_kernels.testing import clustered_keys_and_values, poisoned_pool
 
@@ -234,6 +235,28 @@ def test_converted_frames_read_as_if_committed_so_and_forks_share_the_conversion
     assert free_slots(store) == {"int8": 9, "int4": 9, "bf16": 2}
 
 
+def test_a_conversion_that_fails_leaves_nothing_to_share(monkeypatch):
+    store = mixed_store()
+    table = store.open(Policy(9, format="int8"))
+    add_blocks(table, 1)
+    fork, free = table.fork(), free_slots(store)
+
+    def fail(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paged_kv, "kv_commit", fail)
+        with pytest.raises(KeyboardInterrupt):
+            table.convert([0, 1], "int4")
+    assert free_slots(store) == free
+    before = contents(table)[0][0]
+    fork.convert([0, 1], "int4")
+    assert (contents(fork)[0][0] - before).norm() / before.norm() < 0.1
+    table.release()
+    fork.release()
+    assert free_slots(store) == {"int8": 9, "int4": 9, "bf16": 2}
+
+
 ERRORS = {"int8": 0.01, "i8f8": 0.01, "fp8": 0.01, "int4": 0.04}  # rel-L2 of the output; e4m3 alone is off by 2-3%
 
 
@@ -283,6 +306,10 @@ def test_latent_rows_are_stored_and_read_back(format):
     "make, message",
     [
         (lambda: Policy(0), "window must be at least 1 frame, got 0"),
+        (lambda: Policy("9"), "window must be a whole number of frames, got '9'"),
+        (lambda: Policy(9, sink=None), "sink must be a whole number of frames, got None"),
+        (lambda: Policy(9, undo=2.5), "undo must be a whole number of frames, got 2.5"),
+        (lambda: open_store(layers="2"), "layers must be a whole number, got '2'"),
         (lambda: Policy(3, -1), "sink must be 0 or more frames, got -1"),
         (lambda: Policy(3, older=(0, "int4")), "older must begin after at least 1 frame, got 0"),
         (lambda: Policy(format="int8").capacity(), "frames must be given for a policy without a window"),

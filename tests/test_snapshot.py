@@ -94,6 +94,45 @@ def test_frames_in_host_memory_are_saved_too(tmp_path):
     assert digest(load(open_store(pools={"i8f8": 9}), tmp_path / "w")) == want
 
 
+def test_a_past_without_means_goes_on_without_in_a_store_that_quantizes(tmp_path):
+    """Its keys lie in the pages as they are; a mean frozen now would be taken off the next ones alone."""
+    plain = open_store(pools={"fp32": 9}).open(Policy(9))
+    add_block(plain, 0)
+    save(plain, tmp_path / "w")
+    mixed = load(open_store(pools={"fp32": 9, "int8": 3}), tmp_path / "w")
+    for table in (plain, mixed):
+        add_block(table, 1)
+    assert digest(mixed) == digest(plain)
+    save(mixed, tmp_path / "again")
+    assert digest(load(open_store(pools={"fp32": 9, "int8": 3}), tmp_path / "again")) == digest(plain)
+
+
+def test_an_archive_is_taken_up_by_a_store_of_the_same_kind(tmp_path):
+    def archive():
+        return open_store(pools={"int8": 9}, host={"int8": 30})
+
+    table = archive().open(Policy(6, archive=True))
+    for seed in range(6):
+        add_block(table, seed)
+    save(table, tmp_path / "w")
+    store = archive()
+    again = load(store, tmp_path / "w")
+    assert again.cold == table.cold == set(range(12)) and list(again.held) == list(range(18))
+    for each in (table, again):
+        each.open_block(3)  # three more leave
+        each.abandon()
+        each.prefetch([1, 7])
+        each.open_block(3)
+    assert digest(again) == digest(table)
+    again.release()
+    store.settle()
+    assert len(store.pools["int8"].free) == 9 and len(store.host["int8"].free) == 30
+    full = open_store(pools={"int8": 9}, host={"int8": 11})
+    with pytest.raises(OutOfPages, match="int8 pool in host memory: 12 frames"):
+        load(full, tmp_path / "w")
+    assert len(full.pools["int8"].free) == 9 and len(full.host["int8"].free) == 11
+
+
 @pytest.mark.parametrize("moment", ["while writing", "before the rename"])
 def test_a_crash_while_saving_leaves_the_snapshot_that_was_there(tmp_path, moment):
     path = tmp_path / "world.safetensors"
@@ -146,6 +185,23 @@ def test_what_does_not_belong_is_refused_with_the_difference(tmp_path):
     save_file({}, tmp_path / "later", {"inferix": '{"version": 99}'})
     with pytest.raises(ValueError, match="must be a snapshot of version 1, got version 99"):
         load(open_store(), tmp_path / "later")
+
+
+def test_a_file_that_can_not_be_read_is_no_snapshot(tmp_path):
+    path, store = tmp_path / "world.safetensors", open_store()
+    free = {format: len(pool.free) for format, pool in store.pools.items()}
+    with pytest.raises(ValueError, match=r"must be a snapshot of a world, got .*world.safetensors: .*[Nn]o such file"):
+        load(store, path)
+    save(video(), path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:20], b"", whole.replace(b'"int4.k":', b'"int4.z":')):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"must be a snapshot of a world, got .*world.safetensors: "):
+            load(store, path)
+    save_file({}, path, {"inferix": "{"})
+    with pytest.raises(ValueError, match="its header is damaged"):
+        load(store, path)
+    assert {format: len(pool.free) for format, pool in store.pools.items()} == free
 
 
 def test_a_load_that_is_refused_takes_no_pages(tmp_path):

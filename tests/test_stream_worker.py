@@ -64,6 +64,22 @@ def test_rewinding_makes_the_same_again_as_far_as_it_reaches(settled):
     assert again.shape == first[9:].shape and world.worlds["a"].pictures == 18
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_nothing_is_offered_from_before_a_rollout(settled):
+    """CausVid begins again every few blocks, with the last frames as its past, and there is no way back to before."""
+    world = Stage(lambda: World(wan("causvid", rollout=9), kv="fp32", undo=9))
+    reach = []
+    for _ in range(6):
+        reach.append(world.step({"a": Order(None, "fog")})["undo"]["a"])
+        if settled:
+            world.settle()
+    assert reach == [3, 6, 9, 3, 6, 3]
+    world.rewind(["a"], 15)
+    assert world.step({"a": Order()})["made"] == {"a": 18}
+    with pytest.raises(ValueError, match="frame must be 15 or later"):
+        world.rewind(["a"], 12)
+
+
 @pytest.mark.parametrize("kv", ["fp32", "int8"])
 def test_a_saved_world_goes_on_bit_for_bit(kv, tmp_path):
     world = stage(kv=kv, undo=9)
@@ -80,6 +96,16 @@ def test_a_saved_world_goes_on_bit_for_bit(kv, tmp_path):
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["past0.safetensors", "world.pt"]
 
 
+def test_a_saved_world_is_taken_up_in_the_place_of_one_that_was_released(tmp_path):
+    world = stage()
+    run(world, "ud", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    inner = world.worlds["a"].world
+    inner.release()
+    again = saved.load(inner, tmp_path / "saved")
+    assert np.array_equal(again.step(action="up"), saved.load(inner, tmp_path / "saved").step(action="up"))
+
+
 def test_what_is_saved_does_not_grow_with_what_can_be_rewound(tmp_path):
     sizes = []
     for undo in (0, 9):
@@ -91,23 +117,47 @@ def test_what_is_saved_does_not_grow_with_what_can_be_rewound(tmp_path):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("spoil", ["nothing there", "damaged", "another format", "another model"])
+SPOILED = {
+    "nothing there": "folder must hold a saved world",
+    "damaged": "folder must hold a saved world",
+    "no past": r"must be a snapshot of a world, got .*past0.safetensors: ",
+    "damaged past": r"must be a snapshot of a world, got .*past0.safetensors: ",
+    "another format": r"got format 'int8' \(here 'fp32'\)$",
+    "another window": r"got window 9 \(here 6\)$",
+    "another sink": r"got sink 1 \(here 0\)$",
+    "other weights": r"got weights '\w{16}' \(here '\w{16}'\)$",
+    "another model": r"got model 'tiny' \(here 'x'\)$",
+    "another guidance": r"got pasts 1 \(here 2\)$",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
 def test_a_save_that_does_not_fit_changes_nothing(spoil, tmp_path):
-    source = stage(kv="int8" if spoil == "another format" else "fp32")
+    options = {"another format": {"kv": "int8"}, "another window": {"window": 9}, "another sink": {"sink": 1}}
+    source = Stage(lambda: small_world(**({"window": 6} | options.get(spoil, {}))))
+    if spoil == "other weights":
+        source.worlds["a"].world.model.network.state_dict()["layers.0.qkv.weight"][0] += 1e-3
     run(source, "ud", prompt="desert day")
     source.save("a", tmp_path / "saved")
-    if spoil == "nothing there":
-        (tmp_path / "saved" / saved.STATE).unlink()
-    if spoil == "damaged":
-        (tmp_path / "saved" / saved.STATE).write_bytes(b"no")
+    state, past = tmp_path / "saved" / saved.STATE, tmp_path / "saved" / saved.PAST.format(0)
+    if spoil in ("nothing there", "no past"):
+        (past if spoil == "no past" else state).unlink()
+    if spoil in ("damaged", "damaged past"):
+        (past if spoil == "damaged past" else state).write_bytes(b"no")
     world, twin = stage(), stage()
     for each in (world, twin):
         run(each, "uu", prompt="glacier day")
+    model = world.worlds["a"].world.model
+    adapter = model.adapter
     if spoil == "another model":
-        model = world.worlds["a"].world.model
-        model.adapter = dataclasses.replace(model.adapter, name="x")
-    with pytest.raises(ValueError, match="folder must hold"):
+        model.adapter = dataclasses.replace(adapter, name="x")
+    if spoil == "another guidance":
+        model.adapter = dataclasses.replace(adapter, guidance=3)
+    free = {format: len(pool.free) for format, pool in world.worlds["a"].world.store.pools.items()}
+    with pytest.raises(ValueError, match=SPOILED[spoil]):
         world.load(tmp_path / "saved")
+    model.adapter = adapter
+    assert free == {format: len(pool.free) for format, pool in world.worlds["a"].world.store.pools.items()}
     assert np.array_equal(run(world, "l")["a"], run(twin, "l")["a"])
 
 
@@ -186,12 +236,19 @@ def test_a_world_whose_decoder_looks_back_is_saved_with_what_it_sees(tmp_path):
 def test_recaching_can_be_chosen():
     told = []
     for recache in (None, True):
-        world = stage()
-        run(world, "ud", prompt="desert day")
+        world = Stage(lambda: World(wan("self-forcing"), kv="fp32"))
+        for _ in range(2):
+            world.step({"a": Order(None, "fog")})
         inner = world.worlds["a"].world
         inner.decoder.recache = lambda condition, recache=recache: told.append(recache)
-        world.step({"a": Order("up", "glacier night", recache)})
+        world.step({"a": Order(None, "rain", recache)})
     assert told == [True]
+    acting = stage()
+    run(acting, "ud", prompt="desert day")
+    before = acting._extent()
+    with pytest.raises(ValueError, match="recache must not be asked for"):
+        acting.step({"a": Order("up", "glacier night", True)})
+    assert acting._extent() == before and acting.worlds["a"].world.prompt == "desert day"
 
 
 @asynchronous

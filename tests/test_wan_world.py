@@ -16,7 +16,7 @@ from inferix.models import load_model
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.network import rope_table
 from inferix.world import World
-from inferix_kernels import Policy
+from inferix_kernels import OutOfPages, Policy
 from inferix_kernels.reference.qkv import normalise, rotate
 
 SIZE = (48, 80)
@@ -155,6 +155,42 @@ def test_recaching_is_the_adapters_choice():
     kept, recached = (play(World(wan("longlive", recache=choice), kv="fp32"), prompts) for choice in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(kept[:4], recached[:4]))
     assert not torch.allclose(kept[4], recached[4], atol=1e-3)
+
+
+def longlive(**options):
+    return World(wan("longlive", window=6, sink=3), kv="int8", **options)
+
+
+def test_without_room_to_recache_nothing_changes():
+    """A fork that reads the same past keeps it from going, in a store with room for one world."""
+    world, straight = longlive(), longlive()
+    for each in (world, straight):
+        play(each, ["fog"] * 5)
+    fork = world.fork()
+    held, owed = dict(world.table.held), world.decoder.owed
+    with pytest.raises(OutOfPages, match=r"int8 pool on the device: 6 frames .* asked for"):
+        world.step(prompt="rain")
+    assert world.table.held == held and world.decoder.owed is owed and world.prompt == "fog"
+    fork.release()
+    assert all(torch.equal(a, b) for a, b in zip(play(world, ["rain"] * 2), play(straight, ["rain"] * 2)))
+
+
+def test_a_recache_that_breaks_off_says_that_the_world_is_lost():
+    world = longlive(worlds=2)
+    play(world, ["fog"] * 5)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    predict, world.model.predict = world.model.predict, fail
+    with pytest.raises(KeyboardInterrupt):
+        world.step(prompt="rain")
+    world.model.predict = predict
+    with pytest.raises(RuntimeError, match="step: this world was released, or lost as it was recached"):
+        world.step(prompt="rain")
+    assert [len(pool.free) for pool in world.store.pools.values()] == [18]
+    world.reset(0)
+    assert torch.equal(play(world, ["fog"])[0], play(longlive(), ["fog"])[0])
 
 
 def test_a_first_block_of_one_frame_may_be_a_given_picture():

@@ -208,6 +208,9 @@ class DenseTable:
         self.forget([frame for frame in self.sealed if frame >= end])
         self.next_frame = end
 
+    def check_room(self, blocks, leaving):
+        pass
+
     def forget(self, frames):
         self.sealed = [frame for frame in self.sealed if frame not in frames]
         for layer in self.cache:

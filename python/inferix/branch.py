@@ -120,11 +120,17 @@ class Branch:
     def replay(self, blocks: Sequence[Clean], condition: Any) -> list[Clean]:
         """Take these blocks, the last ones, again under another condition, with the sink and pinned frames alone before
         them; the last one's clean pass stays owed.
+
+        Raises:
+            OutOfPages: a fork holds what would have to go; nothing has changed.
         """
-        table, self.owed = self.table, None
+        table, begin = self.table, blocks[0].block.first
+        stay = {frame for frame in table.held if frame < begin and (frame < table.policy.sink or frame in table.pinned)}
+        table.check_room([clean.block for clean in blocks], [frame for frame in table.held if frame not in stay])
+        self.owed = None
         table.abandon()
-        table.truncate(blocks[0].block.first)
-        table.forget([frame for frame in table.held if frame >= table.policy.sink and frame not in table.pinned])
+        table.truncate(begin)
+        table.forget([frame for frame in table.held if frame not in stay])
         return [self.take(clean.latents, condition) for clean in blocks]
 
     def restart(self) -> None:

@@ -117,8 +117,21 @@ class Decoder:
         other.recent, other.seconds = list(self.recent), []
         return other
 
+    @property
+    def rewinds(self) -> list[int]:
+        """How many frames `rewind` can take back: none, the last block, the last two, and so on, as far as all is held
+        that a block would see from there. There is no way back into what a rollout began with.
+        """
+        end, sizes = self._next_frame, [0]
+        for clean in reversed(self.recent):
+            given = clean.block.first == 0 and self.frames != end  # a later rollout's overlap
+            if given or self.table.gone(clean.block.first):
+                break
+            sizes.append(end - clean.block.first)
+        return sizes
+
     def rewind(self, frames: int) -> None:
-        """Forget the last `frames` frames, whole blocks. See PageTable.rewind for how far back one can go."""
+        """Forget the last `frames` frames, one of `rewinds`."""
         for branch in self.branches:
             branch.rewind(frames)
         self.frames -= frames
@@ -137,6 +150,9 @@ class Decoder:
         last block's clean pass stays owed.
 
         Source: _recache_after_switch of github.com/NVlabs/LongLive (4f69408), with its global sink.
+
+        Raises:
+            OutOfPages: the store has no room; nothing has changed. After any other failure half of the past is gone.
         """
         policy = self.table.policy
         begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))

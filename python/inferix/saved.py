@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from inferix_kernels.page_table import PageTable
 from inferix_kernels.passes import Block
 
 from .branch import Clean
+from .models import BlockModel
 from .pipeline import Pipeline
 from .world import World
 
-VERSION = 1
+VERSION = 2
 PAST, STATE = "past{}.safetensors", "world.pt"
 
 
@@ -43,10 +45,7 @@ def save(world: World, folder: str | Path) -> None:
         raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
     decoder.settle()
     state = {
-        "version": VERSION,
-        "model": world.model.adapter.name,
-        "format": world.table.policy.format,
-        "latent_shape": list(world.model.latent_shape),
+        **_identity(world),
         "prompt": world.prompt,
         "frames": decoder.frames,
         "generator": decoder.generator.get_state(),
@@ -104,28 +103,47 @@ def load(world: World, folder: str | Path) -> World:
         pictures.restore(state["pictures"])
     other.pictures = pictures
     decoder.restart, other._kept = other._restart, []
-    other.prompt = state["prompt"]
+    other.prompt, other.released = state["prompt"], False
     return other
 
 
 def read(world: World, folder: str | Path) -> dict[str, Any]:
-    """What `folder` says of itself, if a world saved there can go on over this one's model and store.
+    """What `folder` says of itself, if a world saved there can go on over this one's model and store: of the same
+    weights, format, window and sink.
 
     Raises:
         ValueError: as for `load`.
     """
     state = _read(Path(folder))
-    ours = {
-        "version": VERSION,
-        "model": world.model.adapter.name,
-        "format": world.table.policy.format,
-        "latent_shape": list(world.model.latent_shape),
-    }
-    if wrong := [
-        f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours.items() if state.get(name) != mine
-    ]:
+    ours = _identity(world).items()
+    if wrong := [f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours if state.get(name) != mine]:
         raise ValueError(f"folder must hold a world that goes on here, got {', '.join(wrong)}")
     return state
+
+
+def _identity(world: World) -> dict[str, Any]:
+    """What must agree for a world to go on as another one over this one's model and store."""
+    adapter, policy = world.model.adapter, world.table.policy
+    return {
+        "version": VERSION,
+        "model": adapter.name,
+        "weights": _fingerprint(world.model),
+        "latent_shape": list(world.model.latent_shape),
+        "format": policy.format,
+        "window": policy.window,
+        "sink": policy.sink,
+        "pasts": 1 if adapter.guidance == 1 else 2,
+    }
+
+
+def _fingerprint(model: BlockModel) -> str:
+    """Of a few numbers of every tensor of the network: cheap, and no two trainings agree in all of them."""
+    digest, network = hashlib.sha256(), getattr(model, "network", None)
+    for name, x in network.state_dict().items() if isinstance(network, torch.nn.Module) else ():
+        some = x.detach().flatten()[:: max(1, x.numel() // 16)]
+        bits = some.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode() + bits)
+    return digest.hexdigest()[:16]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inferix_kernels import KVStore, PageTable, Policy
+from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
 from inferix_kernels.layout import KV_FORMATS
 
 from .loop import Decoder
@@ -62,6 +62,7 @@ class World:
     ):
         if kv not in KV_FORMATS:
             raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
+        _check_seed(seed)
         self.model = load_model(model, weights, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
         if adapter.at_once and (window is not None or sink is not None):
@@ -73,9 +74,9 @@ class World:
             raise ValueError(
                 f"window must be at least the {largest} frames of one block, which it counts, got {window}"
             )
-        if worlds < 1:
-            raise ValueError(f"worlds must be at least 1, got {worlds}")
-        if blocks is not None and (not adapter.stages or blocks < 1):
+        if not isinstance(worlds, int) or worlds < 1:
+            raise ValueError(f"worlds must be at least 1, got {worlds!r}")
+        if blocks is not None and (not adapter.stages or not isinstance(blocks, int) or blocks < 1):
             raise ValueError(
                 "blocks must be at least 1, and given only for a model that runs in a pipeline, "
                 f"got {blocks} for {adapter.name}"
@@ -110,6 +111,7 @@ class World:
         self.decoder.restart = self._restart
         self._kept: list[tuple[int, Any]] = []  # (frames made, `pictures` as it was then), for `rewind`
         self.prompt: str | None = None
+        self.released = False
 
     @property
     def table(self) -> PageTable:
@@ -134,30 +136,48 @@ class World:
 
         Args:
             actions: one per frame of the block; none for a model that takes none.
-            action: instead, one held for the whole block.
+            action: in their place, one held for the whole block.
             prompt: words for the world from this block on; None keeps the last prompt.
             known: what `latents` was after this very step in an earlier run with the same seed; see Decoder.step.
             recache: when the prompt changes, compute what the window remembers again under the new one; None does as
-                the model's adapter says.
+                the model's adapter says. Not for a model that takes actions: each block was told its own.
 
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
             latents, float32 [frames, ...].
         """
+        self._check_alive("step")
+        if actions is not None and action is not None:
+            raise ValueError(f"step needs actions or one action, got both: {actions!r} and {action!r}")
         if actions is None:
             if action is None and self.model.adapter.actions:
                 raise ValueError("step needs actions, one per frame, or one action for the whole block; got neither")
             actions = [] if action is None else [action] * self.model.adapter.block_frames
         if self.model.adapter.at_once and self.frames:
             raise ValueError(f"step: {self.model.adapter.name} has made its video, at once; for another open a World")
+        wanted = self.model.adapter.recache if recache is None else recache
+        if wanted and self.model.adapter.actions:
+            raise ValueError(
+                f"recache must not be asked for: each block of {self.model.adapter.name} was told actions of its own, "
+                "under which it would not be computed again"
+            )
         before = self.prompt
         condition = self._condition(actions, prompt)
-        wanted = self.model.adapter.recache if recache is None else recache
         if wanted and before not in (None, self.prompt) and isinstance(self.decoder, Decoder):
-            self.decoder.recache(condition)
+            self._recache(self.decoder, condition, before)
         self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
         return self.pictures(self.latents[: self.decoder.finished])
+
+    def _recache(self, decoder: Decoder, condition: Any, before: str | None) -> None:
+        try:
+            decoder.recache(condition)
+        except OutOfPages:  # before anything was changed
+            self.prompt = before
+            raise
+        except BaseException:  # half of what it remembered is gone
+            self.release()
+            raise
 
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
@@ -171,6 +191,7 @@ class World:
             uint8 [n, height, width, 3], as the model sees them: encoded and decoded again. With several blocks in
             flight those of whole blocks; the rest come with the block that they begin.
         """
+        self._check_alive("observe")
         adapter = self.model.adapter
         size = adapter.block_frames
         if adapter.at_once:
@@ -213,6 +234,9 @@ class World:
             seed: of the fork's noise; None goes on with a copy of this world's, so that the same actions give the
                 same frames.
         """
+        self._check_alive("fork")
+        if seed is not None:
+            _check_seed(seed)
         other = copy.copy(self)
         other.decoder = self.decoder.fork()
         if hasattr(self.pictures, "fork"):
@@ -229,23 +253,32 @@ class World:
             return False
         return self.table.policy.undo > 0 or not hasattr(self.pictures, "fork")
 
+    @property
+    def rewinds(self) -> list[int]:
+        """How many latent frames `rewind` can take back now: none, the last block, the last two, and so on."""
+        if isinstance(self.decoder, Pipeline):
+            return [0]
+        kept = {self.frames, *(at for at, _ in self._kept)}
+        sizes = self.decoder.rewinds
+        return [size for size in sizes if self.frames - size in kept] if hasattr(self.pictures, "fork") else sizes
+
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
-        `undo` frames before it too; if pictures depend on those before them, only with an `undo`.
+        `undo` frames before it too; if pictures depend on those before them, only with an `undo`. A new rollout can not
+        be taken back to before it.
 
         Raises:
-            ValueError: it is not so many frames that can be taken back; nothing has changed.
+            ValueError: it is not one of `rewinds`; nothing has changed.
         """
+        if isinstance(self.decoder, Decoder) and frames not in self.rewinds:
+            sizes = ", ".join(map(str, self.rewinds))
+            raise ValueError(
+                f"frames must be one of {sizes}, whole blocks that are remembered, got {frames}: World(undo=...) "
+                "remembers more"
+            )
         pictures, end = self.pictures, self.frames - frames
         if frames and hasattr(pictures, "fork"):
-            before = dict(self._kept)
-            if end not in before:
-                sizes = ", ".join(str(self.frames - at) for at in before) or "0"
-                raise ValueError(
-                    f"frames must be one of {sizes}, for which the pictures' decoder was kept, got {frames}: "
-                    "World(undo=...) keeps more"
-                )
-            pictures = before[end].fork()
+            pictures = dict(self._kept)[end].fork()
         self.decoder.rewind(frames)
         self.pictures, self._kept = pictures, [(at, state) for at, state in self._kept if at < end]
 
@@ -272,8 +305,8 @@ class World:
 
     @property
     def undo(self) -> int:
-        """Latent frames that `rewind` can take back, besides the block made last."""
-        return self.table.policy.undo if self.can_rewind else 0
+        """Latent frames that `rewind` can take back now, at most."""
+        return self.rewinds[-1]
 
     def last_picture(self) -> np.ndarray | None:
         """uint8 [height, width, 3]: what the world looks like now; None if that can't be made again."""
@@ -284,13 +317,19 @@ class World:
 
     def reset(self, seed: int) -> None:
         """Begin again, with nothing remembered and this seed."""
+        _check_seed(seed)
         policy = self.table.policy
         self.release()
         self._begin(policy, seed)
 
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
+        self.released = True
         self.decoder.release()
+
+    def _check_alive(self, what: str) -> None:
+        if self.released:
+            raise RuntimeError(f"{what}: this world was released, or lost as it was recached, and can't go on")
 
     @property
     def ahead(self) -> int:
@@ -321,9 +360,16 @@ class World:
         prompt = self.prompt if prompt is None else prompt
         if prompt is None:
             raise ValueError("prompt must be given with the first block: the world has no look yet")
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be words, got {prompt!r}")
         wanted = self.model.adapter.block_frames if self.model.adapter.actions else len(actions)
         if len(actions) != wanted:
             raise ValueError(f"actions must be {wanted}, one per frame, got {len(actions)}")
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")

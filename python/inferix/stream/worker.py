@@ -78,12 +78,9 @@ class Stage:
         started, denoising, pictures = time.perf_counter(), 0.0, {}
         for name, running in self.worlds.items():
             order, world = orders[name], running.world
-            before, words = world.frames, world.prompt
+            before = world.frames
             pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
             denoising += world.denoising
-            recache = world.model.adapter.recache if order.recache is None else order.recache
-            if recache and words not in (None, world.prompt):
-                running.blocks.clear()  # what was before the frames that were computed again is forgotten
             running.pictures += len(pictures[name])
             running.blocks.append((len(pictures[name]), world.frames - before))
             self._forget_what_rewind_cannot_reach(running)
@@ -184,9 +181,9 @@ class Stage:
         }
 
     def _forget_what_rewind_cannot_reach(self, running: Running) -> None:
-        """The last block can always be taken back, and `undo` latent frames before it."""
+        """The world says how far it can be rewound: after a new rollout, or a recache, not as far as before."""
         reach = running.world.undo
-        while sum(latents for _, latents in running.blocks[:-1]) > reach:
+        while sum(latents for _, latents in running.blocks) > reach:
             running.blocks.pop(0)
 
 
