@@ -106,6 +106,21 @@ def test_a_bad_action_file_names_its_line(text, message, weights, tmp_path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["actions"]
 
 
+@pytest.mark.parametrize(
+    "option, name",
+    [("--prompt-file", "v.json"), ("--actions", "v.png"), ("--image", "link.png"), ("--video", ".v.mp4.part")],
+)
+def test_what_is_read_is_not_written_over(option, name, weights, tmp_path, capsys):
+    read = tmp_path / name
+    if name == "link.png":
+        read.symlink_to("v.png")
+    read.write_text("up\n")
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5, option, read) == 2
+    error = capsys.readouterr().err
+    assert f"would be written, but {option} is read from it" in error and error.count("\n") == 1
+    assert read.read_text() == "up\n" and not (tmp_path / "v.mp4").exists()
+
+
 @pytest.mark.parametrize("text", ["5 desert", "0 desert\n0 meadow", "now desert", "0", ""])
 def test_a_bad_prompt_file_is_refused(text, weights, tmp_path, capsys):
     (tmp_path / "prompts").write_text(text)

@@ -106,6 +106,33 @@ def test_kill_and_resume_give_the_identical_video(folder, prompt_cache, tmp_path
     assert not journal.exists()
 
 
+def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, prompt_cache, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    picture = tmp_path / "first.png"
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(picture)
+    before, more = picture.read_bytes(), {"seconds": 1.0, "model": "self-forcing-first-frame"}
+    assert main(options(folder, tmp_path / "first.mp4", prompt_cache, "--image", picture, **more)) == 2
+    assert "--image is read from it" in capsys.readouterr().err
+    assert picture.read_bytes() == before and os.listdir(tmp_path) == ["first.png"]
+    command, step, calls = options(folder, tmp_path / "v.mp4", prompt_cache, "--image", picture, **more), World.step, []
+
+    def killed(world, *args, **options):
+        calls.append(world)
+        if len(calls) == 2:
+            raise SystemExit
+        return step(world, *args, **options)
+
+    monkeypatch.setattr(World, "step", killed)
+    with pytest.raises(SystemExit):
+        main(command)
+    Image.fromarray(np.full((50, 60, 3), 91, np.uint8)).save(picture)
+    assert main([*command, "--resume"]) == 2
+    assert "--resume: what --image or --video shows (its SHA-256) must be" in capsys.readouterr().err
+    picture.write_bytes(before)
+    assert main([*command, "--resume"]) == 0
+
+
 def test_blocks_are_decoded_as_the_whole_video_is(folder):
     """The VAE's cache kept between blocks: pictures of 3 + 1 + 3 latents equal those of all 7 at once."""
     vae = write_vae(folder)

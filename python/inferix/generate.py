@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import time
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path
-from .media import LatentWriter, VideoWriter, contact_sheet, read_picture, read_video
+from .media import LatentWriter, VideoWriter, contact_sheet, partial_path, read_picture, read_video
 from .models import Adapter, BlockModel, load_model
 from .world import World
 
@@ -46,7 +47,9 @@ def generate(args: argparse.Namespace) -> int:
     total = round(args.seconds * adapter.fps)
     if total < 1:
         raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
+    _check_outputs(args, model)
     given = _given(args, adapter, total)
+    digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
     # A pipeline begins no block that nobody will see.
@@ -64,7 +67,7 @@ def generate(args: argparse.Namespace) -> int:
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
     with _writer(args, model, total) as video:
-        journal = None if adapter.live else _journal(args, world, prompts)
+        journal = None if adapter.live else _journal(args, world, prompts, digest)
         maker = Maker(world, actions, prompts, total, video, journal)
         try:
             maker.run(given)
@@ -185,6 +188,28 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} must be at least 1, got {value}")
 
 
+def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
+    """Every file that may be written."""
+    out = Path(args.out)
+    if not out.name:
+        raise ValueError(f"--out must be the name of a file, got {args.out!r}")
+    latents = getattr(model, "only_latents", False)
+    video = out.with_suffix(".npy") if latents else out
+    sheet = [] if latents else [out.with_suffix(".png")]
+    journal = [] if model.adapter.live else [journal_path(out)]
+    return [video, partial_path(video), out.with_suffix(".json"), *sheet, *journal]
+
+
+def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
+    """Nothing that is to be written is what the video is made from."""
+    for path in _outputs(args, model):
+        for option in ("image", "video", "actions", "prompt_file"):
+            read = getattr(args, option)
+            if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+                name = option.replace("_", "-")
+                raise ValueError(f"--out: {str(path)!r} would be written, but --{name} is read from it")
+
+
 def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
     """What the video begins with."""
     if args.image is not None:
@@ -204,7 +229,7 @@ def _writer(args: argparse.Namespace, model: BlockModel, total: int) -> VideoWri
     return VideoWriter(args.out, adapter.fps, adapter.size, scale=scale)
 
 
-def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journal:
+def _journal(args: argparse.Namespace, world: World, prompts: Prompts, digest: str | None) -> Journal:
     adapter: Adapter = world.model.adapter
     weights = Path(args.weights).resolve()
     settings = {
@@ -222,6 +247,7 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journa
         "negative_prompt": args.negative_prompt,
         "image": args.image and str(args.image.resolve()),
         "video": args.video and str(args.video.resolve()),
+        "what --image or --video shows (its SHA-256)": digest,
         "seconds": args.seconds if adapter.stages else None,
         "stages": args.stages,
         "fp8": args.fp8,

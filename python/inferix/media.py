@@ -23,6 +23,11 @@ GAP, STRIP = 4, 15  # pixels between the pictures of a sheet, and of the strip t
 PAPER, INK = (24, 24, 28), (225, 225, 225)
 
 
+def partial_path(path: Path) -> Path:
+    """Where a video is while it is made."""
+    return path.with_name(f".{path.name}.part")
+
+
 def require_writable(path: str | Path, name: str) -> None:
     """Raise ValueError, naming the argument, unless a file can be written at `path`. Leaves nothing behind."""
     path = Path(path)
@@ -56,7 +61,7 @@ class VideoWriter:
             raise ValueError(f"--out must end in .mp4, got {str(path)!r}")
         if scale < 1 or height * scale % 2 or width * scale % 2:
             raise ValueError(f"--scale must make {height} x {width} pixels an even height and width, got {scale}")
-        self.partial = self.path.with_name(f".{self.path.name}.part")
+        self.partial = partial_path(self.path)
         require_writable(self.path, "--out")  # PyAV opens its file with the first packet, too late
         # A packet is on disk as soon as it is encoded. Hybrid: fragments while writing, one index once it is closed, so
         # that players can seek; FFmpeg 7.1 brought it, hence av >= 14.
@@ -126,7 +131,7 @@ class LatentWriter:
     def __init__(self, path: str | Path, frames: int, shape: tuple[int, ...]):
         self.path, self.frames = Path(path).with_suffix(".npy"), 0
         require_writable(self.path, "--out")
-        self.partial = self.path.with_name(f".{self.path.name}.part")
+        self.partial = partial_path(self.path)
         self._array = np.lib.format.open_memmap(self.partial, "w+", np.float32, (frames, *shape))
 
     def write(self, frames: np.ndarray) -> None:
