@@ -127,6 +127,15 @@ def test_a_given_image_or_video_begins_it(kind, folder, prompt_cache, tmp_path):
     assert frames[given:].std() > 20
 
 
+def test_a_given_video_may_fill_it(folder, prompt_cache, tmp_path):
+    with VideoWriter(tmp_path / "given.mp4", 24, SIZE, scale=1) as video:
+        video.write(np.full((24, *SIZE, 3), 90, np.uint8))
+    more = ("--prompt", "fog", "--decoder", f"{__name__}:Blocky", "--video", str(tmp_path / "given.mp4"))
+    assert main(options(folder, tmp_path / "v.mp4", prompt_cache, *more, seconds="1")) == 0
+    summary = json.loads((tmp_path / "v.json").read_text())
+    assert summary["frames"] == len(read_video(tmp_path / "v.mp4", SIZE, 24, 99)) == 24 and "fps" not in summary
+
+
 def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkeypatch):
     command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog", seconds="4")
     assert main(command) == 0

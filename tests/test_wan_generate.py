@@ -133,6 +133,19 @@ def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, promp
     assert main([*command, "--resume"]) == 0
 
 
+def test_a_picture_may_fill_the_video(folder, prompt_cache, tmp_path, capsys):
+    from PIL import Image
+
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / "first.png")
+    more = {"seconds": 1 / 16, "model": "self-forcing-first-frame"}
+    out = tmp_path / "v.mp4"
+    assert main(options(folder, out, prompt_cache, "--image", tmp_path / "first.png", **more)) == 0
+    summary = json.loads((tmp_path / "v.json").read_text())
+    assert summary["frames"] == len(frames_of(out)) == 1 and "fps" not in summary
+    assert "1 frames (0.1 s), all of them given" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["first.png", "v.json", "v.mp4", "v.png"]
+
+
 def test_blocks_are_decoded_as_the_whole_video_is(folder):
     """The VAE's cache kept between blocks: pictures of 3 + 1 + 3 latents equal those of all 7 at once."""
     vae = write_vae(folder)

@@ -145,14 +145,19 @@ class Maker:
         per_block = adapter.block_frames
         asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
         read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
+        times: dict[str, float] = {}
+        if len(seconds):  # none if what was given fills the video
+            times = {
+                "fps": self.made / seconds.sum(),
+                "first_block_seconds": seconds[0],
+                "block_seconds_p50": float(np.percentile(blocks, 50)),
+                "block_seconds_p95": float(np.percentile(blocks, 95)),
+            }
         return read | {
             "model": adapter.name,
             "frames": self.made,
             "seconds_of_video": self.made / adapter.fps,
-            "fps": self.made / seconds.sum(),
-            "first_block_seconds": seconds[0],
-            "block_seconds_p50": float(np.percentile(blocks, 50)),
-            "block_seconds_p95": float(np.percentile(blocks, 95)),
+            **times,
             "kv_bytes": self.world.kv_bytes(),
             "measures": self.world.model.measures(np.concatenate(self.all), asked) if adapter.live else {},
         }
@@ -167,11 +172,11 @@ class Maker:
         if drawn:
             contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
         report.write_text(json.dumps(summary, indent=2) + "\n")
-        print(
-            f"{out}: {self.made} {'' if drawn else 'latent '}frames ({summary['seconds_of_video']:.1f} s) "
-            f"at {summary['fps']:.1f} FPS, "
-            f"block p50 {1e3 * summary['block_seconds_p50']:.0f} ms, p95 {1e3 * summary['block_seconds_p95']:.0f} ms"
-        )
+        pace = ", all of them given"
+        if "fps" in summary:
+            p50, p95 = (1e3 * summary[f"block_seconds_{part}"] for part in ("p50", "p95"))
+            pace = f" at {summary['fps']:.1f} FPS, block p50 {p50:.0f} ms, p95 {p95:.0f} ms"
+        print(f"{out}: {self.made} {'' if drawn else 'latent '}frames ({summary['seconds_of_video']:.1f} s){pace}")
         print(f"{sheet}: contact sheet · {report}: summary" if drawn else f"{report}: summary")
         if read := summary.get("kv_read_per_layer_and_step"):
             ours, theirs = (f"{size / 2**20:.2f} MiB" for size in read.values())
