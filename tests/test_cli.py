@@ -148,13 +148,22 @@ def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, capsys):
     assert "text.bias must be [32], got [31]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["missing/v.mp4", "folder"])
+@pytest.mark.parametrize("where", ["missing/v.mp4", "folder", f"{'v' * 300}.mp4", "folder/.."])
 def test_an_unwritable_output_is_refused(where, weights, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     assert generate(weights, tmp_path / where, "--seconds", 0.5) == 2
     error = capsys.readouterr().err
     assert "--out" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("name", ["v.json", "v.png", ".v.mp4.part"])
+def test_what_goes_beside_the_video_is_checked_before_it_is_made(name, weights, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5) == 2
+    error = capsys.readouterr().err
+    assert "--out: cannot write" in error and f"{name}': Is a directory" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):

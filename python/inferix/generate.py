@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path
-from .media import LatentWriter, VideoWriter, contact_sheet, partial_path, read_picture, read_video
+from .media import LatentWriter, VideoWriter, contact_sheet, partial_path, read_picture, read_video, require_writable
 from .models import Adapter, BlockModel, load_model
 from .world import World
 
@@ -206,8 +206,9 @@ def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
 
 
 def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
-    """Nothing that is to be written is what the video is made from."""
+    """All that is to be written can be, and none of it is what the video is made from."""
     for path in _outputs(args, model):
+        require_writable(path, "--out")
         for option in ("image", "video", "actions", "prompt_file"):
             read = getattr(args, option)
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):

@@ -31,8 +31,8 @@ def partial_path(path: Path) -> Path:
 def require_writable(path: str | Path, name: str) -> None:
     """Raise ValueError, naming the argument, unless a file can be written at `path`. Leaves nothing behind."""
     path = Path(path)
-    existed = path.exists()
     try:
+        existed = path.exists()
         with path.open("ab"):
             pass
     except OSError as error:
