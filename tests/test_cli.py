@@ -14,6 +14,7 @@ import torch
 from inferix.cli import main
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
+from inferix_kernels import OutOfPages, Unsupported
 from inferix_kernels.layout import KV_FORMATS
 
 
@@ -79,6 +80,9 @@ BAD = {
     "threads": (["--threads", "0"], "--threads must be at least 1, got 0"),
     "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
     "backend": (["--backend", "abacus"], "backend must be"),
+    "device": (["--device", "foo"], "--device must be cpu or a cuda that is there, got 'foo'"),
+    "no such device": (["--device", "cuda:99"], "--device must be cpu or a cuda that is there, got 'cuda:99'"),
+    "another device": (["--device", "meta"], "--device must be cpu or a cuda that is there, got 'meta'"),
 }
 
 
@@ -164,6 +168,17 @@ def test_what_goes_beside_the_video_is_checked_before_it_is_made(name, weights, 
     error = capsys.readouterr().err
     assert "--out: cannot write" in error and f"{name}': Is a directory" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("error", [Unsupported, OutOfPages])
+def test_what_the_kernels_can_not_do_is_one_line(error, weights, tmp_path, capsys, monkeypatch):
+    def step(*_, **__):
+        raise error("kv_append: not\nhere")
+
+    monkeypatch.setattr("inferix.world.World.step", step)
+    assert generate(weights, tmp_path / "v.mp4") == 2
+    assert capsys.readouterr().err == "inferix generate: kv_append: not here\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):

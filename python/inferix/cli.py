@@ -102,11 +102,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from inferix_kernels import OutOfPages, Unsupported
+
     from .generate import generate
 
     if args.resume and args.model == "tiny":
         raise ValueError("--resume: the tiny world is made in real time and keeps no journal to resume from")
-    return generate(args)
+    try:
+        return generate(args)
+    except (Unsupported, OutOfPages) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -191,6 +191,14 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("scale", "threads"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
+    if args.device is not None:
+        try:
+            if torch.device(args.device).type not in ("cpu", "cuda"):
+                raise RuntimeError("neither cpu nor cuda")
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"--device must be cpu or a cuda that is there, got {args.device!r}: {reason}") from None
 
 
 def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
