@@ -249,6 +249,14 @@ def test_long_prompts_are_cut_and_damaged_entries_made_again(folder, tmp_path):
     assert torch.equal(encoder(" ".join(WORDS * 4)), long)
 
 
+@pytest.mark.parametrize("cache", ["/dev/null/x", "/proc/x"])
+def test_a_cache_that_can_not_be_written_is_one_line(cache, folder, tmp_path, capsys):
+    assert main(options(folder, tmp_path / "v.mp4", cache)) == 2
+    error = capsys.readouterr().err.split("inferix generate: ")[1]
+    assert error.startswith(f"prompt_cache: cannot keep embeddings in '{cache}' ") and error.count("\n") == 1
+    assert not os.listdir(tmp_path)
+
+
 def test_the_encoder_that_wan_published_is_the_same(tmp_path):
     """Its names carried over: the encoder of transformers gives the same embedding."""
     theirs = write_encoder(tmp_path).eval()
