@@ -2,6 +2,7 @@
 
 A video is written under a temporary name in fragments, each a second or so long, and becomes a plain MP4 under its own
 name when it is closed, also by Ctrl-C. If the process is killed, the temporary file plays up to its last fragment.
+After an error it is closed and keeps the temporary name: what was there before stays what it was.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ class VideoWriter:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def close(self) -> None:
-        """Finish the video under its own name; without a frame, leave nothing."""
+    def close(self, whole: bool = True) -> None:
+        """Finish the video under its own name or, if it is not `whole`, its temporary one; without a frame, leave
+        nothing."""
         if not self._open:
             return
         self._open = False
@@ -97,12 +99,13 @@ class VideoWriter:
             if self.frames:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
-            if self.frames:
+            if self.frames and whole:
                 self.partial.replace(self.path)
         except OSError as error:
             raise self._unwritable(error) from None
         finally:
-            self.partial.unlink(missing_ok=True)
+            if whole or not self.frames:
+                self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -110,7 +113,7 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(whole=kind is None or issubclass(kind, KeyboardInterrupt))
 
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}")
@@ -119,8 +122,8 @@ class VideoWriter:
 class LatentWriter:
     """A NumPy array file under way, [frames, ...] float32; a context manager. For models without a decoder.
 
-    It is written under a temporary name, at its full size from the start, zeros where nothing has been written, and
-    mapped: what is kept in memory does not grow with it.
+    It is written under a temporary name, at its full size from the start, and mapped: what is kept in memory does not
+    grow with it. If it is closed early, it becomes as short as what was written.
 
     Args:
         path: replaced, if it exists, when the file is closed; .npy takes the place of any other ending.
@@ -139,18 +142,31 @@ class LatentWriter:
         self._array[self.frames : self.frames + len(frames)] = frames
         self.frames += len(frames)
 
-    def close(self) -> None:
-        """Finish the file under its own name; without a frame, leave nothing."""
+    def close(self, whole: bool = True) -> None:
+        """Finish the file under its own name or, if it is not `whole`, its temporary one; without a frame, leave
+        nothing. It holds the frames that were written."""
         self._array.flush()
-        if self.frames:
+        shape, start = self._array.shape, self._array.offset
+        size = start + self.frames * self._array[0].nbytes
+        del self._array
+        if not self.frames:
+            self.partial.unlink()
+            return
+        with self.partial.open("rb+") as file:
+            header, (before, now) = file.read(start), (str(s).encode() for s in (shape, (self.frames, *shape[1:])))
+            file.seek(0)
+            file.write(header.replace(before, now.ljust(len(before))))
+            file.truncate(size)
+        if whole:
             self.partial.replace(self.path)
-        self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> LatentWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(whole=kind is None or issubclass(kind, KeyboardInterrupt))
 
 
 def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.ndarray:
