@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from inferix.cli import main
+from inferix.media import VideoWriter
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
+from inferix.world import World
 from inferix_kernels import OutOfPages, Unsupported
 from inferix_kernels.layout import KV_FORMATS
 
@@ -29,6 +31,20 @@ def weights(tmp_path_factory):
 
 def generate(weights, out, *options):
     return main(["generate", "--weights", weights, "--out", str(out), *map(str, options)])
+
+
+def fail_at(monkeypatch, method, count, error):
+    """World.step or VideoWriter.write raises this, the count-th time it is called."""
+    where = {"step": World, "write": VideoWriter}[method]
+    real, calls = getattr(where, method), []
+
+    def failing(self, *args, **options):
+        calls.append(self)
+        if len(calls) == count:
+            raise error
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(where, method, failing)
 
 
 def frames_in(path):
@@ -195,6 +211,29 @@ def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):
     made = json.loads((tmp_path / "v.json").read_text())["frames"]
     assert 0 < made < 9600 and frames_in(out) == made
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
+
+
+@pytest.mark.parametrize("method, made", [("step", 9), ("write", 9), ("step", 0)])
+def test_a_second_ctrl_c_says_what_was_made(method, made, weights, tmp_path, capsys, monkeypatch):
+    fail_at(monkeypatch, method, made // 3 + 1, KeyboardInterrupt)
+    assert generate(weights, tmp_path / "v.mp4") == 130
+    said = capsys.readouterr()
+    if made:
+        assert f"{made} frames" in said.out and "nothing" not in said.err
+        assert json.loads((tmp_path / "v.json").read_text())["frames"] == frames_in(tmp_path / "v.mp4") == made
+    else:
+        assert said.err == "inferix generate: interrupted before the first frame: nothing was written\n"
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_the_middle_leaves_an_earlier_video_as_it_was(weights, tmp_path, capsys, monkeypatch):
+    out, part = tmp_path / "v.mp4", tmp_path / ".v.mp4.part"
+    out.write_bytes(b"earlier")
+    fail_at(monkeypatch, "step", 4, ValueError)
+    assert generate(weights, out) == 2
+    assert f"the first 9 frames are in {part}\n" in capsys.readouterr().err
+    assert out.read_bytes() == b"earlier" and frames_in(part) == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".v.mp4.part", "v.mp4"]
 
 
 def test_doctor_names_every_part(capsys):

@@ -15,6 +15,7 @@ from inferix.cli import main
 from inferix.media import VideoWriter, read_video
 from inferix.models import load_model
 from inferix.models.magi.text import CaptionEncoder, clean, find_encoder
+from inferix.world import World
 
 for library in ("diffusers", "transformers", "zstandard", "ftfy", "bs4"):
     pytest.importorskip(library, reason=f"{library} is not installed (extra: magi)")
@@ -140,8 +141,6 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
     command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog", seconds="4")
     assert main(command) == 0
     whole = np.load(tmp_path / "x.npy")
-    from inferix.world import World
-
     step, calls = World.step, iter(range(99))
 
     def killed(world, *args, **options):
@@ -159,6 +158,26 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
     assert np.array_equal(np.load(tmp_path / "x.npy"), whole) and not (tmp_path / ".x.journal").exists()
     assert main([*command, "--resume"]) == 2  # nothing to resume any more, and nothing is lost
     assert np.array_equal(np.load(tmp_path / "x.npy"), whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
+
+
+def test_ctrl_c_while_the_pipeline_fills_keeps_what_was_made(folder, prompt_cache, tmp_path, capsys, monkeypatch):
+    command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog")
+    step, calls = World.step, []
+
+    def interrupted(world, *args, **options):
+        calls.append(world)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(world, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(World, "step", interrupted)
+        assert main(command) == 130
+    journal = tmp_path / ".x.journal"
+    assert f"interrupted before the first frame: --resume goes on with {journal}\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [journal]
+    assert main([*command, "--resume"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
 
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        print(f"inferix {args.command}: interrupted; nothing was written", file=sys.stderr)
+        print(f"inferix {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,23 +67,36 @@ def generate(args: argparse.Namespace) -> int:
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
-    with _writer(args, model, total) as video:
-        journal = None if adapter.live else _journal(args, world, prompts, digest)
-        maker = Maker(world, actions, prompts, total, video, journal)
-        try:
-            maker.run(given)
-        finally:
-            if journal is not None:
-                nothing = not maker.made and not journal.blocks
-                journal.close(done=nothing or maker.made == total)
+    journal, whole = None if adapter.live else _journal(args, world, prompts, digest), False
+    try:
+        with _writer(args, model, total) as video:
+            maker = Maker(world, actions, prompts, total, video, journal)
+            _run(maker, given)
+        whole = maker.made == total
+    finally:  # once the video is closed: until then the journal is all there is
+        if journal is not None:
+            journal.close(done=whole or not journal.count)
     if not maker.made:
-        raise ValueError("interrupted before the first frame: nothing was written")
+        kept = f"--resume goes on with {journal.path}" if journal and journal.count else "nothing was written"
+        print(f"inferix generate: interrupted before the first frame: {kept}", file=sys.stderr)
+        return INTERRUPTED
     maker.write_beside(video.path, {"seed": args.seed, "kv": args.kv})
-    return INTERRUPTED if maker.made < total else 0
+    return 0 if whole else INTERRUPTED
+
+
+def _run(maker: Maker, given: np.ndarray | None) -> None:
+    try:
+        maker.run(given)
+    except KeyboardInterrupt:
+        pass  # the second Ctrl-C: the video ends here
+    except Exception:
+        if maker.made:
+            print(f"inferix generate: the first {maker.made} frames are in {maker.video.partial}", file=sys.stderr)
+        raise
 
 
 class Maker:
-    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block.
+    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block, a second one at once.
 
     What is kept in memory does not grow with the video, but for a live world's frames, which are small and measured.
     """
@@ -98,10 +112,13 @@ class Maker:
     ):
         self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
         self.video, self.journal = video, journal
-        self.made = 0
         self.all: list[np.ndarray] = []
         self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
         self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
+
+    @property
+    def made(self) -> int:
+        return self.video.frames
 
     def run(self, given: np.ndarray | None) -> None:
         adapter = self.world.model.adapter
@@ -132,11 +149,10 @@ class Maker:
 
     def _take(self, frames: np.ndarray) -> None:
         frames = frames[: self.total - self.made]
-        self.video.write(frames)
         self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
         if self.world.model.adapter.live:
             self.all.append(frames)
-        self.made += len(frames)
+        self.video.write(frames)
 
     def summary(self) -> dict[str, Any]:
         adapter = self.world.model.adapter
@@ -159,15 +175,16 @@ class Maker:
             "seconds_of_video": self.made / adapter.fps,
             **times,
             "kv_bytes": self.world.kv_bytes(),
-            "measures": self.world.model.measures(np.concatenate(self.all), asked) if adapter.live else {},
+            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked) if adapter.live else {},
         }
 
     def write_beside(self, out: Path, extra: dict[str, Any]) -> None:
         """The contact sheet and the summary, beside the video, and what they say on the terminal."""
         summary, fps = self.summary() | extra, self.world.model.adapter.fps
         sheet, report = out.with_suffix(".png"), out.with_suffix(".json")
-        rows = -(-len(self.shown) // SHEET_COLUMNS)
-        pictures, labels = np.stack(list(self.shown.values())), [f"{i / fps:.1f} s" for i in self.shown]
+        shown = {i: frame for i, frame in self.shown.items() if i < self.made}  # Ctrl-C may come while one is written
+        rows = -(-len(shown) // SHEET_COLUMNS)
+        pictures, labels = np.stack(list(shown.values())), [f"{i / fps:.1f} s" for i in shown]
         drawn = pictures.dtype == np.uint8  # and not latents
         if drawn:
             contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
