@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, require_writable
+from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
 
 
@@ -152,6 +152,16 @@ def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) 
     ):
         video.write(frames[..., 0])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_picture_is_turned_as_it_says(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20, 0] = 255  # red on the left
+    turn = Image.Exif()
+    turn[0x0112] = 6  # to be turned a quarter clockwise: red on top
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turn)
+    (picture,) = read_picture(tmp_path / "turned.png", (40, 20))
+    assert (picture[:15, :, 0] > 250).all() and (picture[25:, :, 0] < 5).all()
 
 
 def test_a_contact_sheet_shows_frames_in_order(tmp_path: Path, frames: np.ndarray) -> None:

@@ -195,10 +195,12 @@ def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.nda
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture file as uint8 [1, height, width, 3]: scaled to cover `size`, then cut about its middle."""
+    """A picture file as uint8 [1, height, width, 3]: turned as it says, scaled to cover `size`, then cut about its
+    middle."""
     try:
         with Image.open(path) as image:
-            picture = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            picture = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
     except OSError as error:
         raise ValueError(f"--image: cannot read {str(path)!r} ({error})") from None
     return np.asarray(picture)[None]
