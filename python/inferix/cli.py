@@ -158,6 +158,8 @@ def _convert(args: argparse.Namespace) -> int:
     from .models.wan import Wan
     from .models.wan.checkpoint import save_network
 
+    if args.out.suffix != ".safetensors":  # which is how a checkpoint's format is told
+        raise ValueError(f"out must end in .safetensors, got {str(args.out)!r}")
     require_writable(args.out, "out")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = load_model(args.model, args.source, lora=args.lora, dtype=dtype)
