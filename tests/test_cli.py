@@ -89,6 +89,11 @@ BAD = {
     "zero": (["--seconds", "0"], "--seconds must be a positive number, got 0"),
     "negative": (["--seconds", "-3"], "--seconds must be a positive number, got -3"),
     "endless": (["--seconds", "inf"], "--seconds must be a positive number, got inf"),
+    "too long": (["--seconds", "1e18"], "--seconds must be at most 1000000, about 11 days, got 1e+18"),
+    "seed": (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, got -1"),
+    "long seed": (["--seed", "9" * 23], "--seed must be from 0 to 2^64 - 1, got 9999"),
+    "no words": (["--prompt", ""], "prompt must name one place"),
+    "image": (["--image", "nowhere.png"], "--image must not be given: tiny begins with words and actions alone"),
     "too short": (["--seconds", "0.01"], "--seconds must be at least one frame, 1/16, got 0.01"),
     "window": (["--window", "2"], "window must be at least the 3 frames of one block"),
     "sink": (["--sink", "-1"], "sink must be 0 or more frames, got -1"),
@@ -141,7 +146,9 @@ def test_what_is_read_is_not_written_over(option, name, weights, tmp_path, capsy
     assert read.read_text() == "up\n" and not (tmp_path / "v.mp4").exists()
 
 
-@pytest.mark.parametrize("text", ["5 desert", "0 desert\n0 meadow", "now desert", "0", ""])
+@pytest.mark.parametrize(
+    "text", ["5 desert", "0 desert\n0 meadow", "0 desert\nnan meadow", "0 desert\n1e999 ice", "now desert", "0", ""]
+)
 def test_a_bad_prompt_file_is_refused(text, weights, tmp_path, capsys):
     (tmp_path / "prompts").write_text(text)
     assert generate(weights, tmp_path / "v.mp4", "--prompt-file", tmp_path / "prompts") == 2

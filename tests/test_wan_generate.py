@@ -146,6 +146,13 @@ def test_a_picture_may_fill_the_video(folder, prompt_cache, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["first.png", "v.json", "v.mp4", "v.png"]
 
 
+def test_an_empty_prompt_is_taken(folder, prompt_cache, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, prompt: told.append(prompt) or torch.zeros(1, 40))
+    assert main(options(folder, tmp_path / "v.mp4", tmp_path / "cache", "--prompt", "", seconds=0.5)) == 0
+    assert told == [""]
+
+
 def test_blocks_are_decoded_as_the_whole_video_is(folder):
     """The VAE's cache kept between blocks: pictures of 3 + 1 + 3 latents equal those of all 7 at once."""
     vae = write_vae(folder)

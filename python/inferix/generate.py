@@ -23,6 +23,7 @@ from .models import Adapter, BlockModel, load_model
 from .world import World
 
 INTERRUPTED = 130
+MOST_SECONDS = 1_000_000
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
 
 
@@ -61,7 +62,7 @@ def generate(args: argparse.Namespace) -> int:
     if threads := args.threads or adapter.threads:
         torch.set_num_threads(threads)
     prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
-    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
+    prompts = prompts or Prompts(((0.0, adapter.example_prompts[0] if args.prompt is None else args.prompt),))
     if adapter.at_once and len(prompts.starts) > 1:
         raise ValueError(f"--prompt-file must hold one prompt for {adapter.name}, which makes a video at once")
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
@@ -205,6 +206,10 @@ class Maker:
 def _check(args: argparse.Namespace) -> None:
     if not 0 < args.seconds < float("inf"):
         raise ValueError(f"--seconds must be a positive number, got {args.seconds:g}")
+    if args.seconds > MOST_SECONDS:
+        raise ValueError(f"--seconds must be at most {MOST_SECONDS}, about 11 days, got {args.seconds:g}")
+    if not 0 <= args.seed < 2**64:  # what torch takes, and NumPy
+        raise ValueError(f"--seed must be from 0 to 2^64 - 1, got {args.seed}")
     for option in ("scale", "threads"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
@@ -243,6 +248,9 @@ def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
 
 def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
     """What the video begins with."""
+    for option in ("image", "video"):
+        if getattr(args, option) is not None and adapter.actions:
+            raise ValueError(f"--{option} must not be given: {adapter.name} begins with words and actions alone")
     if args.image is not None:
         return read_picture(args.image, adapter.size)
     if args.video is not None:
