@@ -177,6 +177,10 @@ def test_ctrl_c_while_the_pipeline_fills_keeps_what_was_made(folder, prompt_cach
     journal = tmp_path / ".x.journal"
     assert f"interrupted before the first frame: --resume goes on with {journal}\n" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [journal]
+    kept = journal.read_bytes()
+    assert main(command) == 2
+    assert f"--resume goes on; or delete {journal}\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [journal] and journal.read_bytes() == kept
     assert main([*command, "--resume"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
 

@@ -130,7 +130,12 @@ def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, promp
     assert main([*command, "--resume"]) == 2
     assert "--resume: what --image or --video shows (its SHA-256) must be" in capsys.readouterr().err
     picture.write_bytes(before)
+    with monkeypatch.context() as patch:  # until the video is closed the journal is all there is
+        patch.setattr("inferix.media.VideoWriter.close", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*command, "--resume"])
     assert main([*command, "--resume"]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["first.png", "v.json", "v.mp4", "v.png"]
 
 
 def test_a_picture_may_fill_the_video(folder, prompt_cache, tmp_path, capsys):

@@ -244,6 +244,9 @@ def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
                 name = option.replace("_", "-")
                 raise ValueError(f"--out: {str(path)!r} would be written, but --{name} is read from it")
+    unfinished = journal_path(Path(args.out))
+    if unfinished.exists() and not args.resume and not model.adapter.live:
+        raise ValueError(f"--out: an unfinished video has its journal there: --resume goes on; or delete {unfinished}")
 
 
 def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
