@@ -92,6 +92,12 @@ def test_latents_that_end_early_hold_what_was_written(tmp_path: Path, written: i
     assert np.array_equal(np.load(file.partial), latents[:5])
 
 
+def test_latents_that_are_too_many_are_named_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out: cannot write '.*x\.npy': "):
+        LatentWriter(tmp_path / "x.npy", 10**15, (1000,))
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_interrupt_before_the_first_frame_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "none.mp4", 16, (SIZE, SIZE)):
         raise KeyboardInterrupt

@@ -135,7 +135,11 @@ class LatentWriter:
         self.path, self.frames = Path(path).with_suffix(".npy"), 0
         require_writable(self.path, "--out")
         self.partial = partial_path(self.path)
-        self._array = np.lib.format.open_memmap(self.partial, "w+", np.float32, (frames, *shape))
+        try:
+            self._array = np.lib.format.open_memmap(self.partial, "w+", np.float32, (frames, *shape))
+        except OSError as error:
+            self.partial.unlink(missing_ok=True)
+            raise ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}") from None
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames [n, ...]."""
