@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from inferix.cli import main
+from inferix.media import VideoWriter
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
+from inferix.world import World
+from inferix_kernels import OutOfPages, Unsupported
 from inferix_kernels.layout import KV_FORMATS
 
 
@@ -28,6 +31,20 @@ def weights(tmp_path_factory):
 
 def generate(weights, out, *options):
     return main(["generate", "--weights", weights, "--out", str(out), *map(str, options)])
+
+
+def fail_at(monkeypatch, method, count, error):
+    """World.step or VideoWriter.write raises this, the count-th time it is called."""
+    where = {"step": World, "write": VideoWriter}[method]
+    real, calls = getattr(where, method), []
+
+    def failing(self, *args, **options):
+        calls.append(self)
+        if len(calls) == count:
+            raise error
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(where, method, failing)
 
 
 def frames_in(path):
@@ -72,6 +89,11 @@ BAD = {
     "zero": (["--seconds", "0"], "--seconds must be a positive number, got 0"),
     "negative": (["--seconds", "-3"], "--seconds must be a positive number, got -3"),
     "endless": (["--seconds", "inf"], "--seconds must be a positive number, got inf"),
+    "too long": (["--seconds", "1e18"], "--seconds must be at most 1000000, about 11 days, got 1e+18"),
+    "seed": (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, got -1"),
+    "long seed": (["--seed", "9" * 23], "--seed must be from 0 to 2^64 - 1, got 9999"),
+    "no words": (["--prompt", ""], "prompt must name one place"),
+    "image": (["--image", "nowhere.png"], "--image must not be given: tiny begins with words and actions alone"),
     "too short": (["--seconds", "0.01"], "--seconds must be at least one frame, 1/16, got 0.01"),
     "window": (["--window", "2"], "window must be at least the 3 frames of one block"),
     "sink": (["--sink", "-1"], "sink must be 0 or more frames, got -1"),
@@ -79,6 +101,9 @@ BAD = {
     "threads": (["--threads", "0"], "--threads must be at least 1, got 0"),
     "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
     "backend": (["--backend", "abacus"], "backend must be"),
+    "device": (["--device", "foo"], "--device must be cpu or a cuda that is there, got 'foo'"),
+    "no such device": (["--device", "cuda:99"], "--device must be cpu or a cuda that is there, got 'cuda:99'"),
+    "another device": (["--device", "meta"], "--device must be cpu or a cuda that is there, got 'meta'"),
 }
 
 
@@ -106,7 +131,24 @@ def test_a_bad_action_file_names_its_line(text, message, weights, tmp_path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["actions"]
 
 
-@pytest.mark.parametrize("text", ["5 desert", "0 desert\n0 meadow", "now desert", "0", ""])
+@pytest.mark.parametrize(
+    "option, name",
+    [("--prompt-file", "v.json"), ("--actions", "v.png"), ("--image", "link.png"), ("--video", ".v.mp4.part")],
+)
+def test_what_is_read_is_not_written_over(option, name, weights, tmp_path, capsys):
+    read = tmp_path / name
+    if name == "link.png":
+        read.symlink_to("v.png")
+    read.write_text("up\n")
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5, option, read) == 2
+    error = capsys.readouterr().err
+    assert f"would be written, but {option} is read from it" in error and error.count("\n") == 1
+    assert read.read_text() == "up\n" and not (tmp_path / "v.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["5 desert", "0 desert\n0 meadow", "0 desert\nnan meadow", "0 desert\n1e999 ice", "now desert", "0", ""]
+)
 def test_a_bad_prompt_file_is_refused(text, weights, tmp_path, capsys):
     (tmp_path / "prompts").write_text(text)
     assert generate(weights, tmp_path / "v.mp4", "--prompt-file", tmp_path / "prompts") == 2
@@ -133,13 +175,33 @@ def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, capsys):
     assert "text.bias must be [32], got [31]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["missing/v.mp4", "folder"])
+@pytest.mark.parametrize("where", ["missing/v.mp4", "folder", f"{'v' * 300}.mp4", "folder/.."])
 def test_an_unwritable_output_is_refused(where, weights, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     assert generate(weights, tmp_path / where, "--seconds", 0.5) == 2
     error = capsys.readouterr().err
     assert "--out" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["folder"] and not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("name", ["v.json", "v.png", ".v.mp4.part"])
+def test_what_goes_beside_the_video_is_checked_before_it_is_made(name, weights, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5) == 2
+    error = capsys.readouterr().err
+    assert "--out: cannot write" in error and f"{name}': Is a directory" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("error", [Unsupported, OutOfPages])
+def test_what_the_kernels_can_not_do_is_one_line(error, weights, tmp_path, capsys, monkeypatch):
+    def step(*_, **__):
+        raise error("kv_append: not\nhere")
+
+    monkeypatch.setattr("inferix.world.World.step", step)
+    assert generate(weights, tmp_path / "v.mp4") == 2
+    assert capsys.readouterr().err == "inferix generate: kv_append: not here\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):
@@ -156,6 +218,29 @@ def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):
     made = json.loads((tmp_path / "v.json").read_text())["frames"]
     assert 0 < made < 9600 and frames_in(out) == made
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
+
+
+@pytest.mark.parametrize("method, made", [("step", 9), ("write", 9), ("step", 0)])
+def test_a_second_ctrl_c_says_what_was_made(method, made, weights, tmp_path, capsys, monkeypatch):
+    fail_at(monkeypatch, method, made // 3 + 1, KeyboardInterrupt)
+    assert generate(weights, tmp_path / "v.mp4") == 130
+    said = capsys.readouterr()
+    if made:
+        assert f"{made} frames" in said.out and "nothing" not in said.err
+        assert json.loads((tmp_path / "v.json").read_text())["frames"] == frames_in(tmp_path / "v.mp4") == made
+    else:
+        assert said.err == "inferix generate: interrupted before the first frame: nothing was written\n"
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_the_middle_leaves_an_earlier_video_as_it_was(weights, tmp_path, capsys, monkeypatch):
+    out, part = tmp_path / "v.mp4", tmp_path / ".v.mp4.part"
+    out.write_bytes(b"earlier")
+    fail_at(monkeypatch, "step", 4, ValueError)
+    assert generate(weights, out) == 2
+    assert f"the first 9 frames are in {part}\n" in capsys.readouterr().err
+    assert out.read_bytes() == b"earlier" and frames_in(part) == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".v.mp4.part", "v.mp4"]
 
 
 def test_doctor_names_every_part(capsys):

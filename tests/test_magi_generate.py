@@ -15,6 +15,7 @@ from inferix.cli import main
 from inferix.media import VideoWriter, read_video
 from inferix.models import load_model
 from inferix.models.magi.text import CaptionEncoder, clean, find_encoder
+from inferix.world import World
 
 for library in ("diffusers", "transformers", "zstandard", "ftfy", "bs4"):
     pytest.importorskip(library, reason=f"{library} is not installed (extra: magi)")
@@ -127,12 +128,19 @@ def test_a_given_image_or_video_begins_it(kind, folder, prompt_cache, tmp_path):
     assert frames[given:].std() > 20
 
 
+def test_a_given_video_may_fill_it(folder, prompt_cache, tmp_path):
+    with VideoWriter(tmp_path / "given.mp4", 24, SIZE, scale=1) as video:
+        video.write(np.full((24, *SIZE, 3), 90, np.uint8))
+    more = ("--prompt", "fog", "--decoder", f"{__name__}:Blocky", "--video", str(tmp_path / "given.mp4"))
+    assert main(options(folder, tmp_path / "v.mp4", prompt_cache, *more, seconds="1")) == 0
+    summary = json.loads((tmp_path / "v.json").read_text())
+    assert summary["frames"] == len(read_video(tmp_path / "v.mp4", SIZE, 24, 99)) == 24 and "fps" not in summary
+
+
 def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkeypatch):
     command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog", seconds="4")
     assert main(command) == 0
     whole = np.load(tmp_path / "x.npy")
-    from inferix.world import World
-
     step, calls = World.step, iter(range(99))
 
     def killed(world, *args, **options):
@@ -144,11 +152,36 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
         patch.setattr(World, "step", killed)
         with pytest.raises(SystemExit):
             main(command)
-    assert (tmp_path / ".x.journal").exists() and not np.load(tmp_path / "x.npy")[12:].any()
+    assert (tmp_path / ".x.journal").exists() and len(np.load(tmp_path / ".x.npy.part")) == 12
+    assert np.array_equal(np.load(tmp_path / "x.npy"), whole)  # the earlier one
     assert main([*command, "--resume"]) == 0
     assert np.array_equal(np.load(tmp_path / "x.npy"), whole) and not (tmp_path / ".x.journal").exists()
     assert main([*command, "--resume"]) == 2  # nothing to resume any more, and nothing is lost
     assert np.array_equal(np.load(tmp_path / "x.npy"), whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
+
+
+def test_ctrl_c_while_the_pipeline_fills_keeps_what_was_made(folder, prompt_cache, tmp_path, capsys, monkeypatch):
+    command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog")
+    step, calls = World.step, []
+
+    def interrupted(world, *args, **options):
+        calls.append(world)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(world, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(World, "step", interrupted)
+        assert main(command) == 130
+    journal = tmp_path / ".x.journal"
+    assert f"interrupted before the first frame: --resume goes on with {journal}\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [journal]
+    kept = journal.read_bytes()
+    assert main(command) == 2
+    assert f"--resume goes on; or delete {journal}\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [journal] and journal.read_bytes() == kept
+    assert main([*command, "--resume"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
 
 

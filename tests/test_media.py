@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inferix.media import GAP, STRIP, VideoWriter, contact_sheet, require_writable
+from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
 
 
@@ -60,13 +60,42 @@ def test_oblong_frames_and_scale_one(tmp_path: Path) -> None:
     assert psnr(decode(tmp_path / "ramp.mp4", 1), ramp) > 35
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_video_is_closed(tmp_path: Path, frames: np.ndarray, error: type[BaseException]) -> None:
-    with pytest.raises(error), VideoWriter(tmp_path / "cut.mp4", 16, (SIZE, SIZE)) as video:
+def test_an_interrupted_video_is_closed(tmp_path: Path, frames: np.ndarray) -> None:
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "cut.mp4", 16, (SIZE, SIZE)) as video:
         video.write(frames[:7])
-        raise error
+        raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["cut.mp4"]
     assert psnr(decode(tmp_path / "cut.mp4", 4), frames[:7]) > 35
+
+
+def test_a_failed_video_takes_no_name(tmp_path: Path, frames: np.ndarray) -> None:
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(b"earlier")
+    with pytest.raises(RuntimeError), VideoWriter(path, 16, (SIZE, SIZE)) as video:
+        video.write(frames[:7])
+        raise RuntimeError
+    assert path.read_bytes() == b"earlier" and len(decode(video.partial, 4)) == 7
+    assert sorted(os.listdir(tmp_path)) == [".cut.mp4.part", "cut.mp4"]
+
+
+@pytest.mark.parametrize("written", [9, 10, 100])
+def test_latents_that_end_early_hold_what_was_written(tmp_path: Path, written: int) -> None:
+    latents = np.random.default_rng(0).random((written, 3, 2), dtype=np.float32)
+    with pytest.raises(KeyboardInterrupt), LatentWriter(tmp_path / "x.npy", 100, (3, 2)) as file:
+        file.write(latents)
+        raise KeyboardInterrupt
+    assert np.array_equal(np.load(tmp_path / "x.npy"), latents) and os.listdir(tmp_path) == ["x.npy"]
+    with pytest.raises(RuntimeError), LatentWriter(tmp_path / "x.npy", 100, (3, 2)) as file:
+        file.write(latents[:5])
+        raise RuntimeError
+    assert np.array_equal(np.load(tmp_path / "x.npy"), latents)
+    assert np.array_equal(np.load(file.partial), latents[:5])
+
+
+def test_latents_that_are_too_many_are_named_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out: cannot write '.*x\.npy': "):
+        LatentWriter(tmp_path / "x.npy", 10**15, (1000,))
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_interrupt_before_the_first_frame_leaves_nothing(tmp_path: Path) -> None:
@@ -129,6 +158,16 @@ def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) 
     ):
         video.write(frames[..., 0])
     assert os.listdir(tmp_path) == []
+
+
+def test_a_picture_is_turned_as_it_says(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20, 0] = 255  # red on the left
+    turn = Image.Exif()
+    turn[0x0112] = 6  # to be turned a quarter clockwise: red on top
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turn)
+    (picture,) = read_picture(tmp_path / "turned.png", (40, 20))
+    assert (picture[:15, :, 0] > 250).all() and (picture[25:, :, 0] < 5).all()
 
 
 def test_a_contact_sheet_shows_frames_in_order(tmp_path: Path, frames: np.ndarray) -> None:

@@ -97,6 +97,9 @@ def test_convert_writes_what_needs_no_config(network, folder, tmp_path_factory, 
     assert main(["convert", str(folder), str(out), "--dtype", "bf16"]) == 0
     assert load_network(out, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert main(["convert", str(folder / "nowhere"), str(out)]) == 2
+    capsys.readouterr()
+    assert main(["convert", str(folder), str(out.with_suffix(".pt"))]) == 2
+    assert "out must end in .safetensors, got " in capsys.readouterr().err and not out.with_suffix(".pt").exists()
 
 
 @pytest.mark.parametrize("style", ["peft", "kohya"])

@@ -106,6 +106,58 @@ def test_kill_and_resume_give_the_identical_video(folder, prompt_cache, tmp_path
     assert not journal.exists()
 
 
+def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, prompt_cache, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    picture = tmp_path / "first.png"
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(picture)
+    before, more = picture.read_bytes(), {"seconds": 1.0, "model": "self-forcing-first-frame"}
+    assert main(options(folder, tmp_path / "first.mp4", prompt_cache, "--image", picture, **more)) == 2
+    assert "--image is read from it" in capsys.readouterr().err
+    assert picture.read_bytes() == before and os.listdir(tmp_path) == ["first.png"]
+    command, step, calls = options(folder, tmp_path / "v.mp4", prompt_cache, "--image", picture, **more), World.step, []
+
+    def killed(world, *args, **options):
+        calls.append(world)
+        if len(calls) == 2:
+            raise SystemExit
+        return step(world, *args, **options)
+
+    monkeypatch.setattr(World, "step", killed)
+    with pytest.raises(SystemExit):
+        main(command)
+    Image.fromarray(np.full((50, 60, 3), 91, np.uint8)).save(picture)
+    assert main([*command, "--resume"]) == 2
+    assert "--resume: what --image or --video shows (its SHA-256) must be" in capsys.readouterr().err
+    picture.write_bytes(before)
+    with monkeypatch.context() as patch:  # until the video is closed the journal is all there is
+        patch.setattr("inferix.media.VideoWriter.close", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*command, "--resume"])
+    assert main([*command, "--resume"]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["first.png", "v.json", "v.mp4", "v.png"]
+
+
+def test_a_picture_may_fill_the_video(folder, prompt_cache, tmp_path, capsys):
+    from PIL import Image
+
+    Image.fromarray(np.full((50, 60, 3), 90, np.uint8)).save(tmp_path / "first.png")
+    more = {"seconds": 1 / 16, "model": "self-forcing-first-frame"}
+    out = tmp_path / "v.mp4"
+    assert main(options(folder, out, prompt_cache, "--image", tmp_path / "first.png", **more)) == 0
+    summary = json.loads((tmp_path / "v.json").read_text())
+    assert summary["frames"] == len(frames_of(out)) == 1 and "fps" not in summary
+    assert "1 frames (0.1 s), all of them given" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["first.png", "v.json", "v.mp4", "v.png"]
+
+
+def test_an_empty_prompt_is_taken(folder, prompt_cache, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, prompt: told.append(prompt) or torch.zeros(1, 40))
+    assert main(options(folder, tmp_path / "v.mp4", tmp_path / "cache", "--prompt", "", seconds=0.5)) == 0
+    assert told == [""]
+
+
 def test_blocks_are_decoded_as_the_whole_video_is(folder):
     """The VAE's cache kept between blocks: pictures of 3 + 1 + 3 latents equal those of all 7 at once."""
     vae = write_vae(folder)
@@ -207,6 +259,14 @@ def test_long_prompts_are_cut_and_damaged_entries_made_again(folder, tmp_path):
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:40])
     assert torch.equal(encoder(" ".join(WORDS * 4)), long)
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/x", "/proc/x"])
+def test_a_cache_that_can_not_be_written_is_one_line(cache, folder, tmp_path, capsys):
+    assert main(options(folder, tmp_path / "v.mp4", cache)) == 2
+    error = capsys.readouterr().err.split("inferix generate: ")[1]
+    assert error.startswith(f"prompt_cache: cannot keep embeddings in '{cache}' ") and error.count("\n") == 1
+    assert not os.listdir(tmp_path)
 
 
 def test_the_encoder_that_wan_published_is_the_same(tmp_path):

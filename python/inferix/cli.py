@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
-        print(f"inferix {args.command}: interrupted; nothing was written", file=sys.stderr)
+        print(f"inferix {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -102,11 +102,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from inferix_kernels import OutOfPages, Unsupported
+
     from .generate import generate
 
     if args.resume and args.model == "tiny":
         raise ValueError("--resume: the tiny world is made in real time and keeps no journal to resume from")
-    return generate(args)
+    try:
+        return generate(args)
+    except (Unsupported, OutOfPages) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -153,6 +158,8 @@ def _convert(args: argparse.Namespace) -> int:
     from .models.wan import Wan
     from .models.wan.checkpoint import save_network
 
+    if args.out.suffix != ".safetensors":  # which is how a checkpoint's format is told
+        raise ValueError(f"out must end in .safetensors, got {str(args.out)!r}")
     require_writable(args.out, "out")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = load_model(args.model, args.source, lora=args.lora, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -81,7 +82,7 @@ class Prompts:
                 start = float(second)
             except ValueError:
                 start = -1.0
-            if not words or start < 0 or (start != 0 if not starts else start <= starts[-1][0]):
+            if not words or not math.isfinite(start) or (start <= starts[-1][0] if starts else start != 0):
                 raise ValueError(
                     f"--prompt-file: {path}:{number}: each line must be SECOND PROMPT, from 0 upwards, got "
                     f"{' '.join([second, *words])!r}"

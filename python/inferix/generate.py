@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path
-from .media import LatentWriter, VideoWriter, contact_sheet, read_picture, read_video
+from .media import LatentWriter, VideoWriter, contact_sheet, partial_path, read_picture, read_video, require_writable
 from .models import Adapter, BlockModel, load_model
 from .world import World
 
 INTERRUPTED = 130
+MOST_SECONDS = 1_000_000
 SHEET_COLUMNS, SHEET_ROWS = 8, 4
 
 
@@ -46,7 +49,9 @@ def generate(args: argparse.Namespace) -> int:
     total = round(args.seconds * adapter.fps)
     if total < 1:
         raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
+    _check_outputs(args, model)
     given = _given(args, adapter, total)
+    digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
     # A pipeline begins no block that nobody will see.
@@ -57,29 +62,42 @@ def generate(args: argparse.Namespace) -> int:
     if threads := args.threads or adapter.threads:
         torch.set_num_threads(threads)
     prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
-    prompts = prompts or Prompts(((0.0, args.prompt or adapter.example_prompts[0]),))
+    prompts = prompts or Prompts(((0.0, adapter.example_prompts[0] if args.prompt is None else args.prompt),))
     if adapter.at_once and len(prompts.starts) > 1:
         raise ValueError(f"--prompt-file must hold one prompt for {adapter.name}, which makes a video at once")
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
-    with _writer(args, model, total) as video:
-        journal = None if adapter.live else _journal(args, world, prompts)
-        maker = Maker(world, actions, prompts, total, video, journal)
-        try:
-            maker.run(given)
-        finally:
-            if journal is not None:
-                nothing = not maker.made and not journal.blocks
-                journal.close(done=nothing or maker.made == total)
+    journal, whole = None if adapter.live else _journal(args, world, prompts, digest), False
+    try:
+        with _writer(args, model, total) as video:
+            maker = Maker(world, actions, prompts, total, video, journal)
+            _run(maker, given)
+        whole = maker.made == total
+    finally:  # once the video is closed: until then the journal is all there is
+        if journal is not None:
+            journal.close(done=whole or not journal.count)
     if not maker.made:
-        raise ValueError("interrupted before the first frame: nothing was written")
+        kept = f"--resume goes on with {journal.path}" if journal and journal.count else "nothing was written"
+        print(f"inferix generate: interrupted before the first frame: {kept}", file=sys.stderr)
+        return INTERRUPTED
     maker.write_beside(video.path, {"seed": args.seed, "kv": args.kv})
-    return INTERRUPTED if maker.made < total else 0
+    return 0 if whole else INTERRUPTED
+
+
+def _run(maker: Maker, given: np.ndarray | None) -> None:
+    try:
+        maker.run(given)
+    except KeyboardInterrupt:
+        pass  # the second Ctrl-C: the video ends here
+    except Exception:
+        if maker.made:
+            print(f"inferix generate: the first {maker.made} frames are in {maker.video.partial}", file=sys.stderr)
+        raise
 
 
 class Maker:
-    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block.
+    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block, a second one at once.
 
     What is kept in memory does not grow with the video, but for a live world's frames, which are small and measured.
     """
@@ -95,10 +113,13 @@ class Maker:
     ):
         self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
         self.video, self.journal = video, journal
-        self.made = 0
         self.all: list[np.ndarray] = []
         self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
         self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
+
+    @property
+    def made(self) -> int:
+        return self.video.frames
 
     def run(self, given: np.ndarray | None) -> None:
         adapter = self.world.model.adapter
@@ -129,11 +150,10 @@ class Maker:
 
     def _take(self, frames: np.ndarray) -> None:
         frames = frames[: self.total - self.made]
-        self.video.write(frames)
         self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
         if self.world.model.adapter.live:
             self.all.append(frames)
-        self.made += len(frames)
+        self.video.write(frames)
 
     def summary(self) -> dict[str, Any]:
         adapter = self.world.model.adapter
@@ -142,33 +162,39 @@ class Maker:
         per_block = adapter.block_frames
         asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
         read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
+        times: dict[str, float] = {}
+        if len(seconds):  # none if what was given fills the video
+            times = {
+                "fps": self.made / seconds.sum(),
+                "first_block_seconds": seconds[0],
+                "block_seconds_p50": float(np.percentile(blocks, 50)),
+                "block_seconds_p95": float(np.percentile(blocks, 95)),
+            }
         return read | {
             "model": adapter.name,
             "frames": self.made,
             "seconds_of_video": self.made / adapter.fps,
-            "fps": self.made / seconds.sum(),
-            "first_block_seconds": seconds[0],
-            "block_seconds_p50": float(np.percentile(blocks, 50)),
-            "block_seconds_p95": float(np.percentile(blocks, 95)),
+            **times,
             "kv_bytes": self.world.kv_bytes(),
-            "measures": self.world.model.measures(np.concatenate(self.all), asked) if adapter.live else {},
+            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked) if adapter.live else {},
         }
 
     def write_beside(self, out: Path, extra: dict[str, Any]) -> None:
         """The contact sheet and the summary, beside the video, and what they say on the terminal."""
         summary, fps = self.summary() | extra, self.world.model.adapter.fps
         sheet, report = out.with_suffix(".png"), out.with_suffix(".json")
-        rows = -(-len(self.shown) // SHEET_COLUMNS)
-        pictures, labels = np.stack(list(self.shown.values())), [f"{i / fps:.1f} s" for i in self.shown]
+        shown = {i: frame for i, frame in self.shown.items() if i < self.made}  # Ctrl-C may come while one is written
+        rows = -(-len(shown) // SHEET_COLUMNS)
+        pictures, labels = np.stack(list(shown.values())), [f"{i / fps:.1f} s" for i in shown]
         drawn = pictures.dtype == np.uint8  # and not latents
         if drawn:
             contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
         report.write_text(json.dumps(summary, indent=2) + "\n")
-        print(
-            f"{out}: {self.made} {'' if drawn else 'latent '}frames ({summary['seconds_of_video']:.1f} s) "
-            f"at {summary['fps']:.1f} FPS, "
-            f"block p50 {1e3 * summary['block_seconds_p50']:.0f} ms, p95 {1e3 * summary['block_seconds_p95']:.0f} ms"
-        )
+        pace = ", all of them given"
+        if "fps" in summary:
+            p50, p95 = (1e3 * summary[f"block_seconds_{part}"] for part in ("p50", "p95"))
+            pace = f" at {summary['fps']:.1f} FPS, block p50 {p50:.0f} ms, p95 {p95:.0f} ms"
+        print(f"{out}: {self.made} {'' if drawn else 'latent '}frames ({summary['seconds_of_video']:.1f} s){pace}")
         print(f"{sheet}: contact sheet · {report}: summary" if drawn else f"{report}: summary")
         if read := summary.get("kv_read_per_layer_and_step"):
             ours, theirs = (f"{size / 2**20:.2f} MiB" for size in read.values())
@@ -180,13 +206,54 @@ class Maker:
 def _check(args: argparse.Namespace) -> None:
     if not 0 < args.seconds < float("inf"):
         raise ValueError(f"--seconds must be a positive number, got {args.seconds:g}")
+    if args.seconds > MOST_SECONDS:
+        raise ValueError(f"--seconds must be at most {MOST_SECONDS}, about 11 days, got {args.seconds:g}")
+    if not 0 <= args.seed < 2**64:  # what torch takes, and NumPy
+        raise ValueError(f"--seed must be from 0 to 2^64 - 1, got {args.seed}")
     for option in ("scale", "threads"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
+    if args.device is not None:
+        try:
+            if torch.device(args.device).type not in ("cpu", "cuda"):
+                raise RuntimeError("neither cpu nor cuda")
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"--device must be cpu or a cuda that is there, got {args.device!r}: {reason}") from None
+
+
+def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
+    """Every file that may be written."""
+    out = Path(args.out)
+    if not out.name:
+        raise ValueError(f"--out must be the name of a file, got {args.out!r}")
+    latents = getattr(model, "only_latents", False)
+    video = out.with_suffix(".npy") if latents else out
+    sheet = [] if latents else [out.with_suffix(".png")]
+    journal = [] if model.adapter.live else [journal_path(out)]
+    return [video, partial_path(video), out.with_suffix(".json"), *sheet, *journal]
+
+
+def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
+    """All that is to be written can be, and none of it is what the video is made from."""
+    for path in _outputs(args, model):
+        require_writable(path, "--out")
+        for option in ("image", "video", "actions", "prompt_file"):
+            read = getattr(args, option)
+            if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+                name = option.replace("_", "-")
+                raise ValueError(f"--out: {str(path)!r} would be written, but --{name} is read from it")
+    unfinished = journal_path(Path(args.out))
+    if unfinished.exists() and not args.resume and not model.adapter.live:
+        raise ValueError(f"--out: an unfinished video has its journal there: --resume goes on; or delete {unfinished}")
 
 
 def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
     """What the video begins with."""
+    for option in ("image", "video"):
+        if getattr(args, option) is not None and adapter.actions:
+            raise ValueError(f"--{option} must not be given: {adapter.name} begins with words and actions alone")
     if args.image is not None:
         return read_picture(args.image, adapter.size)
     if args.video is not None:
@@ -204,7 +271,7 @@ def _writer(args: argparse.Namespace, model: BlockModel, total: int) -> VideoWri
     return VideoWriter(args.out, adapter.fps, adapter.size, scale=scale)
 
 
-def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journal:
+def _journal(args: argparse.Namespace, world: World, prompts: Prompts, digest: str | None) -> Journal:
     adapter: Adapter = world.model.adapter
     weights = Path(args.weights).resolve()
     settings = {
@@ -222,6 +289,7 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts) -> Journa
         "negative_prompt": args.negative_prompt,
         "image": args.image and str(args.image.resolve()),
         "video": args.video and str(args.video.resolve()),
+        "what --image or --video shows (its SHA-256)": digest,
         "seconds": args.seconds if adapter.stages else None,
         "stages": args.stages,
         "fp8": args.fp8,

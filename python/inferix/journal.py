@@ -35,18 +35,20 @@ class Journal:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool):
         self.path = path
-        self.blocks: list[Tensor] = []
+        self.blocks: list[Tensor] = []  # of the run that is taken up
         line = json.dumps(settings, sort_keys=True).encode() + b"\n"
         if resume:
             self._read(settings)
         else:
             path.write_bytes(line)
+        self.count = len(self.blocks)  # blocks in the file
         self._file = path.open("ab")
 
     def append(self, latents: Tensor) -> None:
         """Add a block [frames, ...] float32; it is in the file when this returns."""
         np.lib.format.write_array(self._file, latents.cpu().numpy(), allow_pickle=False)
         self._file.flush()
+        self.count += 1
 
     def close(self, done: bool) -> None:
         """`done`: the video is complete, and the journal goes."""

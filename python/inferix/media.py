@@ -2,6 +2,7 @@
 
 A video is written under a temporary name in fragments, each a second or so long, and becomes a plain MP4 under its own
 name when it is closed, also by Ctrl-C. If the process is killed, the temporary file plays up to its last fragment.
+After an error it is closed and keeps the temporary name: what was there before stays what it was.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ GAP, STRIP = 4, 15  # pixels between the pictures of a sheet, and of the strip t
 PAPER, INK = (24, 24, 28), (225, 225, 225)
 
 
+def partial_path(path: Path) -> Path:
+    """Where a video is while it is made."""
+    return path.with_name(f".{path.name}.part")
+
+
 def require_writable(path: str | Path, name: str) -> None:
     """Raise ValueError, naming the argument, unless a file can be written at `path`. Leaves nothing behind."""
     path = Path(path)
-    existed = path.exists()
     try:
+        existed = path.exists()
         with path.open("ab"):
             pass
     except OSError as error:
@@ -56,7 +62,7 @@ class VideoWriter:
             raise ValueError(f"--out must end in .mp4, got {str(path)!r}")
         if scale < 1 or height * scale % 2 or width * scale % 2:
             raise ValueError(f"--scale must make {height} x {width} pixels an even height and width, got {scale}")
-        self.partial = self.path.with_name(f".{self.path.name}.part")
+        self.partial = partial_path(self.path)
         require_writable(self.path, "--out")  # PyAV opens its file with the first packet, too late
         # A packet is on disk as soon as it is encoded. Hybrid: fragments while writing, one index once it is closed, so
         # that players can seek; FFmpeg 7.1 brought it, hence av >= 14.
@@ -83,8 +89,9 @@ class VideoWriter:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def close(self) -> None:
-        """Finish the video under its own name; without a frame, leave nothing."""
+    def close(self, whole: bool = True) -> None:
+        """Finish the video under its own name or, if it is not `whole`, its temporary one; without a frame, leave
+        nothing."""
         if not self._open:
             return
         self._open = False
@@ -92,12 +99,13 @@ class VideoWriter:
             if self.frames:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
-            if self.frames:
+            if self.frames and whole:
                 self.partial.replace(self.path)
         except OSError as error:
             raise self._unwritable(error) from None
         finally:
-            self.partial.unlink(missing_ok=True)
+            if whole or not self.frames:
+                self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -105,7 +113,7 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(whole=kind is None or issubclass(kind, KeyboardInterrupt))
 
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}")
@@ -114,8 +122,8 @@ class VideoWriter:
 class LatentWriter:
     """A NumPy array file under way, [frames, ...] float32; a context manager. For models without a decoder.
 
-    It is written under a temporary name, at its full size from the start, zeros where nothing has been written, and
-    mapped: what is kept in memory does not grow with it.
+    It is written under a temporary name, at its full size from the start, and mapped: what is kept in memory does not
+    grow with it. If it is closed early, it becomes as short as what was written.
 
     Args:
         path: replaced, if it exists, when the file is closed; .npy takes the place of any other ending.
@@ -126,26 +134,43 @@ class LatentWriter:
     def __init__(self, path: str | Path, frames: int, shape: tuple[int, ...]):
         self.path, self.frames = Path(path).with_suffix(".npy"), 0
         require_writable(self.path, "--out")
-        self.partial = self.path.with_name(f".{self.path.name}.part")
-        self._array = np.lib.format.open_memmap(self.partial, "w+", np.float32, (frames, *shape))
+        self.partial = partial_path(self.path)
+        try:
+            self._array = np.lib.format.open_memmap(self.partial, "w+", np.float32, (frames, *shape))
+        except OSError as error:
+            self.partial.unlink(missing_ok=True)
+            raise ValueError(f"--out: cannot write {str(self.path)!r}: {error.strerror}") from None
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames [n, ...]."""
         self._array[self.frames : self.frames + len(frames)] = frames
         self.frames += len(frames)
 
-    def close(self) -> None:
-        """Finish the file under its own name; without a frame, leave nothing."""
+    def close(self, whole: bool = True) -> None:
+        """Finish the file under its own name or, if it is not `whole`, its temporary one; without a frame, leave
+        nothing. It holds the frames that were written."""
         self._array.flush()
-        if self.frames:
+        shape, start = self._array.shape, self._array.offset
+        size = start + self.frames * self._array[0].nbytes
+        del self._array
+        if not self.frames:
+            self.partial.unlink()
+            return
+        with self.partial.open("rb+") as file:
+            header, (before, now) = file.read(start), (str(s).encode() for s in (shape, (self.frames, *shape[1:])))
+            file.seek(0)
+            file.write(header.replace(before, now.ljust(len(before))))
+            file.truncate(size)
+        if whole:
             self.partial.replace(self.path)
-        self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> LatentWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(whole=kind is None or issubclass(kind, KeyboardInterrupt))
 
 
 def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.ndarray:
@@ -174,10 +199,12 @@ def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.nda
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture file as uint8 [1, height, width, 3]: scaled to cover `size`, then cut about its middle."""
+    """A picture file as uint8 [1, height, width, 3]: turned as it says, scaled to cover `size`, then cut about its
+    middle."""
     try:
         with Image.open(path) as image:
-            picture = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            picture = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
     except OSError as error:
         raise ValueError(f"--image: cannot read {str(path)!r} ({error})") from None
     return np.asarray(picture)[None]

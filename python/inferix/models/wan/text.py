@@ -5,8 +5,10 @@ A prompt that has been embedded before needs neither the encoder nor transformer
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -75,20 +77,31 @@ class PromptEncoder:
         self._identity: str | None = None
 
     def __call__(self, prompt: str) -> Tensor:
-        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are."""
-        file = None if self.cache is None else self.cache / f"{self.key(prompt)}.safetensors"
-        if file is not None and file.exists():
-            try:
-                return load_file(file)["embedding"]
-            except (SafetensorError, KeyError):
-                pass  # half written by a process that was killed: made again
+        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are, or if the
+        cache can't be used."""
+        if self.cache is None:
+            return self._encode(prompt)
+        file = self.cache / f"{self.key(prompt)}.safetensors"
+        try:
+            if file.exists():
+                with contextlib.suppress(SafetensorError, KeyError):  # half written by a process that was killed
+                    return load_file(file)["embedding"]
+            self.cache.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.cache, os.W_OK):  # encoding takes long: what can't be kept is said before
+                raise PermissionError("it can not be written")
+        except OSError as error:
+            raise self._unusable(error) from None
         embedding = self._encode(prompt)
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".part")
+        partial = file.with_suffix(".part")
+        try:
             save_file({"embedding": embedding}, partial)
             partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise self._unusable(error) from None
         return embedding
+
+    def _unusable(self, error: Exception) -> ValueError:
+        return ValueError(f"prompt_cache: cannot keep embeddings in {str(self.cache)!r} ({error})")
 
     def key(self, prompt: str) -> str:
         """What an embedding depends on, hashed."""
