@@ -20,6 +20,7 @@ from inferix.stream.remote import Broken, Refused, Remote
 from inferix.stream.testing import BarWorld, open_bars
 from inferix.stream.worker import Order, Stage, open_world
 from inferix.world import World
+from inferix_kernels import OutOfPages
 
 
 def stage(**options):
@@ -134,6 +135,21 @@ def test_a_fork_does_not_end_for_a_save_that_can_not_be_read(tmp_path):
     assert list(world.worlds) == ["a"]
 
 
+@pytest.mark.parametrize("worlds", [["a"], ["a", "b"]])
+def test_a_save_for_which_there_is_no_room_ends_no_world(worlds, tmp_path):
+    large, world = Stage(lambda: small_world(window=18, worlds=2)), stage()
+    run(large, "udlruudl", prompt="desert day")
+    large.save("a", tmp_path / "saved")
+    run(world, "uuuu", prompt="glacier day")
+    if "b" in worlds:
+        world.fork()
+    for _ in range(3):  # what a failed load took is given back
+        with pytest.raises((ValueError, OutOfPages), match="close one first" if "b" in worlds else "int8|fp32"):
+            world.load(tmp_path / "saved")
+    assert list(world.worlds) == worlds
+    run(world, "lrud")
+
+
 def test_saving_twice_under_one_name_is_refused(tmp_path):
     world = stage()
     run(world, "u", prompt="desert day")
@@ -205,6 +221,34 @@ async def test_errors_cross_the_process_and_a_broken_worker_stays_broken():
         await remote.call("step", orders={"a": Order("up", "crash")})
     with pytest.raises(Broken, match="told to crash"):
         await remote.call("fork")
+    await remote.close()
+
+
+class Unlucky(BarWorld):
+    """Has no room for a fork, and can not read its words."""
+
+    def fork(self):
+        raise RuntimeError("no room\nnone at all")
+
+    def _prepare(self, text):
+        raise FileNotFoundError(2, "No such file", "words.txt") if text == "file" else MemoryError()
+
+
+@asynchronous
+async def test_what_fails_and_changes_nothing_is_refused_in_one_line(tmp_path):
+    remote = Remote(Unlucky)
+    await remote.opened()
+    requests = {
+        "fork: no room": ("fork", {}),
+        "prepare: .*No such file.*words.txt": ("prepare", {"text": "file"}),
+        "prepare: MemoryError": ("prepare", {"text": "memory"}),
+        "save: ": ("save", {"name": "a", "folder": tmp_path / "saved"}),  # bars can't be saved
+    }
+    for says, (request, arguments) in requests.items():
+        with pytest.raises(Refused, match=f"^{says}") as refused:
+            await remote.call(request, **arguments)
+        assert "\n" not in str(refused.value)
+    assert (await remote.call("step", orders={"a": Order("up", "calm")}))["made"] == {"a": 3}
     await remote.close()
 
 

@@ -147,7 +147,7 @@ class Client:
         except (Refused, ValueError) as error:
             self._complain(id, "refused", str(error))
         except Broken as error:
-            self._complain(id, "internal", str(error).strip().splitlines()[-1])
+            self._complain(id, "internal", error.line)
         else:
             self._done(message, result)
 

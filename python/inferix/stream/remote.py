@@ -19,7 +19,11 @@ class Refused(ValueError):
 
 
 class Broken(RuntimeError):
-    """The worker is of no further use; the message says what happened."""
+    """The worker is of no further use; the message says what happened, perhaps with a traceback."""
+
+    @property
+    def line(self) -> str:
+        return str(self).strip().splitlines()[-1]
 
 
 class Remote:

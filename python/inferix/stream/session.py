@@ -286,8 +286,8 @@ class Session(Commands):
         except (Refused, OSError) as refusal:
             command.done.set_exception(Refused(str(refusal)))
         except BaseException as error:
-            if not command.done.done():
-                command.done.set_exception(Refused(f"{command.name}: {error}"))
+            what = error.line if isinstance(error, Broken) else error
+            command.done.set_exception(Refused(f"{command.name}: {what}"))
             raise
         else:
             command.done.set_result(result)
