@@ -367,6 +367,17 @@ async def test_too_large_and_too_many_are_answered_and_change_nothing(server):
 
 
 @asynchronous
+async def test_half_a_character_is_refused_and_everyone_goes_on(server):
+    viewer, watcher = await Viewer.join(server), await Viewer.join(server, drive=False)
+    await viewer.send('{"type": "prompt", "id": "\\ud800", "text": "snow"}')
+    assert (await viewer.until("error"))["code"] == "malformed"
+    blocks = len(watcher.all("block"))
+    await until(lambda: len(watcher.all("block")) > blocks + 2)
+    for each in (viewer, watcher):
+        await each.leave()
+
+
+@asynchronous
 async def test_the_page_needs_nothing_from_elsewhere(server):
     async with aiohttp.ClientSession() as http:
         for name in server.pages:

@@ -192,17 +192,27 @@ class Client:
     # What goes out
 
     async def _send(self) -> None:
+        """A viewer to whom nothing can be sent any more is gone, whatever the reason."""
+        try:
+            await self._send_all()
+        except ConnectionError:
+            pass
+        except Exception as error:  # a mistake of ours must show
+            told = {"message": f"nothing can be sent to {self.name} any more", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(told)
+            self._leaving = asyncio.ensure_future(self.socket.close(code=1011, message=b"nothing can be sent"))
+
+    async def _send_all(self) -> None:
         """Events first, then video; one at a time, as fast as the viewer takes them."""
-        with suppress(ConnectionError):
-            while not self.socket.closed:
-                while self._events:
-                    await self.socket.send_str(self._events.popleft())
-                subscription = self.subscription
-                packet = subscription.pop() if subscription else None
-                if subscription and packet:
-                    codec = protocol.CODECS[subscription.codec]
-                    header = protocol.HEADER.pack(1, packet.keyframe, codec, 0, packet.frame, packet.pts)
-                    await self.socket.send_bytes(header + packet.data)
-                elif not self._events:
-                    self._wake.clear()
-                    await self._wake.wait()
+        while not self.socket.closed:
+            while self._events:
+                await self.socket.send_str(self._events.popleft())
+            subscription = self.subscription
+            packet = subscription.pop() if subscription else None
+            if subscription and packet:
+                codec = protocol.CODECS[subscription.codec]
+                header = protocol.HEADER.pack(1, packet.keyframe, codec, 0, packet.frame, packet.pts)
+                await self.socket.send_bytes(header + packet.data)
+            elif not self._events:
+                self._wake.clear()
+                await self._wake.wait()

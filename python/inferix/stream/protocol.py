@@ -61,7 +61,9 @@ def parse(data: str | bytes) -> Message:
         raise Invalid(f"a message must have at most {MAX_BYTES} bytes, got {size}", "oversized")
     try:
         message = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        # "\\ud800" is JSON but half a character, which no answer and no broadcast could repeat.
+        json.dumps(message, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and UnicodeEncodeError are ValueErrors
         raise Invalid(f"a message must be JSON in UTF-8, got {_short(data)} ({_short(error)})") from None
     if not isinstance(message, dict):
         raise Invalid(f"a message must be an object, got {_short(message)}")
@@ -91,4 +93,5 @@ def _no_constant(name: str) -> None:
 
 def _short(value: object, length: int = 60) -> str:
     text = str(value) if isinstance(value, Exception | str) else repr(value)
+    text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= length else f"{text[:length]}…"
