@@ -76,6 +76,13 @@ def test_what_is_wrong_is_said(data, says):
     assert says in str(error.value) and len(str(error.value).encode()) < 500
 
 
+def test_whole_numbers_are_integers_however_they_are_written():
+    for text in ("7", "7.0", "0.7e1", "70e-1"):
+        seed = parse(f'{{"type": "reset", "seed": {text}}}')["seed"]
+        assert seed == 7 and type(seed) is int
+    assert parse('{"type": "ping", "time": 7.5}')["time"] == 7.5
+
+
 def test_characters_beyond_the_first_plane_are_whole():
     assert parse('{"type": "prompt", "text": "\\ud83d\\ude00"}')["text"] == "😀"
 

@@ -367,6 +367,18 @@ async def test_too_large_and_too_many_are_answered_and_change_nothing(server):
 
 
 @asynchronous
+async def test_rewinding_a_world_that_has_shown_nothing_yet(server):
+    viewer = await Viewer.join(server)
+    await viewer.until("block")
+    await viewer.say("reset", id="r", seed=3)
+    assert (await viewer.request("rewind", frame=0))["type"] == "done"
+    since = len(viewer.messages)
+    await viewer.until("block", since=since)
+    assert not [state for state in viewer.all("state") if state["phase"] == "crashed"]
+    await viewer.leave()
+
+
+@asynchronous
 async def test_half_a_character_is_refused_and_everyone_goes_on(server):
     viewer, watcher = await Viewer.join(server), await Viewer.join(server, drive=False)
     await viewer.send('{"type": "prompt", "id": "\\ud800", "text": "snow"}')

@@ -83,7 +83,9 @@ class Player:
                 sink.write(picture.worlds["a"])
 
     async def show(self, worlds: dict[str, np.ndarray]) -> None:
-        """Send pictures to all viewers; two worlds are one picture, side by side."""
+        """Send pictures to all viewers; two worlds are one picture, side by side. None: there is nothing to show."""
+        if not worlds:
+            return
         self.last = worlds
         pts, (frame, block) = self.ticks(), self._newest
         self.announce({"type": "frame", "frame": frame, "block": block, "pts": pts, "worlds": list(worlds)})

@@ -60,7 +60,7 @@ def parse(data: str | bytes) -> Message:
     if size > MAX_BYTES:
         raise Invalid(f"a message must have at most {MAX_BYTES} bytes, got {size}", "oversized")
     try:
-        message = json.loads(data, parse_constant=_no_constant)
+        message = json.loads(data, parse_constant=_no_constant, parse_float=_number)
         # "\\ud800" is JSON but half a character, which no answer and no broadcast could repeat.
         json.dumps(message, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and UnicodeEncodeError are ValueErrors
@@ -85,6 +85,12 @@ def check(message: Message, side: str) -> None:
 
 def encode(message: Message) -> str:
     return json.dumps(message, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _number(text: str) -> int | float:
+    """7.0 is an integer to JavaScript, which knows no others, and to the document."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _no_constant(name: str) -> None:
