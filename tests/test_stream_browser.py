@@ -221,6 +221,15 @@ def test_words_show_and_the_page_says_when(page):
     assert WORDS[page.watch(1, "s.bars.a[2] === 0")[0]["bars"]["a"][2]] == "calm"
 
 
+def test_redoing_memory_is_offered_where_it_can_be_done(page, monkeypatch):
+    box = "document.getElementById('recache-choice')"
+    page.open("?transport=websocket")
+    assert page.run(f"return {box}.hidden"), "a model with actions"
+    monkeypatch.setitem(page.server.session.model, "can_recache", True)
+    page.open("?transport=websocket")
+    assert not page.run(f"return {box}.hidden")
+
+
 def test_pause_stops_the_pictures_and_step_makes_one_block(page):
     page.open()
     page.watch(3)

@@ -190,7 +190,10 @@ async def test_a_prompt_says_when_it_takes_effect(server):
     viewer = await Viewer.join(server)
     refused = await viewer.request("prompt", text="nonsense")
     assert refused["code"] == "refused" and "must be one of calm" in refused["text"]
-    await viewer.request("prompt", text="storm", recache=True)
+    refused = await viewer.request("prompt", text="storm", recache=True)
+    assert refused["text"].startswith("prompt.recache: this model's past was made under actions")
+    assert viewer.last("welcome")["can_recache"] is False and not viewer.all("prompt")
+    await viewer.request("prompt", text="storm", recache=False)
     waiting = await viewer.until("prompt", lambda prompt: prompt["text"] == "storm")
     assert waiting["state"] == "waiting" and waiting["frame"] is None
     applied = await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == "storm")
@@ -252,6 +255,8 @@ async def test_a_model_that_cannot_rewind_says_so(tmp_path):
 async def test_a_model_without_actions_is_steered_by_words(tmp_path):
     async with running(tmp_path, actions=()) as server:
         viewer = await Viewer.join(server)
+        assert viewer.last("welcome")["can_recache"]
+        assert (await viewer.request("prompt", text="storm", recache=True))["type"] == "done"
         assert (await viewer.until("block"))["actions"] == {"a": None}
         await viewer.say("keys", seq=1, pressed=["up"])
         assert "words alone" in (await viewer.until("error"))["text"]

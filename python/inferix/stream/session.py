@@ -148,6 +148,8 @@ class Session(Commands):
         """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks."""
         if self.phase != "running" or self.remote is None:
             raise Refused("prompt: there is no world to hear it")
+        if recache and not self.model["can_recache"]:
+            raise Refused("prompt.recache: this model's past was made under actions, and can't be redone under words")
         worlds = list(self.steering.worlds)
         await self._call("prepare", text=text)
         worlds = [name for name in worlds if name in self.made]

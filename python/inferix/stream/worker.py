@@ -70,6 +70,8 @@ class Stage:
             "keys": dict(adapter.keys),
             "prompts": list(adapter.example_prompts),
             "recache": adapter.recache,
+            # Of what was done in past blocks nothing is kept: they can be computed again for words alone.
+            "can_recache": adapter.recache or not adapter.actions,
             "can_rewind": bool(world.can_rewind),
             "can_fork": world.worlds > 1,
             "kv_bytes": world.kv_bytes(),

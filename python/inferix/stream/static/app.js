@@ -131,7 +131,7 @@ function render() {
   $("both").setAttribute("aria-pressed", String(state.steered.length > 1));
   $("record").classList.toggle("on", Boolean(state.recording));
   $("record").lastChild.textContent = state.recording ? "Stop" : "Record";
-  $("recache-choice").hidden = !welcome;
+  $("recache-choice").hidden = !welcome?.can_recache;
   $("viewers").hidden = !(state.viewers > 1);
   $("viewers").textContent = `${state.viewers} watching`;
   $("pushing").hidden = !state.pushing?.length;
