@@ -23,7 +23,12 @@ class Broken(RuntimeError):
 
     @property
     def line(self) -> str:
-        return str(self).strip().splitlines()[-1]
+        return last_line(str(self))
+
+
+def last_line(text: str) -> str:
+    """What a traceback ends with; a text of one line is that line."""
+    return (text.strip().splitlines() or [""])[-1]
 
 
 class Remote:

@@ -71,6 +71,7 @@ class Session(Commands):
         self._steps = 0  # blocks to be made although paused
         self._following = False  # a command, right now
         self._changed = asyncio.Event()
+        self.tried = asyncio.Event()  # to open the first world: it runs, or `crash` says why not
         self._tasks: list[asyncio.Task[None]] = []
         self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
 
@@ -191,11 +192,13 @@ class Session(Commands):
         self.lead = Lead(limit=AHEAD * self.model["block"] / fps)
         await self._call("reset", seed=self.seed)
         self.phase = "running"
+        self.tried.set()
         self.announce(self.welcome())
         self.changed()
 
     def _crashed(self, reason: str) -> None:
         self.phase, self.crash = "crashed", reason[-4000:]
+        self.tried.set()
         self.player.clear()
         self._fail_commands("the world is broken: reset it")
         self.changed()
