@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import re
+import time
 
 import av
 import numpy as np
@@ -16,7 +17,8 @@ from stream_client import LOOP, Viewer, asynchronous, running, until
 
 from inferix.stream import protocol
 from inferix.stream.server import Server
-from inferix.stream.testing import ACTIONS, WORDS, read_bars
+from inferix.stream.session import UNREAD
+from inferix.stream.testing import ACTIONS, WORDS, BarWorld, read_bars
 from inferix.stream.worker import open_world
 
 
@@ -201,6 +203,32 @@ async def test_a_prompt_says_when_it_takes_effect(server):
     assert applied["id"] == waiting["id"]
     assert (await viewer.until("state", lambda s: s["prompts"]["a"] == "storm"))["phase"] == "running"
     await viewer.leave()
+
+
+class Reader(BarWorld):
+    """Takes a while to read some words, and can read one thing at a time."""
+
+    reading = 0
+
+    def _prepare(self, text):
+        assert not self.reading
+        self.reading += 1
+        time.sleep(0.4 if text == "storm" else 0.05)
+        self.reading -= 1
+
+
+@asynchronous
+async def test_the_words_said_last_win_however_long_they_take_to_read(tmp_path):
+    async with running(tmp_path, opener=Reader) as server:
+        viewer = await Viewer.join(server)
+        for text in ("storm", "snow"):
+            await viewer.say("prompt", text=text, id=text)
+        await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == "snow")
+        applied = [prompt["text"] for prompt in viewer.all("prompt") if prompt["state"] == "applied"]
+        assert applied[-2:] == ["storm", "snow"] and server.session.steering.prompts == {"a": "snow"}
+        server.session._unread = UNREAD
+        assert "8 are waiting to be read" in (await viewer.request("prompt", text="calm"))["text"]
+        await viewer.leave()
 
 
 @asynchronous

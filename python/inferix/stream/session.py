@@ -26,6 +26,7 @@ from .push import Sink
 from .remote import Broken, Refused, Remote
 from .steering import Steering
 
+UNREAD = 8  # prompts that may wait for their encoding
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
 AT_ONCE = frozenset({"pause", "resume", "step", "steer", "record"})  # need no worlds, and don't wait for their block
 
@@ -70,6 +71,7 @@ class Session(Commands):
         self._blocks = self._frames = 0  # made so far; never counted back
         self._steps = 0  # blocks to be made although paused
         self._following = False  # a command, right now
+        self._reading, self._unread = asyncio.Lock(), 0  # prompts, one after the other as they were said
         self._changed = asyncio.Event()
         self.tried = asyncio.Event()  # to open the first world: it runs, or `crash` says why not
         self._tasks: list[asyncio.Task[None]] = []
@@ -146,13 +148,20 @@ class Session(Commands):
         return await asyncio.shield(command.done)  # who asked may leave; what was asked is done all the same
 
     async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
-        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks."""
+        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks, and one
+        after the other: those said last come into force last, however long each takes."""
         if self.phase != "running" or self.remote is None:
             raise Refused("prompt: there is no world to hear it")
         if recache and not self.model["can_recache"]:
             raise Refused("prompt.recache: this model's past was made under actions, and can't be redone under words")
-        worlds = list(self.steering.worlds)
-        await self._call("prepare", text=text)
+        if self._unread >= UNREAD:
+            raise Refused(f"prompt: {UNREAD} are waiting to be read already")
+        worlds, self._unread = list(self.steering.worlds), self._unread + 1
+        try:
+            async with self._reading:
+                await self._call("prepare", text=text)
+        finally:
+            self._unread -= 1
         worlds = [name for name in worlds if name in self.made]
         self.steering.say(worlds, text, recache, id)
         self.announce({"type": "prompt", "id": id, "text": text, "worlds": worlds, "state": "waiting", "frame": None})
