@@ -339,6 +339,32 @@ async def test_recordings_and_saves_get_names_from_the_server(server, tmp_path):
     await viewer.leave()
 
 
+@pytest.mark.parametrize("closing, command", [("a", "close"), ("b", "close"), ("b", "reset")])
+@asynchronous
+async def test_a_recording_follows_its_world_and_ends_with_it(closing, command, server):
+    viewer = await Viewer.join(server)
+    await viewer.request("fork")
+    await viewer.say("keys", seq=1, pressed=["left"])  # "b", which is steered and recorded
+    await viewer.until("block", lambda b: b["actions"].get("b") == "left")
+    name = (await viewer.request("record", on=True))["result"]["name"]
+    begun = viewer.last("frame")["frame"]
+    await viewer.until("frame", lambda frame: frame["frame"] > begun + 6)
+    since = len(viewer.messages)
+    await viewer.request(command, **({"world": closing} if command == "close" else {}))
+    if closing == "a":
+        begun = viewer.last("frame")["frame"]
+        await viewer.until("frame", lambda frame: frame["frame"] > begun + 6)
+        assert viewer.last("state")["recording"] == name
+        assert (await viewer.request("record", on=False))["result"]["frames"] >= 12
+    else:
+        assert (await viewer.until("error", since=since))["text"] == f"record: {name} has ended with its world"
+        await viewer.until("state", lambda state: state["recording"] is None, since)
+    with av.open(str(server.archive.folder / name)) as video:
+        numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
+    assert len(numbers) >= 6 and np.all(np.diff(numbers) == 1)
+    await viewer.leave()
+
+
 @pytest.mark.parametrize(
     "name", ["../pyproject.toml", "%2e%2e%2fsecret.mp4", "secret.mp4", "", "/etc/passwd", "bars-20260101-000000-1"]
 )

@@ -63,6 +63,7 @@ class Commands:
         self._take(await self._call("reset", seed=self.seed))
         prompt = self.steering.prompts.get("a") or self.model["prompts"][0]
         self._start_over()
+        await self._end_orphaned_recording()
         self.steering.begin(prompt)
         self._steps = int(self.player.paused)  # so that there is something to see
 
@@ -81,6 +82,9 @@ class Commands:
         self._take(reply)
         for picture in self.player.queue:
             picture.worlds = {"a": picture.worlds.get(other, picture.worlds["a"])}
+        if recorder := self.player.recorder:
+            recorder.world = "a" if recorder.world == other else "closed"
+        await self._end_orphaned_recording()
         if other in self.player.last:
             await self.player.show({"a": self.player.last[other]})
 
@@ -109,6 +113,7 @@ class Commands:
         reply = await self._call("load", folder=self.archive.world(name))
         self._start_over()
         self._take(reply)
+        await self._end_orphaned_recording()
         self.steering.begin(None, reply["prompt"])
         if reply["picture"] is not None:
             await self.player.show({"a": reply["picture"]})
@@ -124,6 +129,14 @@ class Commands:
         recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
         self.player.recorder = recorder
         return {"name": recorder.name}
+
+    async def _end_orphaned_recording(self) -> None:
+        """Worlds have gone: end the recording if its world is one of them."""
+        recorder = self.player.recorder
+        if recorder is not None and recorder.world not in self.made:
+            await self._stop_recording()
+            text = f"record: {recorder.name} has ended with its world"
+            self.announce({"type": "error", "id": None, "code": "internal", "text": text})
 
     async def _stop_recording(self) -> dict[str, Any] | None:
         recorder = await self.player.stop_recording()
