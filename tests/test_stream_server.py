@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
 import aiohttp
+import yarl
 from stream_client import LOOP, Viewer, asynchronous, running, until
 
 from inferix.stream import protocol
@@ -407,6 +408,29 @@ async def test_elsewhere_than_here_a_token_is_wanted(tmp_path):
                 assert response.status == 200
             async with http.ws_connect(f"{root}ws?token={server.token}") as socket:
                 assert (await socket.receive_json())["type"] == "welcome"
+
+
+@asynchronous
+async def test_a_token_of_any_characters_is_in_the_address(tmp_path):
+    async with running(tmp_path, host="0.0.0.0", token="a b&c#d/é+") as server, aiohttp.ClientSession() as http:
+        url = yarl.URL(server.address.replace("0.0.0.0", "127.0.0.1"), encoded=True)
+        async with http.get(url) as response:
+            assert response.status == 200
+            cookie = response.cookies["inferix"].OutputString(["none"])
+        async with http.get(url.origin() / "app.js", headers={"Cookie": cookie}) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize("header", ["Origin: http://[", "Host: [", "Cookie: inferix=\xff\xfe"])
+@asynchronous
+async def test_headers_that_make_no_sense_are_kept_out(header, tmp_path, caplog):
+    async with running(tmp_path, host="0.0.0.0") if "Cookie" in header else running(tmp_path) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        host = "" if "Host" in header else f"Host: 127.0.0.1:{server.port}\r\n"
+        writer.write(f"GET / HTTP/1.1\r\n{host}{header}\r\n\r\n".encode("latin-1"))
+        assert b" 403 " in await reader.readline()
+        writer.close()
+    assert not caplog.records
 
 
 @asynchronous
