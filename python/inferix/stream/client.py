@@ -51,6 +51,7 @@ class Client:
         self.session = lobby.session
         self.subscription: Subscription | None = None
         self.peer: Any = None
+        self._answering = asyncio.Lock()  # one peer is made at a time, or the last but one would be forgotten
         self._quick, self._slow, self._complaints = Bucket(120, 240), Bucket(10, 30), Bucket(2, 20)
         self._events: deque[str] = deque()
         self._wake = asyncio.Event()
@@ -176,9 +177,10 @@ class Client:
             from .webrtc import Peer
         except ImportError:
             raise Refused("offer: WebRTC needs aiortc, which is not installed here") from None
-        await self._end_peer()
-        peer = self.peer = Peer(self.session.player.broadcast, self._from_channel, self.tell)
-        answer = await peer.answer(sdp)
+        async with self._answering:
+            await self._end_peer()
+            peer = self.peer = Peer(self.session.player.broadcast, self._from_channel, self.tell)
+            answer = await peer.answer(sdp)
         self.tell({"type": "answer", "id": id, "sdp": answer})
 
     def _from_channel(self, data: str | bytes) -> None:
