@@ -20,6 +20,7 @@ from inferix.stream import protocol
 from inferix.stream.server import Server
 from inferix.stream.session import UNREAD
 from inferix.stream.testing import ACTIONS, WORDS, BarWorld, read_bars
+from inferix.stream.video import JpegEncoder
 from inferix.stream.worker import open_world
 
 
@@ -304,6 +305,23 @@ async def test_a_crash_shows_and_a_reset_starts_anew(word, says, server):
     since = len(viewer.messages)
     await viewer.until("block", since=since)
     assert viewer.last("state")["phase"] == "running" and viewer.last("state")["seed"] == 4
+    await viewer.leave()
+
+
+@asynchronous
+async def test_an_encoder_that_fails_shows_as_a_crash(server, monkeypatch):
+    def fail(self, *arguments):
+        raise OSError("no more devices")
+
+    viewer = await Viewer.join(server)
+    with monkeypatch.context() as patch:
+        patch.setattr(JpegEncoder, "encode", fail)
+        await viewer.request("video", codec="jpeg")
+        state = await viewer.until("state", lambda state: state["phase"] == "crashed")
+        assert "jpeg can't be encoded: no more devices" in state["crash"]
+    assert (await viewer.request("reset", seed=4))["type"] == "done"
+    await until(lambda: viewer.pictures)
+    assert viewer.last("state")["phase"] == "running"
     await viewer.leave()
 
 

@@ -74,22 +74,22 @@ class Session(Commands):
         self._reading, self._unread = asyncio.Lock(), 0  # prompts, one after the other as they were said
         self._changed = asyncio.Event()
         self.tried = asyncio.Event()  # to open the first world: it runs, or `crash` says why not
-        self._tasks: list[asyncio.Task[None]] = []
+        self._making: asyncio.Task[None] | None = None
+        self._showing: asyncio.Task[None] | None = None  # begun anew with each world: what it met ends the world
         self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
 
     async def start(self) -> None:
         """Begin to open the world; returns at once."""
-        self._tasks = [
-            asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self.player.run)
-        ]
+        self._making = asyncio.create_task(self._make(), name="session make")
         for sink in self.player.sinks:
             sink.start(lambda: self.announce(self.state()))
 
     async def close(self) -> None:
         """End everything; files are finished."""
-        for task in self._tasks:
+        tasks = [task for task in (self._making, self._showing) if task]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_commands("the server is closing")
         if self.remote:
             await self.remote.close()
@@ -191,6 +191,9 @@ class Session(Commands):
         self.phase, self.crash = "opening", ""
         self._start_over()
         self.changed()
+        if self._showing is None or self._showing.done():
+            self._showing = asyncio.create_task(self.player.run(), name="session show")
+            self._showing.add_done_callback(lambda _: self._wake())
         self.remote = Remote(self.opener)
         self.model = await self.remote.opened()
         fps = self.model["fps"]
@@ -229,6 +232,8 @@ class Session(Commands):
     async def _until_work(self) -> None:
         """Return when there is a command to follow, or the next block is to be begun."""
         while not self._commands:
+            if self._showing and self._showing.done():
+                self._showing.result()  # raises what the player met
             wait: float | None = None
             if not self.player.paused or self._steps:
                 wait = self.lead.wait(0.0 if self.player.paused else self.player.left())
