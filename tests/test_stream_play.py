@@ -59,6 +59,7 @@ async def test_ctrl_c_ends_quickly_and_closes_files(tmp_path):
         (["--host", "203.0.113.1"], "--host, --port: cannot listen at 203.0.113.1"),
         (["--port", "99999999"], "--host, --port: cannot listen"),
         (["--push", "http://x"], "--push must be an rtmp://"),
+        (["--push", "/nowhere/out.mp4"], "--push: cannot write '/nowhere/out.mp4': No such file or directory"),
         (["--worlds", "0"], "--worlds must be at least 1, got 0"),
         (["--undo", "-1"], "--undo must be at least 0, got -1"),
         (["--undo", "inf"], "--undo must be a finite number, got inf"),

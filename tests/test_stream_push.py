@@ -158,6 +158,18 @@ def test_an_address_that_is_none_is_refused(target):
         Sink(target)
 
 
+def test_a_file_that_can_not_be_written_says_why(tmp_path):
+    with pytest.raises(ValueError, match=r"--push: cannot write .*No such file or directory"):
+        Sink(str(tmp_path / "nowhere" / "out.ts"))
+    (tmp_path / "soon gone").mkdir()
+    sink = Sink(str(tmp_path / "soon gone" / "out.ts"))
+    (tmp_path / "soon gone").rmdir()
+    sink.open(FPS, SIZE, 1)
+    sink._thread.join(PATIENCE)
+    assert sink.state == "ended: No such file or directory"
+    sink.close()
+
+
 def test_a_recording_is_whole_when_it_is_closed(tmp_path):
     recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
     for number in range(20):
