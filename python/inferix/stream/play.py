@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import math
 import signal
 import sys
 
@@ -20,10 +19,6 @@ def play(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an option is not what it must be, or the world can't be opened.
     """
-    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0), ("threads", 1)):
-        if (value := getattr(args, option)) is not None and not least <= value < math.inf:
-            wanted = f"at least {least}" if value < least else "a finite number"
-            raise ValueError(f"--{option} must be {wanted}, got {value:g}")
     opener = functools.partial(
         open_world,
         args.model,
