@@ -274,6 +274,19 @@ def test_the_slider_takes_the_world_back(page):
     identical(page.watch(6))
 
 
+def test_the_slider_dropped_where_it_was_goes_on(page):
+    page.open("?transport=websocket")
+    page.until("inferix.state().made.a > 24")
+    past = "document.getElementById('past')"
+    for value in ("min", "max"):  # there and back; not every browser calls that a change
+        page.run(f"{past}.value = {past}.{value}; {past}.dispatchEvent(new Event('input'))")
+    page.until("inferix.state().paused")
+    page.run(f"{past}.dispatchEvent(new Event('pointerup', {{bubbles: true}}))")
+    page.until("!inferix.state().paused")
+    assert "−" not in page.run("return document.getElementById('when').textContent")
+    identical(page.watch(3))
+
+
 def test_where_webrtc_is_missing_or_finds_no_way_the_websocket_carries_on(driver, server):
     for before, transport in (
         ("delete window.RTCPeerConnection", "WebSocket · H.264"),
