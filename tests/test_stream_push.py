@@ -179,6 +179,18 @@ def test_a_recording_is_whole_when_it_is_closed(tmp_path):
     assert numbers_in(tmp_path / "r.mp4") == list(range(20)) and recorder.frames == 20
 
 
+def test_a_recording_that_failed_can_be_closed(tmp_path):
+    recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
+    recorder._writer.write = lambda frames: 1 / 0
+    for _ in range(70):
+        recorder.write({"a": picture(0)})
+        time.sleep(0.005)
+    closing = threading.Thread(target=recorder.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive() and recorder.error
+
+
 NGINX = """load_module {module}; daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;
 events {{}}
 rtmp {{ server {{ listen 127.0.0.1:{port}; application live {{ live on; wait_key on; idle_streams off;

@@ -16,7 +16,7 @@ import aiohttp
 import yarl
 from stream_client import LOOP, Viewer, asynchronous, running, until
 
-from inferix.stream import protocol
+from inferix.stream import commands, protocol
 from inferix.stream.server import Server
 from inferix.stream.session import UNREAD
 from inferix.stream.testing import ACTIONS, WORDS, BarWorld, read_bars
@@ -355,6 +355,19 @@ async def test_recordings_and_saves_get_names_from_the_server(server, tmp_path):
     with av.open(str(path)) as video:
         numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
     assert len(numbers) == made["frames"] and np.all(np.diff(numbers) == 1)
+    await viewer.leave()
+
+
+@asynchronous
+async def test_a_recording_that_can_not_begin_is_refused_even_if_it_had_to_wait(server, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("--out: cannot write there")
+
+    monkeypatch.setattr(commands, "Recorder", refuse)
+    viewer = await Viewer.join(server)
+    await viewer.say("fork", id="f")
+    assert (await viewer.request("record", on=True))["code"] == "refused"
+    assert server.session.phase == "running" and (await viewer.request("close", world="b"))["type"] == "done"
     await viewer.leave()
 
 

@@ -142,5 +142,8 @@ class Commands:
         recorder = await self.player.stop_recording()
         if recorder is None:
             return None
+        if recorder.error:
+            text = f"record: {recorder.error}"[:500]
+            self.announce({"type": "error", "id": None, "code": "internal", "text": text})
         self.announce(self.archive.listing())
         return {"name": recorder.name, "frames": recorder.frames}

@@ -302,7 +302,7 @@ class Session(Commands):
         self._following = True
         try:
             result = await getattr(self, f"_do_{command.name}")(**command.arguments)
-        except (Refused, OSError) as refusal:
+        except (ValueError, OSError) as refusal:  # Refused, or a file that can't be written
             command.done.set_exception(Refused(str(refusal)))
         except BaseException as error:
             what = error.line if isinstance(error, Broken) else error
