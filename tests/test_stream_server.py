@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import time
+from contextlib import suppress
 
 import av
 import numpy as np
@@ -13,9 +14,10 @@ pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 from stream_client import Viewer, asynchronous, running, until
 
 from inferix.stream import commands, protocol
+from inferix.stream.archive import Archive
 from inferix.stream.server import Server
-from inferix.stream.session import UNREAD
-from inferix.stream.testing import ACTIONS, WORDS, BarWorld, read_bars
+from inferix.stream.session import UNREAD, Session
+from inferix.stream.testing import ACTIONS, WORDS, BarWorld, open_bars, read_bars
 from inferix.stream.video import JpegEncoder
 from inferix.stream.worker import open_world
 
@@ -292,6 +294,19 @@ async def test_an_encoder_that_fails_shows_as_a_crash(server, monkeypatch):
     await until(lambda: viewer.pictures)
     assert viewer.last("state")["phase"] == "running"
     await viewer.leave()
+
+
+@asynchronous
+async def test_closing_goes_on_until_it_is_heard(tmp_path):
+    async def deaf():
+        with suppress(asyncio.CancelledError):  # as wait_for may, before Python 3.12
+            await asyncio.sleep(3600)
+        await asyncio.sleep(3600)
+
+    session = Session(open_bars, lambda message: None, Archive(tmp_path))
+    session._making = asyncio.create_task(deaf())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(session.close(), 10)
 
 
 @asynchronous

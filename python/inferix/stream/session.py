@@ -86,10 +86,11 @@ class Session(Commands):
 
     async def close(self) -> None:
         """End everything; files are finished."""
-        tasks = [task for task in (self._making, self._showing) if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = {task for task in (self._making, self._showing) if task}
+        while tasks:  # again: before Python 3.12 wait_for swallows it if what it waits for comes just then
+            for task in tasks:
+                task.cancel()
+            _, tasks = await asyncio.wait(tasks, timeout=0.1)
         self._fail_commands("the server is closing")
         if self.remote:
             await self.remote.close()
