@@ -75,3 +75,33 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One server for the tests of a module: starting its worker takes two seconds."""
+    from stream_client import LOOP, running
+
+    manager = running(tmp_path_factory.mktemp("shared"))
+    yield LOOP.run_until_complete(manager.__aenter__())
+    LOOP.run_until_complete(manager.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def server(shared):
+    """The shared server, nobody watching, its world begun anew."""
+    from stream_client import LOOP, until
+
+    async def fresh():
+        for client in tuple(shared.lobby.clients):
+            await client.leave()
+        await until(lambda: not shared.lobby.clients)
+        await shared.session.command("reset", seed=0)
+        if shared.session.player.paused:
+            await shared.session.command("resume")
+        await until(lambda: shared.session.phase == "running")
+        shared.session.steering.begin("calm")
+        await until(lambda: shared.session.steering.prompts["a"] == "calm")
+
+    LOOP.run_until_complete(fresh())
+    return shared

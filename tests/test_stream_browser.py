@@ -221,6 +221,15 @@ def test_words_show_and_the_page_says_when(page):
     assert WORDS[page.watch(1, "s.bars.a[2] === 0")[0]["bars"]["a"][2]] == "calm"
 
 
+def test_redoing_memory_is_offered_where_it_can_be_done(page, monkeypatch):
+    box = "document.getElementById('recache-choice')"
+    page.open("?transport=websocket")
+    assert page.run(f"return {box}.hidden"), "a model with actions"
+    monkeypatch.setitem(page.server.session.model, "can_recache", True)
+    page.open("?transport=websocket")
+    assert not page.run(f"return {box}.hidden")
+
+
 def test_pause_stops_the_pictures_and_step_makes_one_block(page):
     page.open()
     page.watch(3)
@@ -263,6 +272,19 @@ def test_the_slider_takes_the_world_back(page):
     numbers = [picture["bars"]["a"][0] for picture in page.watch(2)]
     assert numbers[0] < made + 30
     identical(page.watch(6))
+
+
+def test_the_slider_dropped_where_it_was_goes_on(page):
+    page.open("?transport=websocket")
+    page.until("inferix.state().made.a > 24")
+    past = "document.getElementById('past')"
+    for value in ("min", "max"):  # there and back; not every browser calls that a change
+        page.run(f"{past}.value = {past}.{value}; {past}.dispatchEvent(new Event('input'))")
+    page.until("inferix.state().paused")
+    page.run(f"{past}.dispatchEvent(new Event('pointerup', {{bubbles: true}}))")
+    page.until("!inferix.state().paused")
+    assert "−" not in page.run("return document.getElementById('when').textContent")
+    identical(page.watch(3))
 
 
 def test_where_webrtc_is_missing_or_finds_no_way_the_websocket_carries_on(driver, server):

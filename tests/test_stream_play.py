@@ -59,14 +59,34 @@ async def test_ctrl_c_ends_quickly_and_closes_files(tmp_path):
         (["--host", "203.0.113.1"], "--host, --port: cannot listen at 203.0.113.1"),
         (["--port", "99999999"], "--host, --port: cannot listen"),
         (["--push", "http://x"], "--push must be an rtmp://"),
+        (["--push", "/nowhere/out.mp4"], "--push: cannot write '/nowhere/out.mp4': No such file or directory"),
         (["--worlds", "0"], "--worlds must be at least 1, got 0"),
         (["--undo", "-1"], "--undo must be at least 0, got -1"),
+        (["--undo", "inf"], "--undo must be a finite number, got inf"),
+        (["--undo", "nan"], "--undo must be a finite number, got nan"),
+        (["--threads", "-1"], "--threads must be at least 1, got -1"),
     ],
 )
 def test_bad_options_are_one_line(options, says, capsys, tmp_path):
     assert main(["play", "--folder", str(tmp_path / "worlds"), *options]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--model", "nope"], "model must be one of tiny"),
+        (["--kv", "bogus"], "kv must be one of"),
+        (["--window", "1"], "window must be at least the 3 frames"),
+        (["--weights", "/nope"], "/nope"),
+    ],
+)
+def test_a_world_that_can_not_be_opened_is_one_line_and_not_served(options, says, tmp_path):
+    command = [sys.executable, "-m", "inferix", "play", "--port", "0", "--folder", str(tmp_path / "worlds"), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("inferix play: ") and says in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_without_the_extra_play_names_it(monkeypatch, capsys):

@@ -65,12 +65,26 @@ def test_every_request_has_an_example_that_is_taken_and_someone_who_follows_it()
         ('{"type": "pause", "now": true}', "'now' was unexpected"),
         ('{"type": "steer", "worlds": ["c"]}', "steer.worlds[0]: 'c' is not one of"),
         ('{"type": "prompt", "text": ""}', "prompt.text"),
+        ('{"type": "prompt", "id": "\\ud800", "text": "x"}', "t encode character"),
+        ('{"type": "prompt", "text": "\ud800"}', "t encode character"),
+        ('{"type": "pause", "\\udfff": 1}', "t encode character"),
     ],
 )
 def test_what_is_wrong_is_said(data, says):
     with pytest.raises(Invalid) as error:
         parse(data)
-    assert says in str(error.value) and len(str(error.value)) < 500
+    assert says in str(error.value) and len(str(error.value).encode()) < 500
+
+
+def test_whole_numbers_are_integers_however_they_are_written():
+    for text in ("7", "7.0", "0.7e1", "70e-1"):
+        seed = parse(f'{{"type": "reset", "seed": {text}}}')["seed"]
+        assert seed == 7 and type(seed) is int
+    assert parse('{"type": "ping", "time": 7.5}')["time"] == 7.5
+
+
+def test_characters_beyond_the_first_plane_are_whole():
+    assert parse('{"type": "prompt", "text": "\\ud83d\\ude00"}')["text"] == "😀"
 
 
 def test_an_oversized_message_is_told_from_a_malformed_one():
@@ -157,6 +171,30 @@ def test_ten_thousand_messages_no_crash_and_a_bad_one_changes_nothing(messages):
             task.cancel()
 
     LOOP.run_until_complete(deliver())
+
+
+def test_who_can_be_sent_nothing_any_more_is_gone():
+    async def send():
+        told, closed = [], []
+
+        class Socket:
+            closed = False
+
+            async def send_str(self, text):
+                raise UnicodeError("half a character")
+
+            async def close(self, code, message):
+                closed.append(code)
+
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["message"]))
+        client = Client(SimpleNamespace(session=None), Socket(), "viewer-7")
+        client.tell({"type": "pong"})
+        await client._send()
+        await client._leaving
+        asyncio.get_running_loop().set_exception_handler(None)
+        assert closed == [1011] and told == ["nothing can be sent to viewer-7 any more"]
+
+    LOOP.run_until_complete(send())
 
 
 def test_a_bucket_lets_through_its_rate():

@@ -158,6 +158,18 @@ def test_an_address_that_is_none_is_refused(target):
         Sink(target)
 
 
+def test_a_file_that_can_not_be_written_says_why(tmp_path):
+    with pytest.raises(ValueError, match=r"--push: cannot write .*No such file or directory"):
+        Sink(str(tmp_path / "nowhere" / "out.ts"))
+    (tmp_path / "soon gone").mkdir()
+    sink = Sink(str(tmp_path / "soon gone" / "out.ts"))
+    (tmp_path / "soon gone").rmdir()
+    sink.open(FPS, SIZE, 1)
+    sink._thread.join(PATIENCE)
+    assert sink.state == "ended: No such file or directory"
+    sink.close()
+
+
 def test_a_recording_is_whole_when_it_is_closed(tmp_path):
     recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
     for number in range(20):
@@ -165,6 +177,18 @@ def test_a_recording_is_whole_when_it_is_closed(tmp_path):
     recorder.write({"b": picture(0)})  # its world is gone
     recorder.close()
     assert numbers_in(tmp_path / "r.mp4") == list(range(20)) and recorder.frames == 20
+
+
+def test_a_recording_that_failed_can_be_closed(tmp_path):
+    recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
+    recorder._writer.write = lambda frames: 1 / 0
+    for _ in range(70):
+        recorder.write({"a": picture(0)})
+        time.sleep(0.005)
+    closing = threading.Thread(target=recorder.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive() and recorder.error
 
 
 NGINX = """load_module {module}; daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;

@@ -11,6 +11,7 @@ import aioice.ice
 from aiortc import RTCPeerConnection, RTCRtpReceiver, RTCRtpSender, RTCSessionDescription
 from stream_client import LOOP, PATIENCE, Viewer, asynchronous, running, until
 
+from inferix.stream import webrtc
 from inferix.stream.testing import ACTIONS, read_bars
 
 
@@ -84,6 +85,33 @@ async def test_a_lost_picture_brings_a_keyframe(server):
     assert (await viewer.until("rtp"))["origin"] >= 0
     await peer.close()
     await viewer.leave()
+
+
+@asynchronous
+async def test_of_several_offers_at_once_one_peer_is_left(server, monkeypatch):
+    peers = []
+
+    class Slow:
+        def __init__(self, *arguments):
+            peers.append(self)
+
+        async def answer(self, sdp):
+            await asyncio.sleep(0.05)
+            return sdp
+
+        async def close(self):
+            await asyncio.sleep(0.1)
+            peers.remove(self)
+
+    monkeypatch.setattr(webrtc, "Peer", Slow)
+    viewer = await Viewer.join(server)
+    for i in range(4):
+        await viewer.say("offer", sdp="v=0", id=f"offer{i}")
+    for i in range(4):
+        assert (await viewer.answer(f"offer{i}"))["type"] == "answer"
+    assert len(peers) == 1
+    await viewer.leave()
+    await until(lambda: not peers)
 
 
 @pytest.mark.parametrize("sdp", ["nonsense", "v=0\r\nm=video 9 X 1\r\na=rtpmap:1 H264/90000\r\n", "v=0\r\nm=audio"])

@@ -184,6 +184,22 @@ def test_a_fork_does_not_end_for_a_save_that_can_not_be_read(tmp_path):
     assert list(world.worlds) == ["a"]
 
 
+def test_a_save_for_which_there_is_no_room_ends_no_world(tmp_path):
+    world = stage()
+    run(world, "udlr", prompt="desert day")
+    world.save("a", tmp_path / "saved")
+    world.fork()
+    run(world, "uuuu")
+    world.settle()  # two worlds that share nothing and remember all that they may
+    for _ in range(3):  # what a failed load took is given back
+        with pytest.raises(ValueError, match="close one first"):
+            world.load(tmp_path / "saved")
+    assert list(world.worlds) == ["a", "b"]
+    run(world, "lrud")
+    world.close("b")
+    world.load(tmp_path / "saved")
+
+
 def test_saving_twice_under_one_name_is_refused(tmp_path):
     world = stage()
     run(world, "u", prompt="desert day")
@@ -237,6 +253,7 @@ def test_recaching_can_be_chosen():
     told = []
     for recache in (None, True):
         world = Stage(lambda: World(wan("self-forcing"), kv="fp32"))
+        assert world.describe()["can_recache"]
         for _ in range(2):
             world.step({"a": Order(None, "fog")})
         inner = world.worlds["a"].world
@@ -244,6 +261,7 @@ def test_recaching_can_be_chosen():
         world.step({"a": Order(None, "rain", recache)})
     assert told == [True]
     acting = stage()
+    assert not acting.describe()["can_recache"]
     run(acting, "ud", prompt="desert day")
     before = acting._extent()
     with pytest.raises(ValueError, match="recache must not be asked for"):
@@ -262,6 +280,34 @@ async def test_errors_cross_the_process_and_a_broken_worker_stays_broken():
         await remote.call("step", orders={"a": Order("up", "crash")})
     with pytest.raises(Broken, match="told to crash"):
         await remote.call("fork")
+    await remote.close()
+
+
+class Unlucky(BarWorld):
+    """Has no room for a fork, and can not read its words."""
+
+    def fork(self):
+        raise RuntimeError("no room\nnone at all")
+
+    def _prepare(self, text):
+        raise FileNotFoundError(2, "No such file", "words.txt") if text == "file" else MemoryError()
+
+
+@asynchronous
+async def test_what_fails_and_changes_nothing_is_refused_in_one_line(tmp_path):
+    remote = Remote(Unlucky)
+    await remote.opened()
+    requests = {
+        "fork: no room": ("fork", {}),
+        "prepare: .*No such file.*words.txt": ("prepare", {"text": "file"}),
+        "prepare: MemoryError": ("prepare", {"text": "memory"}),
+        "save: ": ("save", {"name": "a", "folder": tmp_path / "saved"}),  # bars can't be saved
+    }
+    for says, (request, arguments) in requests.items():
+        with pytest.raises(Refused, match=f"^{says}") as refused:
+            await remote.call(request, **arguments)
+        assert "\n" not in str(refused.value)
+    assert (await remote.call("step", orders={"a": Order("up", "calm")}))["made"] == {"a": 3}
     await remote.close()
 
 

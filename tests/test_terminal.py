@@ -47,6 +47,51 @@ def test_keys_steer_and_q_ends(tmp_path):
     assert b"\x1b[?1049h" in seen
 
 
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--worlds", "3", "--undo", "1"], "--undo, --worlds: for the page only, not with --terminal"),
+        (["--push", "x.mp4"], "--push: for the page only"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--window", "1"], "window must be at least the 3 frames"),
+    ],
+)
+def test_options_are_followed_or_refused_by_name(options, says, capsys):
+    assert main(["play", "--terminal", *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_the_world_is_the_one_that_was_asked_for(monkeypatch):
+    played = []
+    monkeypatch.setattr("inferix.terminal.play", lambda world, prompts, keys: played.append(world))
+    assert main(["play", "--terminal", "--window", "6", "--sink", "3", "--kv", "fp32", "--backend", "reference"]) == 0
+    (world,) = played
+    policy = world.table.policy
+    assert (policy.window, policy.sink, policy.format, policy.undo) == (6, 3, "fp32", 0)
+    assert world.store.backend == "reference"
+
+
+WORDS_ALONE = """
+from inferix.stream.testing import BarWorld
+from inferix.terminal import play
+play(BarWorld(size=(16, 384), actions=()), ("calm", "storm"), {})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_model_without_actions_is_played_by_words():
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", WORDS_ALONE])
+    _read_until(terminal, " calm · ".encode())
+    os.write(terminal, b"w2")
+    _read_until(terminal, " storm · ".encode())
+    os.write(terminal, b"q")
+    _read_until(terminal, b"\x1b[?1049l")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def _read_until(terminal, text, seconds=60):
     seen, deadline = b"", time.monotonic() + seconds
     while text not in seen:

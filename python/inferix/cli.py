@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 USAGE, INTERRUPTED = 2, 130
+PAGE_ONLY = ("host", "port", "token", "folder", "push", "undo", "worlds")  # options of play, not for the terminal
 KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
 
 
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--device", help="where the network runs: cpu or cuda (default: a GPU, if there is one)")
     play.add_argument("--backend", default="auto", help="kernels: auto, compiled, triton or reference")
     play.add_argument("--threads", type=int, help="CPU threads (default: the model's)")
-    play.set_defaults(run=_play)
+    play.set_defaults(run=_play, page_only={name: play.get_default(name) for name in PAGE_ONLY})
     convert = commands.add_parser("convert", help="write a Wan checkpoint as one safetensors file that needs no other")
     convert.add_argument("source", help="checkpoint file, or the folder that holds it")
     convert.add_argument("out", type=Path, help=".safetensors to write")
@@ -127,6 +129,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _play(args: argparse.Namespace) -> int:
+    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0), ("threads", 1)):
+        if (value := getattr(args, option)) is not None and not least <= value < math.inf:
+            wanted = f"at least {least}" if value < least else "a finite number"
+            raise ValueError(f"--{option} must be {wanted}, got {value:g}")
     if args.terminal:
         return _play_in_terminal(args)
     try:
@@ -137,16 +143,14 @@ def _play(args: argparse.Namespace) -> int:
 
 
 def _play_in_terminal(args: argparse.Namespace) -> int:
-    import torch
-
+    from .stream.worker import open_world
     from .terminal import play
-    from .world import World
 
-    world = World(args.model, kv=args.kv, seed=args.seed, weights=args.weights)
-    adapter = world.model.adapter
-    if adapter.threads:
-        torch.set_num_threads(adapter.threads)
-    play(world, adapter.example_prompts, adapter.keys)
+    if given := [f"--{name}" for name, default in args.page_only.items() if getattr(args, name) != default]:
+        raise ValueError(f"{', '.join(given)}: for the page only, not with --terminal")
+    names = ("threads", "kv", "window", "sink", "seed", "backend", "weights", "lora", "size", "device")
+    world = open_world(args.model, undo_seconds=0, worlds=1, **{name: getattr(args, name) for name in names})
+    play(world, world.model.adapter.example_prompts, world.model.adapter.keys)
     return 0
 
 

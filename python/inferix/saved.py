@@ -91,16 +91,18 @@ def load(world: World, folder: str | Path) -> World:
         for i, branch in enumerate(decoder.branches):
             branch.restart()
             branch.table = snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy)
+        decoder.generator.set_state(state["generator"])
+        decoder.frames = state["frames"]
+        decoder.recent = [
+            Clean(Block(first, end, []), latents.to(world.store.device), None)
+            for first, end, latents in state["recent"]
+        ]
+        pictures: Any = world.model.stream()
+        if state["pictures"] is not None:
+            pictures.restore(state["pictures"])
     except BaseException:
         other.release()
         raise
-    decoder.generator.set_state(state["generator"])
-    decoder.frames = state["frames"]
-    device = world.store.device
-    decoder.recent = [Clean(Block(first, end, []), latents.to(device), None) for first, end, latents in state["recent"]]
-    pictures: Any = world.model.stream()
-    if state["pictures"] is not None:
-        pictures.restore(state["pictures"])
     other.pictures = pictures
     decoder.restart, other._kept = other._restart, []
     other.prompt, other.released = state["prompt"], False

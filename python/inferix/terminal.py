@@ -32,7 +32,8 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ValueError("play needs a terminal for keys and picture; `inferix generate` writes a video instead")
-    fps, action, prompt = world.model.adapter.fps, world.model.adapter.actions[0], prompts[0]
+    adapter, prompt = world.model.adapter, prompts[0]
+    action = adapter.actions[0] if adapter.actions else None  # None: steered by words alone
     with _raw_terminal():
         due = time.perf_counter()
         while True:
@@ -45,9 +46,10 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
             frames = world.step(action=action, prompt=prompt)
             speed = len(frames) / (time.perf_counter() - started)
             for frame in frames:
-                due = max(due + 1 / fps, time.perf_counter())  # late frames slip; they are never rushed
+                due = max(due + 1 / adapter.fps, time.perf_counter())  # late frames slip; they are never rushed
                 time.sleep(max(0.0, due - time.perf_counter()))
-                sys.stdout.write(f"\x1b[H{picture(frame)}\x1b[0m {prompt} · {action} · {speed:.0f} FPS · {HELP}\x1b[K")
+                said = f"{prompt} · {action}" if action else prompt
+                sys.stdout.write(f"\x1b[H{picture(frame)}\x1b[0m {said} · {speed:.0f} FPS · {HELP}\x1b[K")
                 sys.stdout.flush()
 
 

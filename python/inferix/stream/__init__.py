@@ -3,7 +3,7 @@
 worker.py    the worlds, in a process of their own: one request, one block
 remote.py    that process as the server sees it: awaitable requests, crashes as exceptions
 playout.py   when a block is begun and when a picture is shown
-session.py   the show: commands and controls in, pictures and events out
+session.py   the show: commands and controls in, pictures and events out; commands.py: what the driver may ask
 video.py     one encoder for all who watch; bounded queues that drop to the next keyframe
 push.py      RTMP, SRT, HLS, files; recorder.py: what is kept on the server
 protocol.py  messages, checked against asyncapi.json, which is their definition

@@ -51,6 +51,7 @@ class Client:
         self.session = lobby.session
         self.subscription: Subscription | None = None
         self.peer: Any = None
+        self._answering = asyncio.Lock()  # one peer is made at a time, or the last but one would be forgotten
         self._quick, self._slow, self._complaints = Bucket(120, 240), Bucket(10, 30), Bucket(2, 20)
         self._events: deque[str] = deque()
         self._wake = asyncio.Event()
@@ -147,7 +148,7 @@ class Client:
         except (Refused, ValueError) as error:
             self._complain(id, "refused", str(error))
         except Broken as error:
-            self._complain(id, "internal", str(error).strip().splitlines()[-1])
+            self._complain(id, "internal", error.line)
         else:
             self._done(message, result)
 
@@ -176,9 +177,10 @@ class Client:
             from .webrtc import Peer
         except ImportError:
             raise Refused("offer: WebRTC needs aiortc, which is not installed here") from None
-        await self._end_peer()
-        peer = self.peer = Peer(self.session.player.broadcast, self._from_channel, self.tell)
-        answer = await peer.answer(sdp)
+        async with self._answering:
+            await self._end_peer()
+            peer = self.peer = Peer(self.session.player.broadcast, self._from_channel, self.tell)
+            answer = await peer.answer(sdp)
         self.tell({"type": "answer", "id": id, "sdp": answer})
 
     def _from_channel(self, data: str | bytes) -> None:
@@ -192,17 +194,27 @@ class Client:
     # What goes out
 
     async def _send(self) -> None:
+        """A viewer to whom nothing can be sent any more is gone, whatever the reason."""
+        try:
+            await self._send_all()
+        except ConnectionError:
+            pass
+        except Exception as error:  # a mistake of ours must show
+            told = {"message": f"nothing can be sent to {self.name} any more", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(told)
+            self._leaving = asyncio.ensure_future(self.socket.close(code=1011, message=b"nothing can be sent"))
+
+    async def _send_all(self) -> None:
         """Events first, then video; one at a time, as fast as the viewer takes them."""
-        with suppress(ConnectionError):
-            while not self.socket.closed:
-                while self._events:
-                    await self.socket.send_str(self._events.popleft())
-                subscription = self.subscription
-                packet = subscription.pop() if subscription else None
-                if subscription and packet:
-                    codec = protocol.CODECS[subscription.codec]
-                    header = protocol.HEADER.pack(1, packet.keyframe, codec, 0, packet.frame, packet.pts)
-                    await self.socket.send_bytes(header + packet.data)
-                elif not self._events:
-                    self._wake.clear()
-                    await self._wake.wait()
+        while not self.socket.closed:
+            while self._events:
+                await self.socket.send_str(self._events.popleft())
+            subscription = self.subscription
+            packet = subscription.pop() if subscription else None
+            if subscription and packet:
+                codec = protocol.CODECS[subscription.codec]
+                header = protocol.HEADER.pack(1, packet.keyframe, codec, 0, packet.frame, packet.pts)
+                await self.socket.send_bytes(header + packet.data)
+            elif not self._events:
+                self._wake.clear()
+                await self._wake.wait()

@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 
+from .remote import last_line
 from .server import Server, serve
 from .worker import open_world
 
@@ -16,11 +17,8 @@ def play(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C.
 
     Raises:
-        ValueError: an option is not what it must be; nothing has been opened.
+        ValueError: an option is not what it must be, or the world can't be opened.
     """
-    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0)):
-        if (value := getattr(args, option)) is not None and value < least:
-            raise ValueError(f"--{option} must be at least {least}, got {value:g}")
     opener = functools.partial(
         open_world,
         args.model,
@@ -59,10 +57,16 @@ async def _until_interrupted(server: Server, model: str) -> None:
         print(f"The {model} world is at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
 
     running, stopped = asyncio.create_task(serve(server, announce)), asyncio.create_task(stop.wait())
-    await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
-    running.cancel()
-    stopped.cancel()
+    tried = asyncio.create_task(server.session.tried.wait())
+    await asyncio.wait((running, stopped, tried), return_when=asyncio.FIRST_COMPLETED)
+    crash = server.session.crash  # of a world that has never run: there is nothing to serve
+    if not crash:
+        await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for task in (running, stopped, tried):
+        task.cancel()
     try:
         await running
     except asyncio.CancelledError:
+        if crash:
+            raise ValueError(last_line(crash)) from None
         print("ended", file=sys.stderr)

@@ -77,13 +77,15 @@ class Player:
             self.clock.show(due)
             self._newest = picture.frame, picture.block
             self.shown()
-            await self.show(picture.worlds)
-            await self._record(picture.worlds)
             for sink in self.sinks:
                 sink.write(picture.worlds["a"])
+            await self._record(picture.worlds)  # before others have their turn: worlds may be renamed then
+            await self.show(picture.worlds)
 
     async def show(self, worlds: dict[str, np.ndarray]) -> None:
-        """Send pictures to all viewers; two worlds are one picture, side by side."""
+        """Send pictures to all viewers; two worlds are one picture, side by side. None: there is nothing to show."""
+        if not worlds:
+            return
         self.last = worlds
         pts, (frame, block) = self.ticks(), self._newest
         self.announce({"type": "frame", "frame": frame, "block": block, "pts": pts, "worlds": list(worlds)})

@@ -60,8 +60,10 @@ def parse(data: str | bytes) -> Message:
     if size > MAX_BYTES:
         raise Invalid(f"a message must have at most {MAX_BYTES} bytes, got {size}", "oversized")
     try:
-        message = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        message = json.loads(data, parse_constant=_no_constant, parse_float=_number)
+        # "\\ud800" is JSON but half a character, which no answer and no broadcast could repeat.
+        json.dumps(message, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and UnicodeEncodeError are ValueErrors
         raise Invalid(f"a message must be JSON in UTF-8, got {_short(data)} ({_short(error)})") from None
     if not isinstance(message, dict):
         raise Invalid(f"a message must be an object, got {_short(message)}")
@@ -85,10 +87,17 @@ def encode(message: Message) -> str:
     return json.dumps(message, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def _number(text: str) -> int | float:
+    """7.0 is an integer to JavaScript, which knows no others, and to the document."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
 def _short(value: object, length: int = 60) -> str:
     text = str(value) if isinstance(value, Exception | str) else repr(value)
+    text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= length else f"{text[:length]}…"

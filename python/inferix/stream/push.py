@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 
+from ..media import require_writable
 from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait
@@ -39,12 +40,17 @@ class Sink:
     Args:
         target: rtmp://..., rtmps://..., srt://... or the path of an .m3u8 (HLS), .mp4, .ts or .flv file.
         retry: seconds before the first new attempt; doubled each time, up to ten.
+
+    Raises:
+        ValueError: the target is none of these, or a file that can't be written.
     """
 
     def __init__(self, target: str, retry: float = 0.5):
         self.target, self.retry, self.format = target, retry, _format_of(target)
         parts = urlsplit(target)
         self.streams = bool(parts.scheme)
+        if not self.streams:
+            require_writable(target, "--push")
         # What is shown to people: not the key of a channel, which is the last part of the path.
         self.label = f"{parts.scheme}://{parts.hostname}" if self.streams else Path(target).name
         self.state, self.connections, self.frames, self.dropped = "waiting", 0, 0, 0
@@ -89,17 +95,20 @@ class Sink:
             self._thread.join()
 
     def _run(self, fps: float, size: tuple[int, int]) -> None:
-        wait = self.retry
+        wait, end = self.retry, "ended"
         while not self._closing.is_set():
             self._say("connecting")
             before = self.frames
             reason = self._connect(fps, size)
-            if not self.streams or self._closing.is_set():
+            if self._closing.is_set():
+                break
+            if not self.streams:
+                end = f"ended: {reason}"
                 break
             self._say(f"lost: {reason}")
             wait = self.retry if self.frames > before else min(10.0, 2 * wait)
             self._closing.wait(wait)
-        self._say("ended")
+        self._say(end)
 
     def _connect(self, fps: float, size: tuple[int, int]) -> str:
         """One connection, from its beginning to its end; says why it ended."""
@@ -193,7 +202,8 @@ def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int
     except EOFError:
         pass  # the server is gone
     except (av.error.FFmpegError, OSError, RuntimeError) as error:
-        pipe.send(str(error)[:200])
+        # Everyone is shown this: without the target, which str(error) ends with and which may hold a channel's key.
+        pipe.send((getattr(error, "strerror", None) or str(error))[:200])
 
 
 def _format_of(target: str) -> str:

@@ -40,10 +40,18 @@ class Recorder:
         self._thread.join()
 
     def _run(self) -> None:
-        with self._writer as writer:
-            while (picture := self._queue.get()) is not None:
-                try:
-                    writer.write(picture[None])
-                    self.frames = writer.frames
-                except ValueError as error:
-                    self.error = str(error)
+        """Takes pictures until the last one, whatever happens: who closes us waits for it."""
+        try:
+            with self._writer as writer:
+                while (picture := self._queue.get()) is not None:
+                    if not self.error:
+                        self._write(writer, picture)
+        except Exception as error:  # the file could not be finished
+            self.error = str(error) or type(error).__name__
+
+    def _write(self, writer: VideoWriter, picture: np.ndarray) -> None:
+        try:
+            writer.write(picture[None])
+            self.frames = writer.frames
+        except Exception as error:
+            self.error = str(error) or type(error).__name__

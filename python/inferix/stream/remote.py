@@ -19,7 +19,16 @@ class Refused(ValueError):
 
 
 class Broken(RuntimeError):
-    """The worker is of no further use; the message says what happened."""
+    """The worker is of no further use; the message says what happened, perhaps with a traceback."""
+
+    @property
+    def line(self) -> str:
+        return last_line(str(self))
+
+
+def last_line(text: str) -> str:
+    """What a traceback ends with; a text of one line is that line."""
+    return (text.strip().splitlines() or [""])[-1]
 
 
 class Remote:

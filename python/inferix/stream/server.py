@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from aiohttp import web
 
@@ -147,7 +147,7 @@ class Server:
     @property
     def address(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}/" + (f"?token={self.token}" if self.token else "")
+        return f"http://{host}:{self.port}/" + (f"?token={quote(self.token, safe='')}" if self.token else "")
 
     async def start(self) -> None:
         """Listen, and begin to open the world.
@@ -180,7 +180,11 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
-        if not self._welcome(request):
+        try:
+            welcome = self._welcome(request)
+        except ValueError:  # an address that is none, or bytes that are no text
+            welcome = False
+        if not welcome:
             raise web.HTTPForbidden(
                 text="This world is not open to you. Use the address that `inferix play` printed.\n"
             )

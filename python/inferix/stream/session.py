@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from .archive import Archive
+from .commands import Commands
 from .player import Picture, Player
 from .playout import Lead
 from .protocol import Message
 from .push import Sink
-from .recorder import Recorder
 from .remote import Broken, Refused, Remote
 from .steering import Steering
 
+UNREAD = 8  # prompts that may wait for their encoding
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
 AT_ONCE = frozenset({"pause", "resume", "step", "steer", "record"})  # need no worlds, and don't wait for their block
 
@@ -37,7 +38,7 @@ class Command:
     done: asyncio.Future[dict[str, Any] | None]
 
 
-class Session:
+class Session(Commands):
     """One running model and all who look at it.
 
     Args:
@@ -70,23 +71,26 @@ class Session:
         self._blocks = self._frames = 0  # made so far; never counted back
         self._steps = 0  # blocks to be made although paused
         self._following = False  # a command, right now
+        self._reading, self._unread = asyncio.Lock(), 0  # prompts, one after the other as they were said
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tried = asyncio.Event()  # to open the first world: it runs, or `crash` says why not
+        self._making: asyncio.Task[None] | None = None
+        self._showing: asyncio.Task[None] | None = None  # begun anew with each world: what it met ends the world
         self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
 
     async def start(self) -> None:
         """Begin to open the world; returns at once."""
-        self._tasks = [
-            asyncio.create_task(work(), name=f"session {work.__name__}") for work in (self._make, self.player.run)
-        ]
+        self._making = asyncio.create_task(self._make(), name="session make")
         for sink in self.player.sinks:
             sink.start(lambda: self.announce(self.state()))
 
     async def close(self) -> None:
         """End everything; files are finished."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        tasks = {task for task in (self._making, self._showing) if task}
+        while tasks:  # again: before Python 3.12 wait_for swallows it if what it waits for comes just then
+            for task in tasks:
+                task.cancel()
+            _, tasks = await asyncio.wait(tasks, timeout=0.1)
         self._fail_commands("the server is closing")
         if self.remote:
             await self.remote.close()
@@ -145,11 +149,20 @@ class Session:
         return await asyncio.shield(command.done)  # who asked may leave; what was asked is done all the same
 
     async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
-        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks."""
+        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks, and one
+        after the other: those said last come into force last, however long each takes."""
         if self.phase != "running" or self.remote is None:
             raise Refused("prompt: there is no world to hear it")
-        worlds = list(self.steering.worlds)
-        await self._call("prepare", text=text)
+        if recache and not self.model["can_recache"]:
+            raise Refused("prompt.recache: this model's past was made under actions, and can't be redone under words")
+        if self._unread >= UNREAD:
+            raise Refused(f"prompt: {UNREAD} are waiting to be read already")
+        worlds, self._unread = list(self.steering.worlds), self._unread + 1
+        try:
+            async with self._reading:
+                await self._call("prepare", text=text)
+        finally:
+            self._unread -= 1
         worlds = [name for name in worlds if name in self.made]
         self.steering.say(worlds, text, recache, id)
         self.announce({"type": "prompt", "id": id, "text": text, "worlds": worlds, "state": "waiting", "frame": None})
@@ -179,6 +192,9 @@ class Session:
         self.phase, self.crash = "opening", ""
         self._start_over()
         self.changed()
+        if self._showing is None or self._showing.done():
+            self._showing = asyncio.create_task(self.player.run(), name="session show")
+            self._showing.add_done_callback(lambda _: self._wake())
         self.remote = Remote(self.opener)
         self.model = await self.remote.opened()
         fps = self.model["fps"]
@@ -189,16 +205,13 @@ class Session:
         self.lead = Lead(limit=AHEAD * self.model["block"] / fps)
         await self._call("reset", seed=self.seed)
         self.phase = "running"
+        self.tried.set()
         self.announce(self.welcome())
         self.changed()
 
-    def _start_over(self) -> None:
-        self.made, self.undo = {"a": 0}, {"a": 0}
-        self.player.clear()
-        self.player.last, self.player.until, self._steps = {}, -1, 0
-
     def _crashed(self, reason: str) -> None:
         self.phase, self.crash = "crashed", reason[-4000:]
+        self.tried.set()
         self.player.clear()
         self._fail_commands("the world is broken: reset it")
         self.changed()
@@ -220,6 +233,8 @@ class Session:
     async def _until_work(self) -> None:
         """Return when there is a command to follow, or the next block is to be begun."""
         while not self._commands:
+            if self._showing and self._showing.done():
+                self._showing.result()  # raises what the player met
             wait: float | None = None
             if not self.player.paused or self._steps:
                 wait = self.lead.wait(0.0 if self.player.paused else self.player.left())
@@ -288,112 +303,14 @@ class Session:
         self._following = True
         try:
             result = await getattr(self, f"_do_{command.name}")(**command.arguments)
-        except (Refused, OSError) as refusal:
+        except (ValueError, OSError) as refusal:  # Refused, or a file that can't be written
             command.done.set_exception(Refused(str(refusal)))
         except BaseException as error:
-            if not command.done.done():
-                command.done.set_exception(Refused(f"{command.name}: {error}"))
+            what = error.line if isinstance(error, Broken) else error
+            command.done.set_exception(Refused(f"{command.name}: {what}"))
             raise
         else:
             command.done.set_result(result)
             self.changed()
         finally:
             self._following = False
-
-    async def _call(self, request: str, /, **arguments: Any) -> Any:
-        assert self.remote is not None
-        return await self.remote.call(request, **arguments)
-
-    def _take(self, reply: dict[str, Any]) -> None:
-        """The extent of the worlds after a request."""
-        self.made, self.undo, self.kv_bytes = reply["made"], reply["undo"], reply["kv_bytes"]
-        self.steering.keep(list(self.made))
-
-    # Commands, each between two blocks
-
-    async def _do_pause(self) -> None:
-        self.player.paused, self.player.until, self._steps = True, -1, 0
-
-    async def _do_resume(self) -> None:
-        self.player.paused = False
-        self.player.clock.rest()
-        self.player.ready.set()
-
-    async def _do_step(self) -> None:
-        if not self.player.paused:
-            raise Refused("step: pause first")
-        self._steps += 1
-
-    async def _do_reset(self, seed: int | None = None) -> None:
-        self.seed = self.seed if seed is None else seed
-        self._take(await self._call("reset", seed=self.seed))
-        prompt = self.steering.prompts.get("a") or self.model["prompts"][0]
-        self._start_over()
-        self.steering.begin(prompt)
-        self._steps = int(self.player.paused)  # so that there is something to see
-
-    async def _do_fork(self) -> None:
-        self._take(await self._call("fork"))
-        self.steering.fork()
-        for picture in self.player.queue:
-            picture.worlds.setdefault("b", picture.worlds["a"])
-        if shown := self.player.last:
-            await self.player.show(shown | {"b": shown["a"]})
-
-    async def _do_close(self, world: str) -> None:
-        reply = await self._call("close", name=world)
-        other = "b" if world == "a" else "a"
-        self.steering.close(world)
-        self._take(reply)
-        for picture in self.player.queue:
-            picture.worlds = {"a": picture.worlds.get(other, picture.worlds["a"])}
-        if other in self.player.last:
-            await self.player.show({"a": self.player.last[other]})
-
-    async def _do_steer(self, worlds: list[str]) -> None:
-        if missing := [name for name in worlds if name not in self.made]:
-            raise Refused(f"steer: worlds must be of {', '.join(self.made)}, got {', '.join(missing)}")
-        self.steering.worlds = sorted(worlds)
-
-    async def _do_rewind(self, frame: int) -> None:
-        names = list(self.steering.worlds)
-        reply = await self._call("rewind", names=names, position=frame)
-        self._take(reply)
-        self.player.clear()
-        shown = {name: picture for name, picture in reply["pictures"].items() if picture is not None}
-        await self.player.show(self.player.last | shown)
-
-    async def _do_save(self) -> dict[str, Any]:
-        name = self.archive.new(self.model["model"])
-        self._take(await self._call("save", name=self.steering.worlds[0], folder=self.archive.world(name)))
-        self.announce(self.archive.listing())
-        return {"name": name}
-
-    async def _do_load(self, name: str) -> None:
-        if name not in self.archive.worlds():
-            raise Refused(f"load: name must be that of a saved world, got {name!r}")
-        reply = await self._call("load", folder=self.archive.world(name))
-        self._start_over()
-        self._take(reply)
-        self.steering.begin(None, reply["prompt"])
-        if reply["picture"] is not None:
-            await self.player.show({"a": reply["picture"]})
-
-    async def _do_record(self, on: bool) -> dict[str, Any] | None:
-        if not on:
-            return await self._stop_recording()
-        if self.player.recorder is not None:
-            raise Refused("record: a recording is under way")
-        name = self.archive.new(self.model["model"])
-        world = self.steering.worlds[0]
-        size, scale = tuple(self.model["size"]), self.model["scale"]
-        recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
-        self.player.recorder = recorder
-        return {"name": recorder.name}
-
-    async def _stop_recording(self) -> dict[str, Any] | None:
-        recorder = await self.player.stop_recording()
-        if recorder is None:
-            return None
-        self.announce(self.archive.listing())
-        return {"name": recorder.name, "frames": recorder.frames}

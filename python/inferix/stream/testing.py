@@ -67,7 +67,7 @@ class BarWorld:
         self.frames, self.prompt, self.denoising, self.worlds = 0, "", 0.0, 2
         self._ground = _noise(size) if texture else np.full((*size, 3), 90, np.uint8)
 
-    def step(self, *, action: str | None, prompt: str | None, recache: bool | None) -> np.ndarray:
+    def step(self, *, action: str | None, prompt: str | None, recache: bool | None = None) -> np.ndarray:
         started = time.perf_counter()
         self.prompt = self.prompt if prompt is None else prompt
         if self.prompt == "crash":

@@ -213,7 +213,11 @@ class Broadcast:
             keyframe = codec in self._keyframe
             self._keyframe.discard(codec)
             work = functools.partial(self._encode, codec, picture, frame, pts, keyframe)
-            packet, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            try:
+                packet, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            except Exception as error:
+                self._encoders.pop(codec, None)
+                raise RuntimeError(f"{codec} can't be encoded: {error}") from error
             spent += seconds
             if packet is None:
                 continue

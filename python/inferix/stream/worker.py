@@ -19,6 +19,8 @@ from typing import Any
 
 REFUSED, BROKEN = "refused", "broken"
 UNDO_SECONDS = 15.0
+# Requests that leave the worlds as they were if they fail, for whatever reason: a full disk, a store without room.
+HARMLESS = frozenset({"prepare", "fork", "save", "load"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Stage:
             "keys": dict(adapter.keys),
             "prompts": list(adapter.example_prompts),
             "recache": adapter.recache,
+            # Of what was done in past blocks nothing is kept: they can be computed again for words alone.
+            "can_recache": not adapter.actions,
             "can_rewind": bool(world.can_rewind),
             "can_fork": world.worlds > 1,
             "kv_bytes": world.kv_bytes(),
@@ -158,18 +162,22 @@ class Stage:
         return self._extent()
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go on with a saved world, alone."""
-        from inferix.saved import load, read
+        """Go on with a saved world, alone. Nothing ends before it is there."""
+        from inferix.saved import load
+        from inferix_kernels import OutOfPages
 
-        old = self.worlds["a"]
-        if old.world.worlds < 2:
+        old = [running.world for running in self.worlds.values()]
+        if old[0].worlds < 2:
             raise ValueError("load: there is no room beside this world for one more: play --worlds 2")
-        read(old.world, folder)  # before anything ends
-        if "b" in self.worlds:
-            self.close("b")
-        self.worlds = {"a": Running(load(old.world, folder))}
-        old.world.release()
-        world = self.worlds["a"].world
+        try:
+            world = load(old[0], folder)
+        except OutOfPages as error:
+            if len(old) < 2:
+                raise
+            raise ValueError(f"load: there is no room beside two worlds, close one first ({error})") from None
+        self.worlds = {"a": Running(world)}
+        for one in old:
+            one.release()
         return {"picture": world.last_picture(), "prompt": world.prompt, **self._extent()}
 
     def _extent(self) -> dict[str, Any]:
@@ -226,14 +234,16 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
     lock = threading.Lock()
 
-    def reply(number: int, work: Callable[..., Any], **arguments: Any) -> None:
+    def reply(number: int, name: str, work: Callable[..., Any], /, **arguments: Any) -> None:
         result, error = None, None
         try:
             result = work(**arguments)
         except ValueError as refusal:
             error = (REFUSED, str(refusal))
-        except Exception:
+        except Exception as failure:
             error = (BROKEN, traceback.format_exc())
+            if name in HARMLESS:
+                error = (REFUSED, f"{name}: {(str(failure).splitlines() or [type(failure).__name__])[0]}")
         with lock:
             connection.send((number, result, error))
 
@@ -244,14 +254,14 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         return stage[0].describe()
 
     try:
-        reply(0, open_stage)
+        reply(0, "open", open_stage)
         while stage:
             number, name, arguments = connection.recv()
             work = getattr(stage[0], name)
             if name == "prepare":
-                threading.Thread(target=reply, args=(number, work), kwargs=arguments, daemon=True).start()
+                threading.Thread(target=reply, args=(number, name, work), kwargs=arguments, daemon=True).start()
             else:
-                reply(number, work, **arguments)
+                reply(number, name, work, **arguments)
             if name == "step" and not connection.poll():
                 stage[0].settle()
     except (EOFError, OSError):

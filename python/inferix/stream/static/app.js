@@ -131,7 +131,7 @@ function render() {
   $("both").setAttribute("aria-pressed", String(state.steered.length > 1));
   $("record").classList.toggle("on", Boolean(state.recording));
   $("record").lastChild.textContent = state.recording ? "Stop" : "Record";
-  $("recache-choice").hidden = !welcome;
+  $("recache-choice").hidden = !welcome?.can_recache;
   $("viewers").hidden = !(state.viewers > 1);
   $("viewers").textContent = `${state.viewers} watching`;
   $("pushing").hidden = !state.pushing?.length;
@@ -234,6 +234,7 @@ for (const figure of worlds) {
 }
 
 let resume = false;
+let dropping = false;
 $("past").addEventListener("input", () => {
   if (!dragging) {
     dragging = true;
@@ -243,12 +244,19 @@ $("past").addEventListener("input", () => {
   for (const world of state.steered) screen.preview(world, Number($("past").value));
   timeline();
 });
-$("past").addEventListener("change", async () => {
-  await request("rewind", { frame: Number($("past").value) });
-  dragging = false;
+// Dropped where it was taken up, the slider tells of no change, only of a finger that has left it.
+async function drop() {
+  if (!dragging || dropping) return;
+  dropping = true;
+  const frame = Number($("past").value);
+  if (frame < Number($("past").max)) await request("rewind", { frame });
+  dragging = dropping = false;
   $("past").blur();
+  timeline();
   if (resume) request("resume");
-});
+}
+$("past").addEventListener("change", drop);
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, drop);
 
 const SHORTCUTS = { p: "pause", ".": "step", f: "fork", b: "both", h: "show-figures" };
 addEventListener("keydown", (event) => {
