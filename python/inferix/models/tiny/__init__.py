@@ -21,7 +21,7 @@ ADAPTER = Adapter(
     name="tiny",
     block_frames=3,
     times=few_step_times(steps=3, shift=1.0),  # what train.py distils for: a step for each frame
-    first_times=few_step_times(steps=96, shift=2.0),  # a block without a past has everything to invent
+    first_times=few_step_times(steps=48, shift=2.0),  # a block without a past has everything to invent
     window=9,
     sink=0,
     fps=FPS,
