@@ -218,8 +218,6 @@ def attend_run(
     for i in range(first * PARTS, last * PARTS):
         at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
-        if EIGHT_BIT and VALUE.kind == "e4m3":  # read here, it is there when the products are
-            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
         if CODES:
             codes = read_codes(pool.k, at, row, 0, length, KEY, BLOCK_N, COLS)
             scores = multiply_codes(queries, tl.trans(codes), KEY)
@@ -236,6 +234,8 @@ def attend_run(
             codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
             tile_sum = multiply_codes(as_e4m3(weights * WEIGHT_SCALE), codes, VALUE)
+            # Read before the products it would be there in time, but sm_100 has no register left for it.
+            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
             sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
         else:
             values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
