@@ -243,6 +243,7 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkey
         (["run", "--shapes", "huge"], "shape must be one of"),
         (["run", "--timer", "graph"], "--timer must be one of wall, cpu on cpu"),
         (["run", "--rounds", "-1"], "must not be negative"),
+        (["report", "evidence"], "files must be there, to be made anew, got evidence"),
         (["sweep", "time"], "axis must be one of"),
         (["compare", "nowhere.json", "nowhere.json"], "must hold a run of the benchmarks"),
         (["gpu", "--out", "nowhere"], "torch finds no GPU"),

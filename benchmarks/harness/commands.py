@@ -194,16 +194,26 @@ def show_evidence(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Make tables and plots anew from records."""
     records = [Document.load(path) for path in args.records] if args.records else ledger.load_records()
-    if not records and (args.plot or args.plot_sweep):
-        raise ValueError("there is no record to draw: make one with `run --record`")
     if args.plot:
-        plots.draw_rates(records[-1].rows, args.plot, caption(records[-1]))
+        record = _newest(records, lambda row: bool(row.seconds))
+        plots.draw_rates(record.rows, args.plot, caption(record))
     if args.plot_sweep:
-        draw_sweeps(records[-1].rows, args.plot_sweep, caption(records[-1]))
+        record = _newest(records, lambda row: row.family == "sweep")
+        draw_sweeps(record.rows, args.plot_sweep, caption(record))
+    if missing := [str(path) for path in args.files if not path.is_file()]:
+        raise ValueError(f"files must be there, to be made anew, got {', '.join(missing)}")
     if args.files or not (args.plot or args.plot_sweep):
         for path in reports.update(args.files or [ledger.ROOT / "README.md"], records):
             print(f"{path}: made anew")
     return 0
+
+
+def _newest(records: Sequence[Document], drawn: Callable[[Row], bool]) -> Document:
+    """The last record with something to draw."""
+    for record in reversed(records):
+        if any(map(drawn, record.rows)):
+            return record
+    raise ValueError("there is no record to draw: make one with `run --record` or `sweep --record`")
 
 
 def env(args: argparse.Namespace) -> int:
