@@ -52,8 +52,8 @@ SHAPES = (
     Shape("short window, 3 frames over 6", 4680, 6, 12, 12),
 )
 D, FRAME = 128, 1560
-# Format of the pages, whether they are multiplied in 8 bits, and how far from attention to what was never quantized
-# that leaves a right result: a rel. L2 error of 0.037 for i8f8, 0.052 for fp8 and 0.136 for int4 on normal numbers.
+# Format of the pages, whether they are multiplied in 8 bits, and how far that may leave a right result from attention
+# to what was never quantized (rel. L2 error on normal numbers). tests/test_hopper.py holds the formats to it.
 OURS = {
     "bf16": ("bf16", False, 0.02),
     "i8f8": ("i8f8", True, 0.06),
@@ -80,8 +80,8 @@ class Log:
         self.file.write(line + "\n")
         self.file.flush()
 
-    def step(self, name: str, command: list[str], seconds: float, lines: int = 25, refused: str | None = None) -> bool:
-        """Run a command, show the end of what it says. If `refused` is in the last line, it has failed as well."""
+    def step(self, name: str, command: list[str], seconds: float, lines: int = 25, may_skip: bool = True) -> bool:
+        """Run a command, show the end of what it says. `may_skip`: tests that were skipped are no failure."""
         seconds = min(seconds, self.left())
         if seconds < 5:
             self.say(f"{name}: left out, the time is up")
@@ -94,8 +94,8 @@ class Log:
             code = f"stopped after {seconds:.0f} s: a deadlock?"
             output = error.stdout if isinstance(error.stdout, str) else (error.stdout or b"").decode(errors="replace")
         said = output.splitlines()[-lines:]
-        if code == 0 and refused and said and refused in said[-1]:
-            code = f"something was {refused}"
+        if code == 0 and not may_skip and "skipped" in said[-1]:
+            code = "something was skipped"
         self.say(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}")
         self.say("\n    " + "\n    ".join(said))
         return code == 0
@@ -121,7 +121,7 @@ def check(log: Log) -> bool:
     good = True
     for stage in STAGES:
         # An op that has no kernel is skipped by its tests; here a kernel that refuses its arguments would be.
-        good = log.step(stage, tests(stage), 60, refused="skipped") and good
+        good = log.step(stage, tests(stage), 60, may_skip=False) and good
     families = [f"tests/test_{family}.py" for family in ("kv_pages", "qkv", "attention")]
     good = log.step("all ops", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *families], 75) and good
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")

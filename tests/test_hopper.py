@@ -9,7 +9,18 @@ import pytest
 import torch
 from machine import KINDS
 
-from inferix_kernels import Unsupported, compiled, sass
+from benchmarks.bringup_sm90 import OURS
+from inferix_kernels import (
+    KVPages,
+    PageList,
+    Unsupported,
+    compiled,
+    kv_append,
+    make_plan,
+    paged_attention,
+    quantize_rows,
+    sass,
+)
 from inferix_kernels.testing import attention_inputs
 
 EXTENSION = importlib.util.find_spec("inferix_kernels._C")
@@ -144,3 +155,20 @@ def test_what_the_hopper_kernel_does_not_take_is_named(monkeypatch, changes, rea
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
     with pytest.raises(Unsupported, match=f"paged_attention: the Hopper kernel .*{reason}"):
         compiled.paged_attention(q, pools, plan, scale=0.125, out=out, lse=lse)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_format_leaves_less_error_than_bringup_allows(name):
+    """Keys and values as the pages hold them, and q in 8 bits where it is; what kernels round besides is less."""
+    format, eight_bit, limit = OURS[name]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(64, 1, 128, generator=generator).bfloat16().float()
+    k, v = (torch.randn(2048, 1, 128, generator=generator).bfloat16() for _ in range(2))
+    pool, pages, lens = KVPages.empty(format, 32, 1, 64, 128), range(32), [64] * 32
+    kv_append(k, v, pool, PageList.of(pages, lens), backend="reference")
+    exact = (q[:, 0] @ k[:, 0].float().T * 128**-0.5).softmax(-1) @ v[:, 0].float()
+    if eight_bit:
+        codes, scales = quantize_rows(q[:, 0], pool.sides[0].codec.dtype, backend="reference")
+        q = (codes.float() * scales[:, None])[:, None]
+    got = paged_attention(q, [pool], make_plan([(64, pages, lens)]), backend="reference")[0][:, 0]
+    assert (got - exact).norm() < limit * exact.norm()

@@ -307,6 +307,7 @@ async def test_closing_goes_on_until_it_is_heard(tmp_path):
     session._making = asyncio.create_task(deaf())
     await asyncio.sleep(0)
     await asyncio.wait_for(session.close(), 10)
+    assert session._making.done()
 
 
 @asynchronous

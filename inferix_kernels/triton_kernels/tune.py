@@ -77,13 +77,12 @@ def best(op: str, cases: Sequence[Case], timer: Timer, table: Mapping[str, Confi
         calls = [case.call for case in cases if case.shape == shape and _runs(op, shape, before, case.call)]
         if not calls:
             continue
-        times = {0: _total(op, shape, before, calls, timer, math.inf)}
-        candidates = [before, *(entry for entry in CANDIDATES[op] if entry != before)]
-        for i, entry in enumerate(candidates[1:], 1):
-            times[i] = _total(op, shape, entry, calls, timer, min(times.values()))
-        chosen = min(times, key=lambda i: times[i])
-        found[shape] = candidates[chosen]
-        print(f"{op}, {shape}: {times[chosen]:.3g} ms with {found[shape]}, {times[0]:.3g} ms before", flush=True)
+        least = shipped = _total(op, shape, before, calls, timer, math.inf)
+        found[shape] = before
+        for entry in CANDIDATES[op]:
+            if (time := _total(op, shape, entry, calls, timer, least)) < least:
+                found[shape], least = entry, time
+        print(f"{op}, {shape}: {least:.3g} ms with {found[shape]}, {shipped:.3g} ms before", flush=True)
     return found
 
 
