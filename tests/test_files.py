@@ -1,0 +1,54 @@
+"""Files are whole or absent."""
+
+import errno
+import os
+
+import pytest
+
+from inferix_kernels.files import atomic_write
+
+
+def test_a_file_appears_whole_with_the_permissions_of_any_other(tmp_path):
+    path, plain = tmp_path / "x.json", tmp_path / "plain"
+    plain.write_text("")
+    with atomic_write(path) as part:
+        assert not path.exists()
+        part.unlink()  # as libraries do that write a temporary file of their own
+        part.write_text("new")
+        part.chmod(0o600)
+    assert path.read_text() == "new" and path.stat().st_mode == plain.stat().st_mode
+    assert sorted(tmp_path.iterdir()) == [plain, path]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"--out: no space left: '.*x.json'"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), r"--out: no space left: '.*x.json'"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), r"--out: cannot write '.*x.json': Input/output error"),
+    ],
+)
+def test_after_an_error_the_earlier_file_is_as_it_was(tmp_path, error, said):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=said), atomic_write(path, "--out") as part:
+        part.write_text("half")
+        raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"--out: cannot write '.*/no/x': No such file or directory"),
+        atomic_write(tmp_path / "no" / "x", "--out"),
+    ):
+        raise AssertionError("nothing could have been written")
+
+
+def test_writers_of_one_path_do_not_meet(tmp_path):
+    path = tmp_path / "x"
+    with atomic_write(path) as first, atomic_write(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the last to finish
