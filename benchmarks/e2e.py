@@ -155,8 +155,10 @@ def random_wan(device: str) -> Any:
     return Wan(random_network(config, torch.float32), adapter)
 
 
-def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings) -> Loop:
-    """A world of its own, from the same seed."""
+def open_loop(
+    name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto", **options: Any
+) -> Loop:
+    """A world of its own, from the same seed; options as KVStore's."""
     from inferix.loop import Decoder
 
     adapter = model.adapter
@@ -169,6 +171,8 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
         block_frames=max(adapter.block_frames, adapter.first_block_frames),
         pools=policy.capacity(),
         device=settings.device,
+        backend=backend,
+        **options,
     )
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:
