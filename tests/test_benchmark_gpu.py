@@ -353,9 +353,7 @@ def test_the_second_call_goes_on_where_the_first_was_cut_short_on_another_machin
     assert acted(second, tmp_path).go(minutes=4) == AGAIN
     assert second.clock.now <= 4 * 60 and second.started[0] == "build"
     assert not {"speed of Hopper", "speed of peers and Triton", "block compiled", "first calls"} & set(second.started)
-    assert {"block triton", "speed at other shapes", "hazards", "counters of compiled", "memcheck"} <= set(
-        second.started
-    )
+    assert {"block triton", "speed at other shapes", "counters of compiled", "memcheck"} <= set(second.started)
     text = (tmp_path / "summary.md").read_text()
     assert "sdpa-flash" in text and "ours-compiled" in text
     assert {row.contender for row in Document.load(record).rows} == {"sdpa-flash", "ours-compiled"}
@@ -504,7 +502,7 @@ class Script:
 
 
 def test_a_peer_whose_first_call_takes_too_long_is_dropped_by_name(fake_cases):
-    first, second = [job for job in isolated.jobs_of(["f"], ["tiny"], QUICK) if "first" in job.contender.name] * 2
+    first, *_, second = [job for job in isolated.jobs_of(["f"], ["tiny"], QUICK) if not job.contender.absent]
     done = {"rows": [rows.compact(a_row("ours-last", seconds=[]))], "lost": False}
     begun = {"begun": True, "rows": []}
     workers = [Script([{"ready": True}, begun, None]), Script([{"ready": True}, begun, {"checked": "ok"}, done])]

@@ -120,7 +120,7 @@ class Plan:
             yield self.one(f"{family} {shape}", run, 300, 60)
         sweep = self.bench("sweep", "--shape", "smoke" if self.dry else "wan1.3b-480p-frame", *self.measured)
         yield self.one("sweep", sweep, 300, 60)
-        yield self.tests("tests", "--continue-on-collection-errors", "tests", cap=1500)
+        yield self.tests("tests", "--continue-on-collection-errors", "tests", cap=1500, least=120)
 
     # What stages are made of.
 
@@ -144,9 +144,9 @@ class Plan:
     def one(self, name: str, command: list[str], cap: float, least: float = 10, lacks: str = "") -> Stage:
         return Stage(name, (Job(name, command, (0, SAID_NO)),), cap, least, lacks)
 
-    def tests(self, name: str, *words: str, cap: float) -> Stage:
+    def tests(self, name: str, *words: str, cap: float, least: float = 15) -> Stage:
         job = Job(name, module("pytest", "-q", "-m", "gpu", *words), TESTED, "tests.txt")
-        return Stage(name, (job,), cap, 15)
+        return Stage(name, (job,), cap, least)
 
     def attention(self, shapes: Sequence[str], backends: str, formats: str, patience: int = 20) -> list[str]:
         """Contenders in processes of their own, but for those in run.jsonl."""
