@@ -77,10 +77,11 @@ def print_kernels(title: str, loop: e2e.Loop) -> float:
     cuda = loop.device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         loop.step()
-    found: list[tuple[float, int, str]] = [
-        ((x.self_device_time_total if cuda else x.self_cpu_time_total) / 1e3, x.count, x.key)
-        for x in profiler.key_averages()
-    ]
+    found: list[tuple[float, int, str]] = []
+    for x in profiler.key_averages():
+        microseconds = x.self_device_time_total if cuda else x.self_cpu_time_total
+        if microseconds:  # else a call of the host
+            found.append((microseconds / 1e3, x.count, x.key))
     total = sum(milliseconds for milliseconds, _, _ in found)
     body = [
         [name[:90], f"{ms:.3f}", f"{ms / total:.1%}", str(n)] for ms, n, name in sorted(found, reverse=True)[:SHOWN]
