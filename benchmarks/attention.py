@@ -60,6 +60,8 @@ class Inputs:
     where: PageList
     page_size: int
     segments: tuple[tuple[int, int, int], ...]
+    # What pools hold, by what they were made of: the reference writes page by page, so each is written once and copied.
+    written: dict[Any, KVPages] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def every(self) -> int:
@@ -81,7 +83,7 @@ class Inputs:
         return torch.cat(parts).to(self.q.device)
 
     def pool(self, format: str) -> KVPages:
-        return self._filled(format, self.where, slice(None))
+        return self._filled((format,), self.where, slice(None))
 
     def pools(self, format: str) -> tuple[list[KVPages], Plan]:
         """Pools of "int8+bf16" say, and the plan over them: the last tokens of each segment, as many as it has queries,
@@ -95,20 +97,28 @@ class Inputs:
         if own.all():
             raise Unsupported(f"{format} needs pages before the block's own, got {len(own)} pages for its own")
         ids, lens = self.where.ids.cpu(), self.where.lens.cpu()
-        made, pools, base = torch.empty_like(ids), [], 0
+        made, base = torch.empty_like(ids), 0
+        pools: list[KVPages] = []
         for part, here in zip(formats, (~own, own), strict=True):
             places = ids[here].argsort().argsort()  # in the same shuffled order, without gaps
             where = PageList.of(places.tolist(), lens[here].tolist(), self.q.device)
-            pools.append(self._filled(part, where, here.repeat_interleave(lens).to(self.q.device)))
+            tokens = here.repeat_interleave(lens).to(self.q.device)
+            pools.append(self._filled((part, len(pools)), where, tokens))
             made[here] = places.to(made.dtype) + base
             base += int(here.sum())
         return pools, self.plan(ids=made)
 
-    def _filled(self, format: str, where: PageList, tokens: slice | Tensor) -> KVPages:
-        _, heads, dim = self.k.shape
-        pool = KVPages.empty(format, len(where.ids), heads, self.page_size, dim, self.k.device)
-        kv_append(self.k[tokens], self.v[tokens], pool, where, backend="reference")
-        return pool
+    def _filled(self, key: tuple[Any, ...], where: PageList, tokens: slice | Tensor) -> KVPages:
+        """A copy of its own; key: the format, and which part of the tokens."""
+        if key not in self.written:
+            _, heads, dim = self.k.shape
+            pool = KVPages.empty(key[0], len(where.ids), heads, self.page_size, dim, self.k.device)
+            kv_append(self.k[tokens], self.v[tokens], pool, where, backend="reference")
+            self.written[key] = pool
+        copies: dict[str, Any] = {
+            name: x if x is None else x.clone() for name, x in self.written[key]._asdict().items()
+        }
+        return KVPages(**copies)
 
 
 def make_inputs(shape: Shape, device: torch.device, listed: float = 1.0, worlds: int = 1) -> Inputs:

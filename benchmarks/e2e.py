@@ -47,7 +47,7 @@ class GatherAttention:
         parts = []
         for s in range(len(rows) - 1):
             where = PageList(*(x[pages[s] : pages[s + 1]] for x in (plan.page_ids, plan.page_lens)))
-            k, v = kv_gather(pools, where, q.dtype)
+            k, v = kv_gather(pools, where, q.dtype, backend=rest.get("backend", "auto"))
             q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q[rows[s] : rows[s + 1]], k, v))
             out = F.scaled_dot_product_attention(q_, k_, v_, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             parts.append(out[0].transpose(0, 1))

@@ -96,10 +96,12 @@ def test_a_probe_takes_its_kind_of_page_and_no_other(kind):
 
 def test_probes_that_hang_and_a_contender_that_hangs_leave_time_for_the_block(h200, tmp_path):
     hung = {f"probe {kind}": {"lasts": NEVER} for kind in plan.PROBES}
-    here = Machine(**hung, **{"speed of Hopper": {"lasts": NEVER}, "first calls": {"lasts": 70}})
+    here = Machine(**hung, **{"speed of Hopper": {"lasts": NEVER}, "first block": {"lasts": 70}})
     assert acted(here, tmp_path).go(plan.FIRST) == AGAIN
     assert here.clock.now <= 60 * plan.FIRST
-    assert {"block compiled", "block triton", "speed at other shapes", "counters of compiled"} <= set(here.started)
+    assert {"block compiled", "block triton", "other shapes, peers and Triton", "counters of compiled"} <= set(
+        here.started
+    )
 
 
 def test_everything_hangs_and_the_time_is_kept(h200, tmp_path):
@@ -120,7 +122,7 @@ def test_a_build_that_fails_leaves_triton_and_the_peers(h200, tmp_path):
     here = Machine(build={"lasts": 40, "code": 1, "said": "inferix: the build of inferix_kernels._C failed, see above"})
     run = acted(here, tmp_path)
     assert run.go(plan.FIRST) == AGAIN
-    assert {"speed of peers and Triton", "block triton", "speed at other shapes"} <= set(here.started)
+    assert {"speed of peers and Triton", "block triton", "other shapes, peers and Triton"} <= set(here.started)
     assert not {"speed of Hopper", "block compiled", "probe bf16"} & set(here.started)
     assert run.left_out["speed of Hopper"] == "the extension is not built with CUDA"
     assert "the build of inferix_kernels._C failed" in (tmp_path / "summary.md").read_text()
@@ -172,8 +174,8 @@ def test_the_second_call_goes_on_where_the_first_was_cut_short_on_another_machin
     )
     assert acted(second, tmp_path).go(minutes=4) == AGAIN
     assert second.clock.now <= 4 * 60 and second.started[0] == "build"
-    assert not {"speed of Hopper", "speed of peers and Triton", "block compiled", "first calls"} & set(second.started)
-    assert {"block triton", "speed at other shapes", "counters of compiled", "memcheck"} <= set(second.started)
+    assert not {"speed of Hopper", "speed of peers and Triton", "block compiled", "first block"} & set(second.started)
+    assert {"block triton", "other shapes, peers and Triton", "counters of compiled", "memcheck"} <= set(second.started)
     text = (tmp_path / "summary.md").read_text()
     assert "sdpa-flash" in text and "ours-compiled" in text
     assert {row.contender for row in Document.load(record).rows} == {"sdpa-flash", "ours-compiled"}

@@ -26,7 +26,7 @@ def library() -> Iterator[tuple[Any, Any]]:
     try:
         pynvml.nvmlInit()
         yield pynvml, pynvml.nvmlDeviceGetHandleByUUID(_uuid())
-    except pynvml.NVMLError as error:
+    except (pynvml.NVMLError, AttributeError) as error:  # refused, or older than what is asked of it
         raise NotRead(str(error)) from error
 
 

@@ -93,8 +93,9 @@ class Plan:
         yield self.one("speed of Hopper", self.attention((SHAPE,), "ours-compiled", FORMATS, 8), 30, 15, lacks)
         yield self.block("compiled", 35, lacks)
         yield self.block("triton", 40, "a CPU runs no Triton" if self.dry else "")
-        everyone = "sdpa,ours" if self.dry else f"{PEERS},ours"
-        yield self.one("speed at other shapes", self.attention(OTHERS, everyone, FORMATS, 12), 80, 25)
+        everyone = "sdpa" if self.dry else f"{PEERS},ours-triton"
+        yield self.one("other shapes, peers and Triton", self.attention(OTHERS, everyone, TRITON_FORMATS), 50, 20)
+        yield self.one("other shapes, Hopper", self.attention(OTHERS, "ours-compiled", FORMATS, 12), 30, 15, lacks)
         hazards = module("inferix_kernels", "hazards", "--arch", "90a")
         yield self.one("hazards", hazards, 15, 5, lacks or no_command("hazards"))
         yield self.counters("compiled", lacks)
@@ -171,22 +172,16 @@ class Plan:
         )
 
     def first_calls(self) -> Iterator[Job]:
-        """Triton's kernels, flex and the block compile while the extension is built, and are found compiled later."""
-        checked = ["--device", self.device, "--rounds", "0"]
-        run = self.bench("run", "attention", *self.shapes(SHAPE), "--isolate", "--ops", "paged_attention")
-        run += [
-            "--backends",
-            "sdpa" if self.dry else "ours-triton,flex",
-            "--formats",
-            TRITON_FORMATS,
-            "--patience",
-            "60",
-            *checked,
-        ]
-        yield Job("first calls", run, (0, SAID_NO, STOPPED))
-        yield Job(
-            "first block", self.bench("run", "block", "--backends", "ours-triton", *checked), (0, SAID_NO, STOPPED)
-        )
+        """Triton's kernels, flex and the block compile while the extension is built, and are found compiled later.
+        Each shape in a process of its own: Triton compiles anew for each, and a rented machine has the cores."""
+        checked, fine = ["--device", self.device, "--rounds", "0"], (0, SAID_NO, STOPPED)
+        for backend, shape in [("ours-triton", shape) for shape in (SHAPE, *OTHERS)] + [("flex", SHAPE)]:
+            run = self.bench("run", "attention", *self.shapes(shape), "--isolate", "--ops", "paged_attention")
+            run += ["--backends", "sdpa" if self.dry else backend, "--formats", TRITON_FORMATS, "--patience", "60"]
+            yield Job(f"first calls, {backend} {shape}", [*run, *checked], fine)
+            if self.dry:
+                break
+        yield Job("first block", self.bench("run", "block", "--backends", "ours-triton", *checked), fine)
 
     def build(self) -> Iterator[Job]:
         """Of the CUDA kernels for this GPU alone, unless what is there has them, loads and is not older than they."""
