@@ -124,6 +124,7 @@ def test_attention_is_compared_in_every_row_or_where_that_is_too_much_all_over()
 
 def test_contenders_take_turns_in_changing_order_on_cold_caches(monkeypatch):
     order = []
+    monkeypatch.setattr(measure, "RETRIES", 1)  # else a busy machine has a turn taken again
     monkeypatch.setattr(MACHINE, "flush", lambda: order.append("flush"))
     case = a_case(*(contender(name, lambda x, name=name: order.append(name) or x * 2) for name in ("a", "b", "c")))
     contest = Contest(case, QUICK, MACHINE)
@@ -246,11 +247,17 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkey
         (["report", "evidence"], "files must be there, to be made anew, got evidence"),
         (["sweep", "time"], "axis must be one of"),
         (["compare", "nowhere.json", "nowhere.json"], "must hold a run of the benchmarks"),
-        (["gpu", "--out", "nowhere"], "torch finds no GPU"),
+        (["gpu", "--out", "nowhere"], "torch finds no GPU here: The driver is too old; --dry-run goes"),
+        (["gpu", "--out", "nowhere", "--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["run", "--isolate", "--patience", "0"], "--patience must be above 0 seconds, got 0"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(words, message, capsys, monkeypatch):
+    def too_old():
+        raise RuntimeError("The driver is too old\nand more")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
     assert cli.main([*words, *(["--device", "cpu"] if words[0] in ("run", "sweep") else [])]) == 2
     assert message in capsys.readouterr().err
 
