@@ -161,9 +161,9 @@ def test_the_second_call_goes_on_where_the_first_was_cut_short_on_another_machin
     first = Machine(
         build={"lasts": 80, "does": built},
         **{
-            "speed of peers and Triton": {"lasts": 60, "does": measures("sdpa-flash")},
+            "speed of peers and Triton": {"lasts": 50, "does": measures("sdpa-flash")},
             "speed of Hopper": {"lasts": 20, "does": measures("ours-compiled")},
-            "block compiled": {"lasts": 30},
+            "block compiled": {"lasts": 35},
         },
     )
     assert acted(first, tmp_path).go(minutes=3.5) == AGAIN

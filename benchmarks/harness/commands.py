@@ -19,6 +19,7 @@ from . import evidence as ledger
 from . import report as reports
 from .measure import Machine, Settings
 from .plan import gpu_run
+from .processes import since_start
 from .rows import Document, Row, append
 from .table import markdown
 from .timing import TIMERS
@@ -270,7 +271,7 @@ def gpu(args: argparse.Namespace) -> int:
         raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError(f"gpu: torch finds no GPU here: {no_gpu()}; --dry-run goes through every stage on the CPU")
-    return gpu_run(args.out.resolve(), args.dry_run).go(args.minutes)
+    return gpu_run(args.out.resolve(), args.dry_run).go(args.minutes - since_start() / 60)
 
 
 def no_gpu() -> str:

@@ -27,7 +27,6 @@ from .processes import gone
 from .rows import Row
 
 START = 60.0  # seconds for a worker to import torch and reach the GPU, and for a case's inputs and reference
-SLACK = 30.0  # seconds of timing beyond what the settings ask for
 COMMAND = (sys.executable, "-m", "benchmarks.harness.isolated")
 
 
@@ -107,14 +106,14 @@ def how(code: int | None) -> str:
 
 
 def jobs_of(names: Sequence[str], shapes: Sequence[str], settings: Settings, ops: Sequence[str] = ()) -> list[Job]:
-    """Every contender that the settings want, case by case."""
+    """Every contender that the settings want, case by case; peers first: they are the measure, and known to work."""
     return [
         Job(name, shape, case_number, number, case, contender)
         for name in names
         for shape in shapes
         for case_number, case in enumerate(families.cases(name, [shape], settings.device))
         if not ops or case.op in ops
-        for number, contender in enumerate(case.contenders)
+        for number, contender in sorted(enumerate(case.contenders), key=lambda pair: pair[1].name.startswith("ours"))
         if settings.wants(contender)
     ]
 
@@ -128,7 +127,8 @@ def measure(
     """Rows of each contender as it is done, with those of the machine's peaks before a case's first.
 
     Args:
-        patience: seconds for a contender's first call, in which it compiles; one that takes longer has failed.
+        patience: seconds for a contender's first call, in which it compiles, and for its timing beyond the settings'
+            seconds; one that takes longer has failed.
     """
     for job in jobs:
         if job.contender.absent:
@@ -158,7 +158,7 @@ def _turn(
             stage, told = "first call", [job]
             worker.receive(patience)
             stage = "timing"
-            answer = worker.receive(settings.seconds + SLACK)
+            answer = worker.receive(settings.seconds + patience)
             pending.pop(0)
             yield _rows(answer)
             if answer["lost"]:

@@ -54,6 +54,15 @@ class Process:
         return self.file.read().decode(errors="replace")
 
 
+def since_start() -> float:
+    """Seconds that this process has been there, importing torch most of them; 0 where Linux's books are not."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return max(0.0, float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def gone(process: subprocess.Popen[str] | subprocess.Popen[bytes], grace: float = GRACE) -> bool:
     """Has a killed process ended, within the grace?"""
     try:
