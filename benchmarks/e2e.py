@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather, passes
+from inferix_kernels.layout import scratch_format
 
 from .harness.case import error_of
 from .harness.ledger import ROOT
@@ -168,6 +169,7 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
         frame_tokens=model.frame_tokens,
         block_frames=max(adapter.block_frames, adapter.first_block_frames),
         pools=policy.capacity(),
+        scratch_format=scratch_format(settings.device, model.dtype),
         device=settings.device,
     )
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))

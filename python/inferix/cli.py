@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights (default: fp32)")
     convert.set_defaults(run=_convert)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.add_argument("--prove", action="store_true", help="try every kernel on this GPU; which ones run goes by it")
+    doctor.add_argument("--device", help="say which kernels a world would use on it: cuda, sm_90, H200, A100, ...")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -176,8 +178,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from inferix_kernels import chosen
+
     from .doctor import examine
 
+    if args.prove:
+        from inferix_kernels.proofs import prove
+
+        return prove.command(args.device or "cuda")
+    if args.device:
+        print(chosen.table(chosen.target(args.device)))
+        return 0
     return examine()
 
 

@@ -33,6 +33,18 @@ def _extension() -> Finding:
     return True, "built, C++ and CUDA" if extension.has_cuda else "built, C++ only (no nvcc was found)"
 
 
+def _attention() -> Finding:
+    import torch
+
+    from inferix_kernels import chosen
+
+    on = chosen.target("cuda" if torch.cuda.is_available() else "cpu")
+    choice = chosen.attention(("int8", "bf16" if on.kind == "cuda" else "fp32"), on)
+    if not choice.backend:
+        return False, f"none runs on {on.name}: {'; '.join(choice.reasons)}"
+    return True, "; ".join([f"a world on {on.name} uses {choice.backend}", *choice.reasons])
+
+
 def _video() -> Finding:
     import av
 
@@ -76,6 +88,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
     "torch": _torch,
     "inferix_kernels._C": _extension,
+    "attention kernel": _attention,
     "video": _video,
     "tiny world": _tiny,
     "Wan models": _wan,
@@ -94,5 +107,5 @@ def examine() -> int:
             good, text = False, f"{error}; run `make build`"
         well &= good
         print(f"{'ok ' if good else '!! '} {name}: {text}")
-    print("\nkernels: python -m inferix_kernels")
+    print("\nkernels: python -m inferix_kernels · of a world elsewhere: --device H200 · tried on this GPU: --prove")
     return 0 if well else 1

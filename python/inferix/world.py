@@ -7,6 +7,7 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
-from inferix_kernels.layout import KV_FORMATS
+from inferix_kernels.layout import KV_FORMATS, scratch_format
+from inferix_kernels.proofs import stored
 
 from .loop import Decoder
 from .models import BlockModel, load_model
@@ -84,6 +86,7 @@ class World:
         guided = adapter.guidance != 1
         against = self.model.condition(adapter.negative_prompt, []) if guided else None
         # Worlds the store has room for; with no past to see nothing is ever committed.
+        device = torch.device(getattr(self.model, "device", "cpu"))
         room = 0 if adapter.at_once else worlds * (2 if guided else 1)
         self.store = KVStore(
             layers=self.model.layers,
@@ -93,10 +96,13 @@ class World:
             block_frames=largest,
             # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
             scratch_blocks=2 + adapter.stages,
+            scratch_format=scratch_format(device, self.model.dtype),
             pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
-            device=getattr(self.model, "device", "cpu"),
+            device=device,
             backend=backend,
         )
+        if backend == "auto" and on_gpu(device) and (unproved := stored.notice(device)):
+            logging.getLogger("inferix").warning(unproved)
         self._against, self.worlds, self._blocks = against, worlds, blocks
         self._begin(policy, seed)
 
@@ -368,6 +374,10 @@ class World:
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _check_seed(seed: int) -> None:

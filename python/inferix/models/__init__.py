@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -110,6 +111,7 @@ class BlockModel(Protocol):
         layers, heads, head_dim: of the keys and values it caches.
         frame_tokens: tokens per latent frame.
         latent_shape: of one frame.
+        dtype: of the q, k and v that it gives `attend`.
     """
 
     adapter: Adapter
@@ -118,6 +120,7 @@ class BlockModel(Protocol):
     head_dim: int
     frame_tokens: int
     latent_shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         """[len(frames) * frame_tokens, R / 2, 2] float32 (cos, sin) for these global frame indices."""

@@ -94,7 +94,7 @@ class Magi:
         self.grid = height // config.patch, width // config.patch
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels, height, width)
-        self.device = network.x_embedder.weight.device
+        self.device, self.dtype = network.x_embedder.weight.device, network.dtype
         # Most forwards of a stage are over the same frames.
         self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, network.rope.bands))
         self._null: dict[str, Told] = {}

@@ -40,7 +40,7 @@ Cross = list[tuple[Tensor, Tensor]]
 class TinyWorld:
     """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
 
-    adapter = ADAPTER
+    adapter, dtype = ADAPTER, torch.float32
 
     def __init__(self, network: TinyWorldModel):
         self.network, config = network.eval().requires_grad_(False), network.config

@@ -90,7 +90,7 @@ class Wan:
         self.grid = height // config.patch[0], width // config.patch[1]
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
-        self.device = network.head.modulation.device
+        self.device, self.dtype = network.head.modulation.device, network.dtype
         self._crosses: dict[str, Cross] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
