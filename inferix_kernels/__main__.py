@@ -2,6 +2,7 @@
 
 `python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use; with
 `--arch 90a` it says so of the CUDA kernels that are built.
+`python -m inferix_kernels hazards` checks that those leave the registers of an asynchronous product alone.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import ops, sass, testing
+from . import hazards, ops, sass, testing
 from ._dispatch import AUTO, BACKENDS, Unsupported, implementation
 from .layout import Quantized, make_plan
 
@@ -110,12 +111,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = ahead.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
     output.add_argument("--markdown", action="store_true", help="a line for each op")
+    followed = commands.add_parser(
+        "hazards", help="registers of asynchronous products, in the CUDA kernels that are built"
+    )
+    followed.add_argument("--arch", default="90a", metavar="SM", help="90a by default")
     tuner = commands.add_parser("tune", help="choose tile sizes on this GPU, for configs/<device>.json")
     tuner.add_argument("ops", nargs="*", help="ops to tune; all by default")
     options = parser.parse_args(arguments)
     try:
         if options.command == "compile":
             return compile_command(options.arch, options.cases, options.json, options.markdown)
+        if options.command == "hazards":
+            seen = hazards.look_into_extension(options.arch)
+            print(hazards.table(seen))
+            return int(any(kernel.hazards for kernel in seen))
         if options.command == "tune":
             from .triton_kernels.tune import tune
 
