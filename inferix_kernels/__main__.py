@@ -2,6 +2,7 @@
 
 `python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use; with
 `--arch 90a` it says so of the CUDA kernels that are built.
+`python -m inferix_kernels hazards` checks that those leave the registers of an asynchronous product alone.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
 `python -m inferix_kernels prove` holds every kernel's results on that GPU against the reference's; `auto` goes by it.
 `python -m inferix_kernels --device H200` says which kernel a world's attention would take there, and why.
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import chosen, ops, sass, testing
+from . import chosen, hazards, ops, sass, testing
 from ._dispatch import AUTO, BACKENDS, PROVED, Unsupported, implementation
 from .layout import Quantized, make_plan
 
@@ -115,12 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = ahead.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
     output.add_argument("--markdown", action="store_true", help="a line for each op")
+    followed = commands.add_parser(
+        "hazards", help="registers of asynchronous products, in the CUDA kernels that are built"
+    )
+    followed.add_argument("--arch", default="90a", metavar="SM", help="90a by default")
     tuner = commands.add_parser("tune", help="choose tile sizes on this GPU, for configs/<device>.json")
     tuner.add_argument("ops", nargs="*", help="ops to tune; all by default")
     prover = commands.add_parser("prove", help="try every kernel on the GPU that is here; `auto` goes by the outcome")
-    prover.add_argument(
-        "--on", default="cuda", metavar="DEVICE", help="cuda, cuda:1; cpu: its kernels; nothing is stored"
-    )
+    prover.add_argument("on", nargs="?", default="cuda", help="cuda, cuda:1; cpu: its kernels, and nothing is stored")
     options = parser.parse_args(arguments)
     try:
         if options.command == "prove":
@@ -132,6 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "compile":
             return compile_command(options.arch, options.cases, options.json, options.markdown)
+        if options.command == "hazards":
+            seen = hazards.look_into_extension(options.arch)
+            print(hazards.table(seen))
+            return int(any(kernel.hazards for kernel in seen))
         if options.command == "tune":
             from .triton_kernels.tune import tune
 
