@@ -48,7 +48,7 @@ class GatherAttention:
         parts = []
         for s in range(len(rows) - 1):
             where = PageList(*(x[pages[s] : pages[s + 1]] for x in (plan.page_ids, plan.page_lens)))
-            k, v = kv_gather(pools, where, q.dtype)
+            k, v = kv_gather(pools, where, q.dtype, backend=rest.get("backend", "auto"))
             q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q[rows[s] : rows[s + 1]], k, v))
             out = F.scaled_dot_product_attention(q_, k_, v_, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             parts.append(out[0].transpose(0, 1))
@@ -156,8 +156,10 @@ def random_wan(device: str) -> Any:
     return Wan(random_network(config, torch.float32), adapter)
 
 
-def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings) -> Loop:
-    """A world of its own, from the same seed."""
+def open_loop(
+    name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto", **options: Any
+) -> Loop:
+    """A world of its own, from the same seed; options as KVStore's."""
     from inferix.loop import Decoder
 
     adapter = model.adapter
@@ -171,6 +173,8 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
         pools=policy.capacity(),
         scratch_format=scratch_format(settings.device, model.dtype),
         device=settings.device,
+        backend=backend,
+        **options,
     )
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:

@@ -1,4 +1,5 @@
-"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it."""
+"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it. Files of
+lines grow by whole lines."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -59,3 +61,39 @@ def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterat
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def append_lines(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
+    """Add whole lines to a file, which is begun if there is none; they are on disk (fsync) when this returns.
+
+    After an error the file is as it was. A last line without its end, which a crash left, is cut off first.
+
+    Raises:
+        ValueError: the file can not be written, or the disk is full; names `argument` and `path`.
+    """
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            end = _end_of_lines(file)
+            file.truncate(end)
+            try:
+                left = memoryview(text.encode())
+                while left:
+                    left = left[file.write(left) or 0 :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise unwritable(path, error, argument) from None
+
+
+def _end_of_lines(file: FileIO, block: int = 1 << 16) -> int:
+    """Where the last whole line ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
