@@ -156,10 +156,8 @@ def random_wan(device: str) -> Any:
     return Wan(random_network(config, torch.float32), adapter)
 
 
-def open_loop(
-    name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto", **options: Any
-) -> Loop:
-    """A world of its own, from the same seed; options as KVStore's."""
+def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto") -> Loop:
+    """A world of its own, from the same seed."""
     from inferix.loop import Decoder
 
     adapter = model.adapter
@@ -174,7 +172,6 @@ def open_loop(
         scratch_format=scratch_format(settings.device, model.dtype),
         device=settings.device,
         backend=backend,
-        **options,
     )
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:
