@@ -220,7 +220,9 @@ def test_damaged_and_absent_files_are_one_line(tmp_path, monkeypatch):
         load_network(tmp_path / INDEX, "magi-4.5b")
     shard.write_bytes(whole)
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ImportError, match=r"zstandard is not installed: install the extra `magi`"):
+    with pytest.raises(
+        ImportError, match=r"needs zstandard, which is not installed: pip install 'inferix-kernels\[magi\]'"
+    ):
         load_network(tmp_path / INDEX, "magi-4.5b")
     with pytest.raises(ValueError, match=r"fp8 must be one of keep, dequantize, got 'int4'"):
         load_network(tmp_path / INDEX, "magi-4.5b", fp8="int4")

@@ -229,7 +229,9 @@ def test_prompts_are_encoded_once(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     again = PromptEncoder(folder, 24, tmp_path)
     assert torch.equal(again("the  red panda&amp;fox\nwalks"), first)  # with neither of the two
-    with pytest.raises(ImportError, match=r"transformers, which is not installed: install the extra `wan`"):
+    with pytest.raises(
+        ImportError, match=r"transformers, which is not installed: pip install 'inferix-kernels\[wan\]'"
+    ):
         encoder("another fox")
     assert len(PromptEncoder(folder, 24, None).key("x")) == 32 and encoder.key("x") != encoder.key("y")
     assert PromptEncoder(folder, 23, tmp_path).key("x") != encoder.key("x")
@@ -352,6 +354,6 @@ def test_absent_parts_are_one_line(folder, prompt_cache, tmp_path, capsys, monke
         assert len(error) == 2 and message in error[1] and error[1].count("\n") == 1
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert main(options(folder, tmp_path / "v.mp4", prompt_cache)) == 2
-    assert "diffusers, which is not installed: install the extra `wan`" in capsys.readouterr().err
+    assert "diffusers, which is not installed: pip install 'inferix-kernels[wan]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
     assert load_model("self-forcing", str(bare), size=SIZE).frame_tokens == 6

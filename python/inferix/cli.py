@@ -17,8 +17,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
+        return USAGE
+    except ImportError as error:
+        from inferix_kernels._install import explained
+
+        print(f"inferix {args.command}: {explained(error)}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print(f"inferix {args.command}: interrupted", file=sys.stderr)
@@ -138,7 +143,9 @@ def _play(args: argparse.Namespace) -> int:
     try:
         from .stream.play import play
     except ModuleNotFoundError as error:
-        raise ImportError(f"the page needs {error.name}: pip install 'inferix[stream]', or play --terminal") from None
+        from inferix_kernels._install import install
+
+        raise ImportError(f"the page needs {error.name}: {install('stream')}, or play --terminal") from None
     return play(args)
 
 

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inferix_kernels._install import require
+
 ZSTD = ".zst"
 SHOWN = 5  # names listed in an error
 WRAPPERS = ("state_dict", "model", "module")  # names under which a trainer may file its one state dict
@@ -57,13 +59,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _decompress(path: Path, plain: IO[bytes]) -> None:
-    try:
-        import zstandard
-    except ImportError:
-        raise ImportError(
-            f"weights: {path} is compressed, and zstandard is not installed: install the extra `magi`: "
-            "pip install 'inferix[magi]'"
-        ) from None
+    zstandard = require("zstandard", "magi", f"weights: {path}, being compressed,")
     try:
         with path.open("rb") as file:
             zstandard.ZstdDecompressor().copy_stream(file, plain)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inferix_kernels._install import require
+
 from .containers import read_tensors, shown
-from .text import EXTRA
 
 # Wan's own file: the tower of OpenCLIP's ViT-H/14 beside a text tower that nothing needs.
 PUBLISHED = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -49,12 +50,9 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
         ImportError: transformers is not installed; names the extra.
         ValueError: the file is damaged or holds something else; says what.
     """
-    try:
-        from transformers import CLIPVisionModel
-    except ImportError:
-        raise ImportError(f"weights: the image encoder needs transformers, which is not installed: {EXTRA}") from None
+    transformers = require("transformers", "wan", "weights: the image encoder")
     if (folder / "image_encoder").is_dir():
-        model = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+        model = transformers.CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
     else:
         model = _published_tower(folder / PUBLISHED)
     return ImageEncoder(model.eval().requires_grad_(False))

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from inferix_kernels._install import require
+
 from .containers import read_tensors
 
 CACHE = Path("~/.cache/inferix/prompts")
-EXTRA = "install the extra `wan`: pip install 'inferix[wan]'"
 SAMPLE = 1 << 20  # bytes read at either end of a file to tell it from another of the same name and size
 # Wan's own file and tokenizer, and what the names in it are called in transformers.
 PUBLISHED, PUBLISHED_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
@@ -49,11 +50,8 @@ def clean(prompt: str) -> str:
     Raises:
         ImportError: ftfy is not installed; names the extra.
     """
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        raise ImportError(f"prompt: cleaning it needs ftfy, which is not installed: {EXTRA}") from None
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(fix_text(prompt)))).strip()
+    repaired = require("ftfy", "wan", "prompt: cleaning it").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(repaired))).strip()
 
 
 def has_encoder(folder: Path) -> bool:
@@ -142,20 +140,17 @@ class PromptEncoder:
 
     def _load(self) -> tuple[Any, Any]:
         """Tokenizer and encoder; not kept, since a prompt is encoded once and the network needs the memory."""
-        try:
-            from transformers import AutoTokenizer, UMT5EncoderModel
-        except ImportError:
-            raise ImportError(f"prompt: encoding it needs transformers, which is not installed: {EXTRA}") from None
+        transformers = require("transformers", "wan", "prompt: encoding it")
         if (self.folder / PUBLISHED).exists():
             tokenizer, encoder = self.folder / PUBLISHED_TOKENIZER, published_encoder(self.folder / PUBLISHED)
         else:
             tokenizer = self.folder / "tokenizer"
-            encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype="auto")
+            encoder = transformers.UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype="auto")
         if not tokenizer.is_dir():
             raise ValueError(
                 f"weights: {self.folder} has a text encoder but no tokenizer: there is no folder {tokenizer}"
             )
-        return AutoTokenizer.from_pretrained(tokenizer), encoder.eval()
+        return transformers.AutoTokenizer.from_pretrained(tokenizer), encoder.eval()
 
 
 def published_encoder(path: Path) -> Any:

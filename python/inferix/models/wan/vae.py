@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels._install import require
+
 from .containers import read_tensors
-from .text import EXTRA
 
 PUBLISHED = "Wan2.1_VAE.pth"
 PICTURES = 4  # per latent frame after the first
@@ -33,20 +34,17 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
     Raises:
         ImportError: diffusers is not installed; names the extra.
     """
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError:
-        raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
+    kind = require("diffusers", "wan", "weights: the VAE").AutoencoderKLWan
     if (folder / "vae").is_dir():
         try:
             # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
             options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-            model = AutoencoderKLWan.from_pretrained(folder / "vae", **options)
+            model = kind.from_pretrained(folder / "vae", **options)
         except (OSError, json.JSONDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
     else:
-        model = _published_vae(folder / PUBLISHED, AutoencoderKLWan)
+        model = _published_vae(folder / PUBLISHED, kind)
     return VAE(model.eval().requires_grad_(False).to(device))
 
 
