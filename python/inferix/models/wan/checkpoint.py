@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from inferix_kernels.files import atomic_write
+
 from .containers import read_tensors, shown
 from .names import canonical, merge_lora
 from .network import WanConfig, WanNetwork
@@ -110,10 +112,15 @@ def load_network(
 
 
 def save_network(network: WanNetwork, path: Path) -> None:
-    """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file."""
+    """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file.
+
+    Raises:
+        ValueError: the file can't be written; what was at `path` is as it was.
+    """
     config = json.dumps(dataclasses.asdict(network.config))
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, path, metadata={"format": FORMAT, "config": config})
+    with atomic_write(path, "out") as part:
+        save_file(state, part, metadata={"format": FORMAT, "config": config})
 
 
 def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str) -> WanConfig:

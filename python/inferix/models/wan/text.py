@@ -5,11 +5,11 @@ A prompt that has been embedded before needs neither the encoder nor transformer
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inferix_kernels._install import require
+from inferix_kernels.files import atomic_write
 
 from .containers import read_tensors
 
@@ -64,42 +65,51 @@ class PromptEncoder:
     Args:
         folder: holds text_encoder/ and tokenizer/ (diffusers' layout) or Wan's own two.
         text_len: tokens at most; what is longer is cut.
-        cache: folder for embeddings, one file per encoder, length and prompt; None keeps none.
+        cache: folder for embeddings, one file per encoder, length and prompt. None: CACHE; where that can not be used,
+            one line on stderr says so and nothing is kept.
     """
 
     clean = staticmethod(clean)
 
-    def __init__(self, folder: Path, text_len: int, cache: Path | None = CACHE):
-        self.folder, self.text_len = folder, text_len
-        self.cache = None if cache is None else cache.expanduser()
+    def __init__(self, folder: Path, text_len: int, cache: str | Path | None = None):
+        self.folder, self.text_len, self.cache = folder, text_len, None if cache is None else Path(cache)
         self._identity: str | None = None
+        self._said = False
 
     def __call__(self, prompt: str) -> Tensor:
-        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are, or if the
-        cache can't be used."""
-        if self.cache is None:
-            return self._encode(prompt)
-        file = self.cache / f"{self.key(prompt)}.safetensors"
+        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are, or if a
+        cache that was asked for can't be used."""
+        key, file = self.key(prompt), None
         try:
-            if file.exists():
-                with contextlib.suppress(SafetensorError, KeyError):  # half written by a process that was killed
-                    return load_file(file)["embedding"]
-            self.cache.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.cache, os.W_OK):  # encoding takes long: what can't be kept is said before
+            folder = (CACHE if self.cache is None else self.cache).expanduser()
+            file = folder / f"{key}.safetensors"
+            if (kept := _kept(file)) is not None:
+                return kept
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):  # encoding takes long: what can't be kept is said before
                 raise PermissionError("it can not be written")
-        except OSError as error:
-            raise self._unusable(error) from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
+            self._unusable(error)
+            file = None
         embedding = self._encode(prompt)
-        partial = file.with_suffix(".part")
         try:
-            save_file({"embedding": embedding}, partial)
-            partial.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise self._unusable(error) from None
+            if file is not None:
+                with atomic_write(file, "prompt_cache") as part:  # others may be writing the same
+                    save_file({"embedding": embedding}, part)
+        except (ValueError, SafetensorError) as error:
+            self._unusable(error)
         return embedding
 
-    def _unusable(self, error: Exception) -> ValueError:
-        return ValueError(f"prompt_cache: cannot keep embeddings in {str(self.cache)!r} ({error})")
+    def _unusable(self, error: Exception) -> None:
+        """An error for the folder that was asked for; for the one that was not, a line, once."""
+        message = (
+            f"prompt_cache: cannot keep embeddings in {str(CACHE if self.cache is None else self.cache)!r} ({error})"
+        )
+        if self.cache is not None:
+            raise ValueError(message) from None
+        if not self._said:
+            print(f"{message}: going on without", file=sys.stderr)
+        self._said = True
 
     def key(self, prompt: str) -> str:
         """What an embedding depends on, hashed."""
@@ -151,6 +161,15 @@ class PromptEncoder:
                 f"weights: {self.folder} has a text encoder but no tokenizer: there is no folder {tokenizer}"
             )
         return transformers.AutoTokenizer.from_pretrained(tokenizer), encoder.eval()
+
+
+def _kept(file: Path) -> Tensor | None:
+    """The embedding in a file of the cache; None: there is none, or it is damaged and to be made again."""
+    try:
+        embedding = load_file(file)["embedding"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+    return embedding if embedding.ndim == 2 and embedding.dtype == torch.float32 else None
 
 
 def published_encoder(path: Path) -> Any:
