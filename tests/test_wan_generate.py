@@ -296,7 +296,7 @@ def test_the_encoder_that_wan_published_is_the_same(tmp_path):
     with torch.inference_mode():
         assert torch.equal(ours(tokens).last_hidden_state, theirs(tokens).last_hidden_state)
     torch.save({name: x for name, x in state.items() if "blocks.1.ffn" not in name}, tmp_path / "t5.pth")
-    with pytest.raises(ValueError, match=r"is no UMT5 encoder: missing \['encoder.block.1.layer.1.DenseReluDense"):
+    with pytest.raises(ValueError, match=r"is no UMT5 encoder: missing encoder.block.1.layer.1.DenseReluDense"):
         published_encoder(tmp_path / "t5.pth")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from inferix_kernels._install import require
 
-from ..wan.text import PromptEncoder
+from ..wan.containers import pretrained
+from ..wan.text import PromptEncoder, read_tokenizer
 
 # Where the encoder may lie in a model's folder: as diffusers and as MAGI-1 have it.
 FOLDERS = ("text_encoder", "t5_pretrained/t5-v1_1-xxl", "t5/t5-v1_1-xxl", "t5-v1_1-xxl")
@@ -47,5 +48,5 @@ class CaptionEncoder(PromptEncoder):
     def _load(self) -> tuple[Any, Any]:
         transformers = require("transformers", "magi", "prompt: encoding it")
         beside = self.folder.parent / "tokenizer"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
-        return tokenizer, transformers.T5EncoderModel.from_pretrained(self.folder, dtype="auto").eval()
+        encoder = pretrained(transformers.T5EncoderModel, self.folder, "a text encoder", dtype="auto")
+        return read_tokenizer(transformers, beside if beside.is_dir() else self.folder), encoder.eval()

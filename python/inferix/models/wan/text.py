@@ -10,6 +10,7 @@ import html
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from inferix_kernels._install import require
 from inferix_kernels.files import atomic_write
 
-from .containers import read_tensors
+from .containers import check_floating, count_layers, pretrained, read_tensors, reading, shape_of, shown
 
 CACHE = Path("~/.cache/inferix/prompts")
 SAMPLE = 1 << 20  # bytes read at either end of a file to tell it from another of the same name and size
@@ -155,12 +156,19 @@ class PromptEncoder:
             tokenizer, encoder = self.folder / PUBLISHED_TOKENIZER, published_encoder(self.folder / PUBLISHED)
         else:
             tokenizer = self.folder / "tokenizer"
-            encoder = transformers.UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype="auto")
+            encoder = pretrained(
+                transformers.UMT5EncoderModel, self.folder / "text_encoder", "a text encoder", dtype="auto"
+            )
         if not tokenizer.is_dir():
             raise ValueError(
                 f"weights: {self.folder} has a text encoder but no tokenizer: there is no folder {tokenizer}"
             )
-        return transformers.AutoTokenizer.from_pretrained(tokenizer), encoder.eval()
+        return read_tokenizer(transformers, tokenizer), encoder.eval()
+
+
+def read_tokenizer(transformers: Any, folder: Path) -> Any:
+    with reading(folder, "a tokenizer that transformers can read"):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _kept(file: Path) -> Tensor | None:
@@ -177,20 +185,28 @@ def published_encoder(path: Path) -> Any:
     import transformers
 
     tensors, _ = read_tensors(path)
-    try:
-        heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape[1]
-        vocabulary, width = tensors["token_embedding.weight"].shape
+    source = str(path)
+
+    def shape(name: str) -> torch.Size:
+        return shape_of(tensors, name, (2,), source, "UMT5 encoder")
+
+    with reading(path, "a UMT5 encoder"):
+        vocabulary, width = shape("token_embedding.weight")
+        buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
         config = transformers.UMT5Config(
             vocab_size=vocabulary,
             d_model=width,
-            d_kv=len(tensors["blocks.0.attn.q.weight"]) // heads,
-            d_ff=len(tensors["blocks.0.ffn.fc1.weight"]),
-            num_layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+            d_kv=shape("blocks.0.attn.q.weight")[0] // heads,
+            d_ff=shape("blocks.0.ffn.fc1.weight")[0],
+            num_layers=count_layers(tensors, "blocks.", source),
             num_heads=heads,
-            relative_attention_num_buckets=len(tensors["blocks.0.pos_embedding.embedding.weight"]),
+            relative_attention_num_buckets=buckets,
         )
-    except KeyError as error:
-        raise ValueError(f"weights: {path} is no UMT5 encoder: it has no {error.args[0]}") from None
+        check_floating(tensors, tensors, source)
+        return _filled_encoder(transformers, config, tensors, source)
+
+
+def _filled_encoder(transformers: Any, config: Any, tensors: Mapping[str, Tensor], source: str) -> Any:
     renamed = {}
     for name, tensor in tensors.items():
         for pattern, replacement in NAMES:
@@ -202,7 +218,9 @@ def published_encoder(path: Path) -> Any:
     missing = sorted(encoder.state_dict().keys() - renamed.keys() - tied.keys())
     unexpected = sorted(renamed.keys() - encoder.state_dict().keys())
     if missing or unexpected:
-        raise ValueError(f"weights: {path} is no UMT5 encoder: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(
+            f"weights: {source} is no UMT5 encoder: missing {shown(missing)}, unexpected {shown(unexpected)}"
+        )
     state = {name: tensor for name, tensor in (renamed | tied).items() if name in encoder.state_dict()}
     encoder.load_state_dict(state, assign=True)
     return encoder
