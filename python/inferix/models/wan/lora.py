@@ -298,12 +298,9 @@ def _check(update: Update, places: _Places, source: str) -> None:
     if a is None:
         fits, got = list(b.shape) == shape, f"{list(b.shape)}"
     else:
-        fits = (
-            b.ndim > 1
-            and a.ndim > 1
-            and b[0].numel() == len(a)
-            and [len(b), a[0].numel()] == [shape[0], math.prod(shape[1:])]
-        )
+        flat = [[len(x), math.prod(x.shape[1:])] for x in (b, a) if x.ndim > 1]
+        rank = len(a) if a.ndim else 0
+        fits = rank > 0 and flat == [[shape[0], rank], [rank, math.prod(shape[1:])]]
         got = f"B {list(b.shape)} A {list(a.shape)}"
     if not fits:
         raise ValueError(f"lora: {source}: {places.name(place)} is {shape}, got {got}")
