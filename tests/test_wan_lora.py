@@ -222,7 +222,7 @@ WRONG = {
     "alpha is nan": ({f"{Q}.alpha": torch.tensor(math.nan)}, {}, None, "alpha must be a finite number, got nan"),
     "two alphas": ({f"{Q}.alpha": torch.ones(2)}, {}, None, "alpha must be a finite number, got None"),
     "another rank": ({}, {}, PEFT | {"r": 8}, r"adapter_config.json says that .*self_attn.q has rank 8, got 4"),
-    "DoRA": ({}, {}, PEFT | {"use_dora": True}, "must be of a LoRA, got 'DoRA'"),
+    "DoRA": ({}, {}, PEFT | {"use_dora": True}, "must be of a LoRA, got DoRA"),
     "LoKr": ({}, {}, PEFT | {"peft_type": "LOKR"}, "must be of a LoRA, got 'LOKR'"),
     "PiSSA": ({}, {}, PEFT | {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' belongs to"),
     "config alpha": ({}, {}, PEFT | {"lora_alpha": "much"}, "lora_alpha must be a finite number, got 'much'"),

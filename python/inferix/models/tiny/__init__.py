@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -165,7 +166,7 @@ def _config(metadata: Mapping[str, str], state: Mapping[str, Tensor], path: Path
         else:
             good, wanted = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most}"
         if not good:
-            raise ValueError(f"weights: {path}: {field.name} must be {wanted}, got {value!r}")
+            raise ValueError(f"weights: {path}: {field.name} must be {wanted}, got {reprlib.repr(value)}")
     if config.layers > len(state) or config.dim % config.heads or config.head_dim % 2:
         raise ValueError(f"weights: {path}: no tiny world has these sizes: {config}")
     return config

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         else:
             good, wanted = type(value) is int and 0 <= value < most, f"a whole number below {most}"
         if value is not None and not good:
-            raise ValueError(f"weights: {source}: {key} must be {wanted}, got {value!r}")
+            raise ValueError(f"weights: {source}: {key} must be {wanted}, got {reprlib.repr(value)}")
         return value
 
     keys = {name: (name,) for name in HINTS} if ours else HINTS

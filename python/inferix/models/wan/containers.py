@@ -11,8 +11,10 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -174,9 +176,9 @@ def _kind(path: Path, argument: str) -> str:
 
 def _check_plain(name: object, tensor: Tensor) -> None:
     if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise ValueError(f"{name!r} is not a plain tensor")
+        raise ValueError(f"{reprlib.repr(name)} is not a plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name!r} is larger than what the file holds of it")
+        raise ValueError(f"{reprlib.repr(name)} is larger than what the file holds of it")
 
 
 def _read_safetensors(path: Path, kind: str, argument: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -250,18 +252,16 @@ def _shards(path: Path, argument: str) -> dict[str, str]:
         raise ValueError(f"{argument}: {path} is not an index of shards: it has no 'weight_map'")
     for shard in where.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+", shard) or shard in (".", ".."):
-            raise ValueError(f"{argument}: {path} must name files beside it, got {shard!r}")
+            raise ValueError(f"{argument}: {path} must name files beside it, got {reprlib.repr(shard)}")
     return where
 
 
 def _read_pickle(path: Path, argument: str) -> Any:
     try:
-        try:
+        if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format from before torch 1.6
+        with path.open("rb") as file:  # the format from before torch 1.6; or a name that torch takes for another's
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{argument}: {path} holds more than tensors, or is no checkpoint; it was not run") from None
 

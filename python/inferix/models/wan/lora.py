@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Settings:
     def _of(self, pattern: str, default: str, module: str) -> float | None:
         patterns = self.fields.get(pattern) or {}
         if not isinstance(patterns, Mapping):
-            raise ValueError(f"lora: {self.source}: {pattern} must be an object, got {patterns!r}")
+            raise ValueError(f"lora: {self.source}: {pattern} must be an object, got {reprlib.repr(patterns)}")
         value = self.fields.get(default)
         for name, special in patterns.items():
             try:
@@ -75,7 +76,9 @@ class Settings:
                     value = special
                     break
             except re.error as error:
-                raise ValueError(f"lora: {self.source}: {pattern} has no pattern in {name!r} ({error})") from None
+                raise ValueError(
+                    f"lora: {self.source}: {pattern} has no pattern in {reprlib.repr(name)} ({error})"
+                ) from None
         return None if value is None else number(value, f"{self.source}: {default}")
 
 
@@ -141,7 +144,7 @@ def number(value: object, what: str) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result) or isinstance(value, bool):
-        raise ValueError(f"lora: {what} must be a finite number, got {value!r}")
+        raise ValueError(f"lora: {what} must be a finite number, got {reprlib.repr(value)}")
     return result
 
 
@@ -192,9 +195,11 @@ def settings_of(path: Path, header: Mapping[str, str], updates: Mapping[str, Ten
 def _checked(source: str, fields: Mapping[str, Any]) -> Settings:
     kind, start = fields.get("peft_type", "LORA"), fields.get("init_lora_weights")
     if kind != "LORA" or fields.get("use_dora"):
-        raise ValueError(f"lora: {source}: must be of a LoRA, got {'DoRA' if kind == 'LORA' else kind!r}")
+        raise ValueError(f"lora: {source}: must be of a LoRA, got {'DoRA' if kind == 'LORA' else reprlib.repr(kind)}")
     if start not in KNOWN_STARTS:
-        raise ValueError(f"lora: {source}: init_lora_weights={start!r} belongs to weights that were changed with it")
+        raise ValueError(
+            f"lora: {source}: init_lora_weights={reprlib.repr(start)} belongs to weights that were changed with it"
+        )
     return Settings(source, fields)
 
 
