@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable
 
+from inferix_kernels._install import DISTRIBUTION, explained
+
 Finding = tuple[bool, str]
 
 
 def _python() -> Finding:
     return True, f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+
+
+def _names() -> Finding:
+    """PyPI's `inferix` is another project: it would lie over ours, or in front of it."""
+    import inferix
+
+    foreign = [
+        f"{found.version} in {found.locate_file('')}"
+        for found in importlib.metadata.distributions(name="inferix")
+        if "inferix_kernels" not in (found.read_text("top_level.txt") or "").split()  # ours, by its earlier name
+    ]
+    if foreign:
+        remedy = f"pip uninstall inferix, then install {DISTRIBUTION} again"
+        return False, f"another project's distribution `inferix` is installed ({', '.join(foreign)}): {remedy}"
+    loaded = str(inferix.__file__)
+    if os.path.dirname(loaded) != os.path.dirname(__file__) or "World" not in getattr(inferix, "__all__", ()):
+        return False, f"the package inferix is another project's: {loaded}; install {DISTRIBUTION} again"
+    return True, f"inferix and inferix_kernels are of {DISTRIBUTION}, in {os.path.dirname(loaded)}"
 
 
 def _torch() -> Finding:
@@ -86,6 +107,7 @@ def _stream() -> Finding:
 
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
+    "packages": _names,
     "torch": _torch,
     "inferix_kernels._C": _extension,
     "attention kernel": _attention,
@@ -104,7 +126,7 @@ def examine() -> int:
         try:
             good, text = check()
         except ImportError as error:
-            good, text = False, f"{error}; run `make build`"
+            good, text = False, f"{explained(error)}; from source: `make build`"
         well &= good
         print(f"{'ok ' if good else '!! '} {name}: {text}")
     print("\nkernels: python -m inferix_kernels · of a world elsewhere: --device H200 · tried on this GPU: --prove")

@@ -8,7 +8,6 @@ video is the one that decoding everything at once would give.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .containers import read_tensors
-from .text import EXTRA
+from inferix_kernels._install import require
+
+from .containers import pretrained, read_tensors, reading, shape_of
 
 PUBLISHED = "Wan2.1_VAE.pth"
 PICTURES = 4  # per latent frame after the first
@@ -33,20 +33,13 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
     Raises:
         ImportError: diffusers is not installed; names the extra.
     """
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError:
-        raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
+    kind = require("diffusers", "wan", "weights: the VAE").AutoencoderKLWan
     if (folder / "vae").is_dir():
-        try:
-            # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
-            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-            model = AutoencoderKLWan.from_pretrained(folder / "vae", **options)
-        except (OSError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
+        # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        model = pretrained(kind, folder / "vae", "a VAE", **options)
     else:
-        model = _published_vae(folder / PUBLISHED, AutoencoderKLWan)
+        model = _published_vae(folder / PUBLISHED, kind)
     return VAE(model.eval().requires_grad_(False).to(device))
 
 
@@ -55,13 +48,10 @@ def _published_vae(path: Path, kind: Any) -> Any:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     tensors, _ = read_tensors(path)
-    if "encoder.conv1.weight" not in tensors:
-        raise ValueError(f"weights: {path} is no Wan VAE: it has no encoder.conv1.weight")
-    model = kind(base_dim=len(tensors["encoder.conv1.weight"]))
-    try:
+    width = shape_of(tensors, "encoder.conv1.weight", (5,), str(path), "Wan VAE")[0]
+    with reading(path, "a Wan VAE"):
+        model = kind(base_dim=width)
         model.load_state_dict(convert_wan_vae_to_diffusers(tensors))
-    except RuntimeError as error:
-        raise ValueError(f"weights: {path} is no Wan VAE: {' '.join(str(error).split())[:200]}") from None
     return model
 
 
