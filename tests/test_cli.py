@@ -11,7 +11,7 @@ import av
 import pytest
 import torch
 
-from inferix.cli import main
+from inferix.cli import MOST_THREADS, main
 from inferix.media import VideoWriter
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
@@ -88,7 +88,7 @@ BAD = {
     "no place": (["--prompt", "night"], "prompt must name one place"),
     "zero": (["--seconds", "0"], "--seconds must be a positive number, got 0"),
     "negative": (["--seconds", "-3"], "--seconds must be a positive number, got -3"),
-    "endless": (["--seconds", "inf"], "--seconds must be a positive number, got inf"),
+    "endless": (["--seconds", "inf"], "--seconds must be a finite number, got inf"),
     "too long": (["--seconds", "1e18"], "--seconds must be at most 1000000, about 11 days, got 1e+18"),
     "seed": (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, got -1"),
     "long seed": (["--seed", "9" * 23], "--seed must be from 0 to 2^64 - 1, got 9999"),
@@ -98,7 +98,11 @@ BAD = {
     "window": (["--window", "2"], "window must be at least the 3 frames of one block"),
     "sink": (["--sink", "-1"], "sink must be 0 or more frames, got -1"),
     "kv": (["--kv", "int3"], "kv must be one of fp32, fp16, bf16, int8, i8f8, fp8, int4, got 'int3'"),
-    "threads": (["--threads", "0"], "--threads must be at least 1, got 0"),
+    "threads": (["--threads", "0"], f"--threads must be from 1 to {MOST_THREADS}, got 0"),
+    "many threads": (["--threads", "100000"], f"--threads must be from 1 to {MOST_THREADS}, got 100000"),
+    "scale": (["--scale", "0"], "--scale must be at least 1, got 0"),
+    "large scale": (["--scale", "100000"], "--scale must make 96 x 96 pixels at most 16384 a side, got 100000"),
+    "guidance": (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
     "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
     "backend": (["--backend", "abacus"], "backend must be"),
     "device": (["--device", "foo"], "--device must be cpu or a cuda that is there, got 'foo'"),
@@ -121,6 +125,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, weights, tmp_path, capsy
     [
         ("jump", ":1: action must be one of none, up"),
         ("up\nup x", ":2: frames must be one positive number"),
+        ("up ²", ":1: frames must be one positive number"),
+        ("up " + "9" * 5000, ":1: frames must be one positive number of at most 9 digits, got '9999"),
         ("", "no action"),
     ],
 )
