@@ -54,8 +54,8 @@ def shown(world: World, condition: Any) -> np.ndarray:
     end = world.frames + world.ahead
     world.release()
     raise NotFinite(
-        f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name} are not finite; the "
-        f"first number that is not is in {where}"
+        f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name} are not "
+        f"finite, first in {where}"
     )
 
 
