@@ -149,7 +149,7 @@ def locked_folder(path: Path, argument: str, target: str | os.PathLike[str]) -> 
             os.close(handle)  # who had the lock has renamed or removed it meanwhile
             handle = -1
         for left in path.iterdir():
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     except OSError as error:
         if handle >= 0:
             os.close(handle)

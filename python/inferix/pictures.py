@@ -43,7 +43,7 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of what is odd about a file: it is taken, or refused below
             with Image.open(path) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise Image.DecompressionBombError

@@ -62,14 +62,24 @@ def save(world: World, folder: str | Path) -> None:
         with locked_folder(folder.with_name(f".{folder.name}.part"), "folder", folder) as part:
             for i, branch in enumerate(decoder.branches):
                 _save_past(branch.table, part / PAST.format(i), world.model.adapter.block_frames)
-            # Through Python's file: torch's own says of a full disk no more than that writing failed.
-            with atomic_write(part / STATE, "folder") as written, written.open("wb") as file:
-                torch.save(state, file)
+            with atomic_write(part / STATE, "folder") as written:
+                _write(state, written)
             with atomic_write(part / CHECKSUM, "folder") as written:
                 written.write_text(f"{_sha256(part / STATE)}  {STATE}\n")
             part.rename(folder)
     except OSError as error:
         raise unwritable(folder, error, "folder") from None
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Through Python's file: torch's own says of a full disk no more than that writing failed."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # of an archive that could not be closed, over what the file system said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _save_past(table: PageTable, path: Path, block_frames: int) -> None:
