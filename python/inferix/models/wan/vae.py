@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inferix_kernels._install import require
 
+from ...finite import to_bytes
 from .containers import pretrained, read_tensors, reading, shape_of
 
 PUBLISHED = "Wan2.1_VAE.pth"
@@ -126,7 +127,7 @@ class VideoStream:
         """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
         pictures = self._decode(latents)
         self._tail = pictures[:, :, -PICTURES * (len(latents) - 1) - 1 :].clone()
-        return ((pictures[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return to_bytes(pictures[0].permute(1, 2, 3, 0))
 
     @torch.inference_mode()
     def restart(self, latents: Tensor) -> Tensor:
@@ -153,4 +154,5 @@ class VideoStream:
             frame = x[:, :, i : i + 1]
             pictures.append(vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
             self._first = False
-        return torch.cat(pictures, 2).clamp(-1, 1)
+        made = torch.cat(pictures, 2)
+        return made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
