@@ -1,7 +1,8 @@
 """One block of Self Forcing's network at a full window, and which kernels its time goes to: the figure that counts.
 
 Random weights, the published 1.3B at 480 x 832 on a GPU and a hundredth of it on a CPU; no VAE. The past lies in int8
-pages, the block's own keys and values in bf16 scratch, and every op runs on the backend named. Never run on a GPU.
+pages, the block's own keys and values in scratch as a world keeps it (bf16 on a GPU), and every op runs on the backend
+named. Never run on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from inferix_kernels import Unsupported
+from inferix_kernels.layout import scratch_format
 
 from . import e2e
 from .harness import clocks
@@ -24,7 +26,6 @@ from .harness.ours import BACKENDS
 from .harness.rows import Row
 from .harness.table import markdown
 
-SCRATCH = "bf16"
 TIMED = 5  # blocks
 SHOWN = 25  # kernels
 
@@ -33,11 +34,12 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
     """A row for each backend; prints the kernels of a block by time. `shapes` are not used."""
     settings = dataclasses.replace(settings, model="self-forcing")
     wanted = [backend for backend in BACKENDS[settings.device] if settings.wants_name(f"ours-{backend}")]
-    model, condition = e2e.load(settings) if wanted else (None, None)
+    if not wanted:
+        return
+    model, condition = e2e.load(settings)
     for backend in wanted:
-        row = Row(
-            "block", "full window", settings.model, f"ours-{backend}", f"{e2e.KV}+{SCRATCH}", settings.device, "ok"
-        )
+        formats = f"{e2e.KV}+{scratch_format(settings.device, model.dtype)}"
+        row = Row("block", "full window", settings.model, f"ours-{backend}", formats, settings.device, "ok")
         try:
             measure(row, model, condition, settings, backend)
         except Unsupported as reason:
@@ -52,7 +54,7 @@ def measure(row: Row, model: Any, condition: Any, settings: Settings, backend: s
     two right loops may drift apart.
     """
     names = ("gather-sdpa", row.contender)
-    baseline, loop = (e2e.open_loop(n, model, condition, settings, backend, scratch_format=SCRATCH) for n in names)
+    baseline, loop = (e2e.open_loop(name, model, condition, settings, backend) for name in names)
     for _ in range(e2e.CHECKED):
         baseline.step()
         loop.step()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather, passes
+from inferix_kernels.layout import scratch_format
 
 from .harness.case import error_of
 from .harness.ledger import ROOT
@@ -155,10 +156,8 @@ def random_wan(device: str) -> Any:
     return Wan(random_network(config, torch.float32), adapter)
 
 
-def open_loop(
-    name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto", **options: Any
-) -> Loop:
-    """A world of its own, from the same seed; options as KVStore's."""
+def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto") -> Loop:
+    """A world of its own, from the same seed."""
     from inferix.loop import Decoder
 
     adapter = model.adapter
@@ -170,9 +169,9 @@ def open_loop(
         frame_tokens=model.frame_tokens,
         block_frames=max(adapter.block_frames, adapter.first_block_frames),
         pools=policy.capacity(),
+        scratch_format=scratch_format(settings.device, model.dtype),
         device=settings.device,
         backend=backend,
-        **options,
     )
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:

@@ -1,17 +1,24 @@
-"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it. Files of
-lines grow by whole lines."""
+"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it.
+
+A file that grows for as long as a program runs has a fixed temporary name instead, so that what a kill leaves can be
+found, and a lock (`open_locked`), so that no second run writes to it. Files of lines grow by whole lines.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import io
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # a file system that knows none, as some network ones
 
 
 def unwritable(path: str | os.PathLike[str], error: Exception, argument: str = "path") -> ValueError:
@@ -76,9 +83,7 @@ def append_lines(path: str | os.PathLike[str], text: str, argument: str = "path"
             end = _end_of_lines(file)
             file.truncate(end)
             try:
-                left = memoryview(text.encode())
-                while left:
-                    left = left[file.write(left) or 0 :]
+                write_all(file, text.encode())
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
@@ -87,7 +92,31 @@ def append_lines(path: str | os.PathLike[str], text: str, argument: str = "path"
         raise unwritable(path, error, argument) from None
 
 
-def _end_of_lines(file: FileIO, block: int = 1 << 16) -> int:
+def require_writable(path: str | os.PathLike[str], argument: str) -> None:
+    """Check that a file can be written at `path`; leaves everything as it is.
+
+    Raises:
+        ValueError: it can not, or there is something else than a regular file (a device, a FIFO); names `argument`.
+    """
+    path = Path(path)
+    try:
+        if path.exists():
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"{argument} must be a file, got {os.fspath(path)!r}, which is a device or a pipe")
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        probe = temporary_path(path)  # not `path` itself: another run may be about to put its file there
+        with probe.open("xb"):
+            pass
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(path, error, argument) from None
+
+
+def _end_of_lines(file: io.FileIO, block: int = 1 << 16) -> int:
     """Where the last whole line ends."""
     end = file.seek(0, os.SEEK_END)
     while end:
@@ -97,3 +126,88 @@ def _end_of_lines(file: FileIO, block: int = 1 << 16) -> int:
             return start + found + 1
         end = start
     return 0
+
+
+def require_space(path: str | os.PathLike[str], nbytes: int, argument: str) -> None:
+    """Raise ValueError, naming the argument, unless `nbytes` more bytes are free where `path` lies."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if nbytes > free:
+        raise ValueError(f"{argument}: no space left: {os.fspath(path)!r} needs {nbytes:,} bytes, {free:,} are free")
+
+
+def open_locked(path: str | os.PathLike[str], argument: str, target: str | os.PathLike[str] | None = None) -> io.FileIO:
+    """The file at `path`, made if need be, to read and write without a buffer; no other caller has it until it is
+    closed. The lock ends with the process, however that ends. File systems without locks are written to without one.
+
+    Args:
+        target: what errors name, if `path` is a temporary name of it.
+
+    Raises:
+        ValueError: someone else has it, or it can not be opened; names `argument`.
+    """
+    path, target = Path(path), os.fspath(path if target is None else target)
+    try:
+        while True:
+            file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+            try:
+                _lock(file)
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # who had the lock has renamed or removed it meanwhile
+    except BlockingIOError:
+        raise ValueError(f"{argument}: {target!r} is being written by another run") from None
+    except OSError as error:
+        raise unwritable(target, error, argument) from None
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path, argument: str, target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A context whose value is the empty folder `path`, which no other caller has until it ends; what a killed process
+    left there goes. At the end it is gone, unless it has been renamed.
+
+    Raises:
+        ValueError: someone else has it, or it can not be made; names `argument` and `target`.
+    """
+    target = os.fspath(target)
+    handle = -1
+    try:
+        while True:
+            path.mkdir(exist_ok=True)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            _lock(handle)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break
+            os.close(handle)  # who had the lock has renamed or removed it meanwhile
+            handle = -1
+        for left in path.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    except OSError as error:
+        if handle >= 0:
+            os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"{argument}: {target!r} is being written by someone else") from None
+        raise unwritable(target, error, argument) from None
+    try:
+        yield path
+    finally:
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def _lock(file: io.FileIO | int) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data`, where a single call may write less."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import layout
 from ._check import check_counts, check_page_size
 from .layout import FORMATS, KVPages, PageList, as_bytes
 from .ops import kv_commit, kv_gather
@@ -101,7 +102,8 @@ class KVStore:
             before it, whose clean pass shares its first forward.
         pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
         host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
-        scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V.
+        scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V; None: as
+            layout.scratch_format has it for a bfloat16 network on this device.
         page_size: token slots per page, a multiple of 8.
         model: any name; a snapshot is refused by a store of another one.
 
@@ -120,13 +122,13 @@ class KVStore:
         pools: Mapping[str, int],
         host: Mapping[str, int] | None = None,
         scratch_blocks: int = 2,
-        scratch_format: str = "fp32",
+        scratch_format: str | None = None,
         page_size: int = 64,
         model: str = "",
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ):
-        host = host or {}
+        host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
         counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
         counts |= {"scratch_blocks": scratch_blocks}
         counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._install import require
 from .layout import KVPages, as_bytes
 from .paged_kv import Extent, KVStore
 from .policy import Policy
@@ -32,7 +33,7 @@ def save(table: PageTable, path: str | os.PathLike[str]) -> None:
 
     A policy's `on_evict` is code and not saved: give it again to `load`.
     """
-    from safetensors.torch import save_file
+    save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
 
     store, path = table.store, Path(path)
     tensors: dict[str, Tensor] = {}
@@ -77,12 +78,11 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
             is named.
         OutOfPages: the store has no room for it. Nothing was changed.
     """
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = require("safetensors", "driver", "path: a snapshot")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             return _load(store, file, path, policy)
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
 
 

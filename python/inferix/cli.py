@@ -4,25 +4,65 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-USAGE, INTERRUPTED = 2, 130
+USAGE, INTERRUPTED, NOBODY_READS = 2, 130, 141
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 PAGE_ONLY = ("host", "port", "token", "folder", "push", "undo", "worlds")  # options of play, not for the terminal
 KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
+
+LORA_HELP = "low-rank updates to merge into the weights; may be repeated (default: the *lora* file in the folder)"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
+    return while_read(lambda: _main(argv))
+
+
+def while_read(run: Callable[[], int]) -> int:
+    """What `run` returns or, quietly, 141, if whoever reads what it prints has gone (`| head`)."""
+    try:
+        try:
+            return run()
+        finally:  # also of --help, which ends with SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # the interpreter flushes them once more
+            if stream is not None:
+                os.dup2(nowhere, stream.fileno())
+        return NOBODY_READS
+
+
+def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
+        _check_numbers(args)
         return int(args.run(args))
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
+        return USAGE
+    except ImportError as error:
+        from inferix_kernels._install import explained
+
+        print(f"inferix {args.command}: {explained(error)}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print(f"inferix {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """What holds for the numbers of all commands."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value:g}")
+    if (threads := getattr(args, "threads", None)) is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"--threads must be from 1 to {MOST_THREADS}, got {threads}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make a video of a world")
     generate.add_argument("--model", default="tiny", help="which model (default: tiny)")
     generate.add_argument("--weights", help="checkpoint file or its folder, for models that do not ship one")
-    generate.add_argument("--lora", help="low-rank updates to merge into the weights")
+    generate.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     generate.add_argument(
         "--out", default="world.mp4", help="MP4 to write; a PNG sheet and a JSON summary go beside it"
     )
@@ -42,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
-    prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
+    prompts.add_argument(
+        "--prompt-file", type=Path, help="one SECOND PROMPT a line; a line that begins with # says nothing"
+    )
     generate.add_argument("--steps", type=int, help="denoising steps, for models not distilled to their own")
     generate.add_argument("--stages", type=int, help="blocks in flight, for models that run in a pipeline")
     generate.add_argument("--guidance", type=float, help="away from the negative prompt, for models not distilled")
@@ -53,8 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--scale", type=int, help="pixels of the video per pixel of the world (default: the model's)")
     generate.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
     given = generate.add_mutually_exclusive_group()
-    given.add_argument("--image", type=Path, help="picture that the video begins with, for models that take one")
-    given.add_argument("--video", type=Path, help="video that the video goes on from, for models that take one")
+    given.add_argument(
+        "--image",
+        type=Path,
+        help="picture that the video begins with, for models that take one; white where it is transparent",
+    )
+    given.add_argument(
+        "--video",
+        type=Path,
+        help="video whose start the video goes on from, as long as makes whole blocks, for models that take one",
+    )
     generate.add_argument("--decoder", metavar="MODULE:NAME", help="who makes pictures, for models that bring no VAE")
     generate.add_argument("--fp8", choices=["keep", "dequantize"], help="weights that are in 8 bits (default: keep)")
     generate.add_argument(
@@ -69,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     play = commands.add_parser("play", help="steer a world in the browser, or in this terminal")
     play.add_argument("--model", default="tiny", help="which model (default: tiny)")
     play.add_argument("--weights", help="checkpoint file or its folder, for models that do not ship one")
-    play.add_argument("--lora", help="low-rank updates to merge into the weights")
+    play.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     play.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; others than this machine need the token"
     )
@@ -95,10 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="checkpoint file, or the folder that holds it")
     convert.add_argument("out", type=Path, help=".safetensors to write")
     convert.add_argument("--model", default="self-forcing", help="whose weights to take if the file holds several")
-    convert.add_argument("--lora", help="low-rank updates to merge (default: the *lora* file in the folder)")
+    convert.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     convert.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights (default: fp32)")
     convert.set_defaults(run=_convert)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.add_argument("--prove", action="store_true", help="try every kernel on this GPU; which ones run goes by it")
+    doctor.add_argument("--device", help="say which kernels a world would use on it: cuda, sm_90, H200, A100, ...")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -129,16 +181,17 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _play(args: argparse.Namespace) -> int:
-    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0), ("threads", 1)):
-        if (value := getattr(args, option)) is not None and not least <= value < math.inf:
-            wanted = f"at least {least}" if value < least else "a finite number"
-            raise ValueError(f"--{option} must be {wanted}, got {value:g}")
+    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0)):
+        if (value := getattr(args, option)) is not None and value < least:
+            raise ValueError(f"--{option} must be at least {least}, got {value:g}")
     if args.terminal:
         return _play_in_terminal(args)
     try:
         from .stream.play import play
     except ModuleNotFoundError as error:
-        raise ImportError(f"the page needs {error.name}: pip install 'inferix[stream]', or play --terminal") from None
+        from inferix_kernels._install import install
+
+        raise ImportError(f"the page needs {error.name}: {install('stream')}, or play --terminal") from None
     return play(args)
 
 
@@ -176,8 +229,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from inferix_kernels import chosen
+
     from .doctor import examine
 
+    if args.prove:
+        from inferix_kernels.proofs import prove
+
+        return prove.command(args.device or "cuda")
+    if args.device:
+        print(chosen.table(chosen.target(args.device)))
+        return 0
     return examine()
 
 

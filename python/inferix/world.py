@@ -7,6 +7,7 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
-from inferix_kernels.layout import KV_FORMATS
+from inferix_kernels.layout import KV_FORMATS, scratch_format
+from inferix_kernels.proofs import stored
 
+from .finite import NotFinite, shown
 from .loop import Decoder
 from .models import BlockModel, load_model
 from .pipeline import Pipeline, PipelinedModel
@@ -84,6 +87,7 @@ class World:
         guided = adapter.guidance != 1
         against = self.model.condition(adapter.negative_prompt, []) if guided else None
         # Worlds the store has room for; with no past to see nothing is ever committed.
+        device = torch.device(getattr(self.model, "device", "cpu"))
         room = 0 if adapter.at_once else worlds * (2 if guided else 1)
         self.store = KVStore(
             layers=self.model.layers,
@@ -93,10 +97,13 @@ class World:
             block_frames=largest,
             # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
             scratch_blocks=2 + adapter.stages,
+            scratch_format=scratch_format(device, self.model.dtype),
             pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
-            device=getattr(self.model, "device", "cpu"),
+            device=device,
             backend=backend,
         )
+        if backend == "auto" and on_gpu(device) and (unproved := stored.notice(device)):
+            logging.getLogger("inferix").warning(unproved)
         self._against, self.worlds, self._blocks = against, worlds, blocks
         self._begin(policy, seed)
 
@@ -145,6 +152,9 @@ class World:
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
             latents, float32 [frames, ...].
+
+        Raises:
+            NotFinite: NaN or infinity came out; names the layer. This world has ended, its forks go on.
         """
         self._check_alive("step")
         if actions is not None and action is not None:
@@ -167,7 +177,7 @@ class World:
             self._recache(self.decoder, condition, before)
         self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
-        return self.pictures(self.latents[: self.decoder.finished])
+        return shown(self, condition)
 
     def _recache(self, decoder: Decoder, condition: Any, before: str | None) -> None:
         try:
@@ -190,6 +200,9 @@ class World:
         Returns:
             uint8 [n, height, width, 3], as the model sees them: encoded and decoded again. With several blocks in
             flight those of whole blocks; the rest come with the block that they begin.
+
+        Raises:
+            NotFinite: the VAE made NaN or infinity of them, which ends the world if blocks were taken already.
         """
         self._check_alive("observe")
         adapter = self.model.adapter
@@ -200,7 +213,9 @@ class World:
             raise ValueError(
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
-        latents, start, blocks = self.model.encode(frames), 0, []
+        latents, start, blocks = self.model.encode(np.ascontiguousarray(frames)), 0, []
+        if not torch.isfinite(latents).all():
+            raise NotFinite("frames: the encoder made NaN or infinity of them")
         if adapter.stages:
             self.decoder.observe(latents, self._condition(actions, prompt))
             return self.pictures(latents[: self.frames])
@@ -216,7 +231,11 @@ class World:
         for block, condition in blocks:
             self._keep()
             self.decoder.observe(block, condition)
-            seen.append(self.pictures(block))
+            try:
+                seen.append(self.pictures(block))
+            except NotFinite:
+                self.release()
+                raise
         return np.concatenate(seen)
 
     def settle(self) -> None:
@@ -368,6 +387,10 @@ class World:
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _check_seed(seed: int) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...pipeline import Forward
 from .. import Adapter, PagedAttend
-from ..wan.text import CACHE
 from .adapters import SCHEDULES, adapter_for, config_for, scheduled
 from .captions import Captions, load_captions
 from .checkpoint import find_weights, load_network
@@ -94,7 +93,7 @@ class Magi:
         self.grid = height // config.patch, width // config.patch
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels, height, width)
-        self.device = network.x_embedder.weight.device
+        self.device, self.dtype = network.x_embedder.weight.device, network.dtype
         # Most forwards of a stage are over the same frames.
         self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, network.rope.bands))
         self._null: dict[str, Told] = {}
@@ -175,7 +174,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-    prompt_cache: str | Path = CACHE,
+    prompt_cache: str | Path | None = None,
 ) -> Magi:
     """A model of SCHEDULES from its checkpoint.
 
@@ -190,7 +189,7 @@ def load(
             Without it latents come out.
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
-        prompt_cache: folder for caption embeddings.
+        prompt_cache: folder for caption embeddings; by default ~/.cache/inferix/prompts, if that can be used.
 
     Raises:
         ValueError: something is missing, damaged or of another architecture; says what.
@@ -207,7 +206,7 @@ def load(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, name, fp8=fp8, dtype=dtype, device=device, backend=backend)
     encoder = find_encoder(folder)
-    text = None if encoder is None else CaptionEncoder(encoder, network.config.caption_len, Path(prompt_cache))
+    text = None if encoder is None else CaptionEncoder(encoder, network.config.caption_len, prompt_cache)
     return Magi(
         network,
         adapter,

@@ -8,7 +8,6 @@ video is the one that decoding everything at once would give.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .containers import read_tensors
-from .text import EXTRA
+from inferix_kernels._install import require
+
+from ...finite import to_bytes
+from .containers import pretrained, read_tensors, reading, shape_of
 
 PUBLISHED = "Wan2.1_VAE.pth"
 PICTURES = 4  # per latent frame after the first
@@ -33,20 +34,13 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
     Raises:
         ImportError: diffusers is not installed; names the extra.
     """
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError:
-        raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
+    kind = require("diffusers", "wan", "weights: the VAE").AutoencoderKLWan
     if (folder / "vae").is_dir():
-        try:
-            # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
-            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-            model = AutoencoderKLWan.from_pretrained(folder / "vae", **options)
-        except (OSError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
+        # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        model = pretrained(kind, folder / "vae", "a VAE", **options)
     else:
-        model = _published_vae(folder / PUBLISHED, AutoencoderKLWan)
+        model = _published_vae(folder / PUBLISHED, kind)
     return VAE(model.eval().requires_grad_(False).to(device))
 
 
@@ -55,13 +49,10 @@ def _published_vae(path: Path, kind: Any) -> Any:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     tensors, _ = read_tensors(path)
-    if "encoder.conv1.weight" not in tensors:
-        raise ValueError(f"weights: {path} is no Wan VAE: it has no encoder.conv1.weight")
-    model = kind(base_dim=len(tensors["encoder.conv1.weight"]))
-    try:
+    width = shape_of(tensors, "encoder.conv1.weight", (5,), str(path), "Wan VAE")[0]
+    with reading(path, "a Wan VAE"):
+        model = kind(base_dim=width)
         model.load_state_dict(convert_wan_vae_to_diffusers(tensors))
-    except RuntimeError as error:
-        raise ValueError(f"weights: {path} is no Wan VAE: {' '.join(str(error).split())[:200]}") from None
     return model
 
 
@@ -136,7 +127,7 @@ class VideoStream:
         """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
         pictures = self._decode(latents)
         self._tail = pictures[:, :, -PICTURES * (len(latents) - 1) - 1 :].clone()
-        return ((pictures[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return to_bytes(pictures[0].permute(1, 2, 3, 0))
 
     @torch.inference_mode()
     def restart(self, latents: Tensor) -> Tensor:
@@ -163,4 +154,5 @@ class VideoStream:
             frame = x[:, :, i : i + 1]
             pictures.append(vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
             self._first = False
-        return torch.cat(pictures, 2).clamp(-1, 1)
+        made = torch.cat(pictures, 2)
+        return made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
