@@ -24,7 +24,7 @@ def h200(monkeypatch):
     here = {"extension": "with CUDA", "hopper": "", "tools": {"nvcc", "ncu", "compute-sanitizer"}}
     monkeypatch.setattr(plan, "extension", lambda older=False: here["extension"])
     monkeypatch.setattr(plan, "without_hopper", lambda: here["hopper"])
-    monkeypatch.setattr(plan.shutil, "which", lambda name: name if name in here["tools"] else None)
+    monkeypatch.setattr(plan.shutil, "which", lambda name, path: name if name in here["tools"] else None)
     monkeypatch.setattr(plan, "no_command", lambda name: "")
     return here
 

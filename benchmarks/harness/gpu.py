@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from inferix_kernels.files import atomic_write, unwritable
 
 from .ledger import ROOT, fingerprints
-from .processes import Process
+from .processes import Process, search_path
 
 LOG_BYTES = 8 << 20
 FINISH = 12.0  # seconds kept for the plots
@@ -84,7 +84,8 @@ class Command(Protocol):
 def start(job: Job) -> Command:
     """Raises OSError."""
     path = os.pathsep.join(filter(None, [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return Process(job.command, ROOT, {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
+    given = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PATH": search_path()}
+    return Process(job.command, ROOT, {**os.environ, **given})
 
 
 @dataclasses.dataclass

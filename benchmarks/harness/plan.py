@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .gpu import FINISH, NO_TESTS, SAID_NO, STOPPED, Job, Run, Stage
 from .ledger import ROOT
+from .processes import search_path
 from .summary import summary
 
 FIRST = 7.5  # minutes
@@ -80,7 +81,7 @@ class Plan:
 
     def first_call(self) -> Iterator[Stage]:
         yield Stage("build", (*self.build(), *self.first_calls()), 125, 30)
-        yield self.one("environment", self.bench("env", "--device", self.device), 10, 5)
+        yield self.one("environment", self.bench("env", "--device", self.device), 8, 5)
         probe = module("pytest", "-v", "-m", "gpu", *HOPPER_TESTS)
         probes = [
             Job(f"probe {kind}", [*probe, "-k", f"({which}) and not test_4"], TESTED, "tests.txt")
@@ -92,12 +93,12 @@ class Plan:
         yield self.one("speed of peers and Triton", self.attention((SHAPE,), peers, TRITON_FORMATS), 55, 20)
         yield self.one("speed of Hopper", self.attention((SHAPE,), "ours-compiled", FORMATS, 8), 30, 15, lacks)
         yield self.block("compiled", 35, lacks)
-        yield self.block("triton", 40, "a CPU runs no Triton" if self.dry else "")
+        yield self.block("triton", 36, "a CPU runs no Triton" if self.dry else "")
         everyone = "sdpa" if self.dry else f"{PEERS},ours-triton"
-        yield self.one("other shapes, peers and Triton", self.attention(OTHERS, everyone, TRITON_FORMATS), 45, 20)
+        yield self.one("other shapes, peers and Triton", self.attention(OTHERS, everyone, TRITON_FORMATS), 38, 20)
         yield self.one("other shapes, Hopper", self.attention(OTHERS, "ours-compiled", FORMATS, 12), 30, 15, lacks)
         hazards = module("inferix_kernels", "hazards", "--arch", "90a")
-        yield self.one("hazards", hazards, 15, 5, lacks or no_command("hazards"))
+        yield self.one("hazards", hazards, 30, 15, lacks or no_command("hazards"))
         yield self.counters("compiled", lacks)
 
     def later(self) -> Iterator[Stage]:
@@ -187,7 +188,7 @@ class Plan:
     def build(self) -> Iterator[Job]:
         """Of the CUDA kernels for this GPU alone, unless what is there has them, loads and is not older than they."""
         has = extension(older=self.dry)
-        if has == "with CUDA" or (has and (self.dry or not shutil.which("nvcc"))):
+        if has == "with CUDA" or (has and (self.dry or not tool("nvcc"))):
             return
         arch = "90a" if self.dry or not without_hopper() else "80"
         words = ["setup.py", "build_ext", "--inplace", "--parallel", str(os.cpu_count() or 1)]
@@ -199,7 +200,7 @@ class Plan:
             return reason
         if self.dry or extension() == "with CUDA":
             return ""
-        return "the extension is not built with CUDA" + ("" if shutil.which("nvcc") else ": there is no nvcc on PATH")
+        return "the extension is not built with CUDA" + ("" if tool("nvcc") else ": there is no nvcc on PATH")
 
     def plots(self) -> Stage | None:
         """rates.png and sweep.png, of what there is."""
@@ -248,4 +249,4 @@ def no_command(name: str) -> str:
 
 
 def tool(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+    return shutil.which(name, path=search_path())

@@ -13,6 +13,11 @@ from pathlib import Path
 GRACE = 5.0  # seconds in which a killed process has to be gone
 
 
+def search_path() -> str:
+    """PATH, and then where CUDA's tools lie by default: they are often not on it."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+
+
 class Process:
     """A command at work. What it prints goes to a file, so that nobody waits for the end of a pipe.
 
