@@ -58,7 +58,8 @@ def test_every_command_of_the_plan_is_one_that_there_is(h200, tmp_path, dry):
         wanted = getattr(args, "families", [])
         if getattr(args, "isolate", False):
             settings = Settings(args.device, backends=args.backends, formats=args.formats)
-            assert isolated.jobs_of(wanted, args.shapes, settings, args.ops), wanted
+            without_cases = set(wanted) <= {"e2e", "page_table"}
+            assert without_cases or isolated.jobs_of(wanted, args.shapes, settings, args.ops), wanted
     if not dry:
         timed = {name for args in parsed for name in getattr(args, "families", []) if args.rounds}
         assert timed >= {"attention", "block", "kv_pages", "qkv", "linear", "e2e", "page_table"}

@@ -52,6 +52,7 @@ METRICS = (
 # For who has an hour: families at their reference shapes.
 REST = (
     ("e2e", "-"),
+    ("attention", SHAPE),  # with the formats and peers that were left out above
     ("attention", "wan14b-480p"),
     ("attention", "magi-4.5b"),
     ("kv_pages", "magi-4.5b"),
@@ -119,8 +120,8 @@ class Plan:
         yield self.counters("triton", "a CPU has none" if self.dry else "")
         yield self.one("kernels", module("inferix_kernels"), 60)
         for family, shape in () if self.dry else REST:
-            run = self.bench("run", family, *self.shapes(shape), *self.measured, "--model", "self-forcing")
-            yield self.one(f"{family} {shape}", run, 300, 60)
+            run = self.bench("run", family, *self.shapes(shape), "--isolate", "--resume", *self.measured)
+            yield self.one(f"{family} {shape}", [*run, "--model", "self-forcing"], 300, 60)
         sweep = self.bench("sweep", "--shape", "smoke" if self.dry else "wan1.3b-480p-frame", *self.measured)
         yield self.one("sweep", sweep, 300, 60)
         yield self.tests("tests", "--continue-on-collection-errors", "tests", cap=1500, least=120)
