@@ -26,7 +26,9 @@ from .measure import Alone, Machine, Settings, row_of
 from .processes import gone
 from .rows import Row
 
-START = 60.0  # seconds for a worker to import torch and reach the GPU, and for a case's inputs and reference
+# Seconds, or the patience if it is more, for a worker to import torch and reach the GPU, and for a case's inputs and
+# reference.
+START = 60.0
 COMMAND = (sys.executable, "-m", "benchmarks.harness.isolated")
 
 
@@ -144,17 +146,17 @@ def _turn(
     pending: list[Job], settings: Settings, patience: float, start: Callable[[], Worker]
 ) -> Generator[list[Row], None, None]:
     """One worker, for as long as it lasts; takes what is done off `pending`."""
-    worker = start()
+    worker, slow = start(), max(START, patience)
     stage, told = "start", pending[:]  # who has failed if the worker is lost now
     try:
         worker.send(dataclasses.asdict(settings))
-        worker.receive(START)
+        worker.receive(slow)
         while pending:
             job = pending[0]
             same_case = [other for other in pending if other.case.name == job.case.name]
             stage, told = "inputs and reference", same_case
             worker.send(job.request)
-            yield _rows(worker.receive(START))
+            yield _rows(worker.receive(slow))
             stage, told = "first call", [job]
             worker.receive(patience)
             stage = "timing"
