@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import machine
@@ -180,6 +181,16 @@ def test_the_second_call_goes_on_where_the_first_was_cut_short_on_another_machin
     text = (tmp_path / "summary.md").read_text()
     assert "sdpa-flash" in text and "ours-compiled" in text
     assert {row.contender for row in Document.load(record).rows} == {"sdpa-flash", "ours-compiled"}
+
+
+def test_sources_of_a_machine_whose_clock_is_ahead_are_not_newer_than_what_is_built(h200, tmp_path, monkeypatch):
+    ahead, old = tmp_path / "a.cu", tmp_path / "b.cu"
+    for path, when in ((ahead, 2**33), (old, 1)):
+        path.write_text("")
+        os.utime(path, (when, when))
+    monkeypatch.setattr(plan, "sources", lambda: [ahead, old])
+    assert not list(plan.Plan(tmp_path).build())
+    assert old.stat().st_mtime == 1 < ahead.stat().st_mtime <= time.time()
 
 
 def test_what_loads_decides_whether_there_is_an_extension(tmp_path, monkeypatch):
