@@ -336,29 +336,35 @@ class KVStore:
         has it, and what has arrived can be read."""
         if not self._moving:
             return
-        if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        self._wait()
         for slot in self._moving:
             slot.arriving = False
         self._moving.clear()
 
     def _copy(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
-        """Whole frames between slots on the device and in host memory, on the copy stream where there is one."""
-        if not pairs:
-            return
+        """Start to copy whole frames between slots on the device and in host memory."""
         for device, host in pairs:
             device.arriving = device.arriving or not to_host
             self._moving += [device, host]
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
         try:
-            with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
-                for device, host in pairs:
-                    for layer in range(self.num_layers):
-                        ends = device.pool.slot(layer, device.index), host.pool.slot(layer, host.index)
-                        for source, target in zip(*(ends if to_host else ends[::-1])):
-                            if source is not None and target is not None:
-                                as_bytes(target).copy_(as_bytes(source), non_blocking=True)
+            self._transfer(pairs, to_host)
         except BaseException:
             self._land()  # before others may have the slots that are given back
             raise
+
+    def _transfer(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
+        """The copies, on the copy stream where there is one."""
+        if self._copies is not None and pairs:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
+            for device, host in pairs:
+                for layer in range(self.num_layers):
+                    ends = device.pool.slot(layer, device.index), host.pool.slot(layer, host.index)
+                    for source, target in zip(*(ends if to_host else ends[::-1])):
+                        if source is not None and target is not None:
+                            as_bytes(target).copy_(as_bytes(source), non_blocking=True)
+
+    def _wait(self) -> None:
+        """What is launched from here on comes after the copies that were started."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -167,6 +168,7 @@ class Pipeline:
         self.seconds: list[float] = []  # per stage
         self.traffic = Traffic()
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
+        self.busy = threading.RLock()  # see turns.py
 
     @property
     def ahead(self) -> int:
@@ -246,6 +248,7 @@ class Pipeline:
     def fork(self) -> Pipeline:
         """Another world's loop with the same past and the same blocks in flight."""
         other = copy.copy(self)
+        other.busy = threading.RLock()
         other.table, other.generator = self.table.fork(), torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
         moved = [
