@@ -33,7 +33,7 @@ from .paged_kv import KVStore
 from .passes import Block, Pass, TopK
 from .past import NOTHING, Past
 from .policy import Policy
-from .slots import Extent, NotResident, in_turn
+from .slots import Extent, NotResident, Slot, in_turn
 
 
 class PageTable:
@@ -181,12 +181,13 @@ class PageTable:
             raise ValueError(f"frames must be named once, got {[f for f in set(frames) if frames.count(f) > 1]} again")
         return [held[frame] for frame in frames]
 
-    def _resident(self, frames: Sequence[int]) -> list[Extent]:
-        extents = self._held(frames)
-        away = [frame for frame, extent in zip(frames, extents) if not extent.resident]
-        if away:
+    def _resident(self, frames: Sequence[int]) -> list[Slot]:
+        self._held(frames)
+        slots = [slot for frame in frames if (slot := self.state.slot(frame)) is not None]
+        if len(slots) < len(frames):
+            away = [frame for frame in frames if self.state.slot(frame) is None]
             raise NotResident(f"frames {away} are in host memory: call prefetch({away}) before the block is opened")
-        return extents
+        return slots
 
     @in_turn
     def plan(
@@ -348,13 +349,13 @@ class PageTable:
             sink: frames of the sink too, which are protected otherwise.
         """
         self._check_sink("convert", frames, sink)
-        extents = self._resident(frames)
-        changing = [frame for frame, extent in zip(frames, extents) if extent.format != format]
+        slots = self._resident(frames)
+        changing = [frame for frame, slot in zip(frames, slots) if slot.pool.format != format]
         if changing:
             self.state = self.converted(self.state, changing, format)
 
     def converted(self, past: Past, frames: Sequence[int], format: str) -> Past:
-        pairs = [(past.held[frame], past.held[frame].device()) for frame in frames]
+        pairs = [(past.held[frame], past.slot(frame)) for frame in frames]
         made = self.store.converted([(extent, slot) for extent, slot in pairs if slot is not None], format)
         return past.replaced(dict(zip(frames, made, strict=True)))
 
@@ -370,13 +371,13 @@ class PageTable:
         """
         self._check_sink("rewrite", [frame], sink)
         (old,) = self._resident([frame])
-        with self.store.take([old.format]) as (slot,):
+        with self.store.take([old.pool.format]) as (slot,):
             where = self.store.page_list([slot.index * self.store.pages_per_frame])
             for layer in range(self.store.num_layers):
                 k, v = change(layer, *self.gather(layer, [frame]))
                 kv_append(k, v, slot.pool.layers[layer], where, backend=self.store.backend)
         self._held([frame])  # still, whatever `change` did
-        self.state = self.state.replaced({frame: (Extent(old.format, slot), slot)})
+        self.state = self.state.replaced({frame: (Extent(old.pool.format, slot), slot)})
 
     def _check_sink(self, what: str, frames: Sequence[int], sink: bool) -> None:
         if not sink and any(frame < self.policy.sink for frame in frames):
@@ -386,15 +387,19 @@ class PageTable:
 
     @in_turn
     def offload(self, frames: Sequence[int]) -> None:
-        """Let these frames wait in host memory. They stay held. The blocks that are open may read them until the next
-        one is opened or the oldest is sealed; without one, they can be read until any world of the store opens one."""
+        """Let these frames wait in host memory. They stay held, and can be read until this world's next block boundary,
+        where a block is opened after all others were sealed, or the oldest of several is sealed. Without an open block,
+        another world's boundary and `KVStore.settle` end that too.
+
+        Raises:
+            OutOfPages: host memory has no room for all of them; nothing was changed.
+        """
         self._held(frames)
         past = self.state
         going = [frame for frame in frames if frame in past.slots]
         self.store.to_host([(past.held[frame], past.slots[frame]) for frame in going])
-        if not past.open_blocks:
-            self.store.leave(past.slots[frame] for frame in going)
-        self.state = past.away(going, keep=bool(past.open_blocks))
+        self.store.keeping(self)
+        self.state = past.away(going, keep=True)
 
     @in_turn
     def prefetch(self, frames: Sequence[int]) -> None:

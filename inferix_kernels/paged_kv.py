@@ -27,7 +27,7 @@ from torch import Tensor
 from ._check import check_counts, check_page_size
 from .layout import FORMATS, KVPages, PageList, as_bytes
 from .ops import kv_commit, kv_gather
-from .slots import Extent, OutOfPages, Pool, Slot, StreamTurns, given_back_after_an_error, in_turn
+from .slots import Extent, OutOfPages, Pool, Slot, StreamTurns, in_turn
 
 if TYPE_CHECKING:
     from .page_table import PageTable
@@ -119,7 +119,7 @@ class KVStore:
         quantizes = any(FORMATS[format].quantized for format in pools)
         self.freezes_mean = quantizes and isinstance(head_dim, int)
         self._moving: list[Slot] = []  # slots of both sides with a copy under way: no one else's until it has landed
-        self._leaving: list[Slot] = []  # of frames sent away while no block was open: readable until one is
+        self._keeping: weakref.WeakSet[PageTable] = weakref.WeakSet()  # of these `settle` takes what they kept
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
         self._copies = torch.cuda.Stream(self.device) if on_gpu else None
 
@@ -179,10 +179,8 @@ class KVStore:
             self._lens = self._lens[:1].repeat(2 * frames, 1)
         return self._lens[:frames].flatten()
 
-    def first_page(self, extent: Extent) -> int:
-        slot = extent.device()
-        assert slot is not None, "callers have checked that it is resident"
-        return self.pools[extent.format].base + slot.index * self.pages_per_frame
+    def first_page(self, slot: Slot) -> int:
+        return slot.pool.base + slot.index * self.pages_per_frame
 
     @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -211,20 +209,28 @@ class KVStore:
             if format not in pools and in_host:
                 raise OutOfPages(f"{format} pool in host memory: there is none, see KVStore(host=...)")
             self._check_format(format, pools)
-        with given_back_after_an_error([]) as taken:
+        taken: list[Slot] = []
+        try:
             for format in dict.fromkeys(formats):
-                count, pool = formats.count(format), pools[format]
-                slots = pool.take(count)
-                if len(slots) < count:
-                    del slots  # to be counted as free
-                    self._land()
-                    slots = pool.take(count)
-                if len(slots) < count:
-                    del slots
-                    raise self._full(pool, count, len(pool.free), in_host)
-                taken += slots
+                taken += self._take(pools[format], formats.count(format), in_host)
             by_format = {format: iter([slot for slot in taken if slot.pool.format == format]) for format in formats}
             yield [next(by_format[format]) for format in formats]
+        except BaseException:
+            self._land()  # no copy may still write to what others may have now
+            for slot in taken:  # even while a traceback refers to it
+                slot.pool.give_back(slot)
+            raise
+
+    def _take(self, pool: Pool, count: int, in_host: bool) -> list[Slot]:
+        slots = pool.take(count)
+        if len(slots) < count:
+            del slots  # to be counted as free
+            self._land()
+            slots = pool.take(count)
+        if len(slots) < count:
+            del slots
+            raise self._full(pool, count, len(pool.free), in_host)
+        return slots
 
     def _check_format(self, format: str, pools: Mapping[str, Pool]) -> None:
         if format not in pools:
@@ -252,7 +258,7 @@ class KVStore:
             if count > free:
                 if elsewhere is None:
                     others = (other.state.all_slots() for other in self._tables if other is not table)
-                    elsewhere = set(chain(self._leaving, *others))
+                    elsewhere = set(chain(*others))
                 free += sum(slot.pool is pool and slot not in elsewhere for slot in leaving)
             if count > free:
                 raise self._full(pool, count, free)
@@ -317,19 +323,22 @@ class KVStore:
         rest = iter(places)
         return [next(rest) if slot is None else slot for slot in found]
 
-    def leave(self, slots: Iterable[Slot]) -> None:
-        """Keep these slots, which a world without an open block has let go, until a block is opened."""
-        self._leaving.extend(slots)
+    def keeping(self, table: PageTable) -> None:
+        """This world may read some frames that it has sent away, until a block is opened."""
+        self._keeping.add(table)
 
     @in_turn
     def settle(self) -> None:
-        """A block boundary: what was being copied has arrived, and what was sent to host memory while no block was open
-        is no longer on the device.
+        """A block boundary: what was being copied has arrived, and what worlds without an open block have sent to host
+        memory is theirs on the device no longer.
 
         On a GPU the current stream waits for the copies; the host does not.
         """
         self._land()
-        self._leaving.clear()
+        for table in list(self._keeping):
+            if not table.state.open_blocks:
+                table.state = table.state.let_go()
+            self._keeping.discard(table)
 
     def _land(self) -> None:
         """The copies under way are waited for. This moves nothing: a slot in a copy is free after it if no one else
@@ -346,11 +355,7 @@ class KVStore:
         for device, host in pairs:
             device.arriving = device.arriving or not to_host
             self._moving += [device, host]
-        try:
-            self._transfer(pairs, to_host)
-        except BaseException:
-            self._land()  # before others may have the slots that are given back
-            raise
+        self._transfer(pairs, to_host)
 
     def _transfer(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
         """The copies, on the copy stream where there is one."""

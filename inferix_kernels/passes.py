@@ -124,10 +124,9 @@ class Pass:
         own = [[store.scratch_base + page for page in block.scratch] for block in blocks]
         # Where a frame is read: what the pass writes to scratch, or its committed pages.
         where = {frame: page for block, pages in zip(blocks, own) for frame, page in zip(block.frames, pages)}
-        held = dict(table.state.held)
-        if commit is not None:
-            held |= {frame: extent for frame, (extent, _) in zip(commit.frames, target)}
-        where |= {frame: store.first_page(held[frame]) for frame in chain(*past) if frame in held}
+        coming = {} if commit is None else {frame: slot for frame, (_, slot) in zip(commit.frames, target)}
+        slots = ((frame, coming.get(frame) or table.state.slot(frame)) for frame in chain(*past))
+        where |= {frame: store.first_page(slot) for frame, slot in slots if slot is not None}
         seen = [[*(where[frame] for frame in frames), *pages] for frames, pages in zip(past, own)]
         written = [page for block in blocks for page in block.scratch]
         commits = [] if commit is None else _by_format(store, commit, target)

@@ -22,7 +22,7 @@ class Past(NamedTuple):
     Attributes:
         held: frame -> extent, in the order of the frames.
         slots: of the held frames that this world wants on the device.
-        kept: slots of frames in host memory, or on their way there, which the blocks that are open may still read.
+        kept: slots of frames in host memory, or on their way there, which may still be read until the next boundary.
         fetched: frames that came back from host memory since the last block boundary.
         pinned: held frames that stay and are seen whatever the policy says.
         next_frame: after the last one sealed.
@@ -69,7 +69,7 @@ class Past(NamedTuple):
         return self._replace(held=held, slots=slots, kept=kept, pinned=pinned, edits=self.edits + 1)  # type: ignore[arg-type]
 
     def away(self, frames: Sequence[int], keep: bool) -> Past:
-        """This world does not want these frames on the device. `keep`: its open blocks may read them there still."""
+        """This world does not want these frames on the device; if `keep`, they can be read until the next boundary."""
         kept = {**self.kept, **{frame: self.slots[frame] for frame in frames}} if keep else self.kept
         gone = set(frames)
         slots = {frame: slot for frame, slot in self.slots.items() if frame not in gone}
@@ -108,9 +108,18 @@ class Past(NamedTuple):
         """A world without a first block has no mean key, even if a clean pass has frozen one."""
         return self if self.next_frame else self._replace(k_means=(None,) * len(self.k_means))
 
+    def slot(self, frame: int) -> Slot | None:
+        """Where this world may read a frame now."""
+        slot = self.slots.get(frame) or self.kept.get(frame)
+        return None if slot is None or slot.arriving else slot
+
+    def let_go(self) -> Past:
+        """What was readable until a boundary is so no longer."""
+        return self._replace(kept=NOTHING, edits=self.edits + 1) if self.kept else self
+
     def turned(self) -> Past:
-        """At a block boundary: what was readable for the sake of the blocks before it is so no longer."""
-        return self._replace(kept=NOTHING, fetched=frozenset(), edits=self.edits + bool(self.kept))
+        """At this world's own boundary."""
+        return self.let_go()._replace(fetched=frozenset())
 
     def all_slots(self) -> list[Slot]:
         return [*self.slots.values(), *self.kept.values(), *(slot for _, slot in self.target)]

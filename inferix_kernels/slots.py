@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -191,15 +191,3 @@ def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P
             return method(self, *args, **kwargs)
 
     return taking_turns
-
-
-@contextlib.contextmanager
-def given_back_after_an_error(slots: list[Slot]) -> Iterator[list[Slot]]:
-    """The slots are free at once if the body fails, even while a traceback refers to them. Only after the body may
-    they become part of what a world holds."""
-    try:
-        yield slots
-    except BaseException:
-        for slot in slots:
-            slot.pool.give_back(slot)
-        raise
