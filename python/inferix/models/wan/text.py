@@ -10,6 +10,7 @@ import html
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,11 @@ def has_encoder(folder: Path) -> bool:
     return (folder / "text_encoder").is_dir() or (folder / PUBLISHED).exists()
 
 
+LOADING = threading.Lock()  # one at a time: transformers changes the process's default dtype while it loads
+
+
 class PromptEncoder:
-    """Prompt -> [tokens, text_dim] float32, padding left out.
+    """Prompt -> [tokens, text_dim] float32, padding left out. Any thread may call it.
 
     Args:
         folder: holds text_encoder/ and tokenizer/ (diffusers' layout) or Wan's own two.
@@ -138,7 +142,8 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def _encode(self, prompt: str) -> Tensor:
-        tokenizer, encoder = self._load()
+        with LOADING:
+            tokenizer, encoder = self._load()
         tokens = tokenizer(
             [self.clean(prompt)],
             max_length=self.text_len,

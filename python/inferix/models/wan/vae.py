@@ -8,6 +8,7 @@ video is the one that decoding everything at once would give.
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,14 @@ def _published_vae(path: Path, kind: Any) -> Any:
 
 
 class VAE:
-    """One VAE for all worlds; `open` gives each its own stream.
+    """One VAE for all worlds; `open` gives each its own stream. Any thread may use it: diffusers' model keeps the state
+    of an encoding in itself, so encodings take turns; streams have their own.
 
     Anything with diffusers' `decoder(x, feat_cache=, feat_idx=, first_chunk=)` and `encode` will do.
     """
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.turn = model, threading.Lock()
         mean, std = (torch.tensor(model.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
         self.mean, self.std = (x.to(model.device, model.dtype) for x in (mean, std))
 
@@ -87,7 +89,9 @@ class VAE:
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """[1, 3, pictures, height, width] in [-1, 1] -> latents [frames, channels, h, w] float32."""
-        latents = (self.model.encode(pictures).latent_dist.mode() - self.mean) / self.std
+        with self.turn:
+            encoded = self.model.encode(pictures).latent_dist.mode()
+        latents = (encoded - self.mean) / self.std
         return latents[0].transpose(0, 1).float()
 
 
@@ -100,8 +104,9 @@ class VideoStream:
 
     def _reset(self) -> None:
         # One entry per convolution that looks back in time; as many as the model counts for itself.
-        self.vae.model.clear_cache()
-        self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
+        with self.vae.turn:
+            self.vae.model.clear_cache()
+            self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
         self._first = True
         self._tail: Tensor | None = None  # the last pictures, for `restart`
 
