@@ -9,7 +9,8 @@ push.py      RTMP, SRT, HLS, files; recorder.py: what is kept on the server
 protocol.py  messages, checked against asyncapi.json, which is their definition
 client.py    one connection: limits, replies, who drives
 webrtc.py    aiortc, handed our packets
-server.py    the page, the WebSocket, who may come in
+server.py    the page, the WebSocket, the recordings
+door.py      connections: strangers are few and short; access.py: who may come in; log.py: a line a second
 """
 
 from __future__ import annotations

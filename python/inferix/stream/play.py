@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 
+from . import log
 from .remote import last_line
 from .server import Server, serve
 from .worker import open_world
@@ -35,6 +36,7 @@ def play(args: argparse.Namespace) -> int:
         size=args.size,
         device=args.device,
     )
+    log.configure()
     server = Server(
         opener,
         host=args.host,
