@@ -91,12 +91,22 @@ def test_a_tap_is_kept_for_one_block():
 
 def test_words_wait_for_their_block_and_the_last_ones_hold():
     wheel = steering()
-    wheel.say(["a"], "rain", None, "1")
-    wheel.say(["a", "b"], "snow", True, "2")
+    assert wheel.say(["a"], "rain", None, "1") == []
+    assert [words.id for words in wheel.say(["a", "b"], "snow", True, "2")] == ["1"]
     orders, _, said = wheel.orders(["a", "b"], now=0.0)
     assert orders == {"a": Order("none", "snow", True), "b": Order("none", "snow", True)}
-    assert [words.id for words in said] == ["1", "2"]
+    assert [words.id for words in said] == ["2"]
     assert wheel.orders(["a", "b"], now=0.0)[2] == []
+
+
+def test_a_world_has_one_prompt_waiting_however_many_are_said():
+    wheel, replaced = steering(), []
+    for i in range(500):
+        replaced += wheel.say([["a"], ["b"], ["a", "b"]][i % 3], f"words {i}", None, str(i))
+    orders, _, said = wheel.orders(["a", "b"], now=0.0)
+    assert [(words.id, words.worlds) for words in said] == [("498", ["a"]), ("499", ["b"])]
+    assert [orders[name].prompt for name in "ab"] == ["words 498", "words 499"]
+    assert sorted(int(words.id) for words in replaced) == list(range(498)), "each is answered for, once"
 
 
 def test_words_follow_worlds_that_fork_and_close():
@@ -108,7 +118,7 @@ def test_words_follow_worlds_that_fork_and_close():
     assert wheel._waiting[0].worlds == ["a", "b"]
     wheel.say(["b"], "snow", None, None)
     wheel.close("a")
-    assert wheel.worlds == ["a"] and [words.worlds for words in wheel._waiting] == [["a"], ["a"]]
+    assert wheel.worlds == ["a"] and [(words.text, words.worlds) for words in wheel._waiting] == [("snow", ["a"])]
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp8"])

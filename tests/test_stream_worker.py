@@ -200,6 +200,15 @@ def test_a_save_for_which_there_is_no_room_ends_no_world(tmp_path):
     world.load(tmp_path / "saved")
 
 
+def test_a_thousand_wordings_of_a_theme_are_kept_as_one():
+    world = stage()
+    for i in range(1000):
+        world.prepare("the " * (i % 100) + "desert" + " at" * (i // 100) + " night")
+    assert len(world.worlds["a"].world.model._themes) == 1
+    run(world, "u", prompt="a desert by night")
+    assert len(world.worlds["a"].world.model._themes) == 1
+
+
 def test_saving_twice_under_one_name_is_refused(tmp_path):
     world = stage()
     run(world, "u", prompt="desert day")

@@ -15,6 +15,8 @@ from .recorder import Recorder
 from .remote import Refused, Remote
 from .steering import Steering
 
+STEPS = 8  # that may wait to be made
+
 
 class Commands:
     """See Session, which sets these."""
@@ -56,6 +58,8 @@ class Commands:
     async def _do_step(self) -> None:
         if not self.player.paused:
             raise Refused("step: pause first")
+        if self._steps >= STEPS:
+            raise Refused(f"step: {STEPS} blocks are to be made already")
         self._steps += 1
 
     async def _do_reset(self, seed: int | None = None) -> None:

@@ -60,18 +60,19 @@ class Player:
         self.clock.rest()
 
     def left(self) -> float:
-        """Seconds until a picture made now would be due."""
-        return self.clock.left(len(self.queue), time.monotonic())
+        """Seconds until a picture made now would be due: behind those that wait, but for what a pause holds back."""
+        held = sum(not self._may_show(picture) for picture in self.queue)
+        return self.clock.left(len(self.queue) - held, time.monotonic())
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            if not self._may_show():
+            if not (self.queue and self._may_show(self.queue[0])):
                 await self._rest()
                 continue
             due = self.clock.next(time.monotonic())
             await asyncio.sleep(due - time.monotonic())
-            if not self._may_show():
+            if not (self.queue and self._may_show(self.queue[0])):
                 continue  # rewound or paused in the meantime
             picture = self.queue.popleft()
             self.clock.show(due)
@@ -97,8 +98,8 @@ class Player:
         """The clock that pictures bear."""
         return round(time.monotonic() * TICKS)
 
-    def _may_show(self) -> bool:
-        return bool(self.queue) and not (self.paused and self.queue[0].block > self.until)
+    def _may_show(self, picture: Picture) -> bool:
+        return not self.paused or picture.block <= self.until
 
     async def _rest(self) -> None:
         self.ready.clear()

@@ -17,7 +17,7 @@ class Recorder:
     """An MP4 of what is shown of one world, at the model's own pace: pauses are left out.
 
     Raises:
-        OSError, ValueError: the file can't be written.
+        ValueError: the file can't be written, or no thread can be started for it.
     """
 
     def __init__(self, path: Path, world: str, fps: float, size: tuple[int, int], scale: int):
@@ -25,7 +25,11 @@ class Recorder:
         self._writer = VideoWriter(path, fps, size, scale)
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(DEPTH)
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"recording {path.name}")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._writer.close(whole=False)
+            raise ValueError(f"record: {error}") from None
 
     def write(self, worlds: dict[str, np.ndarray]) -> None:
         if self.world in worlds and not self.error:
