@@ -1,15 +1,24 @@
-"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it."""
+"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it.
+
+A file that grows for as long as a program runs has a fixed temporary name instead, so that what a kill leaves can be
+found, and a lock (`open_locked`), so that no second run writes to it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import io
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # a file system that knows none, as some network ones
 
 
 def unwritable(path: str | os.PathLike[str], error: Exception, argument: str = "path") -> ValueError:
@@ -59,3 +68,77 @@ def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterat
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def require_writable(path: str | os.PathLike[str], argument: str) -> None:
+    """Check that a file can be written at `path`; leaves everything as it is.
+
+    Raises:
+        ValueError: it can not, or there is something else than a regular file (a device, a FIFO); names `argument`.
+    """
+    path = Path(path)
+    try:
+        if path.exists():
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"{argument} must be a file, got {os.fspath(path)!r}, which is a device or a pipe")
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        probe = temporary_path(path)  # not `path` itself: another run may be about to put its file there
+        with probe.open("xb"):
+            pass
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(path, error, argument) from None
+
+
+def require_space(path: str | os.PathLike[str], nbytes: int, argument: str) -> None:
+    """Raise ValueError, naming the argument, unless `nbytes` more bytes are free where `path` lies."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if nbytes > free:
+        raise ValueError(f"{argument}: no space left: {os.fspath(path)!r} needs {nbytes:,} bytes, {free:,} are free")
+
+
+def open_locked(path: str | os.PathLike[str], argument: str, target: str | os.PathLike[str] | None = None) -> io.FileIO:
+    """The file at `path`, made if need be, to read and write without a buffer; no other caller has it until it is
+    closed. The lock ends with the process, however that ends. File systems without locks are written to without one.
+
+    Args:
+        target: what errors name, if `path` is a temporary name of it.
+
+    Raises:
+        ValueError: someone else has it, or it can not be opened; names `argument`.
+    """
+    path, target = Path(path), os.fspath(path if target is None else target)
+    try:
+        while True:
+            file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+            try:
+                _lock(file)
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # who had the lock has renamed or removed it meanwhile
+    except BlockingIOError:
+        raise ValueError(f"{argument}: {target!r} is being written by another run") from None
+    except OSError as error:
+        raise unwritable(target, error, argument) from None
+
+
+def _lock(file: io.FileIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data`, where a single call may write less."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]

@@ -1,7 +1,11 @@
 """Backends and devices that exist on this machine. A test that takes `backend` and `device` runs once on each pair."""
 
+import contextlib
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +79,31 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator["SmallDisk"]:
+    """A folder on a disk of 300 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here (needs root)")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class SmallDisk:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def fill(self, leave: int = 0) -> None:
+        """Until no more than `leave` bytes are free."""
+        with (self.folder / "fill").open("wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            file.truncate(max(0, file.tell() - leave))
 
 
 @pytest.fixture(scope="module")

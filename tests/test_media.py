@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+import inferix.media
 from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
+
+if TYPE_CHECKING:
+    from conftest import SmallDisk
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def test_latents_that_end_early_hold_what_was_written(tmp_path: Path, written: i
 
 
 def test_latents_that_are_too_many_are_named_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--out: cannot write '.*x\.npy': "):
+    with pytest.raises(ValueError, match=r"--out: no space left: '.*x\.npy' needs 4,000"):
         LatentWriter(tmp_path / "x.npy", 10**15, (1000,))
     assert os.listdir(tmp_path) == []
 
@@ -145,6 +151,136 @@ def test_an_unwritable_video_is_named_and_leaves_nothing(tmp_path: Path, out: st
     with pytest.raises(ValueError, match=rf"--out: cannot write '.*{out}': (No such|Is a|Not a)"):
         VideoWriter(tmp_path / out, 16, (SIZE, SIZE))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def noise(count: int) -> np.ndarray:
+    """[count, 96, 96, 3] uint8, which no encoder makes small."""
+    return np.random.default_rng(0).integers(0, 255, (count, 96, 96, 3), dtype=np.uint8)
+
+
+def test_a_disk_that_fills_up_leaves_what_was_whole(small_disk: SmallDisk) -> None:
+    path = small_disk.folder / "v.mp4"
+    path.write_bytes(b"earlier")
+    with (
+        pytest.raises(ValueError, match=rf"^--out: no space left: '{path}'$"),
+        VideoWriter(path, 16, (96, 96), scale=1) as video,
+    ):
+        for frame in noise(160):
+            video.write(frame[None])
+    assert path.read_bytes() == b"earlier"
+    assert 0 < video.kept < 160 and len(decode(video.partial, 1)) == video.kept
+
+
+def test_a_full_disk_is_said_before_the_first_frame(small_disk: SmallDisk) -> None:
+    small_disk.fill()
+    for make in (lambda out: VideoWriter(out, 16, (96, 96)), lambda out: LatentWriter(out, 9, (3, 2))):
+        with pytest.raises(ValueError, match=r"^--out: no space left: '.*v\.(mp4|npy)'"):
+            make(small_disk.folder / "v.mp4")
+    assert os.listdir(small_disk.folder) == ["fill"]
+    small_disk.fill(leave=8 << 10)
+    with (
+        pytest.raises(ValueError, match=r"^--out: no space left: '.*v\.npy'"),
+        LatentWriter(small_disk.folder / "v.npy", 1, (9,)) as file,
+    ):
+        for _ in range(1000):
+            file.write(np.ones((1, 9), np.float32))
+    assert 0 < file.kept < 1000 and np.array_equal(np.load(file.partial), np.ones((file.kept, 9), np.float32))
+
+
+def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libavformat must not notice: it dies of a header written again, and of a trailer without a packet."""
+    frames, calls = noise(40), 0
+
+    def run(failing: int) -> VideoWriter:
+        nonlocal calls
+        calls = 0
+
+        def write(file: object, data: bytes) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                real(file, data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(file, data)
+
+        monkeypatch.setattr(inferix.media, "write_all", write)
+        video = VideoWriter(tmp_path / "v.mp4", 16, (96, 96), scale=1)
+        try:
+            video.write(frames[:30])
+            video.write(frames[30:])
+        finally:
+            video.close()
+        return video
+
+    real = inferix.media.write_all
+    run(0)
+    whole = (tmp_path / "v.mp4").read_bytes()
+    assert calls > 5
+    for failing in range(1, calls + 1):
+        with pytest.raises(ValueError, match=r"^--out: no space left: '.*v\.mp4'$"):
+            run(failing)
+        part = tmp_path / ".v.mp4.part"
+        assert (tmp_path / "v.mp4").read_bytes() == whole
+        assert not part.exists() or len(decode(part, 1)) > 0
+    assert part.exists() and len(decode(part, 1)) == 40, "when the index fails all frames are there"
+
+
+def test_ctrl_c_waits_for_the_file(tmp_path: Path, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While libavformat writes through Python no exception may come up: it would lose a part of the file."""
+    real, sent = inferix.media.write_all, []
+
+    def write(file: object, data: bytes) -> None:
+        if not sent:
+            sent.append(signal.raise_signal(signal.SIGINT))
+        real(file, data)
+
+    monkeypatch.setattr(inferix.media, "write_all", write)
+    path = tmp_path / "v.mp4"
+    with pytest.raises(KeyboardInterrupt), VideoWriter(path, 16, (SIZE, SIZE)) as video:
+        for frame in [*frames, *frames]:
+            video.write(frame[None])
+    assert sent and len(decode(path, 4)) == video.frames > 0
+
+
+@pytest.mark.parametrize("kind", [VideoWriter, LatentWriter])
+def test_a_second_writer_of_a_file_is_refused(tmp_path: Path, kind: type) -> None:
+    path = tmp_path / {VideoWriter: "v.mp4", LatentWriter: "v.npy"}[kind]
+    (options, frames) = {
+        VideoWriter: ((16, (4, 4), 1), np.zeros((1, 4, 4, 3), np.uint8)),
+        LatentWriter: ((9, (3, 2)), np.zeros((1, 3, 2), np.float32)),
+    }[kind]
+    with kind(path, *options) as first:
+        first.write(frames)
+        with pytest.raises(ValueError, match=rf"^--out: '{path}' is being written by another run$"):
+            kind(path, *options)
+        first.write(frames)
+    assert first.frames == 2 and os.listdir(tmp_path) == [path.name]
+    with kind(path, *options) as again:
+        again.write(frames)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", ".v.mp4.part"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"--out must be a file, got '.*{name}', which is a device or a pipe"):
+        VideoWriter(tmp_path / "v.mp4", 16, (SIZE, SIZE))
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (720, 1280)])
+def test_a_video_says_what_its_colours_are(tmp_path: Path, size: tuple[int, int]) -> None:
+    colour = np.array((200, 40, 60), np.uint8)
+    with VideoWriter(tmp_path / "v.mp4", 16, size, scale=1) as video:
+        video.write(np.broadcast_to(colour, (3, *size, 3)))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        frame = next(container.decode(video=0))
+    said = (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range)
+    assert said == (1, 1, 1, 1), "BT.709 three times, limited range"
+    # y = 0.2126 R + 0.7152 G + 0.0722 B: 16 + 219 y / 255, 128 + 224 (B - y) / 1.8556 / 255, .. (R - y) / 1.5748
+    y, u, v = (plane.astype(int) for plane in np.split(frame.to_ndarray(), [size[0], size[0] * 5 // 4]))
+    assert abs(y - 81).max() <= 1 and abs(u - 121).max() <= 1 and abs(v - 197).max() <= 1
+    as_said = frame.reformat(format="rgb24", src_colorspace=frame.colorspace).to_ndarray()
+    assert abs(as_said.astype(int) - colour).max() <= 3
 
 
 def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) -> None:
