@@ -28,6 +28,7 @@ from ..media import require_writable
 from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait
+START = 60.0  # seconds for our own process to be there, on a machine that is busy
 PATIENCE = 8.0  # seconds for a server to take a connection or a picture
 FAREWELL = 1.2  # seconds to end a stream properly
 REST = 0.5  # seconds without a new picture until the last one is sent again: servers drop who is silent
@@ -136,8 +137,11 @@ class Sink:
     def _feed(self, pipe: Connection) -> str:
         """Give a picture whenever one is asked for."""
         live, last = False, None
+        if not self._ready(pipe, START):
+            return "the pushing process did not start"
+        pipe.recv()
         while True:
-            if not self._ready(pipe):
+            if not self._ready(pipe, PATIENCE):
                 return "no answer" if not self._closing.is_set() else "closed"
             error = pipe.recv()
             if error is not None:
@@ -161,9 +165,9 @@ class Sink:
             if picture is None:
                 return "closed"
 
-    def _ready(self, pipe: Connection) -> bool:
+    def _ready(self, pipe: Connection, patience: float) -> bool:
         """Has the process said something in time? It has less of it once we are closing."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while not pipe.poll(0.1):
             if time.monotonic() > deadline:
                 return False
@@ -178,9 +182,10 @@ class Sink:
 
 
 def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int, int]) -> None:
-    """The process: asks for a picture by sending None, encodes and sends it, and asks again; None ends the stream. A
-    text instead says what went wrong."""
+    """The process: sends None to say that it is there, and once more for each picture that it can take, which it then
+    encodes and sends on; a picture that is None ends the stream. A text instead says what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe.send(None)
     options = {"hls_time": "2", "hls_list_size": "0", "hls_flags": "append_list"} if format == "hls" else {}
     try:
         with av.open(target, "w", format=format, options=options) as container:
