@@ -174,6 +174,27 @@ def test_an_archive_lists_what_it_named_and_nothing_else(tmp_path):
     assert archive.worlds() == [names[0]] and list(archive.videos()) == [f"{names[1]}.mp4"]
 
 
+def test_an_archive_has_room_for_so_many_and_so_much(tmp_path):
+    (tmp_path / "mine.mp4").write_bytes(b"x" * 10**6)  # not ours: neither counted nor listed
+    archive = Archive(tmp_path, max_files=3, max_gb=1e-6)
+    assert archive.room() == 1000
+    archive.world(archive.new("bars")).mkdir()
+    archive.video(archive.new("bars")).write_bytes(b"x" * 300)
+    unfinished = tmp_path / f".{archive.new('bars')}.mp4.part"
+    unfinished.write_bytes(b"x" * 400)
+    assert archive.room() == 300 and len(archive.worlds()) == len(archive.videos()) == 1
+    with pytest.raises(ValueError, match=r"holds 3 of at most 3 worlds and recordings, .*--max-files"):
+        archive.new("bars")
+    unfinished.unlink()
+    (archive.world(archive.worlds()[0]) / "past0.safetensors").write_bytes(b"x" * 700)
+    with pytest.raises(ValueError, match=r"holds 2 of at most 3 .*, 0.0 of at most 1e-06 GB: remove some"):
+        archive.new("bars")
+    (archive.world(archive.worlds()[0]) / "past0.safetensors").unlink()
+    assert archive.new("bars")
+    with pytest.raises(ValueError, match=r"mine\.mp4 cannot be made: "):
+        Archive(tmp_path / "mine.mp4").new("bars")
+
+
 def test_two_pictures_at_once_meet_the_encoder_one_after_the_other(monkeypatch):
     inside, most = [], []
 

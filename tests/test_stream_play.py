@@ -65,6 +65,8 @@ async def test_ctrl_c_ends_quickly_and_closes_files(tmp_path):
         (["--undo", "inf"], "--undo must be a finite number, got inf"),
         (["--undo", "nan"], "--undo must be a finite number, got nan"),
         (["--threads", "-1"], "--threads must be at least 1, got -1"),
+        (["--max-files", "-1"], "--max-files must be at least 0, got -1"),
+        (["--max-gb", "nan"], "--max-gb must be a finite number, got nan"),
     ],
 )
 def test_bad_options_are_one_line(options, says, capsys, tmp_path):

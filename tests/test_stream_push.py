@@ -1,5 +1,6 @@
 """Pushing to RTMP, HLS and files: many blocks through one encoder, and servers that go and come back."""
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -115,6 +116,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
     """It takes the connection and then is silent, as a server does that hangs."""
     monkeypatch.setattr("inferix.stream.push.PATIENCE", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
         sink = Sink(f"rtmp://127.0.0.1:{silent.getsockname()[1]}/live/key", retry=0.1)
         sink.open(FPS, SIZE, 1)
         first, _ = silent.accept()
@@ -189,6 +191,34 @@ def test_a_recording_that_failed_can_be_closed(tmp_path):
     closing.start()
     closing.join(10)
     assert not closing.is_alive() and recorder.error
+
+
+def feed(recorder, pictures):
+    """Give pictures until the recording has ended by itself, never faster than they are taken."""
+    for made in pictures:
+        while recorder._queue.full() and not recorder.error:
+            time.sleep(0.001)
+        if recorder.error:
+            return recorder.close()
+        recorder.write({"a": made})
+
+
+def test_a_recording_ends_whole_where_there_is_no_more_room(tmp_path):
+    left = [200, 100, 0]
+    recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1, room=lambda: left.pop(0))
+    feed(recorder, map(picture, itertools.count()))
+    assert numbers_in(tmp_path / "r.mp4") == list(range(3 * FPS)) and not left
+    assert recorder.error == "r.mp4 ends here: there is no room for more recordings, see play --max-gb"
+
+
+def test_a_recording_that_meets_a_full_disk_says_so_and_can_be_closed(small_disk):
+    generator = np.random.default_rng(0)
+    recorder = Recorder(small_disk.folder / "r.mp4", "a", FPS, SIZE, 1)
+    small_disk.fill()
+    feed(recorder, (generator.integers(0, 255, (*SIZE, 3), np.uint8) for _ in itertools.count()))
+    assert recorder.error == "no space left: r.mp4" and not (small_disk.folder / "r.mp4").exists()
+    with pytest.raises(ValueError, match=r"^no space left: r2.mp4 needs .* bytes, 0 are free$"):
+        Recorder(small_disk.folder / "r2.mp4", "a", FPS, SIZE, 1)
 
 
 NGINX = """load_module {module}; daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;

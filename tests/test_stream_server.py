@@ -517,3 +517,35 @@ async def test_a_recording_follows_its_world_and_ends_with_it(closing, command, 
         numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
     assert len(numbers) >= 6 and np.all(np.diff(numbers) == 1)
     await viewer.leave()
+
+
+@asynchronous
+async def test_a_recording_that_meets_a_full_disk_ends_in_a_message(small_disk):
+    async with running(small_disk.folder, seconds=0.01) as server:
+        viewer, watcher = await Viewer.join(server), await Viewer.join(server, drive=False)
+        name = (await viewer.request("record", on=True))["result"]["name"]
+        small_disk.fill()
+        for each in (viewer, watcher):
+            error = await each.until("error")
+            assert (error["code"], error["text"]) == ("internal", f"record: no space left: {name}")
+            await each.until("state", lambda state: state["recording"] is None, each.messages.index(error))
+        refused = await viewer.request("record", on=True)
+        assert refused["code"] == "refused" and refused["text"].startswith("record: no space left: bars-")
+        blocks = len(watcher.all("block"))
+        await until(lambda: len(watcher.all("block")) > blocks + 3)
+        for each in (viewer, watcher):
+            await each.leave()
+
+
+@asynchronous
+async def test_the_folder_has_a_bound(tmp_path):
+    async with running(tmp_path, max_files=1) as server:
+        viewer = await Viewer.join(server)
+        await viewer.request("record", on=True)
+        frames = len(viewer.all("frame"))
+        await until(lambda: len(viewer.all("frame")) > frames + 3)
+        assert (await viewer.request("record", on=False))["type"] == "done"
+        for command, fields in (("record", {"on": True}), ("save", {})):
+            refused = await viewer.request(command, **fields)
+            assert refused["text"].startswith(f"{command}: worlds holds 1 of at most 1 worlds and recordings, ")
+        await viewer.leave()

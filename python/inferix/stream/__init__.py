@@ -16,3 +16,5 @@ door.py      connections: strangers are few and short; access.py: who may come i
 from __future__ import annotations
 
 EXTRA = "install the extra `stream`: pip install 'inferix[stream]'"
+MAX_FILES = 200  # saved worlds and recordings in the folder of `play`, before one more is begun
+MAX_GB = 50.0  # and what they take, in 10^9 bytes

@@ -32,6 +32,7 @@ class Commands:
     undo: dict[str, int]
     kv_bytes: dict[str, int]
     _steps: int
+    changed: Callable[[], None]
 
     async def _call(self, request: str, /, **arguments: Any) -> Any:
         assert self.remote is not None
@@ -106,7 +107,7 @@ class Commands:
         await self.player.show(self.player.last | shown)
 
     async def _do_save(self) -> dict[str, Any]:
-        name = self.archive.new(self.model["model"])
+        name = self._new_name("save")
         self._take(await self._call("save", name=self.steering.worlds[0], folder=self.archive.world(name)))
         self.announce(self.archive.listing())
         return {"name": name}
@@ -127,10 +128,12 @@ class Commands:
             return await self._stop_recording()
         if self.player.recorder is not None:
             raise Refused("record: a recording is under way")
-        name = self.archive.new(self.model["model"])
-        world = self.steering.worlds[0]
-        size, scale = tuple(self.model["size"]), self.model["scale"]
-        recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
+        name, world = self._new_name("record"), self.steering.worlds[0]
+        shape = self.model["fps"], tuple(self.model["size"]), self.model["scale"]
+        try:
+            recorder = Recorder(self.archive.video(name), world, *shape, self.archive.room)
+        except ValueError as error:
+            raise Refused(f"record: {error}") from None
         self.player.recorder = recorder
         return {"name": recorder.name}
 
@@ -147,7 +150,19 @@ class Commands:
         if recorder is None:
             return None
         if recorder.error:
-            text = f"record: {recorder.error}"[:500]
-            self.announce({"type": "error", "id": None, "code": "internal", "text": text})
-        self.announce(self.archive.listing())
+            self._recording_failed(recorder)
+        else:
+            self.announce(self.archive.listing())
         return {"name": recorder.name, "frames": recorder.frames}
+
+    def _recording_failed(self, recorder: Recorder) -> None:
+        text = f"record: {recorder.error}"[:500]
+        self.announce({"type": "error", "id": None, "code": "internal", "text": text})
+        self.announce(self.archive.listing())
+        self.changed()
+
+    def _new_name(self, command: str) -> str:
+        try:
+            return self.archive.new(self.model["model"])
+        except ValueError as error:
+            raise Refused(f"{command}: {error}") from None

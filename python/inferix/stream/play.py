@@ -45,6 +45,8 @@ def play(args: argparse.Namespace) -> int:
         folder=args.folder,
         seed=args.seed,
         push=tuple(args.push),
+        max_files=args.max_files,
+        max_gb=args.max_gb,
     )
     asyncio.run(_until_interrupted(server, args.model))
     return 0

@@ -35,11 +35,18 @@ class Player:
     Args:
         announce: called with a `frame` message for each picture.
         shown: called when a picture has left the queue.
+        failed: called with a recording that has ended by itself; its `error` says why.
         sinks: get the pictures of world "a".
     """
 
-    def __init__(self, announce: Callable[[Message], None], shown: Callable[[], None], sinks: tuple[Sink, ...] = ()):
-        self.announce, self.shown, self.sinks = announce, shown, sinks
+    def __init__(
+        self,
+        announce: Callable[[Message], None],
+        shown: Callable[[], None],
+        failed: Callable[[Recorder], None],
+        sinks: tuple[Sink, ...] = (),
+    ):
+        self.announce, self.shown, self.failed, self.sinks = announce, shown, failed, sinks
         self.broadcast, self.clock = Broadcast(16), PlayoutClock(16)
         self.recorder: Recorder | None = None
         self.queue: deque[Picture] = deque()
@@ -116,9 +123,8 @@ class Player:
         if self.recorder is None:
             return
         self.recorder.write(worlds)
-        if error := self.recorder.error:
-            await self.stop_recording()
-            self.announce({"type": "error", "id": None, "code": "internal", "text": f"record: {error}"[:500]})
+        if self.recorder.error and (recorder := await self.stop_recording()):
+            self.failed(recorder)
 
     async def stop_recording(self) -> Recorder | None:
         """Finish the recording, if there is one."""

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
-from . import protocol
+from . import MAX_FILES, MAX_GB, protocol
 from .access import is_loopback, is_welcome
 from .archive import Archive
 from .client import Client
@@ -115,7 +115,7 @@ class Server:
         opener: opens the world, in a process of its own.
         host, port: to listen at; port 0 takes any that is free.
         token: whoever comes must know it; None makes one, unless the host is this machine alone.
-        folder: for saved worlds and recordings.
+        folder: for saved worlds and recordings; max_files, max_gb: see Archive.
         push: addresses and files that the video also goes to.
     """
 
@@ -129,10 +129,12 @@ class Server:
         folder: str = "inferix-worlds",
         seed: int = 0,
         push: tuple[str, ...] = (),
+        max_files: int = MAX_FILES,
+        max_gb: float = MAX_GB,
     ):
         self.host, self.port = host, port
         self.token = token or (None if is_loopback(host) else secrets.token_urlsafe(16))
-        self.archive = Archive(folder)
+        self.archive = Archive(folder, max_files, max_gb)
         sinks = tuple(Sink(target) for target in push)
         self.session = Session(opener, lambda message: self.lobby.announce(message), self.archive, seed, sinks)
         self.lobby = Lobby(self.session)

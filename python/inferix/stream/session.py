@@ -63,7 +63,7 @@ class Session(Commands):
         self.opener, self.announce, self.archive = opener, announce, archive
         self.remote: Remote | None = None
         self.model: dict[str, Any] = {}  # Stage.describe
-        self.player = Player(announce, self._wake, sinks)
+        self.player = Player(announce, self._wake, self._recording_failed, sinks)
         self.phase, self.crash, self.seed = "opening", "", seed
         self.made: dict[str, int] = {"a": 0}
         self.undo: dict[str, int] = {"a": 0}
