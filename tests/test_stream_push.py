@@ -168,7 +168,7 @@ def test_a_file_that_can_not_be_written_says_why(tmp_path):
     (tmp_path / "soon gone").rmdir()
     sink.open(FPS, SIZE, 1)
     sink._thread.join(PATIENCE)
-    assert sink.state == "ended: No such file or directory"
+    assert sink.state == "ended: cannot write out.ts: No such file or directory"
     sink.close()
 
 
@@ -219,6 +219,22 @@ def test_a_recording_that_meets_a_full_disk_says_so_and_can_be_closed(small_disk
     assert recorder.error == "no space left: r.mp4" and not (small_disk.folder / "r.mp4").exists()
     with pytest.raises(ValueError, match=r"^no space left: r2.mp4 needs .* bytes, 0 are free$"):
         Recorder(small_disk.folder / "r2.mp4", "a", FPS, SIZE, 1)
+
+
+@pytest.mark.parametrize("name", ["out.m3u8", "out.mp4", "out.ts", "out.flv"])
+def test_a_file_that_meets_a_full_disk_says_so(name, small_disk):
+    generator = np.random.default_rng(0)
+    sink = Sink(str(small_disk.folder / name))
+    sink.open(FPS, SIZE, 1)
+    while sink.state != "live":
+        time.sleep(0.01)
+    small_disk.fill()
+    ended = time.monotonic() + PATIENCE
+    while not sink.state.startswith("ended") and time.monotonic() < ended:
+        sink.write(generator.integers(0, 255, (*SIZE, 3), np.uint8))
+        time.sleep(0.01)
+    sink.close()
+    assert sink.state == "ended: No space left on device"
 
 
 NGINX = """load_module {module}; daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;

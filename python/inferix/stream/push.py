@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
+import os
 import queue
+import shutil
 import signal
 import threading
 import time
@@ -24,7 +27,7 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 
-from ..media import require_writable
+from ..media import LEAST_BYTES, OutputFile, require_writable
 from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait
@@ -188,7 +191,9 @@ def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int
     pipe.send(None)
     options = {"hls_time": "2", "hls_list_size": "0", "hls_flags": "append_list"} if format == "hls" else {}
     try:
-        with av.open(target, "w", format=format, options=options) as container:
+        # HLS is many files, which libavformat opens itself, and about whose errors it says nothing.
+        file = OutputFile(target, "--push") if format != "hls" and not urlsplit(target).scheme else None
+        with av.open(file or target, "w", format=format, options=options) as container:
             name, settings = choose("h264")
             stream: Any = container.add_stream(name)
             configure(stream.codec_context, "h264", size, fps, TICK)
@@ -202,13 +207,18 @@ def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int
                 pts = max(pts + 1, round((time.monotonic() - started) / TICK))
                 image.pts, image.time_base = pts, TICK
                 container.mux(stream.encode(image))
+                if file and file.error:
+                    raise file.error
+                if format == "hls" and shutil.disk_usage(Path(target).parent).free < LEAST_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 pipe.send(None)
             container.mux(stream.encode(None))
     except EOFError:
         pass  # the server is gone
-    except (av.error.FFmpegError, OSError, RuntimeError) as error:
+    except (av.error.FFmpegError, OSError, RuntimeError, ValueError) as error:
         # Everyone is shown this: without the target, which str(error) ends with and which may hold a channel's key.
-        pipe.send((getattr(error, "strerror", None) or str(error))[:200])
+        text = str(error).removeprefix("--push: ").replace(repr(target), Path(target).name)
+        pipe.send((getattr(error, "strerror", None) or text)[:200])
 
 
 def _format_of(target: str) -> str:
