@@ -109,7 +109,7 @@ def test_a_dead_server_costs_pictures_but_no_memory():
     assert sink._queue.qsize() <= 64 and sink.dropped >= 400
     started = time.monotonic()
     sink.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_a_server_that_says_nothing_is_given_up(monkeypatch):
@@ -184,13 +184,10 @@ def test_a_recording_is_whole_when_it_is_closed(tmp_path):
 def test_a_recording_that_failed_can_be_closed(tmp_path):
     recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
     recorder._writer.write = lambda frames: 1 / 0
-    for _ in range(70):
-        recorder.write({"a": picture(0)})
-        time.sleep(0.005)
-    closing = threading.Thread(target=recorder.close, daemon=True)
+    closing = threading.Thread(target=feed, args=(recorder, itertools.repeat(picture(0))), daemon=True)
     closing.start()
-    closing.join(10)
-    assert not closing.is_alive() and recorder.error
+    closing.join(PATIENCE)
+    assert not closing.is_alive() and recorder.error == "division by zero"
 
 
 def feed(recorder, pictures):

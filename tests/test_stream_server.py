@@ -131,9 +131,9 @@ async def test_pause_stops_and_step_makes_exactly_one_block(server):
     viewer = await Viewer.join(server)
     await viewer.until("frame")
     await viewer.request("pause")
-    await asyncio.sleep(0.3)  # what was on its way
+    assert (await viewer.request("close", world="b"))["code"] == "refused"  # by the worker: no block is under way now
     blocks, frames = len(viewer.all("block")), len(viewer.all("frame"))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # a block would have come by then, on a machine that is not busy
     assert (len(viewer.all("block")), len(viewer.all("frame"))) == (blocks, frames)
     await viewer.request("step")
     await viewer.until("frame", lambda frame: frame["frame"] == viewer.last("block")["first"] + 2)
@@ -149,7 +149,7 @@ async def test_pausing_does_not_wait_for_a_slow_block(tmp_path):
         viewer = await Viewer.join(server)
         await viewer.until("frame")
         await viewer.request("prompt", text="hang")  # the next block takes a minute
-        await asyncio.sleep(0.5)
+        await until(lambda: not server.session.steering._waiting)  # and has begun
         assert (await viewer.request("pause"))["type"] == "done"
         assert (await viewer.request("record", on=True))["type"] == "done"
         await viewer.leave()
@@ -501,6 +501,7 @@ async def test_a_recording_follows_its_world_and_ends_with_it(closing, command, 
     await viewer.say("keys", seq=1, pressed=["left"])  # "b", which is steered and recorded
     await viewer.until("block", lambda b: b["actions"].get("b") == "left")
     name = (await viewer.request("record", on=True))["result"]["name"]
+    await viewer.until("frame")  # the block is announced before its pictures are shown
     begun = viewer.last("frame")["frame"]
     await viewer.until("frame", lambda frame: frame["frame"] > begun + 6)
     since = len(viewer.messages)
