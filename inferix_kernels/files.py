@@ -129,7 +129,42 @@ def open_locked(path: str | os.PathLike[str], argument: str, target: str | os.Pa
         raise unwritable(target, error, argument) from None
 
 
-def _lock(file: io.FileIO) -> None:
+@contextlib.contextmanager
+def locked_folder(path: Path, argument: str, target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A context whose value is the empty folder `path`, which no other caller has until it ends; what a killed process
+    left there goes. At the end it is gone, unless it has been renamed.
+
+    Raises:
+        ValueError: someone else has it, or it can not be made; names `argument` and `target`.
+    """
+    target = os.fspath(target)
+    handle = -1
+    try:
+        while True:
+            path.mkdir(exist_ok=True)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            _lock(handle)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                break
+            os.close(handle)  # who had the lock has renamed or removed it meanwhile
+            handle = -1
+        for left in path.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    except OSError as error:
+        if handle >= 0:
+            os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"{argument}: {target!r} is being written by someone else") from None
+        raise unwritable(target, error, argument) from None
+    try:
+        yield path
+    finally:
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def _lock(file: io.FileIO | int) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

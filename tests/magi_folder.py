@@ -4,8 +4,8 @@ encoder with its tokenizer, and the special tokens.
 Needs transformers and zstandard. Run as a script, it writes one: `python tests/magi_folder.py FOLDER [MODEL]`.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,4 +151,10 @@ def write_folder(folder, name="magi-4.5b"):
 
 
 if __name__ == "__main__":
-    print(write_folder(Path(sys.argv[1]), *sys.argv[2:]))
+    from inferix.models.magi import SCHEDULES
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", nargs="?", default="magi-4.5b", choices=list(SCHEDULES))
+    args = parser.parse_args()
+    print(write_folder(args.folder, args.model))

@@ -1,6 +1,8 @@
 """The command line: what it writes, and that bad input is one line, exit code 2, and nothing left behind."""
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ import av
 import pytest
 import torch
 
-from inferix.cli import main
+from inferix.cli import MOST_THREADS, main
+from inferix.controls import Prompts, actions_from
 from inferix.media import VideoWriter
+from inferix.models.tiny import ADAPTER
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
 from inferix.world import World
@@ -88,7 +92,7 @@ BAD = {
     "no place": (["--prompt", "night"], "prompt must name one place"),
     "zero": (["--seconds", "0"], "--seconds must be a positive number, got 0"),
     "negative": (["--seconds", "-3"], "--seconds must be a positive number, got -3"),
-    "endless": (["--seconds", "inf"], "--seconds must be a positive number, got inf"),
+    "endless": (["--seconds", "inf"], "--seconds must be a finite number, got inf"),
     "too long": (["--seconds", "1e18"], "--seconds must be at most 1000000, about 11 days, got 1e+18"),
     "seed": (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, got -1"),
     "long seed": (["--seed", "9" * 23], "--seed must be from 0 to 2^64 - 1, got 9999"),
@@ -98,7 +102,11 @@ BAD = {
     "window": (["--window", "2"], "window must be at least the 3 frames of one block"),
     "sink": (["--sink", "-1"], "sink must be 0 or more frames, got -1"),
     "kv": (["--kv", "int3"], "kv must be one of fp32, fp16, bf16, int8, i8f8, fp8, int4, got 'int3'"),
-    "threads": (["--threads", "0"], "--threads must be at least 1, got 0"),
+    "threads": (["--threads", "0"], f"--threads must be from 1 to {MOST_THREADS}, got 0"),
+    "many threads": (["--threads", "100000"], f"--threads must be from 1 to {MOST_THREADS}, got 100000"),
+    "scale": (["--scale", "0"], "--scale must be at least 1, got 0"),
+    "large scale": (["--scale", "100000"], "--scale must make 96 x 96 pixels at most 16384 a side, got 100000"),
+    "guidance": (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
     "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
     "backend": (["--backend", "abacus"], "backend must be"),
     "device": (["--device", "foo"], "--device must be cpu or a cuda that is there, got 'foo'"),
@@ -121,6 +129,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, weights, tmp_path, capsy
     [
         ("jump", ":1: action must be one of none, up"),
         ("up\nup x", ":2: frames must be one positive number"),
+        ("up ²", ":1: frames must be one positive number"),
+        ("up " + "9" * 5000, ":1: frames must be one positive number of at most 9 digits, got '9999"),
         ("", "no action"),
     ],
 )
@@ -153,6 +163,128 @@ def test_a_bad_prompt_file_is_refused(text, weights, tmp_path, capsys):
     (tmp_path / "prompts").write_text(text)
     assert generate(weights, tmp_path / "v.mp4", "--prompt-file", tmp_path / "prompts") == 2
     assert "--prompt-file:" in capsys.readouterr().err
+
+
+def test_a_prompt_file_is_read_as_it_stands(tmp_path):
+    """A '#' is a comment only where a line begins; a byte order mark, as Windows writes one, is none of it."""
+    text = "\ufeff0 a panda with a #1 shirt, #ff0000\r\n  # not this\r\n\r\n5 fox\u2028den\r\n"
+    (tmp_path / "prompts").write_bytes(text.encode())
+    starts = Prompts.read(tmp_path / "prompts").starts
+    assert starts == ((0.0, "a panda with a #1 shirt, #ff0000"), (5.0, "fox den"))
+    with pytest.raises(ValueError, match=r"--prompt-file: '/dev/zero' must be at most 16,777,216 characters long"):
+        Prompts.read(Path("/dev/zero"))
+
+
+def test_actions_may_be_held_for_ever(tmp_path):
+    (tmp_path / "actions").write_text("up 3\nleft 999999999  # no list of them is made\n")
+    actions = actions_from(str(tmp_path / "actions"), ADAPTER, 0)
+    assert [next(actions) for _ in range(5)] == ["up"] * 3 + ["left"] * 2
+
+
+def test_a_second_run_of_one_video_is_refused(weights, tmp_path):
+    """And the first one's video is what it would have been alone."""
+    out = tmp_path / "v.mp4"
+    command = [sys.executable, "-m", "inferix", "generate", "--weights", weights, "--out", str(out), "--seconds", "4"]
+    first = subprocess.Popen([*command, "--seconds", "600"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: (tmp_path / ".v.mp4.part").exists(), first)
+        second = subprocess.run(command, capture_output=True, text=True)
+        said = f"inferix generate: --out: '{out}' is being written by another run\n"
+        assert (second.returncode, second.stderr) == (2, said)
+        wait_for(lambda: (tmp_path / ".v.mp4.part").stat().st_size > 100_000, first)
+    finally:
+        first.send_signal(signal.SIGINT)
+        output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, output
+    assert frames_in(out) == json.loads((tmp_path / "v.json").read_text())["frames"] > 16
+    assert subprocess.run([*command, "--seconds", "1"], capture_output=True).returncode == 0
+    assert frames_in(out) == 16
+
+
+def wait_for(there, process):
+    deadline = time.monotonic() + 60
+    while not there():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.json", "v.png", ".v.mp4.part"])
+def test_a_pipe_as_output_is_refused(name, weights, tmp_path, capsys):
+    os.mkfifo(tmp_path / name)
+    assert generate(weights, tmp_path / "v.mp4", "--seconds", 0.5) == 2
+    error = capsys.readouterr().err
+    assert f"--out must be a file, got '{tmp_path / name}', which is a device or a pipe" in error
+    assert error.count("\n") == 1 and os.listdir(tmp_path) == [name]
+
+
+def test_a_disk_that_fills_up_is_one_line(weights, small_disk, capsys):
+    out = small_disk.folder / "v.mp4"
+    assert generate(weights, out, "--seconds", 600, "--scale", 2, "--actions", "scripted") == 2
+    first, said = capsys.readouterr().err.splitlines()
+    kept = frames_in(out.with_name(".v.mp4.part"))
+    assert first == f"inferix generate: the first {kept} frames are in {out.with_name('.v.mp4.part')}" and kept > 0
+    assert said == f"inferix generate: --out: no space left: '{out}'"
+    assert os.listdir(small_disk.folder) == [".v.mp4.part"]
+
+
+@pytest.mark.parametrize("beside", ["png", "json"])
+def test_a_disk_that_is_full_after_the_video_leaves_it(beside, weights, small_disk, capsys, monkeypatch):
+    if beside == "json":
+        monkeypatch.setattr("inferix.generate.contact_sheet", lambda *_, **__: None)
+    monkeypatch.setattr("inferix.media.VideoWriter.close", closing_then(small_disk.fill))
+    assert generate(weights, small_disk.folder / "v.mp4", "--seconds", 0.5) == 2
+    said = "contact sheet" if beside == "png" else "--out"
+    assert (
+        capsys.readouterr().err == f"inferix generate: {said}: no space left: '{small_disk.folder / f'v.{beside}'}'\n"
+    )
+    assert frames_in(small_disk.folder / "v.mp4") == 8
+
+
+def closing_then(fill):
+    close = VideoWriter.close
+
+    def closed(self, *args, **options):
+        close(self, *args, **options)
+        fill()
+
+    return closed
+
+
+COMMANDS = {
+    "help": ["--help"],
+    "generate help": ["generate", "--help"],
+    "doctor": ["doctor"],
+    "generate": ["generate", "--seconds", "0.5", "--out", "v.mp4"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nobody_reading_ends_a_command_quietly(command, weights, tmp_path):
+    """As `| head` does: the pipe is closed before anything is printed. What was to be made is there."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    options = ["--weights", weights] if command == "generate" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "inferix", *COMMANDS[command], *options],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
+    )
+    os.close(writing)
+    assert done.returncode == (0 if "help" in command else 141), "argparse itself is quiet"
+    assert done.stderr == b""
+    if command == "generate":
+        assert frames_in(tmp_path / "v.mp4") == 8 and (tmp_path / "v.json").exists()
+
+
+@pytest.mark.parametrize("command", ["doctor", "generate"])
+def test_a_closed_output_is_no_error(command, weights, tmp_path):
+    options = ["--weights", weights] if command == "generate" else []
+    line = shlex.join([sys.executable, "-m", "inferix", *COMMANDS[command], *options])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+    done = subprocess.run(["sh", "-c", f"{line} >&-"], stderr=subprocess.PIPE, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5])

@@ -93,7 +93,11 @@ def test_a_saved_world_goes_on_bit_for_bit(kv, tmp_path):
     assert np.array_equal(run(other, "lrud")["a"], on)
     other.rewind(["a"], other.worlds["a"].pictures - 3)
     run(other, "u")
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["past0.safetensors", "world.pt"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "past0.safetensors",
+        "world.pt",
+        "world.pt.sha256",
+    ]
 
 
 def test_a_saved_world_is_taken_up_in_the_place_of_one_that_was_released(tmp_path):

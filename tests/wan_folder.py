@@ -4,8 +4,8 @@ Needs diffusers and transformers. Run as a script, it writes one: `python tests/
 --image that of an image-to-video model.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -74,4 +74,8 @@ def write_folder(folder, image=False):
 
 
 if __name__ == "__main__":
-    print(write_folder(Path(sys.argv[1]), image="--image" in sys.argv))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--image", action="store_true", help="an image-to-video model")
+    args = parser.parse_args()
+    print(write_folder(args.folder, args.image))

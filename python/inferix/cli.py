@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .stream import MAX_FILES, MAX_GB
 
-USAGE, INTERRUPTED = 2, 130
+USAGE, INTERRUPTED, NOBODY_READS = 2, 130, 141
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 # Options of play, not for the terminal.
 PAGE_ONLY = ("host", "port", "token", "folder", "max_files", "max_gb", "push", "undo", "worlds")
 KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
@@ -17,8 +20,29 @@ KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written o
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
+    return while_read(lambda: _main(argv))
+
+
+def while_read(run: Callable[[], int]) -> int:
+    """What `run` returns or, quietly, 141, if whoever reads what it prints has gone (`| head`)."""
+    try:
+        try:
+            return run()
+        finally:  # also of --help, which ends with SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # the interpreter flushes them once more
+            if stream is not None:
+                os.dup2(nowhere, stream.fileno())
+        return NOBODY_READS
+
+
+def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
+        _check_numbers(args)
         return int(args.run(args))
     except (ValueError, ImportError) as error:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
@@ -26,6 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"inferix {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """What holds for the numbers of all commands."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value:g}")
+    if (threads := getattr(args, "threads", None)) is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"--threads must be from 1 to {MOST_THREADS}, got {threads}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help='words for the whole video, for example "desert night"')
-    prompts.add_argument("--prompt-file", type=Path, help="one SECOND PROMPT a line")
+    prompts.add_argument(
+        "--prompt-file", type=Path, help="one SECOND PROMPT a line; a line that begins with # says nothing"
+    )
     generate.add_argument("--steps", type=int, help="denoising steps, for models not distilled to their own")
     generate.add_argument("--stages", type=int, help="blocks in flight, for models that run in a pipeline")
     generate.add_argument("--guidance", type=float, help="away from the negative prompt, for models not distilled")
@@ -56,8 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--scale", type=int, help="pixels of the video per pixel of the world (default: the model's)")
     generate.add_argument("--size", type=_size, metavar="HxW", help="pixels of a picture (default: the model's)")
     given = generate.add_mutually_exclusive_group()
-    given.add_argument("--image", type=Path, help="picture that the video begins with, for models that take one")
-    given.add_argument("--video", type=Path, help="video that the video goes on from, for models that take one")
+    given.add_argument(
+        "--image",
+        type=Path,
+        help="picture that the video begins with, for models that take one; white where it is transparent",
+    )
+    given.add_argument(
+        "--video",
+        type=Path,
+        help="video whose start the video goes on from, as long as makes whole blocks, for models that take one",
+    )
     generate.add_argument("--decoder", metavar="MODULE:NAME", help="who makes pictures, for models that bring no VAE")
     generate.add_argument("--fp8", choices=["keep", "dequantize"], help="weights that are in 8 bits (default: keep)")
     generate.add_argument(
@@ -138,10 +181,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _play(args: argparse.Namespace) -> int:
-    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0), ("threads", 1), ("max_files", 0), ("max_gb", 0)):
-        if (value := getattr(args, option)) is not None and not least <= value < math.inf:
-            wanted = f"at least {least}" if value < least else "a finite number"
-            raise ValueError(f"--{option.replace('_', '-')} must be {wanted}, got {value:g}")
+    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0), ("max_files", 0), ("max_gb", 0)):
+        if (value := getattr(args, option)) is not None and value < least:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, got {value:g}")
     if args.terminal:
         return _play_in_terminal(args)
     try:

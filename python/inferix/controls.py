@@ -1,10 +1,14 @@
-"""Where actions and prompts come from when nobody is at the keys: files, chance, or a fixed tour."""
+"""Where actions and prompts come from when nobody is at the keys: files, chance, or a fixed tour.
+
+Files are UTF-8 text, with or without a byte order mark.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,13 +16,16 @@ import numpy as np
 
 from .models import Adapter
 
+MOST_TEXT = 1 << 24  # characters of a file
+
 
 def actions_from(source: str, adapter: Adapter, seed: int) -> Iterator[str]:
     """One action name per frame, without end.
 
     Args:
         source: "random" (holds an action and changes it now and then), "scripted" (laps in both directions), or the
-            path of a file with one `ACTION [FRAMES]` per line, repeated from the start when it ends.
+            path of a file with one `ACTION [FRAMES]` per line, repeated from the start when it ends; '#' begins a
+            comment.
     """
     if source == "random":
         return _wander(adapter.actions, np.random.default_rng(seed))
@@ -27,7 +34,8 @@ def actions_from(source: str, adapter: Adapter, seed: int) -> Iterator[str]:
         return itertools.chain.from_iterable(
             itertools.repeat(action, 9) for action in itertools.cycle((*lap, *lap[::-1], adapter.actions[0]))
         )
-    return itertools.cycle(_read_actions(Path(source), adapter))
+    actions = _read_actions(Path(source), adapter)
+    return itertools.chain.from_iterable(itertools.repeat(*action) for action in itertools.cycle(actions))
 
 
 def _wander(actions: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
@@ -38,27 +46,35 @@ def _wander(actions: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
         yield held
 
 
-def _read_lines(path: Path, option: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, words) of the lines that say something; '#' starts a comment."""
+def _read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
+    """The lines that say something, numbered from 1; one that begins with '#' is a comment."""
     try:
-        lines = path.read_text().splitlines()
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MOST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{option}: cannot read {str(path)!r} ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if words := line.split("#")[0].split():
-            yield number, words
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{option}: {str(path)!r} must be at most {MOST_TEXT:,} characters long")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line
 
 
-def _read_actions(path: Path, adapter: Adapter) -> list[str]:
-    actions: list[str] = []
-    for number, (name, *count) in _read_lines(path, "--actions"):
+def _read_actions(path: Path, adapter: Adapter) -> list[tuple[str, int]]:
+    """(action, how many frames), in turn."""
+    actions: list[tuple[str, int]] = []
+    for number, line in _read_lines(path, "--actions"):
+        name, *count = line.partition("#")[0].split()
         if name not in adapter.actions:
             raise ValueError(
                 f"--actions: {path}:{number}: action must be one of {', '.join(adapter.actions)}, got {name!r}"
             )
-        if len(count) > 1 or (count and not (count[0].isdigit() and int(count[0]) > 0)):
-            raise ValueError(f"--actions: {path}:{number}: frames must be one positive number, got {' '.join(count)!r}")
-        actions += [name] * (int(count[0]) if count else 1)
+        if len(count) > 1 or (count and not re.fullmatch("0*[1-9][0-9]{0,8}", count[0], re.ASCII)):
+            said = " ".join(count)[:40]
+            raise ValueError(
+                f"--actions: {path}:{number}: frames must be one positive number of at most 9 digits, got {said!r}"
+            )
+        actions.append((name, int(count[0]) if count else 1))
     if not actions:
         raise ValueError(f"--actions: {str(path)!r} holds no action")
     return actions
@@ -75,9 +91,11 @@ class Prompts:
 
     @staticmethod
     def read(path: Path) -> Prompts:
-        """From a file with one `SECOND PROMPT` per line, ascending, the first at 0."""
+        """From a file with one `SECOND PROMPT` per line, ascending, the first at 0. A '#' is part of a prompt, but for
+        one that begins a line: that is a comment."""
         starts: list[tuple[float, str]] = []
-        for number, (second, *words) in _read_lines(path, "--prompt-file"):
+        for number, line in _read_lines(path, "--prompt-file"):
+            second, *words = line.split()
             try:
                 start = float(second)
             except ValueError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib
+import itertools
 import json
 import signal
 import sys
@@ -14,12 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from inferix_kernels.files import atomic_write, open_locked, require_writable
+
 from .controls import Prompts, actions_from
-from .journal import Journal, journal_path
-from .media import LatentWriter, VideoWriter, contact_sheet, partial_path, read_picture, read_video, require_writable
-from .models import Adapter, BlockModel, load_model
+from .journal import Journal, journal_path, refuse_unfinished
+from .media import LatentWriter, VideoWriter, contact_sheet, partial_path
+from .models import MODELS, Adapter, BlockModel, load_model, whole_start
+from .pictures import read_picture, read_video
 from .world import World
 
 INTERRUPTED = 130
@@ -50,7 +57,7 @@ def generate(args: argparse.Namespace) -> int:
     if total < 1:
         raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
     _check_outputs(args, model)
-    given = _given(args, adapter, total)
+    given = _given(args, model, total)
     digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
@@ -69,31 +76,26 @@ def generate(args: argparse.Namespace) -> int:
         world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
     journal, whole = None if adapter.live else _journal(args, world, prompts, digest), False
+    video: VideoWriter | LatentWriter | None = None
     try:
         with _writer(args, model, total) as video:
             maker = Maker(world, actions, prompts, total, video, journal)
-            _run(maker, given)
+            with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
+                maker.run(given)
         whole = maker.made == total
     finally:  # once the video is closed: until then the journal is all there is
         if journal is not None:
             journal.close(done=whole or not journal.count)
+        if video is not None and video.kept:
+            goes_on = "; --resume goes on with it" if journal is not None and journal.count else ""
+            said = f"the first {video.kept} frames are in {video.partial}{goes_on}"
+            print(f"inferix generate: {said}", file=sys.stderr)
     if not maker.made:
         kept = f"--resume goes on with {journal.path}" if journal and journal.count else "nothing was written"
         print(f"inferix generate: interrupted before the first frame: {kept}", file=sys.stderr)
         return INTERRUPTED
     maker.write_beside(video.path, {"seed": args.seed, "kv": args.kv})
     return 0 if whole else INTERRUPTED
-
-
-def _run(maker: Maker, given: np.ndarray | None) -> None:
-    try:
-        maker.run(given)
-    except KeyboardInterrupt:
-        pass  # the second Ctrl-C: the video ends here
-    except Exception:
-        if maker.made:
-            print(f"inferix generate: the first {maker.made} frames are in {maker.video.partial}", file=sys.stderr)
-        raise
 
 
 class Maker:
@@ -132,6 +134,7 @@ class Maker:
             TextColumn("{task.fields[fps]:.1f} FPS · KV {task.fields[memory]:.1f} MiB ·"),
             TimeRemainingColumn(),
             TextColumn("left"),
+            console=_Bar(),
         )
         with bar, _Interrupt() as interrupt:
             task = bar.add_task(f"{adapter.name} world", total=self.total, fps=0.0, memory=memory)
@@ -189,7 +192,8 @@ class Maker:
         drawn = pictures.dtype == np.uint8  # and not latents
         if drawn:
             contact_sheet(pictures, rows, SHEET_COLUMNS, sheet, labels=labels, scale=2 if self.all else 1)
-        report.write_text(json.dumps(summary, indent=2) + "\n")
+        with atomic_write(report, "--out") as part:
+            part.write_text(json.dumps(summary, indent=2) + "\n")
         pace = ", all of them given"
         if "fps" in summary:
             p50, p95 = (1e3 * summary[f"block_seconds_{part}"] for part in ("p50", "p95"))
@@ -204,15 +208,14 @@ class Maker:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not 0 < args.seconds < float("inf"):
+    if args.seconds <= 0:
         raise ValueError(f"--seconds must be a positive number, got {args.seconds:g}")
     if args.seconds > MOST_SECONDS:
         raise ValueError(f"--seconds must be at most {MOST_SECONDS}, about 11 days, got {args.seconds:g}")
     if not 0 <= args.seed < 2**64:  # what torch takes, and NumPy
         raise ValueError(f"--seed must be from 0 to 2^64 - 1, got {args.seed}")
-    for option in ("scale", "threads"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise ValueError(f"--{option} must be at least 1, got {value}")
+    if args.scale is not None and args.scale < 1:
+        raise ValueError(f"--scale must be at least 1, got {args.scale}")
     if args.device is not None:
         try:
             if torch.device(args.device).type not in ("cpu", "cuda"):
@@ -244,23 +247,40 @@ def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
                 name = option.replace("_", "-")
                 raise ValueError(f"--out: {str(path)!r} would be written, but --{name} is read from it")
-    unfinished = journal_path(Path(args.out))
-    if unfinished.exists() and not args.resume and not model.adapter.live:
-        raise ValueError(f"--out: an unfinished video has its journal there: --resume goes on; or delete {unfinished}")
+    journal = journal_path(Path(args.out))
+    if journal.exists() and not model.adapter.live:
+        with open_locked(journal, "--out", args.out):  # no other run is at it
+            if not args.resume:
+                refuse_unfinished(journal)
 
 
-def _given(args: argparse.Namespace, adapter: Adapter, total: int) -> np.ndarray | None:
-    """What the video begins with."""
+def _given(args: argparse.Namespace, model: BlockModel, total: int) -> np.ndarray | None:
+    """What the video begins with; of a clip the longest start that makes whole blocks."""
+    adapter = model.adapter
     for option in ("image", "video"):
         if getattr(args, option) is not None and adapter.actions:
             raise ValueError(f"--{option} must not be given: {adapter.name} begins with words and actions alone")
     if args.image is not None:
-        return read_picture(args.image, adapter.size)
+        picture = read_picture(args.image, adapter.size)
+        if not adapter.at_once and not whole_start(model, 1):
+            raise ValueError(f"--image: {adapter.name} begins with several pictures{_beginning_with_one(args)}")
+        return picture
     if args.video is not None:
         if adapter.at_once:
             raise ValueError(f"--video must not be given: {adapter.name} makes a video at once, from no past")
-        return read_video(args.video, adapter.size, adapter.fps, total)
+        clip = read_video(args.video, adapter.size, adapter.fps, total)
+        if not (most := whole_start(model, len(clip))):
+            least = next(n for n in itertools.count(len(clip)) if whole_start(model, n))
+            raise ValueError(f"--video: {adapter.name} goes on from at least {least} pictures, got {len(clip)}")
+        return clip[:most]
     return None
+
+
+def _beginning_with_one(args: argparse.Namespace) -> str:
+    """Names the models of the same family that take one picture."""
+    rows = getattr(importlib.import_module(MODELS[args.model]), "ADAPTERS", {})
+    names = [name for name, row in rows.items() if row.frames(first=True) == 1 and not row.at_once]
+    return f": {' and '.join(names)} take one picture" if names else ""
 
 
 def _writer(args: argparse.Namespace, model: BlockModel, total: int) -> VideoWriter | LatentWriter:
@@ -298,6 +318,13 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts, digest: s
         "prompts": prompts.starts,
     }
     return Journal(journal_path(Path(args.out)), settings, args.resume)
+
+
+class _Bar(Console):
+    """Where the bar is drawn. That nobody reads it any more is no reason to stop."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class _Interrupt:

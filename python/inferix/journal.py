@@ -1,24 +1,51 @@
 """The latents of a video in the making, written block by block, so that a killed run can be taken up again.
 
-One line of JSON with everything the latents depend on, then one array per block in NumPy's format. What a kill left
-half written at the end is cut off. A block costs a megabyte or two, and one forward to take up again (Decoder.step,
-`known`); keys and values are not stored, they would be gigabytes.
+One line of JSON with everything the latents depend on, then the blocks: for each a line of JSON with its shape and the
+CRC-32 of shape and numbers, then the numbers, float32. What a kill left half written at the end is cut off, and so is
+everything from the first damaged block on: it is made again. A block costs a megabyte or two, and one forward to take
+up again (Decoder.step, `known`); keys and values are not stored, they would be gigabytes.
+
+The file is locked while a run writes to it. One whose first line is not whole says nothing, and is begun anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels.files import open_locked, unwritable, write_all
+
+FORMAT = 2
+MOST_HEADER = 1 << 20  # bytes of the first line that are read; a block's line is shorter still
+
 
 def journal_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.journal")
+
+
+def is_unfinished(path: Path) -> bool:
+    """Is there a journal that a run could be taken up from?"""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(MOST_HEADER)
+            return line.endswith(b"\n") or len(line) == MOST_HEADER
+    except FileNotFoundError:
+        return False
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raise ValueError if a new run would write over the journal of an unfinished one."""
+    if is_unfinished(path):
+        raise ValueError(f"--out: an unfinished video has its journal there: --resume goes on; or delete {path}")
 
 
 class Journal:
@@ -30,49 +57,91 @@ class Journal:
         resume: take up the journal that is there; otherwise it is begun anew.
 
     Raises:
-        ValueError: there is no journal to resume, or it is of a run with other settings; says which differ.
+        ValueError: there is no journal to resume, or it is of a run with other settings; says which differ. Or another
+            run is writing it, or it can not be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool):
         self.path = path
         self.blocks: list[Tensor] = []  # of the run that is taken up
-        line = json.dumps(settings, sort_keys=True).encode() + b"\n"
-        if resume:
-            self._read(settings)
-        else:
-            path.write_bytes(line)
-        self.count = len(self.blocks)  # blocks in the file
-        self._file = path.open("ab")
+        if resume and not path.exists():
+            raise ValueError(f"--resume: there is nothing to resume: no file {path}")
+        settings = {"journal": FORMAT, **json.loads(json.dumps(settings))}
+        self._file = open_locked(path, "--out")
+        try:
+            if not resume:
+                refuse_unfinished(path)
+            self._end = self._read(settings) if resume and is_unfinished(path) else 0
+            self.count = len(self.blocks)  # blocks in the file
+            if not self._end:
+                self._write(json.dumps(settings, sort_keys=True).encode() + b"\n")
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, latents: Tensor) -> None:
-        """Add a block [frames, ...] float32; it is in the file when this returns."""
-        np.lib.format.write_array(self._file, latents.cpu().numpy(), allow_pickle=False)
-        self._file.flush()
+        """Add a block [frames, ...] float32; it is in the file when this returns.
+
+        Raises:
+            ValueError: it can not be written; the journal holds the blocks before it.
+        """
+        shape, numbers = list(latents.shape), latents.to("cpu", torch.float32).numpy().tobytes()
+        line = json.dumps({"shape": shape, "crc32": _checksum(shape, numbers)}).encode()
+        self._write(line + b"\n" + numbers)
         self.count += 1
 
     def close(self, done: bool) -> None:
         """`done`: the video is complete, and the journal goes."""
-        self._file.close()
-        if done:
+        if done and not self._file.closed:
             self.path.unlink(missing_ok=True)
+        self._file.close()
 
-    def _read(self, settings: Mapping[str, Any]) -> None:
-        if not self.path.exists():
-            raise ValueError(f"--resume: there is nothing to resume: no file {self.path}")
-        with self.path.open("rb+") as file:
+    def _write(self, data: bytes) -> None:
+        """After what is whole; nothing of it stays if it can not be written."""
+        try:
+            self._file.seek(self._end)
+            self._file.truncate()
+            write_all(self._file, data)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise unwritable(self.path, error, "--out") from None
+        self._end += len(data)
+
+    def _read(self, now: Mapping[str, Any]) -> int:
+        """Take up the blocks; returns where they end."""
+        with self.path.open("rb") as file:
             try:
-                before = json.loads(file.readline())
-            except ValueError:
+                before = json.loads(file.readline(MOST_HEADER))
+                if not isinstance(before, dict):
+                    raise ValueError
+            except (ValueError, RecursionError):
                 raise ValueError(f"--resume: {self.path} is damaged: its first line is not JSON") from None
-            now = json.loads(json.dumps(settings))
             if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 name = other[0]
                 raise ValueError(f"--resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
             whole = file.tell()
-            while True:
-                try:
-                    self.blocks.append(torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False)))
-                except (ValueError, EOFError):  # the end, or a block cut short
-                    break
+            while (block := _read_block(file, self.path.stat().st_size)) is not None:
+                self.blocks.append(block)
                 whole = file.tell()
-            file.truncate(whole)
+        return whole
+
+
+def _read_block(file: BinaryIO, end: int) -> Tensor | None:
+    """The next block; None at the end, and where one is cut short or damaged."""
+    try:
+        said = json.loads(file.readline(MOST_HEADER))
+        shape, checksum = said["shape"], said["crc32"]
+        if not all(type(n) is int and n > 0 for n in shape):
+            return None
+        size = 4 * math.prod(shape)
+        numbers = file.read(size) if size <= end - file.tell() else b""
+        if checksum != _checksum(shape, numbers):
+            return None
+        return torch.from_numpy(np.frombuffer(numbers, "<f4").reshape(shape).copy())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _checksum(shape: list[int], numbers: bytes) -> int:
+    return zlib.crc32(numbers, zlib.crc32(json.dumps(shape).encode()))

@@ -49,6 +49,7 @@ class Decoder:
         self.finished: int | None = None  # frames at the front of what `step` returns that are done: all of them
         self.ahead = 0  # latent frames begun and not done
         self.seconds: list[float] = []  # per block made
+        self._noise_before: Tensor | None = None  # the generator's state when the last block was begun
         # Overlapping latents as the next rollout begins with them; a VAE encodes the first one again.
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
 
@@ -74,6 +75,7 @@ class Decoder:
             self._new_rollout(condition)
         first = self._next_frame == 0
         frames, (levels, told) = adapter.frames(first), zip(*adapter.schedule(first))
+        self._noise_before = self.generator.get_state()
         try:
             for branch in self.branches:
                 branch.open(frames)
@@ -94,6 +96,13 @@ class Decoder:
         self._remember(made)
         self.seconds.append(time.perf_counter() - started)
         return x
+
+    def repeat(self, condition: Any) -> None:
+        """Run the last `step` again, with the same noise: for a closer look at it, if the world is not to go on."""
+        assert self._noise_before is not None
+        self.rewind(len(self.recent[-1].latents))
+        self.generator.set_state(self._noise_before)
+        self.step(condition)
 
     @torch.inference_mode()
     def observe(self, latents: Tensor, condition: Any) -> None:

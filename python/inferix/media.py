@@ -14,17 +14,18 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import av
-import av.filter
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from inferix_kernels.files import atomic_write, open_locked, require_space, require_writable, unwritable, write_all
+
+from .pictures import read_picture as read_picture
+from .pictures import read_video as read_video
 
 QUALITY = "16"  # x264's constant rate factor: at 4-fold scale pixels keep their colour to about 40 dB
 # What our H.264 says of its colours, and what `in_bt709` makes: matrix, primaries, transfer and limited range.
@@ -341,43 +342,6 @@ def _frames_in(path: Path) -> int:
             return sum(packet.size > 0 for packet in container.demux(video=0))
     except (OSError, IndexError, av.FFmpegError):
         return 0
-
-
-def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.ndarray:
-    """The first frames of a video file, at most so many, as uint8 [n, height, width, 3]; FFmpeg's filters bring them to
-    this rate and size."""
-    frames: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            graph, stream = av.filter.Graph(), container.streams.video[0]
-            wanted = (("fps", str(fps)), ("scale", f"{size[1]}:{size[0]}"), ("format", "rgb24"), ("buffersink", None))
-            graph.link_nodes(graph.add_buffer(template=stream), *(graph.add(*each) for each in wanted)).configure()
-            for frame in chain(container.decode(stream), [None]):
-                graph.push(frame)
-                with contextlib.suppress(BlockingIOError, EOFError):
-                    while len(frames) < most:
-                        picture = graph.pull()
-                        assert isinstance(picture, av.VideoFrame)
-                        frames.append(picture.to_ndarray(format="rgb24"))
-                if len(frames) == most:
-                    break
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise ValueError(f"--video: cannot read {str(path)!r} ({error})") from None
-    if not frames:
-        raise ValueError(f"--video: {str(path)!r} holds no frames")
-    return np.stack(frames)
-
-
-def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture file as uint8 [1, height, width, 3]: turned as it says, scaled to cover `size`, then cut about its
-    middle."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            picture = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
-    except OSError as error:
-        raise ValueError(f"--image: cannot read {str(path)!r} ({error})") from None
-    return np.asarray(picture)[None]
 
 
 def contact_sheet(

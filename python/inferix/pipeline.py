@@ -166,6 +166,7 @@ class Pipeline:
         self.frames = 0  # latent frames made or given
         self.seconds: list[float] = []  # per stage
         self.traffic = Traffic()
+        self._before: tuple[list[InFlight], int, Tensor | None, Tensor] | None = None  # of the last step: for `repeat`
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
 
     @property
@@ -193,6 +194,7 @@ class Pipeline:
         if not begins and not self.flight:
             raise RuntimeError(f"step: the world was to have {self.total} blocks, and has them")
         kept = [flying.block for flying in self.flight]
+        self._before = self.flight, self.begun, self.given, self.generator.get_state()
         try:
             if self.owed and not self.table.can_fuse:
                 self._clean_pass()  # for the mean keys, which it freezes; what it commits is committed again
@@ -207,11 +209,21 @@ class Pipeline:
             self.begun, self.given = self.begun + 1, None
         self.flight, self.finished = flight, 0
         if flight[0].steps == self.model.schedule.stages * self.model.schedule.stage_steps:
-            self.owed = self.flight.pop(0)
+            self.owed, *self.flight = flight
             self.finished = len(self.owed.block.frames)
         self.frames += self.finished
         self.seconds.append(time.perf_counter() - started)
         return state
+
+    def repeat(self, condition: Any) -> None:
+        """Run the last `step` again, with the same noise: for a closer look at it, if the world is not to go on. What
+        it committed stays committed."""
+        assert self._before is not None
+        self.flight, self.begun, self.given, noise = self._before
+        self.owed = None
+        self.table.abandon(keep=[flying.block for flying in self.flight])
+        self.generator.set_state(noise)
+        self.step(condition)
 
     @torch.inference_mode()
     def observe(self, latents: Tensor, condition: Any) -> None:

@@ -2,7 +2,8 @@
 
 The folder holds past0.safetensors, what attention remembers (inferix_kernels.snapshot; a guided world remembers two
 pasts), and world.pt, what else the next block depends on: the state of the noise, the last latents, the words, and what
-the decoder of pictures carries along.
+the decoder of pictures carries along; of world.pt, which torch reads without a look at its own checksums, there is a
+checksum beside it, as `sha256sum` writes it. Folders of earlier versions have none and are read as they are.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from inferix_kernels import snapshot
+from inferix_kernels.files import atomic_write, locked_folder, unwritable
 from inferix_kernels.page_table import PageTable
 from inferix_kernels.passes import Block
 
@@ -26,7 +27,7 @@ from .pipeline import Pipeline
 from .world import World
 
 VERSION = 2
-PAST, STATE = "past{}.safetensors", "world.pt"
+PAST, STATE, CHECKSUM = "past{}.safetensors", "world.pt", "world.pt.sha256"
 
 
 @torch.inference_mode()
@@ -35,6 +36,10 @@ def save(world: World, folder: str | Path) -> None:
 
     The clean pass owed is done first, so the world goes on as the loaded one will. Frames kept for `rewind` alone are
     left out.
+
+    Raises:
+        ValueError: the world is of a kind that can not be saved, or the folder exists, is being saved by someone else,
+            or can not be written. There is no such folder then, and the world goes on.
     """
     decoder, folder = world.decoder, Path(folder)
     if isinstance(decoder, Pipeline):
@@ -52,16 +57,29 @@ def save(world: World, folder: str | Path) -> None:
         "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in decoder.recent],
         "pictures": world.pictures.state() if hasattr(world.pictures, "state") else None,
     }
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        for i, branch in enumerate(decoder.branches):
-            _save_past(branch.table, part / PAST.format(i), world.model.adapter.block_frames)
-        torch.save(state, part / STATE)
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked_folder(folder.with_name(f".{folder.name}.part"), "folder", folder) as part:
+            for i, branch in enumerate(decoder.branches):
+                _save_past(branch.table, part / PAST.format(i), world.model.adapter.block_frames)
+            with atomic_write(part / STATE, "folder") as written:
+                _write(state, written)
+            with atomic_write(part / CHECKSUM, "folder") as written:
+                written.write_text(f"{_sha256(part / STATE)}  {STATE}\n")
+            part.rename(folder)
+    except OSError as error:
+        raise unwritable(folder, error, "folder") from None
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Through Python's file: torch's own says of a full disk no more than that writing failed."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # of an archive that could not be closed, over what the file system said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _save_past(table: PageTable, path: Path, block_frames: int) -> None:
@@ -148,8 +166,19 @@ def _fingerprint(model: BlockModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
+        checksum = folder / CHECKSUM
+        if checksum.exists() and checksum.read_text().split() != [_sha256(folder / STATE), STATE]:
+            raise ValueError(f"{STATE} is not what was saved")
         state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)  # tensors and plain values, no code
         return {"version": state["version"], **state}
     except Exception as error:  # what a damaged pickle raises is anyone's guess

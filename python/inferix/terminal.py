@@ -30,7 +30,7 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
         prompts: what the number keys say, the first at the start.
         keys: key -> action; an action lasts until the next key.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         raise ValueError("play needs a terminal for keys and picture; `inferix generate` writes a video instead")
     adapter, prompt = world.model.adapter, prompts[0]
     action = adapter.actions[0] if adapter.actions else None  # None: steered by words alone

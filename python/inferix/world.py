@@ -17,6 +17,7 @@ from torch import Tensor
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
 from inferix_kernels.layout import KV_FORMATS
 
+from .finite import NotFinite, shown
 from .loop import Decoder
 from .models import BlockModel, load_model
 from .pipeline import Pipeline, PipelinedModel
@@ -145,6 +146,9 @@ class World:
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a decoder gives its
             latents, float32 [frames, ...].
+
+        Raises:
+            NotFinite: NaN or infinity came out; names the layer. This world has ended, its forks go on.
         """
         self._check_alive("step")
         if actions is not None and action is not None:
@@ -167,7 +171,7 @@ class World:
             self._recache(self.decoder, condition, before)
         self._keep()
         self.latents = self.decoder.step(condition, None if known is None else known.to(self.store.device))
-        return self.pictures(self.latents[: self.decoder.finished])
+        return shown(self, condition)
 
     def _recache(self, decoder: Decoder, condition: Any, before: str | None) -> None:
         try:
@@ -190,6 +194,9 @@ class World:
         Returns:
             uint8 [n, height, width, 3], as the model sees them: encoded and decoded again. With several blocks in
             flight those of whole blocks; the rest come with the block that they begin.
+
+        Raises:
+            NotFinite: the VAE made NaN or infinity of them, which ends the world if blocks were taken already.
         """
         self._check_alive("observe")
         adapter = self.model.adapter
@@ -200,7 +207,9 @@ class World:
             raise ValueError(
                 f"frames must be a multiple of {size}, one action each, got {len(frames)} and {len(actions)} actions"
             )
-        latents, start, blocks = self.model.encode(frames), 0, []
+        latents, start, blocks = self.model.encode(np.ascontiguousarray(frames)), 0, []
+        if not torch.isfinite(latents).all():
+            raise NotFinite("frames: the encoder made NaN or infinity of them")
         if adapter.stages:
             self.decoder.observe(latents, self._condition(actions, prompt))
             return self.pictures(latents[: self.frames])
@@ -216,7 +225,11 @@ class World:
         for block, condition in blocks:
             self._keep()
             self.decoder.observe(block, condition)
-            seen.append(self.pictures(block))
+            try:
+                seen.append(self.pictures(block))
+            except NotFinite:
+                self.release()
+                raise
         return np.concatenate(seen)
 
     def settle(self) -> None:

@@ -139,6 +139,9 @@ class BlockModel(Protocol):
     def encode(self, frames: np.ndarray) -> Tensor:
         """uint8 [frames, height, width, 3] -> latents [frames, *latent_shape]."""
 
+    def pictures_of(self, latents: int) -> int:
+        """Pictures that `encode` makes so many latent frames of, from the beginning on. Left out: as many."""
+
     def stream(self) -> Callable[[Tensor], np.ndarray]:
         """A decoder for one world: latents [frames, *latent_shape] by block -> uint8 [pictures, height, width, 3].
 
@@ -148,6 +151,19 @@ class BlockModel(Protocol):
 
     def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         """Shares in [0, 1] that can be read off a video [n, height, width, 3] alone; may be empty."""
+
+
+def whole_start(model: BlockModel, pictures: int) -> int:
+    """The most of so many given pictures that `World.observe` takes as the beginning: whole blocks of latents, or, of a
+    model with several blocks in flight, whole latents."""
+    adapter, pictures_of = model.adapter, getattr(model, "pictures_of", lambda latents: latents)
+    if adapter.stages:
+        return pictures if pictures == 1 else pictures - pictures % adapter.pictures
+    end, following, whole = 0, adapter.frames(first=True), 0
+    while pictures_of(end + following) <= pictures:
+        end, following = end + following, adapter.block_frames
+        whole = pictures_of(end)
+    return whole
 
 
 _WAN, _MAGI = "inferix.models.wan", "inferix.models.magi"

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...finite import to_bytes
 from .. import Adapter, PagedAttend
 from .checker import UNKNOWN, look
 from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
@@ -80,7 +81,8 @@ class TinyWorld:
         predicted = self.network(x, torch.tensor([times]), actions, cross, paged, predict=slice(count - 1, None))
         if predicted is None:
             return torch.empty(0, *self.latent_shape)
-        return predicted[0, 0].unflatten(0, (config.block_frames, -1)).clamp(-1, 1)
+        made = predicted[0, 0].unflatten(0, (config.block_frames, -1))
+        return made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
 
     def encode(self, frames: np.ndarray) -> Tensor:
         if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):
@@ -88,8 +90,7 @@ class TinyWorld:
         return patchify(torch.from_numpy(frames).float() / 127.5 - 1).unflatten(0, (len(frames), -1))
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        frames = unpatchify(latents.flatten(0, 1))
-        return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        return to_bytes(unpatchify(latents.flatten(0, 1)))
 
     def stream(self) -> Callable[[Tensor], np.ndarray]:
         return self.decode

@@ -28,7 +28,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from inferix.media import contact_sheet, require_writable
+from inferix.cli import MOST_THREADS, while_read
+from inferix.media import contact_sheet
+from inferix_kernels.files import atomic_write, require_writable
 
 from . import ADAPTER
 from .checker import COVERED, KINDS, look
@@ -191,6 +193,8 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
         for name in ("json", "sheet"):
             if getattr(args, name):
                 require_writable(getattr(args, name), f"--{name}")
+        if args.threads > MOST_THREADS:
+            raise ValueError(f"--threads must be at most {MOST_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
         opened = functools.partial(factory, kv=args.kv, weights=args.weights)
         opened(0)  # a missing checkpoint or an unknown format is said before any work
@@ -218,11 +222,15 @@ def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
     if args.sheet:
         write_sheet(streams, args.sheet)
     if args.json:
-        args.json.write_text(json.dumps(report.json(), indent=2) + "\n")
+        with atomic_write(args.json, "--json") as part:
+            part.write_text(json.dumps(report.json(), indent=2) + "\n")
     if args.markdown:
         print(report.markdown())
     else:
-        Console(width=max(WIDTH, Console().width)).print(report.table())
+        console = Console(width=max(WIDTH, Console().width))
+        with console.capture() as table:  # by itself it would end the program if nobody reads it
+            console.print(report.table())
+        print(table.get(), end="")
     for gate in report.failed:
         print(f"missed: {gate.name}", file=sys.stderr)
     return 1 if report.failed else 0
@@ -240,4 +248,4 @@ def _machine() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

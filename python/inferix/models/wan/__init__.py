@@ -169,6 +169,10 @@ class Wan:
             raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them")
         return self.encode_video(frames)
 
+    def pictures_of(self, latents: int) -> int:
+        """The first latent frame stands for one picture, every other for four."""
+        return 1 + PICTURES * (latents - 1)
+
     def stream(self) -> VideoDecoder:
         if self.open_video is None:
             raise ValueError(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...finite import to_bytes
 from .containers import read_tensors
 from .text import EXTRA
 
@@ -136,7 +137,7 @@ class VideoStream:
         """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
         pictures = self._decode(latents)
         self._tail = pictures[:, :, -PICTURES * (len(latents) - 1) - 1 :].clone()
-        return ((pictures[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return to_bytes(pictures[0].permute(1, 2, 3, 0))
 
     @torch.inference_mode()
     def restart(self, latents: Tensor) -> Tensor:
@@ -163,4 +164,5 @@ class VideoStream:
             frame = x[:, :, i : i + 1]
             pictures.append(vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first))
             self._first = False
-        return torch.cat(pictures, 2).clamp(-1, 1)
+        made = torch.cat(pictures, 2)
+        return made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN

@@ -1,0 +1,272 @@
+"""Kills at random moments: `python tests/soak_kills.py --times 100 --seed 0`.
+
+A process that generates, saves, loads, converts or records is ended by SIGKILL or SIGTERM at a random moment. Then
+every file that can be read must be whole, or the beginning of what would have been made; and a run that is taken up, or
+made again, must give the very bytes of one that nobody ended. Exit code 1 if anything did not hold.
+
+Kinds take turns. Those that need an extra which is not installed are left out by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+GENERATE = [sys.executable, "-m", "inferix", "generate", "--threads", "1"]
+SAVES, PICTURES = 6, 64
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that is killed.
+
+    Attributes:
+        command: of the process that writes into this folder.
+        check: (folder, folder of a run that nobody killed) -> what was found in a word; raises AssertionError.
+        needs: packages.
+    """
+
+    command: Callable[[Path], list[str]]
+    check: Callable[[Path, Path], str]
+    needs: Sequence[str] = ()
+
+
+def frames_in(path: Path) -> np.ndarray:
+    """[n, height, width, 3] uint8; none if the file is no video yet."""
+    try:
+        with av.open(str(path)) as video:
+            found = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    except (av.FFmpegError, IndexError):
+        found = []
+    return np.stack(found) if found else np.empty((0, 0, 0, 3), np.uint8)
+
+
+def check_video(made: Path, whole: Path) -> str:
+    """A video under its own name is whole; under its temporary one it is the beginning."""
+    if made.exists():
+        assert made.read_bytes() == whole.read_bytes(), "the video under its own name is not whole"
+        return "whole"
+    part = made.with_name(f".{made.name}.part")
+    if not part.exists():
+        return "nothing"
+    if made.suffix == ".npy":
+        beginning, wanted = np.load(part) if part.stat().st_size else np.empty(0), np.load(whole)
+    else:
+        beginning, wanted = frames_in(part), frames_in(whole)
+    assert not len(beginning) or np.array_equal(beginning, wanted[: len(beginning)]), "not the beginning of the video"
+    return "beginning" if len(beginning) else "nothing"
+
+
+def again(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def generated(options: Sequence[object], needs: Sequence[str] = (), suffix: str = ".mp4") -> Kind:
+    def command(folder: Path) -> list[str]:
+        return [*GENERATE, "--out", str(folder / f"v{suffix}"), *map(str, options)]
+
+    def check(folder: Path, whole: Path) -> str:
+        made = folder / f"v{suffix}"
+        found = check_video(made, whole / made.name)
+        resumed = (folder / f".v{suffix}.journal").exists() and (folder / f".v{suffix}.journal").stat().st_size > 0
+        if found != "whole" or resumed:
+            again([*command(folder), *(["--resume"] if resumed else [])])
+        assert check_video(made, whole / made.name) == "whole"
+        return f"{found}, {'resumed' if resumed else 'made again'}" if found != "whole" or resumed else found
+
+    return Kind(command, check, needs)
+
+
+def in_python(job: str) -> Callable[[Path], list[str]]:
+    return lambda folder: [sys.executable, __file__, "--job", job, str(folder)]
+
+
+def new_world() -> object:
+    from inferix import World
+
+    world = World("tiny", kv="bf16", window=3, worlds=2)
+    world.step(action="up", prompt="desert night")
+    return world
+
+
+def save_worlds(folder: Path) -> None:
+    from inferix import saved
+
+    world = new_world()
+    for i in range(SAVES):
+        saved.save(world, folder / f"w{i}")
+        world.step(action="left")
+
+
+def check_saved(folder: Path, whole: Path) -> str:
+    from inferix import saved
+
+    world, found = new_world(), 0
+    for i in range(SAVES):
+        if not (folder / f"w{i}").exists():
+            saved.save(world, folder / f"w{i}")  # over what the kill left
+            continue
+        found += 1
+        made, wanted = (loaded_step(world, each / f"w{i}") for each in (folder, whole))
+        assert np.array_equal(made, wanted), f"w{i} goes on as another world"
+    assert sorted(path.name for path in folder.iterdir()) == [f"w{i}" for i in range(SAVES)], "something was left over"
+    return f"{found} of {SAVES}"
+
+
+def loaded_step(world: object, folder: Path) -> np.ndarray:
+    from inferix import saved
+
+    other = saved.load(world, folder)
+    try:
+        return other.step(action="up")
+    finally:
+        other.release()
+
+
+def load_worlds(folder: Path) -> None:
+    from inferix import saved
+
+    world = new_world()
+    if not (folder / "w").exists():
+        saved.save(world, folder / "w")
+    for _ in range(SAVES):
+        saved.load(world, folder / "w").release()
+
+
+def check_loaded(folder: Path, whole: Path) -> str:
+    if not (folder / "w").exists():
+        return "not saved yet"
+    world = new_world()
+    made, wanted = (loaded_step(world, each / "w") for each in (folder, whole))
+    assert np.array_equal(made, wanted), "it goes on as another world"
+    return "loads"
+
+
+def record(folder: Path) -> None:
+    from inferix.stream.recorder import Recorder
+
+    pictures = np.random.default_rng(0).integers(0, 255, (PICTURES, 96, 96, 3), np.uint8)
+    recorder = Recorder(folder / "v.mp4", "a", 16, (96, 96), 4)
+    for picture in pictures:
+        recorder.write({"a": picture})
+        time.sleep(0.01)
+    recorder.close()
+
+
+def check_converted(folder: Path, whole: Path) -> str:
+    out = folder / "m.safetensors"
+    if not out.exists():
+        return "nothing"
+    assert out.read_bytes() == (whole / "m.safetensors").read_bytes(), "the file under its own name is not whole"
+    return "whole"
+
+
+def kinds(weights: Path) -> dict[str, Kind]:
+    wan, magi = ("diffusers", "transformers", "ftfy"), ("transformers", "ftfy", "bs4", "zstandard")
+    prompt = ("--device", "cpu", "--prompt", "the red panda", "--prompt-cache", weights / "prompts", "--weights")
+    blocks = ("--model", "self-forcing", *prompt, weights / "wan", "--size", "32x48", "--window", 6, "--seconds", 12)
+    chunks = ("--model", "magi-4.5b", *prompt, weights / "magi", "--size", "48x80", "--steps", 8, "--seconds", 8)
+    convert = [sys.executable, "-m", "inferix", "convert", str(weights / "wan")]
+    return {
+        "generate": generated(("--seconds", 4, "--actions", "scripted")),
+        "save": Kind(in_python("save"), check_saved),
+        "record": Kind(in_python("record"), lambda made, whole: check_video(made / "v.mp4", whole / "v.mp4")),
+        "generate, journal": generated(blocks, wan),
+        "load": Kind(in_python("load"), check_loaded),
+        "latents, journal": generated(chunks, magi, ".npy"),
+        "convert": Kind(lambda folder: [*convert, str(folder / "m.safetensors")], check_converted, wan),
+    }
+
+
+def write_weights(weights: Path, names: Sequence[str]) -> None:
+    if any(name in names for name in ("generate, journal", "convert")):
+        from wan_folder import write_folder
+
+        write_folder(weights / "wan")
+    if "latents, journal" in names:
+        from magi_folder import write_folder as write_magi
+
+        write_magi(weights / "magi")
+
+
+def soak(times: int, seed: int, folder: Path) -> list[str]:
+    """Returns what did not hold."""
+    chance, failed, found = random.Random(seed), [], Counter()
+    every = kinds(folder / "weights")
+    missing = {name: [n for n in kind.needs if importlib.util.find_spec(n) is None] for name, kind in every.items()}
+    names = [name for name in every if not missing[name]][: max(1, times)]
+    for name, packages in missing.items():
+        if packages:
+            print(f"left out: {name}, which needs {', '.join(packages)}")
+    write_weights(folder / "weights", names)
+    took: dict[str, float] = {}
+    for name in names:
+        whole = folder / "whole" / name
+        whole.mkdir(parents=True)
+        for _ in range(2 if "journal" in name else 1):  # the first run also fills the prompt cache
+            shutil.rmtree(whole)
+            whole.mkdir()
+            started = time.monotonic()
+            again(every[name].command(whole))
+            took[name] = time.monotonic() - started
+    for i in range(times):
+        name, kill = names[i % len(names)], chance.choice((signal.SIGKILL, signal.SIGTERM))
+        moment = chance.uniform(0.3, 1.0)
+        made = folder / "made"
+        made.mkdir()
+        process = subprocess.Popen(every[name].command(made), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moment * took[name])
+        except subprocess.TimeoutExpired:
+            process.send_signal(kill)
+        process.wait()
+        ended = "in time" if process.returncode == 0 else kill.name
+        try:
+            result = every[name].check(made, folder / "whole" / name)
+        except (AssertionError, ValueError) as error:
+            result = f"FAILED: {error}"
+            failed.append(f"{i} ({name}, {kill.name} at {moment:.3f} of {took[name]:.1f} s): {error}")
+        found[name, ended, result] += 1
+        print(f"{i}: {name}, {kill.name} at {moment:.0%}: {result}", flush=True)
+        shutil.rmtree(made)
+    for (name, ended, result), count in sorted(found.items()):
+        print(f"{count:4} {name}: {ended}: {result}")
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)  # what runs in the process that is killed
+    args = parser.parse_args(argv)
+    if args.job:
+        {"save": save_worlds, "load": load_worlds, "record": record}[args.job[0]](Path(args.job[1]))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        failed = soak(args.times, args.seed, Path(folder))
+    print(f"{args.times} kills, seed {args.seed}: {len(failed)} did not hold", *failed, sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Saved worlds: whole or absent, one writer, and nothing that was changed on the disk is taken for what was saved."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inferix import World, saved
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    made = World("tiny", kv="bf16", window=3, worlds=2)
+    made.step(action="up", prompt="desert night")
+    return made
+
+
+def loaded(world: World, folder: Path) -> np.ndarray:
+    other = saved.load(world, folder)
+    try:
+        return other.step(action="left")
+    finally:
+        other.release()
+
+
+def test_a_saved_world_can_be_read_by_others(world: World, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    saved.save(world, tmp_path / "deeper" / "w")
+    assert os.listdir(tmp_path / "deeper") == ["w"]
+    for name in ("world.pt", "world.pt.sha256"):
+        assert (tmp_path / "deeper" / "w" / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_a_kill_left_is_written_over_and_what_someone_writes_is_not(world: World, tmp_path: Path) -> None:
+    part = tmp_path / ".w.part"
+    part.mkdir()
+    (part / "past0.safetensors").write_bytes(b"half")
+    (part / "deeper").mkdir()
+    held = os.open(part, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match=rf"^folder: '{tmp_path}/w' is being written by someone else$"):
+        saved.save(world, tmp_path / "w")
+    assert (part / "past0.safetensors").read_bytes() == b"half"
+    os.close(held)
+    saved.save(world, tmp_path / "w")
+    assert os.listdir(tmp_path) == ["w"] and "deeper" not in os.listdir(tmp_path / "w")
+    loaded(world, tmp_path / "w")
+
+
+def test_a_folder_that_can_not_be_made_is_one_line(world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^folder: cannot write '.*file/w': (Not a directory|File exists)$"):
+        saved.save(world, tmp_path / "file" / "w")
+    with pytest.raises(ValueError, match=r"^folder must be new"):
+        saved.save(world, tmp_path)
+
+
+def test_a_full_disk_leaves_no_folder(world: World, small_disk) -> None:
+    with pytest.raises(ValueError, match=r"no space left"):
+        saved.save(world, small_disk.folder / "w")
+    assert os.listdir(small_disk.folder) == []
+    world.step(action="none")
+
+
+def test_a_disk_that_is_full_for_the_state_says_so(world: World, tmp_path: Path, monkeypatch) -> None:
+    def full(state: object, file: object) -> None:
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(ValueError, match=r"^folder: no space left: '.*world\.pt'$"):
+        saved.save(world, tmp_path / "w")
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_bit_that_is_not_as_it_was_is_found(world: World, tmp_path: Path) -> None:
+    saved.save(world, tmp_path / "w")
+    wanted, chance = loaded(world, tmp_path / "w"), random.Random(0)
+    for name in ("world.pt", "world.pt.sha256"):
+        path = tmp_path / "w" / name
+        whole = path.read_bytes()
+        for _ in range(30):
+            at = chance.randrange(len(whole))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=r"^folder must hold a saved world, got "):
+                saved.load(world, tmp_path / "w")
+        path.write_bytes(whole)
+    (tmp_path / "w" / "world.pt.sha256").unlink()  # as of an earlier version
+    assert np.array_equal(loaded(world, tmp_path / "w"), wanted)
