@@ -342,35 +342,6 @@ async def test_a_worker_that_hangs_is_replaced_by_a_reset(stopped, server, monke
     await viewer.leave()
 
 
-class Slow(BarWorld):
-    """Takes longer to open, and for its first block, than a worker may be silent in this test."""
-
-    def __init__(self):
-        time.sleep(3)
-        super().__init__()
-
-    def step(self, **order):
-        time.sleep(0 if self.frames else 3)
-        return super().step(**order)
-
-
-@asynchronous
-async def test_a_worker_that_is_slow_is_not_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "SILENCE", 2.5)
-    server = Server(Slow, port=0, folder=str(tmp_path))
-    await server.start()
-    viewer = await Viewer.join(server)
-    process = server.session.remote._process
-    assert (await viewer.request("reset", seed=1))["type"] == "done"
-    since = len(viewer.messages)
-    assert (await viewer.request("reset", seed=2))["type"] == "done"
-    await viewer.until("block", since=since)
-    assert server.session.remote._process is process
-    assert not [state for state in viewer.all("state") if state["crash"]]
-    await viewer.leave()
-    await server.close()
-
-
 class Threadless(BarWorld):
     """From its first block on no thread can be started in its process."""
 
@@ -548,5 +519,28 @@ async def test_the_folder_has_a_bound(tmp_path):
         assert (await viewer.request("record", on=False))["type"] == "done"
         for command, fields in (("record", {"on": True}), ("save", {})):
             refused = await viewer.request(command, **fields)
-            assert refused["text"].startswith(f"{command}: worlds holds 1 of at most 1 worlds and recordings, ")
+            assert refused["code"] == "refused" and refused["text"].startswith(
+                f"{command}: worlds holds 1 of at most 1 worlds and recordings, "
+            )
         await viewer.leave()
+
+
+@asynchronous
+async def test_a_save_that_meets_a_full_disk_is_refused_in_words(small_disk):
+    async with running(small_disk.folder, opener=small_tiny_world) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("block")
+        small_disk.fill()
+        refused = await viewer.request("save")
+        assert refused["code"] == "refused" and refused["text"].startswith("save: ")
+        assert "no space left" in refused["text"].lower() and str(small_disk.folder) not in refused["text"]
+        (small_disk.folder / "fill").unlink()
+        blocks = len(viewer.all("block"))
+        await until(lambda: len(viewer.all("block")) > blocks + 3)
+        await viewer.leave()
+
+
+def small_tiny_world():
+    from test_loop import small_world
+
+    return small_world(window=6)

@@ -350,7 +350,9 @@ async def test_a_worker_that_is_busy_is_ended_all_the_same():
     remote = Remote(open_bars)
     await remote.opened()
     stuck = asyncio.create_task(remote.call("step", orders={"a": Order("up", "hang")}))
-    await asyncio.sleep(0.2)  # if it has not come to it yet, closing is no easier
+    heard = remote._heard
+    await until(lambda: remote._heard > heard + 2)  # busy, and its heart beats
+    assert remote.hangs(limit=900) is None and "at one request for" in remote.hangs(limit=1)
     started = time.monotonic()
     await remote.close()
     assert time.monotonic() - started < PATIENCE and not remote._reader.is_alive()

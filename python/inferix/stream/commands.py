@@ -107,7 +107,7 @@ class Commands:
         await self.player.show(self.player.last | shown)
 
     async def _do_save(self) -> dict[str, Any]:
-        name = self._new_name("save")
+        name = self.archive.new(self.model["model"])
         self._take(await self._call("save", name=self.steering.worlds[0], folder=self.archive.world(name)))
         self.announce(self.archive.listing())
         return {"name": name}
@@ -128,13 +128,9 @@ class Commands:
             return await self._stop_recording()
         if self.player.recorder is not None:
             raise Refused("record: a recording is under way")
-        name, world = self._new_name("record"), self.steering.worlds[0]
+        name, world = self.archive.new(self.model["model"]), self.steering.worlds[0]
         shape = self.model["fps"], tuple(self.model["size"]), self.model["scale"]
-        try:
-            recorder = Recorder(self.archive.video(name), world, *shape, self.archive.room)
-        except ValueError as error:
-            raise Refused(f"record: {error}") from None
-        self.player.recorder = recorder
+        self.player.recorder = recorder = Recorder(self.archive.video(name), world, *shape, self.archive.room)
         return {"name": recorder.name}
 
     async def _end_orphaned_recording(self) -> None:
@@ -160,9 +156,3 @@ class Commands:
         self.announce({"type": "error", "id": None, "code": "internal", "text": text})
         self.announce(self.archive.listing())
         self.changed()
-
-    def _new_name(self, command: str) -> str:
-        try:
-            return self.archive.new(self.model["model"])
-        except ValueError as error:
-            raise Refused(f"{command}: {error}") from None

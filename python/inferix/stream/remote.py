@@ -14,7 +14,8 @@ from typing import Any
 
 from . import worker
 
-SILENCE = 10.0  # seconds without a heartbeat: the process is stopped, or stuck
+START = 120.0  # seconds for the process to be there, on a machine that is busy
+SILENCE = 10.0  # seconds without a heartbeat: it is stopped, or stuck
 
 
 class Refused(ValueError):
@@ -50,7 +51,7 @@ class Remote:
         self._asked: dict[
             int, float
         ] = {}  # when what is waited for was asked, `prepare` apart: it runs beside the rest
-        self._heard = time.monotonic()  # of the process
+        self._heard = time.monotonic() + START  # of the process
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=worker.serve, args=(theirs, opener), daemon=True, name="inferix-worlds")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -325,7 +326,7 @@ class Session(Commands):
         try:
             result = await getattr(self, f"_do_{command.name}")(**command.arguments)
         except (ValueError, OSError) as refusal:  # Refused, or a file that can't be written
-            command.done.set_exception(Refused(str(refusal)))
+            command.done.set_exception(Refused(self._words(command, refusal)))
         except BaseException as error:
             if isinstance(error, Broken) and command.name == "reset":
                 self._commands.appendleft(command)  # that is what it is for
@@ -340,3 +341,8 @@ class Session(Commands):
             self.changed()
         finally:
             self._following = False
+
+    def _words(self, command: Command, refusal: Exception) -> str:
+        """Begins with the command, and names files without their folder, which is nobody's business."""
+        text = str(refusal).replace(f"{self.archive.folder}{os.sep}", "")
+        return text if text.startswith(command.name) else f"{command.name}: {text}"
