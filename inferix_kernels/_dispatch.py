@@ -24,16 +24,16 @@ class Unsupported(RuntimeError):
 
 
 def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    if device.type not in AUTO and backend != "reference":  # an address means nothing to a kernel of another device
+        raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
-    for name in AUTO.get(device.type, ()):
+    for name in AUTO[device.type]:
         try:
             return implementation(op, name)(*args, **kwargs)
         except Unsupported as error:
             reasons.append(f"{name}: {error}")
-    if not reasons:
-        raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
 
 
