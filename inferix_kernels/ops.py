@@ -159,7 +159,8 @@ def paged_attention(
         pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
             Either all or none of their keys had a mean removed.
         plan: its segments cover the T queries; one page list per segment, or one per segment and KV head. A page's
-            bias is finite or -inf.
+            bias is -inf, which leaves the page out, or any finite number: biases count from the largest of their list,
+            so that one on all pages changes no weight, however large.
         scale: of q . k; D ** -0.5 by default.
         out: [T, Hq, D] in q's dtype or float32, to write to.
         lse: [T, Hq] float32, to write to: log of the sum of exp(scale * q . k), natural.
