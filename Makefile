@@ -36,6 +36,9 @@ bench: build
 clean:
 	rm -rf .venv build *.egg-info inferix_kernels/_C*.so
 
+# What this project was called before, and what another on PyPI is: its files would lie over these.
+FORGET := $(BIN)/pip uninstall -q -y inferix 2>/dev/null
+
 # pip's default torch for Linux is the CUDA build, several gigabytes: without a GPU, take the CPU build where there is one.
 .venv/torch:
 	$(PYTHON) -m venv .venv || { echo "make: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 1; }
@@ -47,11 +50,13 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*
 
 .venv/built: .venv/torch $(SOURCES)
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
+	$(FORGET)
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[stream]'
 	touch $@
 
 # With what only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.
 .venv/tools: .venv/torch $(SOURCES)
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
+	$(FORGET)
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[test,lint]'
 	touch .venv/built $@

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+ARCHITECTURES = {"80": "80", "90a": "90a-real"}  # as --cuda-architectures takes them, and as CMake does
 # cmake and ninja installed by pip lie beside python, which need not be on PATH.
 SEARCH = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
 
@@ -29,6 +31,23 @@ def compiler_names() -> list[str]:
 
 
 class CMakeBuild(build_ext):
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("cuda-architectures=", None, "build the CUDA kernels for these alone: 80, 90a or 80;90a (default: both)"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.cuda_architectures: str | None = None
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        wanted = (self.cuda_architectures or ";".join(ARCHITECTURES)).split(";")
+        if unknown := [name for name in wanted if name not in ARCHITECTURES]:
+            raise SystemExit(f"inferix: --cuda-architectures must be of {', '.join(ARCHITECTURES)}, got {unknown[0]!r}")
+        # "80" holds PTX too, which GPUs later than Hopper compile when they first load it.
+        self.cuda_architectures = ";".join(ARCHITECTURES[name] for name in wanted)
+
     def build_extension(self, ext: Extension) -> None:
         find("C++ compiler", *compiler_names(), remedy="install one (on Debian: apt install g++)")
         cmake = find("cmake", "cmake", remedy="pip install cmake")
@@ -45,12 +64,14 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
             "INFERIX_CUDA": "ON" if nvcc else "OFF",
+            "INFERIX_CUDA_ARCHITECTURES": self.cuda_architectures,
         }
         build = Path(self.build_temp).resolve()
         print(f"inferix: building the C++ kernels {f'and the CUDA kernels ({nvcc})' if nvcc else '(no nvcc on PATH)'}")
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         self.step([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], nvcc)
-        self.step([cmake, "--build", str(build)], nvcc)
+        jobs = ["--parallel", str(self.parallel)] if self.parallel else []  # else as many as there are cores
+        self.step([cmake, "--build", str(build), *jobs], nvcc)
 
     def step(self, command: list[str], nvcc: str | None) -> None:
         if subprocess.run(command).returncode:

@@ -7,13 +7,14 @@ sweep     cost against pages, sparsity, worlds and blocks, with the fitted expon
 evidence  which kernel was measured in which format on which architecture, and whether at this source
 report    make the tables between the marks of README.md anew, from the records
 env       what a figure of this machine would be a figure of
-gpu       all of it in one call, with build and tests; goes on where an earlier call ended
+gpu       minutes of a rented GPU: what is most wanted first; goes on where an earlier call ended
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 
 from . import families, sweep
 from .harness import commands
+from .harness.plan import FIRST
 from .harness.timing import TIMERS
 from .harness.verdict import MARGIN
 
@@ -51,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=["tiny", "self-forcing"], help="of e2e (default: tiny; self-forcing on a GPU)")
     add("--weights", help="of e2e: its checkpoint (default: its own, or random ones)")
     add("--blocks", type=int, default=12, help="of e2e (default: 12)")
+    add("--ops", type=names, default=(), metavar="A,B", help="with --isolate: of the families, only these ops")
+    add("--isolate", action="store_true", help="in processes of their own: a fault takes no other's result with it")
+    add("--patience", type=float, default=20, metavar="S", help="with --isolate: for a first call (default: 20)")
+    add("--resume", action="store_true", help="with --isolate: not what is in --json F.jsonl already")
     add = command("compare", commands.compare, "two runs, or two source trees")
     add("a", type=Path, help="a file that run wrote, or a source tree with its extension built")
     add("b", type=Path, help="the same: what is judged")
@@ -74,9 +80,9 @@ def parser() -> argparse.ArgumentParser:
     add("--plot-sweep", type=Path, metavar="F", help="draw the newest record's sweeps")
     add = command("env", commands.env, "the header of a record")
     add("--device", choices=list(TIMERS), default=default_device())
-    add = command("gpu", commands.gpu, "a whole run in one call")
-    add("--out", type=Path, required=True, metavar="DIR", help="at most 8 files of at most 16 MB; goes on with it")
-    add("--minutes", type=float, default=8, help="stop in time (default: 8)")
+    add = command("gpu", commands.gpu, "minutes of a rented GPU")
+    add("--out", type=Path, required=True, metavar="DIR", help="at most 8 files of at most 16 MiB; goes on with it")
+    add("--minutes", type=float, default=FIRST, help=f"stop in time (default: {FIRST})")
     add("--dry-run", action="store_true", help="every stage on the CPU, at shapes for tests")
     return top
 
@@ -117,5 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result
 
 
+def guarded() -> int:
+    """main, with an exit code of its own for what nobody foresaw: 1 is "something of ours is wrong"."""
+    try:
+        return main()
+    except Exception:
+        traceback.print_exc()
+        return 4
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded())

@@ -1,28 +1,48 @@
 """Attention of one block over its past: ours from pages, in every format, beside attention over contiguous K and V.
 
-Peers get K and V contiguous for free, as no cache of pages could hand them over; "gather-sdpa" pays for it.
+Peers get K and V contiguous for free, as no cache of pages could hand them over; "gather-sdpa" pays for it. "int8+bf16"
+are two pools in one plan, as a world has them: the past in int8, the block's own keys and values in bf16 scratch.
+"ours-...-8bit" multiplies in 8 bits, where the other contenders widen the same pages.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inferix_kernels import KVPages, PageList, Plan, kv_append, make_plan, merge_attention, paged_attention
+from inferix_kernels import (
+    KVPages,
+    PageList,
+    Plan,
+    Unsupported,
+    kv_append,
+    make_plan,
+    merge_attention,
+    paged_attention,
+)
 from inferix_kernels.layout import KV_FORMATS
 from inferix_kernels.memory import page_bytes
 
 from . import peers
-from .harness.case import DTYPES, LIMITS, Case, Contender, Prepared
+from .harness.case import DTYPES, LIMITS, LIMITS_8_BIT, Case, Contender, Limit, Prepared
 from .harness.ours import BACKENDS, kernel_of
 from .shapes import Shape
 
 # Queries are in the precision that a model would have beside pages of this format.
 QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+# What ours is tried with: format of the pages, whether products are of 8 bits, and the relative error allowed.
+OURS = {format: (format, False, LIMITS[format].relative) for format in KV_FORMATS} | {
+    f"{format}, products of 8 bits": (format, True, limit.relative) for format, limit in LIMITS_8_BIT.items()
+}
+WORLD_FORMATS = ("int8+bf16", "int8+fp32")  # of the past, and of the block's own keys and values
+# Modules in which products of 8 bits are allowed by a switch.
+SWITCHES = {"compiled": "inferix_kernels.compiled", "triton": "inferix_kernels.triton_kernels.attention"}
 SCORES = 1 << 30  # bytes of them that the reference may hold: it is given so many of the queries
 
 
@@ -40,16 +60,18 @@ class Inputs:
     where: PageList
     page_size: int
     segments: tuple[tuple[int, int, int], ...]
+    # What pools hold, by what they were made of: the reference writes page by page, so each is written once and copied.
+    written: dict[Any, KVPages] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def every(self) -> int:
         """One row of so many is compared with the reference: all of them, unless that would take too much memory."""
         return -(-4 * len(self.q) * len(self.k) * self.q.shape[1] // len(self.segments) // SCORES)
 
-    def plan(self, every: int = 1) -> Plan:
-        """For one query of so many in each segment."""
-        ids, lens = self.where.ids.tolist(), self.where.lens.tolist()
-        return make_plan([(-(-n // every), ids[a:b], lens[a:b]) for n, a, b in self.segments], self.q.device)
+    def plan(self, every: int = 1, ids: Tensor | None = None) -> Plan:
+        """For one query of so many in each segment, over `where` or the same pages under other ids."""
+        pages, lens = (self.where.ids if ids is None else ids).tolist(), self.where.lens.tolist()
+        return make_plan([(-(-n // every), pages[a:b], lens[a:b]) for n, a, b in self.segments], self.q.device)
 
     def rows(self) -> Tensor:
         """Which queries are compared: as many as plan(every) has, each at another place among its neighbours."""
@@ -61,18 +83,52 @@ class Inputs:
         return torch.cat(parts).to(self.q.device)
 
     def pool(self, format: str) -> KVPages:
-        _, heads, dim = self.k.shape
-        pool = KVPages.empty(format, len(self.where.ids), heads, self.page_size, dim, self.k.device)
-        kv_append(self.k, self.v, pool, self.where, backend="reference")
-        return pool
+        return self._filled((format,), self.where, slice(None))
+
+    def pools(self, format: str) -> tuple[list[KVPages], Plan]:
+        """Pools of "int8+bf16" say, and the plan over them: the last tokens of each segment, as many as it has queries,
+        lie in the second."""
+        formats = format.split("+")
+        if len(formats) == 1:
+            return [self.pool(format)], self.plan()
+        own = torch.zeros(len(self.where.ids), dtype=torch.bool)
+        for queries, first, last in self.segments:
+            own[max(first, last - -(-queries // self.page_size)) : last] = True
+        if own.all():
+            raise Unsupported(f"{format} needs pages before the block's own, got {len(own)} pages for its own")
+        ids, lens = self.where.ids.cpu(), self.where.lens.cpu()
+        made, base = torch.empty_like(ids), 0
+        pools: list[KVPages] = []
+        for part, here in zip(formats, (~own, own), strict=True):
+            places = ids[here].argsort().argsort()  # in the same shuffled order, without gaps
+            where = PageList.of(places.tolist(), lens[here].tolist(), self.q.device)
+            tokens = here.repeat_interleave(lens).to(self.q.device)
+            pools.append(self._filled((part, len(pools)), where, tokens))
+            made[here] = places.to(made.dtype) + base
+            base += int(here.sum())
+        return pools, self.plan(ids=made)
+
+    def _filled(self, key: tuple[Any, ...], where: PageList, tokens: slice | Tensor) -> KVPages:
+        """A copy of its own; key: the format, and which part of the tokens."""
+        if key not in self.written:
+            _, heads, dim = self.k.shape
+            pool = KVPages.empty(key[0], len(where.ids), heads, self.page_size, dim, self.k.device)
+            kv_append(self.k[tokens], self.v[tokens], pool, where, backend="reference")
+            self.written[key] = pool
+        copies: dict[str, Any] = {
+            name: x if x is None else x.clone() for name, x in self.written[key]._asdict().items()
+        }
+        return KVPages(**copies)
 
 
 def make_inputs(shape: Shape, device: torch.device, listed: float = 1.0, worlds: int = 1) -> Inputs:
     """The shape's queries over a share of its pages; of several worlds, each with pages of its own, in one call."""
     generator = torch.Generator().manual_seed(0)
+    there = torch.Generator(device).manual_seed(0)  # a GPU draws in milliseconds what takes a processor seconds
 
     def draw(tokens: int, heads: int) -> Tensor:
-        return torch.randn(worlds * tokens, heads, shape.head_dim, generator=generator).bfloat16().float().to(device)
+        size = worlds * tokens, heads, shape.head_dim
+        return torch.randn(size, generator=there, device=device).bfloat16().float()
 
     count = -(-shape.keys // shape.page_size)
     lens = [shape.page_size] * (count - 1) + [shape.keys - shape.page_size * (count - 1)]
@@ -89,14 +145,22 @@ def expected(inputs: Inputs) -> Tensor:
     return paged_attention(q, [inputs.pool("fp32")], inputs.plan(inputs.every), backend="reference")[0]
 
 
-def ours(inputs: Inputs, format: str, backend: str) -> Prepared:
-    pool, plan = inputs.pool(format), inputs.plan()
+def ours(inputs: Inputs, format: str, backend: str, eight_bit: bool = False) -> Prepared:
+    pools, plan = inputs.pools(format)
     q = inputs.q.to(QUERY_DTYPE.get(format, torch.bfloat16))
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
-    return Prepared(
-        lambda: paged_attention(q, [pool], plan, out=out, lse=lse, backend=backend)[0],
-        lambda result: sampled(result, inputs),
-    )
+
+    def run() -> Tensor:
+        if not eight_bit:
+            return paged_attention(q, pools, plan, out=out, lse=lse, backend=backend)[0]
+        switch: Any = importlib.import_module(SWITCHES[backend])
+        before, switch.ALLOW_8_BIT = switch.ALLOW_8_BIT, True
+        try:
+            return paged_attention(q, pools, plan, out=out, lse=lse, backend=backend)[0]
+        finally:
+            switch.ALLOW_8_BIT = before
+
+    return Prepared(run, lambda result: sampled(result, inputs))
 
 
 def sampled(out: Tensor, inputs: Inputs) -> Tensor:
@@ -107,9 +171,12 @@ def sampled(out: Tensor, inputs: Inputs) -> Tensor:
 
 def bytes_of(shape: Shape, format: str) -> int:
     """Q, K and V read, the result written, once each."""
-    per_token = page_bytes(format, shape.kv_heads, shape.page_size, shape.head_dim) / shape.page_size
     q = shape.queries * shape.heads * shape.head_dim * QUERY_DTYPE.get(format, torch.bfloat16).itemsize
-    return int(2 * q + shape.keys * per_token)
+    past, *scratch = format.split("+")
+    own = shape.queries if scratch else 0
+    tokens = {past: shape.keys - own, **dict.fromkeys(scratch, own)}
+    stored = (n * page_bytes(f, shape.kv_heads, shape.page_size, shape.head_dim) for f, n in tokens.items())
+    return int(2 * q + sum(stored) / shape.page_size)
 
 
 def flops_of(shape: Shape) -> float:
@@ -152,18 +219,20 @@ def merged(halves: Halves) -> tuple[Tensor, ...]:
 
 
 def cases(shape: Shape, device: str) -> Iterator[Case]:
+    tried = [tried for tried in OURS.values() if not tried[1] or device == "cuda"]  # a CPU multiplies as a page asks
+    tried += [(format, False, LIMITS[format.split("+")[0]].relative) for format in WORLD_FORMATS]
     mine = [
         Contender(
-            f"ours-{backend}",
+            f"ours-{backend}{'-8bit' * eight_bit}",
             format,
-            partial(ours, format=format, backend=backend),
+            partial(ours, format=format, backend=backend, eight_bit=eight_bit),
             flops_of(shape),
             bytes_of(shape, format),
-            LIMITS[format],
+            Limit.of(limit),
             kernel_of(backend, device, "attention"),
         )
         for backend in BACKENDS[device]
-        for format in KV_FORMATS
+        for format, eight_bit, limit in tried
     ]
     theirs = peers.contenders("attention", device, flops_of(shape), partial(bytes_of, shape), op="paged_attention")
     yield Case("attention", "paged_attention", shape.name, partial(make_inputs, shape), expected, [*mine, *theirs])

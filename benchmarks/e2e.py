@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather, passes
+from inferix_kernels.layout import scratch_format
 
 from .harness.case import error_of
 from .harness.ledger import ROOT
@@ -47,7 +48,7 @@ class GatherAttention:
         parts = []
         for s in range(len(rows) - 1):
             where = PageList(*(x[pages[s] : pages[s + 1]] for x in (plan.page_ids, plan.page_lens)))
-            k, v = kv_gather(pools, where, q.dtype)
+            k, v = kv_gather(pools, where, q.dtype, backend=rest.get("backend", "auto"))
             q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q[rows[s] : rows[s + 1]], k, v))
             out = F.scaled_dot_product_attention(q_, k_, v_, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             parts.append(out[0].transpose(0, 1))
@@ -155,7 +156,7 @@ def random_wan(device: str) -> Any:
     return Wan(random_network(config, torch.float32), adapter)
 
 
-def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings) -> Loop:
+def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto") -> Loop:
     """A world of its own, from the same seed."""
     from inferix.loop import Decoder
 
@@ -168,7 +169,9 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
         frame_tokens=model.frame_tokens,
         block_frames=max(adapter.block_frames, adapter.first_block_frames),
         pools=policy.capacity(),
+        scratch_format=scratch_format(settings.device, model.dtype),
         device=settings.device,
+        backend=backend,
     )
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:

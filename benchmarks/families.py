@@ -15,7 +15,7 @@ from .harness.measure import Machine, Settings, measure_case
 from .harness.rows import Row
 from .shapes import find_shape
 
-FAMILIES = ("attention", "kv_pages", "qkv", "linear", "e2e", "page_table", "formats", "stream")
+FAMILIES = ("attention", "kv_pages", "qkv", "linear", "block", "e2e", "page_table", "formats", "stream")
 
 
 def family(name: str) -> ModuleType:
@@ -37,6 +37,12 @@ def run(names: Sequence[str], shapes: Sequence[str], settings: Settings, machine
     for name in names:
         for case in cases(name, shapes, settings.device):
             yield measure_case(case, settings, machine)
+        yield from run_whole([name], shapes, settings)
+
+
+def run_whole(names: Sequence[str], shapes: Sequence[str], settings: Settings) -> Iterator[list[Row]]:
+    """Of these families those that have no cases."""
+    for name in names:
         whole = getattr(family(name), "run", None)
         if whole:
             yield list(whole(settings, shapes))

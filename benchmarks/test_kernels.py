@@ -16,7 +16,7 @@ from .conftest import shapes
 from .harness.case import Case, Contender, error_of
 from .harness.measure import Machine
 
-pytest.importorskip("pytest_benchmark", reason="pip install 'inferix[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pip install 'inferix-kernels[bench]'")
 
 
 def found(config: pytest.Config) -> Iterator[tuple[Case, Contender]]:

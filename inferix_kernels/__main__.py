@@ -2,7 +2,10 @@
 
 `python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use; with
 `--arch 90a` it says so of the CUDA kernels that are built.
+`python -m inferix_kernels hazards` checks that those leave the registers of an asynchronous product alone.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
+`python -m inferix_kernels prove` holds every kernel's results on that GPU against the reference's; `auto` goes by it.
+`python -m inferix_kernels --device H200` says which kernel a world's attention would take there, and why.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import ops, sass, testing
-from ._dispatch import AUTO, BACKENDS, Unsupported, implementation
+from . import chosen, hazards, ops, sass, testing
+from ._dispatch import AUTO, BACKENDS, PROVED, Unsupported, implementation
 from .layout import Quantized, make_plan
 
 OPS = (
@@ -103,6 +106,9 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m inferix_kernels", description="Without a command: what runs here.")
+    parser.add_argument(
+        "--device", metavar="NAME", help="a world's kernels on cpu, cuda, cuda:1, sm_90, H200, A100, ..."
+    )
     commands = parser.add_subparsers(dest="command")
     ahead = commands.add_parser("compile", help="compile the Triton kernels ahead of time; needs no GPU")
     ahead.add_argument("cases", nargs="*", help='what to compile, as "linear" or "kv_append i8f8"; all by default')
@@ -110,19 +116,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = ahead.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
     output.add_argument("--markdown", action="store_true", help="a line for each op")
+    followed = commands.add_parser(
+        "hazards", help="registers of asynchronous products, in the CUDA kernels that are built"
+    )
+    followed.add_argument("--arch", default="90a", metavar="SM", help="90a by default")
     tuner = commands.add_parser("tune", help="choose tile sizes on this GPU, for configs/<device>.json")
     tuner.add_argument("ops", nargs="*", help="ops to tune; all by default")
+    prover = commands.add_parser("prove", help="try every kernel on the GPU that is here; `auto` goes by the outcome")
+    prover.add_argument("on", nargs="?", default="cuda", help="cuda, cuda:1; cpu: its kernels, and nothing is stored")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "prove":
+            from .proofs import prove
+
+            return prove.command(options.on)
+        if options.device:
+            print(chosen.table(chosen.target(options.device)))
+            return 0
         if options.command == "compile":
             return compile_command(options.arch, options.cases, options.json, options.markdown)
+        if options.command == "hazards":
+            seen = hazards.look_into_extension(options.arch)
+            print(hazards.table(seen))
+            return int(any(kernel.hazards for kernel in seen))
         if options.command == "tune":
             from .triton_kernels.tune import tune
 
             print(f"written: {tune(options.ops)}")
             return 0
-    except (Unsupported, ImportError, sass.MissingTool) as error:  # ImportError: without Triton
-        print(f"python -m inferix_kernels {options.command}: {error}", file=sys.stderr)
+    except (Unsupported, ImportError, ValueError, sass.MissingTool) as error:  # ImportError: without Triton
+        print(f"python -m inferix_kernels {options.command or '--device'}: {error}", file=sys.stderr)
         return 2
     print_machine()
     return 0
@@ -164,7 +187,8 @@ def print_machine() -> None:
         f" {torch.get_num_threads()} threads, CPU kernels: {instructions()}, GPU: {gpu()}"
     )
     order = "; ".join(f"{', '.join(names)} on {device}" for device, names in AUTO.items())
-    print(f"auto tries, in this order: {order}\n")
+    print(f"auto tries, in this order: {order}; what is proved on a GPU: {', '.join(PROVED)}")
+    print(chosen.table(chosen.target("cuda" if torch.cuda.is_available() else "cpu")) + "\n")
     table = [("op", "backend", "device", "runs here?"), *rows()]
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:

@@ -1,22 +1,26 @@
-"""Which implementation of an op runs. The two tables below are the whole answer."""
+"""Which implementation of an op runs: the tables below and, on a GPU, what was proved there (proofs/)."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from .layout import FORMATS, Codec, KVPages
+from .proofs import stored
 
 BACKENDS = {
     "compiled": "inferix_kernels.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
     "triton": "inferix_kernels.triton_kernels",
     "reference": "inferix_kernels.reference",
 }
-# What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. Neither
-# Triton's nor our own CUDA kernels have run on a GPU yet; until benchmarks/bringup_sm90.py has passed on one, the
-# kernels whose instructions a compiler chose go before those that we wrote ourselves.
+# What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. There
+# AUTO is the order of kernels that are unproved on the device, those whose instructions a compiler chose before those
+# that we wrote ourselves; PROVED that of kernels whose results were held against the reference's there (proofs/).
 AUTO = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled")}
+PROVED = ("compiled", "triton")
 
 
 class Unsupported(RuntimeError):
@@ -27,14 +31,36 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
-    for name in AUTO.get(device.type, ()):
+    for name, refusal in candidates(op, device, args):
         try:
+            if refusal:
+                raise Unsupported(refusal)
             return implementation(op, name)(*args, **kwargs)
         except Unsupported as error:
             reasons.append(f"{name}: {error}")
     if not reasons:
         raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
+
+
+def candidates(op: str, device: torch.device, args: Sequence[Any]) -> Sequence[tuple[str, str]]:
+    """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
+    if device.type != "cuda":
+        return [(name, "") for name in AUTO.get(device.type, ())]
+    return stored.candidates(op, device, formats_of(args), AUTO["cuda"], PROVED)
+
+
+def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
+    """Of the pools among an op's arguments; of an op without any, the format that holds its first tensor's dtype."""
+    found: dict[str, None] = {}
+    for x in args:
+        if isinstance(x, KVPages):
+            found[x.format] = None
+        elif isinstance(x, (list, tuple)) and x and isinstance(x[0], KVPages):
+            found |= dict.fromkeys(pages.format for pages in x)
+    if not found and isinstance(args[0], torch.Tensor):
+        found |= {name: None for name, format in FORMATS.items() if format.k == format.v == Codec(args[0].dtype)}
+    return tuple(found)
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:

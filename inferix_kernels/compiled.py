@@ -97,36 +97,60 @@ def kv_gather(
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
+    arguments = _attention(q, pools, plan, scale, out, lse, accumulate)
+    _run("paged_attention", q, **arguments, workspace=_Workspace(q.device))
+    return out, lse
+
+
+def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> None:
+    """Raise Unsupported unless the CUDA kernel takes such arguments. They may lie anywhere: nothing of them is read."""
+
+    class Taken(Exception):
+        pass
+
+    def taken(size: int) -> int:  # asked for once the arguments are checked, before anything is launched
+        raise Taken
+
+    if not HAS_CUDA:
+        raise Unsupported("the extension was built without nvcc")
+    arguments = _attention(q, pools, plan, q.shape[-1] ** -0.5, torch.empty_like(q), q.new_empty(q.shape[:2]), False)
+    try:
+        _C.paged_attention(**arguments, workspace=taken, stream=0, cpu=_C.Cpu(0, ISA))
+    except Taken:
+        return
+    except _C.Unsupported as error:
+        raise Unsupported(str(error)) from error
+
+
+def _attention(
+    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool
+) -> dict[str, Any]:
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
     variants, tokens, query_heads, _ = queries.shape
     segments = len(plan.q_indptr) - 1
-    _run(
-        "paged_attention",
-        q,
-        q=_rows("q", queries),
-        q_variant_stride=queries.stride(0),
-        out=_rows("out", out),
-        lse=_address("lse", lse),
-        pools=_pools(pools),
-        q_indptr=_address("plan.q_indptr", plan.q_indptr),
-        page_indptr=_address("plan.page_indptr", plan.page_indptr),
-        entries=_page_list(plan.page_ids, plan.page_lens),
-        page_bias=_address("plan.page_bias", plan.page_bias),
-        page_variants=_address("plan.page_variants", plan.page_variants),
-        shape=_shape(pools[0]),
-        variants=variants,
-        T=tokens,
-        query_heads=query_heads,
-        segments=segments,
-        lists_per_segment=(len(plan.page_indptr) - 1) // max(segments, 1),
-        scale=scale,
-        accumulate=accumulate,
-        eight_bit=ALLOW_8_BIT,
-        q_dtype=_DTYPES[q.dtype],
-        out_dtype=_DTYPES[out.dtype],
-        workspace=_Workspace(q.device),
-    )
-    return out, lse
+    return {
+        "q": _rows("q", queries),
+        "q_variant_stride": queries.stride(0),
+        "out": _rows("out", out),
+        "lse": _address("lse", lse),
+        "pools": _pools(pools),
+        "q_indptr": _address("plan.q_indptr", plan.q_indptr),
+        "page_indptr": _address("plan.page_indptr", plan.page_indptr),
+        "entries": _page_list(plan.page_ids, plan.page_lens),
+        "page_bias": _address("plan.page_bias", plan.page_bias),
+        "page_variants": _address("plan.page_variants", plan.page_variants),
+        "shape": _shape(pools[0]),
+        "variants": variants,
+        "T": tokens,
+        "query_heads": query_heads,
+        "segments": segments,
+        "lists_per_segment": (len(plan.page_indptr) - 1) // max(segments, 1),
+        "scale": scale,
+        "accumulate": accumulate,
+        "eight_bit": ALLOW_8_BIT,
+        "q_dtype": _DTYPES[q.dtype],
+        "out_dtype": _DTYPES[out.dtype],
+    }
 
 
 def merge_attention(

@@ -1,7 +1,7 @@
 """Files that are whole or absent: written under a temporary name beside the target, then renamed over it.
 
 A file that grows for as long as a program runs has a fixed temporary name instead, so that what a kill leaves can be
-found, and a lock (`open_locked`), so that no second run writes to it.
+found, and a lock (`open_locked`), so that no second run writes to it. Files of lines grow by whole lines.
 """
 
 from __future__ import annotations
@@ -70,6 +70,28 @@ def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterat
         part.unlink(missing_ok=True)
 
 
+def append_lines(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
+    """Add whole lines to a file, which is begun if there is none; they are on disk (fsync) when this returns.
+
+    After an error the file is as it was. A last line without its end, which a crash left, is cut off first.
+
+    Raises:
+        ValueError: the file can not be written, or the disk is full; names `argument` and `path`.
+    """
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            end = _end_of_lines(file)
+            file.truncate(end)
+            try:
+                write_all(file, text.encode())
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise unwritable(path, error, argument) from None
+
+
 def require_writable(path: str | os.PathLike[str], argument: str) -> None:
     """Check that a file can be written at `path`; leaves everything as it is.
 
@@ -92,6 +114,18 @@ def require_writable(path: str | os.PathLike[str], argument: str) -> None:
         probe.unlink()
     except OSError as error:
         raise unwritable(path, error, argument) from None
+
+
+def _end_of_lines(file: io.FileIO, block: int = 1 << 16) -> int:
+    """Where the last whole line ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def require_space(path: str | os.PathLike[str], nbytes: int, argument: str) -> None:

@@ -60,6 +60,20 @@ KV_FORMATS = tuple(name for name in FORMATS if name != "latent8")  # those that 
 FORMAT_OF = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
 
 
+def scratch_format(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
+    """How a store keeps the keys and values of blocks that are not clean yet, unless it is told otherwise.
+
+    On a GPU, in the precision of the network that computes them, since its 16-bit kernels read no other: with float32
+    scratch no call of a bfloat16 network reaches the Hopper kernel. On a CPU in float32, where bfloat16 gains nothing.
+
+    Args:
+        device: of the store; anything but a CPU counts as a GPU.
+        dtype: of q, k and v. Half precisions keep theirs; anything wider is float32, the widest that pages hold.
+    """
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return half.get(dtype, "fp32") if torch.device(device).type != "cpu" else "fp32"
+
+
 class Side(NamedTuple):
     """The keys or the values of a pool: one Codec's tensors."""
 

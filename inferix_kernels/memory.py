@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import torch
+
+from . import layout
 from ._check import check_counts, check_page_size
 from .layout import FORMATS, tile_shapes
 from .policy import Policy
@@ -81,8 +84,9 @@ def plan_memory(
     frames: int | None = None,
     archived: int = 0,
     scratch_blocks: int = 2,
-    scratch_format: str = "bf16",
+    scratch_format: str | None = None,
     page_size: int = 64,
+    device: torch.device | str = "cuda",
     budget: int | None = None,
 ) -> MemoryPlan:
     """What a KVStore of these sizes takes, for `worlds` worlds that share nothing.
@@ -91,8 +95,9 @@ def plan_memory(
         frames: length of the videos; needed for a policy without a window.
         archived: frames per world that wait in host memory.
         budget: bytes on the device.
-        Others: as for KVStore.
+        Others: as for KVStore, but that `device` need not be there.
     """
+    scratch_format = scratch_format or layout.scratch_format(device)
     counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
     counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
     counts |= {"worlds": worlds, "scratch_blocks": scratch_blocks} | ({} if frames is None else {"frames": frames})

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,11 @@ SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL"
 _KINDS = ("bf16", "f16", "i8f8", "fp8", "wide int8", "wide i8f8", "wide fp8", "wide int4")  # sm90::Kind
 _TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 _FUNCTION = re.compile(r"\s*Function : (\S+)|\.text\.(\S+):")
-_LABEL = re.compile(r"(\.L_\w+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+([^;]+)")
-_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)")
+_LABEL = re.compile(r"([.$]\w\S*):\s*$")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+)")
+_OPCODE = re.compile(r"(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9_.]*)")
+_TARGET = re.compile(r"`\(([.$]\w[^)\s]*)\)|(\.L_\w+)")
+_ALWAYS_JUMPS = re.compile(r"(EXIT|RET\b.*|BRA(\.U)? `\S+|BRXU? .*)\s*$", re.DOTALL)  # without a condition
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -32,6 +35,20 @@ class Kernel(NamedTuple):
     stack: int  # bytes
     instructions: Counter[str]
     highest: dict[str, int]  # register after setmaxnreg, by what it did: inc or dec
+
+
+class Line(NamedTuple):
+    """A label or an instruction of a listing."""
+
+    text: str  # "@P0 BRA `(.L_x_7)"; of a label its name
+    address: str = ""  # in hexadecimal; none: a label
+    registers: str = ""  # by register number: ^ written, v read, x both; only of a listing with life ranges
+
+    @property
+    def opcode(self) -> str:
+        """ "LDG.E.128" of "@P0 LDG.E.128 R4, ..."; "" of a label."""
+        match = _OPCODE.match(self.text) if self.address else None
+        return match[1] if match else ""
 
 
 class MissingTool(RuntimeError):
@@ -56,71 +73,99 @@ def kernels(binary: Path, arch: str) -> list[Kernel]:
     Raises:
         MissingTool: cuobjdump or nvdisasm is not here.
     """
-    nvdisasm = tool("nvdisasm")
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
-        subprocess.run(command, cwd=folder, capture_output=True)  # fails if there is no device code: none is found
-        for cubin in sorted(Path(folder).glob(f"*.sm_{arch}.cubin")):
-            usage = subprocess.run(
-                [tool("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
-            )
-            listing = subprocess.run([nvdisasm, "-c", str(cubin)], check=True, capture_output=True, text=True)
-            counts, highest = opcodes(listing.stdout), registers_after_setmaxnreg(listing.stdout)
-            for name, registers, stack, _ in _USAGE.findall(usage.stdout):
-                found.append(Kernel(readable(name), int(registers), int(stack), counts[name], highest[name]))
+    for cubin in cubins(binary, arch):
+        usage = subprocess.run(
+            [tool("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
+        )
+        code = functions(disassemble(cubin))
+        for name, registers, stack, _ in _USAGE.findall(usage.stdout):
+            highest = registers_after_setmaxnreg(code[name])
+            found.append(Kernel(readable(name), int(registers), int(stack), opcodes(code[name]), highest))
     return sorted(found, key=lambda kernel: kernel.name)
 
 
-def opcodes(listing: str) -> dict[str, Counter[str]]:
-    """How often each instruction occurs in each function; a 16-byte load also as LDG.128."""
-    counts: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
+def cubins(binary: Path, arch: str) -> Iterator[Path]:
+    """The files of device code for one architecture ("90a") in a binary. They last as long as the iterator.
+
+    Raises:
+        MissingTool: cuobjdump is not here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
+        subprocess.run(command, cwd=folder, capture_output=True)  # fails if there is no device code: none is found
+        yield from sorted(Path(folder).glob(f"*.sm_{arch}.cubin"))
+
+
+def disassemble(cubin: Path, life_ranges: bool = False) -> str:
+    """nvdisasm's listing; with life ranges it says of each instruction which registers it reads and writes."""
+    options = ["-plr", "-lrm=narrow"] if life_ranges else []
+    command = [tool("nvdisasm"), "-c", *options, str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def functions(listing: str) -> dict[str, list[Line]]:
+    """The code of each function, by mangled name."""
+    code: dict[str, list[Line]] = {}
+    current: list[Line] = []
+    first = 0  # where the life ranges have register 0
     for line in listing.splitlines():
-        if match := _FUNCTION.match(line):
-            current = counts.setdefault(match[1] or match[2], Counter())
-        elif match := _OPCODE.search(line):
-            parts = match[1].split(".")
-            current[parts[0]] += 1
-            if parts[0] == "LDG" and "128" in parts:
-                current["LDG.128"] += 1
+        text, _, ranges = line.partition("// |")
+        if match := _FUNCTION.match(text):
+            current = code.setdefault(match[1] or match[2], [])
+        elif match := _LABEL.match(text):
+            current.append(Line(match[1]))
+        elif match := _INSTRUCTION.search(text):
+            registers = ranges[first:].split("|")[0].rstrip() if ranges else ""
+            current.append(Line(re.sub(r"\s+", " ", match[2]).strip(), match[1], registers))
+        elif "# 0" in ranges:
+            first = ranges.index("# 0") + 2
+    return code
+
+
+def successors(code: Sequence[Line]) -> list[list[int]]:
+    """For each line of a function those that can follow it: more than really can, where the listing leaves it open."""
+    labels = {line.text: i for i, line in enumerate(code) if not line.address}
+    behind_calls = [i + 1 for i, line in enumerate(code) if line.opcode.startswith("CALL")]
+    following: list[list[int]] = []
+    for i, line in enumerate(code):
+        kind = line.opcode.split(".")[0]
+        named = ["".join(pair) for pair in _TARGET.findall(line.text)] if line.address else []
+        targets = behind_calls if kind == "RET" else [labels[name] for name in named if name in labels]
+        if kind in ("BRX", "BRXU") and not targets:  # through a table that nvdisasm did not read
+            targets = list(labels.values())
+        goes_on = not _ALWAYS_JUMPS.match(line.text) and not (line.text.startswith("CALL") and targets)
+        following.append([j for j in dict.fromkeys([*targets, *[i + 1] * goes_on]) if j < len(code)])
+    return following
+
+
+def opcodes(code: Sequence[Line]) -> Counter[str]:
+    """How often each instruction occurs in a function; a 16-byte load also as LDG.128."""
+    parts = [line.opcode.split(".") for line in code if line.opcode]
+    counts = Counter(part[0] for part in parts)
+    counts["LDG.128"] = sum(part[0] == "LDG" and "128" in part for part in parts)
     return counts
 
 
-def registers_after_setmaxnreg(listing: str) -> dict[str, dict[str, int]]:
+def registers_after_setmaxnreg(code: Sequence[Line]) -> dict[str, int]:
     """The highest register named by what each setmaxnreg of a function leads to: its warps have no others."""
-    code: dict[str, list[str]] = {}  # labels, with a colon, and instructions
-    current: list[str] = []
-    for line in listing.splitlines():
-        if match := _FUNCTION.match(line):
-            current = code.setdefault(match[1] or match[2], [])
-        elif match := _LABEL.match(line.strip()):
-            current.append(match[0])
-        elif match := _INSTRUCTION.search(line):
-            current.append(match[1].strip())
-    found: dict[str, dict[str, int]] = {name: {} for name in code}
-    for name, lines in code.items():
-        for i, line in enumerate(lines):
-            if "USETMAXREG" in line:
-                found[name]["dec" if "DEALLOC" in line else "inc"] = _highest_register(lines, i)
-    return found
+    starts = [i for i, line in enumerate(code) if line.opcode.startswith("USETMAXREG")]
+    following = successors(code) if starts else []
+    return {
+        "dec" if "DEALLOC" in code[start].opcode else "inc": _highest_register(code, following, start)
+        for start in starts
+    }
 
 
-def _highest_register(lines: list[str], start: int) -> int:
+def _highest_register(code: Sequence[Line], following: Sequence[Sequence[int]], start: int) -> int:
     """Of the instructions that can follow `start`."""
-    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    seen: set[int] = set()
-    ahead, highest = [start], -1
+    seen = {start}
+    ahead = [start]
     while ahead:
-        i = ahead.pop()
-        while i < len(lines) and i not in seen:
-            seen.add(i)
-            highest = max([highest, *(int(number) for number in re.findall(r"\bR(\d+)\b", lines[i]))])
-            ahead += [labels[target] for target in re.findall(r"`\((\.L_\w+)\)", lines[i]) if target in labels]
-            if re.match(r"(EXIT|RET\b.*|BRA(\.U)? `\S+)\s*$", lines[i]):  # without a condition
-                break
-            i += 1
-    return highest
+        new = set(following[ahead.pop()]) - seen
+        seen |= new
+        ahead += new
+    return max([-1, *(int(number) for i in seen for number in re.findall(r"\bR(\d+)\b", code[i].text))])
 
 
 def readable(mangled: str) -> str:
@@ -156,10 +201,19 @@ def report(arch: str) -> str:
     Raises:
         MissingTool: cuobjdump or nvdisasm is not here, or the extension holds no such kernels.
     """
-    extension = importlib.util.find_spec("inferix_kernels._C")
-    if extension is None or extension.origin is None:
-        raise MissingTool("the extension inferix_kernels._C is not built: pip install -e .")
-    found = kernels(Path(extension.origin), arch)
+    found = kernels(extension(), arch)
     if not found:
         raise MissingTool(f"the extension holds no kernels for sm_{arch}: it was built without nvcc")
     return table(found)
+
+
+def extension() -> Path:
+    """Where the extension is that is built here.
+
+    Raises:
+        MissingTool: it is not built.
+    """
+    spec = importlib.util.find_spec("inferix_kernels._C")
+    if spec is None or spec.origin is None:
+        raise MissingTool("the extension inferix_kernels._C is not built: pip install -e .")
+    return Path(spec.origin)

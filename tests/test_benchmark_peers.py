@@ -103,7 +103,7 @@ def adapters():
     return [
         pytest.param(peer, format, id=f"{peer.op or peer.family}-{peer.name}-{format}")
         for peer in peers.PEERS
-        if peer.module in STAND_INS
+        if set(peer.modules) & set(STAND_INS)
         for format in peer.formats
     ]
 

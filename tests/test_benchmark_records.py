@@ -1,4 +1,4 @@
-"""What benchmarks leave behind: rows on disk, the ledger of kernels, tables, verdicts, the run on a GPU."""
+"""What benchmarks leave behind: rows on disk, the ledger of kernels, tables, verdicts."""
 
 import json
 import subprocess
@@ -12,7 +12,6 @@ from benchmarks import __main__ as cli
 from benchmarks import families
 from benchmarks.harness import environment, evidence, ledger, report, rows, verdict
 from benchmarks.harness.compare import BROKEN, compare_recorded, compare_trees, failed, table
-from benchmarks.harness.gpu import AGAIN, PLAN, Run, Stage
 from benchmarks.harness.ledger import ROOT, fingerprint, kernels
 from benchmarks.harness.measure import Settings
 from benchmarks.harness.rows import BadRecord, Document, Row
@@ -52,6 +51,31 @@ def test_rows_are_added_and_a_case_measured_again_replaces_its_first(tmp_path):
     back = Document.load(path)
     assert [(row.format, row.median) for row in back.rows] == [("bf16", 2e-3), ("int8", 1e-3)]
     assert a_row(metrics={"x": 1}).key != a_row(metrics={"x": 2}).key
+
+
+def test_what_a_crash_or_a_full_disk_leaves_is_whole(tmp_path):
+    """A file may grow to a limit here, which is a disk that has no more room; a line without its end is a crash's."""
+    path = tmp_path / "run.jsonl"
+    rows.append(path, HEADER, [a_row()])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"family": "kv_pa')
+    assert [row.format for row in Document.load(path).rows] == ["bf16"]
+    code = (
+        "import resource, signal, sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "from test_benchmark_records import HEADER, a_row, rows\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole) + 100},) * 2)\n"
+        f"try: rows.append(Path({str(path)!r}), HEADER, [a_row(format='int8')])\n"
+        "except ValueError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith(f"--json: cannot write {str(path)!r}"), result.stderr
+    assert path.read_bytes() == whole
+    rows.append(path, HEADER, [a_row(format="int8")])
+    assert [row.format for row in Document.load(path).rows] == ["bf16", "int8"]
+    path.write_bytes(b'{"schema": 1, "hea')  # cut off in its first line: it is begun again
+    rows.append(path, HEADER, [a_row()])
+    assert Document.load(path).header == HEADER
 
 
 @pytest.mark.parametrize(
@@ -253,58 +277,6 @@ def test_two_trees_are_measured_in_turns_each_with_its_own_kernels(tmp_path):
     assert [line.row.op for line in appended + gathered] == ["append-from-fp32", "gather-to-fp32"]
     assert appended[0].verdict in ("SAME", "UNSURE") and len(appended[0].row.seconds) >= 10
     assert gathered[0].verdict == BROKEN and gathered[0].note.startswith("wrong: error")
-
-
-def test_the_run_on_a_gpu_does_each_stage_once_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
-    def stages(self):
-        for name, code in (("first", 0), ("second", 1), ("third", 0)):
-            program = (
-                f"import pathlib, sys; pathlib.Path({str(tmp_path / name)!r}).open('a').write('.'); print('{name}!')"
-            )
-            if name == "second":
-                program += f"; sys.exit({code} if len(open({str(tmp_path / name)!r}).read()) < 2 else 0)"
-            yield Stage(name, [sys.executable, "-c", program], output="tests.txt" if name == "third" else "")
-
-    monkeypatch.setattr(Run, "stages", stages)
-    out = tmp_path / "out"
-    assert Run(out, dry=True).go(minutes=0) == AGAIN and not (tmp_path / "first").exists()
-    assert Run(out, dry=True).go(minutes=1) == AGAIN
-    assert Run(out, dry=True).go(minutes=1) == 0
-    assert {name: len((tmp_path / name).read_text()) for name in ("first", "second", "third")} == {
-        "first": 1, "second": 2, "third": 1
-    }  # fmt: skip
-    assert "third!" in (out / "tests.txt").read_text() and "second!" in (out / "log.txt").read_text()
-    assert "| second | well" in (out / "summary.md").read_text() and len(list(out.iterdir())) <= 8
-    with pytest.raises(ValueError, match="choose a new folder"):
-        Run(out, dry=False)
-
-
-@pytest.mark.parametrize("dry", [True, False])
-def test_every_stage_of_the_run_on_a_gpu_is_a_command_that_there_is(tmp_path, dry):
-    stages = list(Run(tmp_path, dry).stages())
-    parsed = [cli.parser().parse_args(s.command[3:]) for s in stages if s.command[1:3] == ["-m", "benchmarks"]]
-    assert {args.device for args in parsed} == {"cpu" if dry else "cuda"}
-    assert len({stage.name for stage in stages}) == len(stages)
-    for family, shape in PLAN:
-        families.family(family)
-        assert shape == "-" or list(families.cases(family, [shape], "cuda"))
-
-
-def test_a_stage_that_hangs_is_stopped_in_time(tmp_path):
-    run = Run(tmp_path, dry=True)
-    child = "import subprocess; subprocess.run(['sleep', '60'])"  # which inherits the pipe that is read to its end
-    entry = run._do(Stage("hang", [sys.executable, "-c", child]), 1.0)
-    assert not entry["done"] and entry["seconds"] < 10 and "no time left" in (tmp_path / "log.txt").read_text()
-
-
-def test_test_files_that_lack_a_package_are_told_from_tests_that_fail(tmp_path):
-    (tmp_path / "test_a.py").write_text("import no_such_package\n")
-    (tmp_path / "test_b.py").write_text("def test_b():\n    pass\n")
-    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    stage = Stage("tests", [*pytest_, str(tmp_path)], "tests.txt", (0, 1))
-    assert Run(tmp_path / "out", dry=True)._do(stage, 60)["code"] == 0
-    (tmp_path / "test_b.py").write_text("def test_b():\n    import no_such_package\n")
-    assert Run(tmp_path / "out", dry=True)._do(stage, 60)["code"] == 1
 
 
 def test_the_example_workflow_uses_commands_that_there_are():

@@ -216,7 +216,7 @@ def test_the_loop_is_split_into_its_parts(rows):
 
 
 def test_run_writes_rows_tables_a_plot_and_what_ci_reads(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="pip install 'inferix[bench]'")
+    pytest.importorskip("matplotlib", reason="pip install 'inferix-kernels[bench]'")
     files = [str(tmp_path / name) for name in ("out.json", "out.png", "github.json")]
     command = ["run", "attention", "--shapes", "smoke", "--rounds", "2", "--formats", "int8,fp32", "--device", "cpu"]
     command += ["--backends", "ours,sdpa", "--json", files[0], "--plot", files[1], "--github", files[2]]
@@ -233,7 +233,7 @@ def test_run_writes_rows_tables_a_plot_and_what_ci_reads(tmp_path, capsys):
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert cli.main(["run", "attention", "--device", "cpu", "--plot", "x.png"]) == 2
-    assert "pip install 'inferix[bench]'" in capsys.readouterr().err
+    assert "pip install 'inferix-kernels[bench]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_list_names_what_is_not_here_and_how_to_get_it(capsys):
 
 
 def test_the_same_cases_run_under_pytest_benchmark():
-    pytest.importorskip("pytest_benchmark", reason="pip install 'inferix[bench]'")
+    pytest.importorskip("pytest_benchmark", reason="pip install 'inferix-kernels[bench]'")
     from benchmarks import test_kernels
 
     class Config:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from machine import KINDS
 
-from benchmarks.bringup_sm90 import OURS
+from benchmarks.attention import OURS
 from inferix_kernels import (
     KVPages,
     PageList,

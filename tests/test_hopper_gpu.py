@@ -5,6 +5,7 @@ import torch
 from machine import KINDS
 
 from inferix_kernels import KVPages, compiled, make_plan, paged_attention, quantize_rows, reference
+from inferix_kernels.proofs.cases import tolerance
 from inferix_kernels.testing import attention_inputs, filled_pool
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -14,9 +15,8 @@ pytestmark = [
         not (HOPPER and compiled.HAS_CUDA), reason="needs a Hopper GPU and an extension built with nvcc"
     ),
 ]
-# Of a result to the largest |value|: bf16 weights, widened values and outputs; in 8 bits, 3 bits of mantissa of the
-# weights. 4-bit keys are rounded to bf16 too. What rounding q costs is in `wanted`: for fp8 it is most of the error.
-TOLERANCE = {kind: 1e-2 for kind in KINDS} | {"i8f8": 4e-2, "fp8": 4e-2, "wide int4": 2e-2}
+# What rounding q costs is in `wanted`: for fp8 it is most of the error.
+TOLERANCE = {kind: tolerance(*how) for kind, how in KINDS.items()}
 LSE_TOLERANCE = {kind: 2e-3 for kind in KINDS} | {"i8f8": 3e-2, "fp8": 3e-2, "wide int4": 1e-2}
 
 

@@ -92,4 +92,4 @@ def test_a_world_that_can_not_be_opened_is_one_line_and_not_served(options, says
 def test_without_the_extra_play_names_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "inferix.stream.play", None)
     assert main(["play"]) == 2
-    assert "pip install 'inferix[stream]'" in capsys.readouterr().err
+    assert "pip install 'inferix-kernels[stream]'" in capsys.readouterr().err

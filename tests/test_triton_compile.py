@@ -52,6 +52,7 @@ def test_the_richest_kernels_compile_and_spill_nothing(architecture, compiled):
     assert set(rows) == {"row_sums_kernel", "prologue_kernel"}
     for row in compiled:
         assert row.sound and row.spilled == 0 and row.registers <= 255
+        assert bool(row.followed) == row.tensor_core.startswith("wgmma")
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
@@ -78,6 +79,7 @@ def test_attention_compiles_and_spills_nothing(architecture):
     rows = compile_ahead([architecture], ATTENTION[architecture])
     kernels = [row for row in rows if row.kernel in ("attention_kernel", "latent_kernel")]
     assert all(row.sound and row.shared <= (232448 if architecture == 90 else 101376) for row in rows)
+    assert all(bool(row.followed) == row.tensor_core.startswith("wgmma") for row in rows)
     assert {re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in kernels} == INSTRUCTIONS[architecture]
     assert (architecture == 90) == any(row.kernel == "sum_kernel" for row in rows)  # where lists are split
 
@@ -110,6 +112,24 @@ def test_every_kernel_has_cases_and_every_case_a_configuration():
         for case in cases:
             e4m3_too_early = case.op == "linear" and case.format == "e4m3" and architecture < 89
             assert case.op not in table or case.shape in table[case.op] or e4m3_too_early
+
+
+def test_a_hazard_of_a_kernel_is_a_warning():
+    """As compiled: one product, and a wait that is not there."""
+    script = """
+from inferix_kernels import hazards, sass
+from inferix_kernels.triton_kernels import aot
+disassemble = sass.disassemble
+sass.disassemble = lambda *given, **named: disassemble(*given, **named).replace("WARPGROUP.DEPBAR", "NOP")
+(row,) = aot.compile_ahead([90], ["linear int8 many rows, GELU"])
+print(row.followed, row.sound, row.warning)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    followed, sound, warning = done.stdout.split(maxsplit=2)
+    assert (
+        int(followed) > 0 and sound == "False" and re.search(r"(reads|writes) [AD] \(R\d+.* of \| \w+: IGMMA", warning)
+    )
 
 
 def test_too_much_shared_memory_is_a_warning():

@@ -52,6 +52,8 @@ LIMITS = {
     "fp8": Limit.of(6e-2),
     "int4": Limit.of(2e-1),
 }
+# The same where products are of 8 bits: q is rounded to the codes of the keys, and the weights to e4m3.
+LIMITS_8_BIT = {"i8f8": Limit.of(6e-2), "fp8": Limit.of(8e-2)}
 
 
 class Error(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 from .. import families, shapes
 from .. import sweep as sweeps
 from . import compare as comparison
-from . import environment, plots, show
+from . import environment, isolated, plots, show
 from . import evidence as ledger
 from . import report as reports
-from .gpu import Run
 from .measure import Machine, Settings
+from .plan import gpu_run
 from .rows import Document, Row, append
 from .table import markdown
 from .timing import TIMERS
@@ -48,7 +48,7 @@ class Results:
     """Where rows go as they come: a long run may be stopped, and keeps what it has."""
 
     def __init__(self, args: argparse.Namespace, settings: Settings):
-        self.args, self.settings, self.document = args, settings, Document({}, [])
+        self.args, self.settings, self.document, self.unwritten = args, settings, Document({}, []), 0
         if args.plot:
             plots.figure(1, 1, [1.0])  # without matplotlib, say so before an hour of measuring
         self.append_to = []
@@ -63,19 +63,33 @@ class Results:
                 raise ValueError(f"{path} holds a run of other sources: choose a new file")
 
     def add(self, rows: Sequence[Row]) -> None:
+        """Rows that can't be written, to a disk that is full, say, are shown all the same, and the run goes on."""
+        if not rows:
+            return
         if not self.document.header:  # not before something has run: clocks of an idle GPU say nothing
             self.document.header = environment.header(self.settings, self.args.note)
         self.document.rows += rows
-        for path in self.append_to:
-            append(path, self.document.header, rows)
-        if self.args.json and self.args.json not in self.append_to:
-            self.document.save(self.args.json)
+        try:
+            for path in self.append_to:
+                append(path, self.document.header, rows)
+            if self.args.json and self.args.json not in self.append_to:
+                self.document.save(self.args.json)
+        except ValueError as error:
+            self.unwritten += len(rows)
+            print(f"benchmarks: {error}; {self.unwritten} rows are not in it", file=sys.stderr, flush=True)
+
+    def done_before(self) -> set[tuple[str, ...]]:
+        """(case, contender, format) of what --json holds already; what was absent then may be here now."""
+        path = self.args.json
+        rows = Document.load(path).rows if path and path.exists() else []
+        return {row.key[:3] for row in rows if row.status != "absent"}
 
     def finish(self, draw: Callable[[Sequence[Row], Path, str], None]) -> int:
-        """Plot what came; 1 if anything of ours was wrong or failed."""
+        """Plot what came; 1 if anything of ours was wrong or failed, or could not be written."""
         if self.args.plot:
             draw(self.document.rows, self.args.plot, caption(self.document))
-        return int(any(row.status in ("wrong", "failed") for row in self.document.rows if row.ours))
+        bad = any(row.status in ("wrong", "failed") for row in self.document.rows if row.ours)
+        return int(bad or self.unwritten > 0)
 
 
 def caption(document: Document) -> str:
@@ -86,21 +100,42 @@ def caption(document: Document) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check every contender against the reference, then time those that are right, taking turns."""
+    """Check every contender against the reference, then time those that are right, taking turns; with --isolate, one
+    after the other in a process that is made anew when one faults or hangs."""
     for name in args.families:
         families.family(name)
     settings = settings_of(args)
+    if args.resume and not (args.isolate and args.json and args.json.suffix == ".jsonl"):
+        raise ValueError("--resume must come with --isolate and --json F.jsonl, whose rows are not measured again")
     results = Results(args, settings)
-    machine = Machine(torch.device(settings.device))
     if not args.markdown:
         print("\n".join(environment.lines(environment.brief(settings))) + "\n", flush=True)
     wanted = args.families or families.FAMILIES
-    for rows in families.run(wanted, args.shapes or shapes.DEFAULT[settings.device], settings, machine):
-        results.add(rows)
-        print(*show.tables(rows), sep="\n", flush=True)
+    sizes = args.shapes or shapes.DEFAULT[settings.device]
+    if args.isolate:
+        _run_isolated(args, settings, results, wanted, sizes)
+    else:
+        machine = Machine(torch.device(settings.device))
+        for rows in families.run(wanted, sizes, settings, machine):
+            results.add(rows)
+            print(*show.tables(rows), sep="\n", flush=True)
     if args.github:
         args.github.write_text(json.dumps(github(results.document.rows), indent=1) + "\n")
     return results.finish(plots.draw_rates)
+
+
+def _run_isolated(
+    args: argparse.Namespace, settings: Settings, results: Results, wanted: Sequence[str], sizes: Sequence[str]
+) -> None:
+    done = results.done_before() if args.resume else set()
+    jobs = [job for job in isolated.jobs_of(wanted, sizes, settings, args.ops) if job.key not in done]
+    for rows in isolated.measure(jobs, settings, args.patience):
+        results.add(rows)
+        for row in rows:
+            print(show.line(row), flush=True)
+    for rows in families.run_whole(wanted, sizes, settings):
+        results.add(rows)
+        print(*show.tables(rows), sep="\n", flush=True)
 
 
 def github(rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -224,8 +259,17 @@ def env(args: argparse.Namespace) -> int:
 
 
 def gpu(args: argparse.Namespace) -> int:
-    """Build, tests, families at their reference shapes, sweeps, a summary. Exit code 1: something is not well; 3: call
-    again to go on."""
+    """Build, probes, speed, one block, counters, and in the time that is left the rest. Exit code 1: something is not
+    well; 3: call again to go on."""
     if not args.dry_run and not torch.cuda.is_available():
-        raise ValueError("gpu: torch finds no GPU here; --dry-run goes through every stage on the CPU")
-    return Run(args.out.resolve(), args.dry_run).go(args.minutes)
+        raise ValueError(f"gpu: torch finds no GPU here: {no_gpu()}; --dry-run goes through every stage on the CPU")
+    return gpu_run(args.out.resolve(), args.dry_run).go(args.minutes)
+
+
+def no_gpu() -> str:
+    """Why, in a line: a driver that is too old, say."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "it says no more"

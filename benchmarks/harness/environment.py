@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import clocks
 from .ledger import ROOT, fingerprints
 from .measure import Settings
 
@@ -114,26 +115,21 @@ def gpu() -> dict[str, Any]:
         "l2": properties.L2_cache_size,
     }
     try:
-        import pynvml
-    except ImportError:
-        return {**facts, "clocks": "not read: pip install nvidia-ml-py"}
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-        return {
-            **facts,
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "clocks": {
-                name: pynvml.nvmlDeviceGetClockInfo(handle, kind)
-                for name, kind in (("sm MHz", pynvml.NVML_CLOCK_SM), ("memory MHz", pynvml.NVML_CLOCK_MEM))
-            },
-            "max clock MHz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "power cap W": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
-            "temperature C": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "throttled by": [words for bit, words in THROTTLES.items() if reasons & bit],
-        }
-    except pynvml.NVMLError as error:
+        with clocks.library() as (pynvml, handle):
+            reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+            return {
+                **facts,
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "clocks": {
+                    name: pynvml.nvmlDeviceGetClockInfo(handle, kind)
+                    for name, kind in (("sm MHz", pynvml.NVML_CLOCK_SM), ("memory MHz", pynvml.NVML_CLOCK_MEM))
+                },
+                "max clock MHz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "power cap W": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
+                "temperature C": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+                "throttled by": [words for bit, words in THROTTLES.items() if reasons & bit],
+            }
+    except clocks.NotRead as error:
         return {**facts, "clocks": f"not read: {error}"}
 
 

@@ -1,58 +1,90 @@
-"""A whole run on a GPU machine in one call: build, tests, every family at its reference shapes, sweeps, a summary.
+"""A run on a GPU that is there for minutes: stages in the order of what is most wanted, each in its time.
 
-Each stage is a process of its own, since a kernel that faults takes its process with it. What a stage has left in the
-folder is not done again, so that a run that was cut off goes on when it is called again.
+    python -m benchmarks gpu --out gpu_run --minutes 7.5
+    python -m benchmarks gpu --out gpu_run --minutes 4      # goes on, on another machine too that has the folder
 
-files in the folder: run.jsonl (rows), state.json (stages), log.txt, tests.txt, rates.png, sweep.png, summary.md
+plan.py names the stages. A stage is commands that run side by side, in processes of their own: one that hangs is ended
+when its time is up, and one that can't even be ended is left behind. What a stage has left in the folder is not done
+again. Rows are on disk as they come, and the summary after every stage, so that the run may be cut off at any moment.
+
+Files in the folder, eight at most and 16 MiB each, for people: summary.md, rates.png, sweep.png, log.txt, profile.txt,
+tests.txt; for the next call: state.json; for benchmarks/records: run.jsonl. Never run on a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from .evidence import evidence, table
+from inferix_kernels.files import atomic_write
+
 from .ledger import ROOT, fingerprints
-from .rows import Document
-from .table import markdown
+from .processes import Process
 
 LOG_BYTES = 8 << 20
+FINISH = 12.0  # seconds kept for the plots
+POLL = 0.2  # seconds
 NO_TESTS = 5  # pytest's exit code when it had nothing to run
 # Of pytest: a test failed; of run: a kernel of ours is wrong. Both are findings, not to be looked for again.
 SAID_NO = 1
 AGAIN = 3
-# Most wanted first: a run may end before it comes to the last.
-PLAN = (
-    ("attention", "wan1.3b-480p"),
-    ("kv_pages", "wan1.3b-480p"),
-    ("qkv", "wan1.3b-480p"),
-    ("linear", "wan1.3b-480p"),
-    ("e2e", "-"),
-    ("attention", "wan14b-480p"),
-    ("attention", "magi-4.5b"),
-    ("kv_pages", "magi-4.5b"),
-    ("linear", "wan14b-480p"),
-    ("page_table", "-"),
-)
+STOPPED = -100  # the command had its whole time
+CUT = -101  # there was less time than it was to have
+NOT_STARTED = -102
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A command.
+
+    Attributes:
+        fine: exit codes that mean it is done.
+        output: the file its output goes to besides the log.
+        always: it is asked for because it is needed, whatever an earlier call has done, on another machine perhaps.
+    """
+
+    name: str
+    command: Sequence[str]
+    fine: tuple[int, ...] = (0,)
+    output: str = ""
+    always: bool = False
 
 
 class Stage(NamedTuple):
-    """A command, the file its output goes to besides the log, and the exit codes that mean it is done."""
+    """Commands that run side by side.
+
+    Attributes:
+        cap: seconds it may take.
+        least: seconds below which it is not begun.
+        lacks: why it can't be done on this machine; empty if it can.
+    """
 
     name: str
-    command: list[str]
-    output: str = ""
-    fine: tuple[int, ...] = (0,)
+    jobs: tuple[Job, ...]
+    cap: float
+    least: float = 10.0
+    lacks: str = ""
+
+
+class Command(Protocol):
+    """A job at work; processes.Process is one."""
+
+    def wait(self, seconds: float) -> int | None: ...
+
+    def kill(self) -> bool: ...
+
+    def output(self, most: int) -> str: ...
+
+
+def start(job: Job) -> Command:
+    """Raises OSError."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return Process(job.command, ROOT, {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
 
 
 @dataclasses.dataclass
@@ -60,122 +92,126 @@ class Run:
     """A folder and what has been done in it.
 
     Attributes:
-        dry: go through every stage on the CPU, at shapes for tests.
-        tests: what pytest is given.
+        stages: made one by one, so that a stage may depend on what those before it have left.
+        dry: it is a run on the CPU, at shapes for tests.
+        summarize: what summary.md holds, given the run.
+        plots: the stage that draws, of what there is.
+        clock, start: of time and processes; tests have others.
     """
 
     out: Path
+    stages: Callable[[], Iterator[Stage]]
     dry: bool = False
-    tests: Sequence[str] = ("tests",)
+    summarize: Callable[[Run], str] = lambda run: run.stage_table()
+    plots: Callable[[], Stage | None] = lambda: None
+    clock: Callable[[], float] = time.monotonic
+    start: Callable[[Job], Command] = start
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = json.loads(self.state.read_text()) if self.state.exists() else {}
         if state and (state["kernels"], state["dry"]) != (fingerprints(), self.dry):
             raise ValueError(f"--out {self.out} holds a run of other sources or another device: choose a new folder")
-        self.stages_done: dict[str, dict[str, Any]] = state.get("stages", {})
+        self.jobs_done: dict[str, dict[str, Any]] = state.get("jobs", {})
+        self.left_out: dict[str, str] = {}
 
     @property
     def state(self) -> Path:
         return self.out / "state.json"
 
-    def stages(self) -> Iterator[Stage]:
-        python, device = sys.executable, "cpu" if self.dry else "cuda"
-        if (not self.dry and shutil.which("nvcc")) or importlib.util.find_spec("inferix_kernels._C") is None:
-            yield Stage("build", [python, "setup.py", "build_ext", "--inplace"])
-        yield Stage("env", [python, "-m", "benchmarks", "env", "--device", device])
-        yield Stage("kernels", [python, "-m", "inferix_kernels"])
-        pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", *self.tests]
-        yield Stage("tests", pytest, "tests.txt", (0, SAID_NO, NO_TESTS))
-        measure = ["--device", device, "--json", str(self.out / "run.jsonl")]
-        quick = ["--rounds", "3", "--seconds", "2", "--blocks", "3"] if self.dry else ["--seconds", "20"]
-        model = ["--model", "self-forcing"]
-        seen = set()
-        for family, shape in PLAN:
-            shape = "smoke" if self.dry else shape
-            if (family, shape) not in seen:
-                seen.add((family, shape))
-                shapes = [] if shape == "-" else ["--shapes", shape]
-                run = [python, "-m", "benchmarks", "run", family, *shapes, *measure, *quick, *model]
-                yield Stage(f"{family} {shape}", run, fine=(0, SAID_NO))
-        sweep = [python, "-m", "benchmarks", "sweep", "--shape", "smoke" if self.dry else "wan1.3b-480p-frame"]
-        yield Stage("sweep", [*sweep, *measure, *quick[:4]], fine=(0, SAID_NO))
-
     def go(self, minutes: float) -> int:
         """Work until all stages are done or the minutes are over. 0: all are well, 1: not all, 3: call again."""
-        ends, whole = time.monotonic() + 60 * minutes, True
+        ends, whole = self.clock() + 60 * minutes - FINISH, True
         for stage in self.stages():
-            if self.stages_done.get(stage.name, {}).get("done"):
-                print(f"{stage.name}: done before", flush=True)
-                continue
-            left = ends - time.monotonic()
-            if left <= 0:
-                print(f"{stage.name}: no time left", flush=True)
+            left = [job for job in stage.jobs if job.always or not self.jobs_done.get(job.name, {}).get("done")]
+            seconds = min(stage.cap, ends - self.clock())
+            if stage.lacks:
+                self._leave_out(stage.name, stage.lacks)
+            elif not left:
+                self._say(f"{stage.name}: done before")
+            elif seconds < stage.least:
                 whole = False
-                continue
-            self.stages_done[stage.name] = entry = self._do(stage, left)
-            self._save()
-            whole = whole and entry["done"]
-            print(f"{stage.name}: {_state(entry)}, {entry['seconds']:.0f} s", flush=True)
-        self._finish()
+                self._leave_out(stage.name, f"{max(0.0, seconds):.0f} s were left, and it needs {stage.least:.0f}")
+            else:
+                self._do(stage, left, seconds)
+                whole = whole and all(self.jobs_done[job.name]["done"] for job in left)
+        if drawing := self.plots():
+            self._do(drawing, drawing.jobs, max(drawing.least, ends + FINISH - self.clock()))
+            for job in drawing.jobs:  # what is drawn may be drawn again
+                self.jobs_done.pop(job.name)
+        self._keep()
+        self._say(self.stage_table())
         if not whole:
             return AGAIN
-        return int(any(_state(entry) != "well" for entry in self.stages_done.values()))
+        return int(any(_words(entry) != "well" for entry in self.jobs_done.values()))
 
-    def _do(self, stage: Stage, seconds: float) -> dict[str, Any]:
-        path = os.pathsep.join(filter(None, [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        started = time.monotonic()
-        process = subprocess.Popen(
-            stage.command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            output, code = process.communicate(timeout=seconds)[0], process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
-            output, code = process.communicate()[0] + "\n[stopped: no time left]\n", -1
-        self._log(f"\n===== {stage.name}: {' '.join(stage.command)}\n{output}[exit code {code}]\n")
-        if stage.output:
-            (self.out / stage.output).write_text(output[-LOG_BYTES:])
-        last = output.strip().splitlines()[-1:] or [""]
+    def _leave_out(self, name: str, why: str) -> None:
+        self.left_out[name] = why
+        self._say(f"{name}: left out: {why}")
+
+    def _do(self, stage: Stage, jobs: Sequence[Job], seconds: float) -> None:
+        """Run the jobs side by side, for so many seconds, and keep what came of each as it ends."""
+        self._say(f"{stage.name}: at most {seconds:.0f} s")
+        started = self.clock()
+        at_work: dict[Job, Command] = {}
+        for job in jobs:
+            try:
+                at_work[job] = self.start(job)
+            except OSError as error:
+                self._ended(job, NOT_STARTED, f"[not started: {error}]", 0.0)
+        while at_work and self.clock() < started + seconds:
+            for job, command in list(at_work.items()):
+                code = command.wait(min(POLL, started + seconds - self.clock()))
+                if code is not None:
+                    del at_work[job]
+                    self._ended(job, code, command.output(LOG_BYTES), self.clock() - started)
+        for job, command in at_work.items():
+            code = STOPPED if seconds >= stage.cap else CUT
+            left_behind = "" if command.kill() else "\n[it can't be ended, and is left behind]"
+            self._ended(job, code, command.output(LOG_BYTES) + left_behind, self.clock() - started)
+
+    def _ended(self, job: Job, code: int, output: str, seconds: float) -> None:
+        self._log("log.txt", f"\n===== {job.name}: {' '.join(job.command)}\n{output}\n[{_words_of(code)}]\n")
+        if job.output:
+            self._log(job.output, f"\n===== {job.name}\n{output}\n")
         if code == SAID_NO and only_packages_missing(output):
             code = 0
-        return {"done": code in stage.fine, "code": code, "seconds": time.monotonic() - started, "last": last[0][:200]}
+        last = (output.strip().splitlines() or [""])[-1][:100]
+        self.jobs_done[job.name] = entry = {"done": code in job.fine, "code": code, "seconds": seconds, "last": last}
+        self._say(f"  {job.name}: {_words(entry)}, {seconds:.0f} s: {last}")
+        self._keep()
 
-    def _log(self, text: str) -> None:
-        path = self.out / "log.txt"
-        whole = (path.read_text() if path.exists() else "") + text
-        path.write_text(whole[-LOG_BYTES:])
+    def _keep(self) -> None:
+        """State and summary, whole or as they were: a run that is cut off now has both."""
+        state = {"kernels": fingerprints(), "dry": self.dry, "jobs": self.jobs_done, "left out": self.left_out}
+        self._write(self.state, json.dumps(state, indent=1) + "\n")
+        self._write(self.out / "summary.md", self.summarize(self))
 
-    def _save(self) -> None:
-        state = {"kernels": fingerprints(), "dry": self.dry, "stages": self.stages_done}
-        self.state.write_text(json.dumps(state, indent=1) + "\n")
+    def _log(self, name: str, text: str) -> None:
+        path = self.out / name
+        whole = (path.read_text(errors="replace") if path.exists() else "") + text
+        self._write(path, whole.encode()[-LOG_BYTES:].decode(errors="replace"))
 
-    def _finish(self) -> None:
-        """The summary and the plots, from what there is."""
-        parts = ["# Benchmarks in one call", "", self._stage_table()]
-        rows = self.out / "run.jsonl"
-        if rows.exists():
-            document = Document.load(rows)
-            parts += ["", table([line for line in evidence([document]) if line.state != "never"]), "", _short(document)]
-            for name, words in (("rates.png", ["report", "--plot"]), ("sweep.png", ["report", "--plot-sweep"])):
-                stage = [sys.executable, "-m", "benchmarks", *words, str(self.out / name), "--records", str(rows)]
-                self._do(Stage(name, stage), 120)
-        (self.out / "summary.md").write_text("\n".join(parts) + "\n")
-        print("\n".join(parts))
+    def _write(self, path: Path, text: str) -> None:
+        """A full disk is said, and does not end the run: what can't be kept is shown."""
+        try:
+            with atomic_write(path, "--out") as part:
+                part.write_text(text)
+        except ValueError as error:
+            self._say(f"{error}; this goes on, and what it should hold is lost or stands above")
 
-    def _stage_table(self) -> str:
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def stage_table(self) -> str:
+        from .table import markdown
+
         body = [
-            [name, _state(entry), entry["last"].replace("|", ""), f"{entry['seconds']:.0f}"]
-            for name, entry in self.stages_done.items()
+            [name, _words(entry), f"{entry['seconds']:.0f}", entry["last"].replace("|", "/")]
+            for name, entry in self.jobs_done.items()
         ]
-        return markdown(["stage", "state", "its last line", "seconds"], body, left=3)
+        body += [[name, "left out", "", why] for name, why in self.left_out.items()]
+        return markdown(["what", "state", "seconds", "its last line, or why"], body, left=4)
 
 
 def only_packages_missing(output: str) -> bool:
@@ -184,24 +220,17 @@ def only_packages_missing(output: str) -> bool:
     return bool(errors) and all("ModuleNotFoundError" in line for line in errors) and " failed" not in output
 
 
-def _state(entry: dict[str, Any]) -> str:
-    if not entry["done"]:
-        return f"to do again (exit code {entry['code']})"
-    return "well" if entry["code"] in (0, NO_TESTS) else f"exit code {entry['code']}"
+def _words(entry: dict[str, Any]) -> str:
+    if entry["code"] in (0, NO_TESTS):
+        return "well"
+    return _words_of(entry["code"]) + ("" if entry["done"] else ", to do again")
 
 
-def _short(document: Document) -> str:
-    """Of every case the fastest of ours and the fastest peer."""
-    from .measure import best_peer
-    from .show import rate
-    from .table import time_of
+def _words_of(code: int) -> str:
+    from .isolated import how
 
-    body = []
-    for case in dict.fromkeys(row.case for row in document.rows if row.family != "sweep"):
-        rows = [row for row in document.rows if row.case == case]
-        ours = min((row for row in rows if row.ours and row.seconds), key=lambda row: row.median, default=None)
-        for row in filter(None, (ours, best_peer(rows))):
-            body.append([case, row.contender, row.format, time_of(row.median), rate(row) if row.nbytes else ""])
-        wrong = [f"{row.contender} {row.format}" for row in rows if row.status in ("wrong", "failed")]
-        body += [[case, ", ".join(wrong), "", "WRONG or failed", ""]] if wrong else []
-    return markdown(["case", "fastest", "format", "median", "rate"], body, left=3)
+    return {
+        STOPPED: "stopped: its time was up",
+        CUT: "stopped: no time left",
+        NOT_STARTED: "not started",
+    }.get(code) or how(code)

@@ -14,7 +14,7 @@ import torch
 
 from inferix_kernels import Unsupported
 
-from . import timing
+from . import clocks, timing
 from .case import Case, Contender, Prepared, error_of
 from .memory import peak_of
 from .rows import Row
@@ -47,10 +47,11 @@ class Settings:
 
     def wants(self, contender: Contender) -> bool:
         """ "ours" means every backend of ours, "sdpa" every kind of it."""
-        name = contender.name
-        return (not self.backends or any(name == b or name.startswith(b + "-") for b in self.backends)) and (
-            not self.formats or any(f in contender.format.split("->") for f in self.formats)
-        )
+        formats = not self.formats or any(f in contender.format.split("->") for f in self.formats)
+        return formats and self.wants_name(contender.name)
+
+    def wants_name(self, name: str) -> bool:
+        return not self.backends or any(name == b or name.startswith(b + "-") for b in self.backends)
 
 
 class Machine:
@@ -159,23 +160,76 @@ def measure_case(case: Case, settings: Settings, machine: Machine) -> list[Row]:
     return contest.close()
 
 
-def _checked(
-    case: Case, contender: Contender, inputs: Any, want: Any, device: torch.device
-) -> tuple[Row, Prepared | None]:
-    """Run a contender once. A wrong, missing or failing one gives a row that says so, and is not timed."""
-    row = Row(
+class Alone:
+    """A case whose contenders are checked and timed one after the other, each by itself rather than taking turns.
+
+    Attributes:
+        peaks: rows of the machine's peaks, timed first.
+    """
+
+    def __init__(self, case: Case, settings: Settings, machine: Machine, wanted: Sequence[Contender]):
+        self.case, self.settings, self.machine = case, settings, machine
+        self.device = torch.device(settings.device)
+        self.inputs = case.inputs(self.device)
+        with torch.inference_mode():
+            common = any(not c.absent and c.reference is None for c in wanted)
+            self.want = case.reference(self.inputs) if common else ()
+        self.peaks = []
+        for entrant in _peaks(case, settings, machine) if settings.rounds else ():
+            entrant.call()
+            self._rounds(entrant)
+            self.peaks.append(entrant.row)
+
+    @torch.inference_mode()
+    def check(self, contender: Contender) -> tuple[Row, Prepared | None]:
+        """Its first call, and whether it is right; None: it is not timed, and its row says why."""
+        return _checked(self.case, contender, self.inputs, self.want, self.device)
+
+    @torch.inference_mode()
+    def time(self, row: Row, contender: Contender, prepared: Prepared) -> None:
+        """Fill in the row. Where the timer asked for can't time it, a graph a call that can't be captured, say, events
+        do, and the row says so."""
+        for entrant in _entrant(row, contender, prepared, self.inputs, self.settings, self.machine):
+            self._rounds(entrant)
+        if row.status == "failed" and self.settings.timer == "graph":
+            row.status, row.note = "ok", f"timed by events: {row.note}"
+            self._rounds(_Entrant(row, timing.event([prepared.run]), prepared.run))
+        row.metrics |= clocks.now(self.settings.device)
+        if self.peaks and row.seconds:
+            _shares([row, *self.peaks])
+
+    def _rounds(self, entrant: _Entrant) -> None:
+        started = time.monotonic()
+        for number in range(self.settings.rounds):
+            if number >= MIN_ROUNDS and time.monotonic() - started > self.settings.seconds:
+                break
+            sample = _sample(entrant, self.settings, self.machine)
+            entrant.row.seconds.append(sample.seconds)
+            entrant.row.disturbed += sample.disturbed
+
+
+def row_of(case: Case, contender: Contender, device: str) -> Row:
+    """Not yet checked."""
+    return Row(
         case.family,
         case.op,
         case.shape,
         contender.name,
         contender.format,
-        device.type,
+        device,
         "ok",
         kernel=contender.kernel,
         flops=contender.flops,
         nbytes=contender.nbytes,
         metrics=dict(contender.metrics),
     )
+
+
+def _checked(
+    case: Case, contender: Contender, inputs: Any, want: Any, device: torch.device
+) -> tuple[Row, Prepared | None]:
+    """Run a contender once. A wrong, missing or failing one gives a row that says so, and is not timed."""
+    row = row_of(case, contender, device.type)
     if contender.absent:
         row.status, row.note = "absent", contender.absent
         return row, None

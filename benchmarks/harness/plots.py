@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inferix_kernels._install import install
+
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def figure(rows: int, columns: int, heights: Sequence[float], width: float = 3.6
         import matplotlib
         from matplotlib import pyplot
     except ImportError as error:
-        raise NoPlot("a plot needs matplotlib: pip install 'inferix[bench]'") from error
+        raise NoPlot(f"a plot needs matplotlib: {install('bench')}") from error
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
     return pyplot.subplots(

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from inferix_kernels.files import append_lines, atomic_write, unwritable
+
 SCHEMA = 1
 # ok: right and timed. wrong: not timed. absent: not installed. unsupported: refused. failed: raised.
 STATUSES = ("ok", "wrong", "absent", "unsupported", "failed")
@@ -86,15 +88,17 @@ class Document:
     rows: list[Row]
 
     def save(self, path: Path) -> None:
-        """As JSON, or as JSON lines if the name ends so."""
+        """As JSON, or as JSON lines if the name ends so. Raises ValueError: it can't be written; names the path."""
         head = {"schema": SCHEMA, "header": self.header}
         rows = [compact(row) for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(line) + "\n" for line in (head, *rows)))
+            text = "".join(json.dumps(line) + "\n" for line in (head, *rows))
         else:
             lines = ",\n".join(map(json.dumps, rows))
-            path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')
+            text = json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n'
+        with atomic_write(path, "--json") as part:
+            part.write_text(text)
 
     @classmethod
     def load(cls, path: Path) -> Document:
@@ -102,7 +106,8 @@ class Document:
         try:
             text = path.read_text()
             if path.suffix == ".jsonl":
-                head, *rows = (json.loads(line) for line in text.splitlines() if line)
+                # A line without its end is what a crash left of it.
+                head, *rows = (json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line)
             else:
                 head = json.loads(text)
                 rows = head.get("rows")
@@ -118,12 +123,19 @@ class Document:
 
 
 def append(path: Path, header: dict[str, Any], rows: Iterable[Row]) -> None:
-    """Add rows to a .jsonl document; begin it if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        if not file.tell():
-            file.write(json.dumps({"schema": SCHEMA, "header": header}) + "\n")
-        file.writelines(json.dumps(compact(row)) + "\n" for row in rows)
+    """Add rows to a .jsonl document, whole and on disk when this returns; begin it if there is none.
+
+    Raises:
+        ValueError: it can't be written, or the disk is full; what it held before is whole.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begun = path.exists() and "\n" in path.read_text()
+    except OSError as error:
+        raise unwritable(path, error, "--json") from None
+    lines = [] if begun else [json.dumps({"schema": SCHEMA, "header": header})]
+    lines += [json.dumps(compact(row)) for row in rows]
+    append_lines(path, "".join(f"{line}\n" for line in lines), "--json")
 
 
 def compact(row: Row) -> dict[str, Any]:

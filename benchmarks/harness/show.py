@@ -46,6 +46,15 @@ def case_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
+def line(row: Row) -> str:
+    """A row as it comes."""
+    words = [row.case, row.contender, row.format, MARKS[row.status]]
+    words += [f"error {row.error['relative']:.1e}"] if row.error else []
+    words += [time_of(row.median), rate(row)] if row.seconds else []
+    words += [f"{name} {value:.4g}" for name, value in row.metrics.items()]
+    return "  ".join(filter(None, [*words, row.note]))
+
+
 def cells(row: Row, peer: Row | None) -> list[str]:
     named = [row.contender, row.format, MARKS[row.status]]
     errors = [f"{row.error[name]:.1e}" if row.error else "" for name in ("relative", "max")]

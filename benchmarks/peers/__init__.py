@@ -26,7 +26,7 @@ class Peer:
     Attributes:
         op: the case's op, where a family has several; "" is any.
         formats: of K and V, or of the weights, that it takes.
-        module: what must be importable.
+        modules: one of which must be importable, best first.
         package: what pip calls it.
     """
 
@@ -36,19 +36,23 @@ class Peer:
     prepare: Adapter
     formats: tuple[str, ...]
     devices: tuple[str, ...]
-    module: str
+    modules: tuple[str, ...]
     package: str
 
     def absent(self) -> str:
         """Why it can't be tried here; empty if it can."""
-        try:
-            found = importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:  # a submodule of what is not there
-            found = False
+        found = any(map(is_here, self.modules))
         return "" if found else f"pip install {pins().get(self.package, self.package)}"
 
 
 PEERS: list[Peer] = []
+
+
+def is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a submodule of what is not there
+        return False
 
 
 def peer(
@@ -56,14 +60,15 @@ def peer(
     name: str,
     formats: Sequence[str],
     devices: Sequence[str] = ("cuda",),
-    module: str = "torch",
+    module: str | tuple[str, ...] = "torch",
     package: str | None = None,
     op: str = "",
 ) -> Callable[[Adapter], Adapter]:
     """Register an adapter; arguments as the fields of Peer. `package` is given where it differs from `module`."""
+    modules = (module,) if isinstance(module, str) else module
 
     def register(prepare: Adapter) -> Adapter:
-        PEERS.append(Peer(family, op, name, prepare, tuple(formats), tuple(devices), module, package or module))
+        PEERS.append(Peer(family, op, name, prepare, tuple(formats), tuple(devices), modules, package or modules[0]))
         return prepare
 
     return register

@@ -19,7 +19,7 @@ from torch import Tensor
 from inferix_kernels import kv_gather
 
 from ..harness.case import DTYPES, Prepared
-from . import peer
+from . import is_here, peer
 
 if TYPE_CHECKING:
     from ..attention import Halves, Inputs
@@ -114,12 +114,15 @@ def flash_attn_2(inputs: Inputs, format: str) -> Prepared:
     return dense(inputs, format, importlib.import_module("flash_attn").flash_attn_func)
 
 
+FA3 = ("fa3_fwd_interface", "flash_attn_interface")  # of the wheel fa3-fwd, and of its sources
+
+
 def _flash_attn_3(splits: int) -> None:
     name = "flash-attn-3" if splits == 1 else f"flash-attn-3-split{splits}"
 
-    @peer("attention", name, ("bf16",), module="fa3_fwd_interface", package="fa3-fwd", op="paged_attention")
+    @peer("attention", name, ("bf16",), module=FA3, package="fa3-fwd", op="paged_attention")
     def split(inputs: Inputs, format: str) -> Prepared:
-        flash = importlib.import_module("fa3_fwd_interface").flash_attn_func
+        flash = importlib.import_module(next(filter(is_here, FA3))).flash_attn_func
         return dense(inputs, format, lambda q, k, v: flash(q, k, v, num_splits=splits))
 
 

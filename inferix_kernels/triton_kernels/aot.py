@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .. import hazards, sass
 from .._dispatch import Unsupported
 from .attention import cases as attention_cases
 from .kv_pages import cases as page_cases
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     spilled: int = 0  # bytes of a thread's stack
     shared: int = 0  # bytes of shared memory
     tensor_core: str = ""  # the instruction that most products are made by
+    followed: int = 0  # asynchronous products whose registers were checked (hazards.py)
     warning: str = ""
     unsupported: str = ""
 
@@ -78,14 +80,25 @@ def _compile(case: Case, architecture: int) -> Iterator[Row]:
     for kernel in kernels:
         usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
         instruction = tensor_core(ptx)
+        seen = follow(kernel.asm["cubin"]) if "wgmma" in instruction else []
+        hazard = next((str(hazard) for one in seen for hazard in one.hazards), "")
         yield row._replace(
             kernel=kernel.metadata.name,
             registers=usage["REG"],
             spilled=usage["STACK"] + usage["LOCAL"],
             shared=kernel.metadata.shared,
             tensor_core=instruction,
-            warning=_warning(architecture, kernel.metadata.shared, ptx if "wgmma" in instruction else ""),
+            followed=sum(one.products for one in seen),
+            warning=_warning(architecture, kernel.metadata.shared, ptx if "wgmma" in instruction else "") or hazard,
         )
+
+
+def follow(cubin: bytes) -> list[hazards.Seen]:
+    """Its kernels that have asynchronous products, with what touches their registers too early."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        return hazards.look_at(sass.disassemble(file, life_ranges=True))
 
 
 def _warning(architecture: int, shared: int, ptx: str) -> str:

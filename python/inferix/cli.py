@@ -14,6 +14,8 @@ MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 PAGE_ONLY = ("host", "port", "token", "folder", "push", "undo", "worlds")  # options of play, not for the terminal
 KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
 
+LORA_HELP = "low-rank updates to merge into the weights; may be repeated (default: the *lora* file in the folder)"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
@@ -41,8 +43,13 @@ def _main(argv: list[str] | None) -> int:
     try:
         _check_numbers(args)
         return int(args.run(args))
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         print(f"inferix {args.command}: {error}", file=sys.stderr)
+        return USAGE
+    except ImportError as error:
+        from inferix_kernels._install import explained
+
+        print(f"inferix {args.command}: {explained(error)}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print(f"inferix {args.command}: interrupted", file=sys.stderr)
@@ -64,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make a video of a world")
     generate.add_argument("--model", default="tiny", help="which model (default: tiny)")
     generate.add_argument("--weights", help="checkpoint file or its folder, for models that do not ship one")
-    generate.add_argument("--lora", help="low-rank updates to merge into the weights")
+    generate.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     generate.add_argument(
         "--out", default="world.mp4", help="MP4 to write; a PNG sheet and a JSON summary go beside it"
     )
@@ -112,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     play = commands.add_parser("play", help="steer a world in the browser, or in this terminal")
     play.add_argument("--model", default="tiny", help="which model (default: tiny)")
     play.add_argument("--weights", help="checkpoint file or its folder, for models that do not ship one")
-    play.add_argument("--lora", help="low-rank updates to merge into the weights")
+    play.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     play.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; others than this machine need the token"
     )
@@ -138,10 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="checkpoint file, or the folder that holds it")
     convert.add_argument("out", type=Path, help=".safetensors to write")
     convert.add_argument("--model", default="self-forcing", help="whose weights to take if the file holds several")
-    convert.add_argument("--lora", help="low-rank updates to merge (default: the *lora* file in the folder)")
+    convert.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     convert.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights (default: fp32)")
     convert.set_defaults(run=_convert)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
+    doctor.add_argument("--prove", action="store_true", help="try every kernel on this GPU; which ones run goes by it")
+    doctor.add_argument("--device", help="say which kernels a world would use on it: cuda, sm_90, H200, A100, ...")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -180,7 +189,9 @@ def _play(args: argparse.Namespace) -> int:
     try:
         from .stream.play import play
     except ModuleNotFoundError as error:
-        raise ImportError(f"the page needs {error.name}: pip install 'inferix[stream]', or play --terminal") from None
+        from inferix_kernels._install import install
+
+        raise ImportError(f"the page needs {error.name}: {install('stream')}, or play --terminal") from None
     return play(args)
 
 
@@ -218,8 +229,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from inferix_kernels import chosen
+
     from .doctor import examine
 
+    if args.prove:
+        from inferix_kernels.proofs import prove
+
+        return prove.command(args.device or "cuda")
+    if args.device:
+        print(chosen.table(chosen.target(args.device)))
+        return 0
     return examine()
 
 

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable
 
+from inferix_kernels._install import DISTRIBUTION, explained
+
 Finding = tuple[bool, str]
 
 
 def _python() -> Finding:
     return True, f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+
+
+def _names() -> Finding:
+    """PyPI's `inferix` is another project: it would lie over ours, or in front of it."""
+    import inferix
+
+    foreign = [
+        f"{found.version} in {found.locate_file('')}"
+        for found in importlib.metadata.distributions(name="inferix")
+        if "inferix_kernels" not in (found.read_text("top_level.txt") or "").split()  # ours, by its earlier name
+    ]
+    if foreign:
+        remedy = f"pip uninstall inferix, then install {DISTRIBUTION} again"
+        return False, f"another project's distribution `inferix` is installed ({', '.join(foreign)}): {remedy}"
+    loaded = str(inferix.__file__)
+    if os.path.dirname(loaded) != os.path.dirname(__file__) or "World" not in getattr(inferix, "__all__", ()):
+        return False, f"the package inferix is another project's: {loaded}; install {DISTRIBUTION} again"
+    return True, f"inferix and inferix_kernels are of {DISTRIBUTION}, in {os.path.dirname(loaded)}"
 
 
 def _torch() -> Finding:
@@ -31,6 +52,18 @@ def _extension() -> Finding:
         hint = "run `make build`" if compiler else "install a C++ compiler (g++), then run `make build`"
         return False, f"not built ({error}); the reference would run instead, slowly: {hint}"
     return True, "built, C++ and CUDA" if extension.has_cuda else "built, C++ only (no nvcc was found)"
+
+
+def _attention() -> Finding:
+    import torch
+
+    from inferix_kernels import chosen
+
+    on = chosen.target("cuda" if torch.cuda.is_available() else "cpu")
+    choice = chosen.attention(("int8", "bf16" if on.kind == "cuda" else "fp32"), on)
+    if not choice.backend:
+        return False, f"none runs on {on.name}: {'; '.join(choice.reasons)}"
+    return True, "; ".join([f"a world on {on.name} uses {choice.backend}", *choice.reasons])
 
 
 def _video() -> Finding:
@@ -74,8 +107,10 @@ def _stream() -> Finding:
 
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _python,
+    "packages": _names,
     "torch": _torch,
     "inferix_kernels._C": _extension,
+    "attention kernel": _attention,
     "video": _video,
     "tiny world": _tiny,
     "Wan models": _wan,
@@ -91,8 +126,8 @@ def examine() -> int:
         try:
             good, text = check()
         except ImportError as error:
-            good, text = False, f"{error}; run `make build`"
+            good, text = False, f"{explained(error)}; from source: `make build`"
         well &= good
         print(f"{'ok ' if good else '!! '} {name}: {text}")
-    print("\nkernels: python -m inferix_kernels")
+    print("\nkernels: python -m inferix_kernels · of a world elsewhere: --device H200 · tried on this GPU: --prove")
     return 0 if well else 1

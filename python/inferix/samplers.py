@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from inferix_kernels._install import require
+
 # (step, x, clean prediction) -> x at the noise level of step + 1
 Sampler = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -38,13 +40,9 @@ def unipc(levels: Sequence[float], noise: Callable[[], Tensor]) -> Sampler:
     Raises:
         ImportError: diffusers is not installed; names the extra.
     """
-    try:
-        from diffusers import UniPCMultistepScheduler
-    except ImportError:
-        raise ImportError(
-            "sampler: unipc needs diffusers, which is not installed: pip install 'inferix[wan]'"
-        ) from None
-    scheduler = UniPCMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
+    scheduler = require("diffusers", "wan", "sampler: unipc").UniPCMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True
+    )
     scheduler.set_timesteps(sigmas=np.asarray(levels))
     scheduler.set_begin_index(0)
 

@@ -7,7 +7,9 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,18 +17,23 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
-from inferix_kernels.layout import KV_FORMATS
+from inferix_kernels.layout import KV_FORMATS, scratch_format
+from inferix_kernels.proofs import stored
 
 from .finite import NotFinite, shown
 from .loop import Decoder
 from .models import BlockModel, load_model
 from .pipeline import Pipeline, PipelinedModel
+from .turns import one_at_a_time
 
 Action = int | str
 
 
 class World:
     """One world, opened and steered.
+
+    Threads: a world takes one call at a time, another one raises RuntimeError. A world and its forks, and others of one
+    model, may be at work in a thread each: every one makes the frames that it would make alone.
 
     Args:
         model: a name from inferix.models.MODELS, or a BlockModel.
@@ -85,6 +92,7 @@ class World:
         guided = adapter.guidance != 1
         against = self.model.condition(adapter.negative_prompt, []) if guided else None
         # Worlds the store has room for; with no past to see nothing is ever committed.
+        device = torch.device(getattr(self.model, "device", "cpu"))
         room = 0 if adapter.at_once else worlds * (2 if guided else 1)
         self.store = KVStore(
             layers=self.model.layers,
@@ -94,10 +102,13 @@ class World:
             block_frames=largest,
             # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
             scratch_blocks=2 + adapter.stages,
+            scratch_format=scratch_format(device, self.model.dtype),
             pools={format: max(1, room * frames) for format, frames in policy.capacity().items()},
-            device=getattr(self.model, "device", "cpu"),
+            device=device,
             backend=backend,
         )
+        if backend == "auto" and on_gpu(device) and (unproved := stored.notice(device)):
+            logging.getLogger("inferix").warning(unproved)
         self._against, self.worlds, self._blocks = against, worlds, blocks
         self._begin(policy, seed)
 
@@ -124,6 +135,7 @@ class World:
         """Latent frames made or observed so far."""
         return self.decoder.frames
 
+    @one_at_a_time
     def step(
         self,
         actions: Sequence[Action] | None = None,
@@ -183,6 +195,7 @@ class World:
             self.release()
             raise
 
+    @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
 
@@ -232,6 +245,7 @@ class World:
                 raise
         return np.concatenate(seen)
 
+    @one_at_a_time
     def settle(self) -> None:
         """Do now what the last block still owes, its clean pass, so that the next one is there sooner.
 
@@ -240,6 +254,7 @@ class World:
         if isinstance(self.decoder, Decoder):
             self.decoder.settle()
 
+    @one_at_a_time
     def fork(self, seed: int | None = None) -> World:
         """Another world with the same past: it shares the pages and goes its own way. The store needs `worlds` for it.
 
@@ -275,6 +290,7 @@ class World:
         sizes = self.decoder.rewinds
         return [size for size in sizes if self.frames - size in kept] if hasattr(self.pictures, "fork") else sizes
 
+    @one_at_a_time
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
         `undo` frames before it too; if pictures depend on those before them, only with an `undo`. A new rollout can not
@@ -302,7 +318,18 @@ class World:
             self._kept = [(at, state) for at, state in self._kept if self.frames - undo <= at < self.frames]
             self._kept.append((self.frames, self.pictures.fork()))
 
-    def _restart(self, latents: Tensor) -> Tensor:
+    @property
+    def _restart(self) -> Callable[[Tensor], Tensor]:
+        """For the decoder, whose world it must not keep alive: a world that is dropped gives its pages back."""
+        begin = weakref.WeakMethod(self._begin_rollout)
+
+        def restart(latents: Tensor) -> Tensor:
+            method = begin()
+            return latents if method is None else method(latents)
+
+        return restart
+
+    def _begin_rollout(self, latents: Tensor) -> Tensor:
         """A new rollout begins with these, the last latents; there is no way back to before it."""
         if not hasattr(self.pictures, "restart"):
             return latents
@@ -328,6 +355,7 @@ class World:
         picture: np.ndarray = self.pictures(self.decoder.recent[-1].latents)[-1]
         return picture
 
+    @one_at_a_time
     def reset(self, seed: int) -> None:
         """Begin again, with nothing remembered and this seed."""
         _check_seed(seed)
@@ -335,6 +363,7 @@ class World:
         self.release()
         self._begin(policy, seed)
 
+    @one_at_a_time
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
         self.released = True
@@ -381,6 +410,10 @@ class World:
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _check_seed(seed: int) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -106,10 +107,14 @@ PagedAttend = Callable[..., "Tensor | None"]
 class BlockModel(Protocol):
     """A network that denoises blocks of latent frames.
 
+    Several threads may use one model, each for a world of its own: what a model keeps between calls (the last prompt, a
+    VAE's state) is either replaced as a whole or guarded by a lock.
+
     Attributes:
         layers, heads, head_dim: of the keys and values it caches.
         frame_tokens: tokens per latent frame.
         latent_shape: of one frame.
+        dtype: of the q, k and v that it gives `attend`.
     """
 
     adapter: Adapter
@@ -118,6 +123,7 @@ class BlockModel(Protocol):
     head_dim: int
     frame_tokens: int
     latent_shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         """[len(frames) * frame_tokens, R / 2, 2] float32 (cos, sin) for these global frame indices."""

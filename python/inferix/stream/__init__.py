@@ -11,7 +11,3 @@ client.py    one connection: limits, replies, who drives
 webrtc.py    aiortc, handed our packets
 server.py    the page, the WebSocket, who may come in
 """
-
-from __future__ import annotations
-
-EXTRA = "install the extra `stream`: pip install 'inferix[stream]'"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...pipeline import Forward
 from .. import Adapter, PagedAttend
-from ..wan.text import CACHE
 from .adapters import SCHEDULES, adapter_for, config_for, scheduled
 from .captions import Captions, load_captions
 from .checkpoint import find_weights, load_network
@@ -94,7 +93,7 @@ class Magi:
         self.grid = height // config.patch, width // config.patch
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels, height, width)
-        self.device = network.x_embedder.weight.device
+        self.device, self.dtype = network.x_embedder.weight.device, network.dtype
         # Most forwards of a stage are over the same frames.
         self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, network.rope.bands))
         self._null: dict[str, Told] = {}
@@ -107,14 +106,16 @@ class Magi:
     def condition(self, prompt: str, actions: Sequence[int | str]) -> Prompt:
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
-        if prompt not in self._prompts:
+        known = self._prompts.get(prompt)
+        if known is None:
             if self.text is None:
                 raise ValueError(
                     f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
                     "text_encoder/ and tokenizer/ (T5 v1.1 XXL), or t5_pretrained/t5-v1_1-xxl as MAGI-1 has it"
                 )
-            self._prompts = {prompt: self.condition_on(self.text(prompt))}  # the last prompt alone: 110 MB for 4.5B
-        return self._prompts[prompt]
+            known = self.condition_on(self.text(prompt))
+            self._prompts = {prompt: known}  # the last prompt alone: 110 MB for 4.5B
+        return known
 
     def condition_on(self, embedding: Tensor) -> Prompt:
         """The same from a prompt embedding [tokens, caption_dim]."""
@@ -175,7 +176,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-    prompt_cache: str | Path = CACHE,
+    prompt_cache: str | Path | None = None,
 ) -> Magi:
     """A model of SCHEDULES from its checkpoint.
 
@@ -190,7 +191,7 @@ def load(
             Without it latents come out.
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
-        prompt_cache: folder for caption embeddings.
+        prompt_cache: folder for caption embeddings; by default ~/.cache/inferix/prompts, if that can be used.
 
     Raises:
         ValueError: something is missing, damaged or of another architecture; says what.
@@ -207,7 +208,7 @@ def load(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, name, fp8=fp8, dtype=dtype, device=device, backend=backend)
     encoder = find_encoder(folder)
-    text = None if encoder is None else CaptionEncoder(encoder, network.config.caption_len, Path(prompt_cache))
+    text = None if encoder is None else CaptionEncoder(encoder, network.config.caption_len, prompt_cache)
     return Magi(
         network,
         adapter,

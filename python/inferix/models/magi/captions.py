@@ -33,6 +33,7 @@ ROWS = {
 STYLES = ("static", "dynamic", "border", "hq", "3d", "2d")  # that a user may ask for, in the source's order
 NEGATIVE = ("caption", "logo", "transition", "border")  # what a video that guidance leads away from would have
 DURATIONS, FIRST_DURATION = 8, 7  # rows 7 .. 14: one chunk left, the last one, to eight or more
+MOST_BYTES = 1 << 26  # of the file, expanded; published are about a hundred rows of 4,096 numbers
 DEFAULT = ("hq", "duration")  # what the published scripts ask for
 
 
@@ -81,15 +82,17 @@ def load_captions(folder: Path, names: Sequence[str] | None, negative: bool = Fa
         raise ValueError(f"special tokens must be of {', '.join(STYLES)}, duration, got {unknown[0]!r}")
     if not names and not negative:
         return Captions()
+    if not path.exists():
+        raise ValueError(f"special tokens: there is no {path}; MAGI-1 has it in example/assets")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name].astype(np.float16)).float() for name in file.files}
+        arrays = _arrays(path)
         pick = {name: arrays[array][row : row + 1] for name, (array, row) in ROWS.items()}
         durations = arrays["other_tokens"][FIRST_DURATION : FIRST_DURATION + DURATIONS]
-    except FileNotFoundError:
-        raise ValueError(f"special tokens: there is no {path}; MAGI-1 has it in example/assets") from None
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"special tokens: {path} is damaged or another file ({error})") from None
+        if {len(rows) for rows in pick.values()} != {1} or len(durations) != DURATIONS:
+            raise ValueError("it has too few rows")
+    except Exception as error:  # of a zip, of an array in it, of its header: numpy has no one error for them
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"special tokens: {path} is damaged or another file ({reason})") from None
     # The source puts one after another before what is there, so that the last of a list comes first.
     styles = [pick[name] for name in reversed(STYLES) if name in names]
     return Captions(
@@ -97,6 +100,18 @@ def load_captions(folder: Path, names: Sequence[str] | None, negative: bool = Fa
         durations if "duration" in names else None,
         torch.cat([pick[name] for name in reversed(NEGATIVE)]) if negative else None,
     )
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    """The arrays of the file, [rows, caption_dim] each, expanded to no more than they can be."""
+    with zipfile.ZipFile(path) as archive:
+        if (size := sum(member.file_size for member in archive.infolist())) > MOST_BYTES:
+            raise ValueError(f"it would expand to {size} bytes")
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: torch.from_numpy(file[name].astype(np.float16)).float() for name in file.files}
+    if any(rows.ndim != 2 for rows in arrays.values()) or len({rows.shape[1] for rows in arrays.values()}) != 1:
+        raise ValueError("its arrays must be [rows, caption_dim]")
+    return arrays
 
 
 def _joined(*parts: Tensor | None) -> Tensor:

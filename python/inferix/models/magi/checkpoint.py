@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..wan.containers import read_tensors, shown
+from ..wan.containers import check_floating, count_layers, read_tensors, reading, shape_of, shown
 from .adapters import config_for
 from .network import MagiConfig, MagiNetwork
 from .quantized import FP8, SCALES, Codes, Linear8, read_codes
@@ -79,11 +79,12 @@ def load_network(
     if fp8 not in FP8_CHOICES:
         raise ValueError(f"fp8 must be one of {', '.join(FP8_CHOICES)}, got {fp8!r}")
     tensors, _ = read_tensors(path)
-    config = config_of(tensors, name, str(path))
-    with torch.device("meta"):
-        network = MagiNetwork(config)
-    wanted = {key: tuple(parameter.shape) for key, parameter in network.state_dict().items()}
-    _check(tensors, wanted, config, str(path))
+    with reading(path, "a MAGI-1 transformer"):
+        config = config_of(tensors, name, str(path))
+        with torch.device("meta"):
+            network = MagiNetwork(config)
+        wanted = {key: tuple(parameter.shape) for key, parameter in network.state_dict().items()}
+        _check(tensors, wanted, config, str(path))
     state: dict[str, Tensor] = {}
     for key in wanted:
         kept = torch.promote_types(dtype, torch.float32) if PRECISE.search(key) else dtype
@@ -108,18 +109,16 @@ def config_of(tensors: Mapping[str, Tensor], name: str, source: str) -> MagiConf
         ValueError: a tensor that shows a size is missing.
     """
 
-    def shape(key: str) -> torch.Size:
-        if key not in tensors:
-            raise ValueError(f"weights: {source} is no MAGI-1 transformer: it has no {key}")
-        return tensors[key].shape
+    def shape(key: str, *dims: int) -> torch.Size:
+        return shape_of(tensors, key, dims or (2, 3), source, "MAGI-1 transformer")  # in 8 bits there may be three
 
     first, like = LAYER + "0.", config_for(name)
-    patch, null = shape("x_embedder.weight"), shape("y_embedder.null_caption_embedding")
-    head_dim = shape(first + "self_attention.q_layernorm.weight")[0]
+    patch, null = shape("x_embedder.weight", 5), shape("y_embedder.null_caption_embedding", 2)
+    head_dim = shape(first + "self_attention.q_layernorm.weight", 1)[0]
     ffn, hidden = (shape(first + f"mlp.linear_fc{i}.weight") for i in (2, 1))
     return MagiConfig(
         dim=patch[0],
-        layers=1 + max(int(key.split(".")[2]) for key in tensors if key.startswith(LAYER)),
+        layers=count_layers(tensors, LAYER, source),
         heads=shape(first + "self_attention.linear_qkv.q.weight")[-2] // head_dim,
         kv_heads=shape(first + "self_attention.linear_qkv.k.weight")[-2] // head_dim,
         head_dim=head_dim,
@@ -166,6 +165,7 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]],
         got = tuple(tensors[key].shape)
         if got != shape and not (_is_fp8(tensors[key]) and got == (1, *shape)):
             raise ValueError(f"weights: {src}: {key} must be {list(shape)}, got {list(got)}")
+    check_floating(tensors, [*expected, *scales & tensors.keys()], src)
 
 
 def _is_fp8(tensor: Tensor) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..wan.text import PromptEncoder
+from inferix_kernels._install import require
 
-EXTRA = "install the extra `magi`: pip install 'inferix[magi]'"
+from ..wan.containers import pretrained
+from ..wan.text import PromptEncoder, read_tokenizer
+
 # Where the encoder may lie in a model's folder: as diffusers and as MAGI-1 have it.
 FOLDERS = ("text_encoder", "t5_pretrained/t5-v1_1-xxl", "t5/t5-v1_1-xxl", "t5-v1_1-xxl")
 
@@ -22,14 +24,11 @@ def clean(prompt: str) -> str:
     Raises:
         ImportError: diffusers, ftfy or beautifulsoup4 is not installed; names the extra.
     """
-    try:
-        import bs4  # noqa: F401, diffusers would go on without it, and fail
-        import ftfy  # noqa: F401
-        from diffusers import PixArtAlphaPipeline
-    except ImportError as error:
-        raise ImportError(f"prompt: cleaning it needs {error.name}, which is not installed: {EXTRA}") from None
+    for module in ("bs4", "ftfy"):  # diffusers would go on without them, and fail
+        require(module, "magi", "prompt: cleaning it")
+    pipeline = require("diffusers", "magi", "prompt: cleaning it").PixArtAlphaPipeline
     for _ in range(2):  # cleaning may lay bare what is to be cleaned
-        prompt = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, prompt)
+        prompt = pipeline._clean_caption(pipeline, prompt)
     return prompt
 
 
@@ -47,10 +46,7 @@ class CaptionEncoder(PromptEncoder):
         return sorted(file for file in self.folder.glob("*") if file.is_file())
 
     def _load(self) -> tuple[Any, Any]:
-        try:
-            from transformers import AutoTokenizer, T5EncoderModel
-        except ImportError:
-            raise ImportError(f"prompt: encoding it needs transformers, which is not installed: {EXTRA}") from None
+        transformers = require("transformers", "magi", "prompt: encoding it")
         beside = self.folder.parent / "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
-        return tokenizer, T5EncoderModel.from_pretrained(self.folder, dtype="auto").eval()
+        encoder = pretrained(transformers.T5EncoderModel, self.folder, "a text encoder", dtype="auto")
+        return read_tokenizer(transformers, beside if beside.is_dir() else self.folder), encoder.eval()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -41,7 +43,7 @@ Cross = list[tuple[Tensor, Tensor]]
 class TinyWorld:
     """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
 
-    adapter = ADAPTER
+    adapter, dtype = ADAPTER, torch.float32
 
     def __init__(self, network: TinyWorldModel):
         self.network, config = network.eval().requires_grad_(False), network.config
@@ -134,19 +136,38 @@ def load(weights: str | Path | None = None, name: str = "tiny", **options: objec
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118, not a dict
     except FileNotFoundError:
         raise ValueError(f"weights: there is no file {path}") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"weights: {path} is damaged or not a safetensors file ({error})") from None
-    try:
-        config = TinyConfig(**json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"weights: {path} is not a tiny world checkpoint: its metadata has no 'config' we know"
-        ) from None
-    network = TinyWorldModel(config)
+    with torch.device("meta"):  # no more memory than the file has, whatever sizes it names
+        network = TinyWorldModel(_config(metadata, state, path))
     expected = network.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         want, got = (list(d[name].shape) if name in d else "nothing" for d in (expected, state))
         if want != got:
             raise ValueError(f"weights: {path}: {name} must be {want}, got {got}")
-    network.load_state_dict(state)
+    network.load_state_dict(state, assign=True)
     return TinyWorld(network)
+
+
+def _config(metadata: Mapping[str, str], state: Mapping[str, Tensor], path: Path) -> TinyConfig:
+    """The sizes in a checkpoint's metadata, if they can be those of a tiny world with these tensors."""
+    try:
+        config = TinyConfig(**json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(
+            f"weights: {path} is not a tiny world checkpoint: its metadata has no 'config' we know"
+        ) from None
+    most = max(map(Tensor.numel, state.values()), default=0)
+    for field in dataclasses.fields(TinyConfig):
+        value = getattr(config, field.name)
+        if field.name == "eps":
+            good, wanted = type(value) is float and 0 < value < 1, "a number between 0 and 1"
+        elif field.name in ("block_frames", "patch", "grid"):  # of the world itself
+            good, wanted = value == field.default, str(field.default)
+        else:
+            good, wanted = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most}"
+        if not good:
+            raise ValueError(f"weights: {path}: {field.name} must be {wanted}, got {reprlib.repr(value)}")
+    if config.layers > len(state) or config.dim % config.heads or config.head_dim % 2:
+        raise ValueError(f"weights: {path}: no tiny world has these sizes: {config}")
+    return config

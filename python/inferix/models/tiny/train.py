@@ -18,7 +18,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from inferix_kernels.files import atomic_write
 
 from .clips import OWN_CONTEXT, PLAYER_WEIGHT, Stream, hard_futures, simulate, simulate_doubled
 from .model import Layer, TinyConfig, TinyWorldModel, few_step_times, rope_angles
@@ -294,7 +295,8 @@ class Trainer:
 def export(model: TinyWorldModel, path: Path, note: dict[str, str]) -> None:
     """Write the weights as float16 safetensors, with the config that `inferix.models.tiny.load` needs."""
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, {"config": json.dumps(dataclasses.asdict(model.config))} | note)
+    with atomic_write(path, "out") as part:
+        save_file(state, part, {"config": json.dumps(dataclasses.asdict(model.config))} | note)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -343,8 +345,8 @@ def main(argv: list[str] | None = None) -> None:
             print(line, flush=True)
             recent.clear()
         if trainer.step % 250 == 0 or trainer.step == args.steps:
-            torch.save(trainer.state(), checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with atomic_write(checkpoint, "out") as part:
+                torch.save(trainer.state(), part)
     note = {"command": " ".join(sys.argv[1:] if argv is None else argv), "steps": str(trainer.step)}
     export(trainer.average, args.out / "tiny_world.safetensors", note)
 

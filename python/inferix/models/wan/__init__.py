@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .. import Adapter, PagedAttend
 from .adapters import ADAPTERS, PARTS, customised
-from .checkpoint import find_checkpoint, find_lora, load_network
+from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
+from .lora import Lora, find_lora
 from .network import Cross, WanConfig, WanNetwork, rope_table
-from .text import CACHE, PromptEncoder, has_encoder
+from .text import PromptEncoder, has_encoder
 from .vae import PICTURES, has_vae, load_vae
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
@@ -90,7 +91,7 @@ class Wan:
         self.grid = height // config.patch[0], width // config.patch[1]
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
-        self.device = network.head.modulation.device
+        self.device, self.dtype = network.head.modulation.device, network.dtype
         self._crosses: dict[str, Cross] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
@@ -132,9 +133,11 @@ class Wan:
         """The prompt's cross-attention keys and values, computed once per prompt. Wan takes no actions."""
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
-        if prompt not in self._crosses:
-            self._crosses = {prompt: self.condition_on(self.prepare(prompt))}  # the last prompt alone: 190 MB for 1.3B
-        return self._crosses[prompt]
+        cross = self._crosses.get(prompt)
+        if cross is None:
+            cross = self.condition_on(self.prepare(prompt))
+            self._crosses = {prompt: cross}  # the last prompt alone: 190 MB for 1.3B
+        return cross
 
     def prepare(self, prompt: str) -> Tensor:
         """A prompt's embedding. Asked for ahead of its block, on any thread, it is in the encoder's cache by then."""
@@ -190,10 +193,10 @@ def load(
     name: str = "self-forcing",
     *,
     size: tuple[int, int] | None = None,
-    lora: str | Path | None = None,
+    lora: Lora = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    prompt_cache: str | Path = CACHE,
+    prompt_cache: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
@@ -204,10 +207,10 @@ def load(
         weights: a folder with the network and, to be told prompts and to make pictures, text_encoder/, tokenizer/ and
             vae/ or the files that Wan published; its *lora* file is merged. Or the network's file alone.
         size: pixels (height, width); by default what the model was trained at.
-        lora: another file of low-rank updates.
+        lora: other low-rank updates: a file, or PEFT's folder; one or several. "FILE=0.8": at that strength.
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
-        prompt_cache: folder for prompt embeddings.
+        prompt_cache: folder for prompt embeddings; by default text.CACHE, if that can be used.
         steps, guidance, negative_prompt: of a model that was not distilled to a few steps; by default the adapter's.
 
     Raises:
@@ -220,8 +223,8 @@ def load(
         lora = find_lora(weights)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    network = load_network(path, PARTS[name], lora=Path(lora) if lora else None, dtype=dtype, device=device)
-    text = PromptEncoder(folder, network.config.text_len, Path(prompt_cache)) if has_encoder(folder) else None
+    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device)
+    text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
     vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
     return Wan(
         network,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .containers import read_tensors, shown
-from .names import canonical, merge_lora
+from inferix_kernels.files import atomic_write
+
+from .containers import check_floating, count_layers, read_json, read_tensors, reading, shape_of, shown
+from .lora import SUFFIXES, Lora, is_lora, merge
+from .names import PACKED, canonical, thirds
 from .network import WanConfig, WanNetwork
 
 FORMAT = "inferix-wan/1"
 HEAD_DIM = 128  # of every published Wan: the one size that no tensor's shape shows
-NOT_THE_NETWORK = ("vae", "models_t5", "models_clip", "lora")  # files that lie beside a network's
-PACKED = ".self_attn.qkv."
+NOT_THE_NETWORK = ("vae", "models_t5", "models_clip")  # files that lie beside a network's
+MOST_TEXT = 1 << 16  # tokens, padded to which a prompt is attended to
 # What config files, Wan's and diffusers', call the fields of WanConfig.
 HINTS = {
     "dim": ("dim",),
@@ -57,30 +61,27 @@ def find_checkpoint(weights: str | Path | None) -> Path:
             raise ValueError(f"weights: there is no file or folder {path}")
         return path
     for folder in (path, path / "transformer"):
-        found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
-        found += [*sorted(folder.glob("*.pt")), *sorted(folder.glob("*.pth"))]
+        found = sorted(folder.glob("*.index.json"))
+        sharded = {suffix for suffix in SUFFIXES if any(f"{suffix}.index" in file.name for file in found)}
+        for suffix in SUFFIXES:
+            found += [] if suffix in sharded else sorted(folder.glob(f"*{suffix}"))
         found = [file for file in found if not any(word in file.name.lower() for word in NOT_THE_NETWORK)]
+        found = [file for file in found if not is_lora(file)]
         if len(found) > 1:  # base Wan and a model made from it, say: taking either would be a guess
             names = ", ".join(file.name for file in found)
             raise ValueError(f"weights: {folder} holds several networks ({names}): name one")
         if found:
             return found[0]
-    raise ValueError(f"weights: {path} holds no network: no .safetensors, .pt or .pth file, nor a folder transformer/")
-
-
-def find_lora(weights: str | Path) -> Path | None:
-    """The file with low-rank updates that lies in the folder `weights`, if one does."""
-    found = sorted(file for file in Path(weights).glob("*lora*") if file.suffix in (".pt", ".pth", ".safetensors"))
-    if len(found) > 1:
-        raise ValueError(f"lora: {weights} holds several ({', '.join(file.name for file in found)}): name one")
-    return found[0] if found else None
+    raise ValueError(
+        f"weights: {path} holds no network: no .safetensors, .pt, .pth, .bin or .sft file, nor a folder transformer/"
+    )
 
 
 def load_network(
     path: Path,
     parts: Sequence[str] = ("generator_ema", "generator"),
     *,
-    lora: Path | None = None,
+    lora: Lora = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> WanNetwork:
@@ -89,7 +90,7 @@ def load_network(
     Args:
         path: from `find_checkpoint`.
         parts: names of the state dicts to take, if the file holds several; the first that is there.
-        lora: low-rank updates to merge into the weights.
+        lora: low-rank updates to merge into the weights; see lora.Lora.
         dtype: of the weights, and so of the network's products.
 
     Raises:
@@ -97,23 +98,28 @@ def load_network(
     """
     raw, metadata = read_tensors(path, parts)
     tensors = canonical(raw, str(path))
-    if lora is not None:
-        merge_lora(tensors, read_tensors(lora, ("generator_lora", *parts))[0], str(lora))
-    config = config_of(tensors, _hints(path, metadata), str(path))
-    with torch.device("meta"):
-        network = WanNetwork(config)
-    wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
-    _check(tensors, wanted, str(path))
+    with reading(path, "a Wan transformer"):
+        config = config_of(tensors, _hints(path, metadata), str(path))
+        with torch.device("meta"):
+            network = WanNetwork(config)
+        wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
+        _check(tensors, wanted, str(path))
+    merge(tensors, lora, parts)
     state = {name: _assemble(tensors, name).to(device, dtype) for name in wanted}
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def save_network(network: WanNetwork, path: Path) -> None:
-    """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file."""
+    """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file.
+
+    Raises:
+        ValueError: the file can't be written; what was at `path` is as it was.
+    """
     config = json.dumps(dataclasses.asdict(network.config))
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, path, metadata={"format": FORMAT, "config": config})
+    with atomic_write(path, "out") as part:
+        save_file(state, part, metadata={"format": FORMAT, "config": config})
 
 
 def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str) -> WanConfig:
@@ -123,25 +129,23 @@ def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: s
         ValueError: a tensor that shows a size is missing, or a size is not what the config file says.
     """
 
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"weights: {source} is no Wan transformer: it has no {name}")
-        return tensors[name].shape
+    def shape(name: str, dims: int = 2) -> torch.Size:
+        return shape_of(tensors, name, (dims,), source, "Wan transformer")
 
-    patch = shape("patch_embedding.weight")
-    if len(patch) != 5 or patch[2] != 1:
+    patch = shape("patch_embedding.weight", 5)
+    if patch[2] != 1:
         raise ValueError(
             f"weights: {source}: patch_embedding.weight must be [dim, channels, 1, rows, columns], got {list(patch)}"
         )
     found = {
         "dim": patch[0],
-        "layers": 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")), default=-1),
+        "layers": count_layers(tensors, "blocks.", source),
         "ffn": shape("blocks.0.ffn.0.weight")[0],
         "channels_in": patch[1],
         "channels_out": shape("head.head.weight")[0] // (patch[3] * patch[4]),
         "freq_dim": shape("time_embedding.0.weight")[1],
         "text_dim": shape("text_embedding.0.weight")[1],
-        "image_dim": shape("img_emb.proj.0.weight")[0] if "img_emb.proj.0.weight" in tensors else 0,
+        "image_dim": shape("img_emb.proj.0.weight", 1)[0] if "img_emb.proj.0.weight" in tensors else 0,
     }
     for name, size in found.items():
         if (hints.get(name) or size) != size:
@@ -157,19 +161,31 @@ def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: s
 
 
 def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What our own metadata, or a config.json beside the file, says about sizes."""
-    if metadata.get("format") == FORMAT:
-        return json.loads(metadata["config"])
-    file = path.parent / "config.json"
-    if not file.exists():
+    """What our own metadata, or a config.json beside the file, says about sizes: whole numbers, and eps."""
+    beside, ours = path.parent / "config.json", metadata.get("format") == FORMAT
+    if ours:
+        source, config = f"{path}: its header", json.loads(metadata["config"])
+    elif beside.exists():
+        source, config = str(beside), read_json(beside)
+    else:
         return {}
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"weights: {file} is not JSON ({error})") from None
-    hints = {name: config[key] for name, keys in HINTS.items() for key in keys if config.get(key) is not None}
-    if "heads" in hints and "attention_head_dim" in config:  # diffusers gives the width of a head instead of dim
-        hints["dim"] = hints["heads"] * config["attention_head_dim"]
+
+    def said(key: str, most: int = 1 << 31) -> Any:
+        value = config.get(key)
+        if key == "eps":
+            good, wanted = type(value) is float and 0 < value < 1, "a number between 0 and 1"
+        else:
+            good, wanted = type(value) is int and 0 <= value < most, f"a whole number below {most}"
+        if value is not None and not good:
+            raise ValueError(f"weights: {source}: {key} must be {wanted}, got {reprlib.repr(value)}")
+        return value
+
+    keys = {name: (name,) for name in HINTS} if ours else HINTS
+    hints = {name: value for name, found in keys.items() for key in found if (value := said(key)) is not None}
+    if "heads" in hints and (width := said("attention_head_dim")):  # diffusers gives the width of a head, not dim
+        hints["dim"] = hints["heads"] * width
+    if not 1 <= hints.get("text_len", 1) <= MOST_TEXT:
+        raise ValueError(f"weights: {source}: text_len must be from 1 to {MOST_TEXT}, got {hints['text_len']}")
     return hints
 
 
@@ -178,8 +194,7 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]],
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in wanted.items():
         if PACKED in name and name not in tensors:
-            third = (shape[0] // 3, *shape[1:])
-            expected |= {name.replace(PACKED, f".self_attn.{letter}."): third for letter in "qkv"}
+            expected |= dict.fromkeys(thirds(name), (shape[0] // 3, *shape[1:]))
         else:
             expected[name] = shape
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -194,9 +209,10 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]],
             axes = [i for i, (a, b) in enumerate(zip(shape, got)) if a != b]
             where = f"dimension {axes[0]} differs" if len(got) == len(shape) else "the number of dimensions differs"
             raise ValueError(f"weights: {source}: {name} must be {list(shape)}, got {list(got)}: {where}")
+    check_floating(tensors, expected, source)
 
 
 def _assemble(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name in tensors or PACKED not in name:
         return tensors[name]
-    return torch.cat([tensors[name.replace(PACKED, f".self_attn.{letter}.")] for letter in "qkv"])
+    return torch.cat([tensors[part] for part in thirds(name)])

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .containers import read_tensors, shown
-from .text import EXTRA
+from inferix_kernels._install import require
+
+from .containers import check_floating, count_layers, pretrained, read_tensors, reading, shape_of, shown
 
 # Wan's own file: the tower of OpenCLIP's ViT-H/14 beside a text tower that nothing needs.
 PUBLISHED = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -49,12 +50,9 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
         ImportError: transformers is not installed; names the extra.
         ValueError: the file is damaged or holds something else; says what.
     """
-    try:
-        from transformers import CLIPVisionModel
-    except ImportError:
-        raise ImportError(f"weights: the image encoder needs transformers, which is not installed: {EXTRA}") from None
+    transformers = require("transformers", "wan", "weights: the image encoder")
     if (folder / "image_encoder").is_dir():
-        model = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32)
+        model = pretrained(transformers.CLIPVisionModel, folder / "image_encoder", "a CLIP tower", dtype=torch.float32)
     else:
         model = _published_tower(folder / PUBLISHED)
     return ImageEncoder(model.eval().requires_grad_(False))
@@ -82,25 +80,33 @@ def _published_tower(path: Path) -> Any:
 
     tensors, _ = read_tensors(path)
     visual = {name: x for name, x in tensors.items() if name.startswith("visual.") and name != "visual.head"}
-    try:
-        patch, places = visual["visual.patch_embedding.weight"], visual["visual.pos_embedding"].shape[1]
+    source = str(path)
+
+    def shape(name: str, dims: int) -> torch.Size:
+        return shape_of(visual, f"visual.{name}", (dims,), source, "CLIP image tower")
+
+    with reading(path, "a CLIP image tower"):
+        patch, places = shape("patch_embedding.weight", 4), shape("pos_embedding", 3)[1]
         config = CLIPVisionConfig(
-            hidden_size=len(patch),
-            intermediate_size=len(visual["visual.transformer.0.mlp.0.weight"]),
-            num_hidden_layers=1 + max(int(n.split(".")[2]) for n in visual if n.startswith("visual.transformer.")),
-            num_attention_heads=len(patch) // HEAD_DIM,
-            patch_size=patch.shape[-1],
-            image_size=math.isqrt(places - 1) * patch.shape[-1],
+            hidden_size=patch[0],
+            intermediate_size=shape("transformer.0.mlp.0.weight", 2)[0],
+            num_hidden_layers=count_layers(visual, "visual.transformer.", source),
+            num_attention_heads=patch[0] // HEAD_DIM,
+            patch_size=patch[-1],
+            image_size=math.isqrt(places - 1) * patch[-1],
             hidden_act="gelu",
         )
-    except KeyError as error:
-        raise ValueError(f"weights: {path} is no CLIP image tower: it has no {error.args[0]}") from None
-    model, state = CLIPVisionModel(config), _renamed(visual)
+        check_floating(visual, visual, source)
+        return _filled(CLIPVisionModel(config), visual, source)
+
+
+def _filled(model: Any, visual: Mapping[str, Tensor], source: str) -> Any:
+    state = _renamed(visual)
     wanted = {name: x for name, x in model.state_dict().items() if not name.endswith("position_ids")}
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(
-            f"weights: {path} is no CLIP image tower: missing {shown(missing)}, unexpected {shown(unexpected)}"
+            f"weights: {source} is no CLIP image tower: missing {shown(missing)}, unexpected {shown(unexpected)}"
         )
     model.load_state_dict({name: state[name].float().view_as(x) for name, x in wanted.items()}, strict=False)
     return model

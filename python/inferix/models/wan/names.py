@@ -1,14 +1,11 @@
-"""Names of a Wan checkpoint's tensors: what wrappers add, what diffusers calls them, and low-rank updates."""
+"""Names of a Wan checkpoint's tensors: what wrappers add, and what diffusers calls them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-
-from .containers import shown
 
 # Left behind by FSDP, activation checkpointing and torch.compile, anywhere in a name.
 WRAPPED = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -41,7 +38,7 @@ DIFFUSERS = [
         (r"\.norm_added_k\.", ".norm_k_img."),
     )
 ]
-LORA = re.compile(r"^(?P<module>.+?)\.(lora_(?P<side>A|B|down|up)(\.\w+)?(\.weight)?|(?P<alpha>alpha))$")
+PACKED = ".self_attn.qkv."  # our own name for q, k and v in one
 
 
 def canonical(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -53,58 +50,22 @@ def canonical(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     from_diffusers = any(DIFFUSERS_MARK in name for name in tensors)
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        published = _published(name, from_diffusers)
-        if published in named:
-            raise ValueError(f"weights: {source} holds {published} twice, once as {name}")
-        named[published] = tensor
+        found = published(name, from_diffusers)
+        if found in named:
+            raise ValueError(f"weights: {source} holds {found} twice, once as {name}")
+        named[found] = tensor
     return named
 
 
-def merge_lora(tensors: dict[str, Tensor], updates: Mapping[str, Tensor], source: str) -> None:
-    """Add low-rank updates to the weights they are for: W + alpha / rank * B A, computed in float32.
-
-    Args:
-        tensors: canonical; changed in place.
-        updates: per module lora_A [rank, in] and lora_B [out, rank] (or down and up), and alpha, a number, where it
-            is not the rank.
-
-    Raises:
-        ValueError: an update has no weight to go to, or half of it is missing; nothing has been merged.
-
-    Source: arXiv:2106.09685; key names of github.com/huggingface/peft.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    strangers = []
-    from_diffusers = any(".attn1." in name for name in updates)
-    for name, tensor in updates.items():
-        match = LORA.match(name)
-        if not match:
-            strangers.append(name)
-            continue
-        side = "alpha" if match["alpha"] else {"down": "A", "up": "B"}.get(match["side"], match["side"])
-        found.setdefault(_published(match["module"] + ".weight", from_diffusers), {})[side] = tensor
-    strangers += sorted(found.keys() - tensors.keys())
-    if strangers or not found:
-        raise ValueError(f"lora: {source} must hold updates of this network's weights, got {shown(strangers)}")
-    merged = {}
-    for target, update in found.items():
-        if not {"A", "B"} <= update.keys():
-            raise ValueError(
-                f"lora: {source} must hold lora_A and lora_B for {target}, got {', '.join(sorted(update))}"
-            )
-        a, b, weight = update["A"].float(), update["B"].float(), tensors[target]
-        if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"lora: {source}: {target} is {list(weight.shape)}, got B {list(b.shape)} A {list(a.shape)}"
-            )
-        scale = float(update["alpha"]) / len(a) if "alpha" in update else 1.0
-        merged[target] = torch.addmm(weight.float(), b, a, alpha=scale).to(weight.dtype)
-    tensors.update(merged)
+def thirds(packed: str) -> list[str]:
+    """Published names of what a packed tensor of ours holds."""
+    return [packed.replace(PACKED, f".self_attn.{letter}.") for letter in "qkv"]
 
 
-def _published(name: str, from_diffusers: bool) -> str:
+def published(name: str, from_diffusers: bool) -> str:
+    """What Wan calls the tensor of this name, without what wrappers add."""
     name = FRONT.sub("", WRAPPED.sub("", name))
     if from_diffusers:
-        for pattern, published in DIFFUSERS:
-            name = pattern.sub(published, name)
+        for pattern, replacement in DIFFUSERS:
+            name = pattern.sub(replacement, name)
     return name

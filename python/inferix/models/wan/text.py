@@ -5,11 +5,13 @@ A prompt that has been embedded before needs neither the encoder nor transformer
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import os
 import re
+import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .containers import read_tensors
+from inferix_kernels._install import require
+from inferix_kernels.files import atomic_write
+
+from .containers import check_floating, count_layers, pretrained, read_tensors, reading, shape_of, shown
 
 CACHE = Path("~/.cache/inferix/prompts")
-EXTRA = "install the extra `wan`: pip install 'inferix[wan]'"
 SAMPLE = 1 << 20  # bytes read at either end of a file to tell it from another of the same name and size
 # Wan's own file and tokenizer, and what the names in it are called in transformers.
 PUBLISHED, PUBLISHED_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
@@ -49,59 +53,68 @@ def clean(prompt: str) -> str:
     Raises:
         ImportError: ftfy is not installed; names the extra.
     """
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        raise ImportError(f"prompt: cleaning it needs ftfy, which is not installed: {EXTRA}") from None
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(fix_text(prompt)))).strip()
+    repaired = require("ftfy", "wan", "prompt: cleaning it").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(repaired))).strip()
 
 
 def has_encoder(folder: Path) -> bool:
     return (folder / "text_encoder").is_dir() or (folder / PUBLISHED).exists()
 
 
+LOADING = threading.Lock()  # one at a time: transformers changes the process's default dtype while it loads
+
+
 class PromptEncoder:
-    """Prompt -> [tokens, text_dim] float32, padding left out.
+    """Prompt -> [tokens, text_dim] float32, padding left out. Any thread may call it.
 
     Args:
         folder: holds text_encoder/ and tokenizer/ (diffusers' layout) or Wan's own two.
         text_len: tokens at most; what is longer is cut.
-        cache: folder for embeddings, one file per encoder, length and prompt; None keeps none.
+        cache: folder for embeddings, one file per encoder, length and prompt. None: CACHE; where that can not be used,
+            one line on stderr says so and nothing is kept.
     """
 
     clean = staticmethod(clean)
 
-    def __init__(self, folder: Path, text_len: int, cache: Path | None = CACHE):
-        self.folder, self.text_len = folder, text_len
-        self.cache = None if cache is None else cache.expanduser()
+    def __init__(self, folder: Path, text_len: int, cache: str | Path | None = None):
+        self.folder, self.text_len, self.cache = folder, text_len, None if cache is None else Path(cache)
         self._identity: str | None = None
+        self._said = False
 
     def __call__(self, prompt: str) -> Tensor:
-        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are, or if the
-        cache can't be used."""
-        if self.cache is None:
-            return self._encode(prompt)
-        file = self.cache / f"{self.key(prompt)}.safetensors"
+        """Raises ImportError, naming the extra, if a library is needed and missing; ValueError if files are, or if a
+        cache that was asked for can't be used."""
+        key, file = self.key(prompt), None
         try:
-            if file.exists():
-                with contextlib.suppress(SafetensorError, KeyError):  # half written by a process that was killed
-                    return load_file(file)["embedding"]
-            self.cache.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.cache, os.W_OK):  # encoding takes long: what can't be kept is said before
+            folder = (CACHE if self.cache is None else self.cache).expanduser()
+            file = folder / f"{key}.safetensors"
+            if (kept := _kept(file)) is not None:
+                return kept
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):  # encoding takes long: what can't be kept is said before
                 raise PermissionError("it can not be written")
-        except OSError as error:
-            raise self._unusable(error) from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
+            self._unusable(error)
+            file = None
         embedding = self._encode(prompt)
-        partial = file.with_suffix(".part")
         try:
-            save_file({"embedding": embedding}, partial)
-            partial.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise self._unusable(error) from None
+            if file is not None:
+                with atomic_write(file, "prompt_cache") as part:  # others may be writing the same
+                    save_file({"embedding": embedding}, part)
+        except (ValueError, SafetensorError) as error:
+            self._unusable(error)
         return embedding
 
-    def _unusable(self, error: Exception) -> ValueError:
-        return ValueError(f"prompt_cache: cannot keep embeddings in {str(self.cache)!r} ({error})")
+    def _unusable(self, error: Exception) -> None:
+        """An error for the folder that was asked for; for the one that was not, a line, once."""
+        message = (
+            f"prompt_cache: cannot keep embeddings in {str(CACHE if self.cache is None else self.cache)!r} ({error})"
+        )
+        if self.cache is not None:
+            raise ValueError(message) from None
+        if not self._said:
+            print(f"{message}: going on without", file=sys.stderr)
+        self._said = True
 
     def key(self, prompt: str) -> str:
         """What an embedding depends on, hashed."""
@@ -129,7 +142,8 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def _encode(self, prompt: str) -> Tensor:
-        tokenizer, encoder = self._load()
+        with LOADING:
+            tokenizer, encoder = self._load()
         tokens = tokenizer(
             [self.clean(prompt)],
             max_length=self.text_len,
@@ -142,20 +156,33 @@ class PromptEncoder:
 
     def _load(self) -> tuple[Any, Any]:
         """Tokenizer and encoder; not kept, since a prompt is encoded once and the network needs the memory."""
-        try:
-            from transformers import AutoTokenizer, UMT5EncoderModel
-        except ImportError:
-            raise ImportError(f"prompt: encoding it needs transformers, which is not installed: {EXTRA}") from None
+        transformers = require("transformers", "wan", "prompt: encoding it")
         if (self.folder / PUBLISHED).exists():
             tokenizer, encoder = self.folder / PUBLISHED_TOKENIZER, published_encoder(self.folder / PUBLISHED)
         else:
             tokenizer = self.folder / "tokenizer"
-            encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype="auto")
+            encoder = pretrained(
+                transformers.UMT5EncoderModel, self.folder / "text_encoder", "a text encoder", dtype="auto"
+            )
         if not tokenizer.is_dir():
             raise ValueError(
                 f"weights: {self.folder} has a text encoder but no tokenizer: there is no folder {tokenizer}"
             )
-        return AutoTokenizer.from_pretrained(tokenizer), encoder.eval()
+        return read_tokenizer(transformers, tokenizer), encoder.eval()
+
+
+def read_tokenizer(transformers: Any, folder: Path) -> Any:
+    with reading(folder, "a tokenizer that transformers can read"):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _kept(file: Path) -> Tensor | None:
+    """The embedding in a file of the cache; None: there is none, or it is damaged and to be made again."""
+    try:
+        embedding = load_file(file)["embedding"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+    return embedding if embedding.ndim == 2 and embedding.dtype == torch.float32 else None
 
 
 def published_encoder(path: Path) -> Any:
@@ -163,20 +190,28 @@ def published_encoder(path: Path) -> Any:
     import transformers
 
     tensors, _ = read_tensors(path)
-    try:
-        heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape[1]
-        vocabulary, width = tensors["token_embedding.weight"].shape
+    source = str(path)
+
+    def shape(name: str) -> torch.Size:
+        return shape_of(tensors, name, (2,), source, "UMT5 encoder")
+
+    with reading(path, "a UMT5 encoder"):
+        vocabulary, width = shape("token_embedding.weight")
+        buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
         config = transformers.UMT5Config(
             vocab_size=vocabulary,
             d_model=width,
-            d_kv=len(tensors["blocks.0.attn.q.weight"]) // heads,
-            d_ff=len(tensors["blocks.0.ffn.fc1.weight"]),
-            num_layers=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+            d_kv=shape("blocks.0.attn.q.weight")[0] // heads,
+            d_ff=shape("blocks.0.ffn.fc1.weight")[0],
+            num_layers=count_layers(tensors, "blocks.", source),
             num_heads=heads,
-            relative_attention_num_buckets=len(tensors["blocks.0.pos_embedding.embedding.weight"]),
+            relative_attention_num_buckets=buckets,
         )
-    except KeyError as error:
-        raise ValueError(f"weights: {path} is no UMT5 encoder: it has no {error.args[0]}") from None
+        check_floating(tensors, tensors, source)
+        return _filled_encoder(transformers, config, tensors, source)
+
+
+def _filled_encoder(transformers: Any, config: Any, tensors: Mapping[str, Tensor], source: str) -> Any:
     renamed = {}
     for name, tensor in tensors.items():
         for pattern, replacement in NAMES:
@@ -188,7 +223,9 @@ def published_encoder(path: Path) -> Any:
     missing = sorted(encoder.state_dict().keys() - renamed.keys() - tied.keys())
     unexpected = sorted(renamed.keys() - encoder.state_dict().keys())
     if missing or unexpected:
-        raise ValueError(f"weights: {path} is no UMT5 encoder: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(
+            f"weights: {source} is no UMT5 encoder: missing {shown(missing)}, unexpected {shown(unexpected)}"
+        )
     state = {name: tensor for name, tensor in (renamed | tied).items() if name in encoder.state_dict()}
     encoder.load_state_dict(state, assign=True)
     return encoder

@@ -8,7 +8,7 @@ video is the one that decoding everything at once would give.
 from __future__ import annotations
 
 import copy
-import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels._install import require
+
 from ...finite import to_bytes
-from .containers import read_tensors
-from .text import EXTRA
+from .containers import pretrained, read_tensors, reading, shape_of
 
 PUBLISHED = "Wan2.1_VAE.pth"
 PICTURES = 4  # per latent frame after the first
@@ -34,20 +35,13 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
     Raises:
         ImportError: diffusers is not installed; names the extra.
     """
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError:
-        raise ImportError(f"weights: the VAE needs diffusers, which is not installed: {EXTRA}") from None
+    kind = require("diffusers", "wan", "weights: the VAE").AutoencoderKLWan
     if (folder / "vae").is_dir():
-        try:
-            # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
-            options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-            model = AutoencoderKLWan.from_pretrained(folder / "vae", **options)
-        except (OSError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"weights: {folder / 'vae'} is not a VAE that diffusers can read ({reason})") from None
+        # Without accelerate it is read whole in any case; said so, diffusers does not warn of it.
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        model = pretrained(kind, folder / "vae", "a VAE", **options)
     else:
-        model = _published_vae(folder / PUBLISHED, AutoencoderKLWan)
+        model = _published_vae(folder / PUBLISHED, kind)
     return VAE(model.eval().requires_grad_(False).to(device))
 
 
@@ -56,24 +50,22 @@ def _published_vae(path: Path, kind: Any) -> Any:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     tensors, _ = read_tensors(path)
-    if "encoder.conv1.weight" not in tensors:
-        raise ValueError(f"weights: {path} is no Wan VAE: it has no encoder.conv1.weight")
-    model = kind(base_dim=len(tensors["encoder.conv1.weight"]))
-    try:
+    width = shape_of(tensors, "encoder.conv1.weight", (5,), str(path), "Wan VAE")[0]
+    with reading(path, "a Wan VAE"):
+        model = kind(base_dim=width)
         model.load_state_dict(convert_wan_vae_to_diffusers(tensors))
-    except RuntimeError as error:
-        raise ValueError(f"weights: {path} is no Wan VAE: {' '.join(str(error).split())[:200]}") from None
     return model
 
 
 class VAE:
-    """One VAE for all worlds; `open` gives each its own stream.
+    """One VAE for all worlds; `open` gives each its own stream. Any thread may use it: diffusers' model keeps the state
+    of an encoding in itself, so encodings take turns; streams have their own.
 
     Anything with diffusers' `decoder(x, feat_cache=, feat_idx=, first_chunk=)` and `encode` will do.
     """
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.turn = model, threading.Lock()
         mean, std = (torch.tensor(model.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
         self.mean, self.std = (x.to(model.device, model.dtype) for x in (mean, std))
 
@@ -97,7 +89,9 @@ class VAE:
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """[1, 3, pictures, height, width] in [-1, 1] -> latents [frames, channels, h, w] float32."""
-        latents = (self.model.encode(pictures).latent_dist.mode() - self.mean) / self.std
+        with self.turn:
+            encoded = self.model.encode(pictures).latent_dist.mode()
+        latents = (encoded - self.mean) / self.std
         return latents[0].transpose(0, 1).float()
 
 
@@ -110,8 +104,9 @@ class VideoStream:
 
     def _reset(self) -> None:
         # One entry per convolution that looks back in time; as many as the model counts for itself.
-        self.vae.model.clear_cache()
-        self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
+        with self.vae.turn:
+            self.vae.model.clear_cache()
+            self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
         self._first = True
         self._tail: Tensor | None = None  # the last pictures, for `restart`
 
