@@ -7,6 +7,7 @@ not hold is a ValueError of one line, no index leads out of its folder, and noth
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -141,16 +142,36 @@ def pretrained(kind: Any, folder: Path, what: str, **options: Any) -> Any:
     """A model of transformers or diffusers from its folder, and from nowhere else.
 
     Raises:
-        ValueError: it can't be read, a weight is missing from it, or an index in it names a file elsewhere.
+        ValueError: it can't be read, its tensors are not those of its config, or an index in it names a file elsewhere.
     """
     library = kind.__module__.partition(".")[0]
-    with reading(folder, f"{what} that {library} can read"):
+    with reading(folder, f"{what} that {library} can read"), _quiet(library):
         for index in folder.glob("*.index.json"):
             _shards(index, "weights")
         found, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-        if missing := sorted(map(str, info["missing_keys"])):  # which they would fill with random numbers
-            raise ValueError(f"weights: {folder} is not {what} that {library} can read: it has no {shown(missing)}")
+        # What is missing they would fill with random numbers, and what is too much leave out: of a whole model that is
+        # its other half, but of a model like this one its last layers.
+        missing = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
+        alike = {re.sub(r"\d+", "#", name) for name in found.state_dict()}
+        more = [name for name in sorted(map(str, info["unexpected_keys"])) if re.sub(r"\d+", "#", name) in alike]
+        if missing or more:
+            raise ValueError(
+                f"weights: {folder} is not {what} that {library} can read: missing {shown(missing)}, unexpected "
+                f"{shown(more)}, if its config is right"
+            )
     return found
+
+
+@contextlib.contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Without the tables that a library prints of what it makes up: that is an error here."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _kind(path: Path, argument: str) -> str:
