@@ -126,10 +126,10 @@ def test_an_index_names_files_beside_it_alone(name, tmp_path):
 
 def test_an_index_does_not_name_itself_or_a_pickle(tmp_path):
     index = write_index(tmp_path, "model.safetensors.index.json")
-    refused(index, "must be a safetensors file, as a shard, got a index")
+    refused(index, "must be a safetensors file, as a shard: it is of the kind index")
     torch.save(X, index.parent / "p.bin")
     index.write_text(json.dumps({"weight_map": {"a": "p.bin"}}))
-    refused(index, "must be a safetensors file, as a shard, got a pickle")
+    refused(index, "must be a safetensors file, as a shard: it is of the kind pickle")
 
 
 def test_links_are_followed_as_the_hubs_cache_has_them(tmp_path):

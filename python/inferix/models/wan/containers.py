@@ -16,7 +16,7 @@ import reprlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,7 +104,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") if names else "none"
 
 
-def shape_of(tensors: dict[str, Tensor] | Any, name: str, dims: Sequence[int], source: str, what: str) -> torch.Size:
+def shape_of(tensors: Mapping[str, Tensor], name: str, dims: Sequence[int], source: str, what: str) -> torch.Size:
     """The shape of a tensor that shows sizes of a network.
 
     Raises:
@@ -112,7 +112,7 @@ def shape_of(tensors: dict[str, Tensor] | Any, name: str, dims: Sequence[int], s
     """
     if name not in tensors:
         raise ValueError(f"weights: {source} is no {what}: it has no {name}")
-    shape: torch.Size = tensors[name].shape
+    shape = tensors[name].shape
     if len(shape) not in dims or 0 in shape:
         count = " or ".join(map(str, dims))
         raise ValueError(f"weights: {source}: {name} must have {count} dimensions, none of them 0, got {list(shape)}")
@@ -131,7 +131,7 @@ def count_layers(names: Iterable[str], prefix: str, source: str) -> int:
     return len(numbers)
 
 
-def check_floating(tensors: dict[str, Tensor] | Any, names: Iterable[str], source: str) -> None:
+def check_floating(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> None:
     """Weights must be numbers with a fraction, of whatever width."""
     for name in names:
         if not tensors[name].is_floating_point():
@@ -255,7 +255,9 @@ def _read_shards(path: Path, argument: str) -> dict[str, Tensor]:
         with reading(found[0], "a safetensors file", argument):
             kind = _kind(found[0], argument)
             if kind not in ("safetensors", "zstd"):
-                raise ValueError(f"{argument}: {found[0]} must be a safetensors file, as a shard, got a {kind}")
+                raise ValueError(
+                    f"{argument}: {found[0]} must be a safetensors file, as a shard: it is of the kind {kind}"
+                )
             held, _ = _read_safetensors(found[0], kind, argument)
         if twice := sorted(tensors.keys() & held.keys()):
             raise ValueError(f"{argument}: {path} names shards that hold the same tensors: {shown(twice)}")
