@@ -21,9 +21,10 @@ from .ops import (
     select_pages,
 )
 from .page_table import PageTable
-from .paged_kv import KVStore, NotResident, OutOfPages
+from .paged_kv import KVStore
 from .passes import Pass, TopK
 from .policy import Policy
+from .slots import NotResident, OutOfPages
 
 __all__ = [
     "FORMATS",

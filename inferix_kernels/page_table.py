@@ -11,21 +11,29 @@
 Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes write scratch and only the clean pass is
 committed, quantized once; eviction, fork and rewind are edits of the table. A block that an exception leaves unsealed
 was never there.
+
+An edit makes another `Past` beside the table's and puts it in its place with one assignment (past.py): an exception at
+any point, an interruption too, leaves all of the edit or nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from .boundary import turn_page
 from .layout import PageList
 from .ops import kv_append
-from .paged_kv import Extent, KVStore, NotResident
+from .paged_kv import KVStore
 from .passes import Block, Pass, TopK
+from .past import NOTHING, Past
 from .policy import Policy
+from .slots import Extent, NotResident, Slot, in_turn
 
 
 class PageTable:
@@ -44,87 +52,101 @@ class PageTable:
                 raise ValueError(f"the policy's format {format!r} has no pool in this store ({', '.join(store.pools)})")
         if policy.archive and not store.host:
             raise ValueError("archive needs host memory in the store: KVStore(host={format: frames})")
-        self.store, self.policy = store, policy
-        self.held: dict[int, Extent] = {}  # frame -> extent, in the order of the frames
-        self.cold: set[int] = set()  # held frames that this world does not want on the device
-        self.pinned: set[int] = set()
-        self.next_frame = 0
-        self.open_blocks: list[Block] = []
-        # One mean key per layer, frozen after the first block and taken off every key since: softmax does not change,
-        # and what is left is smaller to quantize. None until then, and in stores that do not quantize.
-        self.k_means: list[Tensor | None] = [None] * store.num_layers
+        self.store, self.policy, self.turn = store, policy, store.turn
+        self.state = Past.empty(store.num_layers)  # replaced by every edit, changed by none
+        store.register(self)
+
+    @property
+    def held(self) -> Mapping[int, Extent]:
+        """Frame -> extent, in the order of the frames."""
+        return MappingProxyType(self.state.held)
+
+    @property
+    def cold(self) -> set[int]:
+        """Held frames that this world does not want on the device."""
+        return self.state.held.keys() - self.state.slots.keys()
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """Held frames that stay and are seen whatever the policy says."""
+        return self.state.pinned
+
+    @property
+    def next_frame(self) -> int:
+        return self.state.next_frame
+
+    @property
+    def open_blocks(self) -> list[Block]:
+        """Oldest first."""
+        return list(self.state.open_blocks)
+
+    @property
+    def k_means(self) -> list[Tensor | None]:
+        """One mean key [heads, D] per layer, frozen after the first block and taken off every key since: softmax does
+        not change, and what is left is smaller to quantize. None until then, and in stores that do not quantize."""
+        return list(self.state.k_means)
 
     # A block's life
 
+    @in_turn
     def open_block(self, frames: int) -> Block:
         """The next `frames` frames, with scratch pages: for a block to commit and one to denoise or, where the store's
-        `scratch_blocks` say so, for more that are denoised together."""
-        store = self.store
+        `scratch_blocks` say so, for more that are denoised together.
+
+        Raises:
+            OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
+                was changed.
+        """
+        store, blocks = self.store, self.state.open_blocks
         if not 1 <= frames <= store.block_frames:
             raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
         # The scratch pool is cut into places for one block each.
         size = store.block_frames * store.pages_per_frame
-        free = set(range(store.scratch_blocks)) - {block.scratch[0] // size for block in self.open_blocks}
+        free = set(range(store.scratch_blocks)) - {block.scratch[0] // size for block in blocks}
         if not free:
             raise RuntimeError(
                 f"{store.scratch_blocks} blocks are open, and scratch holds no more: seal the first one before opening "
                 "another, or give the store more scratch_blocks"
             )
-        first = self.open_blocks[-1].end if self.open_blocks else self.next_frame
-        scratch = [min(free) * size + i * store.pages_per_frame for i in range(frames)]
-        if not self.open_blocks:
-            self._turn_page(first + frames)
-        block = Block(first, first + frames, scratch)
-        self.open_blocks.append(block)
+        first = blocks[-1].end if blocks else self.state.next_frame
+        block = Block(first, first + frames, [min(free) * size + i * store.pages_per_frame for i in range(frames)])
+        past = self.state if blocks else turn_page(self, first + frames)
+        self.state = past._replace(open_blocks=(*blocks, block))
         return block
 
+    @in_turn
     def seal(self, block: Block, horizon: int | None = None) -> None:
         """The block's clean pass is done: it joins the past.
 
         Args:
             horizon: the frame that the window is counted back from, for what now leaves it; by default the end of the
                 oldest block that is still open.
-        """
-        if not self.open_blocks or block is not self.open_blocks[0] or not block.target:
-            raise RuntimeError("seal needs the oldest open block after a pass that committed it")
-        self.open_blocks.pop(0)
-        self.held.update(zip(block.frames, block.target))
-        self.next_frame = block.end
-        if self.open_blocks:
-            self._turn_page(self.open_blocks[0].end if horizon is None else horizon)
 
+        Raises:
+            RuntimeError: the block is not the oldest open one, or no pass was planned that commits it.
+            OutOfPages: as for `open_block`; the block is still open.
+        """
+        blocks = self.state.open_blocks
+        if not blocks or block is not blocks[0] or not self.state.target:
+            raise RuntimeError("seal needs the oldest open block after a pass that committed it")
+        if len(blocks) > 1:
+            self.state = turn_page(self, blocks[1].end if horizon is None else horizon, seal=True)
+        else:
+            self.state = self.state.sealed()
+
+    @in_turn
     def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
         """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""
         kept = [keep] if isinstance(keep, Block) else keep or []
-        stay = [block for block in self.open_blocks if block in kept]
-        for block in list(self.open_blocks):
-            self.drop(block)
-        self.open_blocks = stay
-        self._thaw()
+        past = self.state
+        self.state = past.only_blocks([block for block in past.open_blocks if block in kept]).thawed()
 
+    @in_turn
     def drop(self, block: Block) -> None:
         """Forget one open block, whatever becomes of the others."""
-        for extent in block.target:
-            self.store.release(extent)
-        block.target = []
-        self.open_blocks.remove(block)
-
-    def _turn_page(self, block_end: int) -> None:
-        """A block boundary: what was fetched has arrived, old frames go, and those that grew old change format."""
-        self.store.settle()
-        policy = self.policy
-        stay = self.pinned | self.cold if policy.archive else self.pinned
-        leaving = [frame for frame in self.held if frame not in stay and not policy.keeps(frame, block_end)]
-        for frame in leaving:
-            if policy.on_evict is not None:
-                policy.on_evict(self, frame)
-        if policy.archive:
-            self.offload(leaving)
-        else:
-            self._forget(leaving)
-        if policy.older is not None:
-            ageing = [f for f, e in self.held.items() if f not in self.cold and e.format == policy.format]
-            self._convert([f for f in ageing if policy.format_of(f, block_end) == policy.older[1]], policy.older[1])
+        past = self.state
+        self._check_open([block])
+        self.state = past.only_blocks([other for other in past.open_blocks if other is not block])
 
     # Reading
 
@@ -136,6 +158,7 @@ class PageTable:
         """Pages of the first `sink` frames and of the `recent` last ones, as far as they are held."""
         return self.select([f for f in self.held if f < sink or f >= self.next_frame - recent])
 
+    @in_turn
     def select(self, frames: Iterable[int]) -> PageList:
         """Pages of these held frames, in this order.
 
@@ -144,25 +167,29 @@ class PageTable:
         """
         return self.store.page_list(map(self.store.first_page, self._resident(list(frames))))
 
+    @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv]."""
         return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
 
     def _held(self, frames: Sequence[int]) -> list[Extent]:
-        missing = [frame for frame in frames if frame not in self.held]
+        held = self.state.held
+        missing = [frame for frame in frames if frame not in held]
         if missing:
-            raise KeyError(f"frames must be held (now {list(self.held)}), got {missing}")
+            raise KeyError(f"frames must be held (now {list(held)}), got {missing}")
         if len(set(frames)) < len(frames):
             raise ValueError(f"frames must be named once, got {[f for f in set(frames) if frames.count(f) > 1]} again")
-        return [self.held[frame] for frame in frames]
+        return [held[frame] for frame in frames]
 
-    def _resident(self, frames: Sequence[int]) -> list[Extent]:
-        extents = self._held(frames)
-        away = [frame for frame, extent in zip(frames, extents) if not extent.resident]
-        if away:
+    def _resident(self, frames: Sequence[int]) -> list[Slot]:
+        self._held(frames)
+        slots = [slot for frame in frames if (slot := self.state.slot(frame)) is not None]
+        if len(slots) < len(frames):
+            away = [frame for frame in frames if self.state.slot(frame) is None]
             raise NotResident(f"frames {away} are in host memory: call prefetch({away}) before the block is opened")
-        return extents
+        return slots
 
+    @in_turn
     def plan(
         self,
         blocks: Sequence[Block],
@@ -185,10 +212,10 @@ class PageTable:
                 and those of other blocks of the pass. A block always attends to itself.
             top_k: of these, attend only to the pages that suit each run of queries best. For a pass over one block.
         """
-        for block in blocks:
-            if block not in self.open_blocks:
-                raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
-        if commit is not None and (commit is not self.open_blocks[0] or commit is not blocks[0]):
+        if not blocks:
+            raise ValueError("blocks must be at least one open block, got none")
+        self._check_open(blocks)
+        if commit is not None and (commit is not self.state.open_blocks[0] or commit is not blocks[0]):
             raise ValueError("commit must be the oldest open block and the first of the pass")
         if commit is not None and len(blocks) > 1 and not self.can_fuse:
             raise ValueError(
@@ -196,16 +223,26 @@ class PageTable:
             )
         if top_k is not None and len(blocks) != 1:
             raise ValueError(f"top_k needs a pass over one block, got {len(blocks)}")
-        past = [self._past(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
-        if commit is not None and not commit.target:
-            commit.target = self.store.allocate([self.policy.format_of(f, commit.end) for f in commit.frames])
-        return Pass(self, blocks, past, rope, commit, predict, top_k)
+        seen = [self._seen(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
+        if commit is None or self.state.target:
+            return Pass(self, blocks, seen, rope, commit, self.state.target, predict, top_k)
+        with self.store.take([self.policy.format_of(f, commit.end) for f in commit.frames]) as slots:
+            target = tuple((Extent(slot.pool.format, slot), slot) for slot in slots)
+            made = Pass(self, blocks, seen, rope, commit, target, predict, top_k)
+        self.state = self.state._replace(target=target)
+        return made
+
+    def _check_open(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            if block not in self.state.open_blocks:
+                raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
 
     def past(self, block: Block) -> list[int]:
         """Held frames that the policy lets a block see."""
-        return [f for f in self.held if f < block.first and (f in self.pinned or self.policy.sees(f, block.end))]
+        past, sees = self.state, self.policy.sees
+        return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
 
-    def _past(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
+    def _seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
         """Frames that a block of a pass sees besides its own, of the other blocks of the pass too; all can be read."""
         others = [frame for other in blocks if other is not block for frame in other.frames]
         before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
@@ -216,19 +253,20 @@ class PageTable:
     @property
     def can_fuse(self) -> bool:
         """May a clean pass share its forward with the next block? Not the first one of a world that quantizes."""
-        return not self.store.freezes_mean or self.k_means[0] is not None
+        return not self.store.freezes_mean or self.state.k_means[0] is not None
 
     # Changing the past
 
+    @in_turn
     def fork(self) -> PageTable:
         """Another world with the same past, sharing its pages. Blocks that are still open stay with this one."""
-        other = PageTable(self.store, self.policy)
-        cold, share = self.cold, self.store.share
-        other.held = {frame: share(extent, frame not in cold) for frame, extent in self.held.items()}
-        other.cold, other.pinned, other.next_frame = set(cold), set(self.pinned), self.next_frame
-        other.k_means = list(self.k_means)
+        other = object.__new__(PageTable)
+        other.store, other.policy, other.turn = self.store, self.policy, self.turn
+        other.state = self.state._replace(kept=NOTHING, open_blocks=(), target=())
+        self.store.register(other)
         return other
 
+    @in_turn
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames.
 
@@ -236,11 +274,12 @@ class PageTable:
             RuntimeError: a block is open.
             ValueError: more than there are, or what the next block would see then has been evicted (Policy.undo).
         """
-        if self.open_blocks:
+        if self.state.open_blocks:
             raise RuntimeError("rewind needs all blocks sealed or abandoned")
-        if not 0 <= frames <= self.next_frame:
-            raise ValueError(f"frames must be 0 to {self.next_frame}, as many as there are, got {frames}")
-        end = self.next_frame - frames
+        next_frame = self.state.next_frame
+        if not 0 <= frames <= next_frame:
+            raise ValueError(f"frames must be 0 to {next_frame}, as many as there are, got {frames}")
+        end = next_frame - frames
         if gone := self.gone(end):
             raise ValueError(
                 f"frames {gone} have left the window, which frame {end} would see: rewind less, give the policy "
@@ -249,52 +288,60 @@ class PageTable:
         self.truncate(end)
 
     def gone(self, end: int) -> list[int]:
-        """Frames before `end` that the next block would see from there, and that are held no more."""
-        horizon = end + self.store.block_frames
-        return [f for f in range(end) if self.policy.sees(f, horizon) and f not in self.held]
+        """The first (ten at most) of the frames before `end` that the next block would see from there, and that are
+        held no more."""
+        policy, held, horizon = self.policy, self.state.held, end + self.store.block_frames
+        recent = 0 if policy.window is None else min(end, max(0, horizon - policy.window))
+        seen = chain(range(min(policy.sink, recent)), range(recent, end))
+        return list(islice((frame for frame in seen if frame not in held), 10))
 
+    @in_turn
     def truncate(self, end: int) -> None:
         """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open."""
-        if self.open_blocks:
+        past = self.state
+        if past.open_blocks:
             raise RuntimeError("truncate needs all blocks sealed or abandoned")
-        self._forget([frame for frame in self.held if frame >= end])
-        self.next_frame = end
-        self._thaw()
+        if not 0 <= end <= past.next_frame:
+            raise ValueError(f"end must be 0 to {past.next_frame}, the frames there are, got {end}")
+        self.state = past.without([f for f in past.held if f >= end])._replace(next_frame=end).thawed()
 
+    @in_turn
     def forget(self, frames: Iterable[int]) -> None:
         """Forget these held frames: no block sees them any more."""
         frames = list(frames)
         self._held(frames)
-        self._forget(frames)
+        self.state = self.state.without(frames)
 
+    @in_turn
     def check_room(self, blocks: Sequence[Block], leaving: Sequence[int]) -> None:
         """Could these blocks be committed, one after another, once the held frames `leaving` are forgotten?
 
         Raises:
             OutOfPages: not so.
         """
+        self._held(leaving)
+        slots = self.state.slots
         formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
-        self.store.check_room(formats, self._held(leaving))
+        self.store.check_room(self, formats, [slots[frame] for frame in leaving if frame in slots])
 
-    def _thaw(self) -> None:
-        """A world without a first block has no mean key, even if a clean pass that failed had frozen some layers'."""
-        if self.next_frame == 0:
-            self.k_means = [None] * len(self.k_means)
-
+    @in_turn
     def release(self) -> None:
-        """Give everything back to the store."""
-        self.abandon()
-        self._forget(list(self.held))
+        """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected."""
+        past = self.state
+        self.state = past.only_blocks([]).without(past.held).thawed()
 
+    @in_turn
     def pin(self, frames: Iterable[int]) -> None:
         """Keep these held frames, and see them, whatever the policy says."""
         frames = list(frames)
         self._held(frames)
-        self.pinned.update(frames)
+        self.state = self.state._replace(pinned=self.state.pinned.union(frames))
 
+    @in_turn
     def unpin(self, frames: Iterable[int]) -> None:
-        self.pinned.difference_update(frames)
+        self.state = self.state._replace(pinned=self.state.pinned.difference(frames))
 
+    @in_turn
     def convert(self, frames: Sequence[int], format: str, *, sink: bool = False) -> None:
         """Hold these frames in another format. Worlds that share them keep theirs.
 
@@ -302,9 +349,17 @@ class PageTable:
             sink: frames of the sink too, which are protected otherwise.
         """
         self._check_sink("convert", frames, sink)
-        self._resident(frames)
-        self._convert([f for f in frames if self.held[f].format != format], format)
+        slots = self._resident(frames)
+        changing = [frame for frame, slot in zip(frames, slots) if slot.pool.format != format]
+        if changing:
+            self.state = self.converted(self.state, changing, format)
 
+    def converted(self, past: Past, frames: Sequence[int], format: str) -> Past:
+        pairs = [(past.held[frame], past.slot(frame)) for frame in frames]
+        made = self.store.converted([(extent, slot) for extent, slot in pairs if slot is not None], format)
+        return past.replaced(dict(zip(frames, made, strict=True)))
+
+    @in_turn
     def rewrite(
         self, frame: int, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]], *, sink: bool = False
     ) -> None:
@@ -316,53 +371,44 @@ class PageTable:
         """
         self._check_sink("rewrite", [frame], sink)
         (old,) = self._resident([frame])
-        (new,) = self.store.allocate([old.format])
-        try:
+        with self.store.take([old.pool.format]) as (slot,):
+            where = self.store.page_list([slot.index * self.store.pages_per_frame])
             for layer in range(self.store.num_layers):
                 k, v = change(layer, *self.gather(layer, [frame]))
-                pool = self.store.pools[new.format]
-                where = self.store.page_list([self.store.first_page(new) - pool.base])
-                kv_append(k, v, pool.layers[layer], where, backend=self.store.backend)
-        except BaseException:
-            self.store.release(new)
-            raise
-        self._replace(frame, new)
+                kv_append(k, v, slot.pool.layers[layer], where, backend=self.store.backend)
+        self._held([frame])  # still, whatever `change` did
+        self.state = self.state.replaced({frame: (Extent(old.pool.format, slot), slot)})
 
     def _check_sink(self, what: str, frames: Sequence[int], sink: bool) -> None:
         if not sink and any(frame < self.policy.sink for frame in frames):
             raise ValueError(f"{what}: frames below {self.policy.sink} are the sink and protected; pass sink=True")
 
-    def _convert(self, frames: Sequence[int], format: str) -> None:
-        if not frames:
-            return
-        for frame, extent in zip(frames, self.store.converted(self._resident(frames), format)):
-            self._replace(frame, extent)
-
-    def _replace(self, frame: int, extent: Extent) -> None:
-        self.store.release(self.held[frame], frame not in self.cold)
-        self.cold.discard(frame)
-        self.held[frame] = extent
-
-    def _forget(self, frames: Sequence[int]) -> None:
-        for frame in frames:
-            self.store.release(self.held.pop(frame), frame not in self.cold)
-            self.cold.discard(frame)
-            self.pinned.discard(frame)
-
     # Host memory
 
+    @in_turn
     def offload(self, frames: Sequence[int]) -> None:
-        """Let these frames wait in host memory. They stay held, and readable until the next block is opened."""
-        extents = [extent for frame, extent in zip(frames, self._held(frames)) if frame not in self.cold]
-        self.store.offload(extents)
-        for extent in extents:
-            extent.hot -= 1
-        self.cold.update(frames)
+        """Let these frames wait in host memory. They stay held, and can be read until this world's next block boundary,
+        where a block is opened after all others were sealed, or the oldest of several is sealed. Without an open block,
+        another world's boundary and `KVStore.settle` end that too.
 
+        Raises:
+            OutOfPages: host memory has no room for all of them; nothing was changed.
+        """
+        self._held(frames)
+        past = self.state
+        going = [frame for frame in frames if frame in past.slots]
+        self.store.to_host([(past.held[frame], past.slots[frame]) for frame in going])
+        self.store.keeping(self)
+        self.state = past.away(going, keep=True)
+
+    @in_turn
     def prefetch(self, frames: Sequence[int]) -> None:
-        """Start to bring these frames back: they can be read once the next block is opened."""
-        extents = [extent for frame, extent in zip(frames, self._held(frames)) if frame in self.cold]
-        self.store.prefetch(extents)
-        for extent in extents:
-            extent.hot += 1
-        self.cold.difference_update(frames)
+        """Start to bring these frames back: they can be read once the next block is opened.
+
+        Raises:
+            OutOfPages: the device has no room for all of them; nothing was changed.
+        """
+        self._held(frames)
+        past = self.state
+        coming = [frame for frame in frames if frame not in past.slots]
+        self.state = past.back(dict(zip(coming, self.store.to_device([past.held[frame] for frame in coming]))))

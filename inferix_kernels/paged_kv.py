@@ -4,17 +4,21 @@
     table = store.open(Policy(window=18, sink=3))          # one world: see page_table.py
 
 The unit that is allocated, shared, moved and freed is the *extent*: the pages of one frame, in one format, in every
-layer. A committed extent never changes, so worlds share it by counting references, and whoever wants it otherwise
-(another format, other contents) makes another. Extents live on the store's device, in host memory, or in both.
+layer. A committed extent never changes, so worlds share it, and whoever wants it otherwise (another format, other
+contents) makes another. Extents live on the store's device, in host memory, or in both.
+
+Nothing moves under a caller: a slot is some world's, or a copy's, as long as that refers to it (slots.py). Every
+operation is all or nothing, whatever is raised in it, and worlds that are dropped give their slots back by that alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,66 +28,11 @@ from . import layout
 from ._check import check_counts, check_page_size
 from .layout import FORMATS, KVPages, PageList, as_bytes
 from .ops import kv_commit, kv_gather
+from .slots import Extent, OutOfPages, Pool, Slot, StreamTurns, in_turn
 
 if TYPE_CHECKING:
     from .page_table import PageTable
     from .policy import Policy
-
-
-class OutOfPages(RuntimeError):
-    """A pool has no room for what was asked; nothing was changed."""
-
-
-class NotResident(RuntimeError):
-    """A frame that was to be read lies in host memory alone; nothing was changed."""
-
-
-@dataclasses.dataclass(eq=False)
-class Extent:
-    """One frame's keys and values, in every layer.
-
-    Attributes:
-        slot: its place in the format's pool on the device; host_slot: in host memory. One may be None.
-        arriving: the copy to the device is still under way.
-        references: worlds that hold it; hot: those of them that want it on the device.
-        derived: the same frame in other formats, made from this one, so that forks that age alike share that too.
-    """
-
-    format: str
-    slot: int | None = None
-    host_slot: int | None = None
-    arriving: bool = False
-    references: int = 1
-    hot: int = 1
-    origin: Extent | None = None
-    derived: dict[str, Extent] = dataclasses.field(default_factory=dict)
-
-    @property
-    def resident(self) -> bool:
-        return self.slot is not None and not self.arriving
-
-
-class Pool:
-    """The slots of one format on one device, each pages_per_frame pages in every layer."""
-
-    def __init__(self, store: KVStore, format: str, frames: int, device: torch.device | str, base: int, pin: bool):
-        self.format, self.frames, self.base = format, frames, base
-        self.pages_per_frame, self.num_pages = store.pages_per_frame, frames * store.pages_per_frame
-        shape = (store.heads, store.page_size, store.head_dim, device, pin)
-        self.pages = KVPages.empty(format, store.num_layers * self.num_pages, *shape)
-        self.layers = [self.layer(i) for i in range(store.num_layers)]
-        self.free = list(range(frames))[::-1]
-
-    def layer(self, layer: int) -> KVPages:
-        return self.pages.part(layer * self.num_pages, (layer + 1) * self.num_pages)
-
-    def slot(self, layer: int, slot: int) -> KVPages:
-        """The pages of one slot in one layer."""
-        return self.layers[layer].part(slot * self.pages_per_frame, (slot + 1) * self.pages_per_frame)
-
-    @property
-    def frame_bytes(self) -> int:
-        return self.pages.nbytes // self.frames
 
 
 class KVStore:
@@ -92,6 +41,10 @@ class KVStore:
     A page id means the same page in every layer. Ids count through the pools in their order, then through scratch.
     A frame's tokens begin on a page boundary; its last page may be partly valid. Scratch is one layer deep: a layer's
     noisy keys are read only by its own attention, and the clean pass commits each layer as it goes by.
+
+    Threads: the worlds of a store share its pools and scratch. They may be stepped by several threads, a world by one
+    at a time: every operation, and every layer of a pass, has the store to itself (`turn`), so each world computes what
+    it would alone. On a GPU the streams of the threads are put in order too; see slots.StreamTurns.
 
     Args:
         layers, heads, head_dim: of the keys and values (heads is the number of KV heads). head_dim may be the widths
@@ -146,6 +99,8 @@ class KVStore:
         self.block_frames, self.scratch_blocks = block_frames, scratch_blocks
         self.page_size, self.model = page_size, model
         self.device, self.backend = torch.device(device), backend
+        on_gpu = self.device.type == "cuda"
+        self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
         self.pages_per_frame = -(-frame_tokens // page_size)
         last = frame_tokens - (self.pages_per_frame - 1) * page_size
         lens = [page_size] * (self.pages_per_frame - 1) + [last]
@@ -154,11 +109,10 @@ class KVStore:
         self.pools: dict[str, Pool] = {}
         base = 0
         for format, frames in pools.items():
-            self.pools[format] = Pool(self, format, frames, self.device, base, False)
+            self.pools[format] = self._pool("pools", format, frames, self.device, base, False)
             base += self.pools[format].num_pages
         self.scratch_base = base
-        pin = self.device.type == "cuda"
-        self.host = {format: Pool(self, format, frames, "cpu", 0, pin) for format, frames in host.items()}
+        self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
         shape = (heads, page_size, head_dim, self.device)
         self.scratch = KVPages.empty(scratch_format, scratch_blocks * block_frames * self.pages_per_frame, *shape)
         # Page ids count through these, in this order.
@@ -166,9 +120,27 @@ class KVStore:
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         quantizes = any(FORMATS[format].quantized for format in pools)
         self.freezes_mean = quantizes and isinstance(head_dim, int)
-        self._unsettled: dict[Extent, None] = {}  # an ordered set: extents with a copy under way
-        self._copies = torch.cuda.Stream(self.device) if pin else None
+        self._moving: list[Slot] = []  # slots of both sides with a copy under way: no one else's until it has landed
+        self._keeping: weakref.WeakSet[PageTable] = weakref.WeakSet()  # of these `settle` takes what they kept
+        self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
 
+    def _pool(self, name: str, format: str, frames: int, device: torch.device | str, base: int, pin: bool) -> Pool:
+        pages = self.num_layers * frames * self.pages_per_frame
+        if max(pages, base + frames * self.pages_per_frame) >= 1 << 31:
+            raise ValueError(
+                f"{name}[{format!r}] must be under 2^31 pages in all layers together, as ids are int32, "
+                f"got {frames} frames, {pages:,} pages"
+            )
+        try:
+            return Pool(self, format, frames, device, base, pin)
+        except (RuntimeError, MemoryError):  # what torch raises where memory is short, on any device
+            raise ValueError(
+                f"{name}[{format!r}] must fit in the memory of {device}, got {frames} frames, {pages:,} pages of "
+                f"{self.page_size} tokens"
+            ) from None
+
+    @in_turn
     def open(self, policy: Policy) -> PageTable:
         """A new, empty world over this store."""
         from .page_table import PageTable
@@ -209,10 +181,10 @@ class KVStore:
             self._lens = self._lens[:1].repeat(2 * frames, 1)
         return self._lens[:frames].flatten()
 
-    def first_page(self, extent: Extent) -> int:
-        assert extent.slot is not None, "callers have checked that it is resident"
-        return self.pools[extent.format].base + extent.slot * self.pages_per_frame
+    def first_page(self, slot: Slot) -> int:
+        return slot.pool.base + slot.index * self.pages_per_frame
 
+    @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_gather of whole frames. How many tokens that makes is known here: nothing is read from the device."""
         tokens = len(where.ids) // self.pages_per_frame * self.frame_tokens
@@ -220,158 +192,186 @@ class KVStore:
         k, v = (torch.empty(tokens, self.heads, width, dtype=dtype, device=self.device) for width in widths)
         return kv_gather(pools, where, out=(k, v), backend=self.backend)
 
-    # Holding and letting go
+    # Taking slots
 
-    def allocate(self, formats: Sequence[str], in_host: bool = False) -> list[Extent]:
-        """A new extent per format named, all or none; on the device, or cold in host memory.
+    def register(self, table: PageTable) -> None:
+        """Of whose slots `check_room` must know."""
+        self._tables.add(table)
+
+    @contextlib.contextmanager
+    def take(self, formats: Sequence[str], in_host: bool = False) -> Iterator[list[Slot]]:
+        """A context with a free slot per format named, all or none. If its body fails they are free again; only after
+        it may they become part of what a world holds.
 
         Raises:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
-        if in_host:
-            slots = self._take(self.host, formats, "in host memory")
-            return [Extent(format, host_slot=slot, hot=0) for format, slot in zip(formats, slots)]
+        pools = self.host if in_host else self.pools
         for format in formats:
-            if format not in self.pools:
-                raise ValueError(f"format must have a pool in this store ({', '.join(self.pools)}), got {format!r}")
-        return [Extent(format, slot) for format, slot in zip(formats, self._take(self.pools, formats, "on the device"))]
+            if format not in pools and in_host:
+                raise OutOfPages(f"{format} pool in host memory: there is none, see KVStore(host=...)")
+            self._check_format(format, pools)
+        taken: list[Slot] = []
+        try:
+            for format in dict.fromkeys(formats):
+                taken += self._take(pools[format], formats.count(format), in_host)
+            by_format = {format: iter([slot for slot in taken if slot.pool.format == format]) for format in formats}
+            yield [next(by_format[format]) for format in formats]
+        except BaseException:
+            self._land()  # no copy may still write to what others may have now
+            for slot in taken:  # even while a traceback refers to it
+                slot.pool.give_back(slot)
+            raise
 
-    def _take(self, pools: Mapping[str, Pool], formats: Sequence[str], where: str) -> list[int]:
-        """A free slot per format named, all or none."""
-        self._check_room(pools, formats, where)
-        return [pools[format].free.pop() for format in formats]
+    def _take(self, pool: Pool, count: int, in_host: bool) -> list[Slot]:
+        slots = pool.take(count)
+        if len(slots) < count:
+            del slots  # to be counted as free
+            self._land()
+            slots = pool.take(count)
+        if len(slots) < count:
+            del slots
+            raise self._full(pool, count, len(pool.free), in_host)
+        return slots
 
-    def _check_room(
-        self, pools: Mapping[str, Pool], formats: Sequence[str], where: str, leaving: Sequence[Extent] = ()
-    ) -> None:
-        """Are there slots for all of these, or would be, were these extents let go by one world?"""
-        need = {format: formats.count(format) for format in dict.fromkeys(formats)}
-        if any(frames > len(pools[format].free) for format, frames in need.items()):
-            self.settle()
-        for format, frames in need.items():
-            pool = pools[format]
-            ours = [e for e in leaving if e.format == format and e.references == 1 and e.slot is not None]
-            free = len(pool.free) + len(ours)
-            if frames > free:
-                raise OutOfPages(
-                    f"{format} pool {where}: {frames} frames ({frames * pool.frame_bytes:,} bytes) asked for, "
-                    f"{pool.frames - free} of {pool.frames} are held and {free} free"
-                )
+    def _check_format(self, format: str, pools: Mapping[str, Pool]) -> None:
+        if format not in pools:
+            raise ValueError(f"format must have a pool in this store ({', '.join(pools)}), got {format!r}")
 
-    def check_room(self, formats: Sequence[str], leaving: Sequence[Extent]) -> None:
-        """Could these be allocated, once one world has let go of the extents `leaving`?
+    @staticmethod
+    def _full(pool: Pool, frames: int, free: int, in_host: bool = False) -> OutOfPages:
+        return OutOfPages(
+            f"{pool.format} pool {'in host memory' if in_host else 'on the device'}: {frames} frames "
+            f"({frames * pool.frame_bytes:,} bytes) asked for, {pool.frames - free} of {pool.frames} are held and "
+            f"{free} free"
+        )
+
+    def check_room(self, table: PageTable, formats: Sequence[str], leaving: Collection[Slot] = ()) -> None:
+        """Could slots of these formats be taken, once `table` has let go of the slots `leaving`?
 
         Raises:
             OutOfPages: not so.
         """
-        self._check_room(self.pools, formats, "on the device", leaving)
+        self._land()
+        elsewhere: set[Slot] | None = None
+        for format in dict.fromkeys(formats):
+            pool, count = self.pools[format], formats.count(format)
+            free = len(pool.free)
+            if count > free:
+                if elsewhere is None:
+                    others = (other.state.all_slots() for other in self._tables if other is not table)
+                    elsewhere = set(chain(*others))
+                free += sum(slot.pool is pool and slot not in elsewhere for slot in leaving)
+            if count > free:
+                raise self._full(pool, count, free)
 
-    def share(self, extent: Extent, hot: bool = True) -> Extent:
-        extent.references += 1
-        extent.hot += hot
-        return extent
-
-    def release(self, extent: Extent, hot: bool = True) -> None:
-        extent.references -= 1
-        extent.hot -= hot
-        if extent.references and extent.hot == 0:
-            self._unsettled[extent] = None  # the worlds that are left have a host copy
-        elif extent.references == 0 and extent not in self._unsettled:
-            self._free(extent)
-
-    def _free(self, extent: Extent) -> None:
-        if extent.slot is not None:
-            self.pools[extent.format].free.append(extent.slot)
-        if extent.host_slot is not None:
-            self.host[extent.format].free.append(extent.host_slot)
-        extent.slot = extent.host_slot = None
-        if extent.origin is not None:
-            del extent.origin.derived[extent.format]
-        for other in extent.derived.values():
-            other.origin = None
-
-    def converted(self, extents: Sequence[Extent], format: str) -> list[Extent]:
-        """The same frames in another format, one reference more each: found if a fork made them already, else made."""
-        fresh = [e for e in extents if format not in e.derived or not e.derived[format].resident]
-        made = self.allocate([format] * len(fresh))
-        try:
-            for source in {extent.format for extent in fresh}:
-                pairs = [(old, new) for old, new in zip(fresh, made) if old.format == source]
+    def converted(self, frames: Sequence[tuple[Extent, Slot]], format: str) -> list[tuple[Extent, Slot]]:
+        """The same frames in another format: found if a fork made them already, else made."""
+        known = [extent.resident_as(format) for extent, _ in frames]  # held from here on
+        fresh = [frame for frame, found in zip(frames, known) if found is None]
+        with self.take([format] * len(fresh)) as slots:
+            for source in {extent.format for extent, _ in fresh}:
+                pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source]
                 lists = [self._all_layers(group) for group in zip(*pairs)]
                 kv_commit(self.pools[source].pages, lists[0], self.pools[format].pages, lists[1], backend=self.backend)
-        except BaseException:
-            for new in made:
-                self.release(new)
-            raise
-        for extent, new in zip(fresh, made):  # only now: pages that were not written are no one's to share
-            if away := extent.derived.get(format):  # in host memory alone, where whoever sent it there still has it
-                away.origin = None
-            extent.derived[format], new.origin, new.references, new.hot = new, extent, 0, 0
-        return [self.share(extent.derived[format]) for extent in extents]
+        made = iter(slots)
+        return [
+            self._derive(extent, format, next(made)) if found is None else found
+            for (extent, _), found in zip(frames, known)
+        ]
 
-    def _all_layers(self, extents: Sequence[Extent]) -> PageList:
-        """Pages of extents of one format in every layer, for the pool of all layers."""
-        pool = self.pools[extents[0].format]
+    @staticmethod
+    def _derive(extent: Extent, format: str, slot: Slot) -> tuple[Extent, Slot]:
+        new = Extent(format, slot)
+        extent.derived[format] = weakref.ref(new)  # of one that is in host memory alone, whoever has it keeps it
+        return new, slot
+
+    def _all_layers(self, slots: Sequence[Slot]) -> PageList:
+        """Pages of slots of one pool in every layer, for the pool of all layers."""
+        pool = slots[0].pool
         offsets = range(0, self.num_layers * pool.num_pages, pool.num_pages)
-        slots = [extent.slot * self.pages_per_frame for extent in extents if extent.slot is not None]
-        return self.page_list(offset + slot for offset in offsets for slot in slots)
+        firsts = [slot.index * self.pages_per_frame for slot in slots]
+        return self.page_list(offset + first for offset in offsets for first in firsts)
 
     # Host memory
 
-    def offload(self, extents: Sequence[Extent]) -> None:
-        """Start to copy to host memory what is not there yet; `settle` gives the slots on the device back.
+    def to_host(self, frames: Sequence[tuple[Extent, Slot]]) -> None:
+        """Start to copy to host memory what is not there yet.
 
         Raises:
             OutOfPages: host memory has no room, or no pool of this format; nothing was started.
         """
-        new = [extent for extent in extents if extent.host_slot is None]
-        for extent in new:
-            if extent.format not in self.host:
-                raise OutOfPages(f"{extent.format} pool in host memory: there is none, see KVStore(host=...)")
-        for extent, slot in zip(new, self._take(self.host, [extent.format for extent in new], "in host memory")):
-            extent.host_slot = slot
-        self._copy(new, to_host=True)
-        self._unsettled.update(dict.fromkeys(extents))
+        new = [(extent, slot) for extent, slot in frames if extent.host is None]
+        with self.take([extent.format for extent, _ in new], in_host=True) as places:
+            self._copy([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
+        for (extent, _), place in zip(new, places):
+            extent.host = place
 
-    def prefetch(self, extents: Sequence[Extent]) -> None:
-        """Start to copy to the device what is not there; the next `settle` makes it readable.
+    def to_device(self, extents: Sequence[Extent]) -> list[Slot]:
+        """The slots of these extents on the device, where copies of what was not there are started. They are to be
+        read once `settle` was called.
 
         Raises:
             OutOfPages: the device has no room; nothing was started.
         """
-        new = [extent for extent in extents if extent.slot is None]
-        for extent, slot in zip(new, self._take(self.pools, [extent.format for extent in new], "on the device")):
-            extent.slot, extent.arriving = slot, True
-        self._copy(new, to_host=False)
-        self._unsettled.update(dict.fromkeys(new))
+        found = [extent.device() for extent in extents]  # held from here on, be they on their way to host memory
+        new = [extent for extent, slot in zip(extents, found) if slot is None]
+        with self.take([extent.format for extent in new]) as places:
+            pairs = [(place, extent.host) for extent, place in zip(new, places) if extent.host is not None]
+            assert len(pairs) == len(new), "a frame that is nowhere on the device is in host memory"
+            self._copy(pairs, to_host=False)
+        for extent, place in zip(new, places):
+            extent.device = weakref.ref(place)
+        rest = iter(places)
+        return [next(rest) if slot is None else slot for slot in found]
 
+    def keeping(self, table: PageTable) -> None:
+        """This world may read some frames that it has sent away, until a block is opened."""
+        self._keeping.add(table)
+
+    @in_turn
     def settle(self) -> None:
-        """A block boundary: what was being copied has arrived, and slots that no world wants on the device are free.
+        """A block boundary: what was being copied has arrived, and what worlds without an open block have sent to host
+        memory is theirs on the device no longer.
 
         On a GPU the current stream waits for the copies; the host does not.
         """
-        if self._copies is not None and self._unsettled:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        moved, self._unsettled = self._unsettled, {}
-        for extent in moved:
-            extent.arriving = False
-            if extent.references == 0:
-                self._free(extent)
-            elif extent.hot == 0 and extent.slot is not None and extent.host_slot is not None:
-                self.pools[extent.format].free.append(extent.slot)
-                extent.slot = None
+        self._land()
+        for table in list(self._keeping):
+            if not table.state.open_blocks:
+                table.state = table.state.let_go()
+            self._keeping.discard(table)
 
-    def _copy(self, extents: Sequence[Extent], to_host: bool) -> None:
-        """Whole extents between device and host, on the copy stream where there is one."""
-        if self._copies is not None:
+    def _land(self) -> None:
+        """The copies under way are waited for. This moves nothing: a slot in a copy is free after it if no one else
+        has it, and what has arrived can be read."""
+        if not self._moving:
+            return
+        self._wait()
+        for slot in self._moving:
+            slot.arriving = False
+        self._moving.clear()
+
+    def _copy(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
+        """Start to copy whole frames between slots on the device and in host memory."""
+        for device, host in pairs:
+            device.arriving = device.arriving or not to_host
+            self._moving += [device, host]
+        self._transfer(pairs, to_host)
+
+    def _transfer(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
+        """The copies, on the copy stream where there is one."""
+        if self._copies is not None and pairs:
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
-            for extent in extents:
-                assert extent.slot is not None and extent.host_slot is not None
+            for device, host in pairs:
                 for layer in range(self.num_layers):
-                    device = self.pools[extent.format].slot(layer, extent.slot)
-                    host = self.host[extent.format].slot(layer, extent.host_slot)
-                    source, target = (device, host) if to_host else (host, device)
-                    for x, y in zip(source, target):
-                        if x is not None and y is not None:
-                            as_bytes(y).copy_(as_bytes(x), non_blocking=True)
+                    ends = device.pool.slot(layer, device.index), host.pool.slot(layer, host.index)
+                    for source, target in zip(*(ends if to_host else ends[::-1])):
+                        if source is not None and target is not None:
+                            as_bytes(target).copy_(as_bytes(source), non_blocking=True)
+
+    def _wait(self) -> None:
+        """What is launched from here on comes after the copies that were started."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)

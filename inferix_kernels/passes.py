@@ -20,7 +20,8 @@ from .ops import (
     qkv_prologue,
     select_pages,
 )
-from .paged_kv import Extent, KVStore
+from .paged_kv import KVStore
+from .slots import Extent, Slot, in_turn
 
 if TYPE_CHECKING:
     from .page_table import PageTable
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Block:
-    """Frames [first, end) while they are denoised together: their scratch pages and, once planned, their extents."""
+    """Frames [first, end) while they are denoised together, and their scratch pages."""
 
     first: int
     end: int
     scratch: list[int]  # first page of each frame, in the scratch pool
-    target: list[Extent] = dataclasses.field(default_factory=list)
 
     @property
     def frames(self) -> range:
@@ -87,18 +87,25 @@ class _Selection:
         return even_plan(self.q_indptr, pages, scores.shape[0] * scores.shape[1])
 
 
-def _by_format(store: KVStore, commit: Block) -> list[tuple[str, list[int], list[int]]]:
+Target = Sequence[tuple[Extent, Slot]]
+
+
+def _by_format(store: KVStore, commit: Block, target: Target) -> list[tuple[str, list[int], list[int]]]:
     """(format, scratch pages, pages of its pool) of what is committed, by the first page of each frame."""
     parts = []
-    for format in dict.fromkeys(extent.format for extent in commit.target):
-        pairs = [(page, extent) for page, extent in zip(commit.scratch, commit.target) if extent.format == format]
-        base = store.pools[format].base
-        parts.append((format, [page for page, _ in pairs], [store.first_page(extent) - base for _, extent in pairs]))
+    for format in dict.fromkeys(extent.format for extent, _ in target):
+        pairs = [(page, slot) for page, (extent, slot) in zip(commit.scratch, target) if extent.format == format]
+        size = store.pages_per_frame
+        parts.append((format, [page for page, _ in pairs], [slot.index * size for _, slot in pairs]))
     return parts
 
 
 class Pass:
-    """One forward over open blocks: its `attend` is all that a layer needs to know of the store."""
+    """One forward over open blocks: its `attend` is all that a layer needs to know of the store.
+
+    It is good for as long as its table holds what it held: after an edit (a seal, a block dropped, a frame forgotten or
+    given other contents) another one is to be planned, and this one refuses to run.
+    """
 
     def __init__(
         self,
@@ -107,19 +114,22 @@ class Pass:
         past: Sequence[Sequence[int]],
         rope: Tensor | None,
         commit: Block | None,
+        target: Target,
         predict: bool,
         top_k: TopK | None = None,
     ):
         self.table, self.rope, self.predict = table, rope, predict
+        self.turn, self._edits = table.turn, table.state.edits
         store = table.store
         own = [[store.scratch_base + page for page in block.scratch] for block in blocks]
         # Where a frame is read: what the pass writes to scratch, or its committed pages.
         where = {frame: page for block, pages in zip(blocks, own) for frame, page in zip(block.frames, pages)}
-        held = table.held if commit is None else table.held | dict(zip(commit.frames, commit.target))
-        where |= {frame: store.first_page(held[frame]) for frame in chain(*past) if frame in held}
+        coming = {} if commit is None else {frame: slot for frame, (_, slot) in zip(commit.frames, target)}
+        slots = ((frame, coming.get(frame) or table.state.slot(frame)) for frame in chain(*past))
+        where |= {frame: store.first_page(slot) for frame, slot in slots if slot is not None}
         seen = [[*(where[frame] for frame in frames), *pages] for frames, pages in zip(past, own)]
         written = [page for block in blocks for page in block.scratch]
-        commits = [] if commit is None else _by_format(store, commit)
+        commits = [] if commit is None else _by_format(store, commit, target)
         groups = [list(chain(*seen)), written, *(pages for _, *pair in commits for pages in pair)]
         indptrs = [
             list(accumulate((len(block.frames) * store.frame_tokens for block in blocks), initial=0)),
@@ -133,12 +143,14 @@ class Pass:
         self.plan = Plan(q_indptr, page_indptr, *seen_list)
         # (format, scratch pages, pages of its pool) of what is committed
         self.commits = [(c[0], *pair) for c, pair in zip(commits, zip(lists[0::2], lists[1::2]))]
+        self._fresh: dict[int, Tensor] = {}  # mean keys of the layers committed so far, in the pass that freezes them
         self._selection: _Selection | None = None
         if top_k is not None:
             old = len(seen_list.ids) - len(blocks[0].scratch) * store.pages_per_frame
             self._selection = _Selection(store, top_k, blocks[0], PageList(*(x[:old] for x in seen_list)), seen_list)
         self._buffers: tuple[Tensor, Tensor] | None = None  # q and lse, of every layer in turn
 
+    @in_turn
     def attend(
         self,
         layer: int,
@@ -161,10 +173,14 @@ class Pass:
 
         Returns:
             [T, Hq * D], or None from the last layer of a pass that predicts nothing.
+
+        Raises:
+            RuntimeError: the table was edited since the pass was planned.
         """
         store = self.table.store
+        self._check_edits()
         q, lse = self._room(qkv)
-        mean, backend = self.table.k_means[layer], store.backend
+        mean, backend = self.table.state.k_means[layer], store.backend
         qkv_prologue(
             qkv,
             norm_q,
@@ -186,21 +202,31 @@ class Pass:
         plan = self.plan if self._selection is None else self._selection.plan(layer, q)
         return paged_attention(q, store.layers[layer], plan, out=out, lse=lse, backend=backend)[0].flatten(1)
 
+    @in_turn
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass."""
-        store, mean = self.table.store, self.table.k_means[layer]
+        self._check_edits()
+        store, mean = self.table.store, self.table.state.k_means[layer]
         kv_append(k if mean is None else k - mean, v, store.scratch, self.written, backend=store.backend)
         self._commit(layer)
 
+    def _check_edits(self) -> None:
+        if self._edits != self.table.state.edits:
+            raise RuntimeError("this pass was planned before its table was edited: plan another one")
+
     def _commit(self, layer: int) -> None:
-        store, means = self.table.store, self.table.k_means
+        table, store = self.table, self.table.store
         fresh = None  # scratch keys had their mean removed, if there is one
-        if self.commits and store.freezes_mean and means[layer] is None:
+        if self.commits and store.freezes_mean and table.state.k_means[layer] is None:
             keys = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in self.commits]
-            means[layer] = fresh = torch.cat(keys).mean(0)
+            fresh = torch.cat(keys).mean(0)
         for format, source, target in self.commits:
             pages = store.pools[format].layers[layer]
             kv_commit(store.scratch, source, pages, target, fresh, backend=store.backend)
+        if fresh is not None:
+            self._fresh[layer] = fresh
+            if len(self._fresh) == store.num_layers:  # of all layers or of none
+                table.state = table.state._replace(k_means=tuple(self._fresh[i] for i in range(store.num_layers)))
 
     def _room(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         if self._buffers is None:

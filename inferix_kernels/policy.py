@@ -7,6 +7,12 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from ._check import check_counts
+
+
+def _whole(frames: object) -> bool:
+    return isinstance(frames, numbers.Integral) and not isinstance(frames, bool)
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -38,15 +44,23 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("window", "sink", "undo"):
             frames = getattr(self, name)
-            if not isinstance(frames, numbers.Integral) and not (name == "window" and frames is None):
+            if not _whole(frames) and not (name == "window" and frames is None):
                 raise ValueError(f"{name} must be a whole number of frames, got {frames!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 frame, got {self.window}")
         for name, frames in (("sink", self.sink), ("undo", self.undo)):
             if frames < 0:
                 raise ValueError(f"{name} must be 0 or more frames, got {frames}")
-        if self.older is not None and self.older[0] < 1:
-            raise ValueError(f"older must begin after at least 1 frame, got {self.older[0]}")
+        if self.older is not None:
+            if not isinstance(self.older, tuple) or len(self.older) != 2 or not isinstance(self.older[1], str):
+                raise ValueError(f"older must be (frames, format), got {self.older!r}")
+            if not _whole(self.older[0]) or self.older[0] < 1:
+                raise ValueError(f"older must begin after at least 1 frame, got {self.older[0]!r}")
+        for name in ("format", "sink_format"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be the name of a format, got {getattr(self, name)!r}")
+        if not isinstance(self.archive, bool):
+            raise ValueError(f"archive must be True or False, got {self.archive!r}")
 
     def sees(self, frame: int, block_end: int) -> bool:
         """Does a block that ends before frame `block_end` attend to the past frame `frame`?"""
@@ -73,8 +87,17 @@ class Policy:
         """
         if self.window is None and frames is None:
             raise ValueError("frames must be given for a policy without a window: it keeps all of them")
+        if frames is not None:
+            check_counts({"frames": frames}, least=0)
         length = frames if self.window is None else self.window + self.undo + self.sink
         assert length is not None
         length = length if frames is None else min(length, frames)
-        formats = [self.format_of(frame, length) for frame in range(length)]
-        return {format: formats.count(format) for format in dict.fromkeys(formats)}
+        # Formats change at the end of the sink and where frames are old, and nowhere between.
+        sink = min(self.sink, length) if self.sink_format is not None else 0
+        old = max(sink, length - self.older[0]) if self.older is not None else sink
+        sizes: dict[str, int] = {}
+        for first, end in ((0, sink), (sink, old), (old, length)):
+            if first < end:
+                format = self.format_of(first, length)
+                sizes[format] = sizes.get(format, 0) + end - first
+        return sizes

@@ -2,8 +2,8 @@
 
 The file holds, for each format in use, one tensor per part of its pages (codes, scales, offsets), [layers, pages, ...]
 with the frames in the order of the table; the frozen key means; and as metadata the version, the store's geometry, the
-policy, the list of frames, and which of them wait in host memory. Blocks that are still open are not part of the past,
-and not of the file.
+policy, the list of frames, which of them wait in host memory, and checksums (CRC-32) of each tensor and of all that.
+Blocks that are still open are not part of the past, and not of the file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,54 +21,78 @@ import torch
 from torch import Tensor
 
 from ._install import require
+from .files import atomic_write
 from .layout import KVPages, as_bytes
-from .paged_kv import Extent, KVStore
+from .paged_kv import KVStore
+from .past import Past
 from .policy import Policy
+from .slots import Extent, Slot
 
 if TYPE_CHECKING:
     from .page_table import PageTable
 
-VERSION = 1
+VERSION = 2  # 1 had no checksums
 
 
 def save(table: PageTable, path: str | os.PathLike[str]) -> None:
     """Write the table's past to `path`. A crash in the middle leaves what was there before.
 
     A policy's `on_evict` is code and not saved: give it again to `load`.
+
+    Raises:
+        ValueError: the file can not be written; names it.
     """
     save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
 
-    store, path = table.store, Path(path)
-    tensors: dict[str, Tensor] = {}
-    for format in dict.fromkeys(extent.format for extent in table.held.values()):
-        extents = [extent for extent in table.held.values() if extent.format == format]
-        layers = [[_pages(store, extent, layer) for extent in extents] for layer in range(store.num_layers)]
+    with table.turn:
+        tensors, state = _tensors(table), _state(table)
+    state["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    header = json.dumps(state)
+    with atomic_write(path) as part:
+        save_file(tensors, part, {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
+
+
+def _tensors(table: PageTable) -> dict[str, Tensor]:
+    store, tensors, held = table.store, {}, table.state.held.values()
+    for format in dict.fromkeys(extent.format for extent in held):
+        places = [_place(extent) for extent in held if extent.format == format]
+        layers = [[place.pool.slot(layer, place.index) for place in places] for layer in range(store.num_layers)]
         for i, field in enumerate(KVPages._fields):
             parts = [[as_bytes(x).cpu() for pages in frames if (x := pages[i]) is not None] for frames in layers]
             if parts[0]:
                 tensors[f"{format}.{field}"] = torch.stack([torch.cat(frames) for frames in parts])
-    means = [mean for mean in table.k_means if mean is not None]
+    means = [mean for mean in table.state.k_means if mean is not None]
     if means:
         tensors["k_means"] = torch.stack(means).cpu()
-    policy = {f.name: getattr(table.policy, f.name) for f in dataclasses.fields(Policy) if f.name != "on_evict"}
-    state = {
+    return tensors
+
+
+def _state(table: PageTable) -> dict[str, Any]:
+    return {
         "version": VERSION,
-        "geometry": store.geometry,
-        "policy": policy,
+        "geometry": table.store.geometry,
+        "policy": {name: getattr(table.policy, name) for name in _policy_fields()},
         "next_frame": table.next_frame,
         "frames": [[frame, extent.format] for frame, extent in table.held.items()],
         "pinned": sorted(table.pinned),
         "cold": sorted(table.cold),
     }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part, {"inferix": json.dumps(state)})
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+
+
+def _place(extent: Extent) -> Slot:
+    """Where a frame can be read now."""
+    slot = extent.device()
+    place = slot if slot is not None and not slot.arriving else extent.host
+    assert place is not None, "a frame lies on the device or in host memory"
+    return place
+
+
+def _policy_fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Policy) if field.name != "on_evict"]
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = None) -> PageTable:
@@ -74,87 +101,180 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
     Frames that waited in host memory wait there again, if the store has a pool of their format there.
 
     Raises:
-        ValueError: the file can't be read, is not a snapshot, or of another version, model or geometry: the difference
-            is named.
+        ValueError: the file can't be read, is damaged, is not a snapshot, or of another version, model or geometry: the
+            difference is named. Files of version 1 have no checksums, and changed contents go unseen in them.
         OutOfPages: the store has no room for it. Nothing was changed.
     """
     safetensors = require("safetensors", "driver", "path: a snapshot")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"path must be a snapshot of a world, got {path}: it is no file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return _load(store, file, path, policy)
+            header = _checked(store, file.metadata(), path)
+            table = store.open(policy or header.policy)
+            with store.turn:
+                table.state = _restored(store, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return table
+    except _Damaged as error:
+        raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
 
 
-def _load(store: KVStore, file: Any, path: str | os.PathLike[str], policy: Policy | None) -> PageTable:
-    state = _checked(store, file.metadata(), path)
-    saved = state["policy"]
-    saved["older"] = saved["older"] and tuple(saved["older"])
-    table, formats = store.open(policy or Policy(**saved)), dict(state["frames"])
-    cold = [frame for frame in state.get("cold", []) if formats[frame] in store.host]
-    table.held, table.cold = _allocate(store, formats, cold), set(cold)
-    try:
-        for format in dict.fromkeys(formats.values()):
-            _restore(store, [extent for extent in table.held.values() if extent.format == format], format, file)
-        if "k_means" in file.keys():  # noqa: SIM118 (safe_open is no dict)
-            table.k_means = list(file.get_tensor("k_means").to(store.device).unbind())
-        elif store.freezes_mean and state["next_frame"]:
-            # Nothing was taken off these keys: so it stays, lest attention mix keys with and without.
-            zeros = torch.zeros(store.num_layers, store.heads, store.scratch.head_dim, device=store.device)
-            table.k_means = list(zeros)
-    except BaseException:
-        table.release()
-        raise
-    table.next_frame, table.pinned = state["next_frame"], set(state["pinned"])
-    return table
+class _Damaged(Exception):
+    """A file that no one has saved so; says what is wrong in it."""
 
 
-def _allocate(store: KVStore, formats: dict[int, str], cold: list[int]) -> dict[int, Extent]:
-    """An extent per frame, all or none: the cold ones in host memory."""
-    hot = [frame for frame in formats if frame not in cold]
-    extents = dict(zip(hot, store.allocate([formats[frame] for frame in hot])))
-    try:
-        extents |= dict(zip(cold, store.allocate([formats[frame] for frame in cold], in_host=True)))
-    except BaseException:
-        for extent in extents.values():
-            store.release(extent)
-        raise
-    return {frame: extents[frame] for frame in formats}
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    policy: Policy
+    formats: Mapping[int, str]  # of each frame
+    cold: Sequence[int]
+    pinned: Sequence[int]
+    next_frame: int
+    checksums: Mapping[str, object] | None  # of each tensor; None: the file has none
 
 
-def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> _Header:
     if not metadata or "inferix" not in metadata:
-        raise ValueError(f"path must be a snapshot of a world, got {path}: it has no such header")
-    try:
-        state: dict[str, Any] = json.loads(metadata["inferix"])
-        version = state["version"]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"path must be a snapshot of a world, got {path}: its header is damaged") from None
-    if version != VERSION:
-        raise ValueError(f"path must be a snapshot of version {VERSION}, got version {version} in {path}")
-    ours = json.loads(json.dumps(store.geometry))  # tuples become lists, as in the file
-    differences = [f"{n} {theirs!r} (here {ours[n]!r})" for n, theirs in state["geometry"].items() if theirs != ours[n]]
-    if differences:
+        raise _Damaged("it has no such header")
+    state = _parsed(metadata["inferix"])
+    version = state.get("version")
+    if version not in (1, VERSION) or isinstance(version, bool):
+        raise ValueError(f"path must be a snapshot of version {VERSION} or older, got version {version!r} in {path}")
+    if version > 1 and metadata.get("crc32") != str(zlib.crc32(metadata["inferix"].encode())):
+        raise _Damaged("its header is damaged: the checksum is of another one")
+    ours, theirs = _parsed(json.dumps(store.geometry)), _member(state, "geometry", dict)
+    if differences := [
+        f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
+        for name in dict.fromkeys([*ours, *theirs])
+        if name not in ours or name not in theirs or json.dumps(theirs[name]) != json.dumps(ours[name])
+    ]:
         raise ValueError(f"path must be a snapshot of this store's model, got {path} with {', '.join(differences)}")
+    next_frame = _member(state, "next_frame", int)
+    if not 0 <= next_frame < 1 << 31:
+        raise _Damaged(f"its header is damaged: next_frame is {next_frame}")
+    formats = _formats(_member(state, "frames", list), next_frame)
+    cold = state.get("cold", []) if version == 1 else state.get("cold")
+    return _Header(
+        policy=_policy(_member(state, "policy", dict)),
+        formats=formats,
+        cold=[frame for frame in _frames("cold", cold, formats) if formats[frame] in store.host],
+        pinned=_frames("pinned", state.get("pinned"), formats),
+        next_frame=next_frame,
+        checksums=_member(state, "checksums", dict) if version > 1 else None,
+    )
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise _Damaged("its header is damaged")
     return state
 
 
-def _pages(store: KVStore, extent: Extent, layer: int) -> KVPages:
-    if extent.resident:
-        assert extent.slot is not None
-        return store.pools[extent.format].slot(layer, extent.slot)
-    assert extent.host_slot is not None
-    return store.host[extent.format].slot(layer, extent.host_slot)
+def _member(state: dict[str, Any], name: str, kind: type) -> Any:
+    value = state.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _Damaged(f"its header is damaged: {name} is {str(value)[:40]!r}")
+    return value
 
 
-def _restore(store: KVStore, extents: list[Extent], format: str, file: Any) -> None:
+def _formats(frames: list[Any], next_frame: int) -> dict[int, str]:
+    """Frame -> format, from the header's list, whose frames increase and have been sealed."""
+    for pair in frames:
+        if not isinstance(pair, list) or [type(x) for x in pair] != [int, str] or not 0 <= pair[0] < next_frame:
+            raise _Damaged(f"its header is damaged: a frame is {str(pair)[:40]!r}")
+    if any(before[0] >= after[0] for before, after in pairwise(frames)):
+        raise _Damaged("its header is damaged: its frames are not in order")
+    return dict(frames)
+
+
+def _frames(name: str, frames: object, held: Mapping[int, str]) -> list[int]:
+    if not isinstance(frames, list) or any(type(frame) is not int or frame not in held for frame in frames):
+        raise _Damaged(f"its header is damaged: {name} is {str(frames)[:40]!r}")
+    return sorted(set(frames))
+
+
+def _policy(saved: dict[str, Any]) -> Policy:
+    if missing := set(_policy_fields()) ^ saved.keys():
+        raise _Damaged(
+            f"its header is damaged: the policy lacks, or should not have, {', '.join(sorted(missing))[:80]}"
+        )
+    if isinstance(saved["older"], list):
+        saved["older"] = tuple(saved["older"])
+    try:
+        return Policy(**saved)
+    except (ValueError, TypeError) as error:
+        raise _Damaged(f"its header is damaged: {error}") from None
+
+
+def _restored(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> Past:
+    """The past that a file's header and tensors describe, in slots of its own."""
+    formats = header.formats
+    if unknown := sorted(set(formats.values()) - store.pools.keys()):
+        raise _Damaged(f"it has frames in {', '.join(unknown)[:40]}, which has no pool in this store")
+    _check_tensors(store, header, tensors)
+    cold, hot = list(header.cold), [frame for frame in formats if frame not in set(header.cold)]
+    hot_slots, cold_slots = store.take([formats[f] for f in hot]), store.take([formats[f] for f in cold], in_host=True)
+    with hot_slots as slots, cold_slots as away:
+        places = dict(zip(hot, slots)) | dict(zip(cold, away))
+        for format in dict.fromkeys(formats.values()):
+            _fill(store, [places[frame] for frame in formats if formats[frame] == format], format, tensors)
+        k_means: tuple[Tensor | None, ...] = (None,) * store.num_layers
+        if "k_means" in tensors:
+            k_means = tensors["k_means"].to(store.device).unbind()
+        elif store.freezes_mean and header.next_frame:
+            # Nothing was taken off these keys: so it stays, lest attention mix keys with and without.
+            shape = store.num_layers, store.heads, store.scratch.head_dim
+            k_means = torch.zeros(shape, device=store.device).unbind()
+    wanted = dict(zip(hot, slots))
+    held = {
+        frame: Extent(format, wanted[frame]) if frame in wanted else Extent(format, host=places[frame])
+        for frame, format in formats.items()
+    }
+    return Past.empty(store.num_layers)._replace(
+        held=held,
+        slots=wanted,
+        pinned=frozenset(header.pinned),
+        next_frame=header.next_frame,
+        k_means=k_means,
+    )
+
+
+def _check_tensors(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> None:
+    """Raises _Damaged unless they are the tensors of these frames, of the right shapes, and have the right sums."""
+    formats = list(header.formats.values())
+    wanted = {
+        f"{format}.{field}": (store.num_layers, formats.count(format) * store.pages_per_frame, as_bytes(page[0]))
+        for format in dict.fromkeys(formats)
+        for field, page in zip(KVPages._fields, store.pools[format].pages)
+        if page is not None
+    }
+    shapes = {name: ((layers, pages, *page.shape), page.dtype) for name, (layers, pages, page) in wanted.items()}
+    if "k_means" in tensors:
+        shapes["k_means"] = (store.num_layers, store.heads, store.scratch.head_dim), torch.float32
+    if wrong := sorted(shapes.keys() ^ tensors.keys()):
+        raise _Damaged(f"it lacks, or has besides, {', '.join(wrong)[:80]}")
+    for name, (shape, dtype) in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise _Damaged(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        if header.checksums is not None and header.checksums.get(name) != _checksum(tensor):
+            raise _Damaged(f"{name} is damaged: its checksum is of other contents")
+
+
+def _fill(store: KVStore, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
     n = store.pages_per_frame
     for i, field in enumerate(KVPages._fields):
-        if _pages(store, extents[0], 0)[i] is None:
+        if store.pools[format].pages[i] is None:
             continue
-        tensor = file.get_tensor(f"{format}.{field}")  # [layers, frames * n, ...]
+        tensor = tensors[f"{format}.{field}"]  # [layers, frames * n, ...]
         for layer in range(store.num_layers):
-            for j, extent in enumerate(extents):
-                target = _pages(store, extent, layer)[i]
+            for j, place in enumerate(places):
+                target = place.pool.slot(layer, place.index)[i]
                 assert target is not None, "the format has this field"
                 as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n])

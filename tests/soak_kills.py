@@ -4,18 +4,20 @@ A process that generates, saves, loads, converts or records is ended by SIGKILL 
 every file that can be read must be whole, or the beginning of what would have been made; and a run that is taken up, or
 made again, must give the very bytes of one that nobody ended. Exit code 1 if anything did not hold.
 
-Kinds take turns. Those that need an extra which is not installed are left out by name.
+Kinds take turns. Those that need an extra which is not installed are left out by name. Processes are forked from one
+that has imported everything, so that little of the time goes into imports and the kills meet the work itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +31,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-GENERATE = [sys.executable, "-m", "inferix", "generate", "--threads", "1"]
+from inferix.cli import main as inferix
+
+GENERATE = ["generate", "--threads", "1"]
 SAVES, PICTURES = 6, 64
+IMPORTS = [
+    "inferix.generate",
+    "inferix.saved",
+    "inferix.stream.recorder",
+    "inferix.models.wan",
+    "inferix.models.magi",
+    "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "transformers.models.umt5.modeling_umt5",
+    "transformers.models.t5.modeling_t5",
+    "bs4",
+    "ftfy",
+]
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,12 @@ class Kind:
     """Something that is killed.
 
     Attributes:
-        command: of the process that writes into this folder.
+        work: done in a process of its own; writes into this folder.
         check: (folder, folder of a run that nobody killed) -> what was found in a word; raises AssertionError.
         needs: packages.
     """
 
-    command: Callable[[Path], list[str]]
+    work: Callable[[Path], object]
     check: Callable[[Path, Path], str]
     needs: Sequence[str] = ()
 
@@ -74,29 +90,26 @@ def check_video(made: Path, whole: Path) -> str:
     return "beginning" if len(beginning) else "nothing"
 
 
-def again(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
+def command(argv: Sequence[object]) -> None:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        code = inferix(list(map(str, argv)))
+    assert code == 0, f"exit code {code}"
 
 
 def generated(options: Sequence[object], needs: Sequence[str] = (), suffix: str = ".mp4") -> Kind:
-    def command(folder: Path) -> list[str]:
-        return [*GENERATE, "--out", str(folder / f"v{suffix}"), *map(str, options)]
+    def work(folder: Path, *more: str) -> None:
+        command([*GENERATE, "--out", folder / f"v{suffix}", *options, *more])
 
     def check(folder: Path, whole: Path) -> str:
-        made = folder / f"v{suffix}"
-        found = check_video(made, whole / made.name)
-        resumed = (folder / f".v{suffix}.journal").exists() and (folder / f".v{suffix}.journal").stat().st_size > 0
+        made, journal = folder / f"v{suffix}", folder / f".v{suffix}.journal"
+        found, resumed = check_video(made, whole / made.name), journal.exists() and journal.stat().st_size > 0
         if found != "whole" or resumed:
-            again([*command(folder), *(["--resume"] if resumed else [])])
+            work(folder, *(["--resume"] if resumed else []))
+            found += ", resumed" if resumed else ", made again"
         assert check_video(made, whole / made.name) == "whole"
-        return f"{found}, {'resumed' if resumed else 'made again'}" if found != "whole" or resumed else found
+        return found
 
-    return Kind(command, check, needs)
-
-
-def in_python(job: str) -> Callable[[Path], list[str]]:
-    return lambda folder: [sys.executable, __file__, "--job", job, str(folder)]
+    return Kind(work, check, needs)
 
 
 def new_world() -> object:
@@ -184,15 +197,18 @@ def kinds(weights: Path) -> dict[str, Kind]:
     prompt = ("--device", "cpu", "--prompt", "the red panda", "--prompt-cache", weights / "prompts", "--weights")
     blocks = ("--model", "self-forcing", *prompt, weights / "wan", "--size", "32x48", "--window", 6, "--seconds", 12)
     chunks = ("--model", "magi-4.5b", *prompt, weights / "magi", "--size", "48x80", "--steps", 8, "--seconds", 8)
-    convert = [sys.executable, "-m", "inferix", "convert", str(weights / "wan")]
+
+    def convert(folder: Path) -> None:
+        command(["convert", weights / "wan", folder / "m.safetensors"])
+
     return {
         "generate": generated(("--seconds", 4, "--actions", "scripted")),
-        "save": Kind(in_python("save"), check_saved),
-        "record": Kind(in_python("record"), lambda made, whole: check_video(made / "v.mp4", whole / "v.mp4")),
+        "save": Kind(save_worlds, check_saved),
+        "record": Kind(record, lambda made, whole: check_video(made / "v.mp4", whole / "v.mp4")),
         "generate, journal": generated(blocks, wan),
-        "load": Kind(in_python("load"), check_loaded),
+        "load": Kind(load_worlds, check_loaded),
         "latents, journal": generated(chunks, magi, ".npy"),
-        "convert": Kind(lambda folder: [*convert, str(folder / "m.safetensors")], check_converted, wan),
+        "convert": Kind(convert, check_converted, wan),
     }
 
 
@@ -207,6 +223,14 @@ def write_weights(weights: Path, names: Sequence[str]) -> None:
         write_magi(weights / "magi")
 
 
+def run(name: str, weights: Path, folder: Path) -> None:
+    """The process that may be killed."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    kinds(weights)[name].work(folder)
+
+
 def soak(times: int, seed: int, folder: Path) -> list[str]:
     """Returns what did not hold."""
     chance, failed, found = random.Random(seed), [], Counter()
@@ -217,28 +241,33 @@ def soak(times: int, seed: int, folder: Path) -> list[str]:
         if packages:
             print(f"left out: {name}, which needs {', '.join(packages)}")
     write_weights(folder / "weights", names)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(IMPORTS)
     took: dict[str, float] = {}
     for name in names:
         whole = folder / "whole" / name
-        whole.mkdir(parents=True)
-        for _ in range(2 if "journal" in name else 1):  # the first run also fills the prompt cache
-            shutil.rmtree(whole)
-            whole.mkdir()
+        for _ in range(2):  # the first run also imports what is left, and fills the prompt cache
+            shutil.rmtree(whole, ignore_errors=True)
+            whole.mkdir(parents=True)
             started = time.monotonic()
-            again(every[name].command(whole))
+            process = processes.Process(target=run, args=(name, folder / "weights", whole))
+            process.start()
+            process.join()
+            assert process.exitcode == 0, f"{name} failed, and nobody killed it"
             took[name] = time.monotonic() - started
     for i in range(times):
         name, kill = names[i % len(names)], chance.choice((signal.SIGKILL, signal.SIGTERM))
-        moment = chance.uniform(0.3, 1.0)
+        moment = chance.random()
         made = folder / "made"
         made.mkdir()
-        process = subprocess.Popen(every[name].command(made), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(moment * took[name])
-        except subprocess.TimeoutExpired:
-            process.send_signal(kill)
-        process.wait()
-        ended = "in time" if process.returncode == 0 else kill.name
+        process = processes.Process(target=run, args=(name, folder / "weights", made))
+        process.start()
+        process.join(moment * took[name])
+        if process.is_alive():
+            os.kill(process.pid, kill)
+        process.join()
+        assert process.exitcode in (0, -kill), f"{name} ended with {process.exitcode}"
+        ended = "in time" if process.exitcode == 0 else kill.name
         try:
             result = every[name].check(made, folder / "whole" / name)
         except (AssertionError, ValueError) as error:
@@ -256,11 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)  # what runs in the process that is killed
     args = parser.parse_args(argv)
-    if args.job:
-        {"save": save_worlds, "load": load_worlds, "record": record}[args.job[0]](Path(args.job[1]))
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         failed = soak(args.times, args.seed, Path(folder))
     print(f"{args.times} kills, seed {args.seed}: {len(failed)} did not hold", *failed, sep="\n")

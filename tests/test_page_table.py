@@ -51,7 +51,7 @@ def test_a_dropped_block_leaves_the_others_as_they_are():
     table.plan([first], rope(3), commit=first)
     table.drop(third)
     again = table.open_block(3)
-    assert (again.first, again.scratch) == (third.first, third.scratch) and first.target
+    assert (again.first, again.scratch) == (third.first, third.scratch) and table.state.target
     table.drop(first)
     assert free_slots(store) == {"fp32": 6} and table.open_blocks == [second, again]
     table.abandon(keep=[second])

@@ -1,5 +1,8 @@
 """The store's bookkeeping: which frames a block sees, what is freed when, and that nothing half-done becomes past."""
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 from stores import (
@@ -216,6 +219,21 @@ def test_formats_follow_the_policy_and_the_pools_hold_just_what_it_needs():
     assert sum(free_slots(store).values()) == 0  # the capacity is what is needed, no more
 
 
+def test_the_capacity_is_counted_frame_by_frame_whatever_the_sizes():
+    ages, names = (None, (1, "int4"), (4, "int4"), (4, "int8"), (99, "int4")), (None, "bf16", "int4")
+    sizes = itertools.product((None, 1, 3, 9), (0, 1, 2, 5, 20), names, ages, (0, 4), (None, 0, 1, 7, 30))
+    for window, sink, sink_format, older, undo, frames in sizes:
+        if window is None and frames is None:
+            continue
+        policy = Policy(window, sink, "int8", sink_format, older, undo)
+        length = frames if window is None else window + undo + sink
+        length = length if frames is None else min(length, frames)
+        want = Counter(policy.format_of(frame, length) for frame in range(length))
+        assert list(policy.capacity(frames).items()) == list(want.items())
+    huge = Policy(window=99_999_999_999, sink=10**12, format="int8", sink_format="bf16", older=(9, "int4"))
+    assert huge.capacity() == {"bf16": 10**12, "int4": 99_999_999_999 - 9, "int8": 9}
+
+
 def test_converted_frames_read_as_if_committed_so_and_forks_share_the_conversion():
     store = mixed_store()
     table = store.open(Policy(9, format="int8"))
@@ -312,6 +330,12 @@ def test_latent_rows_are_stored_and_read_back(format):
         (lambda: open_store(layers="2"), "layers must be a whole number, got '2'"),
         (lambda: Policy(3, -1), "sink must be 0 or more frames, got -1"),
         (lambda: Policy(3, older=(0, "int4")), "older must begin after at least 1 frame, got 0"),
+        (lambda: Policy(3, older=("9", "int4")), "older must begin after at least 1 frame, got '9'"),
+        (lambda: Policy(3, older=9), r"older must be \(frames, format\), got 9"),
+        (lambda: Policy(3, format=8), "format must be the name of a format, got 8"),
+        (lambda: Policy(3, archive=1), "archive must be True or False, got 1"),
+        (lambda: Policy(True), "window must be a whole number of frames, got True"),
+        (lambda: Policy(3, format="int8").capacity(-1), "frames must be at least 0, got -1"),
         (lambda: Policy(format="int8").capacity(), "frames must be given for a policy without a window"),
         (lambda: open_store().open(Policy(2)), "window must be at least one block of 3 frames.* got 2"),
         (lambda: open_store().open(Policy(6, format="int8")), r"format 'int8' has no pool in this store \(fp32\)"),

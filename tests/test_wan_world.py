@@ -142,7 +142,7 @@ def test_a_recached_world_goes_on_as_one_that_was_told_so():
     oracle = Decoder(model, table_for(model, policy), torch.Generator())
     oracle.generator.set_state(decoder.generator.get_state())
     oracle.observe(blocks[0], fog)
-    oracle.table.next_frame = 12
+    oracle.table.state = oracle.table.state._replace(next_frame=12)
     for block in blocks[4:]:
         oracle.observe(block, rain)
     # The clean passes of the sink and of the last block ran alone here and fused there: sums in another order.

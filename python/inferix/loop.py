@@ -7,6 +7,7 @@ keys and values is a `Branch`.
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class Decoder:
         self._noise_before: Tensor | None = None  # the generator's state when the last block was begun
         # Overlapping latents as the next rollout begins with them; a VAE encodes the first one again.
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
+        self.busy = threading.RLock()  # see turns.py
 
     @property
     def table(self) -> PageTable:
@@ -120,6 +122,7 @@ class Decoder:
     def fork(self) -> Decoder:
         """Another world's loop with the same past."""
         other = copy.copy(self)
+        other.busy = threading.RLock()
         other.branches = [branch.fork() for branch in self.branches]
         other.generator = torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())

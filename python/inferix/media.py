@@ -275,11 +275,12 @@ class LatentWriter:
                 if not self.frames:
                     self.partial.unlink(missing_ok=True)
                     return
-                self.kept = self.frames
+                self.kept = self.frames  # until it has its own name
                 self._file.truncate(self._start + self.frames * self._frame_bytes)
                 os.fsync(self._file.fileno())
                 if whole:
                     self.partial.replace(self.path)
+                    self.kept = 0
         except OSError as error:
             raise unwritable(self.path, error, "--out") from None
         finally:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -168,6 +169,7 @@ class Pipeline:
         self.traffic = Traffic()
         self._before: tuple[list[InFlight], int, Tensor | None, Tensor] | None = None  # of the last step: for `repeat`
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
+        self.busy = threading.RLock()  # see turns.py
 
     @property
     def ahead(self) -> int:
@@ -258,6 +260,7 @@ class Pipeline:
     def fork(self) -> Pipeline:
         """Another world's loop with the same past and the same blocks in flight."""
         other = copy.copy(self)
+        other.busy = threading.RLock()
         other.table, other.generator = self.table.fork(), torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
         moved = [

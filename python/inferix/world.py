@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,12 +24,16 @@ from .finite import NotFinite, shown
 from .loop import Decoder
 from .models import BlockModel, load_model
 from .pipeline import Pipeline, PipelinedModel
+from .turns import one_at_a_time
 
 Action = int | str
 
 
 class World:
     """One world, opened and steered.
+
+    Threads: a world takes one call at a time, another one raises RuntimeError. A world and its forks, and others of one
+    model, may be at work in a thread each: every one makes the frames that it would make alone.
 
     Args:
         model: a name from inferix.models.MODELS, or a BlockModel.
@@ -130,6 +135,7 @@ class World:
         """Latent frames made or observed so far."""
         return self.decoder.frames
 
+    @one_at_a_time
     def step(
         self,
         actions: Sequence[Action] | None = None,
@@ -189,6 +195,7 @@ class World:
             self.release()
             raise
 
+    @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
         """Take given frames as the world's past, as if it had made them.
 
@@ -238,6 +245,7 @@ class World:
                 raise
         return np.concatenate(seen)
 
+    @one_at_a_time
     def settle(self) -> None:
         """Do now what the last block still owes, its clean pass, so that the next one is there sooner.
 
@@ -246,6 +254,7 @@ class World:
         if isinstance(self.decoder, Decoder):
             self.decoder.settle()
 
+    @one_at_a_time
     def fork(self, seed: int | None = None) -> World:
         """Another world with the same past: it shares the pages and goes its own way. The store needs `worlds` for it.
 
@@ -281,6 +290,7 @@ class World:
         sizes = self.decoder.rewinds
         return [size for size in sizes if self.frames - size in kept] if hasattr(self.pictures, "fork") else sizes
 
+    @one_at_a_time
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
         `undo` frames before it too; if pictures depend on those before them, only with an `undo`. A new rollout can not
@@ -308,7 +318,18 @@ class World:
             self._kept = [(at, state) for at, state in self._kept if self.frames - undo <= at < self.frames]
             self._kept.append((self.frames, self.pictures.fork()))
 
-    def _restart(self, latents: Tensor) -> Tensor:
+    @property
+    def _restart(self) -> Callable[[Tensor], Tensor]:
+        """For the decoder, whose world it must not keep alive: a world that is dropped gives its pages back."""
+        begin = weakref.WeakMethod(self._begin_rollout)
+
+        def restart(latents: Tensor) -> Tensor:
+            method = begin()
+            return latents if method is None else method(latents)
+
+        return restart
+
+    def _begin_rollout(self, latents: Tensor) -> Tensor:
         """A new rollout begins with these, the last latents; there is no way back to before it."""
         if not hasattr(self.pictures, "restart"):
             return latents
@@ -334,6 +355,7 @@ class World:
         picture: np.ndarray = self.pictures(self.decoder.recent[-1].latents)[-1]
         return picture
 
+    @one_at_a_time
     def reset(self, seed: int) -> None:
         """Begin again, with nothing remembered and this seed."""
         _check_seed(seed)
@@ -341,6 +363,7 @@ class World:
         self.release()
         self._begin(policy, seed)
 
+    @one_at_a_time
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
         self.released = True

@@ -107,6 +107,9 @@ PagedAttend = Callable[..., "Tensor | None"]
 class BlockModel(Protocol):
     """A network that denoises blocks of latent frames.
 
+    Several threads may use one model, each for a world of its own: what a model keeps between calls (the last prompt, a
+    VAE's state) is either replaced as a whole or guarded by a lock.
+
     Attributes:
         layers, heads, head_dim: of the keys and values it caches.
         frame_tokens: tokens per latent frame.

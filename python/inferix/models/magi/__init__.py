@@ -106,14 +106,16 @@ class Magi:
     def condition(self, prompt: str, actions: Sequence[int | str]) -> Prompt:
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
-        if prompt not in self._prompts:
+        known = self._prompts.get(prompt)
+        if known is None:
             if self.text is None:
                 raise ValueError(
                     f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
                     "text_encoder/ and tokenizer/ (T5 v1.1 XXL), or t5_pretrained/t5-v1_1-xxl as MAGI-1 has it"
                 )
-            self._prompts = {prompt: self.condition_on(self.text(prompt))}  # the last prompt alone: 110 MB for 4.5B
-        return self._prompts[prompt]
+            known = self.condition_on(self.text(prompt))
+            self._prompts = {prompt: known}  # the last prompt alone: 110 MB for 4.5B
+        return known
 
     def condition_on(self, embedding: Tensor) -> Prompt:
         """The same from a prompt embedding [tokens, caption_dim]."""

@@ -133,9 +133,11 @@ class Wan:
         """The prompt's cross-attention keys and values, computed once per prompt. Wan takes no actions."""
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
-        if prompt not in self._crosses:
-            self._crosses = {prompt: self.condition_on(self.prepare(prompt))}  # the last prompt alone: 190 MB for 1.3B
-        return self._crosses[prompt]
+        cross = self._crosses.get(prompt)
+        if cross is None:
+            cross = self.condition_on(self.prepare(prompt))
+            self._crosses = {prompt: cross}  # the last prompt alone: 190 MB for 1.3B
+        return cross
 
     def prepare(self, prompt: str) -> Tensor:
         """A prompt's embedding. Asked for ahead of its block, on any thread, it is in the encoder's cache by then."""

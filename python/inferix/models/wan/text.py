@@ -10,6 +10,7 @@ import html
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,11 @@ def has_encoder(folder: Path) -> bool:
     return (folder / "text_encoder").is_dir() or (folder / PUBLISHED).exists()
 
 
+LOADING = threading.Lock()  # one at a time: transformers changes the process's default dtype while it loads
+
+
 class PromptEncoder:
-    """Prompt -> [tokens, text_dim] float32, padding left out.
+    """Prompt -> [tokens, text_dim] float32, padding left out. Any thread may call it.
 
     Args:
         folder: holds text_encoder/ and tokenizer/ (diffusers' layout) or Wan's own two.
@@ -138,15 +142,17 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def _encode(self, prompt: str) -> Tensor:
-        tokenizer, encoder = self._load()
-        tokens = tokenizer(
-            [self.clean(prompt)],
-            max_length=self.text_len,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+        with LOADING:
+            tokenizer, encoder = self._load()
+        with reading(self.folder, "that of a text encoder"):  # settings that were read may still make no sense
+            tokens = tokenizer(
+                [self.clean(prompt)],
+                max_length=self.text_len,
+                truncation=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            )
+            hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
         return hidden.float().contiguous()
 
     def _load(self) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ video is the one that decoding everything at once would give.
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
         model = pretrained(kind, folder / "vae", "a VAE", **options)
     else:
         model = _published_vae(folder / PUBLISHED, kind)
-    return VAE(model.eval().requires_grad_(False).to(device))
+    model = model.eval().requires_grad_(False).to(device)
+    with reading(folder, "that of a VAE"):
+        return VAE(model)
 
 
 def _published_vae(path: Path, kind: Any) -> Any:
@@ -57,15 +60,24 @@ def _published_vae(path: Path, kind: Any) -> Any:
 
 
 class VAE:
-    """One VAE for all worlds; `open` gives each its own stream.
+    """One VAE for all worlds; `open` gives each its own stream. Any thread may use it: diffusers' model keeps the state
+    of an encoding in itself, so encodings take turns; streams have their own.
 
     Anything with diffusers' `decoder(x, feat_cache=, feat_idx=, first_chunk=)` and `encode` will do.
     """
 
     def __init__(self, model: Any):
-        self.model = model
-        mean, std = (torch.tensor(model.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
-        self.mean, self.std = (x.to(model.device, model.dtype) for x in (mean, std))
+        self.model, self.turn = model, threading.Lock()
+        mean, std = (torch.tensor(model.config[f"latents_{name}"], dtype=torch.float32) for name in ("mean", "std"))
+        size = (model.config["z_dim"],)
+        if (
+            mean.shape != size
+            or std.shape != size
+            or not mean.isfinite().all()
+            or not (std.isfinite() & (std > 0)).all()
+        ):
+            raise ValueError(f"latents_mean and latents_std must be {size[0]} numbers each, those of std positive")
+        self.mean, self.std = (x.view(1, -1, 1, 1, 1).to(model.device, model.dtype) for x in (mean, std))
 
     def open(self) -> VideoStream:
         return VideoStream(self)
@@ -87,7 +99,9 @@ class VAE:
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """[1, 3, pictures, height, width] in [-1, 1] -> latents [frames, channels, h, w] float32."""
-        latents = (self.model.encode(pictures).latent_dist.mode() - self.mean) / self.std
+        with self.turn:
+            encoded = self.model.encode(pictures).latent_dist.mode()
+        latents = (encoded - self.mean) / self.std
         return latents[0].transpose(0, 1).float()
 
 
@@ -100,8 +114,9 @@ class VideoStream:
 
     def _reset(self) -> None:
         # One entry per convolution that looks back in time; as many as the model counts for itself.
-        self.vae.model.clear_cache()
-        self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
+        with self.vae.turn:
+            self.vae.model.clear_cache()
+            self._cache: list[Any] = [None] * len(self.vae.model._feat_map)
         self._first = True
         self._tail: Tensor | None = None  # the last pictures, for `restart`
 
