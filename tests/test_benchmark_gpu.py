@@ -105,6 +105,13 @@ def test_a_full_disk_is_said_and_does_not_end_the_run(tmp_path, monkeypatch, cap
     assert list(json.loads((tmp_path / "state.json").read_text())["jobs"]) == ["before"]  # whole, as it last was
 
 
+def test_plots_that_hang_have_a_bound_of_their_own(tmp_path):
+    for minutes, ends in ((10, 1 + 24), (0.2 + 2 / 60, 1 + 13)):  # its cap, or what is left of the time
+        here = Machine(plot={"lasts": NEVER})
+        run = here.run(tmp_path / str(ends), [stage("one", least=1)], plots=lambda: stage("plot", cap=24, least=12))
+        assert run.go(minutes) == 0 and here.clock.now == pytest.approx(ends)
+
+
 def test_a_folder_that_cannot_be_gone_on_with_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--out: cannot write .*file"):

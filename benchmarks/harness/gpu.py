@@ -150,7 +150,8 @@ class Run:
                 self._do(stage, left, seconds)
                 whole = whole and all(self.jobs_done[job.name]["done"] for job in left)
         if drawing := self.plots():
-            self._do(drawing, drawing.jobs, max(drawing.least, ends + FINISH - self.clock()))
+            seconds = max(drawing.least, ends + FINISH - self.clock())
+            self._do(drawing, drawing.jobs, min(drawing.cap, seconds))
             for job in drawing.jobs:  # what is drawn may be drawn again
                 self.jobs_done.pop(job.name)
         self._keep()
