@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from inferix_kernels.files import atomic_write
+
 from .. import families, shapes
 from .. import sweep as sweeps
 from . import compare as comparison
@@ -126,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
             results.add(rows)
             print(*show.tables(rows), sep="\n", flush=True)
     if args.github:
-        args.github.write_text(json.dumps(github(results.document.rows), indent=1) + "\n")
+        with atomic_write(args.github, "--github") as part:
+            part.write_text(json.dumps(github(results.document.rows), indent=1) + "\n")
     return results.finish(plots.draw_rates)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inferix_kernels._install import install
+from inferix_kernels.files import atomic_write
 
 from .rows import Row
 
@@ -214,5 +215,7 @@ def _save(canvas: Figure, path: Path, caption: str) -> None:
 
     canvas.supxlabel(caption, fontsize=6, color="#666666", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with atomic_write(path, "--plot") as part:
+        kind = path.suffix.removeprefix(".") or "png"
+        canvas.savefig(part, format=kind, metadata={"Date": None} if kind == "svg" else None)
     pyplot.close(canvas)

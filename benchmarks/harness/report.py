@@ -16,6 +16,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from inferix_kernels.files import atomic_write
+
 from . import evidence
 from .measure import best_peer
 from .rows import Document, Row
@@ -67,7 +69,8 @@ def update(paths: Sequence[Path], records: Sequence[Document]) -> list[Path]:
         before = path.read_text()
         after = rewrite(before, records)
         if after != before:
-            path.write_text(after)
+            with atomic_write(path, "files") as part:
+                part.write_text(after)
             changed.append(path)
     return changed
 

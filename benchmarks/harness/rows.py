@@ -2,6 +2,9 @@
 
 A document is {"schema": 1, "header": {...}, "rows": [...]}; as .jsonl, its header is the first line and every row one
 more, so that a run can be appended to and read after a crash.
+
+Files are written by inferix_kernels.files, imported where they are: `compare` reads rows beside the kernels of another
+tree, which may not have it.
 """
 
 from __future__ import annotations
@@ -12,8 +15,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
-
-from inferix_kernels.files import append_lines, atomic_write, unwritable
 
 SCHEMA = 1
 # ok: right and timed. wrong: not timed. absent: not installed. unsupported: refused. failed: raised.
@@ -89,6 +90,8 @@ class Document:
 
     def save(self, path: Path) -> None:
         """As JSON, or as JSON lines if the name ends so. Raises ValueError: it can't be written; names the path."""
+        from inferix_kernels.files import atomic_write
+
         head = {"schema": SCHEMA, "header": self.header}
         rows = [compact(row) for row in self.rows]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +131,8 @@ def append(path: Path, header: dict[str, Any], rows: Iterable[Row]) -> None:
     Raises:
         ValueError: it can't be written, or the disk is full; what it held before is whole.
     """
+    from inferix_kernels.files import append_lines, unwritable
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         begun = path.exists() and "\n" in path.read_text()
