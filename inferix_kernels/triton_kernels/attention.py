@@ -48,7 +48,6 @@ from .online import (
     largest_bias,
     load_rows,
     multiply,
-    multiply_add,
     run_in_pool,
     tile_at,
     weigh,
@@ -252,7 +251,7 @@ def attend_run(
             sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
         else:
             values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
-            sum = multiply_add(round_to(weights, DTYPE), values, sum * shrink[:, None])
+            sum = multiply(round_to(weights, DTYPE), values, sum * shrink[:, None])
         page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, base, KEY.page_size)
     return largest, total, sum
 

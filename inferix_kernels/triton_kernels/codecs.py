@@ -21,7 +21,6 @@ from .launch import INTERPRETED as _INTERPRETED
 INTERPRETED = tl.constexpr(_INTERPRETED)
 HALF_MAX = tl.constexpr(reference.HALF_MAX)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "u4"}
@@ -151,7 +150,7 @@ def scale_of(x, axis: tl.constexpr, floor: tl.constexpr, top: tl.constexpr):
     """What makes the largest of float32 x along an axis the largest code; NaN if one is not finite."""
     bits = largest_magnitude(x, axis)
     scale = tl.div_rn(tl.maximum(bits.to(tl.float32, bitcast=True), floor), top)
-    return tl.where(bits < INFINITY_BITS, scale, NAN)
+    return tl.where(bits < INFINITY_BITS, scale, float("nan"))
 
 
 @triton.jit
@@ -168,7 +167,7 @@ def encode_u4(x, rows, cols, length, tile: tl.constexpr):
     offset = tl.where(finite, tl.minimum(tl.maximum(low, -HALF_MAX), HALF_MAX), 0.0).to(tl.float16)
     offset = (offset.to(tl.float32) + 0.0).to(tl.float16)  # -0 becomes 0
     span = tl.minimum(high, HALF_MAX) - offset.to(tl.float32)
-    scale = tl.where(finite, tl.maximum(tl.div_rn(span, tile.top), tile.floor), NAN).to(tl.float16)
+    scale = tl.where(finite, tl.maximum(tl.div_rn(span, tile.top), tile.floor), float("nan")).to(tl.float16)
     above = x - tl.expand_dims(offset.to(tl.float32), tile.axis)
     steps = tl.broadcast_to(tl.expand_dims(scale.to(tl.float32), tile.axis), [tile.rows, tile.cols])
     # The reference rounds, then clamps: the same, since the bounds are whole numbers.
