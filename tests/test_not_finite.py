@@ -4,7 +4,6 @@ import machine
 import pytest
 import torch
 import triton_mode  # noqa: F401
-from test_extremes import where  # noqa: F401
 
 from inferix_kernels import (
     KVPages,
@@ -73,14 +72,14 @@ def test_the_reference_shows_it_in_all_that_shares_a_scale_and_nowhere_else(form
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_every_backend_stores_what_reads_as_the_references(format, side, where):  # noqa: F811
+def test_every_backend_stores_what_reads_as_the_references(format, side, where):
     for strange in STRANGE.values():
         k, v = numbers(side, strange)
         same(read(stored(format, k, v, where)), read(stored(format, k, v, "reference")))
 
 
 @pytest.mark.parametrize("width", [20, 32, 48, 112])
-def test_it_shows_wherever_it_lies(width, where):  # noqa: F811
+def test_it_shows_wherever_it_lies(width, where):
     """Each channel and token of a tile by itself: vectors, their tails, first and last tokens."""
     if where == "triton":
         pytest.skip("one token and channel stand for all: nothing there goes by vectors")
@@ -98,7 +97,7 @@ def test_it_shows_wherever_it_lies(width, where):  # noqa: F811
 
 
 @pytest.mark.parametrize("target", QUANTIZED)
-def test_a_commit_carries_it_on(target, where):  # noqa: F811
+def test_a_commit_carries_it_on(target, where):
     for source in ("fp32", "bf16", "int8", "int4"):
         for side, strange in (("k", torch.nan), ("v", -torch.inf)):
             pages = []
@@ -114,7 +113,7 @@ def test_a_commit_carries_it_on(target, where):  # noqa: F811
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_attention_shows_it(format, side, where):  # noqa: F811
+def test_attention_shows_it(format, side, where):
     """A key that is no number leaves no output of its head; a value none of its channel."""
     q = torch.randn(3, H, D, generator=torch.Generator().manual_seed(2)).abs()
     plan = make_plan([(3, [1, 0], LENS)])
@@ -128,7 +127,7 @@ def test_attention_shows_it(format, side, where):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_rows_of_a_linear_layer_show_it(dtype, where):  # noqa: F811
+def test_rows_of_a_linear_layer_show_it(dtype, where):
     for strange in STRANGE.values():
         x = torch.randn(5, 48, generator=torch.Generator().manual_seed(3))
         x[3, 7] = strange
