@@ -6,6 +6,12 @@ Every op takes `backend`: "auto", "compiled", "triton" or "reference". "auto" ta
 is in _dispatch.py); a backend asked for by name never falls back, it raises Unsupported. Every op that returns
 tensors takes `out`, so that a pass over a model can run without an allocation. There is no backward.
 
+A NaN or an infinity is never hidden. Where codes are stored, the numbers that share a scale with one are all read as
+NaN, in every format and on every backend: their scale is NaN. Float pages keep it as it is. What is stored should be
+finite all the same; this is for finding out where it was not.
+
+Every tensor must be dense and lie in memory, on the CPU or a GPU, all of a call on one device.
+
 A page list's numbers (ids, lens) must fit the pools: on the CPU every backend checks them before it writes;
 a CUDA kernel skips what does not fit, since looking would cost a wait for the device.
 """
@@ -44,7 +50,7 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     """Write T tokens into pages, from the first slot of each page on.
 
     Slots past lens[i] store code 0, so that no NaN can hide there (0 * NaN is NaN). How a format quantizes is written
-    in reference.encode; scales are taken over a page's valid tokens. What is quantized must be finite.
+    in reference.encode; scales are taken over a page's valid tokens.
 
     Args:
         k, v: [T, H, D] and [T, H, Dv] float32, bfloat16 or float16, same dtype.
@@ -480,8 +486,8 @@ def quantize_rows(
     """The rows of x in 8 bits, on the way through what stands before a linear layer: norm, modulation, activation.
 
     y = activation((norm(x) * weight + bias) * (1 + scale) + shift), each step only if it is given; then codes and
-    scales of each row by the rule of int8 keys (reference.encode). All arithmetic before the codes is float32. What is
-    quantized must be finite. Weights of linear layers are quantized by the same op: a row is an output channel.
+    scales of each row by the rule of int8 keys (reference.encode). All arithmetic before the codes is float32. Weights
+    of linear layers are quantized by the same op: a row is an output channel.
 
     Args:
         x: [M, K] float32, bfloat16 or float16.

@@ -73,6 +73,18 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+LEVELS = [level for level in compiled.Isa.__members__.values() if level <= compiled._C.best_isa()]
+
+
+@pytest.fixture(params=["reference", "triton", *LEVELS], ids=lambda where: getattr(where, "name", where))
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend's name; the compiled one at each level of instructions that this CPU has."""
+    if isinstance(request.param, str):
+        return request.param
+    monkeypatch.setattr(compiled, "ISA", request.param)
+    return "compiled"
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """For tests that change the number of threads: puts it back."""

@@ -8,21 +8,11 @@ import pytest
 import torch
 import triton_mode  # noqa: F401
 
-from inferix_kernels import KVPages, PageList, compiled, kv_append, make_plan, merge_attention, paged_attention
+from inferix_kernels import KVPages, PageList, kv_append, make_plan, merge_attention, paged_attention
 from inferix_kernels.testing import attention_inputs
 
 # Of numpy, in which Triton's interpreter calculates.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-LEVELS = [isa for isa in compiled.Isa.__members__.values() if isa <= compiled.ISA]
-
-
-@pytest.fixture(params=["reference", "triton", *LEVELS], ids=lambda where: getattr(where, "name", where))
-def where(request, monkeypatch):
-    """A backend's name; of the compiled one at each level of instructions that this machine has."""
-    if isinstance(request.param, str):
-        return request.param
-    monkeypatch.setattr(compiled, "ISA", request.param)
-    return "compiled"
 
 
 def inputs(format):

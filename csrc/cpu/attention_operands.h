@@ -56,8 +56,8 @@ INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, 
     const float inverse = 1.f / scale;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
     for (int64_t d = 0; d < round_up(D, 4); ++d) bytes[d] = static_cast<uint8_t>(rounded(x[d] * inverse) + 128);
-    // A NaN has made every byte meaningless: the scale carries it on.
-    return largest > 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : scale;
+    // A NaN or an infinity has made every byte meaningless: the scale carries it on.
+    return largest >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : scale;
   }
   return 1.f;
 }

@@ -7,8 +7,6 @@
 namespace inferix {
 namespace {
 
-constexpr int64_t kBlock = 64;  // channels whose sums fit the registers
-
 // a / b as far as its code goes, but for the sign of 0; inverse is 1 / b. A division takes four times as long.
 //
 // One step of Newton with an exact remainder gives the rounded quotient, except where a / b lies within 2^-22 units in
@@ -23,11 +21,15 @@ INFERIX_INLINE float quotient(float a, float b, float inverse) {
   return __builtin_fmaf(__builtin_fmaf(-q, b, a), inverse, q);
 }
 
-// Largest magnitudes, as bits, to scales and their inverses.
+constexpr int32_t kInfinityBits = 0x7f800000;  // a magnitude of as much or more is no finite number
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Largest magnitudes, as bits, to scales and their inverses. All that shares a scale with what is not finite is NaN.
 INFERIX_INLINE void scales_of(const int32_t* __restrict largest, int64_t count, float top, float* __restrict scales,
                               float* __restrict inverse) {
   for (int64_t i = 0; i < count; ++i) {
-    scales[i] = std::max(float_of(static_cast<uint32_t>(largest[i])), kAmaxFloor) / top;
+    const float scale = std::max(float_of(static_cast<uint32_t>(largest[i])), kAmaxFloor) / top;
+    scales[i] = largest[i] >= kInfinityBits ? kNaN : scale;
     inverse[i] = 1.f / scales[i];
   }
 }
@@ -85,8 +87,20 @@ struct U4Rows {
       : low(room), high(low + count), offset(high + count), scale(offset + count), inverse(scale + count) {}
 };
 
+// All that shares a scale with what is not finite is NaN: its scale is, and its codes are 0, as nothing lies above an
+// offset of infinity.
+inline void u4_not_finite(const U4Rows& rows, int64_t count, const Tile& to) {
+  constexpr float kMost = std::numeric_limits<float>::max(), kInf = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    if (rows.low[i] >= -kMost && rows.high[i] <= kMost) continue;
+    reinterpret_cast<uint16_t*>(to.offsets)[i] = 0;
+    reinterpret_cast<uint16_t*>(to.scales)[i] = from_float<Half>(kNaN).bits;
+    rows.offset[i] = kInf, rows.scale[i] = rows.inverse[i] = 1.f;
+  }
+}
+
 // From low and high to the others, rounded to float16 as they are stored. Returns whether that rounding moved the
-// bounds so far that a code could lie outside of [0, 15]: seldom.
+// bounds so far that a code could lie outside of [0, 15], or one of them is not finite: seldom.
 INFERIX_INLINE bool u4_scales(const U4Rows& rows, int64_t count, const Tile& to) {
   float *__restrict low = rows.low, *__restrict high = rows.high, *__restrict offset = rows.offset,
         *__restrict scale = rows.scale, *__restrict inverse = rows.inverse;
@@ -108,6 +122,7 @@ INFERIX_INLINE bool u4_scales(const U4Rows& rows, int64_t count, const Tile& to)
     inside &= low[i] - offset[i] >= -0.25f * scale[i];
     inside &= high[i] - offset[i] <= (kU4Max + 0.25f) * scale[i];
   }
+  if (!inside) u4_not_finite(rows, count, to);
   return !inside;
 }
 
@@ -118,7 +133,7 @@ INFERIX_INLINE uint8_t u4_code(float x, float offset, float scale, float inverse
   float above = x - offset;
   if constexpr (kHold) {
     const float most = kU4Max * scale;
-    above = above > 0.f ? above : 0.f;
+    above = above > 0.f ? above : 0.f;  // of a NaN too
     above = above < most ? above : most;
   }
   return static_cast<uint8_t>(rounded(quotient<kFma>(above, scale, inverse)));
@@ -178,22 +193,24 @@ INFERIX_INLINE void encode_u4_tokens(const Tile& to, const float* x, int64_t str
     store_u4_tokens<kFma, false>(to, x, stride, length, rows, ahead);
 }
 
-// Smallest and largest of each of kCount channels, in registers.
+// Smallest and largest of each of kCount channels, in registers; both NaN if one of the numbers is not finite, which a
+// comparison alone would not tell.
 template <int kCount>
 INFERIX_INLINE void ranges_of(const float* x, int64_t stride, int64_t length, float* low, float* high) {
-  float least[kCount], most[kCount];
-  for (int i = 0; i < kCount; ++i) least[i] = most[i] = x[i];
+  float least[kCount], most[kCount], zero[kCount];
+  for (int i = 0; i < kCount; ++i) least[i] = most[i] = x[i], zero[i] = x[i] * 0.f;
   for (int64_t t = 1; t < length; ++t) {
     const float* row = x + t * stride;
     for (int i = 0; i < kCount; ++i) {
       least[i] = row[i] < least[i] ? row[i] : least[i];
       most[i] = row[i] > most[i] ? row[i] : most[i];
+      zero[i] += row[i] * 0.f;
     }
   }
-  for (int i = 0; i < kCount; ++i) low[i] = least[i], high[i] = most[i];
+  for (int i = 0; i < kCount; ++i) low[i] = least[i] + zero[i], high[i] = most[i] + zero[i];
 }
 
-template <bool kFma>
+template <bool kFma, int kBlock>
 INFERIX_INLINE void encode_u4_channels(const Tile& to, const float* x, int64_t stride, int64_t length,
                                        const Ahead& ahead) {
   const int64_t width = to.width;
@@ -219,7 +236,8 @@ INFERIX_INLINE void encode_transposed(const Tile& to, const float* x, int64_t st
   transpose(codes, to.width, to.page_size, to.width, reinterpret_cast<uint8_t*>(to.codes), to.page_size);
 }
 
-template <bool kFma>
+// kBlock: channels whose ranges fit the registers.
+template <bool kFma, int kBlock>
 INFERIX_INLINE void encode_any(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
   switch (to.codec) {
     case Codec::f32: return store<float>(x, stride, length, to.width, to.codes, to.width);
@@ -231,7 +249,7 @@ INFERIX_INLINE void encode_any(const Tile& to, const float* x, int64_t stride, i
     case Codec::e4m3_token: return encode_tokens<E4m3Code, kFma>(to, x, stride, length, ahead);
     case Codec::e4m3_channel: return encode_transposed<kFma>(to, x, stride, length, ahead);
     case Codec::u4_token: return encode_u4_tokens<kFma>(to, x, stride, length, ahead);
-    case Codec::u4_channel: return encode_u4_channels<kFma>(to, x, stride, length, ahead);
+    case Codec::u4_channel: return encode_u4_channels<kFma, kBlock>(to, x, stride, length, ahead);
   }
 }
 
@@ -239,15 +257,15 @@ using Encode = void (*)(const Tile&, const float*, int64_t, int64_t, const Ahead
 
 #if defined(__x86_64__)
 void encode_portable(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
-  encode_any<false>(to, x, stride, length, ahead);
+  encode_any<false, 32>(to, x, stride, length, ahead);
 }
 
 INFERIX_V3 void encode_v3(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
-  encode_any<true>(to, x, stride, length, ahead);
+  encode_any<true, 32>(to, x, stride, length, ahead);
 }
 
 INFERIX_V4 void encode_v4(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
-  encode_any<true>(to, x, stride, length, ahead);
+  encode_any<true, 64>(to, x, stride, length, ahead);
 }
 
 Encode encode_for(Isa isa) { return choose<Encode>(isa, encode_portable, encode_v3, encode_v4); }
@@ -257,7 +275,7 @@ constexpr bool kHasFma = true;
 #else
 constexpr bool kHasFma = false;
 #endif
-Encode encode_for(Isa) { return encode_any<kHasFma>; }
+Encode encode_for(Isa) { return encode_any<kHasFma, 32>; }
 #endif
 
 }  // namespace

@@ -140,13 +140,20 @@ struct Grid {
   float offset, scale;
 };
 INFERIX_DEVICE float bounded(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
-INFERIX_DEVICE Grid grid_8(float amax, float top) { return {0.f, divide(amax < kAmaxFloor ? kAmaxFloor : amax, top)}; }
+// All that shares a scale with what is not finite is NaN, by its scale.
+INFERIX_DEVICE bool is_finite(float x) { return (sm90::bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
+INFERIX_DEVICE Grid nothing() { return {0.f, sm90::float_of(0x7fc00000u)}; }
+INFERIX_DEVICE Grid grid_8(float amax, float top) {
+  return is_finite(amax) ? Grid{0.f, divide(amax < kAmaxFloor ? kAmaxFloor : amax, top)} : nothing();
+}
 INFERIX_DEVICE Grid grid_4(float low, float high) {
+  if (!is_finite(low) || !is_finite(high)) return nothing();
   const float offset = to_float(from_float<Half>(bounded(low, -kHalfMax, kHalfMax))) + 0.f;  // -0 becomes 0
   const float step = divide((high > kHalfMax ? kHalfMax : high) - offset, kU4Max);
   return {offset, to_float(from_float<Half>(step < kStepFloor ? kStepFloor : step))};
 }
 INFERIX_DEVICE uint8_t code_of(const Tile& to, float x, Grid grid) {
+  if (!is_finite(grid.scale)) return 0;
   if (to.is_packed()) return uint8_t(bounded(sm90::nearest(divide(x - grid.offset, grid.scale)), 0.f, kU4Max));
   const float y = bounded(divide(x, grid.scale), -to.top(), to.top());
   return to.is_e4m3() ? e4m3_code(y) : uint8_t(int8_t(sm90::nearest(y)));

@@ -18,7 +18,8 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None, Tensor | Non
 
     8-bit codes are x / scale with scale = max(largest |x|, 1e-12) / 127 (int8) or 448 (e4m3). 4-bit codes are
     (x - offset) / scale with offset = the smallest x and scale = max((largest x - offset) / 15, 2^-14), both
-    float16. Divisions are float32, roundings half to even.
+    float16. Divisions are float32, roundings half to even. Where a NaN or an infinity is among the numbers that share
+    a scale, that is NaN, the codes and the offset are 0: so all of them are read as NaN.
     """
     if codec.scaled_by is None:
         return x.to(codec.dtype), None, None
@@ -26,13 +27,17 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None, Tensor | Non
     if codec.packed:
         shape = x.sum(dim, keepdim=True).shape  # amin of no tokens is undefined
         low, high = (x.amin(dim, True), x.amax(dim, True)) if x.shape[dim] else (x.new_zeros(shape),) * 2
-        offset = low.clamp(-HALF_MAX, HALF_MAX).half() + 0.0  # -0 becomes 0
-        scale = ((high.clamp(max=HALF_MAX) - offset.float()) / top).clamp(min=STEP_FLOOR).half()
-        codes = ((x - offset.float()) / scale.float()).round().clamp(0, LARGEST[codec.dtype]).to(codec.dtype)
-        return codes, scale.squeeze(dim), offset.squeeze(dim)
+        finite = low.isfinite() & high.isfinite()
+        offset = (low.clamp(-HALF_MAX, HALF_MAX).half() + 0.0).where(finite, 0.0)  # -0 becomes 0
+        scale = (
+            ((high.clamp(max=HALF_MAX) - offset.float()) / top).clamp(min=STEP_FLOOR).half().where(finite, torch.nan)
+        )
+        codes = ((x - offset.float()) / scale.float()).round().clamp(0, LARGEST[codec.dtype])
+        return codes.where(finite, 0.0).to(codec.dtype), scale.squeeze(dim), offset.squeeze(dim)
     amax = x.abs().amax(dim, True) if x.shape[dim] else x.new_zeros(x.sum(dim, keepdim=True).shape)
-    scale = amax.clamp(min=AMAX_FLOOR) / top  # a tensor: by a Python number CUDA multiplies with the reciprocal
-    codes = (x / scale).clamp(-top, top)
+    finite = amax.isfinite()
+    scale = (amax.clamp(min=AMAX_FLOOR) / top).where(finite, torch.nan)  # top is a tensor: CUDA has its reciprocal else
+    codes = (x / scale).clamp(-top, top).where(finite, 0.0)
     return (codes if codec.dtype.is_floating_point else codes.round()).to(codec.dtype), scale.squeeze(dim), None
 
 

@@ -25,7 +25,17 @@ from .. import reference
 from .._dispatch import Unsupported
 from ..layout import KV_FORMATS, Codec, KVPages, Plan, make_plan
 from . import online
-from .codecs import INTERPRETED, from_e4m3, read_codes, read_part, round_to, round_to_int, scale_places, to_e4m3
+from .codecs import (
+    INTERPRETED,
+    from_e4m3,
+    read_codes,
+    read_part,
+    round_to,
+    round_to_int,
+    scale_of,
+    scale_places,
+    to_e4m3,
+)
 from .config import Config, config
 from .launch import Case, architecture, check_device
 from .online import (
@@ -38,7 +48,6 @@ from .online import (
     largest_bias,
     load_rows,
     multiply,
-    multiply_add,
     run_in_pool,
     tile_at,
     weigh,
@@ -242,7 +251,7 @@ def attend_run(
             sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
         else:
             values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
-            sum = multiply_add(round_to(weights, DTYPE), values, sum * shrink[:, None])
+            sum = multiply(round_to(weights, DTYPE), values, sum * shrink[:, None])
         page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, base, KEY.page_size)
     return largest, total, sum
 
@@ -257,7 +266,7 @@ def read_scales(scales, at, row, length, tile: tl.constexpr, ROWS: tl.constexpr,
 @triton.jit
 def quantize(x, tile: tl.constexpr):
     """Rows of float32 as codes of a tile's kind, and their scales."""
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), tile.floor), tile.top)
+    scale = scale_of(x, 1, tile.floor, tile.top)
     x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     x = tl.minimum(tl.maximum(x, -tile.top), tile.top)
     if tile.kind == "int8":

@@ -21,6 +21,7 @@ from .launch import INTERPRETED as _INTERPRETED
 INTERPRETED = tl.constexpr(_INTERPRETED)
 HALF_MAX = tl.constexpr(reference.HALF_MAX)
 INFINITY = tl.constexpr(float("inf"))
+INFINITY_BITS = tl.constexpr(0x7F800000)
 
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "u4"}
 # Numbers of a tile that one program holds, 32 in each thread: registers last for three such programs on an SM.
@@ -126,7 +127,7 @@ def write_part(x, codes, scales, offsets, index, row, col, length, tile: tl.cons
             tl.store(scales + along, scale, mask=mask)
             tl.store(offsets + along, offset, mask=mask)
         else:
-            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), tile.axis), tile.floor), tile.top)
+            scale = scale_of(x, tile.axis, tile.floor, tile.top)
             x = tl.div_rn(x, tl.broadcast_to(tl.expand_dims(scale, tile.axis), [tile.rows, tile.cols]))
             x = tl.minimum(tl.maximum(x, -tile.top), tile.top)
             if tile.kind == "int8":
@@ -134,6 +135,22 @@ def write_part(x, codes, scales, offsets, index, row, col, length, tile: tl.cons
             else:
                 write_codes(to_e4m3(x), codes, index, row, col, tile)
             tl.store(scales + along, scale, mask=mask)
+
+
+@triton.jit
+def largest_magnitude(x, axis: tl.constexpr):
+    """Of float32 x along an axis, as bits: in the order of size, infinity behind all numbers, NaN behind infinity. A
+    maximum of floats passes over NaN.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+
+
+@triton.jit
+def scale_of(x, axis: tl.constexpr, floor: tl.constexpr, top: tl.constexpr):
+    """What makes the largest of float32 x along an axis the largest code; NaN if one is not finite."""
+    bits = largest_magnitude(x, axis)
+    scale = tl.div_rn(tl.maximum(bits.to(tl.float32, bitcast=True), floor), top)
+    return tl.where(bits < INFINITY_BITS, scale, float("nan"))
 
 
 @triton.jit
@@ -146,14 +163,16 @@ def encode_u4(x, rows, cols, length, tile: tl.constexpr):
         counted = tl.broadcast_to((rows < tl.maximum(length, 1))[:, None], [tile.rows, tile.cols])
     low = tl.min(tl.where(counted, x, INFINITY), tile.axis)
     high = tl.max(tl.where(counted, x, -INFINITY), tile.axis)
-    offset = tl.minimum(tl.maximum(low, -HALF_MAX), HALF_MAX).to(tl.float16)
+    finite = largest_magnitude(tl.where(counted, x, 0.0), tile.axis) < INFINITY_BITS
+    offset = tl.where(finite, tl.minimum(tl.maximum(low, -HALF_MAX), HALF_MAX), 0.0).to(tl.float16)
     offset = (offset.to(tl.float32) + 0.0).to(tl.float16)  # -0 becomes 0
     span = tl.minimum(high, HALF_MAX) - offset.to(tl.float32)
-    scale = tl.maximum(tl.div_rn(span, tile.top), tile.floor).to(tl.float16)
+    scale = tl.where(finite, tl.maximum(tl.div_rn(span, tile.top), tile.floor), float("nan")).to(tl.float16)
     above = x - tl.expand_dims(offset.to(tl.float32), tile.axis)
     steps = tl.broadcast_to(tl.expand_dims(scale.to(tl.float32), tile.axis), [tile.rows, tile.cols])
     # The reference rounds, then clamps: the same, since the bounds are whole numbers.
     codes = round_to_int(tl.minimum(tl.maximum(tl.div_rn(above, steps), 0.0), tile.top))
+    valid &= tl.expand_dims(finite, tile.axis)
     return tl.where(valid, codes, 0), scale, offset
 
 

@@ -36,7 +36,6 @@ from .online import (
     largest_bias,
     load_rows,
     multiply,
-    multiply_add,
     run_in_pool,
     tile_at,
     weigh,
@@ -190,16 +189,16 @@ def attend_run(
         scores = multiply(q_mine, tl.trans(latent))
         if PARTS > 1:
             rest = read_keys(pool, at, row, other, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
-            scores = multiply_add(q_other, tl.trans(rest), scores)
+            scores = multiply(q_other, tl.trans(rest), scores)
         if SCALED:
             scales = read_scales(pool.k_scales, at, row, length, LATENT, BLOCK_N, COLS)
             scores *= scales[None, :]
-        scores = multiply_add(q_rotary, tl.trans(rotary), scores)
+        scores = multiply(q_rotary, tl.trans(rotary), scores)
         if row + BLOCK_N > length:
             scores = tl.where((rows < length)[None, :], scores, NOTHING)
         weights, shrink, largest, total = weigh(scores, factors, bias, largest, total)
         if SCALED:
             weights *= scales[None, :]
-        sum = multiply_add(round_to(weights, DTYPE), latent, sum * shrink[:, None])
+        sum = multiply(round_to(weights, DTYPE), latent, sum * shrink[:, None])
         page, length, bias = entry_of((i + 1) // TILES, last, plan, variant, pool, base, LATENT.page_size)
     return largest, total, sum

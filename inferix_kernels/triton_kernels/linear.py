@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import Unsupported
 from ..layout import Quantized, as_bytes
-from .codecs import round_to, round_to_int, to_e4m3
+from .codecs import round_to, round_to_int, scale_of, to_e4m3
 from .config import config, rows_and_warps
 from .launch import Case, architecture, check_device, launch
 
@@ -208,7 +208,7 @@ def quantize_kernel(
     if shift is not None:
         y += load_groups(shift, shift_rows, row, col, mask, WIDTH)
     y = tl.where(mask, activated(y, ACTIVATION), 0.0)
-    step = tl.div_rn(tl.maximum(tl.max(tl.abs(y), 1), FLOOR), TOP)
+    step = scale_of(y, 1, FLOOR, TOP)
     y = tl.div_rn(y, tl.broadcast_to(step[:, None], [ROWS, COLS]))
     y = tl.minimum(tl.maximum(y, -TOP), TOP)
     places = row.to(tl.int64)[:, None] * WIDTH + col[None, :]

@@ -343,10 +343,8 @@ def run_in_pool(first, last, plan, variant, pool):
 
 @triton.jit
 def largest_bias(first, last, plan):
-    """Of the entries [first, last) that have tokens; 0 if they are all left out.
-
-    Beside a bias of 1e9 a float32 has no room for a score, and one of -3e38 overflows in powers of two: so biases count
-    from the largest.
+    """Of the entries [first, last) that have tokens, or 0. Biases count from it: beside one of 1e9 a float32 has no
+    room for a score, and one of -3e38 overflows in powers of two.
     """
     largest = 0.0
     if plan.page_bias is not None:
@@ -361,8 +359,7 @@ def largest_bias(first, last, plan):
 
 @triton.jit
 def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
-    """(page in its pool, valid tokens, bias above `base` in powers of two) of an entry; no tokens if it is none of this
-    pass."""
+    """(page in its pool, valid tokens, bias from `base` in powers of two); no tokens if it is none of this pass."""
     there = i < last
     page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page
     length = tl.load(plan.page_lens + i, mask=there, other=0)
@@ -392,16 +389,8 @@ def weigh(scores, factor, bias, largest, total):
 
 
 @triton.jit
-def multiply(a, b):
-    """a @ b in float32, of float operands. Triton's interpreter multiplies the bits of bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def multiply_add(a, b, sum):
+def multiply(a, b, sum=None):
+    """a @ b + sum in float32, of float operands. Triton's interpreter multiplies the bits of bfloat16."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
     else:
