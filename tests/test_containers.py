@@ -182,6 +182,8 @@ def test_libraries_are_given_no_index_that_leads_elsewhere(tmp_path):
         ("text_encoder", {"num_layers": 1}, "missing none, unexpected encoder.block.1.*, if its config is right"),
         ("text_encoder", {"num_layers": 3}, "missing encoder.block.2.*, unexpected none"),
         ("text_encoder", {"d_ff": 47}, "is damaged or not|missing encoder"),
+        ("text_encoder", {"num_layers": 2**31}, "num_layers must be at most 1024, got 2147483648"),
+        ("vae", {"base_dim": 2**40}, "base_dim must be at most 1048576, got 1099511627776"),
         ("vae", {"latents_mean": [0.0]}, "latents_mean and latents_std must be 16 numbers each"),
         ("vae", {"latents_std": [float("nan")] * 16}, "latents_mean and latents_std must be 16 numbers each"),
         ("vae", {"latents_std": "x"}, "is damaged or not that of a VAE"),

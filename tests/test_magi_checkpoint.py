@@ -187,6 +187,8 @@ def test_what_does_not_fit_is_named(edit, message, tmp_path):
     [
         (lambda t, n: t.pop(n + "weight_scale"), "linear_fc1.weight is in 8 bits and has no weight_scale"),
         (lambda t, n: t.update({n + "input_scale": torch.ones(3)}), "input_scale must have 1 or 192 numbers, got 3"),
+        (lambda t, n: t.update({n + "input_scale": torch.tensor([torch.nan])}), "input_scale must be finite numbers"),
+        (lambda t, n: t.update({n.replace("fc1", "fc2") + "smooth_scale": torch.zeros(1, 128)}), "smooth_scale not 0"),
         (lambda t, n: t.update({n + "weight": t[n + "weight"].float()[0]}), "2 are unexpected"),
     ],
 )

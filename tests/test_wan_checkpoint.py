@@ -1,6 +1,9 @@
 """The loader: every container and prefix in which Wan checkpoints come, and errors that name what is wrong."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from wan_golden import DenseTable, dataclasses, published, random_network, tiny_
 from inferix.cli import main
 from inferix.models import load_model
 from inferix.models.wan import ADAPTERS, Wan
-from inferix.models.wan.checkpoint import find_checkpoint, load_network
+from inferix.models.wan.checkpoint import find_checkpoint, load_network, save_network
 from inferix.models.wan.names import canonical
 
 CONFIG = {"num_heads": 3, "text_len": 24}
@@ -100,6 +103,31 @@ def test_convert_writes_what_needs_no_config(network, folder, tmp_path_factory, 
     capsys.readouterr()
     assert main(["convert", str(folder), str(out.with_suffix(".pt"))]) == 2
     assert "out must end in .safetensors, got " in capsys.readouterr().err and not out.with_suffix(".pt").exists()
+
+
+def test_a_kill_leaves_the_earlier_file_or_the_new_one(network, tmp_path):
+    """At whatever moment: a child writes one after the other, and the file is looked at after it was killed."""
+    path, others = tmp_path / "m.safetensors", [random_network(network.config, seed=i) for i in range(2)]
+    save_network(network, path)
+    wanted = [x.state_dict() for x in (network, *others)]
+    for i in range(10):
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.write(write, b"x")
+                while True:
+                    for other in others:
+                        save_network(other, path)
+            finally:
+                os._exit(1)
+        os.read(read, 1)
+        time.sleep(0.003 * i)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read), os.close(write)
+        state = load_network(path).state_dict()
+        assert any(all(torch.equal(state[name], x) for name, x in whole.items()) for whole in wanted)
 
 
 @pytest.mark.parametrize("style", ["peft", "kohya"])

@@ -67,8 +67,8 @@ def read_codes(tensors: Mapping[str, Tensor], names: Sequence[str], source: str)
                     f"weights: {source}: {stem}{kind} must have {' or '.join(map(str, sizes))} numbers, "
                     f"got {len(given[kind])}"
                 )
-        if bad := [kind for kind, x in given.items() if not (x.isfinite() & (x > 0)).all()]:
-            raise ValueError(f"weights: {source}: {stem}{bad[0]} must be positive finite numbers")
+        if bad := [kind for kind, x in given.items() if not x.isfinite().all() or (kind == "smooth_scale" and 0 in x)]:
+            raise ValueError(f"weights: {source}: {stem}{bad[0]} must be finite numbers, those of smooth_scale not 0")
         if smooth is not None and len(smooth) != weight.shape[1]:
             raise ValueError(f"weights: {source}: {stem}smooth_scale must have {weight.shape[1]} numbers")
         scale = given["weight_scale"] * (1 if smooth is None else given["input_scale"][:1])

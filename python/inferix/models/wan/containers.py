@@ -34,6 +34,7 @@ MARKS = {"zstd": (b"\x28\xb5\x2f\xfd",), "pickle": (b"PK\x03\x04", b"\x80")}  # 
 POINTER = b"version https://git-lfs"
 MOST_HEADER = 100_000_000  # bytes, safetensors' own limit
 CHUNK = 1 << 20
+MOST_SIZE, MOST_LAYERS = 1 << 20, 1 << 10  # in the config of a text encoder, a VAE or an image encoder
 
 
 def read_tensors(
@@ -148,6 +149,7 @@ def pretrained(kind: Any, folder: Path, what: str, **options: Any) -> Any:
     with reading(folder, f"{what} that {library} can read"), _quiet(library):
         for index in folder.glob("*.index.json"):
             _shards(index, "weights")
+        _check_sizes(read_json(folder / "config.json"), str(folder / "config.json"))
         found, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
         # What is missing they would fill with random numbers, and what is too much leave out: of a whole model that is
         # its other half, but of a model like this one its last layers.
@@ -160,6 +162,15 @@ def pretrained(kind: Any, folder: Path, what: str, **options: Any) -> Any:
                 f"{shown(more)}, if its config is right"
             )
     return found
+
+
+def _check_sizes(config: dict[str, Any], source: str) -> None:
+    """Libraries build a network of whatever size a config names, before they look at its tensors."""
+    for name, value in config.items():
+        most = MOST_LAYERS if re.search("layer|block", name) else MOST_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and number > most:
+                raise ValueError(f"weights: {source}: {name} must be at most {most}, got {reprlib.repr(number)}")
 
 
 @contextlib.contextmanager
