@@ -243,11 +243,21 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """[n] -> [n, cond_dim]. The sinusoids are computed in float32, as the source does."""
-        half = FREQ_DIM // 2
-        rates = torch.exp(-math.log(TIME_BASE) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t.float()[:, None] * rates * TIME_SCALE
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(next(self.parameters()).dtype))
+        """[n] -> [n, cond_dim]. The sinusoids are float32, as in the source."""
+        angles = (t.float()[:, None] * time_rates(t.device) * TIME_SCALE).double()
+        waves = torch.cat([angles.cos(), angles.sin()], 1).float()
+        return self.mlp(waves.to(next(self.parameters()).dtype))
+
+
+def time_rates(device: torch.device) -> Tensor:
+    """[FREQ_DIM / 2] float32: angular frequencies of the time embedding, the same on every machine.
+
+    Sinusoids and rates are computed in float64 and rounded: angles reach 1,000, where the last bit of a rate moves
+    latents by 6e-5, and float32 functions of libraries differ in it from one kind of CPU to the next.
+    """
+    half = FREQ_DIM // 2
+    exponents = -math.log(TIME_BASE) * torch.arange(half, dtype=torch.float32, device=device) / half
+    return exponents.double().exp().float()
 
 
 class CaptionEmbedder(nn.Module):
