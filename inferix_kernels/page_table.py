@@ -18,7 +18,6 @@ any point, an interruption too, leaves all of the edit or nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from types import MappingProxyType
@@ -26,7 +25,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .boundary import turn_page
+from .boundary import fitted, turn_page
 from .layout import PageList
 from .ops import kv_append
 from .paged_kv import KVStore
@@ -40,18 +39,7 @@ class PageTable:
     """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists."""
 
     def __init__(self, store: KVStore, policy: Policy):
-        if policy.window is not None and policy.window < store.block_frames:
-            raise ValueError(
-                f"window must be at least one block of {store.block_frames} frames, as it counts the block "
-                f"being made, got {policy.window}"
-            )
-        if policy.format is None:
-            policy = dataclasses.replace(policy, format=next(iter(store.pools)))
-        for format in (policy.format, policy.sink_format, policy.older and policy.older[1]):
-            if format is not None and format not in store.pools:
-                raise ValueError(f"the policy's format {format!r} has no pool in this store ({', '.join(store.pools)})")
-        if policy.archive and not store.host:
-            raise ValueError("archive needs host memory in the store: KVStore(host={format: frames})")
+        policy = fitted(policy, store)
         self.store, self.policy, self.turn = store, policy, store.turn
         self.state = Past.empty(store.num_layers)  # replaced by every edit, changed by none
         store.register(self)
@@ -288,8 +276,7 @@ class PageTable:
         self.truncate(end)
 
     def gone(self, end: int) -> list[int]:
-        """The first (ten at most) of the frames before `end` that the next block would see from there, and that are
-        held no more."""
+        """Frames before `end`, ten at most, that the next block would see from there and that are held no more."""
         policy, held, horizon = self.policy, self.state.held, end + self.store.block_frames
         recent = 0 if policy.window is None else min(end, max(0, horizon - policy.window))
         seen = chain(range(min(policy.sink, recent)), range(recent, end))
@@ -327,8 +314,7 @@ class PageTable:
     @in_turn
     def release(self) -> None:
         """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected."""
-        past = self.state
-        self.state = past.only_blocks([]).without(past.held).thawed()
+        self.state = self.state.only_blocks([]).without(self.state.held).thawed()
 
     @in_turn
     def pin(self, frames: Iterable[int]) -> None:
