@@ -392,7 +392,8 @@ class Play:
         owners = list(self.store._moving)
         for table, _ in self.worlds:
             owners += table.state.all_slots()
-            owners += [extent.host for extent in table.held.values() if extent.host is not None]
+            extents = [*table.held.values(), *(extent for extent, _ in table.state.target)]
+            owners += [extent.host for extent in extents if extent.host is not None]
         for pool in (*self.store.pools.values(), *self.store.host.values()):
             ours = {id(slot) for slot in owners if slot.pool is pool}
             assert self.taken(pool) == ours, f"{pool.format} slots leaked"
