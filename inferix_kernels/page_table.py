@@ -12,8 +12,7 @@ Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes wr
 committed, quantized once; eviction, fork and rewind are edits of the table. A block that an exception leaves unsealed
 was never there.
 
-An edit makes another `Past` beside the table's and puts it in its place with one assignment (past.py): an exception at
-any point, an interruption too, leaves all of the edit or nothing.
+An edit puts another `Past` in place with one assignment (past.py): an exception at any point leaves all of it or nothing.
 """
 
 from __future__ import annotations
@@ -132,9 +131,8 @@ class PageTable:
     @in_turn
     def drop(self, block: Block) -> None:
         """Forget one open block, whatever becomes of the others."""
-        past = self.state
         self._check_open([block])
-        self.state = past.only_blocks([other for other in past.open_blocks if other is not block])
+        self.state = self.state.only_blocks([other for other in self.state.open_blocks if other is not block])
 
     # Reading
 
@@ -153,7 +151,7 @@ class PageTable:
         Raises:
             KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
         """
-        return self.store.page_list(map(self.store.first_page, self._resident(list(frames))))
+        return self.store.page_list(slot.page for slot in self._resident(list(frames)))
 
     @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -171,8 +169,9 @@ class PageTable:
 
     def _resident(self, frames: Sequence[int]) -> list[Slot]:
         self._held(frames)
-        slots = [slot for frame in frames if (slot := self.state.slot(frame)) is not None]
-        if len(slots) < len(frames):
+        here = {**self.state.kept, **self.state.slots}
+        slots = [here[frame] for frame in frames if frame in here]
+        if len(slots) < len(frames) or any([slot.arriving for slot in slots]):
             away = [frame for frame in frames if self.state.slot(frame) is None]
             raise NotResident(f"frames {away} are in host memory: call prefetch({away}) before the block is opened")
         return slots
