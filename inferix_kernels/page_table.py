@@ -12,7 +12,7 @@ Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes wr
 committed, quantized once; eviction, fork and rewind are edits of the table. A block that an exception leaves unsealed
 was never there.
 
-An edit puts another `Past` in place with one assignment (past.py): an exception at any point leaves all of it or nothing.
+An edit puts another `Past` in place with one assignment (past.py): an exception leaves all of it or nothing.
 """
 
 from __future__ import annotations
