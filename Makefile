@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: demo play test sanitize lint build bench clean
+.PHONY: demo play test soak sanitize lint build bench clean
 
 build: .venv/built
 
@@ -20,6 +20,11 @@ play: build
 # One thread: the tests' operations are too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# Hours of hostile use, seeded: each command prints what was tried, and fails at the first thing that did not hold.
+soak: .venv/tools
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_store.py --steps 100000 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_snapshots.py --count 2000 --seed 0
 
 # The C++ kernels at every level of instructions, under the address and undefined-behaviour sanitizers.
 sanitize: .venv/tools

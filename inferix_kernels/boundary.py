@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from .past import Past
+from .policy import Policy
 
 if TYPE_CHECKING:
     from .page_table import PageTable
+    from .paged_kv import KVStore
+
+
+def fitted(policy: Policy, store: KVStore) -> Policy:
+    """The policy, with its format named, for a world of this store.
+
+    Raises:
+        ValueError: the store has no pool for one of its formats, or holds no such world.
+    """
+    if policy.window is not None and policy.window < store.block_frames:
+        raise ValueError(
+            f"window must be at least one block of {store.block_frames} frames, as it counts the block "
+            f"being made, got {policy.window}"
+        )
+    if policy.format is None:
+        policy = dataclasses.replace(policy, format=next(iter(store.pools)))
+    for format in (policy.format, policy.sink_format, policy.older and policy.older[1]):
+        if format is not None and format not in store.pools:
+            pools = ", ".join(store.pools)
+            raise ValueError(f"the policy's format {format!r:.60} has no pool in this store ({pools})")
+    if policy.archive and not store.host:
+        raise ValueError("archive needs host memory in the store: KVStore(host={format: frames})")
+    return policy
 
 
 def turn_page(table: PageTable, block_end: int, seal: bool = False) -> Past:

@@ -12,13 +12,11 @@ Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes wr
 committed, quantized once; eviction, fork and rewind are edits of the table. A block that an exception leaves unsealed
 was never there.
 
-An edit makes another `Past` beside the table's and puts it in its place with one assignment (past.py): an exception at
-any point, an interruption too, leaves all of the edit or nothing.
+An edit puts another `Past` in place with one assignment (past.py): an exception leaves all of it or nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from types import MappingProxyType
@@ -26,7 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .boundary import turn_page
+from .boundary import fitted, turn_page
 from .layout import PageList
 from .ops import kv_append
 from .paged_kv import KVStore
@@ -40,18 +38,7 @@ class PageTable:
     """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists."""
 
     def __init__(self, store: KVStore, policy: Policy):
-        if policy.window is not None and policy.window < store.block_frames:
-            raise ValueError(
-                f"window must be at least one block of {store.block_frames} frames, as it counts the block "
-                f"being made, got {policy.window}"
-            )
-        if policy.format is None:
-            policy = dataclasses.replace(policy, format=next(iter(store.pools)))
-        for format in (policy.format, policy.sink_format, policy.older and policy.older[1]):
-            if format is not None and format not in store.pools:
-                raise ValueError(f"the policy's format {format!r} has no pool in this store ({', '.join(store.pools)})")
-        if policy.archive and not store.host:
-            raise ValueError("archive needs host memory in the store: KVStore(host={format: frames})")
+        policy = fitted(policy, store)
         self.store, self.policy, self.turn = store, policy, store.turn
         self.state = Past.empty(store.num_layers)  # replaced by every edit, changed by none
         store.register(self)
@@ -144,9 +131,8 @@ class PageTable:
     @in_turn
     def drop(self, block: Block) -> None:
         """Forget one open block, whatever becomes of the others."""
-        past = self.state
         self._check_open([block])
-        self.state = past.only_blocks([other for other in past.open_blocks if other is not block])
+        self.state = self.state.only_blocks([other for other in self.state.open_blocks if other is not block])
 
     # Reading
 
@@ -165,7 +151,7 @@ class PageTable:
         Raises:
             KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
         """
-        return self.store.page_list(map(self.store.first_page, self._resident(list(frames))))
+        return self.store.page_list(slot.page for slot in self._resident(list(frames)))
 
     @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -183,8 +169,9 @@ class PageTable:
 
     def _resident(self, frames: Sequence[int]) -> list[Slot]:
         self._held(frames)
-        slots = [slot for frame in frames if (slot := self.state.slot(frame)) is not None]
-        if len(slots) < len(frames):
+        here = {**self.state.kept, **self.state.slots}
+        slots = [here[frame] for frame in frames if frame in here]
+        if len(slots) < len(frames) or any([slot.arriving for slot in slots]):
             away = [frame for frame in frames if self.state.slot(frame) is None]
             raise NotResident(f"frames {away} are in host memory: call prefetch({away}) before the block is opened")
         return slots
@@ -288,8 +275,7 @@ class PageTable:
         self.truncate(end)
 
     def gone(self, end: int) -> list[int]:
-        """The first (ten at most) of the frames before `end` that the next block would see from there, and that are
-        held no more."""
+        """Frames before `end`, ten at most, that the next block would see from there and that are held no more."""
         policy, held, horizon = self.policy, self.state.held, end + self.store.block_frames
         recent = 0 if policy.window is None else min(end, max(0, horizon - policy.window))
         seen = chain(range(min(policy.sink, recent)), range(recent, end))
@@ -327,8 +313,7 @@ class PageTable:
     @in_turn
     def release(self) -> None:
         """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected."""
-        past = self.state
-        self.state = past.only_blocks([]).without(past.held).thawed()
+        self.state = self.state.only_blocks([]).without(self.state.held).thawed()
 
     @in_turn
     def pin(self, frames: Iterable[int]) -> None:

@@ -121,7 +121,7 @@ class KVStore:
         quantizes = any(FORMATS[format].quantized for format in pools)
         self.freezes_mean = quantizes and isinstance(head_dim, int)
         self._moving: list[Slot] = []  # slots of both sides with a copy under way: no one else's until it has landed
-        self._keeping: weakref.WeakSet[PageTable] = weakref.WeakSet()  # of these `settle` takes what they kept
+        self._keeping: list[weakref.ref[PageTable]] = []  # of these `settle` takes what they kept
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
         self._copies = torch.cuda.Stream(self.device) if on_gpu else None
 
@@ -181,9 +181,6 @@ class KVStore:
             self._lens = self._lens[:1].repeat(2 * frames, 1)
         return self._lens[:frames].flatten()
 
-    def first_page(self, slot: Slot) -> int:
-        return slot.pool.base + slot.index * self.pages_per_frame
-
     @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_gather of whole frames. How many tokens that makes is known here: nothing is read from the device."""
@@ -207,16 +204,19 @@ class KVStore:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
         pools = self.host if in_host else self.pools
-        for format in formats:
+        wanted = dict.fromkeys(formats)
+        for format in wanted:
             if format not in pools and in_host:
                 raise OutOfPages(f"{format} pool in host memory: there is none, see KVStore(host=...)")
             self._check_format(format, pools)
         taken: list[Slot] = []
         try:
-            for format in dict.fromkeys(formats):
+            for format in wanted:
                 taken += self._take(pools[format], formats.count(format), in_host)
-            by_format = {format: iter([slot for slot in taken if slot.pool.format == format]) for format in formats}
-            yield [next(by_format[format]) for format in formats]
+            if len(wanted) > 1:  # in the order that was asked for
+                groups = {format: iter([slot for slot in taken if slot.pool.format == format]) for format in wanted}
+                taken[:] = [next(groups[format]) for format in formats]
+            yield taken
         except BaseException:
             self._land()  # no copy may still write to what others may have now
             for slot in taken:  # even while a traceback refers to it
@@ -327,7 +327,7 @@ class KVStore:
 
     def keeping(self, table: PageTable) -> None:
         """This world may read some frames that it has sent away, until a block is opened."""
-        self._keeping.add(table)
+        self._keeping.append(weakref.ref(table))
 
     @in_turn
     def settle(self) -> None:
@@ -337,10 +337,11 @@ class KVStore:
         On a GPU the current stream waits for the copies; the host does not.
         """
         self._land()
-        for table in list(self._keeping):
-            if not table.state.open_blocks:
+        for reference in self._keeping:
+            table = reference()
+            if table is not None and not table.state.open_blocks:
                 table.state = table.state.let_go()
-            self._keeping.discard(table)
+        self._keeping.clear()
 
     def _land(self) -> None:
         """The copies under way are waited for. This moves nothing: a slot in a copy is free after it if no one else

@@ -124,9 +124,10 @@ class Pass:
         own = [[store.scratch_base + page for page in block.scratch] for block in blocks]
         # Where a frame is read: what the pass writes to scratch, or its committed pages.
         where = {frame: page for block, pages in zip(blocks, own) for frame, page in zip(block.frames, pages)}
-        coming = {} if commit is None else {frame: slot for frame, (_, slot) in zip(commit.frames, target)}
-        slots = ((frame, coming.get(frame) or table.state.slot(frame)) for frame in chain(*past))
-        where |= {frame: store.first_page(slot) for frame, slot in slots if slot is not None}
+        slots = {**table.state.kept, **table.state.slots}
+        if commit is not None:
+            slots |= {frame: slot for frame, (_, slot) in zip(commit.frames, target)}
+        where |= {frame: slots[frame].page for frame in chain(*past) if frame in slots}
         seen = [[*(where[frame] for frame in frames), *pages] for frames, pages in zip(past, own)]
         written = [page for block in blocks for page in block.scratch]
         commits = [] if commit is None else _by_format(store, commit, target)

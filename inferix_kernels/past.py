@@ -49,24 +49,24 @@ class Past(NamedTuple):
 
     def replaced(self, frames: Mapping[int, tuple[Extent, Slot]]) -> Past:
         """These held frames are other extents, which this world wants on the device."""
-        return self._replace(
-            held={**self.held, **{frame: extent for frame, (extent, _) in frames.items()}},
-            slots={**self.slots, **{frame: slot for frame, (_, slot) in frames.items()}},
-            kept={frame: slot for frame, slot in self.kept.items() if frame not in frames},
-            edits=self.edits + 1,
-        )
+        held, slots, kept = dict(self.held), dict(self.slots), self.kept
+        for frame, (extent, slot) in frames.items():
+            held[frame], slots[frame] = extent, slot
+        if kept:
+            kept = {frame: slot for frame, slot in kept.items() if frame not in frames}
+        return self._replace(held=held, slots=slots, kept=kept, edits=self.edits + 1)
 
     def without(self, frames: Iterable[int]) -> Past:
         """These frames are forgotten."""
         gone = set(frames)
         if not gone:
             return self
-        held, slots, kept = (
-            {frame: x for frame, x in group.items() if frame not in gone}
-            for group in (self.held, self.slots, self.kept)
-        )
-        pinned = self.pinned - gone if self.pinned else self.pinned
-        return self._replace(held=held, slots=slots, kept=kept, pinned=pinned, edits=self.edits + 1)  # type: ignore[arg-type]
+        held, slots, kept = dict(self.held), dict(self.slots), dict(self.kept)
+        for frame in gone:
+            del held[frame]
+            slots.pop(frame, None)
+            kept.pop(frame, None)
+        return self._replace(held=held, slots=slots, kept=kept, pinned=self.pinned - gone, edits=self.edits + 1)
 
     def away(self, frames: Sequence[int], keep: bool) -> Past:
         """This world does not want these frames on the device; if `keep`, they can be read until the next boundary."""
@@ -119,6 +119,8 @@ class Past(NamedTuple):
 
     def turned(self) -> Past:
         """At this world's own boundary."""
+        if not self.fetched:
+            return self.let_go()
         return self.let_go()._replace(fetched=frozenset())
 
     def all_slots(self) -> list[Slot]:

@@ -38,14 +38,15 @@ class Slot:
     """A place for one frame in a pool. It belongs to whoever refers to it, and is free when no one does.
 
     Attributes:
-        index: of the slot in its pool.
+        index: of the slot in its pool; page: id of its first page among those of its store.
         arriving: the copy that fills it is still under way.
     """
 
-    __slots__ = ("__weakref__", "arriving", "index", "pool")
+    __slots__ = ("__weakref__", "arriving", "index", "page", "pool")
 
     def __init__(self, pool: Pool, index: int):
         self.pool, self.index, self.arriving = pool, index, False
+        self.page = pool.base + index * pool.pages_per_frame
 
 
 def nobody() -> None:

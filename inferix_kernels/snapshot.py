@@ -117,8 +117,10 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
             return table
     except _Damaged as error:
         raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
+    except (OSError, safetensors.SafetensorError) as error:  # whose words may be long, with some of the file in them
+        raise ValueError(
+            f"path must be a snapshot of a world, got {path}: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 class _Damaged(Exception):
@@ -141,19 +143,21 @@ def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.Pat
     state = _parsed(metadata["inferix"])
     version = state.get("version")
     if version not in (1, VERSION) or isinstance(version, bool):
-        raise ValueError(f"path must be a snapshot of version {VERSION} or older, got version {version!r} in {path}")
+        raise ValueError(
+            f"path must be a snapshot of version {VERSION} or older, got version {_short(version)} in {path}"
+        )
     if version > 1 and metadata.get("crc32") != str(zlib.crc32(metadata["inferix"].encode())):
         raise _Damaged("its header is damaged: the checksum is of another one")
     ours, theirs = _parsed(json.dumps(store.geometry)), _member(state, "geometry", dict)
     if differences := [
-        f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
+        f"{name[:20]} {_short(theirs.get(name))} (here {ours.get(name)!r})"
         for name in dict.fromkeys([*ours, *theirs])
         if name not in ours or name not in theirs or json.dumps(theirs[name]) != json.dumps(ours[name])
     ]:
         raise ValueError(f"path must be a snapshot of this store's model, got {path} with {', '.join(differences)}")
     next_frame = _member(state, "next_frame", int)
     if not 0 <= next_frame < 1 << 31:
-        raise _Damaged(f"its header is damaged: next_frame is {next_frame}")
+        raise _Damaged(f"its header is damaged: next_frame is {_short(next_frame)}")
     formats = _formats(_member(state, "frames", list), next_frame)
     cold = state.get("cold", []) if version == 1 else state.get("cold")
     return _Header(
@@ -176,10 +180,14 @@ def _parsed(text: str) -> dict[str, Any]:
     return state
 
 
+def _short(value: object) -> str:
+    return repr(value)[:40]
+
+
 def _member(state: dict[str, Any], name: str, kind: type) -> Any:
     value = state.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise _Damaged(f"its header is damaged: {name} is {str(value)[:40]!r}")
+        raise _Damaged(f"its header is damaged: {name} is {_short(value)}")
     return value
 
 
@@ -187,7 +195,7 @@ def _formats(frames: list[Any], next_frame: int) -> dict[int, str]:
     """Frame -> format, from the header's list, whose frames increase and have been sealed."""
     for pair in frames:
         if not isinstance(pair, list) or [type(x) for x in pair] != [int, str] or not 0 <= pair[0] < next_frame:
-            raise _Damaged(f"its header is damaged: a frame is {str(pair)[:40]!r}")
+            raise _Damaged(f"its header is damaged: a frame is {_short(pair)}")
     if any(before[0] >= after[0] for before, after in pairwise(frames)):
         raise _Damaged("its header is damaged: its frames are not in order")
     return dict(frames)
@@ -195,21 +203,19 @@ def _formats(frames: list[Any], next_frame: int) -> dict[int, str]:
 
 def _frames(name: str, frames: object, held: Mapping[int, str]) -> list[int]:
     if not isinstance(frames, list) or any(type(frame) is not int or frame not in held for frame in frames):
-        raise _Damaged(f"its header is damaged: {name} is {str(frames)[:40]!r}")
+        raise _Damaged(f"its header is damaged: {name} is {_short(frames)}")
     return sorted(set(frames))
 
 
 def _policy(saved: dict[str, Any]) -> Policy:
-    if missing := set(_policy_fields()) ^ saved.keys():
-        raise _Damaged(
-            f"its header is damaged: the policy lacks, or should not have, {', '.join(sorted(missing))[:80]}"
-        )
+    if wrong := sorted(set(_policy_fields()) ^ saved.keys()):
+        raise _Damaged(f"its header is damaged: the policy lacks, or has besides, {', '.join(wrong)[:80]}")
     if isinstance(saved["older"], list):
         saved["older"] = tuple(saved["older"])
     try:
         return Policy(**saved)
     except (ValueError, TypeError) as error:
-        raise _Damaged(f"its header is damaged: {error}") from None
+        raise _Damaged(f"its header is damaged: {str(error)[:100]}") from None
 
 
 def _restored(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> Past:

@@ -85,7 +85,8 @@ def at_instruction(number, files=FILES):
             if event != "opcode":
                 return step
             here, before = before, dis.opname[code[frame.f_lasti]]
-            if here.startswith("CALL") or here in ("RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE"):
+            looks = here.startswith("CALL") or here in ("RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
+            if looks and before != "PUSH_EXC_INFO":  # a call that raised goes to its handler without looking
                 passed += 1
                 if passed == number:
                     sys.settrace(None)

@@ -15,7 +15,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from store_model import PAIRS, Play  # noqa: E402
+from store_model import PAIRS  # noqa: E402
+from store_play import Play  # noqa: E402
 
 GAME = 500  # steps on one store
 

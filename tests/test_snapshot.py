@@ -2,13 +2,17 @@
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import zlib
 
 import pytest
+import soak_snapshots
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inferix_kernels import KVStore, OutOfPages, Policy
@@ -203,6 +207,78 @@ def test_a_file_that_can_not_be_read_is_no_snapshot(tmp_path):
     with pytest.raises(ValueError, match="its header is damaged"):
         load(store, path)
     assert {format: len(pool.free) for format, pool in store.pools.items()} == free
+
+
+def test_two_hundred_damaged_snapshots_are_refused_or_load_right():
+    counts = soak_snapshots.soak(200, seed=1)
+    assert sum(counts.values()) == 200 and counts["crafted: refused"] > 10
+
+
+def test_changed_contents_are_found_by_their_checksum(tmp_path):
+    path = tmp_path / "w"
+    save(video(), path)
+    whole = bytearray(path.read_bytes())
+    whole[-5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"got .*w: .* is damaged: its checksum is of other contents"):
+        load(open_store(), path)
+
+
+def test_a_snapshot_of_version_1_still_loads(tmp_path):
+    table = video()
+    save(table, tmp_path / "w")
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        state = json.loads(file.metadata()["inferix"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del state["checksums"]
+    save_file(tensors, tmp_path / "old", {"inferix": json.dumps(state | {"version": 1})})
+    assert digest(load(open_store(), tmp_path / "old")) == digest(table)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.update(geometry={}), r"this store's model, got .* model None \(here 'test'\)"),
+        (lambda state: state["policy"].pop("undo"), "the policy lacks, or has besides, undo"),
+        (lambda state: state["policy"].update(window="9"), "window must be a whole number of frames, got '9'"),
+        (lambda state: state.update(next_frame=True), "next_frame is True"),
+        (lambda state: state.update(next_frame=10**12), "next_frame is 1000000000000"),
+        (lambda state: state.update(pinned=[77]), r"pinned is \[77\]"),
+        (lambda state: state["frames"].reverse(), "its frames are not in order"),
+        (lambda state: state["frames"].pop(), r"int4.k is torch.uint8 .*, not|i8f8.k is torch.int8 .*, not"),
+    ],
+)
+def test_a_crafted_header_is_refused_and_takes_no_pages(tmp_path, change, message):
+    """Its checksum is right: someone has made it."""
+    save(video(), tmp_path / "w")
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        state = json.loads(file.metadata()["inferix"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(state)
+    header = json.dumps(state)
+    save_file(tensors, tmp_path / "w", {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
+    store = open_store()
+    free = {format: len(pool.free) for format, pool in store.pools.items()}
+    with pytest.raises(ValueError, match=message):
+        load(store, tmp_path / "w")
+    assert {format: len(pool.free) for format, pool in store.pools.items()} == free
+
+
+def test_tensors_that_would_broadcast_are_refused(tmp_path):
+    save(video(), tmp_path / "w")
+    with safe_open(tmp_path / "w", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["int4.k"] = tensors["int4.k"][:, :, :1].clone()
+    save_file(tensors, tmp_path / "w", metadata)
+    with pytest.raises(ValueError, match=r"int4.k is torch.uint8 \[2, .*\], not torch.uint8 \[2, "):
+        load(open_store(), tmp_path / "w")
+
+
+def test_a_snapshot_is_written_with_the_permissions_of_any_file(tmp_path):
+    save(video(1), tmp_path / "w")
+    (tmp_path / "other").write_bytes(b"")
+    assert (tmp_path / "w").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_load_that_is_refused_takes_no_pages(tmp_path):
