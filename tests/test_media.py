@@ -19,6 +19,7 @@ from PIL import Image
 import inferix.media
 from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
+from inferix.stream.video import Encoder
 
 if TYPE_CHECKING:
     from conftest import SmallDisk
@@ -281,6 +282,19 @@ def test_a_video_says_what_its_colours_are(tmp_path: Path, size: tuple[int, int]
     assert abs(y - 81).max() <= 1 and abs(u - 121).max() <= 1 and abs(v - 197).max() <= 1
     as_said = frame.reformat(format="rgb24", src_colorspace=frame.colorspace).to_ndarray()
     assert abs(as_said.astype(int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize("codec, said, name", [("h264", (1, 1, 1, 1), "ITU709"), ("vp8", (5, 2, 2, 1), "ITU601")])
+@pytest.mark.parametrize("size", [(96, 96), (720, 1280)])
+def test_live_video_says_what_its_colours_are(size: tuple[int, int], codec: str, said: tuple, name: str) -> None:
+    """H.264 BT.709, limited range; VP8, which has no way to say more, BT.601, as every decoder takes it."""
+    encoder, decoder = Encoder(codec, size, 16), av.CodecContext.create(codec, "r")
+    colour = np.array((200, 40, 60), np.uint8)
+    packet = encoder.encode(np.broadcast_to(colour, (*size, 3)), 0, 0, True)
+    (frame,) = [*decoder.decode(av.Packet(packet.data)), *decoder.decode(None)]
+    assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == said
+    seen = frame.reformat(format="rgb24", src_colorspace=name).to_ndarray()
+    assert abs(seen[size[0] // 2, size[1] // 2].astype(int) - colour).max() <= 4
 
 
 def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) -> None:

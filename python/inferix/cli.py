@@ -6,10 +6,9 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-USAGE, INTERRUPTED, NOBODY_READS = 2, 130, 141
+USAGE, INTERRUPTED = 2, 130
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 PAGE_ONLY = ("host", "port", "token", "folder", "push", "undo", "worlds")  # options of play, not for the terminal
 KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
@@ -19,27 +18,13 @@ LORA_HELP = "low-rank updates to merge into the weights; may be repeated (defaul
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
-    return while_read(lambda: _main(argv))
-
-
-def while_read(run: Callable[[], int]) -> int:
-    """What `run` returns or, quietly, 141, if whoever reads what it prints has gone (`| head`)."""
-    try:
-        try:
-            return run()
-        finally:  # also of --help, which ends with SystemExit
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # the interpreter flushes them once more
-            if stream is not None:
-                os.dup2(nowhere, stream.fileno())
-        return NOBODY_READS
-
-
-def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    from inferix_kernels._printing import while_read  # brings torch, for which --help need not wait
+
+    return while_read(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         _check_numbers(args)
         return int(args.run(args))
