@@ -37,7 +37,7 @@ clean:
 	rm -rf .venv build *.egg-info inferix_kernels/_C*.so
 
 # What this project was called before, and what another on PyPI is: its files would lie over these.
-FORGET := $(BIN)/pip uninstall -q -y inferix 2>/dev/null
+FORGET := $(BIN)/pip uninstall -q -y inferix 2>/dev/null || true
 
 # pip's default torch for Linux is the CUDA build, several gigabytes: without a GPU, take the CPU build where there is one.
 .venv/torch:

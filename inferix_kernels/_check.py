@@ -54,6 +54,7 @@ def check_tensor(
     sizes: dict[str, int],
     device: torch.device,
 ) -> None:
+    device_of(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(
             f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)},"
@@ -61,7 +62,30 @@ def check_tensor(
         )
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the op's first argument, got {tensor.device}")
+    if not torch.compiler.is_compiling():  # where tensors stand for what will be
+        _check_memory(name, tensor)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        # A gradient that silently stops here would be worse than an error.
+        raise RuntimeError(
+            f"{name} requires a gradient, and there is no backward: call it under torch.no_grad(), or detach {name}"
+        )
     check_shape(name, tensor, layout, sizes)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Kernels take addresses: numbers must lie there, each in its place, as they are."""
+    try:
+        # A subclass with a dispatch of its own may keep its numbers anywhere.
+        there = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and (
+            tensor.numel() == 0 or (tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() != 0)
+        )
+    except RuntimeError:  # sparse, or of another library
+        there = False
+    if not there:
+        kind = f"{type(tensor).__name__} ({tensor.layout}, {tensor.device})"
+        raise ValueError(f"{name} must be a dense tensor in memory, got a {kind} that has none of its own")
+    if tensor.is_neg():
+        raise ValueError(f"{name} must hold its numbers themselves, got a view that negates: call resolve_neg()")
 
 
 def check_optional(
@@ -76,18 +100,23 @@ def check_optional(
         check_tensor(name, tensor, dtypes, layout, sizes, device)
 
 
-def check_inference(op: str, *tensors: Tensor) -> None:
-    """Our ops have no backward: a gradient that silently stops here would be worse than an error."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                raise RuntimeError(f"{op} has no backward: call it under torch.no_grad(), or detach its inputs")
+def device_of(name: str, tensor: Tensor) -> torch.device:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    return tensor.device
+
+
+def check_is(name: str, x: object, kind: type) -> None:
+    """Whether x is one of layout's tuples."""
+    if not isinstance(x, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(x).__name__}")
 
 
 def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.device) -> None:
     """Shapes, dtypes and scales of one pool. Sets sizes H, page_size, D and Dv, or holds the pool against them."""
-    if not isinstance(pages, KVPages):
-        raise TypeError(f"{name} must be a KVPages, got {type(pages).__name__}")
+    check_is(name, pages, KVPages)
+    device_of(f"{name}.k", pages.k)
+    device_of(f"{name}.v", pages.v)
     if (pages.k.dtype, pages.v.dtype) not in FORMAT_OF:
         raise TypeError(
             f"{name}.k and {name}.v must have the dtypes of a format ({', '.join(FORMATS)}),"
@@ -131,22 +160,22 @@ def check_same_width(name: str, sizes: dict[str, int]) -> None:
 
 def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.device) -> None:
     # A KVPages is itself a tuple: without this line a lone pool would be read as a list of four strange ones.
-    if isinstance(pools, KVPages) or not pools:
-        raise ValueError(
-            f"pools must be a list of one or more KVPages, got "
-            f"{'a single KVPages' if isinstance(pools, KVPages) else 'an empty list'}"
-        )
+    if isinstance(pools, KVPages) or not isinstance(pools, Sequence) or not pools:
+        got = "an empty list" if isinstance(pools, Sequence) and not pools else f"a single {type(pools).__name__}"
+        raise ValueError(f"pools must be a list of one or more KVPages, got {got}")
     for i, pages in enumerate(pools):
         check_pages(f"pools[{i}]", pages, sizes, device)
 
 
 def check_page_list(name: str, where: PageList, sizes: dict[str, int], device: torch.device) -> None:
     """Shapes and dtypes. What the numbers say is checked by the backend, where it costs no host sync."""
+    check_is(name, where, PageList)
     for field, tensor in (("ids", where.ids), ("lens", where.lens)):
         check_tensor(f"{name}.{field}", tensor, (torch.int32,), f"len({name})", sizes, device)
 
 
 def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
+    check_is("plan", plan, Plan)
     sizes: dict[str, int] = {}
     device = q.device
     for field, layout in (("q_indptr", "S+1"), ("page_indptr", "L+1"), ("page_ids", "N"), ("page_lens", "N")):
@@ -173,7 +202,7 @@ def check_attention(
     q: Tensor, width: str, pools: Sequence[KVPages], plan: Plan, sizes: dict[str, int], *, same_width: bool
 ) -> None:
     """What both attention ops take. width: of q, D or D+Dv; same_width: must values be as wide as keys?"""
-    check_pools(pools, sizes, q.device)
+    check_pools(pools, sizes, device_of("q", q))
     if same_width:
         check_same_width("pools", sizes)
     sizes["D+Dv"] = sizes["D"] + sizes["Dv"]
@@ -228,15 +257,10 @@ def check_groups(name: str, groups: Tensor | None, width: str, sizes: dict[str, 
         raise ValueError(f"{name} must have a number of rows that divides M={sizes['M']}, got {len(groups)}")
 
 
-def check_is_quantized(name: str, x: object) -> None:
-    if not isinstance(x, Quantized):
-        raise TypeError(f"{name} must be a Quantized, got {type(x).__name__}")
-
-
 def check_quantized(
     name: str, x: Quantized, dtypes: Sequence[torch.dtype], layout: str, sizes: dict[str, int], device: torch.device
 ) -> None:
-    check_is_quantized(name, x)
+    check_is(name, x, Quantized)
     check_tensor(f"{name}.codes", x.codes, dtypes, layout, sizes, device)
     check_tensor(f"{name}.scales", x.scales, (torch.float32,), layout.split()[0], sizes, device)
     for field, tensor in (("codes", x.codes), ("scales", x.scales)):

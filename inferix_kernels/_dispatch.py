@@ -28,6 +28,8 @@ class Unsupported(RuntimeError):
 
 
 def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    if device.type not in AUTO and backend != "reference":  # an address means nothing to a kernel of another device
+        raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
@@ -38,15 +40,13 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
             return implementation(op, name)(*args, **kwargs)
         except Unsupported as error:
             reasons.append(f"{name}: {error}")
-    if not reasons:
-        raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
 
 
 def candidates(op: str, device: torch.device, args: Sequence[Any]) -> Sequence[tuple[str, str]]:
     """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
     if device.type != "cuda":
-        return [(name, "") for name in AUTO.get(device.type, ())]
+        return [(name, "") for name in AUTO[device.type]]
     return stored.candidates(op, device, formats_of(args), AUTO["cuda"], PROVED)
 
 

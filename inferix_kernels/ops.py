@@ -24,8 +24,7 @@ from ._check import (
     attention_outputs,
     check_attention,
     check_groups,
-    check_inference,
-    check_is_quantized,
+    check_is,
     check_norm,
     check_optional,
     check_page_list,
@@ -35,6 +34,7 @@ from ._check import (
     check_same_width,
     check_tensor,
     check_word,
+    device_of,
 )
 from ._library import call
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized
@@ -52,12 +52,12 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
         where: lens sum to T; no page twice.
     """
     sizes: dict[str, int] = {}
-    check_inference("kv_append", k, v)
-    check_tensor("k", k, FLOATS, "T H D", sizes, k.device)
-    check_tensor("v", v, (k.dtype,), "T H Dv", sizes, k.device)
-    check_pages("pages", pages, sizes, k.device)
-    check_page_list("where", where, sizes, k.device)
-    call("kv_append", backend, k.device, k, v, pages, where)
+    device = device_of("k", k)
+    check_tensor("k", k, FLOATS, "T H D", sizes, device)
+    check_tensor("v", v, (k.dtype,), "T H Dv", sizes, device)
+    check_pages("pages", pages, sizes, device)
+    check_page_list("where", where, sizes, device)
+    call("kv_append", backend, device, k, v, pages, where)
 
 
 def kv_commit(
@@ -84,7 +84,8 @@ def kv_commit(
         ValueError: k_mean with a quantized source: it must be taken off before keys are first quantized.
     """
     sizes: dict[str, int] = {}
-    device = source.k.device
+    check_is("source", source, KVPages)
+    device = device_of("source.k", source.k)
     check_pages("source", source, sizes, device)
     check_pages("target", target, sizes, device)
     check_page_list("source_list", source_list, sizes, device)
@@ -116,7 +117,8 @@ def kv_gather(
         out: (k, v) to write to. Without it T must be read from the device, which waits for it.
     """
     sizes: dict[str, int] = {}
-    device = where.ids.device
+    check_is("where", where, PageList)
+    device = device_of("where.ids", where.ids)
     check_pools(pools, sizes, device)
     check_page_list("where", where, sizes, device)
     if out is None:
@@ -125,6 +127,9 @@ def kv_gather(
         tokens = int(where.lens.sum())
         k, v = (torch.empty(tokens, sizes["H"], sizes[width], dtype=dtype, device=device) for width in ("D", "Dv"))
         out = k, v
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"out must be a pair (k, v), got {type(out).__name__}")
+    device_of("out[0]", out[0])
     check_tensor("out[0]", out[0], FLOATS, "T H D", sizes, device)
     check_tensor("out[1]", out[1], (out[0].dtype,), "T H Dv", sizes, device)
     call("kv_gather", backend, device, pools, where, out[0].dtype, out=out)
@@ -154,7 +159,8 @@ def paged_attention(
         pools: one to 8, same H, page_size and D, formats may differ. A page id counts through them in order.
             Either all or none of their keys had a mean removed.
         plan: its segments cover the T queries; one page list per segment, or one per segment and KV head. A page's
-            bias is finite or -inf.
+            bias is -inf, which leaves the page out, or any finite number: biases count from the largest of their list,
+            so that one on all pages changes no weight, however large.
         scale: of q . k; D ** -0.5 by default.
         out: [T, Hq, D] in q's dtype or float32, to write to.
         lse: [T, Hq] float32, to write to: log of the sum of exp(scale * q . k), natural.
@@ -164,7 +170,6 @@ def paged_attention(
     Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135.
     """
     sizes: dict[str, int] = {}
-    check_inference("paged_attention", q)
     check_attention(q, "D", pools, plan, sizes, same_width=True)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
@@ -206,7 +211,6 @@ def latent_attention(
     Source: arXiv:2405.04434, section 2.1 and appendix C.
     """
     sizes: dict[str, int] = {}
-    check_inference("latent_attention", q)
     check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
     options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
@@ -235,18 +239,15 @@ def merge_attention(
         lse: [T, Hq] float32, to write to; may be lse_a or lse_b.
     """
     sizes: dict[str, int] = {}
-    device = out_a.device
-    check_inference("merge_attention", out_a, lse_a, out_b, lse_b)
+    device = device_of("out_a", out_a)
+    check_tensor("out_a", out_a, FLOATS, "T Hq D", sizes, device)
+    check_tensor("out_b", out_b, (out_a.dtype,), "T Hq D", sizes, device)
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_tensor(name, x, (torch.float32,), "T Hq", sizes, device)
     out = torch.empty_like(out_a) if out is None else out
     lse = torch.empty_like(lse_a) if lse is None else lse
-    for name, x, dtypes in (
-        ("out_a", out_a, FLOATS),
-        ("out_b", out_b, (out_a.dtype,)),
-        ("out", out, (out_a.dtype, torch.float32)),
-    ):
-        check_tensor(name, x, dtypes, "T Hq D", sizes, device)
-    for name, x in (("lse_a", lse_a), ("lse_b", lse_b), ("lse", lse)):
-        check_tensor(name, x, (torch.float32,), "T Hq", sizes, device)
+    check_tensor("out", out, (out_a.dtype, torch.float32), "T Hq D", sizes, device)
+    check_tensor("lse", lse, (torch.float32,), "T Hq", sizes, device)
     call("merge_attention", backend, device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
     return out, lse
 
@@ -293,8 +294,7 @@ def qkv_prologue(
     Source: RMSNorm, arXiv:1910.07467; rotary embedding, arXiv:2104.09864.
     """
     sizes: dict[str, int] = {}
-    device = qkv.device
-    check_inference("qkv_prologue", qkv)
+    device = device_of("qkv", qkv)
     check_tensor("qkv", qkv, FLOATS, "T width", sizes, device)
     check_pages("pages", pages, sizes, device)
     check_same_width("pages", sizes)
@@ -356,7 +356,8 @@ def page_summaries(
     Source: bounds, Quest, arXiv:2406.10774; means, VSA, arXiv:2505.13389.
     """
     sizes: dict[str, int] = {}
-    device = where.ids.device
+    check_is("where", where, PageList)
+    device = device_of("where.ids", where.ids)
     check_pools(pools, sizes, device)
     check_page_list("where", where, sizes, device)
     sizes["P"] = sum(pages.pages for pages in pools)
@@ -392,8 +393,7 @@ def page_scores(
         out: [S, H, n] float32, to write to.
     """
     sizes: dict[str, int] = {}
-    check_inference("page_scores", q)
-    check_tensor("q", q, FLOATS, "T Hq D", sizes, q.device)
+    check_tensor("q", q, FLOATS, "T Hq D", sizes, device_of("q", q))
     check_tensor("q_indptr", q_indptr, (torch.int32,), "S+1", sizes, q.device)
     check_tensor("summaries", summaries, FLOATS, "P H rows D", sizes, q.device)
     check_page_list("where", where, sizes, q.device)
@@ -444,7 +444,7 @@ def select_pages(
     Source: frames first, then pages in them: Light Forcing, arXiv:2602.04789.
     """
     sizes: dict[str, int] = {}
-    device = scores.device
+    device = device_of("scores", scores)
     check_tensor("scores", scores, (torch.float32,), "S H n", sizes, device)
     sizes["len(where)"] = sizes["n"]
     check_page_list("where", where, sizes, device)
@@ -497,8 +497,7 @@ def quantize_rows(
     Source: adaLN, arXiv:2212.09748.
     """
     sizes: dict[str, int] = {}
-    device = x.device
-    check_inference("quantize_rows", x)
+    device = device_of("x", x)
     check_tensor("x", x, FLOATS, "M K", sizes, device)
     check_word("norm", norm, ("layer", "rms"))
     check_word("activation", activation, ACTIVATIONS)
@@ -555,11 +554,13 @@ def linear(
         dtype: float32, bfloat16 or float16, of the result. Not used when out is given.
         out: [M, N], to write to.
     """
-    check_is_quantized("weight", weight)
+    check_is("weight", weight, Quantized)
+    device_of("weight.codes", weight.codes)
     if isinstance(x, Tensor):
         x = quantize_rows(x, weight.codes.dtype, backend=backend)
     sizes: dict[str, int] = {}
-    device = x.codes.device
+    check_is("x", x, Quantized)
+    device = device_of("x.codes", x.codes)
     check_quantized("x", x, CODES, "M K", sizes, device)
     check_quantized("weight", weight, (x.codes.dtype,), "N K", sizes, device)
     check_word("activation", activation, ACTIVATIONS)

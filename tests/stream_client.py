@@ -10,7 +10,7 @@ from inferix.stream import protocol
 from inferix.stream.server import Server
 from inferix.stream.testing import open_bars
 
-PATIENCE = 30  # seconds: only a hang takes so long
+PATIENCE = 60  # seconds: only a hang takes so long, on a machine that is busy as well
 
 
 @asynccontextmanager
@@ -26,9 +26,9 @@ async def running(tmp_path, opener=None, **options):
         await server.close()
 
 
-async def until(condition, seconds=PATIENCE):
+async def until(condition):
     """Wait until something is so."""
-    for _ in range(int(seconds / 0.01)):
+    for _ in range(PATIENCE * 100):
         if condition():
             return
         await asyncio.sleep(0.01)
@@ -71,6 +71,7 @@ class Viewer:
         return [message for message in self.messages if message["type"] == type]
 
     def last(self, type):
+        """The newest message of a type that is known to have come."""
         return self.all(type)[-1]
 
     async def send(self, data):

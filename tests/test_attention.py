@@ -124,8 +124,13 @@ def lists_per_head(plan, heads, generator):
     return make_plan(segments, plan.page_ids.device, lists_per_segment=heads)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_lists_per_head_are_calls_per_head(case):
+def test_lists_per_head_are_calls_per_head(case, threads, request):
+    """Bit for bit, with however many threads torch multiplies."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     q, pools, plan = inputs(case, formats=KV_FORMATS)
     H, generator = pools[0].heads, torch.Generator().manual_seed(5)
     group = q.shape[1] // H

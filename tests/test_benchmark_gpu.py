@@ -105,6 +105,16 @@ def test_a_full_disk_is_said_and_does_not_end_the_run(tmp_path, monkeypatch, cap
     assert list(json.loads((tmp_path / "state.json").read_text())["jobs"]) == ["before"]  # whole, as it last was
 
 
+def test_a_folder_that_cannot_be_gone_on_with_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out: cannot write .*file"):
+        Machine().run(tmp_path / "file", [])
+    for text in ("", "[]", "{}", '{"jobs": 3, "kernels": {}, "dry": false}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"--out: .*state.json' must be what an earlier call left"):
+            Machine().run(tmp_path, [])
+
+
 def test_rows_that_a_full_disk_refuses_are_shown_and_the_next_are_measured(tmp_path, monkeypatch, capsys):
     append = commands.append
     calls = []

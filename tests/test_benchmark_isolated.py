@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import families
-from benchmarks.harness import isolated, rows
+from benchmarks.harness import environment, isolated, rows
 from benchmarks.harness.case import Case, Contender, Limit, Prepared
 from benchmarks.harness.isolated import Lost
 from benchmarks.harness.ledger import fingerprints
@@ -74,12 +74,12 @@ def test_one_that_dies_is_wrong_or_spoils_the_gpu_takes_no_other_along(fake_case
     jobs = isolated.jobs_of(["attention"], ["tiny"], QUICK)
     found = [row for rows in isolated.measure(jobs, QUICK, 600.0, start) for row in rows if not row.peak]
     assert [(row.contender, row.status) for row in found] == [
-        ("gone", "absent"), ("ours-first", "ok"), ("ours-dies", "failed"), ("ours-wrong", "wrong"),
-        ("peer-spoils", "failed"), ("ours-last", "ok"),
+        ("gone", "absent"), ("peer-spoils", "failed"), ("ours-first", "ok"), ("ours-dies", "failed"),
+        ("ours-wrong", "wrong"), ("ours-last", "ok"),
     ]  # fmt: skip
     notes = {row.contender: row.note for row in found}
     assert notes["ours-dies"] == "first call: its process ended: SIGSEGV" and "illegal memory" in notes["peer-spoils"]
-    assert [len(row.seconds) for row in found] == [0, 2, 0, 0, 0, 2]
+    assert [len(row.seconds) for row in found] == [0, 0, 2, 0, 0, 2]
     assert len(started) == 3 and all(each.process.returncode is not None for each in started)
 
 
@@ -145,9 +145,12 @@ def test_what_is_in_the_record_is_not_measured_again(tmp_path, monkeypatch, caps
     path = tmp_path / "run.jsonl"
     done = Row("attention", "paged_attention", "smoke", "ours-compiled", "int8", "cpu", "failed")
     absent = Row("attention", "paged_attention", "smoke", "sdpa", "bf16", "cpu", "absent")
-    Document({"kernels": fingerprints()}, [done, absent]).save(path)
+    Document({"kernels": fingerprints(), "device": environment.device_name("cpu")}, [done, absent]).save(path)
     words = ["run", "attention", "--isolate", "--resume", "--shapes", "smoke", "--ops", "paged_attention"]
     words += ["--backends", "ours,sdpa", "--formats", "int8,bf16", "--device", "cpu"]
     assert cli.main([*words, "--json", str(path)]) == 0
-    assert asked == [[("ours-compiled", "bf16"), ("sdpa", "bf16")]]
+    assert asked == [[("sdpa", "bf16"), ("ours-compiled", "bf16")]]
     assert cli.main(words) == 2 and "--resume must come with --isolate and --json" in capsys.readouterr().err
+    Document({"kernels": fingerprints(), "device": "NVIDIA H100"}, [done]).save(path)
+    assert cli.main([*words, "--json", str(path)]) == 2
+    assert "holds a run on NVIDIA H100: choose a new file" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def h200(monkeypatch):
     here = {"extension": "with CUDA", "hopper": "", "tools": {"nvcc", "ncu", "compute-sanitizer"}}
     monkeypatch.setattr(plan, "extension", lambda older=False: here["extension"])
     monkeypatch.setattr(plan, "without_hopper", lambda: here["hopper"])
-    monkeypatch.setattr(plan.shutil, "which", lambda name: name if name in here["tools"] else None)
+    monkeypatch.setattr(plan.shutil, "which", lambda name, path: name if name in here["tools"] else None)
     monkeypatch.setattr(plan, "no_command", lambda name: "")
     return here
 
@@ -58,7 +58,8 @@ def test_every_command_of_the_plan_is_one_that_there_is(h200, tmp_path, dry):
         wanted = getattr(args, "families", [])
         if getattr(args, "isolate", False):
             settings = Settings(args.device, backends=args.backends, formats=args.formats)
-            assert isolated.jobs_of(wanted, args.shapes, settings, args.ops), wanted
+            without_cases = set(wanted) <= {"e2e", "page_table"}
+            assert without_cases or isolated.jobs_of(wanted, args.shapes, settings, args.ops), wanted
     if not dry:
         timed = {name for args in parsed for name in getattr(args, "families", []) if args.rounds}
         assert timed >= {"attention", "block", "kv_pages", "qkv", "linear", "e2e", "page_table"}
@@ -161,9 +162,9 @@ def test_the_second_call_goes_on_where_the_first_was_cut_short_on_another_machin
     first = Machine(
         build={"lasts": 80, "does": built},
         **{
-            "speed of peers and Triton": {"lasts": 60, "does": measures("sdpa-flash")},
+            "speed of peers and Triton": {"lasts": 50, "does": measures("sdpa-flash")},
             "speed of Hopper": {"lasts": 20, "does": measures("ours-compiled")},
-            "block compiled": {"lasts": 30},
+            "block compiled": {"lasts": 35},
         },
     )
     assert acted(first, tmp_path).go(minutes=3.5) == AGAIN

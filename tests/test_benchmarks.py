@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import attention, e2e, families, shapes, sweep
-from benchmarks.harness import measure, plots, show, timing
+from benchmarks.harness import clocks, measure, plots, show, timing
 from benchmarks.harness.case import EXACT, Case, Contender, Error, Limit, Prepared, error_of
 from benchmarks.harness.measure import Contest, Machine, Settings, measure_case
 from benchmarks.harness.rows import Document, Row
@@ -124,6 +127,7 @@ def test_attention_is_compared_in_every_row_or_where_that_is_too_much_all_over()
 
 def test_contenders_take_turns_in_changing_order_on_cold_caches(monkeypatch):
     order = []
+    monkeypatch.setattr(measure, "RETRIES", 1)  # else a busy machine has a turn taken again
     monkeypatch.setattr(MACHINE, "flush", lambda: order.append("flush"))
     case = a_case(*(contender(name, lambda x, name=name: order.append(name) or x * 2) for name in ("a", "b", "c")))
     contest = Contest(case, QUICK, MACHINE)
@@ -140,6 +144,53 @@ def test_a_short_call_that_the_scheduler_disturbed_is_measured_again(monkeypatch
     samples = iter([timing.Sample(1e-3, True), timing.Sample(1e-4)])
     entrant = measure._Entrant(Row(*"abcdef", "ok"), lambda: next(samples), lambda: None)
     assert measure._sample(entrant, QUICK, MACHINE) == timing.Sample(1e-4)
+
+
+def test_a_call_that_no_graph_captures_is_timed_by_events_and_says_so(monkeypatch):
+    def refused(calls):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(timing.TIMERS["cpu"], "graph", refused)
+    monkeypatch.setattr(timing, "event", lambda calls: lambda: timing.Sample(1e-3))
+    case = a_case(contender("ours", lambda x: x * 2))
+    alone = measure.Alone(case, dataclasses.replace(QUICK, timer="graph"), MACHINE, case.contenders)
+    row, prepared = alone.check(case.contenders[0])
+    alone.time(row, case.contenders[0], prepared)
+    assert row.status == "ok" and row.seconds == [1e-3, 1e-3] and row.share > 0
+    assert row.note == "timed by events: not timed by graph: operation not permitted when stream is capturing"
+
+
+def test_clock_power_and_heat_are_read_by_whatever_answers(monkeypatch):
+    said = {"SM MHz": 1755.0, "power W": 690.5, "temperature C": 61.0}
+
+    class Refuses(Exception):
+        pass
+
+    def refuse():
+        raise Refuses
+
+    library = types.ModuleType("pynvml")
+    vars(library).update(
+        NVMLError=Refuses,
+        NVML_CLOCK_SM=1,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetClockInfo=lambda gpu, kind: 1755,
+        nvmlDeviceGetPowerUsage=lambda gpu: 690500,
+        nvmlDeviceGetTemperature=lambda gpu, kind: 61,
+    )
+    monkeypatch.setattr(clocks, "_uuid", lambda: "GPU-1")
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    assert clocks.now("cuda") == said and clocks.now("cpu") == {}
+    smi = subprocess.CompletedProcess([], 0, "1755, 690.5, 61\n")
+    monkeypatch.setattr(clocks.subprocess, "run", lambda *_, **__: smi)
+    library.nvmlInit = refuse
+    assert clocks.now("cuda") == said
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert clocks.now("cuda") == said
+    smi.stdout = "[N/A], 690.5, 61\n"
+    assert clocks.now("cuda") == {}
 
 
 def test_cold_operands_that_rotate_do_not_fit_the_cache():
@@ -246,11 +297,17 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkey
         (["report", "evidence"], "files must be there, to be made anew, got evidence"),
         (["sweep", "time"], "axis must be one of"),
         (["compare", "nowhere.json", "nowhere.json"], "must hold a run of the benchmarks"),
-        (["gpu", "--out", "nowhere"], "torch finds no GPU"),
+        (["gpu", "--out", "nowhere"], "torch finds no GPU here: The driver is too old; --dry-run goes"),
+        (["gpu", "--out", "nowhere", "--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["run", "--isolate", "--patience", "0"], "--patience must be above 0 seconds, got 0"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(words, message, capsys, monkeypatch):
+    def too_old():
+        raise RuntimeError("The driver is too old\nand more")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
     assert cli.main([*words, *(["--device", "cpu"] if words[0] in ("run", "sweep") else [])]) == 2
     assert message in capsys.readouterr().err
 

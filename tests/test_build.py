@@ -42,6 +42,14 @@ def test_a_compiler_asked_for_is_not_replaced(tmp_path):
     assert "no C++ compiler found (looked for no-such-compiler)" in result.stderr
 
 
+def test_an_architecture_that_the_kernels_are_not_made_for_is_refused(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", "--cuda-architectures", "90a;75"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and not list(tmp_path.iterdir())
+    assert result.stderr.splitlines()[-1] == "inferix: --cuda-architectures must be of 80, 90a, got '75'"
+
+
 def test_the_extension_needs_neither_torch_nor_a_driver():
     extension = pytest.importorskip("inferix_kernels._C").__file__
     code = f"import sys; sys.path.insert(0, {os.path.dirname(extension)!r}); import _C; print(_C.has_cuda)"

@@ -11,6 +11,7 @@ import pytest
 import soak_checkpoints
 import torch
 from safetensors.torch import save, save_file
+from wan_folder import write_encoder, write_vae
 from wan_golden import published, random_network, tiny_config
 
 from inferix.models import load_model
@@ -18,6 +19,8 @@ from inferix.models.magi.captions import load_captions
 from inferix.models.wan import containers
 from inferix.models.wan.checkpoint import find_checkpoint, load_network
 from inferix.models.wan.containers import read_tensors
+from inferix.models.wan.text import PromptEncoder
+from inferix.models.wan.vae import load_vae
 
 X = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
 
@@ -123,10 +126,10 @@ def test_an_index_names_files_beside_it_alone(name, tmp_path):
 
 def test_an_index_does_not_name_itself_or_a_pickle(tmp_path):
     index = write_index(tmp_path, "model.safetensors.index.json")
-    refused(index, "must be a safetensors file, as a shard, got a index")
+    refused(index, "must be a safetensors file, as a shard: it is of the kind index")
     torch.save(X, index.parent / "p.bin")
     index.write_text(json.dumps({"weight_map": {"a": "p.bin"}}))
-    refused(index, "must be a safetensors file, as a shard, got a pickle")
+    refused(index, "must be a safetensors file, as a shard: it is of the kind pickle")
 
 
 def test_links_are_followed_as_the_hubs_cache_has_them(tmp_path):
@@ -158,7 +161,9 @@ def test_libraries_are_given_no_index_that_leads_elsewhere(tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     tensors = read_tensors(folder / "model.safetensors")[0]
     save_file(dict(list(tensors.items())[1:]), folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"image_encoder is not a tower that transformers can read: it has no "):
+    with pytest.raises(
+        ValueError, match=r"image_encoder is not a tower that transformers can read: missing .*, unexpected none"
+    ):
         containers.pretrained(kind, folder, "a tower")  # and not one with random numbers in it
     (folder / "model.safetensors").rename(tmp_path / "bait.safetensors")
     names = dict.fromkeys(tensors, "../bait.safetensors")
@@ -169,6 +174,37 @@ def test_libraries_are_given_no_index_that_leads_elsewhere(tmp_path):
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"weights: .*image_encoder is damaged or not a tower that transformers can"):
         containers.pretrained(kind, folder, "a tower")
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("text_encoder", {"num_layers": 1}, "missing none, unexpected encoder.block.1.*, if its config is right"),
+        ("text_encoder", {"num_layers": 3}, "missing encoder.block.2.*, unexpected none"),
+        ("text_encoder", {"d_ff": 47}, "is damaged or not|missing encoder"),
+        ("vae", {"latents_mean": [0.0]}, "latents_mean and latents_std must be 16 numbers each"),
+        ("vae", {"latents_std": [float("nan")] * 16}, "latents_mean and latents_std must be 16 numbers each"),
+        ("vae", {"latents_std": "x"}, "is damaged or not that of a VAE"),
+    ],
+)
+def test_what_lies_beside_is_what_its_config_says(part, change, message, beside, tmp_path):
+    """Where the library would fill with random numbers, leave out, or fail in the middle of a video."""
+    folder = tmp_path / "model"
+    shutil.copytree(beside, folder)
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"weights: .*{part if part != 'vae' else ''}.*({message})") as caught:
+        PromptEncoder(folder, 24)._encode("the fox runs") if part == "text_encoder" else load_vae(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
+    folder = tmp_path_factory.mktemp("beside")
+    write_encoder(folder)
+    write_vae(folder)
+    return folder
 
 
 # Compressed files

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import gc
+import operator
 import os
 import random
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 pytest.importorskip("aiortc", reason="needs the extra `stream`")
 
 from aiortc import RTCPeerConnection, RTCSessionDescription
-from stream_client import LOOP, Viewer, running, until
+from stream_client import LOOP, PATIENCE, Viewer, running, until
 
 MINUTE, VIEWERS = 60.0, 4
 
@@ -77,15 +78,17 @@ def main(folder):
 
     async def all_left(server):
         await until(lambda: not server.lobby.clients and not server.session.player.broadcast.codecs)
-        await asyncio.sleep(1)
+        await until(lambda: not server._door._guests)
 
-    async def least():
-        """Of ten looks: a block under way has a task of its own, now and then."""
-        counts = []
-        for _ in range(10):
-            counts.append(count())
+    async def least(looks=10, enough=lambda counts: False):
+        """Of several looks: a block under way has a task of its own, and what has left takes a while to end."""
+        lowest = count()
+        for _ in range(looks):
+            if enough(lowest):
+                break
             await asyncio.sleep(0.1)
-        return [min(column) for column in zip(*counts)]
+            lowest = [min(pair) for pair in zip(lowest, count())]
+        return lowest
 
     async def minute():
         async with running(folder) as server:
@@ -94,7 +97,7 @@ def main(folder):
             before = await least()
             seen = await crowd(server, 5 * MINUTE / 6)
             await all_left(server)
-            after = await least()
+            after = await least(10 * PATIENCE, lambda counts: all(map(operator.le, counts[:3], before)))
             assert min(seen) > 0 and server.session.phase == "running"
             return before, after
 

@@ -91,12 +91,22 @@ def test_a_tap_is_kept_for_one_block():
 
 def test_words_wait_for_their_block_and_the_last_ones_hold():
     wheel = steering()
-    wheel.say(["a"], "rain", None, "1")
-    wheel.say(["a", "b"], "snow", True, "2")
+    assert wheel.say(["a"], "rain", None, "1") == []
+    assert [words.id for words in wheel.say(["a", "b"], "snow", True, "2")] == ["1"]
     orders, _, said = wheel.orders(["a", "b"], now=0.0)
     assert orders == {"a": Order("none", "snow", True), "b": Order("none", "snow", True)}
-    assert [words.id for words in said] == ["1", "2"]
+    assert [words.id for words in said] == ["2"]
     assert wheel.orders(["a", "b"], now=0.0)[2] == []
+
+
+def test_a_world_has_one_prompt_waiting_however_many_are_said():
+    wheel, replaced = steering(), []
+    for i in range(500):
+        replaced += wheel.say([["a"], ["b"], ["a", "b"]][i % 3], f"words {i}", None, str(i))
+    orders, _, said = wheel.orders(["a", "b"], now=0.0)
+    assert [(words.id, words.worlds) for words in said] == [("498", ["a"]), ("499", ["b"])]
+    assert [orders[name].prompt for name in "ab"] == ["words 498", "words 499"]
+    assert sorted(int(words.id) for words in replaced) == list(range(498)), "each is answered for, once"
 
 
 def test_words_follow_worlds_that_fork_and_close():
@@ -108,7 +118,7 @@ def test_words_follow_worlds_that_fork_and_close():
     assert wheel._waiting[0].worlds == ["a", "b"]
     wheel.say(["b"], "snow", None, None)
     wheel.close("a")
-    assert wheel.worlds == ["a"] and [words.worlds for words in wheel._waiting] == [["a"], ["a"]]
+    assert wheel.worlds == ["a"] and [(words.text, words.worlds) for words in wheel._waiting] == [("snow", ["a"])]
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp8"])
@@ -162,6 +172,27 @@ def test_an_archive_lists_what_it_named_and_nothing_else(tmp_path):
     archive.video("mine").write_text("x")
     (tmp_path / "worlds" / ".tiny-20260101-000000-1.part").mkdir()
     assert archive.worlds() == [names[0]] and list(archive.videos()) == [f"{names[1]}.mp4"]
+
+
+def test_an_archive_has_room_for_so_many_and_so_much(tmp_path):
+    (tmp_path / "mine.mp4").write_bytes(b"x" * 10**6)  # not ours: neither counted nor listed
+    archive = Archive(tmp_path, max_files=3, max_gb=1e-6)
+    assert archive.room() == 1000
+    archive.world(archive.new("bars")).mkdir()
+    archive.video(archive.new("bars")).write_bytes(b"x" * 300)
+    unfinished = tmp_path / f".{archive.new('bars')}.mp4.part"
+    unfinished.write_bytes(b"x" * 400)
+    assert archive.room() == 300 and len(archive.worlds()) == len(archive.videos()) == 1
+    with pytest.raises(ValueError, match=r"holds 3 of at most 3 worlds and recordings, .*--max-files"):
+        archive.new("bars")
+    unfinished.unlink()
+    (archive.world(archive.worlds()[0]) / "past0.safetensors").write_bytes(b"x" * 700)
+    with pytest.raises(ValueError, match=r"holds 2 of at most 3 .*, 0.0 of at most 1e-06 GB: remove some"):
+        archive.new("bars")
+    (archive.world(archive.worlds()[0]) / "past0.safetensors").unlink()
+    assert archive.new("bars")
+    with pytest.raises(ValueError, match=r"mine\.mp4 cannot be made: "):
+        Archive(tmp_path / "mine.mp4").new("bars")
 
 
 def test_two_pictures_at_once_meet_the_encoder_one_after_the_other(monkeypatch):

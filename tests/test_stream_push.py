@@ -1,5 +1,6 @@
 """Pushing to RTMP, HLS and files: many blocks through one encoder, and servers that go and come back."""
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -108,13 +109,14 @@ def test_a_dead_server_costs_pictures_but_no_memory():
     assert sink._queue.qsize() <= 64 and sink.dropped >= 400
     started = time.monotonic()
     sink.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_a_server_that_says_nothing_is_given_up(monkeypatch):
     """It takes the connection and then is silent, as a server does that hangs."""
     monkeypatch.setattr("inferix.stream.push.PATIENCE", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
         sink = Sink(f"rtmp://127.0.0.1:{silent.getsockname()[1]}/live/key", retry=0.1)
         sink.open(FPS, SIZE, 1)
         first, _ = silent.accept()
@@ -166,7 +168,7 @@ def test_a_file_that_can_not_be_written_says_why(tmp_path):
     (tmp_path / "soon gone").rmdir()
     sink.open(FPS, SIZE, 1)
     sink._thread.join(PATIENCE)
-    assert sink.state == "ended: No such file or directory"
+    assert sink.state == "ended: cannot write out.ts: No such file or directory"
     sink.close()
 
 
@@ -182,13 +184,54 @@ def test_a_recording_is_whole_when_it_is_closed(tmp_path):
 def test_a_recording_that_failed_can_be_closed(tmp_path):
     recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1)
     recorder._writer.write = lambda frames: 1 / 0
-    for _ in range(70):
-        recorder.write({"a": picture(0)})
-        time.sleep(0.005)
-    closing = threading.Thread(target=recorder.close, daemon=True)
+    closing = threading.Thread(target=feed, args=(recorder, itertools.repeat(picture(0))), daemon=True)
     closing.start()
-    closing.join(10)
-    assert not closing.is_alive() and recorder.error
+    closing.join(PATIENCE)
+    assert not closing.is_alive() and recorder.error == "division by zero"
+
+
+def feed(recorder, pictures):
+    """Give pictures until the recording has ended by itself, never faster than they are taken."""
+    for made in pictures:
+        while recorder._queue.full() and not recorder.error:
+            time.sleep(0.001)
+        if recorder.error:
+            return recorder.close()
+        recorder.write({"a": made})
+
+
+def test_a_recording_ends_whole_where_there_is_no_more_room(tmp_path):
+    left = [200, 100, 0]
+    recorder = Recorder(tmp_path / "r.mp4", "a", FPS, SIZE, 1, room=lambda: left.pop(0))
+    feed(recorder, map(picture, itertools.count()))
+    assert numbers_in(tmp_path / "r.mp4") == list(range(3 * FPS)) and not left
+    assert recorder.error == "r.mp4 ends here: there is no room for more recordings, see play --max-gb"
+
+
+def test_a_recording_that_meets_a_full_disk_says_so_and_can_be_closed(small_disk):
+    generator = np.random.default_rng(0)
+    recorder = Recorder(small_disk.folder / "r.mp4", "a", FPS, SIZE, 1)
+    small_disk.fill()
+    feed(recorder, (generator.integers(0, 255, (*SIZE, 3), np.uint8) for _ in itertools.count()))
+    assert recorder.error == "no space left: r.mp4" and not (small_disk.folder / "r.mp4").exists()
+    with pytest.raises(ValueError, match=r"^no space left: r2.mp4 needs .* bytes, 0 are free$"):
+        Recorder(small_disk.folder / "r2.mp4", "a", FPS, SIZE, 1)
+
+
+@pytest.mark.parametrize("name", ["out.m3u8", "out.mp4", "out.ts", "out.flv"])
+def test_a_file_that_meets_a_full_disk_says_so(name, small_disk):
+    generator = np.random.default_rng(0)
+    sink = Sink(str(small_disk.folder / name))
+    sink.open(FPS, SIZE, 1)
+    while sink.state != "live":
+        time.sleep(0.01)
+    small_disk.fill()
+    ended = time.monotonic() + PATIENCE
+    while not sink.state.startswith("ended") and time.monotonic() < ended:
+        sink.write(generator.integers(0, 255, (*SIZE, 3), np.uint8))
+        time.sleep(0.01)
+    sink.close()
+    assert sink.state == "ended: No space left on device"
 
 
 NGINX = """load_module {module}; daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;

@@ -2,6 +2,9 @@
 
 import asyncio
 import functools
+import os
+import signal
+import threading
 import time
 from contextlib import suppress
 
@@ -13,8 +16,9 @@ pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
 from stream_client import Viewer, asynchronous, running, until
 
-from inferix.stream import commands, protocol
+from inferix.stream import commands, protocol, recorder, remote, session
 from inferix.stream.archive import Archive
+from inferix.stream.client import MAX_EVENTS, Bucket
 from inferix.stream.server import Server
 from inferix.stream.session import UNREAD, Session
 from inferix.stream.testing import ACTIONS, WORDS, BarWorld, open_bars, read_bars
@@ -127,9 +131,9 @@ async def test_pause_stops_and_step_makes_exactly_one_block(server):
     viewer = await Viewer.join(server)
     await viewer.until("frame")
     await viewer.request("pause")
-    await asyncio.sleep(0.3)  # what was on its way
+    assert (await viewer.request("close", world="b"))["code"] == "refused"  # by the worker: no block is under way now
     blocks, frames = len(viewer.all("block")), len(viewer.all("frame"))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # a block would have come by then, on a machine that is not busy
     assert (len(viewer.all("block")), len(viewer.all("frame"))) == (blocks, frames)
     await viewer.request("step")
     await viewer.until("frame", lambda frame: frame["frame"] == viewer.last("block")["first"] + 2)
@@ -145,7 +149,7 @@ async def test_pausing_does_not_wait_for_a_slow_block(tmp_path):
         viewer = await Viewer.join(server)
         await viewer.until("frame")
         await viewer.request("prompt", text="hang")  # the next block takes a minute
-        await asyncio.sleep(0.5)
+        await until(lambda: not server.session.steering._waiting)  # and has begun
         assert (await viewer.request("pause"))["type"] == "done"
         assert (await viewer.request("record", on=True))["type"] == "done"
         await viewer.leave()
@@ -178,6 +182,39 @@ async def test_a_prompt_says_when_it_takes_effect(server):
     await viewer.leave()
 
 
+@asynchronous
+async def test_however_much_is_said_in_a_pause_nobody_is_sent_away(server):
+    """Each prompt but the last is replaced at once; `resume` has one to announce."""
+    driver, watcher = await Viewer.join(server), await Viewer.join(server, drive=False)
+    await driver.request("pause")
+    (client,) = [client for client in server.lobby.clients if client is server.lobby.driver]
+    client._quick = client._slow = client._complaints = Bucket(1e9, 1e9)
+    for i in range(MAX_EVENTS + 88):
+        assert (await driver.request("prompt", text=WORDS[i % 3]))["type"] == "done"
+    assert len(server.session.steering._waiting) == 1
+    await driver.request("resume")
+    for viewer in (driver, watcher):
+        await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == WORDS[(MAX_EVENTS + 87) % 3])
+        states = [prompt["state"] for prompt in viewer.all("prompt")]
+        assert states[-1] == "applied" and states.count("replaced") == MAX_EVENTS + 87
+        assert not viewer.socket.closed
+        await viewer.leave()
+
+
+@asynchronous
+async def test_steps_are_made_no_further_ahead_than_anything_else(server):
+    viewer = await Viewer.join(server)
+    await viewer.request("pause")
+    (client,) = server.lobby.clients
+    client._quick = client._slow = client._complaints = Bucket(1e9, 1e9)
+    answers = [await viewer.request("step") for _ in range(60)]
+    refused = [answer["text"] for answer in answers if answer["type"] == "error"]
+    assert set(refused) == {f"step: {commands.STEPS} blocks are to be made already"}
+    await until(lambda: not server.session._steps)
+    assert max(block["queue"] for block in viewer.all("block")[-10:]) <= 3 * 3
+    await viewer.leave()
+
+
 class Reader(BarWorld):
     """Takes a while to read some words, and can read one thing at a time."""
 
@@ -197,8 +234,8 @@ async def test_the_words_said_last_win_however_long_they_take_to_read(tmp_path):
         for text in ("storm", "snow"):
             await viewer.say("prompt", text=text, id=text)
         await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == "snow")
-        applied = [prompt["text"] for prompt in viewer.all("prompt") if prompt["state"] == "applied"]
-        assert applied[-2:] == ["storm", "snow"] and server.session.steering.prompts == {"a": "snow"}
+        waiting = [prompt["text"] for prompt in viewer.all("prompt") if prompt["state"] == "waiting"]
+        assert waiting[-2:] == ["storm", "snow"] and server.session.steering.prompts == {"a": "snow"}
         server.session._unread = UNREAD
         assert "8 are waiting to be read" in (await viewer.request("prompt", text="calm"))["text"]
         await viewer.leave()
@@ -279,6 +316,77 @@ async def test_a_crash_shows_and_a_reset_starts_anew(word, says, server):
     await viewer.leave()
 
 
+@pytest.mark.parametrize("stopped", ["by a signal", "at one request"])
+@asynchronous
+async def test_a_worker_that_hangs_is_replaced_by_a_reset(stopped, server, monkeypatch):
+    viewer = await Viewer.join(server)
+    await viewer.until("block")
+    worker = server.session.remote._process.pid
+    if stopped == "by a signal":
+        monkeypatch.setattr(remote, "SILENCE", 2.0)
+        os.kill(worker, signal.SIGSTOP)
+    else:
+        monkeypatch.setattr(session, "STUCK", 1.0)
+        await viewer.request("prompt", text="hang")  # the next block takes a minute
+        await viewer.until("prompt", lambda prompt: prompt["text"] == "hang")
+        await until(lambda: server.session.steering._waiting == [])
+    await viewer.say("fork", id="fork")
+    since = len(viewer.messages)
+    assert (await viewer.request("reset", seed=5))["type"] == "done"
+    assert (await viewer.answer("fork"))["code"] in ("refused", "internal")
+    await viewer.until("block", since=since)
+    state = viewer.last("state")
+    assert (state["phase"], state["seed"]) == ("running", 5) and server.session.remote._process.pid != worker
+    (crash,) = {s["crash"] for s in viewer.all("state") if s["crash"]}
+    assert crash.startswith("the worker process ") and crash.endswith(" s, and was replaced")
+    await viewer.leave()
+
+
+class Threadless(BarWorld):
+    """From its first block on no thread can be started in its process."""
+
+    def step(self, **order):
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        threading.Thread.start = refuse
+        return super().step(**order)
+
+
+@asynchronous
+async def test_without_a_new_thread_prompts_are_heard_and_recordings_refused(tmp_path, monkeypatch):
+    async with running(tmp_path, opener=Threadless) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("block")
+        assert (await viewer.request("prompt", text="snow"))["type"] == "done"
+        await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == "snow")
+
+        def refuse(self):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder.threading.Thread, "start", refuse)
+            assert (await viewer.request("record", on=True))["text"] == "record: can't start new thread"
+        assert list(server.archive.folder.iterdir()) == []
+        assert (await viewer.request("record", on=True))["type"] == "done"
+        assert (await viewer.request("record", on=False))["type"] == "done"
+        await viewer.leave()
+
+
+@asynchronous
+async def test_a_command_that_needs_no_worlds_ends_none(server, monkeypatch):
+    async def fail(self):
+        raise RuntimeError("no")
+
+    viewer = await Viewer.join(server)
+    monkeypatch.setattr(commands.Commands, "_do_pause", fail)
+    assert (await viewer.request("pause"))["text"] == "pause: no"
+    await viewer.say("fork", id="f")
+    assert (await viewer.request("pause"))["text"] == "pause: no"  # even if it had to wait
+    assert server.session.phase == "running" and (await viewer.request("close", world="b"))["type"] == "done"
+    await viewer.leave()
+
+
 @asynchronous
 async def test_an_encoder_that_fails_shows_as_a_crash(server, monkeypatch):
     def fail(self, *arguments):
@@ -303,11 +411,11 @@ async def test_closing_goes_on_until_it_is_heard(tmp_path):
             await asyncio.sleep(3600)
         await asyncio.sleep(3600)
 
-    session = Session(open_bars, lambda message: None, Archive(tmp_path))
-    session._making = asyncio.create_task(deaf())
+    show = Session(open_bars, lambda message: None, Archive(tmp_path))
+    show._making = asyncio.create_task(deaf())
     await asyncio.sleep(0)
-    await asyncio.wait_for(session.close(), 10)
-    assert session._making.done()
+    await asyncio.wait_for(show.close(), 10)
+    assert show._making.done()
 
 
 @asynchronous
@@ -364,6 +472,7 @@ async def test_a_recording_follows_its_world_and_ends_with_it(closing, command, 
     await viewer.say("keys", seq=1, pressed=["left"])  # "b", which is steered and recorded
     await viewer.until("block", lambda b: b["actions"].get("b") == "left")
     name = (await viewer.request("record", on=True))["result"]["name"]
+    await viewer.until("frame")  # the block is announced before its pictures are shown
     begun = viewer.last("frame")["frame"]
     await viewer.until("frame", lambda frame: frame["frame"] > begun + 6)
     since = len(viewer.messages)
@@ -380,3 +489,58 @@ async def test_a_recording_follows_its_world_and_ends_with_it(closing, command, 
         numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
     assert len(numbers) >= 6 and np.all(np.diff(numbers) == 1)
     await viewer.leave()
+
+
+@asynchronous
+async def test_a_recording_that_meets_a_full_disk_ends_in_a_message(small_disk):
+    async with running(small_disk.folder, seconds=0.01) as server:
+        viewer, watcher = await Viewer.join(server), await Viewer.join(server, drive=False)
+        name = (await viewer.request("record", on=True))["result"]["name"]
+        small_disk.fill()
+        for each in (viewer, watcher):
+            error = await each.until("error")
+            assert (error["code"], error["text"]) == ("internal", f"record: no space left: {name}")
+            await each.until("state", lambda state: state["recording"] is None, each.messages.index(error))
+        refused = await viewer.request("record", on=True)
+        assert refused["code"] == "refused" and refused["text"].startswith("record: no space left: bars-")
+        blocks = len(watcher.all("block"))
+        await until(lambda: len(watcher.all("block")) > blocks + 3)
+        for each in (viewer, watcher):
+            await each.leave()
+
+
+@asynchronous
+async def test_the_folder_has_a_bound(tmp_path):
+    async with running(tmp_path, max_files=1) as server:
+        viewer = await Viewer.join(server)
+        await viewer.request("record", on=True)
+        frames = len(viewer.all("frame"))
+        await until(lambda: len(viewer.all("frame")) > frames + 3)
+        assert (await viewer.request("record", on=False))["type"] == "done"
+        for command, fields in (("record", {"on": True}), ("save", {})):
+            refused = await viewer.request(command, **fields)
+            assert refused["code"] == "refused" and refused["text"].startswith(
+                f"{command}: worlds holds 1 of at most 1 worlds and recordings, "
+            )
+        await viewer.leave()
+
+
+@asynchronous
+async def test_a_save_that_meets_a_full_disk_is_refused_in_words(small_disk):
+    async with running(small_disk.folder, opener=small_tiny_world) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("block")
+        small_disk.fill()
+        refused = await viewer.request("save")
+        assert refused["code"] == "refused" and refused["text"].startswith("save: ")
+        assert "no space left" in refused["text"].lower() and str(small_disk.folder) not in refused["text"]
+        (small_disk.folder / "fill").unlink()
+        blocks = len(viewer.all("block"))
+        await until(lambda: len(viewer.all("block")) > blocks + 3)
+        await viewer.leave()
+
+
+def small_tiny_world():
+    from test_loop import small_world
+
+    return small_world(window=6)

@@ -75,7 +75,7 @@ async def test_a_lost_picture_brings_a_keyframe(server):
     broadcast._keyframe = type("Noting", (set,), {"add": lambda self, codec: wanted.append(codec)})()
     receiver = peer.getReceivers()[0]
     (ssrc,) = {source.source for source in receiver.getSynchronizationSources()}
-    for _ in range(50):  # by UDP, which may lose it
+    for _ in range(PATIENCE * 20):  # by UDP, which may lose it
         await receiver._send_rtcp_pli(ssrc)
         await asyncio.sleep(0.05)
         if wanted:

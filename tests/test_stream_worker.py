@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
-from stream_client import asynchronous
+from stream_client import PATIENCE, asynchronous, until
 from test_loop import small_world
 from test_wan_world import wan
 
@@ -204,6 +204,15 @@ def test_a_save_for_which_there_is_no_room_ends_no_world(tmp_path):
     world.load(tmp_path / "saved")
 
 
+def test_a_thousand_wordings_of_a_theme_are_kept_as_one():
+    world = stage()
+    for i in range(1000):
+        world.prepare("the " * (i % 100) + "desert" + " at" * (i // 100) + " night")
+    assert len(world.worlds["a"].world.model._themes) == 1
+    run(world, "u", prompt="a desert by night")
+    assert len(world.worlds["a"].world.model._themes) == 1
+
+
 def test_saving_twice_under_one_name_is_refused(tmp_path):
     world = stage()
     run(world, "u", prompt="desert day")
@@ -316,26 +325,23 @@ async def test_what_fails_and_changes_nothing_is_refused_in_one_line(tmp_path):
 
 
 class Owing(BarWorld):
-    """Says as its store's size how many blocks it has been asked to settle."""
+    """Leaves a file for each block that it has been asked to settle."""
 
-    settled = 0
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
 
     def settle(self):
-        self.settled += 1
-
-    def kv_bytes(self):
-        return {"settled": self.settled}
+        (self.folder / f"settled at {self.frames}").touch()
 
 
 @asynchronous
-async def test_what_a_block_still_owes_is_done_while_nobody_asks_for_the_next():
-    remote = Remote(Owing)
+async def test_what_a_block_still_owes_is_done_while_nobody_asks_for_the_next(tmp_path):
+    remote = Remote(functools.partial(Owing, tmp_path))
     await remote.opened()
-    for blocks in (1, 2):
+    for frames in (3, 6):
         await remote.call("step", orders={"a": Order("up", "calm")})
-        await asyncio.sleep(0.5)  # nobody asks for anything
-        seen = await remote.call("rewind", names=["a"], position=100)  # takes nothing back
-        assert seen["kv_bytes"] == {"settled": blocks}
+        await until((tmp_path / f"settled at {frames}").exists)  # nobody asks for anything
     await remote.close()
 
 
@@ -344,10 +350,12 @@ async def test_a_worker_that_is_busy_is_ended_all_the_same():
     remote = Remote(open_bars)
     await remote.opened()
     stuck = asyncio.create_task(remote.call("step", orders={"a": Order("up", "hang")}))
-    await asyncio.sleep(0.2)
+    heard = remote._heard
+    await until(lambda: remote._heard > heard + 2)  # busy, and its heart beats
+    assert remote.hangs(limit=900) is None and "at one request for" in remote.hangs(limit=1)
     started = time.monotonic()
     await remote.close()
-    assert time.monotonic() - started < 10 and not remote._reader.is_alive()
+    assert time.monotonic() - started < PATIENCE and not remote._reader.is_alive()
     with pytest.raises((Broken, asyncio.CancelledError)):
         await stuck
 

@@ -333,7 +333,7 @@ def test_the_vae_that_wan_published_is_the_same(tmp_path):
     latents = torch.randn(2, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     assert np.array_equal(load_vae(tmp_path).open()(latents), VAE(theirs).open()(latents))
     torch.save({"encoder.conv1.weight": torch.zeros(8, 3, 3, 3, 3)}, tmp_path / "Wan2.1_VAE.pth")
-    with pytest.raises(ValueError, match="is no Wan VAE"):
+    with pytest.raises(ValueError, match="is damaged or not a Wan VAE"):
         load_vae(tmp_path)
 
 

@@ -122,6 +122,21 @@ def test_several_are_added(network, base, tmp_path):
     assert torch.allclose(changed["blocks.0.self_attn.v.weight"], v[2], atol=1e-5)
 
 
+def test_what_is_added_is_rounded_to_the_networks_dtype_alone(network, tmp_path):
+    """Onto weights of 8 bits: a hundredth of a weight is lost in those, not in bfloat16."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3}))
+    state = published(network)
+    eight = {name: x.to(torch.float8_e4m3fn) if "ffn.0.weight" in name else x for name, x in state.items()}
+    save_file(eight, tmp_path / "m.safetensors")
+    name = "blocks.0.ffn.0.weight"
+    before = eight[name].float()
+    lora = write(tmp_path / "l", {"blocks.0.ffn.0.diff": before / 100})
+    exact = before.double() + (before / 100).double()
+    for dtype, step in ((torch.float32, 2**-24), (torch.bfloat16, 2**-8)):
+        merged = load_network(tmp_path / "m.safetensors", lora=lora, dtype=dtype).state_dict()[name]
+        assert merged.dtype == dtype and ((merged.double() - exact).abs() <= exact.abs() * step).all()
+
+
 @pytest.mark.parametrize("style", ["musubi", "native"])
 def test_names_are_what_diffusers_takes_them_for(style, network, base, tmp_path):
     """diffusers' own translation of a file, read by us, is the file read by us."""
@@ -199,6 +214,12 @@ WRONG = {
         "got lora_unet_blocks_0_attn_x",
     ),
     "no such bias": ({"base_model.model.blocks.0.modulation.diff_b": 1}, {}, None, "got .*modulation.diff_b"),
+    "one weight by two names": (
+        {"lora_unet_blocks_0_self_attn_q.diff": torch.zeros(96, 96)},
+        {},
+        None,
+        "holds updates of blocks.0.self_attn.q.weight twice, as base_model.* and as lora_unet_blocks_0_self_attn_q",
+    ),
     "half a pair": (
         {f"{Q}.lora_B.weight": None},
         {},

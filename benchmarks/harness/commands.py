@@ -19,6 +19,7 @@ from . import evidence as ledger
 from . import report as reports
 from .measure import Machine, Settings
 from .plan import gpu_run
+from .processes import since_start
 from .rows import Document, Row, append
 from .table import markdown
 from .timing import TIMERS
@@ -58,9 +59,12 @@ class Results:
             self.append_to.append(ledger.RECORDS / environment.slug(head["device"]) / name)
         if args.json and args.json.suffix == ".jsonl":
             self.append_to.append(args.json)
-        for path in self.append_to:
-            if path.exists() and Document.load(path).header["kernels"] != environment.fingerprints():
+        for path in filter(Path.exists, self.append_to):
+            head = Document.load(path).header
+            if head["kernels"] != environment.fingerprints():
                 raise ValueError(f"{path} holds a run of other sources: choose a new file")
+            if head["device"] != environment.device_name(settings.device):
+                raise ValueError(f"{path} holds a run on {head['device']}: choose a new file")
 
     def add(self, rows: Sequence[Row]) -> None:
         """Rows that can't be written, to a disk that is full, say, are shown all the same, and the run goes on."""
@@ -105,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     for name in args.families:
         families.family(name)
     settings = settings_of(args)
+    if not args.patience > 0:
+        raise ValueError(f"--patience must be above 0 seconds, got {args.patience:g}")
     if args.resume and not (args.isolate and args.json and args.json.suffix == ".jsonl"):
         raise ValueError("--resume must come with --isolate and --json F.jsonl, whose rows are not measured again")
     results = Results(args, settings)
@@ -261,9 +267,11 @@ def env(args: argparse.Namespace) -> int:
 def gpu(args: argparse.Namespace) -> int:
     """Build, probes, speed, one block, counters, and in the time that is left the rest. Exit code 1: something is not
     well; 3: call again to go on."""
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError(f"gpu: torch finds no GPU here: {no_gpu()}; --dry-run goes through every stage on the CPU")
-    return gpu_run(args.out.resolve(), args.dry_run).go(args.minutes)
+    return gpu_run(args.out.resolve(), args.dry_run).go(args.minutes - since_start() / 60)
 
 
 def no_gpu() -> str:

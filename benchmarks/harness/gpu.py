@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from inferix_kernels.files import atomic_write
+from inferix_kernels.files import atomic_write, unwritable
 
 from .ledger import ROOT, fingerprints
-from .processes import Process
+from .processes import Process, search_path
 
 LOG_BYTES = 8 << 20
 FINISH = 12.0  # seconds kept for the plots
@@ -84,7 +84,8 @@ class Command(Protocol):
 def start(job: Job) -> Command:
     """Raises OSError."""
     path = os.pathsep.join(filter(None, [str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return Process(job.command, ROOT, {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
+    given = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PATH": search_path()}
+    return Process(job.command, ROOT, {**os.environ, **given})
 
 
 @dataclasses.dataclass
@@ -108,12 +109,25 @@ class Run:
     start: Callable[[Job], Command] = start
 
     def __post_init__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Any] = json.loads(self.state.read_text()) if self.state.exists() else {}
-        if state and (state["kernels"], state["dry"]) != (fingerprints(), self.dry):
-            raise ValueError(f"--out {self.out} holds a run of other sources or another device: choose a new folder")
-        self.jobs_done: dict[str, dict[str, Any]] = state.get("jobs", {})
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.out, error, "--out") from None
+        self.jobs_done = self._jobs_done()
         self.left_out: dict[str, str] = {}
+
+    def _jobs_done(self) -> dict[str, dict[str, Any]]:
+        """What an earlier call left. Raises ValueError: it was of other sources or another device, or is no state."""
+        if not self.state.exists():
+            return {}
+        try:
+            state = json.loads(self.state.read_text())
+            jobs, of = dict(state["jobs"]), (state["kernels"], state["dry"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--out: {str(self.state)!r} must be what an earlier call left, got {error!r}") from None
+        if of != (fingerprints(), self.dry):
+            raise ValueError(f"--out {self.out} holds a run of other sources or another device: choose a new folder")
+        return jobs
 
     @property
     def state(self) -> Path:

@@ -26,8 +26,9 @@ from .measure import Alone, Machine, Settings, row_of
 from .processes import gone
 from .rows import Row
 
-START = 60.0  # seconds for a worker to import torch and reach the GPU, and for a case's inputs and reference
-SLACK = 30.0  # seconds of timing beyond what the settings ask for
+# Seconds, or the patience if it is more, for a worker to import torch and reach the GPU, and for a case's inputs and
+# reference.
+START = 60.0
 COMMAND = (sys.executable, "-m", "benchmarks.harness.isolated")
 
 
@@ -107,14 +108,14 @@ def how(code: int | None) -> str:
 
 
 def jobs_of(names: Sequence[str], shapes: Sequence[str], settings: Settings, ops: Sequence[str] = ()) -> list[Job]:
-    """Every contender that the settings want, case by case."""
+    """Every contender that the settings want, case by case; peers first: they are the measure, and known to work."""
     return [
         Job(name, shape, case_number, number, case, contender)
         for name in names
         for shape in shapes
         for case_number, case in enumerate(families.cases(name, [shape], settings.device))
         if not ops or case.op in ops
-        for number, contender in enumerate(case.contenders)
+        for number, contender in sorted(enumerate(case.contenders), key=lambda pair: pair[1].name.startswith("ours"))
         if settings.wants(contender)
     ]
 
@@ -128,7 +129,8 @@ def measure(
     """Rows of each contender as it is done, with those of the machine's peaks before a case's first.
 
     Args:
-        patience: seconds for a contender's first call, in which it compiles; one that takes longer has failed.
+        patience: seconds for a contender's first call, in which it compiles, and for its timing beyond the settings'
+            seconds; one that takes longer has failed.
     """
     for job in jobs:
         if job.contender.absent:
@@ -144,21 +146,21 @@ def _turn(
     pending: list[Job], settings: Settings, patience: float, start: Callable[[], Worker]
 ) -> Generator[list[Row], None, None]:
     """One worker, for as long as it lasts; takes what is done off `pending`."""
-    worker = start()
+    worker, slow = start(), max(START, patience)
     stage, told = "start", pending[:]  # who has failed if the worker is lost now
     try:
         worker.send(dataclasses.asdict(settings))
-        worker.receive(START)
+        worker.receive(slow)
         while pending:
             job = pending[0]
             same_case = [other for other in pending if other.case.name == job.case.name]
             stage, told = "inputs and reference", same_case
             worker.send(job.request)
-            yield _rows(worker.receive(START))
+            yield _rows(worker.receive(slow))
             stage, told = "first call", [job]
             worker.receive(patience)
             stage = "timing"
-            answer = worker.receive(settings.seconds + SLACK)
+            answer = worker.receive(settings.seconds + patience)
             pending.pop(0)
             yield _rows(answer)
             if answer["lost"]:

@@ -13,6 +13,11 @@ from pathlib import Path
 GRACE = 5.0  # seconds in which a killed process has to be gone
 
 
+def search_path() -> str:
+    """PATH, and then where CUDA's tools lie by default: they are often not on it."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+
+
 class Process:
     """A command at work. What it prints goes to a file, so that nobody waits for the end of a pipe.
 
@@ -52,6 +57,15 @@ class Process:
         end = self.file.seek(0, os.SEEK_END)
         self.file.seek(max(0, end - most))
         return self.file.read().decode(errors="replace")
+
+
+def since_start() -> float:
+    """Seconds that this process has been there, importing torch most of them; 0 where Linux's books are not."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return max(0.0, float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def gone(process: subprocess.Popen[str] | subprocess.Popen[bytes], grace: float = GRACE) -> bool:

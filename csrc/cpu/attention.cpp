@@ -119,8 +119,8 @@ INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& t
     for (int64_t d = 0; lane == 0 && d < out_columns; d += kLanes)
       S::transpose(w.out[group * out_columns + d].lane, kLanes, x + d, out_columns);
     const float sum = w.running[group].sum.lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
-    const float lse = sum == 0.f ? -kInfinity : (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2;
-    finish_row(isa, p, address(p, task, row), lse, inverse, x + lane * out_columns, before);
+    const float lse = (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2 + w.largest_bias;
+    finish_row(isa, p, address(p, task, row), sum == 0.f ? -kInfinity : lse, inverse, x + lane * out_columns, before);
   }
 }
 
@@ -135,6 +135,15 @@ INFERIX_INLINE void with_kernels(Arithmetic arithmetic, const Function& function
   function(TileKernels<S, Floats<S>, kBlock>{});
 }
 
+// Of a list's entries that have tokens; 0 if they are all left out. Beside a bias of 1e9 a float32 has no room for a
+// score, and one of -3e38 overflows in units of log 2: so biases count from the largest.
+float largest_bias(const PagedAttentionParams& p, int64_t list) {
+  float largest = -kInfinity;
+  for (int64_t i = p.page_indptr[list]; p.page_bias && i < p.page_indptr[list + 1]; ++i)
+    if (p.entries.lens[i] > 0) largest = std::max(largest, p.page_bias[i]);
+  return largest == -kInfinity ? 0.f : largest;
+}
+
 template <typename S, int kBlock>
 INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   const int64_t out_columns = round_up(width(p), kLanes);
@@ -142,8 +151,9 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
   alignas(64) Column scores[kTileKeys];
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
   const int64_t groups = static_cast<int64_t>(w.running.size());
+  w.largest_bias = largest_bias(p, list);
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
-    const float bias = p.page_bias ? p.page_bias[i] * kLog2E : 0.f;
+    const float bias = p.page_bias ? (p.page_bias[i] - w.largest_bias) * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);

@@ -34,6 +34,7 @@ struct Workspace {
   std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
   std::vector<Column> out;              // [groups][D rounded up to 16]
   std::vector<Running> running;         // [groups]
+  float largest_bias;                   // of the list: the others count from it
   Buffer row, k, v, floats, halves;
   alignas(64) float bias[kTileKeys], k_scales[kTileKeys];
   alignas(64) int32_t start[kTileKeys];

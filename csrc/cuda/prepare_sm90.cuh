@@ -25,6 +25,13 @@ INFERIX_DEVICE int units_in(const PrepareArgs& p, int e, int variant) {
   return (length + kUnitKeys - 1) / kUnitKeys;
 }
 
+// In units of log 2. What is finite stays so: only -inf leaves a page out.
+INFERIX_DEVICE float unit_bias(const PrepareArgs& p, int e) {
+  constexpr float kMost = 0x1p126f;
+  const float bias = p.page_bias ? p.page_bias[e] * kLog2E : 0.f;
+  return bias < -kMost ? -kMost : bias > kMost ? kMost : bias;
+}
+
 // A warp makes the units of one list, by variant. Each variant has whole key tiles. Returns the number of units.
 INFERIX_DEVICE int make_units(const PrepareArgs& p, int list, int lane) {
   const Stretch entries = range_of(p.page_indptr, list, p.entries);
@@ -40,7 +47,7 @@ INFERIX_DEVICE int make_units(const PrepareArgs& p, int list, int lane) {
         const int left = p.page_lens[e] - i * kUnitKeys;
         to[count + below - parts + i] = {(p.page_ids[e] - p.first_page) * p.heads * p.page_size + i * kUnitKeys,
                                          left < kUnitKeys ? left : kUnitKeys,
-                                         p.page_bias ? p.page_bias[e] * kLog2E : 0.f, variant};
+                                         unit_bias(p, e), variant};
       }
       count += shuffle_from(below, kWarpThreads - 1);
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -44,20 +45,24 @@ def attend(
     group = queries.shape[2] // H  # query head j reads KV head j // group
     shared = H if len(lists) == len(starts) else 1  # KV heads that share a page list
     for i in range(len(lists) - 1):
-        s, head = divmod(i * shared, H)
-        at = slice(starts[s], starts[s + 1]), slice(head * group, (head + shared) * group)
-        x = queries[:, at[0], at[1]].float().unflatten(2, (shared, group))  # [V, t, heads, group, D]
-        scores, values = [x.new_empty(*x.shape[1:4], 0)], [x.new_empty(0, shared, out.shape[2])]
-        for entry in range(lists[i], lists[i + 1]):
-            page, start, stop = entries[entry]
-            sides = (side[:, head : head + shared] for side in read_page(*locate(pools, page), stop - start))
-            k, v = keys_and_values(*sides)
-            scores.append(torch.einsum("thgd,lhd->thgl", x[variants[entry]], k) * scale + bias[entry])
-            values.append(v)
-        list_out, list_lse = softmax_sum(torch.cat(scores, -1), torch.cat(values))
-        if accumulate:
-            list_out, list_lse = merge(out[at].float(), lse[at], list_out, list_lse)
-        out[at], lse[at] = list_out, list_lse
+        s, first = divmod(i * shared, H)
+        mine = range(lists[i], lists[i + 1])
+        pages = [keys_and_values(*read_page(*locate(pools, entries[j][0]), length_of(entries[j]))) for j in mine]
+        # Beside a bias of 1e9 a float32 has no room for a score: biases count from the largest of the list.
+        base = largest_bias(bias[j] for j in mine if length_of(entries[j]))
+        # Head by head, so that a head's bits do not depend on how many heads share its list.
+        for head in range(first, first + shared):
+            at = slice(starts[s], starts[s + 1]), slice(head * group, (head + 1) * group)
+            x = queries[:, at[0], at[1]].float()  # [V, t, group, D]
+            scores, values = [x.new_empty(x[0, ..., 0].numel(), 0)], [x.new_empty(0, out.shape[2])]
+            for j, (k, v) in zip(mine, pages, strict=True):
+                scores.append(x[variants[j]].flatten(0, 1) @ k[:, head].T * scale + (bias[j] - base))
+                values.append(v[:, head])
+            list_out, list_lse = softmax_sum(torch.cat(scores, -1), torch.cat(values))
+            list_out, list_lse = list_out.unflatten(0, x.shape[1:3]), (list_lse + base).unflatten(0, x.shape[1:3])
+            if accumulate:
+                list_out, list_lse = merge(out[at].float(), lse[at], list_out, list_lse)
+            out[at], lse[at] = list_out, list_lse
     return out, lse
 
 
@@ -76,13 +81,21 @@ def check_plan(
 
 
 def softmax_sum(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """scores [t, H, group, L], values [L, H, D] -> out [t, H * group, D], lse [t, H * group].
+    """scores [rows, L], values [L, D] -> out [rows, D], lse [rows].
 
     Without a key, or with none above -inf, out is 0 and lse -inf.
     """
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
-    weights = (scores - lse.where(lse != -torch.inf, 0.0)[..., None]).exp()
-    return torch.einsum("thgl,lhd->thgd", weights, values).flatten(1, 2), lse.flatten(1, 2)
+    largest = scores.amax(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -torch.inf)
+    largest = largest.where(largest != -torch.inf, 0.0)  # any finite number: all weights are 0
+    weights = (scores - largest[:, None]).exp()
+    total = weights.sum(-1)
+    return weights @ values / total.where(total != 0, 1.0)[:, None], largest + total.log()
+
+
+def largest_bias(biases: Iterable[float]) -> float:
+    """Of a list's pages that have tokens; 0 if they are all left out."""
+    largest = max(biases, default=-math.inf)
+    return 0.0 if largest == -math.inf else largest
 
 
 def merge_attention(
@@ -106,6 +119,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     share_a = torch.where((weight_a > 0)[..., None], out_a * (weight_a / total)[..., None], 0.0)
     share_b = torch.where((weight_b > 0)[..., None], out_b * (weight_b / total)[..., None], 0.0)
     return share_a + share_b, lse
+
+
+def length_of(entry: tuple[int, int, int]) -> int:
+    return entry[2] - entry[1]
 
 
 def choices(variants: Tensor, count: int) -> list[int]:

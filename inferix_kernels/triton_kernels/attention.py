@@ -35,6 +35,7 @@ from .online import (
     entry_of,
     finish,
     finite,
+    largest_bias,
     load_rows,
     multiply,
     multiply_add,
@@ -168,6 +169,7 @@ def attention_kernel(
     if tl.max(here.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
+    base = largest_bias(first, last, plan)
     largest = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum = tl.zeros([BLOCK_M, COLS], tl.float32)
@@ -178,10 +180,10 @@ def attention_kernel(
                 begin, end = run_in_pool(first, last, plan, variant, pools[p])
             queries = load_rows(q, variant, token, query_head, here, 0, WIDTH, COLS)
             largest, total, sum = attend_run(
-                *(queries, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], head),
+                *(queries, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], base, head),
                 *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, EIGHT_BIT, E4M3),
             )
-    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, 0, WIDTH, ACCUMULATE)
+    finish(sum, finite(largest) * LN2 + base, total, out, lse, split, token, query_head, here, 0, WIDTH, ACCUMULATE)
 
 
 @triton.jit
@@ -196,6 +198,7 @@ def attend_run(
     plan,
     variant,
     pool,
+    base,  # that biases count from
     head,
     HEADS: tl.constexpr,
     KEY: tl.constexpr,
@@ -214,7 +217,7 @@ def attend_run(
         queries, scales = quantize(queries.to(tl.float32), KEY)
         factors *= scales
     # An entry is read in the step before its own, so that copies of its page can begin with that step.
-    page, length, bias = entry_of(first, last, plan, variant, pool, KEY.page_size)
+    page, length, bias = entry_of(first, last, plan, variant, pool, base, KEY.page_size)
     for i in range(first * PARTS, last * PARTS):
         at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
@@ -240,7 +243,7 @@ def attend_run(
         else:
             values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
             sum = multiply_add(round_to(weights, DTYPE), values, sum * shrink[:, None])
-        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, KEY.page_size)
+        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, base, KEY.page_size)
     return largest, total, sum
 
 

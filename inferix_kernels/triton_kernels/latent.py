@@ -33,6 +33,7 @@ from .online import (
     entry_of,
     finish,
     finite,
+    largest_bias,
     load_rows,
     multiply,
     multiply_add,
@@ -128,6 +129,7 @@ def latent_kernel(
     ALL: tl.constexpr = WIDTH + tile_at(VALUES, 0).width
     mine = (tl.program_id(0) % PARTS) * PART  # the first channel of this program's part of the latent
     other = COLS - PART - mine  # and of the other's
+    base = largest_bias(first, last, plan)
     largest = tl.full([BLOCK_M], NOTHING, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum = tl.zeros([BLOCK_M, PART], tl.float32)
@@ -141,10 +143,10 @@ def latent_kernel(
             q_rotary = load_rows(q, variant, token, query_head, here, WIDTH, ALL, ROTARY_COLS)
             largest, total, sum = attend_run(
                 *(q_mine, q_other, q_rotary, mine, other, scale * LOG2E, largest, total, sum),
-                *(begin, end, plan, variant, pools[p], head),
+                *(begin, end, plan, variant, pools[p], base, head),
                 *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, PARTS, E4M3),
             )
-    finish(sum, finite(largest) * LN2, total, out, lse, split, token, query_head, here, mine, WIDTH, ACCUMULATE)
+    finish(sum, finite(largest) * LN2 + base, total, out, lse, split, token, query_head, here, mine, WIDTH, ACCUMULATE)
 
 
 @triton.jit
@@ -163,6 +165,7 @@ def attend_run(
     plan,
     variant,
     pool,
+    base,  # that biases count from
     head,
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,
@@ -178,7 +181,7 @@ def attend_run(
     TILES: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N  # of keys of a page
     SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"
     factors = tl.full([q_mine.shape[0]], factor, tl.float32)
-    page, length, bias = entry_of(first, last, plan, variant, pool, LATENT.page_size)
+    page, length, bias = entry_of(first, last, plan, variant, pool, base, LATENT.page_size)
     for i in range(first * TILES, last * TILES):
         at, row = page.to(tl.int64) * HEADS + head, (i % TILES) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
@@ -198,5 +201,5 @@ def attend_run(
         if SCALED:
             weights *= scales[None, :]
         sum = multiply_add(round_to(weights, DTYPE), latent, sum * shrink[:, None])
-        page, length, bias = entry_of((i + 1) // TILES, last, plan, variant, pool, LATENT.page_size)
+        page, length, bias = entry_of((i + 1) // TILES, last, plan, variant, pool, base, LATENT.page_size)
     return largest, total, sum

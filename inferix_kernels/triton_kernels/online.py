@@ -25,6 +25,7 @@ from .launch import launch
 NOTHING = tl.constexpr(float("-inf"))  # the logarithm of no sum
 LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of two inside a kernel: exp2 is what a GPU has
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST_BIAS = tl.constexpr(-(2.0**30))
 STEP = tl.constexpr(1024)  # numbers of a plan that are looked through at once
 
 MOST_POOLS = 8  # each is a loop of its own in a kernel
@@ -341,8 +342,27 @@ def run_in_pool(first, last, plan, variant, pool):
 
 
 @triton.jit
-def entry_of(i, last, plan, variant, pool, PAGE_SIZE: tl.constexpr):
-    """(page in its pool, valid tokens, bias in powers of two) of an entry; no tokens if it is none of this pass."""
+def largest_bias(first, last, plan):
+    """Of the entries [first, last) that have tokens; 0 if they are all left out.
+
+    Beside a bias of 1e9 a float32 has no room for a score, and one of -3e38 overflows in powers of two: so biases count
+    from the largest.
+    """
+    largest = 0.0
+    if plan.page_bias is not None:
+        largest = NOTHING
+        for start in range(first, last, STEP):
+            i = start + tl.arange(0, STEP)
+            there = (i < last) & (tl.load(plan.page_lens + i, mask=i < last, other=0) > 0)
+            largest = tl.maximum(largest, tl.max(tl.load(plan.page_bias + i, mask=there, other=NOTHING), 0))
+        largest = finite(largest)
+    return largest
+
+
+@triton.jit
+def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
+    """(page in its pool, valid tokens, bias above `base` in powers of two) of an entry; no tokens if it is none of this
+    pass."""
     there = i < last
     page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page
     length = tl.load(plan.page_lens + i, mask=there, other=0)
@@ -351,7 +371,9 @@ def entry_of(i, last, plan, variant, pool, PAGE_SIZE: tl.constexpr):
         fits &= tl.load(plan.page_variants + i, mask=there, other=-1) == variant
     bias = 0.0
     if plan.page_bias is not None:
-        bias = tl.load(plan.page_bias + i, mask=there, other=0.0) * LOG2E
+        bias = tl.where(there, tl.load(plan.page_bias + i, mask=there, other=0.0) - base, 0.0) * LOG2E
+        # A page so far below has no weight. Its bias would swallow its scores, and leave their powers without bound.
+        bias = tl.where(bias < LEAST_BIAS, NOTHING, bias)
     return tl.where(fits, page, 0), tl.where(fits, length, 0), bias
 
 

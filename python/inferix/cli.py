@@ -8,9 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+from .stream import MAX_FILES, MAX_GB
+
 USAGE, INTERRUPTED = 2, 130
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
-PAGE_ONLY = ("host", "port", "token", "folder", "push", "undo", "worlds")  # options of play, not for the terminal
+# Options of play, not for the terminal.
+PAGE_ONLY = ("host", "port", "token", "folder", "max_files", "max_gb", "push", "undo", "worlds")
 KV_HELP = "fp32, fp16, bf16, int8, i8f8, fp8, int4 (default: int8)"  # written out: --help need not wait for torch
 
 LORA_HELP = "low-rank updates to merge into the weights; may be repeated (default: the *lora* file in the folder)"
@@ -112,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--token", help="what others must know to come in (default: a new one, printed)")
     play.add_argument("--folder", default="inferix-worlds", help="for saved worlds and recordings")
     play.add_argument(
+        "--max-files", type=int, default=MAX_FILES, help=f"worlds and recordings there (default: {MAX_FILES})"
+    )
+    play.add_argument(
+        "--max-gb", type=float, default=MAX_GB, help=f"and what they take, in 10^9 bytes (default: {MAX_GB:g})"
+    )
+    play.add_argument(
         "--push", "--rtmp", action="append", default=[], metavar="URL|FILE", help="also to rtmp://, srt://, .m3u8, .mp4"
     )
     play.add_argument("--terminal", action="store_true", help="play in this terminal instead")
@@ -166,9 +175,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _play(args: argparse.Namespace) -> int:
-    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0)):
+    for option, least in (("worlds", 1), ("undo", 0), ("seed", 0), ("max_files", 0), ("max_gb", 0)):
         if (value := getattr(args, option)) is not None and value < least:
-            raise ValueError(f"--{option} must be at least {least}, got {value:g}")
+            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, got {value:g}")
     if args.terminal:
         return _play_in_terminal(args)
     try:
@@ -184,7 +193,9 @@ def _play_in_terminal(args: argparse.Namespace) -> int:
     from .stream.worker import open_world
     from .terminal import play
 
-    if given := [f"--{name}" for name, default in args.page_only.items() if getattr(args, name) != default]:
+    if given := [
+        f"--{name.replace('_', '-')}" for name, default in args.page_only.items() if getattr(args, name) != default
+    ]:
         raise ValueError(f"{', '.join(given)}: for the page only, not with --terminal")
     names = ("threads", "kv", "window", "sink", "seed", "backend", "weights", "lora", "size", "device")
     world = open_world(args.model, undo_seconds=0, worlds=1, **{name: getattr(args, name) for name in names})

@@ -9,5 +9,11 @@ push.py      RTMP, SRT, HLS, files; recorder.py: what is kept on the server
 protocol.py  messages, checked against asyncapi.json, which is their definition
 client.py    one connection: limits, replies, who drives
 webrtc.py    aiortc, handed our packets
-server.py    the page, the WebSocket, who may come in
+server.py    the page, the WebSocket, the recordings
+door.py      connections: strangers are few and short; access.py: who may come in; log.py: a line a second
 """
+
+from __future__ import annotations
+
+MAX_FILES = 200  # saved worlds and recordings in the folder of `play`, before one more is begun
+MAX_GB = 50.0  # and what they take, in 10^9 bytes

@@ -79,6 +79,8 @@ class Client:
 
     def tell(self, message: Message) -> None:
         """Put a message on its way."""
+        if self._leaving is not None:
+            return
         if len(self._events) >= MAX_EVENTS:
             self._events.clear()
             self._leaving = asyncio.ensure_future(self.socket.close(code=1008, message=b"too slow"))

@@ -15,6 +15,8 @@ from .recorder import Recorder
 from .remote import Refused, Remote
 from .steering import Steering
 
+STEPS = 8  # that may wait to be made
+
 
 class Commands:
     """See Session, which sets these."""
@@ -30,6 +32,7 @@ class Commands:
     undo: dict[str, int]
     kv_bytes: dict[str, int]
     _steps: int
+    changed: Callable[[], None]
 
     async def _call(self, request: str, /, **arguments: Any) -> Any:
         assert self.remote is not None
@@ -56,6 +59,8 @@ class Commands:
     async def _do_step(self) -> None:
         if not self.player.paused:
             raise Refused("step: pause first")
+        if self._steps >= STEPS:
+            raise Refused(f"step: {STEPS} blocks are to be made already")
         self._steps += 1
 
     async def _do_reset(self, seed: int | None = None) -> None:
@@ -123,11 +128,9 @@ class Commands:
             return await self._stop_recording()
         if self.player.recorder is not None:
             raise Refused("record: a recording is under way")
-        name = self.archive.new(self.model["model"])
-        world = self.steering.worlds[0]
-        size, scale = tuple(self.model["size"]), self.model["scale"]
-        recorder = Recorder(self.archive.video(name), world, self.model["fps"], size, scale)
-        self.player.recorder = recorder
+        name, world = self.archive.new(self.model["model"]), self.steering.worlds[0]
+        shape = self.model["fps"], tuple(self.model["size"]), self.model["scale"]
+        self.player.recorder = recorder = Recorder(self.archive.video(name), world, *shape, self.archive.room)
         return {"name": recorder.name}
 
     async def _end_orphaned_recording(self) -> None:
@@ -143,7 +146,13 @@ class Commands:
         if recorder is None:
             return None
         if recorder.error:
-            text = f"record: {recorder.error}"[:500]
-            self.announce({"type": "error", "id": None, "code": "internal", "text": text})
-        self.announce(self.archive.listing())
+            self._recording_failed(recorder)
+        else:
+            self.announce(self.archive.listing())
         return {"name": recorder.name, "frames": recorder.frames}
+
+    def _recording_failed(self, recorder: Recorder) -> None:
+        text = f"record: {recorder.error}"[:500]
+        self.announce({"type": "error", "id": None, "code": "internal", "text": text})
+        self.announce(self.archive.listing())
+        self.changed()

@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 
+from . import log
 from .remote import last_line
 from .server import Server, serve
 from .worker import open_world
@@ -35,6 +36,7 @@ def play(args: argparse.Namespace) -> int:
         size=args.size,
         device=args.device,
     )
+    log.configure()
     server = Server(
         opener,
         host=args.host,
@@ -43,6 +45,8 @@ def play(args: argparse.Namespace) -> int:
         folder=args.folder,
         seed=args.seed,
         push=tuple(args.push),
+        max_files=args.max_files,
+        max_gb=args.max_gb,
     )
     asyncio.run(_until_interrupted(server, args.model))
     return 0

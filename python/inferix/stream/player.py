@@ -35,11 +35,18 @@ class Player:
     Args:
         announce: called with a `frame` message for each picture.
         shown: called when a picture has left the queue.
+        failed: called with a recording that has ended by itself; its `error` says why.
         sinks: get the pictures of world "a".
     """
 
-    def __init__(self, announce: Callable[[Message], None], shown: Callable[[], None], sinks: tuple[Sink, ...] = ()):
-        self.announce, self.shown, self.sinks = announce, shown, sinks
+    def __init__(
+        self,
+        announce: Callable[[Message], None],
+        shown: Callable[[], None],
+        failed: Callable[[Recorder], None],
+        sinks: tuple[Sink, ...] = (),
+    ):
+        self.announce, self.shown, self.failed, self.sinks = announce, shown, failed, sinks
         self.broadcast, self.clock = Broadcast(16), PlayoutClock(16)
         self.recorder: Recorder | None = None
         self.queue: deque[Picture] = deque()
@@ -60,18 +67,19 @@ class Player:
         self.clock.rest()
 
     def left(self) -> float:
-        """Seconds until a picture made now would be due."""
-        return self.clock.left(len(self.queue), time.monotonic())
+        """Seconds until a picture made now would be due: behind those that wait, but for what a pause holds back."""
+        held = sum(not self._may_show(picture) for picture in self.queue)
+        return self.clock.left(len(self.queue) - held, time.monotonic())
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            if not self._may_show():
+            if not (self.queue and self._may_show(self.queue[0])):
                 await self._rest()
                 continue
             due = self.clock.next(time.monotonic())
             await asyncio.sleep(due - time.monotonic())
-            if not self._may_show():
+            if not (self.queue and self._may_show(self.queue[0])):
                 continue  # rewound or paused in the meantime
             picture = self.queue.popleft()
             self.clock.show(due)
@@ -97,8 +105,8 @@ class Player:
         """The clock that pictures bear."""
         return round(time.monotonic() * TICKS)
 
-    def _may_show(self) -> bool:
-        return bool(self.queue) and not (self.paused and self.queue[0].block > self.until)
+    def _may_show(self, picture: Picture) -> bool:
+        return not self.paused or picture.block <= self.until
 
     async def _rest(self) -> None:
         self.ready.clear()
@@ -115,9 +123,8 @@ class Player:
         if self.recorder is None:
             return
         self.recorder.write(worlds)
-        if error := self.recorder.error:
-            await self.stop_recording()
-            self.announce({"type": "error", "id": None, "code": "internal", "text": f"record: {error}"[:500]})
+        if self.recorder.error and (recorder := await self.stop_recording()):
+            self.failed(recorder)
 
     async def stop_recording(self) -> Recorder | None:
         """Finish the recording, if there is one."""

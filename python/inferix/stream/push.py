@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import multiprocessing
+import os
 import queue
+import shutil
 import signal
 import threading
 import time
@@ -24,10 +27,11 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 
-from ..media import require_writable
+from ..media import LEAST_BYTES, OutputFile, require_writable
 from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait
+START = 60.0  # seconds for our own process to be there, on a machine that is busy
 PATIENCE = 8.0  # seconds for a server to take a connection or a picture
 FAREWELL = 1.2  # seconds to end a stream properly
 REST = 0.5  # seconds without a new picture until the last one is sent again: servers drop who is silent
@@ -136,8 +140,11 @@ class Sink:
     def _feed(self, pipe: Connection) -> str:
         """Give a picture whenever one is asked for."""
         live, last = False, None
+        if not self._ready(pipe, START):
+            return "the pushing process did not start"
+        pipe.recv()
         while True:
-            if not self._ready(pipe):
+            if not self._ready(pipe, PATIENCE):
                 return "no answer" if not self._closing.is_set() else "closed"
             error = pipe.recv()
             if error is not None:
@@ -161,9 +168,9 @@ class Sink:
             if picture is None:
                 return "closed"
 
-    def _ready(self, pipe: Connection) -> bool:
+    def _ready(self, pipe: Connection, patience: float) -> bool:
         """Has the process said something in time? It has less of it once we are closing."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while not pipe.poll(0.1):
             if time.monotonic() > deadline:
                 return False
@@ -178,12 +185,15 @@ class Sink:
 
 
 def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int, int]) -> None:
-    """The process: asks for a picture by sending None, encodes and sends it, and asks again; None ends the stream. A
-    text instead says what went wrong."""
+    """The process: sends None to say that it is there, and once more for each picture that it can take, which it then
+    encodes and sends on; a picture that is None ends the stream. A text instead says what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe.send(None)
     options = {"hls_time": "2", "hls_list_size": "0", "hls_flags": "append_list"} if format == "hls" else {}
     try:
-        with av.open(target, "w", format=format, options=options) as container:
+        # HLS is many files, which libavformat opens itself, and about whose errors it says nothing.
+        file = OutputFile(target, "--push") if format != "hls" and not urlsplit(target).scheme else None
+        with av.open(file or target, "w", format=format, options=options) as container:
             name, settings = choose("h264")
             stream: Any = container.add_stream(name)
             configure(stream.codec_context, "h264", size, fps, TICK)
@@ -197,13 +207,18 @@ def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int
                 pts = max(pts + 1, round((time.monotonic() - started) / TICK))
                 image.pts, image.time_base = pts, TICK
                 container.mux(stream.encode(image))
+                if file and file.error:
+                    raise file.error
+                if format == "hls" and shutil.disk_usage(Path(target).parent).free < LEAST_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 pipe.send(None)
             container.mux(stream.encode(None))
     except EOFError:
         pass  # the server is gone
-    except (av.error.FFmpegError, OSError, RuntimeError) as error:
+    except (av.error.FFmpegError, OSError, RuntimeError, ValueError) as error:
         # Everyone is shown this: without the target, which str(error) ends with and which may hold a channel's key.
-        pipe.send((getattr(error, "strerror", None) or str(error))[:200])
+        text = str(error).removeprefix("--push: ").replace(repr(target), Path(target).name)
+        pipe.send((getattr(error, "strerror", None) or text)[:200])
 
 
 def _format_of(target: str) -> str:

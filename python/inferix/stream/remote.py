@@ -8,10 +8,14 @@ import itertools
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from . import worker
+
+START = 120.0  # seconds for the process to be there, on a machine that is busy
+SILENCE = 10.0  # seconds without a heartbeat: it is stopped, or stuck
 
 
 class Refused(ValueError):
@@ -44,6 +48,10 @@ class Remote:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {0: self._loop.create_future()}
         self._reason: str | None = None
+        self._asked: dict[
+            int, float
+        ] = {}  # when what is waited for was asked, `prepare` apart: it runs beside the rest
+        self._heard = time.monotonic() + START  # of the process
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=worker.serve, args=(theirs, opener), daemon=True, name="inferix-worlds")
@@ -73,11 +81,28 @@ class Remote:
             raise Broken(self._reason)
         number = next(self._numbers)
         future = self._waiting[number] = self._loop.create_future()
+        if name != "prepare":
+            self._asked[number] = time.monotonic()
         try:
             self._connection.send((number, name, arguments))
         except OSError:
             self._fail("the worker process has ended")
         return await future
+
+    def hangs(self, limit: float) -> str | None:
+        """Why the process counts as stuck: it says nothing any more, or works on a request for more than `limit`
+        seconds. None: it does not."""
+        now = time.monotonic()
+        if now - self._heard > SILENCE:
+            return f"the worker process says nothing for {now - self._heard:.0f} s"
+        if self._asked and now - min(self._asked.values()) > limit:
+            return f"the worker process has been at one request for {now - min(self._asked.values()):.0f} s"
+        return None
+
+    def kill(self, reason: str) -> None:
+        """End the process at once. What was asked of it raises Broken, with this reason."""
+        self._reason = self._reason or reason
+        self._process.kill()
 
     async def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -100,7 +125,9 @@ class Remote:
         try:
             while True:
                 message = self._connection.recv()
-                self._loop.call_soon_threadsafe(self._settle, *message)
+                self._heard = time.monotonic()
+                if message is not None:
+                    self._loop.call_soon_threadsafe(self._settle, *message)
         except (EOFError, OSError):
             self._process.join(1.0)
             code = self._process.exitcode
@@ -109,6 +136,7 @@ class Remote:
                 self._loop.call_soon_threadsafe(self._fail, f"the worker process {how}")
 
     def _settle(self, number: int, result: Any, error: tuple[str, str] | None) -> None:
+        self._asked.pop(number, None)
         future = self._waiting.pop(number, None) if number else self._waiting[0]
         if future is None or future.done():
             return

@@ -1,4 +1,4 @@
-"""The server: the page, the WebSocket behind it, and who may come in.
+"""The server: the page, the WebSocket behind it, and the recordings.
 
 On 127.0.0.1 whoever can open a socket may watch and drive; anywhere else only who knows the token. Either way a page
 of another site can't reach us through a visitor's browser: a WebSocket's Origin must be our own address, and without a
@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import hmac
-import ipaddress
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import resources
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from aiohttp import web
 
-from . import protocol
+from . import MAX_FILES, MAX_GB, protocol
+from .access import is_loopback, is_welcome
 from .archive import Archive
 from .client import Client
+from .door import Door
 from .protocol import Message
 from .push import Sink
 from .session import Session
 
 MAX_VIEWERS = 32
+MAX_DOWNLOADS = 8
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 TYPES = {
     ".html": "text/html",
@@ -44,13 +46,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Lobby:
@@ -120,7 +115,7 @@ class Server:
         opener: opens the world, in a process of its own.
         host, port: to listen at; port 0 takes any that is free.
         token: whoever comes must know it; None makes one, unless the host is this machine alone.
-        folder: for saved worlds and recordings.
+        folder: for saved worlds and recordings; max_files, max_gb: see Archive.
         push: addresses and files that the video also goes to.
     """
 
@@ -134,15 +129,19 @@ class Server:
         folder: str = "inferix-worlds",
         seed: int = 0,
         push: tuple[str, ...] = (),
+        max_files: int = MAX_FILES,
+        max_gb: float = MAX_GB,
     ):
         self.host, self.port = host, port
         self.token = token or (None if is_loopback(host) else secrets.token_urlsafe(16))
-        self.archive = Archive(folder)
+        self.archive = Archive(folder, max_files, max_gb)
         sinks = tuple(Sink(target) for target in push)
         self.session = Session(opener, lambda message: self.lobby.announce(message), self.archive, seed, sinks)
         self.lobby = Lobby(self.session)
         self.pages = _pages()
         self._runner: web.AppRunner | None = None
+        self._door: Door | None = None
+        self._downloads = 0
 
     @property
     def address(self) -> str:
@@ -160,14 +159,16 @@ class Server:
         app.router.add_get("/ws", self._socket)
         app.router.add_get("/files/{name}", self._file)
         app.router.add_get("/{page}", self._page)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.5)
+        self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0.5)
         await self._runner.setup()
+        assert self._runner.server is not None
+        self._door = Door(self._runner.server)
         try:
-            await web.TCPSite(self._runner, self.host, self.port).start()
-        except (OSError, OverflowError) as error:
+            await self._door.open(self.host, self.port)
+        except (OSError, OverflowError, UnicodeError) as error:
             await self._runner.cleanup()
             raise ValueError(f"--host, --port: cannot listen at {self.host}:{self.port} ({error})") from None
-        self.port = self._runner.addresses[0][1]
+        self.port = self._door.port
         await self.session.start()
 
     async def close(self) -> None:
@@ -175,34 +176,28 @@ class Server:
         for client in tuple(self.lobby.clients):
             await client.leave()
         await self.session.close()
+        if self._door is not None:
+            self._door.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+        assert self._door is not None
         try:
-            welcome = self._welcome(request)
-        except ValueError:  # an address that is none, or bytes that are no text
+            welcome = is_welcome(request, self.host, self.token)
+        except ValueError:  # cookies or a query that can't be read
             welcome = False
         if not welcome:
-            raise web.HTTPForbidden(
-                text="This world is not open to you. Use the address that `inferix play` printed.\n"
-            )
+            text = "This world is not open to you. Use the address that `inferix play` printed.\n"
+            raise _refusal(web.HTTPForbidden, text)
+        if request.body_exists:
+            raise _refusal(web.HTTPBadRequest, "A request must have no body.\n")
+        self._door.welcome(request)
         response: web.StreamResponse = await handler(request)
         if self.token and "token" in request.query and not response.prepared:
             response.set_cookie("inferix", self.token, httponly=True, samesite="Strict")
         return response
-
-    def _welcome(self, request: web.Request) -> bool:
-        host = request.headers.get("Host", "")
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return False
-        if self.token is None:
-            name = urlsplit(f"//{host}").hostname or ""
-            return is_loopback(name) or name == self.host
-        given = request.query.get("token") or request.cookies.get("inferix") or ""
-        return hmac.compare_digest(given.encode(), self.token.encode())
 
     async def _page(self, request: web.Request) -> web.Response:
         name = request.match_info.get("page", "index.html")
@@ -215,7 +210,9 @@ class Server:
         path = self.archive.videos().get(request.match_info["name"])
         if path is None:
             raise web.HTTPNotFound(text="There is no such recording.\n")
-        return web.FileResponse(path, headers=HEADERS | {"Content-Disposition": f'attachment; filename="{path.name}"'})
+        if self._downloads >= MAX_DOWNLOADS:
+            raise web.HTTPServiceUnavailable(text=f"{MAX_DOWNLOADS} recordings are being fetched already.\n")
+        return _Download(self, path)
 
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         if len(self.lobby.clients) >= MAX_VIEWERS:
@@ -229,14 +226,42 @@ class Server:
             timeout=0.5,
             compress=False,
         )
-        await socket.prepare(request)
-        client = Client(self.lobby, socket, self.lobby.name())
-        self.lobby.enter(client)
-        try:
-            await client.run()
-        finally:
-            self.lobby.leave(client)
+        assert self._door is not None
+        with self._door.host(request):
+            await socket.prepare(request)
+            client = Client(self.lobby, socket, self.lobby.name())
+            self.lobby.enter(client)
+            try:
+                await client.run()
+            finally:
+                self.lobby.leave(client)
         return socket
+
+
+class _Download(web.FileResponse):
+    """A recording on its way, which may take a while."""
+
+    def __init__(self, server: Server, path: Path):
+        super().__init__(path, headers=HEADERS | {"Content-Disposition": f'attachment; filename="{path.name}"'})
+        self._server = server
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        """Send it, all of it."""
+        server = self._server
+        assert server._door is not None
+        server._downloads += 1
+        try:
+            with server._door.host(request):
+                return await super().prepare(request)
+        finally:
+            server._downloads -= 1
+
+
+def _refusal(kind: type[web.HTTPError], text: str) -> web.HTTPError:
+    """An answer after which nothing more is read."""
+    refusal = kind(text=text)
+    refusal.force_close()
+    return refusal
 
 
 def _pages() -> dict[str, tuple[bytes, str]]:

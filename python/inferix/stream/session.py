@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,10 +29,13 @@ from .steering import Steering
 
 UNREAD = 8  # prompts that may wait for their encoding
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
+# A worker that has been at one request for so long counts as stuck, if a reset waits for it: four times as long as
+# blocks take, but not before the first of these seconds; before a block has been made, the second.
+STUCK, STUCK_AT_FIRST = 120.0, 900.0
 AT_ONCE = frozenset({"pause", "resume", "step", "steer", "record"})  # need no worlds, and don't wait for their block
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Command:
     name: str
     arguments: dict[str, Any]
@@ -60,7 +64,7 @@ class Session(Commands):
         self.opener, self.announce, self.archive = opener, announce, archive
         self.remote: Remote | None = None
         self.model: dict[str, Any] = {}  # Stage.describe
-        self.player = Player(announce, self._wake, sinks)
+        self.player = Player(announce, self._wake, self._recording_failed, sinks)
         self.phase, self.crash, self.seed = "opening", "", seed
         self.made: dict[str, int] = {"a": 0}
         self.undo: dict[str, int] = {"a": 0}
@@ -74,6 +78,7 @@ class Session(Commands):
         self._reading, self._unread = asyncio.Lock(), 0  # prompts, one after the other as they were said
         self._changed = asyncio.Event()
         self.tried = asyncio.Event()  # to open the first world: it runs, or `crash` says why not
+        self._watching: set[asyncio.Task[None]] = set()  # over resets
         self._making: asyncio.Task[None] | None = None
         self._showing: asyncio.Task[None] | None = None  # begun anew with each world: what it met ends the world
         self.recent: deque[Message] = deque(maxlen=AHEAD + 2)  # the last blocks' events, for who joins
@@ -146,7 +151,20 @@ class Session(Commands):
         else:
             self._commands.append(command)
             self._changed.set()
+        if name == "reset":
+            watching = asyncio.create_task(self._see_to(command), name="session reset")
+            self._watching.add(watching)
+            watching.add_done_callback(self._watching.discard)
         return await asyncio.shield(command.done)  # who asked may leave; what was asked is done all the same
+
+    async def _see_to(self, reset: Command) -> None:
+        """A reset comes about even if the worker is stuck: then it is replaced."""
+        while not reset.done.done():
+            await asyncio.wait((reset.done,), timeout=1.0)
+            expected = self.lead.expected
+            limit = STUCK_AT_FIRST if expected is None else max(STUCK, 4 * expected)
+            if not reset.done.done() and self.remote and (why := self.remote.hangs(limit)):
+                self.remote.kill(f"{why}, and was replaced")
 
     async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
         """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks, and one
@@ -163,8 +181,11 @@ class Session(Commands):
                 await self._call("prepare", text=text)
         finally:
             self._unread -= 1
-        worlds = [name for name in worlds if name in self.made]
-        self.steering.say(worlds, text, recache, id)
+        if not (worlds := [name for name in worlds if name in self.made]):
+            raise Refused("prompt: its world has gone")
+        for old in self.steering.say(worlds, text, recache, id):
+            gone: Message = {"id": old.id, "text": old.text, "worlds": [], "state": "replaced", "frame": None}
+            self.announce({"type": "prompt", **gone})
         self.announce({"type": "prompt", "id": id, "text": text, "worlds": worlds, "state": "waiting", "frame": None})
         self._changed.set()
 
@@ -213,14 +234,15 @@ class Session(Commands):
         self.phase, self.crash = "crashed", reason[-4000:]
         self.tried.set()
         self.player.clear()
-        self._fail_commands("the world is broken: reset it")
+        resets = [command for command in self._commands if command.name == "reset"]
+        self._fail_commands("the world is broken: reset it", keep=resets)
         self.changed()
 
-    def _fail_commands(self, why: str) -> None:
-        while self._commands:
-            command = self._commands.popleft()
-            if not command.done.done():
+    def _fail_commands(self, why: str, keep: Sequence[Command] = ()) -> None:
+        for command in self._commands:
+            if command not in keep and not command.done.done():
                 command.done.set_exception(Refused(f"{command.name}: {why}"))
+        self._commands = deque(keep)
 
     async def _until_reset(self) -> None:
         while not self._commands:
@@ -237,7 +259,7 @@ class Session(Commands):
                 self._showing.result()  # raises what the player met
             wait: float | None = None
             if not self.player.paused or self._steps:
-                wait = self.lead.wait(0.0 if self.player.paused else self.player.left())
+                wait = self.lead.wait(self.player.left())
                 if wait <= 0:
                     return
             self._changed.clear()
@@ -304,13 +326,23 @@ class Session(Commands):
         try:
             result = await getattr(self, f"_do_{command.name}")(**command.arguments)
         except (ValueError, OSError) as refusal:  # Refused, or a file that can't be written
-            command.done.set_exception(Refused(str(refusal)))
+            command.done.set_exception(Refused(self._words(command, refusal)))
         except BaseException as error:
-            what = error.line if isinstance(error, Broken) else error
-            command.done.set_exception(Refused(f"{command.name}: {what}"))
+            if isinstance(error, Broken) and command.name == "reset":
+                self._commands.appendleft(command)  # that is what it is for
+            else:
+                what = error.line if isinstance(error, Broken) else error
+                command.done.set_exception(Refused(f"{command.name}: {what}"))
+            if isinstance(error, Exception) and command.name in AT_ONCE:
+                return  # the worlds have no part in it
             raise
         else:
             command.done.set_result(result)
             self.changed()
         finally:
             self._following = False
+
+    def _words(self, command: Command, refusal: Exception) -> str:
+        """Begins with the command, and names files without their folder, which is nobody's business."""
+        text = str(refusal).replace(f"{self.archive.folder}{os.sep}", "")
+        return text if text.startswith(command.name) else f"{command.name}: {text}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .worker import Order
 
@@ -63,19 +63,24 @@ class Steering:
         """The driver is gone, or another one comes: all keys are up, and sequence numbers begin anew."""
         self.seq, self._held, self._tapped = -1, (), None
 
-    def say(self, worlds: Sequence[str], text: str, recache: bool | None, id: str | None) -> None:
+    def say(self, worlds: Sequence[str], text: str, recache: bool | None, id: str | None) -> list[Words]:
+        """Words for some worlds, from the next block on. They take the place of others that wait for it, so that each
+        world has one prompt waiting at most, however long the block takes to come.
+
+        Returns:
+            those that no world will follow any more.
+        """
+        replaced = self._follow(lambda words: [name for name in words.worlds if name not in worlds])
         self._waiting.append(Words(list(worlds), text, recache, id))
+        return replaced
 
     def orders(self, worlds: Sequence[str], now: float | None = None) -> tuple[dict[str, Order], int, list[Words]]:
-        """One order per world for the block that begins now, the keys' sequence number, and the words that it follows.
-
-        Of several prompts for one world the last one holds.
-        """
-        said, self._waiting = [words for words in self._waiting if words.worlds], []
+        """One order per world for the block that begins now, the keys' sequence number, the words that it follows."""
+        said, self._waiting = self._waiting, []
         action = self._action(time.monotonic() if now is None else now)
         orders = {}
         for name in worlds:
-            words = next((words for words in reversed(said) if name in words.worlds), None)
+            words = next((words for words in said if name in words.worlds), None)
             orders[name] = Order(
                 action=action if name in self.worlds else self.actions[0] if self.actions else None,
                 prompt=words.text if words else None,
@@ -93,12 +98,19 @@ class Steering:
 
     # Worlds come and go
 
+    def _follow(self, worlds: Callable[[Words], list[str]]) -> list[Words]:
+        """Say anew for which worlds the words are that wait. Returns those that are for none, and wait no more."""
+        for words in self._waiting:
+            words.worlds = worlds(words)
+        gone = [words for words in self._waiting if not words.worlds]
+        self._waiting = [words for words in self._waiting if words.worlds]
+        return gone
+
     def keep(self, worlds: Sequence[str]) -> None:
         """Only these worlds exist now."""
         self.worlds = [name for name in self.worlds if name in worlds] or ["a"]
         self.prompts = {name: text for name, text in self.prompts.items() if name in worlds}
-        for words in self._waiting:
-            words.worlds = [name for name in words.worlds if name in worlds]
+        self._follow(lambda words: [name for name in words.worlds if name in worlds])
 
     def fork(self) -> None:
         """The new world knows the words of the first, and is the one to follow."""
@@ -112,8 +124,7 @@ class Steering:
         """Of two worlds one ends; the other is "a" from now on, under its own words."""
         other = "b" if world == "a" else "a"
         self.prompts = {"a": self.prompts.get(other)}
-        for words in self._waiting:
-            words.worlds = ["a"] if other in words.worlds else []
+        self._follow(lambda words: ["a"] if other in words.worlds else [])
         self.worlds = ["a"]
 
     def begin(self, text: str | None, known: str | None = None) -> None:

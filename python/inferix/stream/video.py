@@ -180,6 +180,7 @@ class Broadcast:
         # One thread: a fork is shown at once, beside the clock's next picture, and a cancelled `show` leaves its work
         # behind, but two pictures at a time in one encoder crash the process. And one core's caches hold the encoder.
         self._thread = ThreadPoolExecutor(1, "encoder")
+        self._thread.submit(int)  # it begins now: if it could not begin later, that would end the show
         self._keyframe: set[str] = set()
 
     def subscribe(self, codec: str, arrived: Callable[[], None]) -> Subscription:

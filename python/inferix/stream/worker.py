@@ -2,12 +2,15 @@
 
 The parent sends (id, name, arguments) and gets (id, result, error) for each. It decides when a block is made and
 under which controls; here it is only made. Requests are done one by one, but for `prepare`, which may take seconds for
-a large text encoder and runs beside them.
+a large text encoder and runs beside them. A heartbeat, None, says every second that the process lives. All threads are
+there before the first request: one that can't be started later ends nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import queue
 import signal
 import threading
 import time
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSED, BROKEN = "refused", "broken"
+HEARTBEAT = 1.0  # seconds
 UNDO_SECONDS = 15.0
 # Requests that leave the worlds as they were if they fail, for whatever reason: a full disk, a store without room.
 HARMLESS = frozenset({"prepare", "fork", "save", "load"})
@@ -233,6 +237,8 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     """The process: answers until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
     lock = threading.Lock()
+    stage: list[Stage] = []
+    texts: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
 
     def reply(number: int, name: str, work: Callable[..., Any], /, **arguments: Any) -> None:
         result, error = None, None
@@ -247,21 +253,33 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         with lock:
             connection.send((number, result, error))
 
-    stage: list[Stage] = []
-
     def open_stage() -> dict[str, Any]:
         stage.append(Stage(opener))
         return stage[0].describe()
 
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # the parent is gone
+            while True:
+                with lock:
+                    connection.send(None)
+                time.sleep(HEARTBEAT)
+
+    def read_texts() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                number, arguments = texts.get()
+                reply(number, "prepare", stage[0].prepare, **arguments)
+
     try:
+        for run in (beat, read_texts):
+            threading.Thread(target=run, daemon=True, name=run.__name__).start()
         reply(0, "open", open_stage)
         while stage:
             number, name, arguments = connection.recv()
-            work = getattr(stage[0], name)
             if name == "prepare":
-                threading.Thread(target=reply, args=(number, name, work), kwargs=arguments, daemon=True).start()
+                texts.put((number, arguments))
             else:
-                reply(number, name, work, **arguments)
+                reply(number, name, getattr(stage[0], name), **arguments)
             if name == "step" and not connection.poll():
                 stage[0].settle()
     except (EOFError, OSError):

@@ -49,7 +49,7 @@ class TinyWorld:
         self.network, config = network.eval().requires_grad_(False), network.config
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
         self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
-        self._prompts: dict[str, Cross] = {}
+        self._themes: dict[tuple[int, int], Cross] = {}  # as many as there are, however they are worded
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         angles = rope_angles(self.network.config, torch.tensor(frames)).flatten(0, 1)
@@ -57,10 +57,11 @@ class TinyWorld:
 
     @torch.inference_mode()
     def condition(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, Cross]:
-        """Actions [1, 1, frames], and the prompt's cross-attention keys and values, computed once per prompt."""
-        if prompt not in self._prompts:
-            self._prompts[prompt] = self.network.prompt_cache(torch.tensor([[parse_theme(prompt)]]))
-        return torch.tensor([[[parse_action(action) for action in actions]]]), self._prompts[prompt]
+        """Actions [1, 1, frames], and the prompt's cross-attention keys and values, computed once per theme."""
+        theme = parse_theme(prompt)
+        if theme not in self._themes:
+            self._themes[theme] = self.network.prompt_cache(torch.tensor([[theme]]))
+        return torch.tensor([[[parse_action(action) for action in actions]]]), self._themes[theme]
 
     def predict(
         self,

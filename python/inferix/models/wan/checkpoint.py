@@ -104,7 +104,7 @@ def load_network(
             network = WanNetwork(config)
         wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
         _check(tensors, wanted, str(path))
-    merge(tensors, lora, parts)
+    merge(tensors, lora, dtype, parts)
     state = {name: _assemble(tensors, name).to(device, dtype) for name in wanted}
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ not hold is a ValueError of one line, no index leads out of its folder, and noth
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import reprlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,7 +104,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") if names else "none"
 
 
-def shape_of(tensors: dict[str, Tensor] | Any, name: str, dims: Sequence[int], source: str, what: str) -> torch.Size:
+def shape_of(tensors: Mapping[str, Tensor], name: str, dims: Sequence[int], source: str, what: str) -> torch.Size:
     """The shape of a tensor that shows sizes of a network.
 
     Raises:
@@ -111,7 +112,7 @@ def shape_of(tensors: dict[str, Tensor] | Any, name: str, dims: Sequence[int], s
     """
     if name not in tensors:
         raise ValueError(f"weights: {source} is no {what}: it has no {name}")
-    shape: torch.Size = tensors[name].shape
+    shape = tensors[name].shape
     if len(shape) not in dims or 0 in shape:
         count = " or ".join(map(str, dims))
         raise ValueError(f"weights: {source}: {name} must have {count} dimensions, none of them 0, got {list(shape)}")
@@ -130,7 +131,7 @@ def count_layers(names: Iterable[str], prefix: str, source: str) -> int:
     return len(numbers)
 
 
-def check_floating(tensors: dict[str, Tensor] | Any, names: Iterable[str], source: str) -> None:
+def check_floating(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> None:
     """Weights must be numbers with a fraction, of whatever width."""
     for name in names:
         if not tensors[name].is_floating_point():
@@ -141,16 +142,36 @@ def pretrained(kind: Any, folder: Path, what: str, **options: Any) -> Any:
     """A model of transformers or diffusers from its folder, and from nowhere else.
 
     Raises:
-        ValueError: it can't be read, a weight is missing from it, or an index in it names a file elsewhere.
+        ValueError: it can't be read, its tensors are not those of its config, or an index in it names a file elsewhere.
     """
     library = kind.__module__.partition(".")[0]
-    with reading(folder, f"{what} that {library} can read"):
+    with reading(folder, f"{what} that {library} can read"), _quiet(library):
         for index in folder.glob("*.index.json"):
             _shards(index, "weights")
         found, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-        if missing := sorted(map(str, info["missing_keys"])):  # which they would fill with random numbers
-            raise ValueError(f"weights: {folder} is not {what} that {library} can read: it has no {shown(missing)}")
+        # What is missing they would fill with random numbers, and what is too much leave out: of a whole model that is
+        # its other half, but of a model like this one its last layers.
+        missing = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
+        alike = {re.sub(r"\d+", "#", name) for name in found.state_dict()}
+        more = [name for name in sorted(map(str, info["unexpected_keys"])) if re.sub(r"\d+", "#", name) in alike]
+        if missing or more:
+            raise ValueError(
+                f"weights: {folder} is not {what} that {library} can read: missing {shown(missing)}, unexpected "
+                f"{shown(more)}, if its config is right"
+            )
     return found
+
+
+@contextlib.contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Without the tables that a library prints of what it makes up: that is an error here."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _kind(path: Path, argument: str) -> str:
@@ -234,7 +255,9 @@ def _read_shards(path: Path, argument: str) -> dict[str, Tensor]:
         with reading(found[0], "a safetensors file", argument):
             kind = _kind(found[0], argument)
             if kind not in ("safetensors", "zstd"):
-                raise ValueError(f"{argument}: {found[0]} must be a safetensors file, as a shard, got a {kind}")
+                raise ValueError(
+                    f"{argument}: {found[0]} must be a safetensors file, as a shard: it is of the kind {kind}"
+                )
             held, _ = _read_safetensors(found[0], kind, argument)
         if twice := sorted(tensors.keys() & held.keys()):
             raise ValueError(f"{argument}: {path} names shards that hold the same tensors: {shown(twice)}")

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .containers import read_json, read_tensors, shown
@@ -148,12 +149,13 @@ def number(value: object, what: str) -> float:
     return result
 
 
-def merge(tensors: dict[str, Tensor], lora: Lora, parts: Sequence[str] = ()) -> None:
+def merge(tensors: dict[str, Tensor], lora: Lora, dtype: torch.dtype, parts: Sequence[str] = ()) -> None:
     """Add low-rank updates to the weights they are for, in float32, and round once.
 
     Args:
         tensors: under published names, q, k and v apart or packed; changed in place.
         lora: see `Lora`.
+        dtype: that the sums are rounded to, whatever that of the file: 8 bits would lose what is added.
         parts: names of state dicts that a pickle may hold them under.
 
     Raises:
@@ -170,7 +172,7 @@ def merge(tensors: dict[str, Tensor], lora: Lora, parts: Sequence[str] = ()) -> 
         weight = tensors[name].float().clone()
         for update in wanted:
             update.add_to(weight)
-        tensors[name] = weight.to(tensors[name].dtype)
+        tensors[name] = weight.to(dtype)
 
 
 def settings_of(path: Path, header: Mapping[str, str], updates: Mapping[str, Tensor]) -> Iterator[Settings]:
@@ -225,12 +227,15 @@ def read_updates(
         else:
             found.setdefault(match["module"], {})[role] = tensor
     places, made = _Places(tensors), []
+    taken: dict[tuple[str, int | None], str] = {}
     for module, parts in found.items():
         weight, bias = places.find(module, "weight"), places.find(module, "bias")
         if weight is None or (bias is None and {"B_bias", "diff_b"} & parts.keys()):
             strangers.append(next(name for name in updates if name.startswith(module + ".")))
             continue
         target = places.name(weight)
+        if taken.setdefault(weight, module) != module:
+            raise ValueError(f"lora: {source} holds updates of {target} twice, as {taken[weight]} and as {module}")
         scale = _scale(module, parts, settings, f"{source}: {target}")
         if ("A" in parts) != ("B" in parts) or not parts.keys() - {"alpha", "B_bias"}:
             held = ", ".join(sorted(parts))

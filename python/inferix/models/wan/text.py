@@ -144,14 +144,15 @@ class PromptEncoder:
     def _encode(self, prompt: str) -> Tensor:
         with LOADING:
             tokenizer, encoder = self._load()
-        tokens = tokenizer(
-            [self.clean(prompt)],
-            max_length=self.text_len,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+        with reading(self.folder, "that of a text encoder"):  # settings that were read may still make no sense
+            tokens = tokenizer(
+                [self.clean(prompt)],
+                max_length=self.text_len,
+                truncation=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            )
+            hidden: Tensor = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
         return hidden.float().contiguous()
 
     def _load(self) -> tuple[Any, Any]:

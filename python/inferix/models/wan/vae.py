@@ -42,7 +42,9 @@ def load_vae(folder: Path, device: torch.device | str = "cpu") -> VAE:
         model = pretrained(kind, folder / "vae", "a VAE", **options)
     else:
         model = _published_vae(folder / PUBLISHED, kind)
-    return VAE(model.eval().requires_grad_(False).to(device))
+    model = model.eval().requires_grad_(False).to(device)
+    with reading(folder, "that of a VAE"):
+        return VAE(model)
 
 
 def _published_vae(path: Path, kind: Any) -> Any:
@@ -66,8 +68,16 @@ class VAE:
 
     def __init__(self, model: Any):
         self.model, self.turn = model, threading.Lock()
-        mean, std = (torch.tensor(model.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
-        self.mean, self.std = (x.to(model.device, model.dtype) for x in (mean, std))
+        mean, std = (torch.tensor(model.config[f"latents_{name}"], dtype=torch.float32) for name in ("mean", "std"))
+        size = (model.config["z_dim"],)
+        if (
+            mean.shape != size
+            or std.shape != size
+            or not mean.isfinite().all()
+            or not (std.isfinite() & (std > 0)).all()
+        ):
+            raise ValueError(f"latents_mean and latents_std must be {size[0]} numbers each, those of std positive")
+        self.mean, self.std = (x.view(1, -1, 1, 1, 1).to(model.device, model.dtype) for x in (mean, std))
 
     def open(self) -> VideoStream:
         return VideoStream(self)

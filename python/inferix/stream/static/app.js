@@ -70,6 +70,7 @@ on("block", (block) => {
   if (!dragging) timeline();
 });
 on("prompt", (prompt) => {
+  if (prompt.state === "replaced") return; // by one that is announced next
   said = prompt;
   effect();
 });
