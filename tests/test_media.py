@@ -243,6 +243,16 @@ def test_ctrl_c_waits_for_the_file(tmp_path: Path, frames: np.ndarray, monkeypat
     assert sent and len(decode(path, 4)) == video.frames > 0
 
 
+def test_an_encoder_that_is_not_there_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ValueError("no codec")
+
+    monkeypatch.setattr("inferix.media.Fraction", missing)
+    with pytest.raises(ValueError, match="no codec"):
+        VideoWriter(tmp_path / "v.mp4", 16, (SIZE, SIZE))
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", [VideoWriter, LatentWriter])
 def test_a_second_writer_of_a_file_is_refused(tmp_path: Path, kind: type) -> None:
     path = tmp_path / {VideoWriter: "v.mp4", LatentWriter: "v.npy"}[kind]
@@ -300,6 +310,10 @@ def test_live_video_says_what_its_colours_are(size: tuple[int, int], codec: str,
 def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"--out must end in \.mp4, got '.*world\.avi'"):
         VideoWriter(tmp_path / "world.avi", 16, (SIZE, SIZE))
+    with pytest.raises(
+        ValueError, match="--scale must make 96 x 96 pixels at most 16,384 a side and 35,651,584 in all"
+    ):
+        VideoWriter(tmp_path / "large.mp4", 16, (SIZE, SIZE), scale=63)
     with pytest.raises(ValueError, match="--scale must make 3 x 4 pixels an even height and width, got 1"):
         VideoWriter(tmp_path / "odd.mp4", 16, (3, 4), scale=1)
     with (
