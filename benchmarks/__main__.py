@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from inferix_kernels._printing import while_read
+
 from . import families, sweep
 from .harness import commands
 from .harness.plan import FIRST
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded() -> int:
     """main, with an exit code of its own for what nobody foresaw: 1 is "something of ours is wrong"."""
     try:
-        return main()
+        return while_read(main)
     except Exception:
         traceback.print_exc()
         return 4

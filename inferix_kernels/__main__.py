@@ -20,6 +20,7 @@ import torch
 
 from . import chosen, hazards, ops, sass, testing
 from ._dispatch import AUTO, BACKENDS, PROVED, Unsupported, implementation
+from ._printing import while_read
 from .layout import Quantized, make_plan
 
 OPS = (
@@ -210,4 +211,4 @@ def gpu() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

@@ -35,10 +35,8 @@ from inferix.cli import main as inferix
 
 GENERATE = ["generate", "--threads", "1"]
 SAVES, PICTURES = 6, 64
-IMPORTS = [
-    "inferix.generate",
-    "inferix.saved",
-    "inferix.stream.recorder",
+IMPORTS = ["inferix.generate", "inferix.saved", "inferix.stream.recorder", "inferix.models.tiny"]
+LARGE_IMPORTS = [  # of the kinds that need packages
     "inferix.models.wan",
     "inferix.models.magi",
     "diffusers.models.autoencoders.autoencoder_kl_wan",
@@ -242,7 +240,7 @@ def soak(times: int, seed: int, folder: Path) -> list[str]:
             print(f"left out: {name}, which needs {', '.join(packages)}")
     write_weights(folder / "weights", names)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(IMPORTS)
+    processes.set_forkserver_preload(IMPORTS + LARGE_IMPORTS * any(every[name].needs for name in names))
     took: dict[str, float] = {}
     for name in names:
         whole = folder / "whole" / name

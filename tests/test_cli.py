@@ -105,7 +105,7 @@ BAD = {
     "threads": (["--threads", "0"], f"--threads must be from 1 to {MOST_THREADS}, got 0"),
     "many threads": (["--threads", "100000"], f"--threads must be from 1 to {MOST_THREADS}, got 100000"),
     "scale": (["--scale", "0"], "--scale must be at least 1, got 0"),
-    "large scale": (["--scale", "100000"], "--scale must make 96 x 96 pixels at most 16384 a side, got 100000"),
+    "large scale": (["--scale", "100000"], "--scale must make 96 x 96 pixels at most 16,384 a side and"),
     "guidance": (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
     "no file": (["--actions", "nowhere"], "--actions: cannot read 'nowhere'"),
     "backend": (["--backend", "abacus"], "backend must be"),

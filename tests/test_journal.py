@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_a_first_line_of_another_kind_is_refused_and_kept(tmp_path: Path, line: 
     with pytest.raises(ValueError, match="an unfinished video has its journal there"):
         Journal(path, SETTINGS, resume=False)
     assert path.read_bytes() == line
+
+
+def test_a_block_that_is_not_in_its_place_is_not_taken(tmp_path: Path) -> None:
+    """Lost, twice, or exchanged, though each is whole in itself."""
+    path, made = tmp_path / "j", blocks(7)
+    ends = []
+    for count in range(8):
+        path.unlink(missing_ok=True)
+        write(path, count)
+        ends.append(path.stat().st_size)
+    whole = path.read_bytes()
+    head, parts = whole[: ends[0]], [whole[a:b] for a, b in itertools.pairwise(ends)]
+    for order, taken in (((1, 2), 0), ((0, 2), 1), ((0, 0, 1), 1), ((3, 1, 2, 0), 0), ((0, 1, 5, 3, 4, 2), 2)):
+        path.write_bytes(head + b"".join(parts[i] for i in order))
+        journal = Journal(path, SETTINGS, resume=True)
+        assert journal.count == taken and is_start(journal.blocks, made)
+        journal.close(done=False)
 
 
 @pytest.mark.parametrize("shape", [[10**9, 10**9], [-1, 4], [1.5], "x", {}, [True], [[2]]])

@@ -19,6 +19,7 @@ from PIL import Image
 import inferix.media
 from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
+from inferix.stream.video import Encoder
 
 if TYPE_CHECKING:
     from conftest import SmallDisk
@@ -242,6 +243,16 @@ def test_ctrl_c_waits_for_the_file(tmp_path: Path, frames: np.ndarray, monkeypat
     assert sent and len(decode(path, 4)) == video.frames > 0
 
 
+def test_an_encoder_that_is_not_there_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ValueError("no codec")
+
+    monkeypatch.setattr("inferix.media.Fraction", missing)
+    with pytest.raises(ValueError, match="no codec"):
+        VideoWriter(tmp_path / "v.mp4", 16, (SIZE, SIZE))
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", [VideoWriter, LatentWriter])
 def test_a_second_writer_of_a_file_is_refused(tmp_path: Path, kind: type) -> None:
     path = tmp_path / {VideoWriter: "v.mp4", LatentWriter: "v.npy"}[kind]
@@ -283,9 +294,26 @@ def test_a_video_says_what_its_colours_are(tmp_path: Path, size: tuple[int, int]
     assert abs(as_said.astype(int) - colour).max() <= 3
 
 
+@pytest.mark.parametrize("codec, said, name", [("h264", (1, 1, 1, 1), "ITU709"), ("vp8", (5, 2, 2, 1), "ITU601")])
+@pytest.mark.parametrize("size", [(96, 96), (720, 1280)])
+def test_live_video_says_what_its_colours_are(size: tuple[int, int], codec: str, said: tuple, name: str) -> None:
+    """H.264 BT.709, limited range; VP8, which has no way to say more, BT.601, as every decoder takes it."""
+    encoder, decoder = Encoder(codec, size, 16), av.CodecContext.create(codec, "r")
+    colour = np.array((200, 40, 60), np.uint8)
+    packet = encoder.encode(np.broadcast_to(colour, (*size, 3)), 0, 0, True)
+    (frame,) = [*decoder.decode(av.Packet(packet.data)), *decoder.decode(None)]
+    assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == said
+    seen = frame.reformat(format="rgb24", src_colorspace=name).to_ndarray()
+    assert abs(seen[size[0] // 2, size[1] // 2].astype(int) - colour).max() <= 4
+
+
 def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"--out must end in \.mp4, got '.*world\.avi'"):
         VideoWriter(tmp_path / "world.avi", 16, (SIZE, SIZE))
+    with pytest.raises(
+        ValueError, match="--scale must make 96 x 96 pixels at most 16,384 a side and 35,651,584 in all"
+    ):
+        VideoWriter(tmp_path / "large.mp4", 16, (SIZE, SIZE), scale=63)
     with pytest.raises(ValueError, match="--scale must make 3 x 4 pixels an even height and width, got 1"):
         VideoWriter(tmp_path / "odd.mp4", 16, (3, 4), scale=1)
     with (

@@ -6,12 +6,11 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from .stream import MAX_FILES, MAX_GB
 
-USAGE, INTERRUPTED, NOBODY_READS = 2, 130, 141
+USAGE, INTERRUPTED = 2, 130
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
 # Options of play, not for the terminal.
 PAGE_ONLY = ("host", "port", "token", "folder", "max_files", "max_gb", "push", "undo", "worlds")
@@ -22,27 +21,13 @@ LORA_HELP = "low-rank updates to merge into the weights; may be repeated (defaul
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
-    return while_read(lambda: _main(argv))
-
-
-def while_read(run: Callable[[], int]) -> int:
-    """What `run` returns or, quietly, 141, if whoever reads what it prints has gone (`| head`)."""
-    try:
-        try:
-            return run()
-        finally:  # also of --help, which ends with SystemExit
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # the interpreter flushes them once more
-            if stream is not None:
-                os.dup2(nowhere, stream.fileno())
-        return NOBODY_READS
-
-
-def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    from inferix_kernels._printing import while_read  # brings torch, for which --help need not wait
+
+    return while_read(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         _check_numbers(args)
         return int(args.run(args))

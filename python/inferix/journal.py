@@ -1,8 +1,9 @@
 """The latents of a video in the making, written block by block, so that a killed run can be taken up again.
 
 One line of JSON with everything the latents depend on, then the blocks: for each a line of JSON with its shape and the
-CRC-32 of shape and numbers, then the numbers, float32. What a kill left half written at the end is cut off, and so is
-everything from the first damaged block on: it is made again. A block costs a megabyte or two, and one forward to take
+CRC-32 of shape and numbers, which goes on from that of what is before, then the numbers, float32. What a kill left half
+written at the end is cut off, and so is everything from the first block on that is damaged or not in its place: it is
+made again. A block costs a megabyte or two, and one forward to take
 up again (Decoder.step, `known`); keys and values are not stored, they would be gigabytes.
 
 The file is locked while a run writes to it. One whose first line is not whole says nothing, and is begun anew.
@@ -74,7 +75,9 @@ class Journal:
             self._end = self._read(settings) if resume and is_unfinished(path) else 0
             self.count = len(self.blocks)  # blocks in the file
             if not self._end:
-                self._write(json.dumps(settings, sort_keys=True).encode() + b"\n")
+                line = json.dumps(settings, sort_keys=True).encode() + b"\n"
+                self._write(line)
+                self._checksum = zlib.crc32(line)
         except BaseException:
             self._file.close()
             raise
@@ -86,8 +89,9 @@ class Journal:
             ValueError: it can not be written; the journal holds the blocks before it.
         """
         shape, numbers = list(latents.shape), latents.to("cpu", torch.float32).numpy().tobytes()
-        line = json.dumps({"shape": shape, "crc32": _checksum(shape, numbers)}).encode()
-        self._write(line + b"\n" + numbers)
+        checksum = _checksum(self._checksum, shape, numbers)
+        self._write(json.dumps({"shape": shape, "crc32": checksum}).encode() + b"\n" + numbers)
+        self._checksum = checksum
         self.count += 1
 
     def close(self, done: bool) -> None:
@@ -112,7 +116,8 @@ class Journal:
         """Take up the blocks; returns where they end."""
         with self.path.open("rb") as file:
             try:
-                before = json.loads(file.readline(MOST_HEADER))
+                line = file.readline(MOST_HEADER)
+                before = json.loads(line)
                 if not isinstance(before, dict):
                     raise ValueError
             except (ValueError, RecursionError):
@@ -120,15 +125,16 @@ class Journal:
             if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 name = other[0]
                 raise ValueError(f"--resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
-            whole = file.tell()
-            while (block := _read_block(file, self.path.stat().st_size)) is not None:
+            whole, self._checksum, size = file.tell(), zlib.crc32(line), self.path.stat().st_size
+            while (read := _read_block(file, size, self._checksum)) is not None:
+                block, self._checksum = read
                 self.blocks.append(block)
                 whole = file.tell()
         return whole
 
 
-def _read_block(file: BinaryIO, end: int) -> Tensor | None:
-    """The next block; None at the end, and where one is cut short or damaged."""
+def _read_block(file: BinaryIO, end: int, before: int) -> tuple[Tensor, int] | None:
+    """The next block and its checksum; None at the end, and where one is cut short, damaged or not in its place."""
     try:
         said = json.loads(file.readline(MOST_HEADER))
         shape, checksum = said["shape"], said["crc32"]
@@ -136,12 +142,12 @@ def _read_block(file: BinaryIO, end: int) -> Tensor | None:
             return None
         size = 4 * math.prod(shape)
         numbers = file.read(size) if size <= end - file.tell() else b""
-        if checksum != _checksum(shape, numbers):
+        if checksum != _checksum(before, shape, numbers):
             return None
-        return torch.from_numpy(np.frombuffer(numbers, "<f4").reshape(shape).copy())
+        return torch.from_numpy(np.frombuffer(numbers, "<f4").reshape(shape).copy()), checksum
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _checksum(shape: list[int], numbers: bytes) -> int:
-    return zlib.crc32(numbers, zlib.crc32(json.dumps(shape).encode()))
+def _checksum(before: int, shape: list[int], numbers: bytes) -> int:
+    return zlib.crc32(numbers, zlib.crc32(json.dumps(shape).encode(), before))

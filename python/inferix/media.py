@@ -30,7 +30,7 @@ from .pictures import read_video as read_video
 QUALITY = "16"  # x264's constant rate factor: at 4-fold scale pixels keep their colour to about 40 dB
 # What our H.264 says of its colours, and what `in_bt709` makes: matrix, primaries, transfer and limited range.
 BT709 = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}
-MOST_PIXELS = 16384  # a side of a video: what x264 takes
+MOST_SIDE, MOST_PIXELS = 16384, 139_264 * 16 * 16  # of a video: what x264 takes, and H.264's highest level
 LEAST_BYTES = 1 << 16  # free on the disk, or no video is begun
 HEADER_BYTES = 246  # of a .npy file, so that the numbers begin at 256
 GAP, STRIP = 4, 15  # pixels between the pictures of a sheet, and of the strip that holds their labels
@@ -129,13 +129,23 @@ class VideoWriter:
             raise ValueError(f"--out must end in .mp4, got {str(path)!r}")
         if scale < 1 or height * scale % 2 or width * scale % 2:
             raise ValueError(f"--scale must make {height} x {width} pixels an even height and width, got {scale}")
-        if max(height, width) * scale > MOST_PIXELS:
-            raise ValueError(f"--scale must make {height} x {width} pixels at most {MOST_PIXELS} a side, got {scale}")
+        if max(height, width) * scale > MOST_SIDE or height * width * scale**2 > MOST_PIXELS:
+            most = f"at most {MOST_SIDE:,} a side and {MOST_PIXELS:,} in all"
+            raise ValueError(f"--scale must make {height} x {width} pixels {most}, got {scale}")
         self.partial = partial_path(self.path)
         for written in (self.path, self.partial):
             require_writable(written, "--out")
         require_space(self.path, LEAST_BYTES, "--out")
         self._file = OutputFile(self.partial, "--out", self.path)
+        try:
+            self._begin(fps)
+        except BaseException:  # no such encoder, say
+            self.partial.unlink(missing_ok=True)
+            self._file.close()
+            raise
+        self._packets, self._open = 0, True
+
+    def _begin(self, fps: float) -> None:
         # A packet is on disk as soon as it is encoded. Hybrid: fragments while writing, one index once it is closed, so
         # that players can seek; FFmpeg 7.1 brought it, hence av >= 14.
         options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
@@ -146,10 +156,13 @@ class VideoWriter:
         self._stream.options = {"crf": QUALITY, "preset": "veryfast", **BT709}
         self._stream.codec_context.gop_size = max(1, round(fps))
         self._stream.codec_context.thread_count = 1  # ample for live speed; the other cores belong to the world
-        self._packets, self._open = 0, True
 
     def write(self, frames: np.ndarray) -> None:
-        """Append frames uint8 [n, height, width, 3]."""
+        """Append frames uint8 [n, height, width, 3].
+
+        Raises:
+            ValueError: they are of another shape, or the file can not be written any more; `close` keeps what is whole.
+        """
         if frames.ndim != 4 or frames.shape[1:] != (*self.size, 3) or frames.dtype != np.uint8:
             height, width = self.size
             raise ValueError(f"frames must be uint8 [n, {height}, {width}, 3], got {frames.dtype} {list(frames.shape)}")
@@ -252,7 +265,7 @@ class LatentWriter:
             raise
 
     def write(self, frames: np.ndarray) -> None:
-        """Append frames [n, ...]."""
+        """Append frames [n, ...]; errors are those of VideoWriter.write."""
         if frames.shape[1:] != self.shape:
             raise ValueError(f"frames must be [n, {', '.join(map(str, self.shape))}], got {list(frames.shape)}")
         try:

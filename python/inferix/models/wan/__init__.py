@@ -114,6 +114,7 @@ class Wan:
         other = copy.copy(self)
         other.adapter, other._crosses = dataclasses.replace(adapter, block_frames=count, window=count), {}
         if picture is not None:
+            picture = np.ascontiguousarray(picture)  # torch takes no negative strides
             if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
                 raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
             if self.encode_start is None or (config.image_dim and self.look is None):
