@@ -204,7 +204,7 @@ def judge(weights, blocks):
     at, trimmed = np.array([(block, each) for block, _, each in weights if block >= first]).T
     start, *_ = resident = [each for block, each, _ in weights if block >= reference]
     slope, _ = np.polyfit(at, trimmed, 1)
-    flat, growth = 1 + slope * (at[-1] - at[0]) / trimmed.mean(), max(resident) / start
+    flat, growth = float(1 + slope * (at[-1] - at[0]) / trimmed.mean()), max(resident) / start
     print(
         f"after a trim {flat:.4f} times as much at the end as at block {first}, by a fitted line (most / least of "
         f"{len(at)}: {trimmed.max() / trimmed.min():.4f}); as it is, most / that at block {reference}: {growth:.3f}"
