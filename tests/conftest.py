@@ -142,7 +142,7 @@ def server(shared):
             await shared.session.command("resume")
         await until(lambda: shared.session.phase == "running")
         shared.session.steering.begin("calm")
-        await until(lambda: shared.session.steering.prompts["a"] == "calm")
+        await until(lambda: shared.session.steering.prompts["a"] == "calm" and not shared.session.steering._waiting)
 
     LOOP.run_until_complete(fresh())
     return shared

@@ -18,7 +18,8 @@ from stream_client import PATIENCE, Viewer, asynchronous, running, until
 
 from inferix.stream import access, door, log
 from inferix.stream.door import Door
-from inferix.stream.server import MAX_DOWNLOADS
+from inferix.stream.server import MAX_DOWNLOADS, Server
+from inferix.stream.testing import open_bars
 
 HALF = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 
@@ -305,3 +306,12 @@ async def test_a_name_is_listened_at_on_all_its_addresses(tmp_path):
             writer.close()
     with pytest.raises(OSError):
         await asyncio.open_connection("127.0.0.1", server.port)
+
+
+@asynchronous
+async def test_a_name_of_which_one_address_is_taken_is_not_had(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = Server(open_bars, host="localhost", port=taken.getsockname()[1], folder=str(tmp_path))
+        with pytest.raises(ValueError, match=r"cannot listen at localhost:.*in use"):
+            await server.start()
+    assert server._door._sockets == []

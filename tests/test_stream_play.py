@@ -60,7 +60,7 @@ async def test_ctrl_c_ends_it_and_closes_files(tmp_path):
         (["--undo", "-1"], "--undo must be at least 0, got -1"),
         (["--undo", "inf"], "--undo must be a finite number, got inf"),
         (["--undo", "nan"], "--undo must be a finite number, got nan"),
-        (["--threads", "-1"], "--threads must be at least 1, got -1"),
+        (["--threads", "-1"], "--threads must be from 1 to "),
         (["--max-files", "-1"], "--max-files must be at least 0, got -1"),
         (["--max-gb", "nan"], "--max-gb must be a finite number, got nan"),
     ],

@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import functools
+import gc
+import itertools
 import time
 
 import numpy as np
@@ -11,11 +13,13 @@ import torch
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
+from soak_world import open_weighed, through_stage
 from stream_client import PATIENCE, asynchronous, until
 from test_loop import small_world
 from test_wan_world import wan
 
 from inferix import saved
+from inferix.models.tiny.simulator import PLACES, TIMES
 from inferix.stream.remote import Broken, Refused, Remote
 from inferix.stream.testing import BarWorld, open_bars
 from inferix.stream.worker import Order, Stage, open_world
@@ -211,6 +215,31 @@ def test_a_thousand_wordings_of_a_theme_are_kept_as_one():
     assert len(world.worlds["a"].world.model._themes) == 1
     run(world, "u", prompt="a desert by night")
     assert len(world.worlds["a"].world.model._themes) == 1
+
+
+@asynchronous
+async def test_whatever_happens_between_blocks_nothing_of_it_stays(tmp_path):
+    """A slice of soak_world.py, by what can be counted: after a reset there are as many tensors and free pages as after
+    the last one."""
+    world = Stage(functools.partial(open_weighed, period=10**9, small=True))
+    for theme in itertools.product(PLACES, TIMES):
+        world.prepare(" ".join(theme))  # what is kept of each
+
+    async def call(name, /, **given):
+        return getattr(world, name)(**given)
+
+    counts = []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        await through_stage(call, 40, seed, folder, lambda block, nbytes: None)
+        world.reset(0)
+        pools = world.worlds["a"].world.store.pools.values()
+        gc.collect()
+        tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+        counts.append((tensors, [len(pool.free) for pool in pools]))
+        assert len(list(folder.iterdir())) <= 3
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_saving_twice_under_one_name_is_refused(tmp_path):

@@ -28,6 +28,7 @@ BACKLOG = 1024  # connections that the system keeps until they are accepted
 PAUSE = 0.02  # seconds until the next try while everybody here is that new
 REST = 1.0  # seconds until the next try while there are no descriptors
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+ABSENT = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})  # localhost may be named in IPv6 where there is none
 
 _log = logging.getLogger(__name__)
 
@@ -81,10 +82,10 @@ class Door:
         return int(self._sockets[0].getsockname()[1])
 
     async def open(self, host: str, port: int) -> None:
-        """Listen at every address of `host`.
+        """Listen at every address of `host` that this machine has.
 
         Raises:
-            OSError, OverflowError: at none of them can be listened.
+            OSError, OverflowError: it has none of them, or one is taken.
         """
         found = await self._loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         failed: OSError | None = None
@@ -92,8 +93,11 @@ class Door:
             wanted = (address[0], self.port if self._sockets else port, *address[2:])
             try:
                 self._sockets.append(socket.create_server(wanted, family=family, backlog=BACKLOG))
-            except OSError as error:  # a machine may have a name for an address of IPv6 and no IPv6
+            except OSError as error:
                 failed = error
+                if error.errno not in ABSENT:
+                    self.close()
+                    break
         if not self._sockets:
             raise failed or OSError(f"{host!r} has no address")
         for listening in self._sockets:

@@ -48,9 +48,7 @@ class Remote:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {0: self._loop.create_future()}
         self._reason: str | None = None
-        self._asked: dict[
-            int, float
-        ] = {}  # when what is waited for was asked, `prepare` apart: it runs beside the rest
+        self._asked: dict[int, float] = {}  # when; without `prepare`, which runs beside the rest
         self._heard = time.monotonic() + START  # of the process
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._connection, theirs = context.Pipe()
@@ -91,8 +89,10 @@ class Remote:
 
     def hangs(self, limit: float) -> str | None:
         """Why the process counts as stuck: it says nothing any more, or works on a request for more than `limit`
-        seconds. None: it does not."""
+        seconds. None: it does not, or is of no further use already."""
         now = time.monotonic()
+        if self._reason is not None:
+            return None
         if now - self._heard > SILENCE:
             return f"the worker process says nothing for {now - self._heard:.0f} s"
         if self._asked and now - min(self._asked.values()) > limit:
@@ -101,8 +101,9 @@ class Remote:
 
     def kill(self, reason: str) -> None:
         """End the process at once. What was asked of it raises Broken, with this reason."""
-        self._reason = self._reason or reason
-        self._process.kill()
+        if self._reason is None:
+            self._reason = reason
+            self._process.kill()
 
     async def close(self) -> None:
         """End the process, whatever it is doing."""
