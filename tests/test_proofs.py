@@ -383,10 +383,9 @@ def test_a_device_that_is_not_known_is_one_line(capsys, name, said):
     assert "device must be" in error and error.count("\n") == 1
 
 
-def test_a_world_on_an_unproved_gpu_says_so_in_one_line(cache, monkeypatch, caplog):
-    """The store of this world is on the meta device; that it is a GPU is pretended where World asks."""
+def test_a_world_on_an_unproved_gpu_says_so_in_one_line(cache, caplog):
+    """This world's store is on the meta device, which counts as a GPU."""
     model = stand_in("self-forcing")
-    monkeypatch.setattr("inferix.world.on_gpu", lambda device: True)
     World(model)
     (record,) = caplog.records
     assert "not proved on this GPU" in record.message and "\n" not in record.message

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -208,3 +209,14 @@ class Decoder:
         shape = (frames, *self.model.latent_shape)
         drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
         return drawn.to(self.table.store.device)
+
+
+def weakly(method: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A World's method for its loop, which must not keep the world alive: one that is dropped gives its pages back."""
+    reference = weakref.WeakMethod(method)
+
+    def call(latents: Tensor) -> Tensor:
+        alive = reference()
+        return latents if alive is None else alive(latents)
+
+    return call

@@ -31,6 +31,7 @@ from inferix_kernels.page_table import PageTable
 from inferix_kernels.passes import Block, Pass
 
 from .models import Adapter, PagedAttend
+from .traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,22 +133,6 @@ class InFlight:
     steps: int = 0
 
 
-@dataclasses.dataclass
-class Traffic:
-    """What a layer's attention has read of the past so far.
-
-    Attributes:
-        steps: denoising steps.
-        read: committed frames that lay in some segment's page list, summed over forwards.
-        history: all frames committed since the world began, once for every forward that has a past: what is read where
-            the past is one tensor that each forward copies, as in MAGI-1's own code.
-    """
-
-    steps: int = 0
-    read: int = 0
-    history: int = 0
-
-
 class Pipeline:
     """One world's loop. `step` begins a block and moves all that are in flight by one stage.
 
@@ -175,6 +160,10 @@ class Pipeline:
     def ahead(self) -> int:
         """Latent frames begun and not done."""
         return sum(len(flying.block.frames) for flying in self.flight)
+
+    def kv_read(self) -> dict[str, int]:
+        """See World.kv_read."""
+        return self.traffic.bytes_per_step(self.model, self.table)
 
     @torch.inference_mode()
     def step(self, condition: Any, known: Tensor | None = None) -> Tensor:

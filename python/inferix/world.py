@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import stored
 
 from .finite import NotFinite, shown
-from .loop import Decoder
+from .loop import Decoder, weakly
 from .models import BlockModel, load_model
 from .pipeline import Pipeline, PipelinedModel
 from .turns import one_at_a_time
@@ -107,7 +106,7 @@ class World:
             device=device,
             backend=backend,
         )
-        if backend == "auto" and on_gpu(device) and (unproved := stored.notice(device)):
+        if backend == "auto" and (unproved := stored.notice(device)):
             logging.getLogger("inferix").warning(unproved)
         self._against, self.worlds, self._blocks = against, worlds, blocks
         self._begin(policy, seed)
@@ -120,7 +119,7 @@ class World:
             else Decoder(self.model, table, generator, self._against)
         )
         self.pictures = self.model.stream()
-        self.decoder.restart = self._restart
+        self.decoder.restart = weakly(self._restart)
         self._kept: list[tuple[int, Any]] = []  # (frames made, `pictures` as it was then), for `rewind`
         self.prompt: str | None = None
         self.released = False
@@ -269,7 +268,7 @@ class World:
         other.decoder = self.decoder.fork()
         if hasattr(self.pictures, "fork"):
             other.pictures = self.pictures.fork()
-        other.decoder.restart, other._kept = other._restart, list(self._kept)
+        other.decoder.restart, other._kept = weakly(other._restart), list(self._kept)
         if seed is not None:
             other.decoder.generator.manual_seed(seed)
         return other
@@ -318,25 +317,12 @@ class World:
             self._kept = [(at, state) for at, state in self._kept if self.frames - undo <= at < self.frames]
             self._kept.append((self.frames, self.pictures.fork()))
 
-    @property
-    def _restart(self) -> Callable[[Tensor], Tensor]:
-        """For the decoder, whose world it must not keep alive: a world that is dropped gives its pages back."""
-        begin = weakref.WeakMethod(self._begin_rollout)
-
-        def restart(latents: Tensor) -> Tensor:
-            method = begin()
-            return latents if method is None else method(latents)
-
-        return restart
-
-    def _begin_rollout(self, latents: Tensor) -> Tensor:
+    def _restart(self, latents: Tensor) -> Tensor:
         """A new rollout begins with these, the last latents; there is no way back to before it."""
-        if not hasattr(self.pictures, "restart"):
-            return latents
-        begun: Tensor = self.pictures.restart(latents)
-        self._kept = []
-        self._keep()
-        return begun
+        if hasattr(self.pictures, "restart"):
+            latents, self._kept = self.pictures.restart(latents), []
+            self._keep()
+        return latents
 
     @property
     def denoising(self) -> float:
@@ -387,12 +373,7 @@ class World:
         """
         if not isinstance(self.decoder, Pipeline):
             raise ValueError(f"kv_read: {self.model.adapter.name} does not run in a pipeline")
-        model, traffic = self.model, self.decoder.traffic
-        assert self.table.policy.format is not None
-        page = self.store.pools[self.table.policy.format].frame_bytes // model.layers
-        row = 2 * 2 * model.frame_tokens * model.heads * model.head_dim  # keys and values, two bytes each
-        steps = max(traffic.steps, 1)
-        return {"read": traffic.read * page // steps, "copied": traffic.history * row // steps}
+        return self.decoder.kv_read()
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of the KV store by format, scratch apart."""
@@ -410,10 +391,6 @@ class World:
         condition = self.model.condition(prompt, actions)
         self.prompt = prompt
         return condition
-
-
-def on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _check_seed(seed: int) -> None:
