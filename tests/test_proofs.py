@@ -383,9 +383,10 @@ def test_a_device_that_is_not_known_is_one_line(capsys, name, said):
     assert "device must be" in error and error.count("\n") == 1
 
 
-def test_a_world_on_an_unproved_gpu_says_so_in_one_line(cache, caplog):
-    """This world's store is on the meta device, which counts as a GPU."""
-    model = stand_in("self-forcing")
+def test_a_world_on_an_unproved_gpu_says_so_in_one_line(cache, monkeypatch, caplog):
+    """This world's store is on the meta device; what is said of a GPU is asked for in its place."""
+    model, notice = stand_in("self-forcing"), stored.notice
+    monkeypatch.setattr(stored, "notice", lambda device: notice(GPU))
     World(model)
     (record,) = caplog.records
     assert "not proved on this GPU" in record.message and "\n" not in record.message
@@ -394,3 +395,8 @@ def test_a_world_on_an_unproved_gpu_says_so_in_one_line(cache, caplog):
     stored.save(proof(compiled=RIGHT))
     World(model)
     assert not caplog.records
+
+
+def test_on_a_cpu_nothing_is_said(caplog):
+    World("tiny")
+    assert not caplog.records and stored.notice(torch.device("cpu")) == ""

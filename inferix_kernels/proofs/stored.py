@@ -141,8 +141,8 @@ def of_device(device: torch.device) -> Proof | None:
 
 
 def notice(device: torch.device) -> str:
-    """One line for who opens a world on a GPU whose kernels are not proved; "" if they are, and for a CPU."""
-    if device.type == "cpu" or of_device(device) is not None:
+    """One line for who opens a world on a GPU whose kernels are not proved; "" if they are, and elsewhere."""
+    if device.type != "cuda" or of_device(device) is not None:
         return ""
     here = identity(device)
     why = "are not proved on this GPU"

@@ -163,7 +163,7 @@ class Pipeline:
 
     def kv_read(self) -> dict[str, int]:
         """See World.kv_read."""
-        return self.traffic.bytes_per_step(self.model, self.table)
+        return self.traffic.bytes_per_step(self.table)
 
     @torch.inference_mode()
     def step(self, condition: Any, known: Tensor | None = None) -> Tensor:

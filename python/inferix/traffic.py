@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from inferix_kernels import PageTable
 
-    from .models import BlockModel
-
 
 @dataclasses.dataclass
 class Traffic:
@@ -26,10 +24,11 @@ class Traffic:
     read: int = 0
     history: int = 0
 
-    def bytes_per_step(self, model: BlockModel, table: PageTable) -> dict[str, int]:
+    def bytes_per_step(self, table: PageTable) -> dict[str, int]:
         """Of a layer, on average: "read" from pages; "copied" where the past is one bf16 tensor of all frames."""
-        assert table.policy.format is not None
-        page = table.store.pools[table.policy.format].frame_bytes // model.layers
-        row = 2 * 2 * model.frame_tokens * model.heads * model.head_dim  # keys and values, two bytes each
+        store, format = table.store, table.policy.format
+        assert format is not None and isinstance(store.head_dim, int)
+        page = store.pools[format].frame_bytes // store.num_layers
+        row = 2 * 2 * store.frame_tokens * store.heads * store.head_dim  # keys and values, two bytes each
         steps = max(self.steps, 1)
         return {"read": self.read * page // steps, "copied": self.history * row // steps}
