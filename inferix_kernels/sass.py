@@ -94,7 +94,9 @@ def cubins(binary: Path, arch: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
         subprocess.run(command, cwd=folder, capture_output=True)  # fails if there is no device code: none is found
-        yield from sorted(Path(folder).glob(f"*.sm_{arch}.cubin"))
+        found = sorted(Path(folder).glob(f"*.sm_{arch}.cubin"))
+        # cuobjdump 12.8, which Triton 3.6 brings, leaves the letter out of the names that it gives.
+        yield from found or sorted(Path(folder).glob(f"*.sm_{arch.rstrip('af')}.cubin"))
 
 
 def disassemble(cubin: Path, life_ranges: bool = False) -> str:

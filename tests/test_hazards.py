@@ -214,3 +214,14 @@ def test_the_command_says_what_it_looked_at(capsys, monkeypatch):
     assert hazards.report().splitlines()[-1] == "1 kernels, 2 asynchronous products, 0 hazards"
     assert main(["hazards", "--arch", "80"]) == 2
     assert "the extension holds no kernels with wgmma for sm_80" in capsys.readouterr().err
+
+
+def test_device_code_is_found_under_the_name_that_an_older_tool_gives_it(tmp_path, monkeypatch):
+    """cuobjdump 12.8 says sm_90 of sm_90a."""
+    old = tmp_path / "cuobjdump"
+    old.write_text("#!/bin/sh\ntouch x.1.sm_90.cubin x.2.sm_80.cubin\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(sass, "tool", lambda name: str(old))
+    assert [cubin.name for cubin in sass.cubins(tmp_path / "binary", "90a")] == ["x.1.sm_90.cubin"]
+    assert [cubin.name for cubin in sass.cubins(tmp_path / "binary", "80")] == ["x.2.sm_80.cubin"]
+    assert not list(sass.cubins(tmp_path / "binary", "100"))
