@@ -17,9 +17,10 @@ PORT ?= 8000
 play: build
 	$(BIN)/inferix play --model tiny --seed 6 --port $(PORT)
 
-# One thread: the tests' operations are too small for two, and torch's threads get in each other's way on a busy machine.
+# Two files of tests at a time, one thread each: the tests' operations are too small for two, and torch's threads get in each
+# other's way on a busy machine.
 test: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Hours of hostile use, seeded: each command prints what was tried, and fails at the first thing that did not hold.
 soak: .venv/tools
