@@ -11,6 +11,7 @@ pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
 from stream_client import Viewer, asynchronous, running, until
 
+from inferix.finite import NotFinite
 from inferix.stream import commands, recorder, remote, session
 from inferix.stream.server import Server
 from inferix.stream.testing import BarWorld
@@ -31,6 +32,47 @@ async def test_a_crash_shows_and_a_reset_starts_anew(word, says, server):
     await viewer.until("block", since=since)
     assert viewer.last("state")["phase"] == "running" and viewer.last("state")["seed"] == 4
     await viewer.leave()
+
+
+SPOILED = "latent frames 0 to 2 of bars are not finite, first in x"
+
+
+class Spoiled(BarWorld):
+    """Makes what is no number when it is told `storm`."""
+
+    def step(self, *, action, prompt, recache=None):
+        if prompt == "storm":
+            raise NotFinite(SPOILED)
+        return super().step(action=action, prompt=prompt, recache=recache)
+
+
+@pytest.mark.parametrize("name, other", ["ab", "ba"])
+@asynchronous
+async def test_a_world_that_is_not_finite_ends_alone_and_the_last_one_until_a_reset(name, other, tmp_path):
+    async with running(tmp_path, opener=Spoiled) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("block")
+        await viewer.request("fork")
+        await viewer.request("steer", worlds=[other])
+        await viewer.request("prompt", text="snow")
+        await viewer.until("state", lambda state: state["prompts"].get(other) == "snow")
+        await viewer.request("steer", worlds=[name])
+        video = (await viewer.request("record", on=True))["result"]["name"]
+        since = len(viewer.messages)
+        await viewer.request("prompt", text="storm")
+        await viewer.until("error", lambda error: error["text"] == f"world {name} has ended: {SPOILED}", since)
+        await viewer.until("error", lambda error: error["text"] == f"record: {video} has ended with its world", since)
+        state = await viewer.until("state", lambda state: state["worlds"] == ["a"], since)
+        assert state["phase"] == "running" and state["prompts"] == {"a": "snow"}
+        await viewer.until("block", lambda block: block["made"].keys() == block["actions"].keys() == {"a"}, since)
+        await viewer.request("prompt", text="storm")
+        crashed = await viewer.until("state", lambda state: state["phase"] == "crashed")
+        assert crashed["crash"].endswith(SPOILED)
+        since = len(viewer.messages)
+        await viewer.request("reset", seed=4)
+        await viewer.until("block", lambda block: block["positions"] == {"a": 0}, since)
+        assert viewer.last("state")["phase"] == "running" and viewer.last("state")["seed"] == 4
+        await viewer.leave()
 
 
 @pytest.mark.parametrize("stopped", ["by a signal", "at one request"])

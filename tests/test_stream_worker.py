@@ -17,6 +17,7 @@ from test_loop import small_world
 from test_wan_world import wan
 
 from inferix import saved
+from inferix.finite import NotFinite, to_bytes
 from inferix.models.tiny.simulator import PLACES, TIMES
 from inferix.stream.worker import Order, Stage
 from inferix.world import World
@@ -46,6 +47,58 @@ def test_a_fork_goes_its_own_way_and_closing_keeps_the_other():
     one.fork()  # there is room again
     with pytest.raises(ValueError, match="must be one of two"):
         two.close("a")
+
+
+def spoil(world):
+    """From now on this world alone makes what is no number; its network, which its fork shares, is left as it is."""
+    world.pictures = lambda latents: to_bytes(latents + float("nan"))
+
+
+@pytest.mark.parametrize("name, other", ["ab", "ba"])
+def test_of_two_worlds_one_that_is_not_finite_ends_alone(name, other):
+    one, two = stage(), stage()
+    for each in (one, two):
+        run(each, prompt="desert day")
+        each.fork()
+    gone = one.worlds[name].world
+    spoil(gone)
+    orders = {"a": Order("up", "glacier night"), "b": Order("left", "meadow day")}
+    made, wanted = one.step(orders), two.step(orders)
+    assert made["ended"].keys() == {name} and wanted["ended"] == {}
+    assert made["ended"][name].endswith("are not finite, first in what the decoder of pictures gives")
+    assert gone.released and list(one.worlds) == list(made["pictures"]) == ["a"] and made["made"] == {"a": 15}
+    two.close(name)
+    assert np.array_equal(made["pictures"]["a"], wanted["pictures"][other])
+    assert np.array_equal(run(one, "udlr")["a"], run(two, "udlr")["a"])
+    one.fork()  # there is room again
+    one.reset(3), two.reset(3)
+    assert np.array_equal(run(one, prompt="desert day")["a"], run(two, prompt="desert day")["a"])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_when_no_world_is_finite_a_reset_begins_anew(count, tmp_path):
+    one, two = stage(), stage(seed=3)
+    run(one, prompt="desert day")
+    one.save("a", tmp_path / "saved")
+    wanted = one.step({"a": Order("up")})["pictures"]["a"]
+    if count == 2:
+        one.fork()
+    for again in ("load", "reset"):
+        for running in one.worlds.values():
+            spoil(running.world)
+        with pytest.raises(NotFinite, match=r"the decoder of pictures gives$"):
+            one.step(dict.fromkeys(one.worlds, Order("up")))
+        one.settle()  # as the process does after each step
+        assert list(one.worlds) == ["a"]
+        if again == "load":
+            one.load(tmp_path / "saved")
+            assert np.array_equal(one.step({"a": Order("up")})["pictures"]["a"], wanted)
+        else:
+            one.reset(3)
+    assert np.array_equal(run(one, prompt="desert day")["a"], run(two, prompt="desert day")["a"])
+    stores = [each.worlds["a"].world.store.pools for each in (one, two)]
+    free = [{format: len(pool.free) for format, pool in pools.items()} for pools in stores]
+    assert free[0] == free[1]
 
 
 @pytest.mark.parametrize("settled", [False, True])
