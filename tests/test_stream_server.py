@@ -1,29 +1,21 @@
 """The server as a program sees it: messages, commands, who drives. No browser, no network model."""
 
 import asyncio
-import functools
-import os
-import signal
-import threading
 import time
 from contextlib import suppress
 
 import av
-import numpy as np
 import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
 from stream_client import Viewer, asynchronous, running, until
 
-from inferix.stream import commands, protocol, recorder, remote, session
+from inferix.stream import commands, protocol
 from inferix.stream.archive import Archive
 from inferix.stream.client import MAX_EVENTS, Bucket
-from inferix.stream.server import Server
 from inferix.stream.session import UNREAD, Session
 from inferix.stream.testing import ACTIONS, WORDS, BarWorld, open_bars, read_bars
-from inferix.stream.video import JpegEncoder
-from inferix.stream.worker import open_world
 
 
 @asynchronous
@@ -301,109 +293,6 @@ async def test_a_model_without_actions_is_steered_by_words(tmp_path):
         await viewer.leave()
 
 
-@pytest.mark.parametrize("word, says", [("crash", "told to crash"), ("exit", "exit code 3")])
-@asynchronous
-async def test_a_crash_shows_and_a_reset_starts_anew(word, says, server):
-    viewer = await Viewer.join(server)
-    await viewer.request("prompt", text=word)
-    crashed = await viewer.until("state", lambda state: state["phase"] == "crashed")
-    assert says in crashed["crash"]
-    assert "reset it" in (await viewer.request("fork"))["text"]
-    assert (await viewer.request("reset", seed=4))["type"] == "done"
-    since = len(viewer.messages)
-    await viewer.until("block", since=since)
-    assert viewer.last("state")["phase"] == "running" and viewer.last("state")["seed"] == 4
-    await viewer.leave()
-
-
-@pytest.mark.parametrize("stopped", ["by a signal", "at one request"])
-@asynchronous
-async def test_a_worker_that_hangs_is_replaced_by_a_reset(stopped, server, monkeypatch):
-    viewer = await Viewer.join(server)
-    await viewer.until("block")
-    worker = server.session.remote._process.pid
-    if stopped == "by a signal":
-        monkeypatch.setattr(remote, "SILENCE", 2.0)
-        os.kill(worker, signal.SIGSTOP)
-    else:
-        monkeypatch.setattr(session, "STUCK", 1.0)
-        await viewer.request("prompt", text="hang")  # the next block takes a minute
-        await viewer.until("prompt", lambda prompt: prompt["text"] == "hang")
-        await until(lambda: server.session.steering._waiting == [])
-    await viewer.say("fork", id="fork")
-    since = len(viewer.messages)
-    assert (await viewer.request("reset", seed=5))["type"] == "done"
-    assert (await viewer.answer("fork"))["code"] in ("refused", "internal")
-    await viewer.until("block", since=since)
-    state = viewer.last("state")
-    assert (state["phase"], state["seed"]) == ("running", 5) and server.session.remote._process.pid != worker
-    (crash,) = {s["crash"] for s in viewer.all("state") if s["crash"]}
-    assert crash.startswith("the worker process ") and crash.endswith(" s, and was replaced")
-    await viewer.leave()
-
-
-class Threadless(BarWorld):
-    """From its first block on no thread can be started in its process."""
-
-    def step(self, **order):
-        def refuse(self):
-            raise RuntimeError("can't start new thread")
-
-        threading.Thread.start = refuse
-        return super().step(**order)
-
-
-@asynchronous
-async def test_without_a_new_thread_prompts_are_heard_and_recordings_refused(tmp_path, monkeypatch):
-    async with running(tmp_path, opener=Threadless) as server:
-        viewer = await Viewer.join(server)
-        await viewer.until("block")
-        assert (await viewer.request("prompt", text="snow"))["type"] == "done"
-        await viewer.until("prompt", lambda p: p["state"] == "applied" and p["text"] == "snow")
-
-        def refuse(self):
-            raise RuntimeError("can't start new thread")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(recorder.threading.Thread, "start", refuse)
-            assert (await viewer.request("record", on=True))["text"] == "record: can't start new thread"
-        assert list(server.archive.folder.iterdir()) == []
-        assert (await viewer.request("record", on=True))["type"] == "done"
-        assert (await viewer.request("record", on=False))["type"] == "done"
-        await viewer.leave()
-
-
-@asynchronous
-async def test_a_command_that_needs_no_worlds_ends_none(server, monkeypatch):
-    async def fail(self):
-        raise RuntimeError("no")
-
-    viewer = await Viewer.join(server)
-    monkeypatch.setattr(commands.Commands, "_do_pause", fail)
-    assert (await viewer.request("pause"))["text"] == "pause: no"
-    await viewer.say("fork", id="f")
-    assert (await viewer.request("pause"))["text"] == "pause: no"  # even if it had to wait
-    assert server.session.phase == "running" and (await viewer.request("close", world="b"))["type"] == "done"
-    await viewer.leave()
-
-
-@asynchronous
-async def test_an_encoder_that_fails_shows_as_a_crash(server, monkeypatch):
-    def fail(self, *arguments):
-        raise OSError("no more devices")
-
-    viewer = await Viewer.join(server)
-    with monkeypatch.context() as patch:
-        patch.setattr(JpegEncoder, "encode", fail)
-        await viewer.request("video", codec="jpeg")
-        state = await viewer.until("state", lambda state: state["phase"] == "crashed")
-        assert "jpeg can't be encoded: no more devices" in state["crash"]
-    assert (await viewer.request("reset", seed=4))["type"] == "done"
-    await until(lambda: viewer.pictures)
-    assert viewer.last("state")["phase"] == "running"
-    await viewer.leave()
-
-
 @asynchronous
 async def test_closing_goes_on_until_it_is_heard(tmp_path):
     async def deaf():
@@ -416,131 +305,3 @@ async def test_closing_goes_on_until_it_is_heard(tmp_path):
     await asyncio.sleep(0)
     await asyncio.wait_for(show.close(), 10)
     assert show._making.done()
-
-
-@asynchronous
-async def test_a_world_that_cannot_be_opened_says_why(tmp_path):
-    settings = {"kv": "int8", "window": None, "sink": None, "seed": 0, "backend": "auto"}
-    opener = functools.partial(open_world, "none", undo_seconds=1, worlds=1, **settings)
-    server = Server(opener, port=0, folder=str(tmp_path))
-    await server.start()
-    viewer = await Viewer.join(server)
-    state = await viewer.until("state", lambda state: state["phase"] == "crashed")
-    assert "model must be one of tiny" in state["crash"]
-    await viewer.leave()
-    await server.close()
-
-
-@asynchronous
-async def test_recordings_and_saves_get_names_from_the_server(server, tmp_path):
-    viewer = await Viewer.join(server)
-    await viewer.until("frame")
-    name = (await viewer.request("record", on=True))["result"]["name"]
-    assert (await viewer.request("record", on=True))["code"] == "refused"
-    frames = len(viewer.all("frame"))
-    await until(lambda: len(viewer.all("frame")) > frames + 9)
-    made = (await viewer.request("record", on=False))["result"]
-    assert made["name"] == name and made["frames"] >= 9
-    assert viewer.last("files")["videos"][0] == name
-    async with viewer.http.get(f"http://127.0.0.1:{server.port}/files/{name}") as response:
-        path = tmp_path / "fetched.mp4"
-        path.write_bytes(await response.read())
-    with av.open(str(path)) as video:
-        numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
-    assert len(numbers) == made["frames"] and np.all(np.diff(numbers) == 1)
-    await viewer.leave()
-
-
-@asynchronous
-async def test_a_recording_that_can_not_begin_is_refused_even_if_it_had_to_wait(server, monkeypatch):
-    def refuse(*arguments):
-        raise ValueError("--out: cannot write there")
-
-    monkeypatch.setattr(commands, "Recorder", refuse)
-    viewer = await Viewer.join(server)
-    await viewer.say("fork", id="f")
-    assert (await viewer.request("record", on=True))["code"] == "refused"
-    assert server.session.phase == "running" and (await viewer.request("close", world="b"))["type"] == "done"
-    await viewer.leave()
-
-
-@pytest.mark.parametrize("closing, command", [("a", "close"), ("b", "close"), ("b", "reset")])
-@asynchronous
-async def test_a_recording_follows_its_world_and_ends_with_it(closing, command, server):
-    viewer = await Viewer.join(server)
-    await viewer.request("fork")
-    await viewer.say("keys", seq=1, pressed=["left"])  # "b", which is steered and recorded
-    await viewer.until("block", lambda b: b["actions"].get("b") == "left")
-    name = (await viewer.request("record", on=True))["result"]["name"]
-    await viewer.until("frame")  # the block is announced before its pictures are shown
-    begun = viewer.last("frame")["frame"]
-    await viewer.until("frame", lambda frame: frame["frame"] > begun + 6)
-    since = len(viewer.messages)
-    await viewer.request(command, **({"world": closing} if command == "close" else {}))
-    if closing == "a":
-        begun = viewer.last("frame")["frame"]
-        await viewer.until("frame", lambda frame: frame["frame"] > begun + 6)
-        assert viewer.last("state")["recording"] == name
-        assert (await viewer.request("record", on=False))["result"]["frames"] >= 12
-    else:
-        assert (await viewer.until("error", since=since))["text"] == f"record: {name} has ended with its world"
-        await viewer.until("state", lambda state: state["recording"] is None, since)
-    with av.open(str(server.archive.folder / name)) as video:
-        numbers = [read_bars(frame.to_ndarray(format="rgb24"))[0] for frame in video.decode(video=0)]
-    assert len(numbers) >= 6 and np.all(np.diff(numbers) == 1)
-    await viewer.leave()
-
-
-@asynchronous
-async def test_a_recording_that_meets_a_full_disk_ends_in_a_message(small_disk):
-    async with running(small_disk.folder, seconds=0.01) as server:
-        viewer, watcher = await Viewer.join(server), await Viewer.join(server, drive=False)
-        name = (await viewer.request("record", on=True))["result"]["name"]
-        small_disk.fill()
-        for each in (viewer, watcher):
-            error = await each.until("error")
-            assert (error["code"], error["text"]) == ("internal", f"record: no space left: {name}")
-            await each.until("state", lambda state: state["recording"] is None, each.messages.index(error))
-        refused = await viewer.request("record", on=True)
-        assert refused["code"] == "refused" and refused["text"].startswith("record: no space left: bars-")
-        blocks = len(watcher.all("block"))
-        await until(lambda: len(watcher.all("block")) > blocks + 3)
-        for each in (viewer, watcher):
-            await each.leave()
-
-
-@asynchronous
-async def test_the_folder_has_a_bound(tmp_path):
-    async with running(tmp_path, max_files=1) as server:
-        viewer = await Viewer.join(server)
-        await viewer.request("record", on=True)
-        frames = len(viewer.all("frame"))
-        await until(lambda: len(viewer.all("frame")) > frames + 3)
-        assert (await viewer.request("record", on=False))["type"] == "done"
-        for command, fields in (("record", {"on": True}), ("save", {})):
-            refused = await viewer.request(command, **fields)
-            assert refused["code"] == "refused" and refused["text"].startswith(
-                f"{command}: worlds holds 1 of at most 1 worlds and recordings, "
-            )
-        await viewer.leave()
-
-
-@asynchronous
-async def test_a_save_that_meets_a_full_disk_is_refused_in_words(small_disk):
-    async with running(small_disk.folder, opener=small_tiny_world) as server:
-        viewer = await Viewer.join(server)
-        await viewer.until("block")
-        small_disk.fill()
-        refused = await viewer.request("save")
-        assert refused["code"] == "refused" and refused["text"].startswith("save: ")
-        assert "no space left" in refused["text"].lower() and str(small_disk.folder) not in refused["text"]
-        (small_disk.folder / "fill").unlink()
-        blocks = len(viewer.all("block"))
-        await until(lambda: len(viewer.all("block")) > blocks + 3)
-        await viewer.leave()
-
-
-def small_tiny_world():
-    from test_loop import small_world
-
-    return small_world(window=6)

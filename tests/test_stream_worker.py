@@ -1,11 +1,9 @@
-"""The worlds in their process, on a small network: fork, rewind, save and load; a crash is an exception."""
+"""The worlds in their process, on a small network: fork, rewind, save and load."""
 
-import asyncio
 import dataclasses
 import functools
 import gc
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -14,15 +12,14 @@ import torch
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
 from soak_world import open_weighed, through_stage
-from stream_client import PATIENCE, asynchronous, until
+from stream_client import asynchronous
 from test_loop import small_world
 from test_wan_world import wan
 
 from inferix import saved
+from inferix.finite import NotFinite, to_bytes
 from inferix.models.tiny.simulator import PLACES, TIMES
-from inferix.stream.remote import Broken, Refused, Remote
-from inferix.stream.testing import BarWorld, open_bars
-from inferix.stream.worker import Order, Stage, open_world
+from inferix.stream.worker import Order, Stage
 from inferix.world import World
 
 
@@ -50,6 +47,58 @@ def test_a_fork_goes_its_own_way_and_closing_keeps_the_other():
     one.fork()  # there is room again
     with pytest.raises(ValueError, match="must be one of two"):
         two.close("a")
+
+
+def spoil(world):
+    """From now on this world alone makes what is no number; its network, which its fork shares, is left as it is."""
+    world.pictures = lambda latents: to_bytes(latents + float("nan"))
+
+
+@pytest.mark.parametrize("name, other", ["ab", "ba"])
+def test_of_two_worlds_one_that_is_not_finite_ends_alone(name, other):
+    one, two = stage(), stage()
+    for each in (one, two):
+        run(each, prompt="desert day")
+        each.fork()
+    gone = one.worlds[name].world
+    spoil(gone)
+    orders = {"a": Order("up", "glacier night"), "b": Order("left", "meadow day")}
+    made, wanted = one.step(orders), two.step(orders)
+    assert made["ended"].keys() == {name} and wanted["ended"] == {}
+    assert made["ended"][name].endswith("are not finite, first in what the decoder of pictures gives")
+    assert gone.released and list(one.worlds) == list(made["pictures"]) == ["a"] and made["made"] == {"a": 15}
+    two.close(name)
+    assert np.array_equal(made["pictures"]["a"], wanted["pictures"][other])
+    assert np.array_equal(run(one, "udlr")["a"], run(two, "udlr")["a"])
+    one.fork()  # there is room again
+    one.reset(3), two.reset(3)
+    assert np.array_equal(run(one, prompt="desert day")["a"], run(two, prompt="desert day")["a"])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_when_no_world_is_finite_a_reset_begins_anew(count, tmp_path):
+    one, two = stage(), stage(seed=3)
+    run(one, prompt="desert day")
+    one.save("a", tmp_path / "saved")
+    wanted = one.step({"a": Order("up")})["pictures"]["a"]
+    if count == 2:
+        one.fork()
+    for again in ("load", "reset"):
+        for running in one.worlds.values():
+            spoil(running.world)
+        with pytest.raises(NotFinite, match=r"the decoder of pictures gives$"):
+            one.step(dict.fromkeys(one.worlds, Order("up")))
+        one.settle()  # as the process does after each step
+        assert list(one.worlds) == ["a"]
+        if again == "load":
+            one.load(tmp_path / "saved")
+            assert np.array_equal(one.step({"a": Order("up")})["pictures"]["a"], wanted)
+        else:
+            one.reset(3)
+    assert np.array_equal(run(one, prompt="desert day")["a"], run(two, prompt="desert day")["a"])
+    stores = [each.worlds["a"].world.store.pools for each in (one, two)]
+    free = [{format: len(pool.free) for format, pool in pools.items()} for pools in stores]
+    assert free[0] == free[1]
 
 
 @pytest.mark.parametrize("settled", [False, True])
@@ -309,93 +358,3 @@ def test_recaching_can_be_chosen():
     with pytest.raises(ValueError, match="recache must not be asked for"):
         acting.step({"a": Order("up", "glacier night", True)})
     assert acting._extent() == before and acting.worlds["a"].world.prompt == "desert day"
-
-
-@asynchronous
-async def test_errors_cross_the_process_and_a_broken_worker_stays_broken():
-    remote = Remote(functools.partial(open_bars))
-    await remote.opened()
-    with pytest.raises(Refused, match="prompt: must be one of calm"):
-        await remote.call("prepare", text="nonsense")
-    await remote.call("step", orders={"a": Order("up", "calm")})
-    with pytest.raises(Broken, match="told to crash"):
-        await remote.call("step", orders={"a": Order("up", "crash")})
-    with pytest.raises(Broken, match="told to crash"):
-        await remote.call("fork")
-    await remote.close()
-
-
-class Unlucky(BarWorld):
-    """Has no room for a fork, and can not read its words."""
-
-    def fork(self):
-        raise RuntimeError("no room\nnone at all")
-
-    def _prepare(self, text):
-        raise FileNotFoundError(2, "No such file", "words.txt") if text == "file" else MemoryError()
-
-
-@asynchronous
-async def test_what_fails_and_changes_nothing_is_refused_in_one_line(tmp_path):
-    remote = Remote(Unlucky)
-    await remote.opened()
-    requests = {
-        "fork: no room": ("fork", {}),
-        "prepare: .*No such file.*words.txt": ("prepare", {"text": "file"}),
-        "prepare: MemoryError": ("prepare", {"text": "memory"}),
-        "save: ": ("save", {"name": "a", "folder": tmp_path / "saved"}),  # bars can't be saved
-    }
-    for says, (request, arguments) in requests.items():
-        with pytest.raises(Refused, match=f"^{says}") as refused:
-            await remote.call(request, **arguments)
-        assert "\n" not in str(refused.value)
-    assert (await remote.call("step", orders={"a": Order("up", "calm")}))["made"] == {"a": 3}
-    await remote.close()
-
-
-class Owing(BarWorld):
-    """Leaves a file for each block that it has been asked to settle."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def settle(self):
-        (self.folder / f"settled at {self.frames}").touch()
-
-
-@asynchronous
-async def test_what_a_block_still_owes_is_done_while_nobody_asks_for_the_next(tmp_path):
-    remote = Remote(functools.partial(Owing, tmp_path))
-    await remote.opened()
-    for frames in (3, 6):
-        await remote.call("step", orders={"a": Order("up", "calm")})
-        await until((tmp_path / f"settled at {frames}").exists)  # nobody asks for anything
-    await remote.close()
-
-
-@asynchronous
-async def test_a_worker_that_is_busy_is_ended_all_the_same():
-    remote = Remote(open_bars)
-    await remote.opened()
-    stuck = asyncio.create_task(remote.call("step", orders={"a": Order("up", "hang")}))
-    heard = remote._heard
-    await until(lambda: remote._heard > heard + 2)  # busy, and its heart beats
-    assert remote.hangs(limit=900) is None and "at one request for" in remote.hangs(limit=1)
-    started = time.monotonic()
-    await remote.close()
-    assert time.monotonic() - started < PATIENCE and not remote._reader.is_alive()
-    with pytest.raises((Broken, asyncio.CancelledError)):
-        await stuck
-
-
-@asynchronous
-async def test_the_tiny_world_opens_with_room_to_rewind():
-    settings = {"kv": "int8", "window": None, "sink": None, "seed": 0, "backend": "auto"}
-    remote = Remote(functools.partial(open_world, "tiny", undo_seconds=2.0, worlds=1, **settings))
-    described = await remote.opened()
-    assert described["can_rewind"] and described["fps"] == 16 and "up" in described["actions"]
-    made = await remote.call("step", orders={"a": Order("up", "meadow day")})
-    assert made["pictures"]["a"].shape == (3, 96, 96, 3) and made["undo"] == {"a": 3}
-    assert set(made["seconds"]) == {"denoise", "pictures", "total"}
-    await remote.close()

@@ -81,7 +81,10 @@ class Commands:
             await self.player.show(shown | {"b": shown["a"]})
 
     async def _do_close(self, world: str) -> None:
-        reply = await self._call("close", name=world)
+        await self._closed(world, await self._call("close", name=world))
+
+    async def _closed(self, world: str, reply: dict[str, Any]) -> None:
+        """Of two worlds this one has gone; the other is "a" from now on."""
         other = "b" if world == "a" else "a"
         self.steering.close(world)
         self._take(reply)

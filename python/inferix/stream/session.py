@@ -25,7 +25,7 @@ from .playout import Lead
 from .protocol import Message
 from .push import Sink
 from .remote import Broken, Refused, Remote
-from .steering import Steering
+from .steering import Steering, Words
 
 UNREAD = 8  # prompts that may wait for their encoding
 AHEAD = 2  # blocks: how far the world may run ahead of what is shown
@@ -268,8 +268,8 @@ class Session(Commands):
 
     async def _block(self) -> None:
         """Make the next block under what is pressed and said now."""
-        steering, names, block = self.steering, list(self.made), self._blocks
-        orders, seq, said = steering.orders(names)
+        block = self._blocks
+        orders, seq, said = self.steering.orders(list(self.made))
         if self._steps:
             self._steps, self.player.until = self._steps - 1, block
         ahead, positions = self.player.left(), dict(self.made)
@@ -281,6 +281,14 @@ class Session(Commands):
         total = time.perf_counter() - started
         if all(positions.values()):  # a block without a past takes many more steps
             self.lead.made(total)
+        for name, why in made["ended"].items():
+            other = "b" if name == "a" else "a"
+            orders, positions = {"a": orders[other]}, {"a": positions[other]}
+            said = [dataclasses.replace(words, worlds=["a"]) for words in said if other in words.worlds]
+            await self._closed(name, made)
+            text = f"world {name} has ended: {why}"[:500]
+            self.announce({"type": "error", "id": None, "code": "internal", "text": text})
+            self.changed()
         self._take(made)
         pictures: dict[str, np.ndarray] = made["pictures"]
         count, first = max(map(len, pictures.values())), self._frames
@@ -296,7 +304,7 @@ class Session(Commands):
             "frames": count,
             "applied_seq": seq,
             "positions": positions,
-            "actions": {name: orders[name].action for name in names},
+            "actions": {name: order.action for name, order in orders.items()},
             "made": self.made,
             "undo": self.undo,
             "ahead": ahead,
@@ -313,13 +321,17 @@ class Session(Commands):
         }
         self.recent.append(event)
         self.announce(event)
+        self._applied(said, first)
+        self.player.ready.set()
+
+    def _applied(self, said: list[Words], frame: int) -> None:
+        """These words are in force from this frame on."""
         for words in said:
-            steering.prompts |= dict.fromkeys(words.worlds, words.text)
-            applied = {"id": words.id, "text": words.text, "worlds": words.worlds, "state": "applied", "frame": first}
+            self.steering.prompts |= dict.fromkeys(words.worlds, words.text)
+            applied = {"id": words.id, "text": words.text, "worlds": words.worlds, "state": "applied", "frame": frame}
             self.announce({"type": "prompt", **applied})
         if said:
             self.announce(self.state())
-        self.player.ready.set()
 
     async def _follow(self, command: Command) -> None:
         self._following = True

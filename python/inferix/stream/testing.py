@@ -88,7 +88,7 @@ class BarWorld:
         return np.stack(pictures)
 
     def fork(self) -> BarWorld:
-        other = BarWorld.__new__(BarWorld)
+        other = type(self).__new__(type(self))
         other.__dict__ = dict(self.__dict__)
         return other
 

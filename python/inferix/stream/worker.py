@@ -82,19 +82,38 @@ class Stage:
         }
 
     def step(self, orders: dict[str, Order]) -> dict[str, Any]:
-        """The next block of every world: pictures uint8 [n, height, width, 3] by name, and where the time went."""
-        started, denoising, pictures = time.perf_counter(), 0.0, {}
+        """The next block of every world: pictures uint8 [n, height, width, 3] by name, and where the time went.
+
+        Of two worlds one whose block is not finite is gone: `ended` says why, by the name that it had, and the other,
+        whose block this is, is "a" from now on.
+
+        Raises:
+            NotFinite: no world is left that can go on; a reset or a load begins anew.
+        """
+        from inferix.finite import NotFinite
+
+        started, denoising, pictures, ended = time.perf_counter(), 0.0, {}, {}
         for name, running in self.worlds.items():
             order, world = orders[name], running.world
             before = world.frames
-            pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
+            try:
+                pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
+            except NotFinite as error:  # it has released itself, and only itself
+                ended[name] = str(error)
+                if len(ended) == len(self.worlds):
+                    self.worlds = {"a": running}
+                    raise
+                continue
             denoising += world.denoising
             running.pictures += len(pictures[name])
             running.blocks.append((len(pictures[name]), world.frames - before))
             self._forget_what_rewind_cannot_reach(running)
+        for name in ended:
+            self.close(name)
+            pictures = {"a": next(iter(pictures.values()))}
         total = time.perf_counter() - started
         seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
-        return {"pictures": pictures, "seconds": seconds, **self._extent()}
+        return {"pictures": pictures, "seconds": seconds, "ended": ended, **self._extent()}
 
     def settle(self) -> None:
         """What can be done while a block is shown, so that the next one comes sooner after its controls."""
