@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from inferix.models import MODELS
 from inferix.models.magi.adapters import adapter_for, scheduled
 from inferix.models.wan.adapters import ADAPTERS
 from inferix_kernels import Unsupported, _dispatch, chosen, compiled
+from inferix_kernels import __main__ as kernels_cli
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import cases, prove, stored
 from inferix_kernels.proofs.stored import RIGHT, Identity, Proof
@@ -225,28 +228,32 @@ marker, act, backend, format, device, *kernels = sys.argv[1:]
 for name in kernels:
     print(json.dumps([name, ""]), flush=True)
     if name.startswith("kv_commit"):
-        Path(marker).touch()
+        Path(marker).write_text(str(os.getpid()))
         exec(act)
     print(json.dumps([name, "right"]), flush=True)
 """
+HANGS = "while True: time.sleep(60)"
 
 
 @pytest.fixture
 def run_job(tmp_path, monkeypatch):
-    """All int8 kernels in acted processes; one that hangs is given up as soon as it does, by the test's clock."""
+    """All int8 kernels in acted processes; for one that hangs its time is over as soon as it does, or all the time."""
     waiting, marker = prove._wait, tmp_path / "marker"
 
-    def wait(process, until):
-        while not marker.exists() and process.poll() is None:
-            time.sleep(0.01)
-        return waiting(process, time.monotonic() + 1)
+    def run(act: str, all_is_over: bool = False) -> dict[str, str]:
+        def wait(process, results, ends):
+            at_it = str(process.pid)
+            while process.poll() is None and not (marker.exists() and marker.read_text() == at_it):
+                time.sleep(0.01)
+            if process.poll() is not None or act != HANGS:
+                return waiting(process, results, ends)
+            return waiting(process, results, 0.0 if all_is_over else ends, 600.0 if all_is_over else 0.0)
 
-    def run(act: str) -> dict[str, str]:
+        monkeypatch.setattr(prove, "_wait", wait)
         monkeypatch.setattr(prove, "jobs", lambda device: [prove.Job("compiled", "int8", names)])
         names = tuple(cases.kernels_of("int8"))
         return prove.prove("cpu", 600, program=(sys.executable, "-c", ACT, str(marker), act))["compiled"]
 
-    monkeypatch.setattr(prove, "_wait", wait)
     return run
 
 
@@ -256,7 +263,7 @@ def run_job(tmp_path, monkeypatch):
         ("os.kill(os.getpid(), signal.SIGSEGV)", "wrong: the process ended by signal SIGSEGV"),
         ("sys.exit(3)", "wrong: the process ended with 3"),
         ("raise MemoryError('no room')", "wrong: the process ended with 1: MemoryError: no room"),
-        ("while True: time.sleep(60)", "wrong: no result in time"),
+        (HANGS, "wrong: no result in time"),
     ],
 )
 def test_what_ends_a_process_is_that_kernels_outcome_and_the_rest_is_still_proved(run_job, act, said):
@@ -265,10 +272,49 @@ def test_what_ends_a_process_is_that_kernels_outcome_and_the_rest_is_still_prove
     assert len(outcomes) == 3 and set(outcomes.values()) == {RIGHT}
 
 
+def test_a_kernel_that_the_end_of_all_time_cuts_off_is_not_called_wrong(run_job):
+    """It may have been compiling: `auto` would never take it again."""
+    outcomes = run_job(HANGS, all_is_over=True)
+    assert outcomes.pop(stored.kernel("kv_commit", "int8")) == "not reached: no time was left"
+    assert len(outcomes) == 3 and set(outcomes.values()) == {RIGHT}
+
+
+def test_a_process_has_its_time_for_each_kernel_not_for_all(tmp_path):
+    """Eight kernels that Triton compiles for seconds each are no kernel that hangs."""
+    results, waits = tmp_path / "results", []
+
+    class Slow:
+        def wait(self, seconds):
+            waits.append(seconds)
+            results.write_text("x" * len(waits))
+            if len(waits) < 8:
+                raise subprocess.TimeoutExpired("slow", seconds)
+            return 0
+
+    results.touch()
+    clock = iter(range(0, 10**6, 5))  # 5 s at each look
+    with mock.patch.object(prove.time, "monotonic", lambda: float(next(clock))):
+        assert prove._wait(Slow(), results, 10**6, cap=25.0) == "the process ended with 0"
+    assert len(waits) == 8
+
+
+@pytest.mark.parametrize("device", ["H200", "nonsense", "mps", "cuda:7", "cuda:x", ""])
+def test_a_device_that_can_not_be_proved_is_one_line(monkeypatch, capsys, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert kernels_cli.main(["prove", device]) == 2
+    said = capsys.readouterr().err
+    assert "device" in said and f"got {device}" in said.replace("'", "") and said.count("\n") == 1
+    if device:  # none is its default
+        assert cli.main(["doctor", "--prove", "--device", device]) == 2
+        said = capsys.readouterr().err
+        assert "device" in said and f"got {device}" in said.replace("'", "") and said.count("\n") == 1
+
+
 def test_a_process_that_can_not_be_killed_is_left_alone(run_job, monkeypatch):
     left = []
     monkeypatch.setattr(prove.os, "killpg", lambda group, number: left.append(group))
-    outcomes = run_job("while True: time.sleep(60)")
+    outcomes = run_job(HANGS)
     monkeypatch.undo()
     os.killpg(left[0], signal.SIGKILL)
     assert outcomes[stored.kernel("kv_commit", "int8")] == "wrong: no result in time, and the process can not be killed"
