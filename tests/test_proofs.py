@@ -219,6 +219,17 @@ def test_a_kernel_that_is_not_right_is_found(monkeypatch, op, fake, said):
     assert found[name].startswith("wrong: ") and said in found[name] and "\n" not in found[name]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), OSError(28, "No space left")])
+def test_a_machine_that_is_full_says_nothing_against_a_kernel(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(compiled, "kv_append", full)
+    found: dict[str, str] = {}
+    prove.prove_in_process(prove.Job("compiled", "int8", ("kv_append int8",)), "cpu", found.__setitem__)
+    assert found == {"kv_append int8": f"not reached: {str(error).splitlines()[0]}"}
+
+
 # The processes. What they run is acted: `program` says which kernel it is at, then does what the test wants.
 
 ACT = """

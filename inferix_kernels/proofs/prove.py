@@ -63,6 +63,8 @@ def prove_in_process(job: Job, device: str, write: Callable[[str, str], None]) -
             outcome = f"unsupported: {error}"
         except Wrong as error:
             outcome = f"wrong: {error}"
+        except (torch.OutOfMemoryError, OSError) as error:  # of who else is on the GPU, or of Triton's cache
+            outcome = f"not reached: {''.join(str(error).splitlines()[:1])}"
         except Exception as error:  # of a launch, of a compiler: whatever it is, this kernel does not work here
             first = "".join(str(error).splitlines()[:1])
             write(name, f"wrong: {type(error).__name__}: {first}")
@@ -181,7 +183,7 @@ def command(device: str = "cuda", seconds: float = SECONDS) -> int:
         if not torch.cuda.is_available():
             say(f"prove: no GPU that torch can use: {no_gpu()}")
             return 2
-        if index >= torch.cuda.device_count():
+        if index and index >= torch.cuda.device_count():
             raise ValueError(f"device must be one of the {torch.cuda.device_count()} GPUs that are here, got {device}")
         identity = stored.identity(torch.device("cuda", index))
         print(", ".join(f"{name} {value}" for name, value in identity._asdict().items()))
