@@ -153,6 +153,16 @@ def test_a_cache_that_can_not_be_written_is_one_line(cache, monkeypatch, capsys)
     assert last.startswith("prove: proof: cannot write") and "Triton" in last and last.count("\n") == 1
 
 
+def test_without_a_home_folder_a_gpu_is_unproved(cache, monkeypatch):
+    def none(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(type(cache), "expanduser", none)
+    assert stored.of_device(GPU) is None and "not proved" in stored.notice(GPU)
+    with pytest.raises(ValueError, match=r"proof: cannot write it to .*: Could not determine home"):
+        stored.save(proof(compiled=RIGHT))
+
+
 def test_without_a_gpu_the_reason_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)

@@ -111,7 +111,10 @@ def save(proof: Proof) -> Path:
     Raises:
         ValueError: the cache can not be written.
     """
-    file = path(proof.identity)
+    try:
+        file = path(proof.identity)
+    except RuntimeError as error:
+        raise ValueError(f"proof: cannot write it to {FOLDER}: {error}") from None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,7 +149,7 @@ def notice(device: torch.device) -> str:
         return ""
     here = identity(device)
     why = "are not proved on this GPU"
-    for other in FOLDER.expanduser().glob("*.json"):
+    for other in _files():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             before = Identity(**json.loads(other.read_text())["identity"])
             if before.gpu == here.gpu:
@@ -156,6 +159,13 @@ def notice(device: torch.device) -> str:
         f"inferix: the CUDA kernels {why} ({here.gpu}, driver {here.driver}), so Triton's run first: "
         "`inferix doctor --prove` tries them in a minute"
     )
+
+
+def _files() -> list[Path]:
+    """Of all proofs; none where there is no home folder, or it can't be read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return sorted(FOLDER.expanduser().glob("*.json"))
+    return []
 
 
 def forget() -> None:
