@@ -153,6 +153,16 @@ def test_a_cache_that_can_not_be_written_is_one_line(cache, monkeypatch, capsys)
     assert last.startswith("prove: proof: cannot write") and "Triton" in last and last.count("\n") == 1
 
 
+def test_triton_under_another_distribution_is_identified(monkeypatch):
+    triton = pytest.importorskip("triton")
+    missing = mock.Mock(side_effect=stored.importlib.metadata.PackageNotFoundError("triton"))
+    monkeypatch.setattr(stored.importlib.metadata, "version", missing)
+    assert stored.triton_version() == triton.__version__
+    stored.build.cache_clear()
+    assert len(stored.build()) == 16
+    stored.build.cache_clear()
+
+
 def test_without_a_home_folder_a_gpu_is_unproved(cache, monkeypatch):
     def none(path):
         raise RuntimeError("Could not determine home directory.")

@@ -11,6 +11,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -92,12 +94,17 @@ def build() -> str:
     sources = sorted((_ROOT / "triton_kernels").rglob("*.py")) + sorted((_ROOT / "triton_kernels").rglob("*.json"))
     for path in [*([Path(extension.origin)] if extension and extension.origin else []), *sources]:
         digest.update(path.read_bytes())
-    triton = importlib.util.find_spec("triton")
-    if triton is not None:
-        from importlib.metadata import version
-
-        digest.update(version("triton").encode())
+    if importlib.util.find_spec("triton") is not None:
+        digest.update(triton_version().encode())
     return digest.hexdigest()[:16]
+
+
+def triton_version() -> str:
+    """Of the package, however it was distributed: nightly builds of torch come with one of another name."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("triton").__version__)
 
 
 def path(of: Identity) -> Path:
