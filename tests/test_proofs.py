@@ -358,6 +358,15 @@ def test_a_process_that_does_not_begin_proves_nothing(monkeypatch):
     assert found == {"compiled": {"kv_append int8": "not reached: the process ended with 1: no module named torch"}}
 
 
+def test_a_gpu_that_can_not_be_reached_proves_nothing(monkeypatch):
+    busy = mock.Mock(side_effect=RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"))
+    monkeypatch.setattr(prove.torch, "zeros", busy)
+    said: list[tuple[str, str]] = []
+    with pytest.raises(RuntimeError, match="busy"):  # the process ends with it, before it has named a kernel
+        prove.prove_in_process(prove.Job("compiled", "int8", ("kv_append int8",)), "cuda", lambda *x: said.append(x))
+    assert not said
+
+
 def test_what_there_is_no_time_for_is_not_reached():
     found = prove.prove("cpu", 0)["compiled"]
     assert len(found) == 36 and set(found.values()) == {"not reached: no time was left"}
