@@ -251,9 +251,8 @@ def kill_after(seconds: float, kill: signal.Signals) -> None:
     libc, timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
     when = (ctypes.c_long * 4)(0, 0, int(seconds), 1 + int(seconds % 1 * 1e9))  # itimerspec: once; 0 would be never
     event = Sigevent(None, kill, 0, (ctypes.c_byte * 48)())
-    if libc.timer_create(time.CLOCK_PROCESS_CPUTIME_ID, ctypes.byref(event), ctypes.byref(timer)) or libc.timer_settime(
-        timer, 0, when, None
-    ):
+    failed = libc.timer_create(time.CLOCK_PROCESS_CPUTIME_ID, ctypes.byref(event), ctypes.byref(timer))
+    if failed or libc.timer_settime(timer, 0, when, None):
         raise OSError(ctypes.get_errno(), "no timer of processor time")
 
 
@@ -287,19 +286,19 @@ class Runs:
         self._processes.set_forkserver_preload(IMPORTS + LARGE_IMPORTS * large)
 
     def run(self, name: str, folder: Path, kill: signal.Signals = signal.SIGKILL, moment: float | None = None) -> bool:
-        """Was it killed? At this share of its work, or not at all."""
+        """Was it killed at work? `moment`: at this share of it; None: it is let alone."""
         ours, theirs = self._processes.Pipe(duplex=False)
         seconds = None if moment is None else moment * self.spent[name]
         process = self._processes.Process(target=run, args=(name, self.weights, folder, kill, seconds, theirs))
         process.start()
         theirs.close()
         process.join()
-        done = process.exitcode == 0
-        assert done or (process.exitcode == -kill and moment is not None), f"{name} ended with {process.exitcode}"
-        if done:
+        ends = (0,) if moment is None else (0, -kill)
+        assert process.exitcode in ends, f"{name} ended with {process.exitcode}"
+        with ours, contextlib.suppress(EOFError):
             self.spent[name] = min(self.spent[name], ours.recv())
-        ours.close()
-        return not done
+            return False  # it was done, even if the signal came after all
+        return True
 
 
 def soak(times: int, seed: int, folder: Path) -> tuple[list[str], int]:

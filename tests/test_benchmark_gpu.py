@@ -122,6 +122,16 @@ def test_a_folder_that_cannot_be_gone_on_with_is_named(tmp_path):
             Machine().run(tmp_path, [])
 
 
+@pytest.mark.parametrize("other", [{"device": "NVIDIA H100"}, {"dry": True}])
+def test_a_folder_of_another_device_is_not_gone_on_with(tmp_path, other):
+    Machine().run(tmp_path, [stage("one")], device="NVIDIA H200").go(5)
+    before = (tmp_path / "state.json").read_text()
+    with pytest.raises(ValueError, match="other sources or another device: choose a new folder"):
+        Machine().run(tmp_path, [], **({"device": "NVIDIA H200"} | other))
+    assert (tmp_path / "state.json").read_text() == before
+    assert Machine().run(tmp_path, [stage("one")], device="NVIDIA H200").go(5) == 0
+
+
 def test_rows_that_a_full_disk_refuses_are_shown_and_the_next_are_measured(tmp_path, monkeypatch, capsys):
     append = commands.append
     calls = []

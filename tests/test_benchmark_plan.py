@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import machine
 import pytest
@@ -41,6 +42,8 @@ def test_the_caps_of_the_first_call_fit_it(h200, tmp_path):
     order = [stage.name for stage in first]
     assert order.index("speed of peers and Triton") < order.index("speed of Hopper") < order.index("block compiled")
     assert order[0] == "build" and order[-1] == "counters of compiled"
+    later = [stage.name for stage in plan.Plan(tmp_path).later()]
+    assert later[:4] == ["proof", "speed of peers that compile", "memcheck", "racecheck"]
     names = [job.name for stage in plan.Plan(tmp_path).stages() for job in stage.jobs]
     assert len(set(names)) == len(names)
 
@@ -206,6 +209,11 @@ def test_what_loads_decides_whether_there_is_an_extension(tmp_path, monkeypatch)
     assert plan.extension() == "" and plan.extension(older=True) == "without CUDA"
     Path(Spec.origin).write_text("import no_such_library")
     assert plan.extension() == ""
+    Path(Spec.origin).write_text("has_cuda = True")
+    hangs = subprocess.TimeoutExpired("python", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.subprocess, "run", mock.Mock(side_effect=hangs))
+        assert plan.extension() == ""
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert plan.extension() == ""
 

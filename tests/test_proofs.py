@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from inferix.models import MODELS
 from inferix.models.magi.adapters import adapter_for, scheduled
 from inferix.models.wan.adapters import ADAPTERS
 from inferix_kernels import Unsupported, _dispatch, chosen, compiled
+from inferix_kernels import __main__ as kernels_cli
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import cases, prove, stored
 from inferix_kernels.proofs.stored import RIGHT, Identity, Proof
@@ -150,6 +153,26 @@ def test_a_cache_that_can_not_be_written_is_one_line(cache, monkeypatch, capsys)
     assert last.startswith("prove: proof: cannot write") and "Triton" in last and last.count("\n") == 1
 
 
+def test_triton_under_another_distribution_is_identified(monkeypatch):
+    triton = pytest.importorskip("triton")
+    missing = mock.Mock(side_effect=stored.importlib.metadata.PackageNotFoundError("triton"))
+    monkeypatch.setattr(stored.importlib.metadata, "version", missing)
+    assert stored.triton_version() == triton.__version__
+    stored.build.cache_clear()
+    assert len(stored.build()) == 16
+    stored.build.cache_clear()
+
+
+def test_without_a_home_folder_a_gpu_is_unproved(cache, monkeypatch):
+    def none(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(type(cache), "expanduser", none)
+    assert stored.of_device(GPU) is None and "not proved" in stored.notice(GPU)
+    with pytest.raises(ValueError, match=r"proof: cannot write it to .*: Could not determine home"):
+        stored.save(proof(compiled=RIGHT))
+
+
 def test_without_a_gpu_the_reason_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
@@ -216,6 +239,17 @@ def test_a_kernel_that_is_not_right_is_found(monkeypatch, op, fake, said):
     assert found[name].startswith("wrong: ") and said in found[name] and "\n" not in found[name]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), OSError(28, "No space left")])
+def test_a_machine_that_is_full_says_nothing_against_a_kernel(monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(compiled, "kv_append", full)
+    found: dict[str, str] = {}
+    prove.prove_in_process(prove.Job("compiled", "int8", ("kv_append int8",)), "cpu", found.__setitem__)
+    assert found == {"kv_append int8": f"not reached: {str(error).splitlines()[0]}"}
+
+
 # The processes. What they run is acted: `program` says which kernel it is at, then does what the test wants.
 
 ACT = """
@@ -225,28 +259,32 @@ marker, act, backend, format, device, *kernels = sys.argv[1:]
 for name in kernels:
     print(json.dumps([name, ""]), flush=True)
     if name.startswith("kv_commit"):
-        Path(marker).touch()
+        Path(marker).write_text(str(os.getpid()))
         exec(act)
     print(json.dumps([name, "right"]), flush=True)
 """
+HANGS = "while True: time.sleep(60)"
 
 
 @pytest.fixture
 def run_job(tmp_path, monkeypatch):
-    """All int8 kernels in acted processes; one that hangs is given up as soon as it does, by the test's clock."""
+    """All int8 kernels in acted processes; for one that hangs its time is over as soon as it does, or all the time."""
     waiting, marker = prove._wait, tmp_path / "marker"
 
-    def wait(process, until):
-        while not marker.exists() and process.poll() is None:
-            time.sleep(0.01)
-        return waiting(process, time.monotonic() + 1)
+    def run(act: str, all_is_over: bool = False) -> dict[str, str]:
+        def wait(process, results, ends):
+            at_it = str(process.pid)
+            while process.poll() is None and not (marker.exists() and marker.read_text() == at_it):
+                time.sleep(0.01)
+            if process.poll() is not None or act != HANGS:
+                return waiting(process, results, ends)
+            return waiting(process, results, 0.0 if all_is_over else ends, 600.0 if all_is_over else 0.0)
 
-    def run(act: str) -> dict[str, str]:
+        monkeypatch.setattr(prove, "_wait", wait)
         monkeypatch.setattr(prove, "jobs", lambda device: [prove.Job("compiled", "int8", names)])
         names = tuple(cases.kernels_of("int8"))
         return prove.prove("cpu", 600, program=(sys.executable, "-c", ACT, str(marker), act))["compiled"]
 
-    monkeypatch.setattr(prove, "_wait", wait)
     return run
 
 
@@ -256,7 +294,7 @@ def run_job(tmp_path, monkeypatch):
         ("os.kill(os.getpid(), signal.SIGSEGV)", "wrong: the process ended by signal SIGSEGV"),
         ("sys.exit(3)", "wrong: the process ended with 3"),
         ("raise MemoryError('no room')", "wrong: the process ended with 1: MemoryError: no room"),
-        ("while True: time.sleep(60)", "wrong: no result in time"),
+        (HANGS, "wrong: no result in time"),
     ],
 )
 def test_what_ends_a_process_is_that_kernels_outcome_and_the_rest_is_still_proved(run_job, act, said):
@@ -265,10 +303,49 @@ def test_what_ends_a_process_is_that_kernels_outcome_and_the_rest_is_still_prove
     assert len(outcomes) == 3 and set(outcomes.values()) == {RIGHT}
 
 
+def test_a_kernel_that_the_end_of_all_time_cuts_off_is_not_called_wrong(run_job):
+    """It may have been compiling: `auto` would never take it again."""
+    outcomes = run_job(HANGS, all_is_over=True)
+    assert outcomes.pop(stored.kernel("kv_commit", "int8")) == "not reached: no time was left"
+    assert len(outcomes) == 3 and set(outcomes.values()) == {RIGHT}
+
+
+def test_a_process_has_its_time_for_each_kernel_not_for_all(tmp_path):
+    """Eight kernels that Triton compiles for seconds each are no kernel that hangs."""
+    results, waits = tmp_path / "results", []
+
+    class Slow:
+        def wait(self, seconds):
+            waits.append(seconds)
+            results.write_text("x" * len(waits))
+            if len(waits) < 8:
+                raise subprocess.TimeoutExpired("slow", seconds)
+            return 0
+
+    results.touch()
+    clock = iter(range(0, 10**6, 5))  # 5 s at each look
+    with mock.patch.object(prove.time, "monotonic", lambda: float(next(clock))):
+        assert prove._wait(Slow(), results, 10**6, cap=25.0) == "the process ended with 0"
+    assert len(waits) == 8
+
+
+@pytest.mark.parametrize("device", ["H200", "nonsense", "mps", "cuda:7", "cuda:x", ""])
+def test_a_device_that_can_not_be_proved_is_one_line(monkeypatch, capsys, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert kernels_cli.main(["prove", device]) == 2
+    said = capsys.readouterr().err
+    assert "device" in said and f"got {device}" in said.replace("'", "") and said.count("\n") == 1
+    if device:  # none is its default
+        assert cli.main(["doctor", "--prove", "--device", device]) == 2
+        said = capsys.readouterr().err
+        assert "device" in said and f"got {device}" in said.replace("'", "") and said.count("\n") == 1
+
+
 def test_a_process_that_can_not_be_killed_is_left_alone(run_job, monkeypatch):
     left = []
     monkeypatch.setattr(prove.os, "killpg", lambda group, number: left.append(group))
-    outcomes = run_job("while True: time.sleep(60)")
+    outcomes = run_job(HANGS)
     monkeypatch.undo()
     os.killpg(left[0], signal.SIGKILL)
     assert outcomes[stored.kernel("kv_commit", "int8")] == "wrong: no result in time, and the process can not be killed"
@@ -279,6 +356,15 @@ def test_a_process_that_does_not_begin_proves_nothing(monkeypatch):
     monkeypatch.setattr(prove, "jobs", lambda device: [prove.Job("compiled", "int8", ("kv_append int8",))])
     found = prove.prove("cpu", 600, program=(sys.executable, "-c", "raise SystemExit('no module named torch')"))
     assert found == {"compiled": {"kv_append int8": "not reached: the process ended with 1: no module named torch"}}
+
+
+def test_a_gpu_that_can_not_be_reached_proves_nothing(monkeypatch):
+    busy = mock.Mock(side_effect=RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"))
+    monkeypatch.setattr(prove.torch, "zeros", busy)
+    said: list[tuple[str, str]] = []
+    with pytest.raises(RuntimeError, match="busy"):  # the process ends with it, before it has named a kernel
+        prove.prove_in_process(prove.Job("compiled", "int8", ("kv_append int8",)), "cuda", lambda *x: said.append(x))
+    assert not said
 
 
 def test_what_there_is_no_time_for_is_not_reached():

@@ -98,6 +98,7 @@ class Run:
         summarize: what summary.md holds, given the run.
         plots: the stage that draws, of what there is.
         clock, start: of time and processes; tests have others.
+        device: its name; a folder holds what one device did.
     """
 
     out: Path
@@ -107,6 +108,7 @@ class Run:
     plots: Callable[[], Stage | None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     start: Callable[[Job], Command] = start
+    device: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -122,10 +124,10 @@ class Run:
             return {}
         try:
             state = json.loads(self.state.read_text())
-            jobs, of = dict(state["jobs"]), (state["kernels"], state["dry"])
+            jobs, of = dict(state["jobs"]), (state["kernels"], state["dry"], state["device"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--out: {str(self.state)!r} must be what an earlier call left, got {error!r}") from None
-        if of != (fingerprints(), self.dry):
+        if of != (fingerprints(), self.dry, self.device):
             raise ValueError(f"--out {self.out} holds a run of other sources or another device: choose a new folder")
         return jobs
 
@@ -198,7 +200,8 @@ class Run:
 
     def _keep(self) -> None:
         """State and summary, whole or as they were: a run that is cut off now has both."""
-        state = {"kernels": fingerprints(), "dry": self.dry, "jobs": self.jobs_done, "left out": self.left_out}
+        of = {"kernels": fingerprints(), "dry": self.dry, "device": self.device}
+        state = {**of, "jobs": self.jobs_done, "left out": self.left_out}
         self._write(self.state, json.dumps(state, indent=1) + "\n")
         self._write(self.out / "summary.md", self.summarize(self))
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .environment import device_name
 from .gpu import FINISH, NO_TESTS, SAID_NO, STOPPED, Job, Run, Stage
 from .ledger import ROOT
 from .processes import search_path
@@ -66,7 +67,7 @@ TESTED = (0, SAID_NO, NO_TESTS, STOPPED)  # exit codes of pytest, or its time wa
 def gpu_run(out: Path, dry: bool = False) -> Run:
     """A run that goes through all of it; `dry` on the CPU, at shapes for tests."""
     plan = Plan(out, dry)
-    return Run(out, plan.stages, dry, summary, plan.plots)
+    return Run(out, plan.stages, dry, summary, plan.plots, device=device_name(plan.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +105,15 @@ class Plan:
         yield self.counters("compiled", lacks)
 
     def later(self) -> Iterator[Stage]:
+        lacks = "a CPU has none" if self.dry else no_command("prove")
+        yield self.one("proof", module("inferix_kernels", "prove"), 60, 20, lacks)
+        slow = self.attention((SHAPE, *OTHERS), "sdpa" if self.dry else SLOW_PEERS, "bf16,fp8,int8")
+        yield self.one("speed of peers that compile", slow, 60, 20)
         lacks, sanitizer = self.lacks_hopper(), tool("compute-sanitizer")
         for what in ("memcheck", "racecheck"):
             command = [str(sanitizer), "--tool", what, "--error-exitcode", "9", *module("pytest", "-q", "-m", "gpu")]
             job = Job(what, [*command, *HOPPER_TESTS, "-k", SMALL], (*TESTED, 9), "tests.txt")
             yield Stage(what, (job,), 45, 20, lacks or ("" if sanitizer else "compute-sanitizer is not here"))
-        lacks = "a CPU has none" if self.dry else no_command("prove")
-        yield self.one("proof", module("inferix_kernels", "prove"), 60, 20, lacks)
-        slow = self.attention((SHAPE, *OTHERS), "sdpa" if self.dry else SLOW_PEERS, "bf16,fp8,int8")
-        yield self.one("speed of peers that compile", slow, 60, 20)
         ops = [f"tests/test_{family}.py" for family in ("kv_pages", "qkv", "attention")]
         sample = ["-p", "benchmarks.sample_tests", "--every", "20", "--continue-on-collection-errors"]
         yield self.tests("a sample of the ops' tests", *sample, *ops, cap=60)
@@ -237,7 +238,10 @@ def extension(older: bool = False) -> str:
     if not older and Path(spec.origin).stat().st_mtime < max(path.stat().st_mtime for path in sources()):
         return ""
     code = f"import sys; sys.path.insert(0, {str(Path(spec.origin).parent)!r}); import _C; print(_C.has_cuda)"
-    said = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60).stdout
+    try:
+        said = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=20).stdout
+    except subprocess.TimeoutExpired:
+        return ""
     return {"True": "with CUDA", "False": "without CUDA"}.get(said.strip(), "")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from .cases import Wrong, kernels_of
 from .stored import RIGHT, Proof
 
 SECONDS = 55.0  # of a whole proof
-CAP = 30.0  # of one process; Triton compiles in it
+CAP = 30.0  # without a word of one process, which imports torch, or compiles one of Triton's kernels: then it hangs
+POLL = 0.5
+NO_TIME = "no time was left"
 PROCESSES = 8  # at a time, if there are as many cores
 # On a CPU nothing is held back until it is proved, and Triton's interpreter would take minutes.
 BACKENDS = {"cpu": ("compiled",), "cuda": ("compiled", "triton")}
@@ -49,6 +52,7 @@ Outcomes = dict[str, dict[str, str]]  # by backend and kernel, as proofs.Proof h
 def prove_in_process(job: Job, device: str, write: Callable[[str, str], None]) -> None:
     """Run a job's kernels here, up to one that raises; write(kernel, "") before each, write(kernel, outcome) after."""
     cases = kernels_of(job.format)
+    torch.zeros(1, device=device).add_(1).item()  # a GPU that can't be reached says nothing against the first kernel
     for name in job.kernels:
         write(name, "")
         try:
@@ -60,6 +64,8 @@ def prove_in_process(job: Job, device: str, write: Callable[[str, str], None]) -
             outcome = f"unsupported: {error}"
         except Wrong as error:
             outcome = f"wrong: {error}"
+        except (torch.OutOfMemoryError, OSError) as error:  # of who else is on the GPU, or of Triton's cache
+            outcome = f"not reached: {''.join(str(error).splitlines()[:1])}"
         except Exception as error:  # of a launch, of a compiler: whatever it is, this kernel does not work here
             first = "".join(str(error).splitlines()[:1])
             write(name, f"wrong: {type(error).__name__}: {first}")
@@ -94,7 +100,7 @@ def prove(
 
     def run(job: Job) -> None:
         while job.kernels:
-            found = _run_process(job, device, min(ends, time.monotonic() + CAP), program)
+            found = _run_process(job, device, ends, program)
             for name, outcome in found.items():
                 outcomes[job.backend][name] = outcome
                 said(f"{job.backend}: {name}: {outcome}")
@@ -105,10 +111,10 @@ def prove(
     return outcomes
 
 
-def _run_process(job: Job, device: str, until: float, program: Sequence[str]) -> dict[str, str]:
+def _run_process(job: Job, device: str, ends: float, program: Sequence[str]) -> dict[str, str]:
     """Outcomes of one process: of all kernels, or of those up to the one at which it ended."""
-    if time.monotonic() >= until:
-        return dict.fromkeys(job.kernels, "not reached: no time was left")
+    if time.monotonic() >= ends:
+        return dict.fromkeys(job.kernels, f"not reached: {NO_TIME}")
     with tempfile.TemporaryDirectory() as folder:
         results, errors = Path(folder, "results"), Path(folder, "errors")
         with results.open("wb") as out, errors.open("wb") as err:
@@ -117,41 +123,70 @@ def _run_process(job: Job, device: str, until: float, program: Sequence[str]) ->
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
-            ended = _wait(process, until)
+            ended = _wait(process, results, ends)
         lines = [json.loads(line) for line in results.read_text().splitlines() if line.endswith("]")]
         last = "".join(errors.read_text(errors="replace").strip().splitlines()[-1:])
     found = {name: outcome for name, outcome in lines if outcome}
     left = [name for name in job.kernels if name not in found]
     why = f"{ended}: {last}" if last else ended
     if left and [left[0], ""] in lines:  # it was at this one
-        found[left[0]] = f"wrong: {why}"
+        found[left[0]] = f"not reached: {NO_TIME}" if ended.startswith(NO_TIME) else f"wrong: {why}"
     elif not found:  # it did not come to the first
         found = dict.fromkeys(left, f"not reached: {why}")
     return found  # if some are left, for another process to go on with
 
 
-def _wait(process: subprocess.Popen, until: float) -> str:
-    """How the process ended; one that hangs is killed with what it has started, and left if even that does not help."""
-    try:
-        code = process.wait(max(0.1, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+def _wait(process: subprocess.Popen, results: Path, ends: float, cap: float = CAP) -> str:
+    """How the process ended; one that hangs is killed with what it has started, and left if even that does not help.
+
+    It hangs if it writes nothing for `cap` seconds. When all the time is over that may be a slow compiler's fault, and
+    says nothing against a kernel: NO_TIME.
+    """
+    written, until = -1, 0.0
+    while True:
+        if (size := results.stat().st_size) > written:
+            written, until = size, time.monotonic() + cap
         try:
-            process.wait(2)
+            code = process.wait(max(0.0, min(POLL, ends - time.monotonic(), until - time.monotonic())))
         except subprocess.TimeoutExpired:
-            return "no result in time, and the process can not be killed"
-        return "no result in time"
-    return f"the process ended by signal {signal.Signals(-code).name}" if code < 0 else f"the process ended with {code}"
+            if (now := time.monotonic()) < min(ends, until):
+                continue
+            os.killpg(process.pid, signal.SIGKILL)
+            why = "no result in time" if now >= until else NO_TIME
+            return why if gone(process) else f"{why}, and the process can not be killed"
+        if code < 0:
+            return f"the process ended by signal {signal.Signals(-code).name}"
+        return f"the process ended with {code}"
+
+
+def gone(process: subprocess.Popen) -> bool:
+    """Has a killed process ended, a little later?"""
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def command(device: str = "cuda", seconds: float = SECONDS) -> int:
-    """Prove the kernels on a device and store it: 0 if none is wrong, 1 if one is, 2 if nothing is proved or kept."""
-    kind = torch.device(device).type
+    """Prove the kernels on a device and store it: 0 if none is wrong, 1 if one is, 2 if nothing is proved or kept.
+
+    Raises:
+        ValueError: device is none of a machine's, or a GPU that is not here.
+    """
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if named is None:
+        raise ValueError(
+            f"device to prove kernels on must be cpu, cuda or cuda:N, a device that is here, got {device!r}"
+        )
+    kind, index = torch.device(device).type, int(named[1] or 0)
     if kind != "cpu":
         if not torch.cuda.is_available():
             say(f"prove: no GPU that torch can use: {no_gpu()}")
             return 2
-        identity = stored.identity(torch.device("cuda", torch.device(device).index or 0))
+        if index and index >= torch.cuda.device_count():
+            raise ValueError(f"device must be one of the {torch.cuda.device_count()} GPUs that are here, got {device}")
+        identity = stored.identity(torch.device("cuda", index))
         print(", ".join(f"{name} {value}" for name, value in identity._asdict().items()))
     outcomes = prove(device, seconds, lambda line: print(line, flush=True))
     every = [outcome for found in outcomes.values() for outcome in found.values()]

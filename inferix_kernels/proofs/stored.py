@@ -11,6 +11,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -92,12 +94,17 @@ def build() -> str:
     sources = sorted((_ROOT / "triton_kernels").rglob("*.py")) + sorted((_ROOT / "triton_kernels").rglob("*.json"))
     for path in [*([Path(extension.origin)] if extension and extension.origin else []), *sources]:
         digest.update(path.read_bytes())
-    triton = importlib.util.find_spec("triton")
-    if triton is not None:
-        from importlib.metadata import version
-
-        digest.update(version("triton").encode())
+    if importlib.util.find_spec("triton") is not None:
+        digest.update(triton_version().encode())
     return digest.hexdigest()[:16]
+
+
+def triton_version() -> str:
+    """Of the package, however it was distributed: nightly builds of torch come with one of another name."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("triton").__version__)
 
 
 def path(of: Identity) -> Path:
@@ -111,7 +118,10 @@ def save(proof: Proof) -> Path:
     Raises:
         ValueError: the cache can not be written.
     """
-    file = path(proof.identity)
+    try:
+        file = path(proof.identity)
+    except RuntimeError as error:
+        raise ValueError(f"proof: cannot write it to {FOLDER}: {error}") from None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,7 +156,7 @@ def notice(device: torch.device) -> str:
         return ""
     here = identity(device)
     why = "are not proved on this GPU"
-    for other in FOLDER.expanduser().glob("*.json"):
+    for other in _files():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             before = Identity(**json.loads(other.read_text())["identity"])
             if before.gpu == here.gpu:
@@ -156,6 +166,13 @@ def notice(device: torch.device) -> str:
         f"inferix: the CUDA kernels {why} ({here.gpu}, driver {here.driver}), so Triton's run first: "
         "`inferix doctor --prove` tries them in a minute"
     )
+
+
+def _files() -> list[Path]:
+    """Of all proofs; none where there is no home folder, or it can't be read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return sorted(FOLDER.expanduser().glob("*.json"))
+    return []
 
 
 def forget() -> None:

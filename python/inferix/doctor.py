@@ -58,9 +58,10 @@ def _attention() -> Finding:
     import torch
 
     from inferix_kernels import chosen
+    from inferix_kernels.layout import scratch_format
 
     on = chosen.target("cuda" if torch.cuda.is_available() else "cpu")
-    choice = chosen.attention(("int8", "bf16" if on.kind == "cuda" else "fp32"), on)
+    choice = chosen.attention(("int8", scratch_format(on.kind)), on)
     if not choice.backend:
         return False, f"none runs on {on.name}: {'; '.join(choice.reasons)}"
     return True, "; ".join([f"a world on {on.name} uses {choice.backend}", *choice.reasons])
