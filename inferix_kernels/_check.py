@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,10 +16,15 @@ CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
+def is_whole(number: object) -> TypeGuard[int]:
+    """Python's or NumPy's, but no bool."""
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
 def check_counts(counts: Mapping[str, object], least: int = 1) -> None:
     """Each by its name: a whole number, and not less than `least`."""
     for name, count in counts.items():
-        if not isinstance(count, numbers.Integral):
+        if not is_whole(count):
             raise ValueError(f"{name} must be a whole number, got {count!r}")
         if count < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")

@@ -101,15 +101,23 @@ def _check_ageing(table: PageTable, past: Past, leaving: Sequence[int], block_en
 
 
 def _say_goodbye(table: PageTable, past: Past, leaving: Sequence[int]) -> Past:
-    """`past` after the policy's on_evict was called with each frame. The table's own state is what it was."""
+    """`past` after the policy's on_evict was called with each frame. The table's own state is what it was.
+
+    Raises:
+        RuntimeError: on_evict opened, sealed or forgot blocks of this world, or rewound it; nothing was changed.
+    """
     before, on_evict = table.state, table.policy.on_evict
     assert on_evict is not None
+    forbidden = "on_evict must not open, seal or forget blocks of the world that it is called with, nor rewind it"
+    if table.evicting:
+        raise RuntimeError(forbidden)
     try:
-        table.state = past
+        table.state, table.evicting = past, True
         for frame in leaving:
             on_evict(table, frame)
-        past, table.state = table.state, before
-        return past
-    except BaseException:
-        table.state = before
-        raise
+        after = table.state
+        if (after.next_frame, after.open_blocks) != (past.next_frame, past.open_blocks):
+            raise RuntimeError(forbidden)
+        return after
+    finally:
+        table.state, table.evicting = before, False

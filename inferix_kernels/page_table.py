@@ -37,6 +37,8 @@ from .slots import Extent, NotResident, Slot, in_turn
 class PageTable:
     """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists."""
 
+    evicting = False  # is the policy's on_evict being called?
+
     def __init__(self, store: KVStore, policy: Policy):
         policy = fitted(policy, store)
         self.store, self.policy, self.turn = store, policy, store.turn
@@ -125,8 +127,7 @@ class PageTable:
     def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
         """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""
         kept = [keep] if isinstance(keep, Block) else keep or []
-        past = self.state
-        self.state = past.only_blocks([block for block in past.open_blocks if block in kept]).thawed()
+        self.state = self.state.only_blocks([block for block in self.open_blocks if block in kept]).thawed()
 
     @in_turn
     def drop(self, block: Block) -> None:

@@ -84,7 +84,9 @@ class KVStore:
         host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
         counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
         counts |= {"scratch_blocks": scratch_blocks}
-        counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
+        if isinstance(head_dim, Sequence) and len(head_dim) != 2:
+            raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
+        counts |= {"head_dim": min(head_dim) if isinstance(head_dim, Sequence) else head_dim}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
         check_counts(counts)
@@ -95,8 +97,14 @@ class KVStore:
         check_page_size(page_size)
         if FORMATS[scratch_format].quantized:
             raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
+        # NumPy's numbers, too, are whole; snapshots hold Python's.
+        layers, heads, frame_tokens, page_size = map(int, (layers, heads, frame_tokens, page_size))
+        pools, host = ({format: int(frames) for format, frames in sizes.items()} for sizes in (pools, host))
+        head_dim = (int(head_dim[0]), int(head_dim[1])) if isinstance(head_dim, Sequence) else int(head_dim)
+        if frame_tokens >= 1 << 31:
+            raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
-        self.block_frames, self.scratch_blocks = block_frames, scratch_blocks
+        self.block_frames, self.scratch_blocks = int(block_frames), int(scratch_blocks)
         self.page_size, self.model = page_size, model
         self.device, self.backend = torch.device(device), backend
         on_gpu = self.device.type == "cuda"

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import Any
 
-from ._check import check_counts
-
-
-def _whole(frames: object) -> bool:
-    return isinstance(frames, numbers.Integral) and not isinstance(frames, bool)
+from ._check import check_counts, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +24,8 @@ class Policy:
             With format "int8" and older (9, "int4"), the last 9 frames are int8 and the rest of the window int4.
         undo: frames kept out of sight behind the window, so that `rewind` by as many finds what was seen then.
         archive: frames that leave the window go to host memory instead of being forgotten.
-        on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink.
+        on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink, convert,
+            pin, fork and so on, but neither open, seal or forget blocks of this world nor rewind it.
     """
 
     window: int | None = None
@@ -44,8 +40,10 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("window", "sink", "undo"):
             frames = getattr(self, name)
-            if not _whole(frames) and not (name == "window" and frames is None):
+            if not is_whole(frames) and not (name == "window" and frames is None):
                 raise ValueError(f"{name} must be a whole number of frames, got {frames!r}")
+            if frames is not None:  # NumPy's, too; files hold Python's
+                object.__setattr__(self, name, int(frames))
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 frame, got {self.window}")
         for name, frames in (("sink", self.sink), ("undo", self.undo)):
@@ -54,13 +52,16 @@ class Policy:
         if self.older is not None:
             if not isinstance(self.older, tuple) or len(self.older) != 2 or not isinstance(self.older[1], str):
                 raise ValueError(f"older must be (frames, format), got {self.older!r}")
-            if not _whole(self.older[0]) or self.older[0] < 1:
+            if not is_whole(self.older[0]) or self.older[0] < 1:
                 raise ValueError(f"older must begin after at least 1 frame, got {self.older[0]!r}")
+            object.__setattr__(self, "older", (int(self.older[0]), self.older[1]))
         for name in ("format", "sink_format"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be the name of a format, got {getattr(self, name)!r}")
         if not isinstance(self.archive, bool):
             raise ValueError(f"archive must be True or False, got {self.archive!r}")
+        if self.on_evict is not None and not callable(self.on_evict):
+            raise ValueError(f"on_evict must be a function of (table, frame), got {self.on_evict!r}")
 
     def sees(self, frame: int, block_end: int) -> bool:
         """Does a block that ends before frame `block_end` attend to the past frame `frame`?"""

@@ -115,6 +115,7 @@ def test_a_world_goes_on_after_a_block_that_failed():
         (lambda: small_world(window=3.5), "window must be a whole number of frames, got 3.5"),
         (lambda: small_world(undo=2.5), "undo must be a whole number of frames, got 2.5"),
         (lambda: small_world(seed="x"), "seed must be a whole number from 0 .* got 'x'"),
+        (lambda: small_world(seed=True), "seed must be a whole number from 0 .* got True"),
         (lambda: small_world(seed=1.5), "seed must be a whole number from 0 .* got 1.5"),
         (lambda: small_world(seed=-1), "seed must be a whole number from 0 .* got -1"),
         (lambda: small_world().fork(seed=2**64), "seed must be a whole number from 0 .* got 18446744073709551616"),

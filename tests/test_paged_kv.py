@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from stores import (
@@ -32,6 +33,7 @@ from inferix_kernels import (
     paged_attention,
     paged_kv,
 )
+from inferix_kernels.snapshot import load, save
 from inferix_kernels.testing import clustered_keys_and_values, poisoned_pool
 
 # Frames in the cache while each block is processed, block included: measured from the cache of Self-Forcing
@@ -334,6 +336,11 @@ def test_latent_rows_are_stored_and_read_back(format):
         (lambda: Policy(3, older=9), r"older must be \(frames, format\), got 9"),
         (lambda: Policy(3, format=8), "format must be the name of a format, got 8"),
         (lambda: Policy(3, archive=1), "archive must be True or False, got 1"),
+        (lambda: Policy(3, on_evict=1), r"on_evict must be a function of \(table, frame\), got 1"),
+        (lambda: open_store(head_dim=(16,)), r"head_dim must be one width, or those of keys and values, got \(16,\)"),
+        (lambda: open_store(head_dim=16.0), "head_dim must be a whole number, got 16.0"),
+        (lambda: open_store(layers=True), "layers must be a whole number, got True"),
+        (lambda: open_store(frame_tokens=1 << 40), r"frame_tokens must be under 2\^31, .* got 1099511627776"),
         (lambda: Policy(True), "window must be a whole number of frames, got True"),
         (lambda: Policy(3, format="int8").capacity(-1), "frames must be at least 0, got -1"),
         (lambda: Policy(format="int8").capacity(), "frames must be given for a policy without a window"),
@@ -351,3 +358,15 @@ def test_latent_rows_are_stored_and_read_back(format):
 def test_bad_input_says_what_it_must_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("head_dim", [np.int64(16), (np.int64(16), np.int32(8))])
+def test_numpys_whole_numbers_are_python_ones(head_dim, tmp_path):
+    store = open_store(
+        layers=np.int64(2), pools={"int8": np.int64(4)}, head_dim=head_dim, frame_tokens=np.int16(21), block_frames=1
+    )
+    assert store.freezes_mean == isinstance(store.head_dim, int)
+    table = store.open(Policy(np.int64(3), sink=np.uint8(1), older=(np.int64(2), "int8")))
+    assert repr(table.policy) == repr(Policy(3, 1, format="int8", older=(2, "int8")))
+    save(table, tmp_path / "w")  # as JSON, which takes no others
+    assert load(store, tmp_path / "w").policy == table.policy

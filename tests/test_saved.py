@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from inferix import World, saved
+
+MISSING = object()
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +97,42 @@ def test_one_bit_that_is_not_as_it_was_is_found(world: World, tmp_path: Path) ->
         path.write_bytes(whole)
     (tmp_path / "w" / "world.pt.sha256").unlink()  # as of an earlier version
     assert np.array_equal(loaded(world, tmp_path / "w"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, MISSING) for name in ("version", "window", "prompt", "frames", "generator", "recent", "pictures")],
+        *[(name, torch.zeros(3)) for name in ("version", "window", "prompt", "frames", "generator", "recent")],
+        *[("prompt", 1), ("frames", -1), ("frames", True), ("frames", "7"), ("generator", None)],
+        *[("generator", torch.zeros(8, dtype=torch.uint8)), ("pictures", []), ("pictures", {"cache": []})],
+        *[("recent", None), ("recent", ["abc"]), ("recent", [(0, 3, torch.zeros(3, 1))]), ("recent", [(0, 3, None)])],
+        ("recent", [(3, 3, torch.zeros(0, 64, 432))]),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)
+def test_a_state_of_another_kind_is_refused_though_its_checksum_is_right(world, tmp_path, name, value) -> None:
+    rewrite(world, tmp_path / "w", lambda state: state.pop(name) if value is MISSING else state.update({name: value}))
+    free = world.store.pools["bf16"].free
+    with pytest.raises(ValueError, match=r"^folder must hold a "):
+        saved.load(world, tmp_path / "w")
+    assert world.store.pools["bf16"].free == free
+
+
+def test_a_state_of_another_moment_than_the_past_is_refused(world: World, tmp_path: Path) -> None:
+    def later(state: dict) -> None:
+        state["recent"] = [(first + 3, end + 3, latents) for first, end, latents in state["recent"]]
+
+    rewrite(world, tmp_path / "w", later)
+    with pytest.raises(ValueError, match=r"^folder must hold one world, got .* whose parts end at frames \["):
+        saved.load(world, tmp_path / "w")
+
+
+def rewrite(world: World, folder: Path, change) -> None:
+    """Save the world, but with another state; its checksum is right."""
+    saved.save(world, folder)
+    path = folder / saved.STATE
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    (folder / saved.CHECKSUM).write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {saved.STATE}\n")

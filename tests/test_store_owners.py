@@ -285,6 +285,27 @@ def test_on_evict_is_called_once_and_only_where_nothing_can_fail():
     assert calls == [0] and list(table.held) == [0, 1, 2] and not table.open_blocks
 
 
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        lambda t: t.open_block(1),
+        lambda t: t.rewind(1),
+        lambda t: t.truncate(0),
+        lambda t: t.rewind(2),
+    ],
+)
+def test_on_evict_does_not_move_the_end_of_its_world(forbidden):
+    store = KVStore(layers=1, heads=1, head_dim=8, frame_tokens=8, block_frames=1, pools={"fp32": 6}, page_size=8)
+    table = store.open(Policy(window=2, on_evict=lambda table, frame: forbidden(table)))
+    add(table, 0.0)
+    add(table, 1.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="on_evict must not open, seal or forget blocks"):
+            table.open_block(1)
+    assert list(table.held) == [0, 1] and table.next_frame == 2 and not table.open_blocks and not table.evicting
+    assert value_of(table, 0) == 0.0 and value_of(table, 1) == 1.0
+
+
 @pytest.mark.parametrize("seal", [False, True])
 def test_a_boundary_without_room_for_what_ages_changes_nothing(seal):
     store = KVStore(

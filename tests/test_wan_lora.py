@@ -242,6 +242,13 @@ WRONG = {
     "another shape": ({f"{Q}.diff_b": torch.zeros(95)}, {}, None, r"self_attn.q.bias is \[96\], got \[95\]"),
     "alpha is nan": ({f"{Q}.alpha": torch.tensor(math.nan)}, {}, None, "alpha must be a finite number, got nan"),
     "two alphas": ({f"{Q}.alpha": torch.ones(2)}, {}, None, "alpha must be a finite number, got None"),
+    "not finite": (
+        {f"{Q}.lora_A.weight": torch.zeros(4, 96) / 0},
+        {},
+        None,
+        "added to blocks.0.self_attn.qk?v?.weight",
+    ),
+    "too much": ({f"{Q}.alpha": torch.tensor(1e38)}, {}, {"peft_type": "LORA"}, "must be finite, got NaN or infinity"),
     "another rank": ({}, {}, PEFT | {"r": 8}, r"adapter_config.json says that .*self_attn.q has rank 8, got 4"),
     "DoRA": ({}, {}, PEFT | {"use_dora": True}, "must be of a LoRA, got DoRA"),
     "LoKr": ({}, {}, PEFT | {"peft_type": "LOKR"}, "must be of a LoRA, got 'LOKR'"),

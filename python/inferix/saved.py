@@ -115,9 +115,17 @@ def load(world: World, folder: str | Path) -> World:
             Clean(Block(first, end, []), latents.to(world.store.device), None)
             for first, end, latents in state["recent"]
         ]
+        ends = {branch.table.next_frame for branch in decoder.branches} | {c.block.end for c in decoder.recent[-1:]}
+        if len(ends) > 1:
+            raise ValueError(
+                f"folder must hold one world, got {str(folder)!r}, whose parts end at frames {sorted(ends)}"
+            )
         pictures: Any = world.model.stream()
         if state["pictures"] is not None:
-            pictures.restore(state["pictures"])
+            try:
+                pictures.restore(state["pictures"])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"folder must hold a saved world, got {str(folder)!r} (pictures: {error!r})") from None
     except BaseException:
         other.release()
         raise
@@ -135,10 +143,42 @@ def read(world: World, folder: str | Path) -> dict[str, Any]:
         ValueError: as for `load`.
     """
     state = _read(Path(folder))
-    ours = _identity(world).items()
-    if wrong := [f"{name} {state.get(name)!r} (here {mine!r})" for name, mine in ours if state.get(name) != mine]:
+    # Compared as text: a tensor in a number's place is neither equal nor not.
+    said = {name: (repr(state.get(name)), repr(mine)) for name, mine in _identity(world).items()}
+    if wrong := [f"{name} {theirs} (here {mine})" for name, (theirs, mine) in said.items() if theirs != mine]:
         raise ValueError(f"folder must hold a world that goes on here, got {', '.join(wrong)}")
+    if strange := [name for name, right in _right(world, state).items() if not right]:
+        raise ValueError(f"folder must hold a saved world, got {str(folder)!r} ({STATE} has no proper {strange[0]!r})")
     return state
+
+
+def _right(world: World, state: dict[str, Any]) -> dict[str, bool]:
+    """What else `state` holds, by name: is it of the kind that `save` writes? A checksum can be right all the same."""
+    prompt, frames, recent = state.get("prompt", 0), state.get("frames"), state.get("recent")
+    blocks = recent if isinstance(recent, list) else [None]
+    return {
+        "prompt": isinstance(prompt, str | None),
+        "frames": type(frames) is int and frames >= 0,
+        "generator": _is_generator_state(world, state.get("generator")),
+        "recent": all(_is_block(world, block) for block in blocks),
+        "pictures": isinstance(state.get("pictures", 0), dict if hasattr(world.pictures, "state") else type(None)),
+    }
+
+
+def _is_generator_state(world: World, state: Any) -> bool:
+    try:
+        torch.Generator(world.decoder.generator.device).set_state(state)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _is_block(world: World, block: Any) -> bool:
+    if not isinstance(block, tuple) or [type(part) for part in block] != [int, int, torch.Tensor]:
+        return False
+    first, end, latents = block
+    shape = (end - first, *world.model.latent_shape)
+    return 0 <= first < end and tuple(latents.shape) == shape and latents.is_floating_point()
 
 
 def _identity(world: World) -> dict[str, Any]:

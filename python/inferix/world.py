@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
+from inferix_kernels._check import is_whole
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import stored
 
@@ -81,9 +82,9 @@ class World:
             raise ValueError(
                 f"window must be at least the {largest} frames of one block, which it counts, got {window}"
             )
-        if not isinstance(worlds, int) or worlds < 1:
+        if not is_whole(worlds) or worlds < 1:
             raise ValueError(f"worlds must be at least 1, got {worlds!r}")
-        if blocks is not None and (not adapter.stages or not isinstance(blocks, int) or blocks < 1):
+        if blocks is not None and (not adapter.stages or not is_whole(blocks) or blocks < 1):
             raise ValueError(
                 "blocks must be at least 1, and given only for a model that runs in a pipeline, "
                 f"got {blocks} for {adapter.name}"
@@ -112,7 +113,7 @@ class World:
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:
-        table, generator = self.store.open(policy), torch.Generator().manual_seed(seed)
+        table, generator = self.store.open(policy), torch.Generator().manual_seed(int(seed))
         self.decoder: Decoder | Pipeline = (
             Pipeline(cast(PipelinedModel, self.model), table, generator, self._blocks)
             if self.model.adapter.stages
@@ -271,7 +272,7 @@ class World:
             other.pictures = self.pictures.fork()
         other.decoder.restart, other._kept = weakly(other._restart), list(self._kept)
         if seed is not None:
-            other.decoder.generator.manual_seed(seed)
+            other.decoder.generator.manual_seed(int(seed))
         return other
 
     @property
@@ -395,5 +396,5 @@ class World:
 
 
 def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not is_whole(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")

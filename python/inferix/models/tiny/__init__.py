@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inferix_kernels._check import is_whole
+
 from ...finite import to_bytes
 from .. import Adapter, PagedAttend
 from .checker import UNKNOWN, look
@@ -116,7 +118,7 @@ def parse_action(action: int | str) -> int:
             return ACTIONS.index(name)
         if name in KEYS:
             return KEYS[name]
-    elif 0 <= action < len(ACTIONS):
+    elif is_whole(action) and 0 <= action < len(ACTIONS):
         return int(action)
     raise ValueError(f"action must be one of {', '.join(ACTIONS)} (or w, a, s, d), got {action!r}")
 

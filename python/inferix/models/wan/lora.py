@@ -96,7 +96,10 @@ class Update:
     def add_to(self, weight: Tensor) -> None:
         target = weight if self.third is None else weight.chunk(3)[self.third]
         delta = self.b.float() if self.a is None else self.b.float().flatten(1) @ self.a.float().flatten(1)
-        target += self.factor * delta.view_as(target)
+        delta = self.factor * delta.view_as(target)
+        if not torch.isfinite(delta).all():
+            raise ValueError(f"lora: what is added to {self.tensor} must be finite, got NaN or infinity")
+        target += delta
 
 
 def find_lora(folder: str | Path) -> Path | None:
@@ -160,7 +163,7 @@ def merge(tensors: dict[str, Tensor], lora: Lora, dtype: torch.dtype, parts: Seq
 
     Raises:
         ValueError: an update has no weight to go to, half of it is missing, or what the file says of its strength is
-            nonsense; nothing has been merged.
+            nonsense; nothing has been merged. What is added is not finite; others may have been.
     """
     found: dict[str, list[Update]] = {}
     for path, strength in named(lora):

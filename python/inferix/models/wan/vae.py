@@ -133,6 +133,8 @@ class VideoStream:
 
     def restore(self, state: dict[str, Any]) -> None:
         device = self.vae.mean.device
+        if not isinstance(state["cache"], list) or len(state["cache"]) != len(self._cache):
+            raise TypeError(f"cache must have {len(self._cache)} entries")
         self._cache = [x.to(device) if isinstance(x, Tensor) else x for x in state["cache"]]
         self._first = state["first"]
         self._tail = None if state["tail"] is None else state["tail"].to(device)
