@@ -117,7 +117,7 @@ class KVPages(NamedTuple):
         """
         if format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-        widths = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
+        widths = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
         sizes = {"pages": pages, "heads": heads, "page_size": page_size, "head_dim": min(widths)}
         for name, size in sizes.items():
             if size <= 0:

@@ -65,7 +65,7 @@ def page_bytes(format: str, heads: int, page_size: int, head_dim: int | tuple[in
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     total = 0
-    for codec, width in zip(FORMATS[format], (head_dim,) * 2 if isinstance(head_dim, int) else head_dim):
+    for codec, width in zip(FORMATS[format], head_dim if isinstance(head_dim, tuple) else (head_dim,) * 2):
         (rows, columns), (parameters,) = tile_shapes(codec, page_size, width)
         per_row = 0 if codec.scaled_by is None else codec.scale_dtype.itemsize * (2 if codec.packed else 1)
         total += rows * columns * codec.dtype.itemsize + parameters * per_row
@@ -99,7 +99,7 @@ def plan_memory(
     """
     scratch_format = scratch_format or layout.scratch_format(device)
     counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
-    counts |= {"head_dim": head_dim if isinstance(head_dim, int) else min(head_dim)}
+    counts |= {"head_dim": min(head_dim) if isinstance(head_dim, tuple) else head_dim}
     counts |= {"worlds": worlds, "scratch_blocks": scratch_blocks} | ({} if frames is None else {"frames": frames})
     check_counts(counts)
     check_counts({"archived": archived}, least=0)
@@ -111,9 +111,9 @@ def plan_memory(
 
     def parts_of(policy: Policy) -> dict[str, int]:
         parts = {f: size(f, worlds * n, layers) for f, n in policy.capacity(frames).items()}
-        quantized = any(FORMATS[format].quantized for format in parts) and isinstance(head_dim, int)
+        quantized = any(FORMATS[format].quantized for format in parts) and not isinstance(head_dim, tuple)
         parts["scratch"] = size(scratch_format, scratch_blocks * block_frames, 1)
-        if quantized and isinstance(head_dim, int):
+        if quantized and not isinstance(head_dim, tuple):
             parts["key means"] = 4 * worlds * layers * heads * head_dim
         if archived:
             parts["host"] = size(policy.format_of(0, 0), worlds * archived, layers)

@@ -10,7 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable
 
-from inferix_kernels._install import DISTRIBUTION, explained
+from inferix_kernels._install import DISTRIBUTION, DRIVER, explained, install
 
 Finding = tuple[bool, str]
 
@@ -67,6 +67,13 @@ def _attention() -> Finding:
     return True, "; ".join([f"a world on {on.name} uses {choice.backend}", *choice.reasons])
 
 
+def _driver() -> Finding:
+    missing = [name for name in DRIVER if importlib.util.find_spec(name) is None]
+    if missing:
+        return False, f"no {' and no '.join(missing)}, which worlds and videos need: {install('driver')}"
+    return True, f"{', '.join(DRIVER[:-1])} and {DRIVER[-1]} found"
+
+
 def _video() -> Finding:
     import av
 
@@ -112,6 +119,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "torch": _torch,
     "inferix_kernels._C": _extension,
     "attention kernel": _attention,
+    "worlds": _driver,
     "video": _video,
     "tiny world": _tiny,
     "Wan models": _wan,
