@@ -331,7 +331,11 @@ def soak(times: int, seed: int, folder: Path) -> tuple[list[str], int]:
             result = every[name].check(made, folder / "whole" / name)
         except (AssertionError, ValueError) as error:
             result = f"FAILED: {error}"
-            failed.append(f"{i} ({name}, {kill.name} at {moment:.3f} of {runs.spent[name]:.2f} s): {error}")
+            kept = Path(tempfile.mkdtemp(prefix="soak_kills_"))  # to be looked at: a kill is hardly met twice
+            for each in (made, folder / "whole" / name):
+                shutil.copytree(each, kept / each.name)
+            what = f"{i} ({name}, {kill.name} at {moment:.3f} of {runs.spent[name]:.2f} s): {error}"
+            failed.append(f"{what}; kept in {kept}")
         found[name, ended, result] += 1
         killed[name, at_work] += 1
         print(f"{i}: {name}, {ended} at {moment:.0%}: {result}", flush=True)
