@@ -35,6 +35,15 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 
+def _check_formats(pools: Mapping[str, int], host: Mapping[str, int], scratch_format: str) -> None:
+    if unknown := [format for format in (*pools, *host, scratch_format) if format not in FORMATS]:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {unknown[0]!r}")
+    if not pools:
+        raise ValueError("pools must name at least one format, got none")
+    if FORMATS[scratch_format].quantized:
+        raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
+
+
 class KVStore:
     """Pools of pages, and who holds them.
 
@@ -82,21 +91,16 @@ class KVStore:
         backend: str = "auto",
     ):
         host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
-        counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
-        counts |= {"scratch_blocks": scratch_blocks}
         if isinstance(head_dim, Sequence) and len(head_dim) != 2:
             raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
-        counts |= {"head_dim": min(head_dim) if isinstance(head_dim, Sequence) else head_dim}
+        counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
+        least_width = min(head_dim) if isinstance(head_dim, Sequence) else head_dim
+        counts |= {"scratch_blocks": scratch_blocks, "head_dim": least_width}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
         check_counts(counts)
-        if unknown := [format for format in (*pools, *host, scratch_format) if format not in FORMATS]:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {unknown[0]!r}")
-        if not pools:
-            raise ValueError("pools must name at least one format, got none")
         check_page_size(page_size)
-        if FORMATS[scratch_format].quantized:
-            raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
+        _check_formats(pools, host, scratch_format)
         # NumPy's numbers, too, are whole; snapshots hold Python's.
         layers, heads, frame_tokens, page_size = map(int, (layers, heads, frame_tokens, page_size))
         pools, host = ({format: int(frames) for format, frames in sizes.items()} for sizes in (pools, host))
@@ -105,29 +109,25 @@ class KVStore:
             raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
         self.block_frames, self.scratch_blocks = int(block_frames), int(scratch_blocks)
-        self.page_size, self.model = page_size, model
-        self.device, self.backend = torch.device(device), backend
+        self.page_size, self.model, self.device, self.backend = page_size, model, torch.device(device), backend
         on_gpu = self.device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
         self.pages_per_frame = -(-frame_tokens // page_size)
-        last = frame_tokens - (self.pages_per_frame - 1) * page_size
-        lens = [page_size] * (self.pages_per_frame - 1) + [last]
+        lens = [page_size] * (self.pages_per_frame - 1)
+        lens += [frame_tokens - sum(lens)]
         self._lens = torch.tensor([lens], dtype=torch.int32, device=device)  # of each frame, as many as were asked for
         self._steps = np.arange(self.pages_per_frame, dtype=np.int32)
         self.pools: dict[str, Pool] = {}
-        base = 0
+        self.scratch_base = 0  # page ids count through the pools, then through scratch
         for format, frames in pools.items():
-            self.pools[format] = self._pool("pools", format, frames, self.device, base, False)
-            base += self.pools[format].num_pages
-        self.scratch_base = base
+            self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_base, False)
+            self.scratch_base += self.pools[format].num_pages
         self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
-        shape = (heads, page_size, head_dim, self.device)
-        self.scratch = KVPages.empty(scratch_format, scratch_blocks * block_frames * self.pages_per_frame, *shape)
-        # Page ids count through these, in this order.
+        pages = scratch_blocks * block_frames * self.pages_per_frame
+        self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
-        quantizes = any(FORMATS[format].quantized for format in pools)
-        self.freezes_mean = quantizes and isinstance(head_dim, int)
+        self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
         self._moving: list[Slot] = []  # slots of both sides with a copy under way: no one else's until it has landed
         self._keeping: list[weakref.ref[PageTable]] = []  # of these `settle` takes what they kept
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
