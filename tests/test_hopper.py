@@ -1,5 +1,6 @@
 """The Hopper attention kernels without a GPU: acted out on the host, and what the compiler made of them."""
 
+import functools
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -68,10 +69,15 @@ def test_the_kernels_attend_as_softmax_does(program, seed):
     assert result.returncode == 0 and result.stdout.count("ok") == 124, result.stdout + result.stderr
 
 
-@pytest.fixture(scope="module")
+@functools.cache  # nvdisasm takes seconds
+def kernels_of(arch: str) -> dict[str, sass.Kernel]:
+    return {kernel.name: kernel for kernel in sass.kernels(Path(EXTENSION.origin), arch)}
+
+
+@pytest.fixture
 def kernels():
     try:
-        return {kernel.name: kernel for kernel in sass.kernels(Path(EXTENSION.origin), "90a")}
+        return kernels_of("90a")
     except sass.MissingTool as error:
         pytest.skip(str(error))
 
@@ -117,7 +123,7 @@ def test_kernels_keep_within_their_registers(kernels):
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_page_ops_load_16_bytes_at_a_time(op, arch):
     try:
-        found = {kernel.name: kernel for kernel in sass.kernels(Path(EXTENSION.origin), arch)}
+        found = kernels_of(arch)
     except sass.MissingTool as error:
         pytest.skip(str(error))
     assert found[op].instructions["LDG.128"] and not found[op].instructions["LDL"]

@@ -21,6 +21,7 @@ from magi_golden import (
 )
 
 from inferix.models.magi import MagiSchedule, network
+from inferix.models.magi.network import time_rates
 from inferix.models.magi.schedule import times
 
 EXACT, SINGLE = 1e-6, 2e-5
@@ -173,6 +174,6 @@ def test_int8_pages_cost_little(run, recorded):
 def test_the_rates_of_the_time_embedding_are_rightly_rounded():
     """On any machine: libraries' own float32 exp gives some of them another last bit."""
     exact = [float(10_000.0 ** (-i / 128)) for i in (12, 106)]
-    rates = network.time_rates(torch.device("cpu"))
+    rates = time_rates(torch.device("cpu"))
     assert rates[[12, 106]].tolist() == [float.fromhex("0x1.afd134p-2"), float.fromhex("0x1.fe9f58p-12")]
     assert rates[[12, 106]].tolist() == pytest.approx(exact, rel=1e-6)
