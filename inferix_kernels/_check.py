@@ -81,9 +81,11 @@ def check_tensor(
 def _check_memory(name: str, tensor: Tensor) -> None:
     """Kernels take addresses: numbers must lie there, each in its place, as they are."""
     try:
-        # A subclass with a dispatch of its own may keep its numbers anywhere.
-        there = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and (
-            tensor.numel() == 0 or (tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() != 0)
+        # A subclass with a dispatch of its own may keep its numbers anywhere. Of an emptied storage a view's address is
+        # its offset; asking for the storage itself costs as much as all the rest.
+        there = (type(tensor) is Tensor or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__) and (
+            (tensor.data_ptr() != 0 and (tensor.storage_offset() == 0 or tensor.untyped_storage().nbytes() != 0))
+            or tensor.numel() == 0
         )
     except RuntimeError:  # sparse, or of another library
         there = False
