@@ -26,6 +26,8 @@ from .passes import Pass, TopK
 from .policy import Policy
 from .slots import NotResident, OutOfPages
 
+__version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
+
 __all__ = [
     "FORMATS",
     "KVPages",
@@ -41,6 +43,7 @@ __all__ = [
     "Segment",
     "TopK",
     "Unsupported",
+    "__version__",
     "even_plan",
     "kv_append",
     "kv_commit",
