@@ -124,7 +124,9 @@ def _measure(world: str, transport: str, seconds: float) -> Iterator[tuple[str, 
 
 def _press(browser: Any, seconds: float) -> tuple[list[float], list[float]]:
     """Press keys at odd moments; ms from key to pixel, and from encoder to pixel."""
-    generator, end, delays, ways = random.Random(0), time.monotonic() + seconds, [], []
+    generator, end = random.Random(0), time.monotonic() + seconds
+    delays: list[float] = []
+    ways: list[float] = []
     # A slow machine may show nothing in a second: until something was seen, there is nothing to tell.
     while (now := time.monotonic()) < end or not (delays and ways):
         if now > end + PATIENCE:
