@@ -5,11 +5,13 @@ import inspect
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from inferix_kernels import compiled, ops, reference
 from inferix_kernels.__main__ import OPS
+from tests import conftest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("inferix_kernels/**/*.py", "python/**/*.py", "tests/**/*.py", "benchmarks/**/*.py")
@@ -115,3 +117,13 @@ def test_native_code_knows_neither_torch_nor_the_environment(path):
     text = path.read_text()
     assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', text) and "getenv" not in text
     assert path.name == "bindings.cpp" or not re.search(r"#include\s*[<\"](Python\.h|pybind11)", text)
+
+
+def test_the_longest_files_of_tests_come_first_and_are_there():
+    longest = [ROOT / "tests" / name for name in conftest.LONGEST]
+    assert all(path.exists() for path in longest)
+    other = Path(__file__)
+    items = [SimpleNamespace(path=path, name=i) for i, path in enumerate([other, *longest[::-1], other])]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path for item in items] == [*longest, other, other]
+    assert [item.name for item in items[-2:]] == [0, len(items) - 1]
