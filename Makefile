@@ -26,17 +26,17 @@ test: .venv/tools
 # own, without a GPU: kills and damaged checkpoints take ten minutes each, a world of 5,000 blocks 25 on each of its three
 # ways; on a busy machine several times that.
 soak: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_store.py --steps 100000 --seed 0
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_snapshots.py --count 2000 --seed 0
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_kills.py --times 100 --seed 0
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_checkpoints.py --times 2000 --seed 0
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_world.py --blocks 5000 --seed 0 --through process
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_world.py --blocks 5000 --seed 0 --through worker
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_world.py --blocks 5000 --seed 0 --through server
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_store --steps 100000 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_snapshots --count 2000 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_kills --times 100 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_checkpoints --times 2000 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_world --blocks 5000 --seed 0 --through process
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_world --blocks 5000 --seed 0 --through worker
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_world --blocks 5000 --seed 0 --through server
 
 # The C++ kernels at every level of instructions, under the address and undefined-behaviour sanitizers.
 sanitize: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ops.sanitize
 
 lint: .venv/tools
 	$(BIN)/ruff check .

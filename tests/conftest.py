@@ -121,7 +121,7 @@ class SmallDisk:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """One server for the tests of a module: starting its worker takes two seconds."""
-    from stream_client import LOOP, running
+    from tests.stream.stream_client import LOOP, running
 
     manager = running(tmp_path_factory.mktemp("shared"))
     yield LOOP.run_until_complete(manager.__aenter__())
@@ -131,7 +131,7 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def server(shared):
     """The shared server, nobody watching, its world begun anew."""
-    from stream_client import LOOP, until
+    from tests.stream.stream_client import LOOP, until
 
     async def fresh():
         for client in tuple(shared.lobby.clients):

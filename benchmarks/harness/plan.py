@@ -42,7 +42,7 @@ PROBES = {
     "wide fp8": "wide and fp8",
     "wide int4": "wide and int4",
 }
-HOPPER_TESTS = ("tests/test_hopper_stages.py", "tests/test_hopper_gpu.py")
+HOPPER_TESTS = ("tests/cuda/test_hopper_stages.py", "tests/cuda/test_hopper_gpu.py")
 # What compute-sanitizer gets through in a minute. racecheck does not follow mbarriers through TMA everywhere, and three
 # warpgroups clear the unused end of a page with the same zeros: read what it says before believing it.
 SMALL = "(test_1 or test_2) and 128 or test_3_accumulate or test_3_bias"
@@ -114,7 +114,7 @@ class Plan:
             command = [str(sanitizer), "--tool", what, "--error-exitcode", "9", *module("pytest", "-q", "-m", "gpu")]
             job = Job(what, [*command, *HOPPER_TESTS, "-k", SMALL], (*TESTED, 9), "tests.txt")
             yield Stage(what, (job,), 45, 20, lacks or ("" if sanitizer else "compute-sanitizer is not here"))
-        ops = [f"tests/test_{family}.py" for family in ("kv_pages", "qkv", "attention")]
+        ops = [f"tests/ops/test_{family}.py" for family in ("kv_pages", "qkv", "attention")]
         sample = ["-p", "benchmarks.sample_tests", "--every", "20", "--continue-on-collection-errors"]
         yield self.tests("a sample of the ops' tests", *sample, *ops, cap=60)
         for family in ("kv_pages", "qkv", "linear"):

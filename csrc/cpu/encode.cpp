@@ -11,7 +11,7 @@ namespace {
 //
 // One step of Newton with an exact remainder gives the rounded quotient, except where a / b lies within 2^-22 units in
 // the last place of the middle between two floats. Where it matters which of the two, one of them being halfway between
-// two codes, all such a and b were enumerated: none comes out wrong (tests/test_kv_pages.py has them). With a b of 11
+// two codes, all such a and b were enumerated: none comes out wrong (tests/ops/test_kv_pages.py has them). With a b of 11
 // bits, as of 4-bit codes, no quotient lies so close. Quotients too small for an exact remainder are far below half a
 // code.
 template <bool kFma>

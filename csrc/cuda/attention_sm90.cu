@@ -1,5 +1,5 @@
 // paged_attention on Hopper: what it takes, its scratch memory, its launches. Never run on a GPU; the kernels run on the
-// host in tests/native.
+// host in tests/cuda/native.
 //
 // One pass for each pool, in order: the first writes out and lse, each later one merges into them, as a call with
 // accumulate does. What lies between two passes is float32.

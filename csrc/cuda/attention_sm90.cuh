@@ -1,5 +1,5 @@
 // paged_attention on Hopper: the kernel itself, on top of ptx.cuh and wgmma.cuh. The host compiles it too, on top of
-// tests/native/machine.h.
+// tests/cuda/native/machine.h.
 //
 // Four warpgroups in a block. The last asks TMA for keys and values, straight from the pages that the plan names, into a
 // ring of stages: once for all 192 query rows of the block. If they must be widened for the tensor cores it does that

@@ -1,5 +1,5 @@
 // Launches of kv_append, kv_commit and kv_gather. Compiled for sm_80 and sm_90a, never run on a GPU; the kernels run on
-// the host in tests/native.
+// the host in tests/cuda/native.
 #include "kv_pages.cuh"
 
 #include "check.cuh"

@@ -1,6 +1,6 @@
 // Where things lie: tiles in shared memory, descriptors of the tensor cores, fragments in registers.
 //
-// Plain arithmetic, compiled for the host too, where tests/native/layouts.cpp holds it against brute force. Sources:
+// Plain arithmetic, compiled for the host too, where tests/cuda/native/layouts.cpp holds it against brute force. Sources:
 // PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate" and "Tensor copy".
 #pragma once
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Hopper's own instructions, one per function. Source: PTX ISA 9.0.
 //
-// tests/native/machine.h has functions of the same names that act them out on the host, so that the kernels above them
+// tests/cuda/native/machine.h has functions of the same names that act them out on the host, so that the kernels above them
 // run there from the same source.
 #pragma once
 #include <cuda.h>

@@ -1,5 +1,5 @@
 // Launches of qkv_prologue. Compiled for sm_80 and sm_90a, never run on a GPU; the kernels run on the host in
-// tests/native.
+// tests/cuda/native.
 #include "qkv.cuh"
 
 #include "check.cuh"

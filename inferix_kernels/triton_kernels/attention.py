@@ -56,7 +56,7 @@ from .online import (
 
 _WIDEST = 256
 # Whether bfloat16 and float16 queries on 8-bit keys are multiplied in 8 bits: faster, and further from the reference
-# (tests/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.
+# (tests/triton_kernels/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.
 ALLOW_8_BIT = False
 # e4m3 weights are stored times this: at most 256 of 448, and down to 2^-17 of the largest.
 WEIGHT_SCALE = tl.constexpr(256.0)

@@ -1,0 +1,81 @@
+"""A folder as people have it on disk, with tiny random weights: network, text encoder, tokenizer and VAE.
+
+Needs diffusers and transformers. `python -m tests.models.wan_folder FOLDER [--image]` writes one,
+with --image that of an image-to-video model.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+HEADS, TEXT_DIM, TEXT_LEN = 3, 40, 24
+WORDS = ["a", "the", "red", "panda", "fox", "walks", "runs", "in", "fog", "rain", "snow", "at", "night", "city"]
+
+
+def write_network(folder, **config):
+    """A Self Forcing checkpoint: a pickle with generator and generator_ema under the names that FSDP leaves."""
+    from tests.models.wan_golden import published, random_network, tiny_config
+
+    state = published(random_network(tiny_config(**config)))
+    prefixed = {f"model._fsdp_wrapped_module.{name}": x for name, x in state.items()}
+    torch.save(
+        {"generator_ema": prefixed, "generator": {f"model.{name}": x for name, x in state.items()}}, folder / "m.pt"
+    )
+    (folder / "config.json").write_text(json.dumps({"num_heads": HEADS, "text_len": TEXT_LEN}))
+
+
+def write_encoder(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=len(vocabulary), d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    encoder = UMT5EncoderModel(config)
+    encoder.save_pretrained(folder / "text_encoder")
+    return encoder
+
+
+def write_image_encoder(folder):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 160, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14, hidden_act="gelu"))
+    tower.save_pretrained(folder / "image_encoder")
+    return tower.eval()
+
+
+def write_vae(folder):
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.save_pretrained(folder / "vae")
+    return vae.eval()
+
+
+def write_folder(folder, image=False):
+    """`image`: an image-to-video network, with the tower that looks at the picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_network(folder, **({"channels_in": 36, "image_dim": 160} if image else {}))
+    write_encoder(folder)
+    write_vae(folder)
+    if image:
+        write_image_encoder(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--image", action="store_true", help="an image-to-video model")
+    args = parser.parse_args()
+    print(write_folder(args.folder, args.image))

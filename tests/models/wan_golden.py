@@ -1,0 +1,237 @@
+"""The recorded runs of Self Forcing and CausVid in tests/models/golden, and what replays them through the decode loop.
+
+`replay` runs the loop over a KVStore; `replay_dense` runs the same loop and network in float64 over `DenseTable`, which
+stands in for a page table and keeps plain lists of K and V: what the paper says, without a page.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from inferix.loop import Decoder
+from inferix.models.wan import ADAPTERS, Wan
+from inferix.models.wan.checkpoint import config_of
+from inferix.models.wan.names import canonical
+from inferix.models.wan.network import WanConfig, WanNetwork
+from inferix_kernels import KVStore, Policy
+from inferix_kernels.reference.qkv import normalise, rotate
+
+GOLDEN = Path(__file__).parent / "golden"
+HINTS = {"heads": 3, "text_len": 24}  # what the shapes of the recorded weights do not show
+PAGE = 8  # slots: a frame of 15 or 21 tokens ends in a page that is partly valid
+
+
+def golden(name):
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+
+
+def network_from(tensors, dtype=torch.float32):
+    """A network from recorded weights, without the loader under test elsewhere."""
+    weights = canonical({name: x for name, x in tensors.items() if name.startswith("model.")}, "golden")
+    network = WanNetwork(config_of(weights, HINTS, "golden"))
+    state = {
+        name: torch.cat([weights[name.replace("qkv", letter)] for letter in "qkv"])
+        if ".qkv." in name
+        else weights[name]
+        for name in network.state_dict()
+    }
+    network.load_state_dict(state)
+    return network.to(dtype)
+
+
+def tiny_config(**changes):
+    return dataclasses.replace(
+        WanConfig(dim=96, layers=2, heads=3, ffn=160, freq_dim=64, text_dim=40, text_len=24), **changes
+    )
+
+
+def random_network(config, seed=0, dtype=torch.float32):
+    """Weights large enough that nothing is nearly the identity; the published head would be zero."""
+    generator = torch.Generator().manual_seed(seed)
+    network = WanNetwork(config)
+    for name, x in network.named_parameters():
+        drawn = torch.randn(x.shape, generator=generator)
+        if x.ndim > 1 and "modulation" not in name:
+            x.data = drawn * (2 / x[0].numel()) ** 0.5
+        else:
+            x.data = 0.1 * drawn + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return network.to(dtype).eval().requires_grad_(False)
+
+
+class Replay(Decoder):
+    """The decode loop with recorded noise instead of drawn, which notes the clean prediction of every step."""
+
+    def __init__(self, model, table, draws):
+        super().__init__(model, table, torch.Generator())
+        self.draws, self.x0, self.held = iter(draws), [], []
+
+    def step(self, condition, known=None):
+        self.x0.append([])
+        clean = super().step(condition, known)
+        self.x0[-1].append(clean)
+        # What the block attended to: the past as its table stands, and itself.
+        self.held.append([*self.table.held, *self.recent[-1].block.frames])
+        return clean
+
+    def _sampler(self, levels, frames):
+        sampler = super()._sampler(levels, frames)
+
+        def noting(step, x, clean):
+            self.x0[-1].append(clean)
+            return sampler(step, x, clean)
+
+        return noting
+
+    def _noise(self, frames):
+        drawn = next(self.draws)
+        return drawn.to(self.model.network.dtype)
+
+
+def model_for(tensors, name, dtype=torch.float32, **changes):
+    height, width = (8 * side for side in tensors["inputs.noise"].shape[-2:])
+    adapter = dataclasses.replace(ADAPTERS[name], size=(height, width), **changes)
+    return Wan(network_from(tensors, dtype), adapter)
+
+
+def draws_of(tensors, block_frames, blocks):
+    """Recorded noise in the order in which the loop asks for it."""
+    noise, renoise = tensors["inputs.noise"][0], tensors["inputs.renoise"]
+    order = []
+    for first in range(0, blocks * block_frames, block_frames):
+        frames = slice(first, first + block_frames)
+        order.append(noise[frames])
+        order += [again.flatten(0, 1)[frames] for again in renoise.transpose(0, 1)]
+    return order
+
+
+def table_for(model, policy, kv="fp32", backend="reference", frames=None):
+    size = model.adapter.block_frames
+    store = KVStore(
+        layers=model.layers,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        frame_tokens=model.frame_tokens,
+        block_frames=size,
+        pools={kv: frames or policy.window + policy.sink},
+        page_size=PAGE,
+        backend=backend,
+    )
+    return store.open(policy)
+
+
+def run(model, tensors, table, blocks):
+    """Replay `blocks` blocks, the last one's clean pass included, as the published loops run it."""
+    decoder = Replay(model, table, draws_of(tensors, model.adapter.block_frames, blocks))
+    condition = model.condition_on(tensors["inputs.prompt_embeds"][0])
+    for _ in range(blocks):
+        decoder.step(condition)
+    decoder.settle()
+    assert next(decoder.draws, None) is None
+    return decoder
+
+
+@dataclasses.dataclass
+class DenseBlock:
+    first: int
+    end: int
+
+    @property
+    def frames(self):
+        return range(self.first, self.end)
+
+
+@dataclasses.dataclass
+class DensePass:
+    table: "DenseTable"
+    blocks: list
+    rope: torch.Tensor
+    commit: DenseBlock | None
+    predict: bool = True
+
+    def attend(self, layer, qkv, norm_q, norm_k, eps):
+        table, dim = self.table, qkv.shape[1] // 3
+        q, k, v = qkv.split(dim, 1)
+        q, k = (
+            rotate(normalise(x, weight, None, eps).unflatten(1, (table.heads, -1)), self.rope, True)
+            for x, weight in ((q, norm_q), (k, norm_k))
+        )
+        v = v.unflatten(1, (table.heads, -1))
+        out, row = [], 0
+        for block in self.blocks:
+            rows = slice(row, row := row + len(block.frames) * table.frame_tokens)
+            own = dict(zip(block.frames, zip(k[rows].split(table.frame_tokens), v[rows].split(table.frame_tokens))))
+            if block is self.commit:
+                table.cache[layer].update(own)
+            seen = {f: kv for f, kv in table.cache[layer].items() if table.policy.sees(f, block.end)} | own
+            keys, values = (torch.cat(part).transpose(0, 1) for part in zip(*seen.values()))
+            out.append(F.scaled_dot_product_attention(q[rows].transpose(0, 1), keys, values).transpose(0, 1))
+        return torch.cat(out).flatten(1)
+
+
+class DenseTable:
+    """As much of a PageTable as the loop asks for, with K and V in lists of the network's own dtype."""
+
+    can_fuse = True
+
+    def __init__(self, model, policy=Policy()):
+        self.policy, self.heads, self.frame_tokens = policy, model.heads, model.frame_tokens
+        self.cache = [{} for _ in range(model.layers)]  # per layer: frame -> (k, v)
+        self.sealed, self.open, self.next_frame, self.pinned = [], [], 0, set()
+
+    @property
+    def held(self):
+        end = self.open[-1].end if self.open else self.next_frame
+        return [frame for frame in self.sealed if self.policy.sees(frame, end)]
+
+    def open_block(self, frames):
+        first = self.open[-1].end if self.open else self.next_frame
+        self.open.append(DenseBlock(first, first + frames))
+        return self.open[-1]
+
+    def plan(self, blocks, rope, commit=None, predict=True):
+        return DensePass(self, list(blocks), rope, commit, predict)
+
+    def seal(self, block):
+        self.open.remove(block)
+        self.sealed += block.frames
+        self.next_frame = block.end
+
+    def abandon(self, keep=None):
+        self.open = [block for block in self.open if block is keep]
+
+    def truncate(self, end):
+        self.forget([frame for frame in self.sealed if frame >= end])
+        self.next_frame = end
+
+    def check_room(self, blocks, leaving):
+        pass
+
+    def forget(self, frames):
+        self.sealed = [frame for frame in self.sealed if frame not in frames]
+        for layer in self.cache:
+            for frame in frames:
+                layer.pop(frame, None)
+
+    def fork(self):
+        other = copy.copy(self)
+        other.cache, other.sealed, other.open = [dict(layer) for layer in self.cache], list(self.sealed), []
+        return other
+
+    def gather(self, layer, frames):
+        return tuple(torch.cat(part) for part in zip(*(self.cache[layer][frame] for frame in frames)))
+
+
+def published(network):
+    """The network's tensors under the names that Wan published: q, k and v apart."""
+    state = {}
+    for name, x in network.state_dict().items():
+        if ".qkv." in name:
+            state |= {name.replace("qkv", letter): part.clone() for letter, part in zip("qkv", x.chunk(3))}
+        else:
+            state[name] = x
+    return state
