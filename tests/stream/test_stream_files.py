@@ -14,7 +14,7 @@ from tests.stream.stream_client import Viewer, asynchronous, running, until
 
 
 def small_tiny_world():
-    from test_loop import small_world
+    from tests.decode.test_loop import small_world
 
     return small_world(window=6)
 

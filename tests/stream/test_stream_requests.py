@@ -9,11 +9,10 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
-from stream_client import Viewer, asynchronous, running, until
-
 from inferix.stream import client, session, webrtc
 from inferix.stream.client import Bucket
 from inferix.stream.protocol import document, validators
+from tests.stream.stream_client import Viewer, asynchronous, running, until
 
 EXAMPLES = {
     name.removeprefix("client."): message["examples"][0]["payload"]

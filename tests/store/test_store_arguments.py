@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from stores import HEAD_DIM, HEADS, add_block, add_blocks, open_store, rope
 
 from inferix import World
 from inferix_kernels import Policy, TopK, snapshot
+from tests.store.stores import HEAD_DIM, HEADS, add_block, add_blocks, open_store, rope
 
 POLICY = Policy(window=6, sink=1, format="int8", undo=3)
 
