@@ -1,7 +1,10 @@
 """Kernels for block-diffusion world models: attention over paged, quantized K/V, and what surrounds it.
 
 Needs torch and numpy, and safetensors for snapshots. `python -m inferix_kernels` says what runs on this machine, and
-why the rest does not.
+why the rest does not. Every public name has an example; those of the ops assume
+
+    import torch
+    from inferix_kernels import *
 """
 
 from ._dispatch import Unsupported
