@@ -42,10 +42,26 @@ from ._check import (
     check_word,
     device_of,
 )
-from ._library import call
+from ._library import call, op
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized
 
+__all__ = [
+    "kv_append",
+    "kv_commit",
+    "kv_gather",
+    "latent_attention",
+    "linear",
+    "merge_attention",
+    "page_scores",
+    "page_summaries",
+    "paged_attention",
+    "qkv_prologue",
+    "quantize_rows",
+    "select_pages",
+]
 
+
+@op(writes=["pages"])
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
     """Write T tokens into pages, from the first slot of each page on.
 
@@ -66,6 +82,7 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     call("kv_append", backend, device, k, v, pages, where)
 
 
+@op(writes=["target"])
 def kv_commit(
     source: KVPages,
     source_list: PageList,
@@ -106,6 +123,7 @@ def kv_commit(
     call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
 
 
+@op(writes=["out"])
 def kv_gather(
     pools: Sequence[KVPages],
     where: PageList,
@@ -142,6 +160,7 @@ def kv_gather(
     return out
 
 
+@op(writes=["out", "lse"])
 def paged_attention(
     q: Tensor,
     pools: Sequence[KVPages],
@@ -179,11 +198,11 @@ def paged_attention(
     check_attention(q, "D", pools, plan, sizes, same_width=True)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-    call("paged_attention", backend, q.device, q, pools, plan, **options)
+    call("paged_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 
 
+@op(writes=["out", "lse"])
 def latent_attention(
     q: Tensor,
     pools: Sequence[KVPages],
@@ -219,11 +238,11 @@ def latent_attention(
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
-    options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-    call("latent_attention", backend, q.device, q, pools, plan, **options)
+    call("latent_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 
 
+@op(writes=["out", "lse"])
 def merge_attention(
     out_a: Tensor,
     lse_a: Tensor,
@@ -258,6 +277,7 @@ def merge_attention(
     return out, lse
 
 
+@op(writes=["pages", "out"])
 def qkv_prologue(
     qkv: Tensor,
     norm_q: Tensor | None,
@@ -342,6 +362,7 @@ def qkv_prologue(
     return out
 
 
+@op(writes=["out"])
 def page_summaries(
     pools: Sequence[KVPages], where: PageList, bounds: bool = False, *, out: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -374,6 +395,7 @@ def page_summaries(
     return out
 
 
+@op(writes=["out"])
 def page_scores(
     q: Tensor,
     q_indptr: Tensor,
@@ -421,6 +443,7 @@ def page_scores(
     return out
 
 
+@op(writes=["out"])
 def select_pages(
     scores: Tensor,
     where: PageList,
@@ -469,6 +492,7 @@ def select_pages(
     return out
 
 
+@op(writes=["out"])
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.int8,
@@ -533,6 +557,7 @@ def quantize_rows(
     return out
 
 
+@op(writes=["out"])
 def linear(
     x: Quantized | Tensor,
     weight: Quantized,
