@@ -17,6 +17,8 @@ from .passes import Pass, TopK
 from .policy import Policy
 from .slots import NotResident, OutOfPages
 
+__version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
+
 __all__ = [
     "FORMATS",
     "KVPages",
@@ -32,6 +34,7 @@ __all__ = [
     "Segment",
     "TopK",
     "Unsupported",
+    "__version__",
     "even_plan",
     "make_plan",
 ]
