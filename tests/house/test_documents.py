@@ -123,11 +123,13 @@ def defined(path: Path) -> set[str]:
 
 
 def test_what_how_a_block_is_made_cites_exists():
-    cited = re.findall(
-        r"`([\w/.]+\.(?:py|cpp|h|cuh|cu|js|json)):([\w.]+)`", (ROOT / "docs/how-a-block-is-made.md").read_text()
-    )
+    said = (ROOT / "docs/how-a-block-is-made.md").read_text()
+    cited = re.findall(r"`([\w/.]+\.(?:py|cpp|h|cuh|cu|js|json)):([\w.]+)`", said)
     assert len(cited) > 30
     for file, name in cited:
         path = ROOT / file
         assert path.exists(), f"{file}: no such file"
         assert name in defined(path), f"{file}: nothing is called {name}"
+    text = sources() + "".join((ROOT / file).read_text() for file, _ in cited)
+    for name in re.findall(r"`(?:\w+\.)*(\w+)`", said):
+        assert re.search(rf"\b{name}\b", text), f"nothing is called {name}"
