@@ -22,8 +22,7 @@ import torch
 
 from inferix_kernels._printing import while_read
 
-from . import families, sweep
-from .harness import commands
+from . import commands, families, sweep
 from .harness.plan import FIRST
 from .harness.timing import TIMERS
 from .harness.verdict import MARGIN

@@ -7,27 +7,17 @@ why the rest does not. Every public name has an example; those of the ops assume
     from inferix_kernels import *
 """
 
+from . import ops
 from ._dispatch import Unsupported
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, even_plan, make_plan
-from .ops import (
-    kv_append,
-    kv_commit,
-    kv_gather,
-    latent_attention,
-    linear,
-    merge_attention,
-    page_scores,
-    page_summaries,
-    paged_attention,
-    qkv_prologue,
-    quantize_rows,
-    select_pages,
-)
+from .ops import *
 from .page_table import PageTable
 from .paged_kv import KVStore
 from .passes import Pass, TopK
 from .policy import Policy
 from .slots import NotResident, OutOfPages
+
+__version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
 
 __all__ = [
     "FORMATS",
@@ -44,18 +34,8 @@ __all__ = [
     "Segment",
     "TopK",
     "Unsupported",
+    "__version__",
     "even_plan",
-    "kv_append",
-    "kv_commit",
-    "kv_gather",
-    "latent_attention",
-    "linear",
     "make_plan",
-    "merge_attention",
-    "page_scores",
-    "page_summaries",
-    "paged_attention",
-    "qkv_prologue",
-    "quantize_rows",
-    "select_pages",
 ]
+__all__ += ops.__all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     try:
-        module = importlib.import_module(BACKENDS[backend])
+        module = sys.modules.get(BACKENDS[backend]) or importlib.import_module(BACKENDS[backend])
     except ImportError as error:
         raise Unsupported(str(error)) from error
     function: Callable[..., Any] | None = getattr(module, op, None)

@@ -42,10 +42,26 @@ from ._check import (
     check_word,
     device_of,
 )
-from ._library import call
+from ._library import call, op
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized
 
+__all__ = [
+    "kv_append",
+    "kv_commit",
+    "kv_gather",
+    "latent_attention",
+    "linear",
+    "merge_attention",
+    "page_scores",
+    "page_summaries",
+    "paged_attention",
+    "qkv_prologue",
+    "quantize_rows",
+    "select_pages",
+]
 
+
+@op(writes=["pages"])
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
     """Write T tokens into pages, from the first slot of each page on.
 
@@ -71,6 +87,7 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     call("kv_append", backend, device, k, v, pages, where)
 
 
+@op(writes=["target"])
 def kv_commit(
     source: KVPages,
     source_list: PageList,
@@ -116,6 +133,7 @@ def kv_commit(
     call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
 
 
+@op(writes=["out"])
 def kv_gather(
     pools: Sequence[KVPages],
     where: PageList,
@@ -159,6 +177,7 @@ def kv_gather(
     return out
 
 
+@op(writes=["out", "lse"])
 def paged_attention(
     q: Tensor,
     pools: Sequence[KVPages],
@@ -205,11 +224,11 @@ def paged_attention(
     check_attention(q, "D", pools, plan, sizes, same_width=True)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-    call("paged_attention", backend, q.device, q, pools, plan, **options)
+    call("paged_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 
 
+@op(writes=["out", "lse"])
 def latent_attention(
     q: Tensor,
     pools: Sequence[KVPages],
@@ -253,11 +272,11 @@ def latent_attention(
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
-    options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-    call("latent_attention", backend, q.device, q, pools, plan, **options)
+    call("latent_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 
 
+@op(writes=["out", "lse"])
 def merge_attention(
     out_a: Tensor,
     lse_a: Tensor,
@@ -302,6 +321,7 @@ def merge_attention(
     return out, lse
 
 
+@op(writes=["pages", "out"])
 def qkv_prologue(
     qkv: Tensor,
     norm_q: Tensor | None,
@@ -396,6 +416,7 @@ def qkv_prologue(
     return out
 
 
+@op(writes=["out"])
 def page_summaries(
     pools: Sequence[KVPages], where: PageList, bounds: bool = False, *, out: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -435,6 +456,7 @@ def page_summaries(
     return out
 
 
+@op(writes=["out"])
 def page_scores(
     q: Tensor,
     q_indptr: Tensor,
@@ -491,6 +513,7 @@ def page_scores(
     return out
 
 
+@op(writes=["out"])
 def select_pages(
     scores: Tensor,
     where: PageList,
@@ -545,6 +568,7 @@ def select_pages(
     return out
 
 
+@op(writes=["out"])
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.int8,
@@ -614,6 +638,7 @@ def quantize_rows(
     return out
 
 
+@op(writes=["out"])
 def linear(
     x: Quantized | Tensor,
     weight: Quantized,
