@@ -39,13 +39,6 @@ INFERIX_BOTH constexpr bool is_eight_bit(Kind kind) { return kind == Kind::i8f8 
 INFERIX_BOTH constexpr bool is_wide(Kind kind) { return kind >= Kind::wide_int8; }
 INFERIX_BOTH constexpr DType query_type(Kind kind) { return kind == Kind::f16 ? DType::f16 : DType::bf16; }
 
-INFERIX_BOTH constexpr bool is_packed(Codec codec) { return codec == Codec::u4_token || codec == Codec::u4_channel; }
-INFERIX_BOTH constexpr bool is_e4m3(Codec codec) { return codec == Codec::e4m3_token || codec == Codec::e4m3_channel; }
-INFERIX_BOTH constexpr bool is_transposed(Codec codec) { return codec == Codec::e4m3_channel; }
-INFERIX_BOTH constexpr bool is_by_token(Codec codec) {
-  return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
-}
-
 // The plan as prepare reads it, and what it makes of it for one pool.
 struct PrepareArgs {
   const int32_t *q_indptr, *page_indptr, *page_ids, *page_lens;

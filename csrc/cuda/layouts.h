@@ -5,11 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define INFERIX_BOTH __host__ __device__
-#else
-#define INFERIX_BOTH
-#endif
+#include "../dtypes.h"
 
 namespace inferix::sm90 {
 

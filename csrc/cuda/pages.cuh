@@ -91,18 +91,14 @@ struct Tile {
     scales = static_cast<uint8_t*>(plane.scales) + index * scale_count() * scale_bytes();
     offsets = static_cast<uint8_t*>(plane.offsets) + (is_packed() ? index * scale_count() * 2 : 0);
   }
-  INFERIX_DEVICE bool is_float() const { return codec == Codec::f32 || codec == Codec::bf16 || codec == Codec::f16; }
-  INFERIX_DEVICE bool is_packed() const { return codec == Codec::u4_token || codec == Codec::u4_channel; }
-  INFERIX_DEVICE bool is_by_token() const {
-    return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
-  }
-  INFERIX_DEVICE bool is_e4m3() const { return codec == Codec::e4m3_token || codec == Codec::e4m3_channel; }
-  INFERIX_DEVICE bool is_transposed() const { return codec == Codec::e4m3_channel; }
-  INFERIX_DEVICE int row_bytes() const {
-    return codec == Codec::f32 ? 4 * width : is_float() ? 2 * width : is_packed() ? width / 2 : width;
-  }
+  INFERIX_DEVICE bool is_float() const { return inferix::is_float(codec); }
+  INFERIX_DEVICE bool is_packed() const { return inferix::is_packed(codec); }
+  INFERIX_DEVICE bool is_by_token() const { return inferix::is_by_token(codec); }
+  INFERIX_DEVICE bool is_e4m3() const { return inferix::is_e4m3(codec); }
+  INFERIX_DEVICE bool is_transposed() const { return inferix::is_transposed(codec); }
+  INFERIX_DEVICE int row_bytes() const { return inferix::row_bytes(codec, width); }
   INFERIX_DEVICE int scale_count() const { return is_by_token() ? page_size : width; }
-  INFERIX_DEVICE int scale_bytes() const { return is_float() ? 0 : is_packed() ? 2 : 4; }
+  INFERIX_DEVICE int scale_bytes() const { return inferix::scale_bytes(codec); }
   INFERIX_DEVICE float top() const { return is_e4m3() ? kE4m3Max : kInt8Max; }
 
   INFERIX_DEVICE DType float_type() const {

@@ -21,7 +21,10 @@ from .config import config
 from .kv_pages import fits, frames_of, list_tensors, tiles_of
 from .launch import Case, check_device, launch
 
+__all__ = ["page_scores", "page_summaries", "select_pages"]
+
 NEG_INF, POS_INF = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
+
 _MOST_PAGES = 8192  # of one list: they are sorted in registers
 
 

@@ -24,7 +24,6 @@ struct Case {
   int slow = -1;                // a warpgroup
 };
 
-bool is_float(Codec codec) { return codec == Codec::bf16 || codec == Codec::f16; }
 constexpr Type type_of_queries(Kind kind) { return query_type(kind) == DType::f16 ? Type::f16 : Type::bf16; }
 
 // The keys or the values of a pool, of which all that no entry names is NaN.

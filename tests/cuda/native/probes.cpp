@@ -1,5 +1,6 @@
 // The bring-up's probes of the Hopper attention kernel, emulated on the CPU: a library that tests/cuda/machine.py calls
 // with the structs of csrc/.
+#include "describe.h"
 #include "machine.h"
 
 #include "../../../csrc/cuda/probes_sm90.cuh"
@@ -63,6 +64,11 @@ void act(const Pool& pool, bool eight_bit, const Function& function) {
 
 extern "C" {
 
+const char* describe() {
+  static const Description description =
+      Description().op<ProbeLoadParams>("probe_load").op<ProbeMultiplyParams>("probe_multiply");
+  return description.text();
+}
 void probe_load(const ProbeLoadParams* p) {
   act(p->pages, p->eight_bit, [=](auto kind, auto width) { load<decltype(kind)::value, decltype(width)::value>(*p); });
 }
