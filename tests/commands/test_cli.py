@@ -13,8 +13,8 @@ import av
 import pytest
 import torch
 
-from inferix.cli import MOST_THREADS, main
-from inferix.controls import Prompts, actions_from
+from inferix.commands.cli import MOST_THREADS, main
+from inferix.commands.controls import Prompts, actions_from
 from inferix.media import VideoWriter
 from inferix.models.tiny import ADAPTER
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
@@ -230,7 +230,7 @@ def test_a_disk_that_fills_up_is_one_line(weights, small_disk, capsys):
 @pytest.mark.parametrize("beside", ["png", "json"])
 def test_a_disk_that_is_full_after_the_video_leaves_it(beside, weights, small_disk, capsys, monkeypatch):
     if beside == "json":
-        monkeypatch.setattr("inferix.generate.contact_sheet", lambda *_, **__: None)
+        monkeypatch.setattr("inferix.commands.generate.contact_sheet", lambda *_, **__: None)
     monkeypatch.setattr("inferix.media.VideoWriter.close", closing_then(small_disk.fill))
     assert generate(weights, small_disk.folder / "v.mp4", "--seconds", 0.5) == 2
     said = "contact sheet" if beside == "png" else "--out"

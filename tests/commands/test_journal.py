@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inferix.journal import Journal, refuse_unfinished
+from inferix.media.journal import Journal, refuse_unfinished
 
 SETTINGS = {"model": "x", "seed": 5, "prompts": [[0.0, "a fox"]]}
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import inferix.media
-from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
+import inferix.media.video_writer
+from inferix.media.pictures import read_picture
+from inferix.media.video_writer import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, require_writable
 from inferix.models.tiny.simulator import SIZE, Simulator, play
 from inferix.stream.video import Encoder
 
@@ -204,7 +205,7 @@ def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             real(file, data)
 
-        monkeypatch.setattr(inferix.media, "write_all", write)
+        monkeypatch.setattr(inferix.media.video_writer, "write_all", write)
         video = VideoWriter(tmp_path / "v.mp4", 16, (96, 96), scale=1)
         try:
             video.write(frames[:30])
@@ -213,7 +214,7 @@ def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch
             video.close()
         return video
 
-    real = inferix.media.write_all
+    real = inferix.media.video_writer.write_all
     run(0)
     whole = (tmp_path / "v.mp4").read_bytes()
     assert calls > 5
@@ -228,14 +229,14 @@ def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch
 
 def test_ctrl_c_waits_for_the_file(tmp_path: Path, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """While libavformat writes through Python no exception may come up: it would lose a part of the file."""
-    real, sent = inferix.media.write_all, []
+    real, sent = inferix.media.video_writer.write_all, []
 
     def write(file: object, data: bytes) -> None:
         if not sent:
             sent.append(signal.raise_signal(signal.SIGINT))
         real(file, data)
 
-    monkeypatch.setattr(inferix.media, "write_all", write)
+    monkeypatch.setattr(inferix.media.video_writer, "write_all", write)
     path = tmp_path / "v.mp4"
     with pytest.raises(KeyboardInterrupt), VideoWriter(path, 16, (SIZE, SIZE)) as video:
         for frame in [*frames, *frames]:
@@ -247,7 +248,7 @@ def test_an_encoder_that_is_not_there_leaves_nothing(tmp_path: Path, monkeypatch
     def missing(*_: object, **__: object) -> None:
         raise ValueError("no codec")
 
-    monkeypatch.setattr("inferix.media.Fraction", missing)
+    monkeypatch.setattr("inferix.media.video_writer.Fraction", missing)
     with pytest.raises(ValueError, match="no codec"):
         VideoWriter(tmp_path / "v.mp4", 16, (SIZE, SIZE))
     assert os.listdir(tmp_path) == []

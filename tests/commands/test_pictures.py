@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from inferix.pictures import MOST_PIXELS, read_picture, read_video
+from inferix.media.pictures import MOST_PIXELS, read_picture, read_video
 
 SIZE = (32, 48)
 RAMP = np.linspace(0, 1, SIZE[0] * SIZE[1]).reshape(SIZE)
@@ -230,10 +230,10 @@ def test_files_that_are_no_clips_are_one_line(tmp_path: Path, monkeypatch: pytes
     write(tmp_path / "x.mp4", QUARTERS)
     with pytest.raises(ValueError, match=r"^--video: cannot read '.*text' \([^\n]*\)$"):
         read_video(tmp_path / "text", SIZE, 16, 1)
-    monkeypatch.setattr("inferix.pictures.MOST_PIXELS", 1000)
+    monkeypatch.setattr("inferix.media.pictures.MOST_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"^--video: cannot read '.*' \(its pictures have more than 1,000 pixels\)$"):
         read_video(tmp_path / "x.mp4", SIZE, 16, 1)
     monkeypatch.undo()
-    monkeypatch.setattr("inferix.pictures.MOST_CLIP_BYTES", 1000)
+    monkeypatch.setattr("inferix.media.pictures.MOST_CLIP_BYTES", 1000)
     with pytest.raises(ValueError, match=r"^--video: cannot read '.*' \(its first 0 s are more than"):
         read_video(tmp_path / "x.mp4", SIZE, 16, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.models import load_model
 from inferix.models.wan.checkpoint import load_network, save_network
 from inferix.models.wan.lora import find_lora, named

@@ -27,7 +27,9 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 
-from ..media import LEAST_BYTES, OutputFile, require_writable
+from inferix_kernels.files import require_writable
+
+from ..media.video_writer import LEAST_BYTES, OutputFile
 from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait

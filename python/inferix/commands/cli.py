@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from .stream import MAX_FILES, MAX_GB
+from ..stream import MAX_FILES, MAX_GB
 
 USAGE, INTERRUPTED = 2, 130
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))
@@ -181,7 +181,7 @@ def _play(args: argparse.Namespace) -> int:
     if args.terminal:
         return _play_in_terminal(args)
     try:
-        from .stream.play import play
+        from .play_page import play
     except ModuleNotFoundError as error:
         from inferix_kernels._install import install
 
@@ -190,7 +190,7 @@ def _play(args: argparse.Namespace) -> int:
 
 
 def _play_in_terminal(args: argparse.Namespace) -> int:
-    from .stream.worker import open_world
+    from ..stream.worker import open_world
     from .terminal import play
 
     if given := [
@@ -206,10 +206,11 @@ def _play_in_terminal(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     import torch
 
-    from .media import require_writable
-    from .models import load_model
-    from .models.wan import Wan
-    from .models.wan.checkpoint import save_network
+    from inferix_kernels.files import require_writable
+
+    from ..models import load_model
+    from ..models.wan import Wan
+    from ..models.wan.checkpoint import save_network
 
     if args.out.suffix != ".safetensors":  # which is how a checkpoint's format is told
         raise ValueError(f"out must end in .safetensors, got {str(args.out)!r}")

@@ -22,12 +22,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from inferix_kernels.files import atomic_write, open_locked, require_writable
 
+from ..media.journal import Journal, journal_path, refuse_unfinished
+from ..media.pictures import read_picture, read_video
+from ..media.video_writer import LatentWriter, VideoWriter, contact_sheet, partial_path
+from ..models import MODELS, Adapter, BlockModel, load_model, whole_start
+from ..world import World
 from .controls import Prompts, actions_from
-from .journal import Journal, journal_path, refuse_unfinished
-from .media import LatentWriter, VideoWriter, contact_sheet, partial_path
-from .models import MODELS, Adapter, BlockModel, load_model, whole_start
-from .pictures import read_picture, read_video
-from .world import World
 
 INTERRUPTED = 130
 MOST_SECONDS = 1_000_000

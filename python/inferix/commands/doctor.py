@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from inferix_kernels._install import DISTRIBUTION, DRIVER, explained, install
 
@@ -32,7 +33,7 @@ def _names() -> Finding:
         remedy = f"pip uninstall inferix, then install {DISTRIBUTION} again"
         return False, f"another project's distribution `inferix` is installed ({', '.join(foreign)}): {remedy}"
     loaded = str(inferix.__file__)
-    if os.path.dirname(loaded) != os.path.dirname(__file__) or "World" not in getattr(inferix, "__all__", ()):
+    if Path(loaded).parent != Path(__file__).parents[1] or "World" not in getattr(inferix, "__all__", ()):
         return False, f"the package inferix is another project's: {loaded}; install {DISTRIBUTION} again"
     return True, f"inferix and inferix_kernels are of {DISTRIBUTION}, in {os.path.dirname(loaded)}"
 
@@ -82,7 +83,7 @@ def _video() -> Finding:
 
 
 def _tiny() -> Finding:
-    from .models import load_model
+    from ..models import load_model
 
     try:
         load_model("tiny")

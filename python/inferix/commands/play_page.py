@@ -8,10 +8,10 @@ import functools
 import signal
 import sys
 
-from . import log
-from .remote import last_line
-from .server import Server, serve
-from .worker import open_world
+from ..stream import log
+from ..stream.remote import last_line
+from ..stream.server import Server, serve
+from ..stream.worker import open_world
 
 
 def play(args: argparse.Namespace) -> int:

@@ -24,9 +24,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from inferix_kernels.files import atomic_write, open_locked, require_space, require_writable, unwritable, write_all
 
-from .pictures import read_picture as read_picture
-from .pictures import read_video as read_video
-
 QUALITY = "16"  # x264's constant rate factor: at 4-fold scale pixels keep their colour to about 40 dB
 # What our H.264 says of its colours, and what `in_bt709` makes: matrix, primaries, transfer and limited range.
 BT709 = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .models import Adapter
+from ..models import Adapter
 
 MOST_TEXT = 1 << 24  # characters of a file
 
