@@ -24,6 +24,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ._check import check_counts, check_index, whole
 from .boundary import fitted, turn_page
 from .layout import PageList
 from .ops import kv_append
@@ -86,7 +87,7 @@ class PageTable:
             OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
                 was changed.
         """
-        store, blocks = self.store, self.state.open_blocks
+        store, blocks, frames = self.store, self.state.open_blocks, whole("frames", frames)
         if not 1 <= frames <= store.block_frames:
             raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
         # The scratch pool is cut into places for one block each.
@@ -115,7 +116,7 @@ class PageTable:
             RuntimeError: the block is not the oldest open one, or no pass was planned that commits it.
             OutOfPages: as for `open_block`; the block is still open.
         """
-        blocks = self.state.open_blocks
+        blocks, horizon = self.state.open_blocks, None if horizon is None else whole("horizon", horizon)
         if not blocks or block is not blocks[0] or not self.state.target:
             raise RuntimeError("seal needs the oldest open block after a pass that committed it")
         if len(blocks) > 1:
@@ -139,10 +140,11 @@ class PageTable:
 
     def range(self, first: int, last: int) -> PageList:
         """Pages of the held frames first .. last, both included, for attention over `store.layers[layer]`."""
-        return self.select(range(first, last + 1))
+        return self.select(range(whole("first", first), whole("last", last) + 1))
 
     def window(self, recent: int, sink: int = 0) -> PageList:
         """Pages of the first `sink` frames and of the `recent` last ones, as far as they are held."""
+        check_counts({"recent": recent, "sink": sink}, least=0)
         return self.select([f for f in self.held if f < sink or f >= self.next_frame - recent])
 
     @in_turn
@@ -152,25 +154,26 @@ class PageTable:
         Raises:
             KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
         """
-        return self.store.page_list(slot.page for slot in self._resident(list(frames)))
+        return self.store.page_list(slot.page for slot in self._resident(frames))
 
     @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv]."""
+        layer = check_index("layer", layer, self.store.num_layers)
         return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
 
-    def _held(self, frames: Sequence[int]) -> list[Extent]:
-        held = self.state.held
+    def _held(self, frames: Iterable[int]) -> list[int]:
+        """These frames, each of them held and named once."""
+        frames, held = [whole("frames", frame) for frame in frames], self.state.held
         missing = [frame for frame in frames if frame not in held]
         if missing:
             raise KeyError(f"frames must be held (now {list(held)}), got {missing}")
         if len(set(frames)) < len(frames):
             raise ValueError(f"frames must be named once, got {[f for f in set(frames) if frames.count(f) > 1]} again")
-        return [held[frame] for frame in frames]
+        return frames
 
-    def _resident(self, frames: Sequence[int]) -> list[Slot]:
-        self._held(frames)
-        here = {**self.state.kept, **self.state.slots}
+    def _resident(self, frames: Iterable[int]) -> list[Slot]:
+        frames, here = self._held(frames), {**self.state.kept, **self.state.slots}
         slots = [here[frame] for frame in frames if frame in here]
         if len(slots) < len(frames) or any([slot.arriving for slot in slots]):
             away = [frame for frame in frames if self.state.slot(frame) is None]
@@ -234,7 +237,7 @@ class PageTable:
         """Frames that a block of a pass sees besides its own, of the other blocks of the pass too; all can be read."""
         others = [frame for other in blocks if other is not block for frame in other.frames]
         before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
-        frames = self.past(block) + before if see is None else list(see)
+        frames = self.past(block) + before if see is None else [whole("see", frame) for frame in see]
         self._resident([frame for frame in frames if frame not in others])
         return frames
 
@@ -264,7 +267,7 @@ class PageTable:
         """
         if self.state.open_blocks:
             raise RuntimeError("rewind needs all blocks sealed or abandoned")
-        next_frame = self.state.next_frame
+        next_frame, frames = self.state.next_frame, whole("frames", frames)
         if not 0 <= frames <= next_frame:
             raise ValueError(f"frames must be 0 to {next_frame}, as many as there are, got {frames}")
         end = next_frame - frames
@@ -277,7 +280,8 @@ class PageTable:
 
     def gone(self, end: int) -> list[int]:
         """Frames before `end`, ten at most, that the next block would see from there and that are held no more."""
-        policy, held, horizon = self.policy, self.state.held, end + self.store.block_frames
+        policy, end = self.policy, whole("end", end)
+        held, horizon = self.state.held, end + self.store.block_frames
         recent = 0 if policy.window is None else min(end, max(0, horizon - policy.window))
         seen = chain(range(min(policy.sink, recent)), range(recent, end))
         return list(islice((frame for frame in seen if frame not in held), 10))
@@ -285,7 +289,7 @@ class PageTable:
     @in_turn
     def truncate(self, end: int) -> None:
         """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open."""
-        past = self.state
+        past, end = self.state, whole("end", end)
         if past.open_blocks:
             raise RuntimeError("truncate needs all blocks sealed or abandoned")
         if not 0 <= end <= past.next_frame:
@@ -295,8 +299,7 @@ class PageTable:
     @in_turn
     def forget(self, frames: Iterable[int]) -> None:
         """Forget these held frames: no block sees them any more."""
-        frames = list(frames)
-        self._held(frames)
+        frames = self._held(frames)
         self.state = self.state.without(frames)
 
     @in_turn
@@ -306,8 +309,7 @@ class PageTable:
         Raises:
             OutOfPages: not so.
         """
-        self._held(leaving)
-        slots = self.state.slots
+        leaving, slots = self._held(leaving), self.state.slots
         formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
         self.store.check_room(self, formats, [slots[frame] for frame in leaving if frame in slots])
 
@@ -319,13 +321,13 @@ class PageTable:
     @in_turn
     def pin(self, frames: Iterable[int]) -> None:
         """Keep these held frames, and see them, whatever the policy says."""
-        frames = list(frames)
-        self._held(frames)
+        frames = self._held(frames)
         self.state = self.state._replace(pinned=self.state.pinned.union(frames))
 
     @in_turn
     def unpin(self, frames: Iterable[int]) -> None:
-        self.state = self.state._replace(pinned=self.state.pinned.difference(frames))
+        gone = {whole("frames", frame) for frame in frames}
+        self.state = self.state._replace(pinned=self.state.pinned - gone)
 
     @in_turn
     def convert(self, frames: Sequence[int], format: str, *, sink: bool = False) -> None:
@@ -334,7 +336,7 @@ class PageTable:
         Args:
             sink: frames of the sink too, which are protected otherwise.
         """
-        self._check_sink("convert", frames, sink)
+        self._check_sink("convert", frames := self._held(frames), sink)
         slots = self._resident(frames)
         changing = [frame for frame, slot in zip(frames, slots) if slot.pool.format != format]
         if changing:
@@ -355,7 +357,7 @@ class PageTable:
             change: (layer, k, v) -> (k, v), float32 [frame_tokens, heads, D], as `gather` returns them.
             sink: as for `convert`.
         """
-        self._check_sink("rewrite", [frame], sink)
+        self._check_sink("rewrite", [frame := whole("frame", frame)], sink)
         (old,) = self._resident([frame])
         with self.store.take([old.pool.format]) as (slot,):
             where = self.store.page_list([slot.index * self.store.pages_per_frame])
@@ -380,8 +382,7 @@ class PageTable:
         Raises:
             OutOfPages: host memory has no room for all of them; nothing was changed.
         """
-        self._held(frames)
-        past = self.state
+        frames, past = self._held(frames), self.state
         going = [frame for frame in frames if frame in past.slots]
         self.store.to_host([(past.held[frame], past.slots[frame]) for frame in going])
         self.store.keeping(self)
@@ -394,7 +395,6 @@ class PageTable:
         Raises:
             OutOfPages: the device has no room for all of them; nothing was changed.
         """
-        self._held(frames)
-        past = self.state
+        frames, past = self._held(frames), self.state
         coming = [frame for frame in frames if frame not in past.slots]
         self.state = past.back(dict(zip(coming, self.store.to_device([past.held[frame] for frame in coming]))))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._check import check_counts, check_index
 from .layout import PageList, Plan, even_plan
 from .ops import (
     kv_append,
@@ -55,6 +56,10 @@ class TopK:
     frames: int | None = None
     queries: int = 64
     bounds: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts({"pages": self.pages, "frames": 0 if self.frames is None else self.frames}, least=0)
+        check_counts({"queries": self.queries})
 
 
 class _Selection:
@@ -179,6 +184,7 @@ class Pass:
             RuntimeError: the table was edited since the pass was planned.
         """
         store = self.table.store
+        layer = check_index("layer", layer, store.num_layers)
         self._check_edits()
         q, lse = self._room(qkv)
         mean, backend = self.table.state.k_means[layer], store.backend
@@ -207,7 +213,9 @@ class Pass:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass."""
         self._check_edits()
-        store, mean = self.table.store, self.table.state.k_means[layer]
+        store = self.table.store
+        layer = check_index("layer", layer, store.num_layers)
+        mean = self.table.state.k_means[layer]
         kv_append(k if mean is None else k - mean, v, store.scratch, self.written, backend=store.backend)
         self._commit(layer)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
-from inferix_kernels._check import is_whole
+from inferix_kernels._check import is_whole, whole
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import stored
 
@@ -300,7 +300,7 @@ class World:
         Raises:
             ValueError: it is not one of `rewinds`; nothing has changed.
         """
-        if isinstance(self.decoder, Decoder) and frames not in self.rewinds:
+        if isinstance(self.decoder, Decoder) and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(
                 f"frames must be one of {sizes}, whole blocks that are remembered, got {frames}: World(undo=...) "
@@ -328,8 +328,8 @@ class World:
 
     @property
     def denoising(self) -> float:
-        """Seconds that the last block took, pictures apart."""
-        return self.decoder.seconds[-1]
+        """Seconds that the last step took, pictures apart; 0 before the first."""
+        return self.decoder.seconds
 
     @property
     def undo(self) -> int:

@@ -197,3 +197,11 @@ def test_help_and_configs_wait_for_no_library(code):
 def test_numbers_of_numpy_are_numbers():
     config = GenerateConfig(seed=np.int64(3), seconds=np.float32(0.5))
     assert (config.seed, config.seconds) == (3, 0.5)
+    assert type(config.seed) is int and type(config.seconds) is float, "which a journal can hold"
+
+
+def test_lists_are_kept_as_tuples():
+    assert (
+        GenerateConfig(lora=["a", "b=2"]) == GenerateConfig(lora=("a", "b=2")) and PlayConfig(push=[]) == PlayConfig()
+    )
+    assert hash(GenerateConfig(size=[48, 80])) == hash(GenerateConfig(size=(48, 80)))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inferix_kernels.files import open_locked, require_writable
+from inferix_kernels._check import check_device
+from inferix_kernels.files import destination, open_locked, require_writable
 
 from ..media import LatentWriter, VideoWriter, read_picture, read_video
 from ..media.journal import Journal, journal_path, refuse_unfinished
@@ -35,7 +36,8 @@ class Generation:
 
     def __init__(self, config: GenerateConfig):
         self.config = config
-        _check_device(config.device)
+        if config.device is not None and check_device("device", config.device).type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {config.device!r}")
         model = load_model(config.model, **config.arguments("model"))
         adapter = model.adapter
         if config.resume and adapter.live:
@@ -107,7 +109,7 @@ class Generation:
             "negative_prompt": config.negative_prompt,
             "image": _absolute(config.image),
             "video": _absolute(config.video),
-            "what --image or --video shows (its SHA-256)": self.digest,  # so are the journals that there are
+            "what --image or --video shows (its SHA-256)": self.digest,  # the name in journals, also earlier ones
             "seconds": config.seconds if adapter.stages else None,
             "stages": config.stages,
             "fp8": config.fp8,
@@ -115,7 +117,8 @@ class Generation:
             "special_tokens": config.special_tokens,
             "prompts": self.prompts.starts,
         }
-        return Journal(journal_path(Path(config.out)), settings, config.resume, argument="out")
+        path = journal_path(Path(config.out), "out")
+        return Journal(path, self.world.model.latent_shape, settings, config.resume, argument="out")
 
 
 def _absolute(path: str | Path | None) -> str | None:
@@ -138,17 +141,6 @@ def _prompts(config: GenerateConfig, model: BlockModel) -> Prompts:
     return prompts
 
 
-def _check_device(device: str | None) -> None:
-    if device is not None:
-        try:
-            if torch.device(device).type not in ("cpu", "cuda"):
-                raise RuntimeError("neither cpu nor cuda")
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"device must be cpu or a cuda that is there, got {device!r}: {reason}") from None
-
-
 def _outputs(config: GenerateConfig, model: BlockModel) -> list[Path]:
     """Every file that may be written."""
     out = Path(config.out)
@@ -157,19 +149,22 @@ def _outputs(config: GenerateConfig, model: BlockModel) -> list[Path]:
     latents = getattr(model, "only_latents", False)
     video = out.with_suffix(".npy") if latents else out
     sheet = [] if latents else [out.with_suffix(".png")]
-    journal = [] if model.adapter.live else [journal_path(out)]
-    return [video, partial_path(video), out.with_suffix(".json"), *sheet, *journal]
+    journal = [] if model.adapter.live else [journal_path(out, "out")]
+    return [video, partial_path(destination(video, "out")), out.with_suffix(".json"), *sheet, *journal]
 
 
 def _check_outputs(config: GenerateConfig, model: BlockModel) -> None:
-    """All that is to be written can be, and none of it is what the video is made from."""
+    """All that is to be written can be, each to a file of its own, and none of it is what the video is made from."""
+    written: dict[Path, Path] = {}
     for path in _outputs(config, model):
-        require_writable(path, "out")
-        for option in ("image", "video", "actions", "prompt_file"):
+        place = require_writable(path, "out").resolve()
+        if (other := written.setdefault(place, path)) is not path:
+            raise ValueError(f"out: {str(other)!r} and {str(path)!r} must be two files, got links to one")
+        for option in ("weights", "image", "video", "actions", "prompt_file"):
             read = getattr(config, option)
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
                 raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")
-    journal = journal_path(Path(config.out))
+    journal = journal_path(Path(config.out), "out")
     if journal.exists() and not model.adapter.live:
         with open_locked(journal, "out", config.out):  # no other run is at it
             if not config.resume:

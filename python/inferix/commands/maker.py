@@ -27,7 +27,8 @@ SHEET_COLUMNS, SHEET_ROWS = 8, 4
 class Maker:
     """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block, a second one at once.
 
-    What is kept in memory does not grow with the video, but for a live world's frames, which are small and measured.
+    What is kept in memory does not grow with the video, but for a number per step and a live world's frames, which are
+    small and measured.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Maker:
         self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
         self.video, self.journal = video, journal
         self.all: list[np.ndarray] = []
+        self.seconds: list[float] = []  # that each step took
         self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
         self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
 
@@ -73,7 +75,9 @@ class Maker:
                 again = next(known, None)
                 begins = self.made + self.world.ahead * adapter.pictures
                 prompt = self.prompts.at(begins / adapter.fps)
-                self._take(self.world.step(chosen, prompt=prompt, known=again))
+                frames = self.world.step(chosen, prompt=prompt, known=again)
+                self.seconds.append(self.world.denoising)
+                self._take(frames)
                 if self.journal is not None and again is None:
                     self.journal.append(self.world.latents)
                 bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
@@ -87,7 +91,7 @@ class Maker:
 
     def summary(self) -> dict[str, Any]:
         adapter = self.world.model.adapter
-        seconds = np.array(self.world.decoder.seconds)
+        seconds = np.array(self.seconds)
         blocks = seconds[1:] if len(seconds) > 1 else seconds
         per_block = adapter.block_frames
         asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]

@@ -13,7 +13,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -54,6 +54,7 @@ class Kind(NamedTuple):
     holds: Callable[[Any], bool]
     text: str  # after "must be"
     parse: Callable[[str], Any] | None  # of a word on the command line; None: a flag
+    keep: Callable[[Any], Any] = lambda value: value  # as what a value is kept: NumPy's numbers as Python's
 
 
 def height_and_width(text: str) -> tuple[int, int]:
@@ -83,13 +84,15 @@ def _is_sequence(value: object, holds: Callable[[Any], bool]) -> bool:
 
 KINDS: dict[Any, Kind] = {
     bool: Kind(lambda value: isinstance(value, bool), "True or False", None),
-    int: Kind(_is_whole, "a whole number", int),
-    float: Kind(_is_finite, "a finite number", float),
+    int: Kind(_is_whole, "a whole number", int, int),
+    float: Kind(_is_finite, "a finite number", float, float),
     str: Kind(lambda value: isinstance(value, str), "text", str),
     str | Path: Kind(lambda value: isinstance(value, (str, os.PathLike)), "a path", str),
-    Sequence[str]: Kind(lambda value: _is_sequence(value, lambda one: isinstance(one, str)), "a list of texts", str),
+    Sequence[str]: Kind(
+        lambda value: _is_sequence(value, lambda one: isinstance(one, str)), "a list of texts", str, tuple
+    ),
     tuple[int, int]: Kind(
-        lambda value: _is_sequence(value, _is_whole) and len(value) == 2, "(height, width)", height_and_width
+        lambda value: _is_sequence(value, _is_whole) and len(value) == 2, "(height, width)", height_and_width, tuple
     ),
 }
 
@@ -133,6 +136,7 @@ class Declared(NamedTuple):
 
     name: str
     type: Any  # a key of KINDS
+    optional: bool  # may it be None?
     default: Any
     option: Option
 
@@ -144,14 +148,15 @@ def declared(options: type[Options]) -> tuple[Declared, ...]:
 
 
 def _declared(field: dataclasses.Field[Any], hint: Any) -> Declared:
-    if isinstance(hint, types.UnionType):  # what may be None has the type of what it is otherwise
+    optional = types.NoneType in typing.get_args(hint)
+    if optional:
         hint = functools.reduce(operator.or_, (one for one in typing.get_args(hint) if one is not types.NoneType))
-    return Declared(field.name, hint, field.default, field.metadata["option"])
+    return Declared(field.name, hint, optional, field.default, field.metadata["option"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a command, checked.
+    """Options of a command, checked; lists are kept as tuples, numbers as Python's own.
 
     Raises:
         ValueError: an option is not what it must be; names it.
@@ -160,26 +165,39 @@ class Options:
     def __post_init__(self) -> None:
         for each in declared(type(self)):
             value = getattr(self, each.name)
-            if value is not None or each.default is dataclasses.MISSING:
-                for rule in self._rules(each):
-                    if not rule.holds(value):
-                        got = f"{value:g}" if isinstance(value, float) else repr(value)
-                        raise ValueError(f"{each.name} must be {rule.text}, got {got}")
+            if value is None and each.optional:
+                continue
+            _check(each, value)
+            object.__setattr__(self, each.name, KINDS[each.type].keep(value))
             other = each.option.instead_of
-            if other and value is not None and getattr(self, other) is not None:
+            if other and getattr(self, other) is not None:
                 raise ValueError(f"{each.name} must not be given together with `{other}`")
-
-    @staticmethod
-    def _rules(each: Declared) -> Iterator[Rule]:
-        yield Rule(KINDS[each.type].holds, KINDS[each.type].text)
-        if each.option.choices:
-            yield one_of(*each.option.choices)
-        yield from each.option.must
 
     def arguments(self, to: str) -> dict[str, Any]:
         """The options that are handed to this one, see Option.to, by name; paths as text."""
         values = {each.name: getattr(self, each.name) for each in declared(type(self)) if each.option.to == to}
         return {name: os.fspath(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _check(each: Declared, value: object) -> None:
+    for text in value if isinstance(value, list | tuple) else (value,):
+        _check_text(each.name, text)
+    choices = [one_of(*each.option.choices)] if each.option.choices else []
+    for rule in (Rule(KINDS[each.type].holds, KINDS[each.type].text), *choices, *each.option.must):
+        if not rule.holds(value):
+            got = f"{value:g}" if isinstance(value, float) else repr(value)
+            raise ValueError(f"{each.name} must be {rule.text}, got {got}")
+
+
+def _check_text(name: str, text: object) -> None:
+    """No file and no tokenizer takes what is no text."""
+    if isinstance(text, str | Path):
+        try:
+            str(text).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} must be text in UTF-8, got {str(text)!r}") from None
+        if "\0" in str(text):
+            raise ValueError(f"{name} must have no NUL character, got {str(text)!r}")
 
 
 def configured(options: type[T], config: T | None, given: dict[str, Any]) -> T:

@@ -34,9 +34,9 @@ class LatentWriter:
     def __init__(self, path: str | Path, frames: int, shape: tuple[int, ...], argument: str = "path"):
         self.path, self.shape, self.frames, self.kept = Path(path).with_suffix(".npy"), tuple(shape), 0, 0
         self._argument = argument
-        self.partial = partial_path(self.path)
-        for written in (self.path, self.partial):
-            require_writable(written, argument)
+        self._target = require_writable(self.path, argument)
+        self.partial = partial_path(self._target)
+        require_writable(self.partial, argument)
         self._frame_bytes = 4 * int(np.prod(shape))
         require_space(self.path, frames * self._frame_bytes, argument)
         self._file, self._open = open_locked(self.partial, argument, self.path), True
@@ -78,7 +78,7 @@ class LatentWriter:
                 self._file.truncate(self._start + self.frames * self._frame_bytes)
                 os.fsync(self._file.fileno())
                 if whole:
-                    self.partial.replace(self.path)
+                    self.partial.replace(self._target)
                     self.kept = 0
         except OSError as error:
             raise unwritable(self.path, error, self._argument) from None

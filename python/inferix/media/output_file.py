@@ -18,7 +18,7 @@ from inferix_kernels.files import open_locked, write_all
 
 
 def partial_path(path: Path) -> Path:
-    """Where a video is while it is made."""
+    """Where a video is while it is made; `path` is no link."""
     return path.with_name(f".{path.name}.part")
 
 

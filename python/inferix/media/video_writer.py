@@ -62,9 +62,9 @@ class VideoWriter:
         if max(height, width) * scale > MOST_SIDE or height * width * scale**2 > MOST_PIXELS:
             most = f"at most {MOST_SIDE:,} a side and {MOST_PIXELS:,} in all"
             raise ValueError(f"scale must make {height} x {width} pixels {most}, got {scale}")
-        self.partial = partial_path(self.path)
-        for written in (self.path, self.partial):
-            require_writable(written, argument)
+        self._target = require_writable(self.path, argument)
+        self.partial = partial_path(self._target)
+        require_writable(self.partial, argument)
         require_space(self.path, LEAST_BYTES, argument)
         self._file = OutputFile(self.partial, argument, self.path)
         try:
@@ -132,7 +132,7 @@ class VideoWriter:
         """The temporary file to where it belongs."""
         try:
             if self.frames and whole and self._file.error is None:
-                self.partial.replace(self.path)
+                self.partial.replace(self._target)
                 return
         except OSError as error:
             self._file.error = error

@@ -120,8 +120,8 @@ class Client:
             self.lobby.drive(self) if take else self.lobby.let_go(self)
             self._done(message)
         elif kind == "video":
+            self._spawn(self._end_peer(), message)  # unless too much is under way: then nothing is changed
             self.subscribe(message["codec"])
-            self._spawn(self._end_peer(), message)
             self._done(message)
         else:
             self._spawn(self._request(kind, message), message)
@@ -151,6 +151,10 @@ class Client:
             self._complain(id, "refused", str(error))
         except Broken as error:
             self._complain(id, "internal", error.line)
+        except Exception as error:  # a mistake of ours must show, and who asked must not wait for ever
+            self._complain(id, "internal", f"{kind}: {type(error).__name__}: {error}")
+            told = {"message": f"{kind} of {self.name} could not be followed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(told)
         else:
             self._done(message, result)
 
@@ -159,7 +163,8 @@ class Client:
             self.tell({"type": "done", "id": message["id"], "result": result})
 
     def _complain(self, id: str | None, code: str, text: str) -> None:
-        if self._complaints.take():
+        """Whoever gave an id waits for its answer; the others, who may be sending rubbish, are told now and then."""
+        if id is not None or self._complaints.take():
             self.tell({"type": "error", "id": id, "code": code, "text": text[:500]})
 
     # Video
