@@ -193,7 +193,7 @@ def check_same_width(name: str, sizes: dict[str, int]) -> None:
 
 
 def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.device) -> None:
-    # A KVPages is itself a tuple: without this line a lone pool would be read as a list of four strange ones.
+    # A KVPages is itself a tuple: without this line a lone pool would be read as a list of pools, its tensors.
     if isinstance(pools, KVPages) or not isinstance(pools, Sequence) or not pools:
         got = "an empty list" if isinstance(pools, Sequence) and not pools else f"a single {type(pools).__name__}"
         raise ValueError(f"pools must be a list of one or more KVPages, got {got}")

@@ -12,6 +12,8 @@ Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes wr
 committed, quantized once; eviction, fork and rewind are edits of the table. A block that an exception leaves unsealed
 was never there.
 
+Long because it is a manual: half of it is docstrings and their examples.
+
 An edit puts another `Past` in place with one assignment (past.py): an exception leaves all of it or nothing.
 """
 
@@ -36,7 +38,23 @@ from .slots import Extent, NotResident, Slot, in_turn
 
 
 class PageTable:
-    """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists."""
+    """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 40, "int4": 8}, host={"int8": 8})
+        >>> table = store.open(Policy(window=9, sink=1, undo=3))
+        >>> def make_block():
+        ...     block = table.open_block(frames=3)
+        ...     clean = table.plan([block], commit=block)
+        ...     for layer in range(2):
+        ...         y = clean.attend(layer, torch.randn(30, 3 * 2 * 16), None, None)
+        ...     table.seal(block)
+        >>> for _ in range(5):
+        ...     make_block()
+        >>> list(table.held)
+        [0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    """
 
     evicting = False  # is the policy's on_evict being called?
 
@@ -86,6 +104,11 @@ class PageTable:
         Raises:
             OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
                 was changed.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> block.frames
+            range(15, 18)
         """
         store, blocks, frames = self.store, self.state.open_blocks, whole("frames", frames)
         if not 1 <= frames <= store.block_frames:
@@ -115,6 +138,15 @@ class PageTable:
         Raises:
             RuntimeError: the block is not the oldest open one, or no pass was planned that commits it.
             OutOfPages: as for `open_block`; the block is still open.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> clean = table.plan([block], commit=block)
+            >>> for layer in range(2):
+            ...     y = clean.attend(layer, torch.randn(30, 3 * 2 * 16), None, None)
+            >>> table.seal(block)
+            >>> table.next_frame
+            18
         """
         blocks, horizon = self.state.open_blocks, None if horizon is None else whole("horizon", horizon)
         if not blocks or block is not blocks[0] or not self.state.target:
@@ -126,13 +158,25 @@ class PageTable:
 
     @in_turn
     def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
-        """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""
+        """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.abandon()
+            >>> table.open_blocks
+            []
+        """
         kept = [keep] if isinstance(keep, Block) else keep or []
         self.state = self.state.only_blocks([block for block in self.open_blocks if block in kept]).thawed()
 
     @in_turn
     def drop(self, block: Block) -> None:
-        """Forget one open block, whatever becomes of the others."""
+        """Forget one open block, whatever becomes of the others.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.drop(block)
+        """
         self._check_open([block])
         self.state = self.state.only_blocks([other for other in self.state.open_blocks if other is not block])
 
@@ -153,12 +197,22 @@ class PageTable:
 
         Raises:
             KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
+
+        Example:
+            >>> table.select([0, 14]).lens.tolist()  # a frame has 10 tokens, and a page 16 places
+            [10, 10]
         """
         return self.store.page_list(slot.page for slot in self._resident(frames))
 
     @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv]."""
+        """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv].
+
+        Example:
+            >>> k, v = table.gather(0, [13, 14])
+            >>> list(k.shape)
+            [20, 2, 16]
+        """
         layer = check_index("layer", layer, self.store.num_layers)
         return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
 
@@ -202,6 +256,12 @@ class PageTable:
             see: for each block, the frames before it that it attends to, instead of what the policy says: held ones,
                 and those of other blocks of the pass. A block always attends to itself.
             top_k: of these, attend only to the pages that suit each run of queries best. For a pass over one block.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> noisy = table.plan([block])  # what the policy lets the block see
+            >>> some = table.plan([block], see=[[0, 14]])  # these frames and the block itself
+            >>> best = table.plan([block], top_k=TopK(pages=4, queries=10))  # the best pages for each run of 10 queries
         """
         if not blocks:
             raise ValueError("blocks must be at least one open block, got none")
@@ -229,7 +289,13 @@ class PageTable:
                 raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
 
     def past(self, block: Block) -> list[int]:
-        """Held frames that the policy lets a block see."""
+        """Held frames that the policy lets a block see.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.past(block)
+            [0, 9, 10, 11, 12, 13, 14]
+        """
         past, sees = self.state, self.policy.sees
         return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
 
@@ -250,7 +316,13 @@ class PageTable:
 
     @in_turn
     def fork(self) -> PageTable:
-        """Another world with the same past, sharing its pages. Blocks that are still open stay with this one."""
+        """Another world with the same past, sharing its pages. Blocks that are still open stay with this one.
+
+        Example:
+            >>> other = table.fork()
+            >>> other.held == table.held  # the same pages
+            True
+        """
         other = object.__new__(PageTable)
         other.store, other.policy, other.turn = self.store, self.policy, self.turn
         other.state = self.state._replace(kept=NOTHING, open_blocks=(), target=())
@@ -264,6 +336,11 @@ class PageTable:
         Raises:
             RuntimeError: a block is open.
             ValueError: more than there are, or what the next block would see then has been evicted (Policy.undo).
+
+        Example:
+            >>> table.rewind(3)
+            >>> table.next_frame
+            12
         """
         if self.state.open_blocks:
             raise RuntimeError("rewind needs all blocks sealed or abandoned")
@@ -288,7 +365,13 @@ class PageTable:
 
     @in_turn
     def truncate(self, end: int) -> None:
-        """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open."""
+        """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open.
+
+        Example:
+            >>> table.truncate(12)
+            >>> max(table.held)
+            11
+        """
         past, end = self.state, whole("end", end)
         if past.open_blocks:
             raise RuntimeError("truncate needs all blocks sealed or abandoned")
@@ -298,7 +381,13 @@ class PageTable:
 
     @in_turn
     def forget(self, frames: Iterable[int]) -> None:
-        """Forget these held frames: no block sees them any more."""
+        """Forget these held frames: no block sees them any more.
+
+        Example:
+            >>> table.forget([4])
+            >>> 4 in table.held
+            False
+        """
         frames = self._held(frames)
         self.state = self.state.without(frames)
 
@@ -315,17 +404,37 @@ class PageTable:
 
     @in_turn
     def release(self) -> None:
-        """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected."""
+        """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected.
+
+        Example:
+            >>> table.release()
+            >>> dict(table.held)
+            {}
+        """
         self.state = self.state.only_blocks([]).without(self.state.held).thawed()
 
     @in_turn
     def pin(self, frames: Iterable[int]) -> None:
-        """Keep these held frames, and see them, whatever the policy says."""
+        """Keep these held frames, and see them, whatever the policy says.
+
+        Example:
+            >>> table.pin([4])
+            >>> make_block(), make_block(), 4 in table.held
+            (None, None, True)
+        """
         frames = self._held(frames)
         self.state = self.state._replace(pinned=self.state.pinned.union(frames))
 
     @in_turn
     def unpin(self, frames: Iterable[int]) -> None:
+        """Let the policy decide about these frames again.
+
+        Example:
+            >>> table.pin([4])
+            >>> table.unpin([4])
+            >>> table.pinned
+            frozenset()
+        """
         gone = {whole("frames", frame) for frame in frames}
         self.state = self.state._replace(pinned=self.state.pinned - gone)
 
@@ -335,6 +444,11 @@ class PageTable:
 
         Args:
             sink: frames of the sink too, which are protected otherwise.
+
+        Example:
+            >>> table.convert([3, 4], "int4")
+            >>> table.held[3].format
+            'int4'
         """
         self._check_sink("convert", frames := self._held(frames), sink)
         slots = self._resident(frames)
@@ -356,6 +470,9 @@ class PageTable:
         Args:
             change: (layer, k, v) -> (k, v), float32 [frame_tokens, heads, D], as `gather` returns them.
             sink: as for `convert`.
+
+        Example:
+            >>> table.rewrite(4, lambda layer, k, v: (k, 2 * v))
         """
         self._check_sink("rewrite", [frame := whole("frame", frame)], sink)
         (old,) = self._resident([frame])
@@ -381,6 +498,11 @@ class PageTable:
 
         Raises:
             OutOfPages: host memory has no room for all of them; nothing was changed.
+
+        Example:
+            >>> table.offload([3, 4])
+            >>> sorted(table.cold)
+            [3, 4]
         """
         frames, past = self._held(frames), self.state
         going = [frame for frame in frames if frame in past.slots]
@@ -394,6 +516,12 @@ class PageTable:
 
         Raises:
             OutOfPages: the device has no room for all of them; nothing was changed.
+
+        Example:
+            >>> table.offload([3, 4])
+            >>> table.prefetch([3])
+            >>> sorted(table.cold)
+            [4]
         """
         frames, past = self._held(frames), self.state
         coming = [frame for frame in frames if frame not in past.slots]

@@ -71,6 +71,12 @@ class KVStore:
 
     Raises:
         ValueError: an argument is not what it must be; nothing was allocated.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> store.nbytes["int8"] // 12  # bytes of a frame: two layers of one page of 64 tokens
+        9472
     """
 
     def __init__(
@@ -151,7 +157,13 @@ class KVStore:
 
     @in_turn
     def open(self, policy: Policy) -> PageTable:
-        """A new, empty world over this store."""
+        """A new, empty world over this store.
+
+        Example:
+            >>> other = store.open(Policy(window=6))  # in the store's first format, int8
+            >>> other.next_frame
+            0
+        """
         from .page_table import PageTable
 
         return PageTable(self, policy)

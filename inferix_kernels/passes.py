@@ -50,6 +50,15 @@ class TopK:
         frames: choose them in the so many best frames of the past; None, in all.
         queries: of a run.
         bounds: judge a page by the least and largest of its keys in place of their mean; see ops.page_scores.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> best = table.plan([block], top_k=TopK(pages=4, queries=10))
+        >>> list(best.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
+        [30, 32]
     """
 
     pages: int
@@ -110,6 +119,15 @@ class Pass:
 
     It is good for as long as its table holds what it held: after an edit (a seal, a block dropped, a frame forgotten or
     given other contents) another one is to be planned, and this one refuses to run.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> noisy = table.plan([block])
+        >>> noisy.plan.page_ids.tolist()  # three frames of one page each: scratch, which comes after the pools
+        [12, 13, 14]
     """
 
     def __init__(
@@ -182,6 +200,11 @@ class Pass:
 
         Raises:
             RuntimeError: the table was edited since the pass was planned.
+
+        Example:
+            >>> qkv = torch.randn(30, (4 + 2 * 2) * 16)  # 4 query heads, 2 KV heads
+            >>> list(noisy.attend(0, qkv, torch.ones(16), torch.ones(16)).shape)
+            [30, 64]
         """
         store = self.table.store
         layer = check_index("layer", layer, store.num_layers)
@@ -211,7 +234,11 @@ class Pass:
 
     @in_turn
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass."""
+        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass.
+
+        Example:
+            >>> noisy.append(0, torch.randn(30, 2, 16), torch.randn(30, 2, 16))
+        """
         self._check_edits()
         store = self.table.store
         layer = check_index("layer", layer, store.num_layers)

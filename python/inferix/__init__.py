@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from inferix_kernels import __version__
+
     from .commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
     from .commands.convert import convert
     from .commands.doctor import doctor
     from .commands.generate import generate
     from .commands.play import play
     from .world import World
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ConvertConfig",
@@ -30,7 +30,7 @@ __all__ = [
 
 _CONFIGS = ("ConvertConfig", "DoctorConfig", "GenerateConfig", "PlayConfig")
 _COMMANDS = ("convert", "doctor", "generate", "play")
-_MODULE_OF = {"World": ".world"} | dict.fromkeys(_CONFIGS, ".commands.configs")
+_MODULE_OF = {"World": ".world", "__version__": "inferix_kernels"} | dict.fromkeys(_CONFIGS, ".commands.configs")
 _MODULE_OF |= {name: f".commands.{name}" for name in _COMMANDS}
 
 

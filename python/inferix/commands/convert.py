@@ -44,7 +44,9 @@ def convert(config: ConvertConfig | None = None, /, **options: Any) -> Converted
         ValueError: an option is not what it must be, or a file can not be read or written.
 
     Example:
-        inferix.convert(source="Wan2.1-T2V-1.3B/", out="wan.safetensors", dtype="bf16")
+        >>> made = inferix.convert(source="Wan2.1-T2V-1.3B", out="wan.safetensors", dtype="bf16")  # doctest: +SKIP
+        >>> print(made.layers, made.width)  # doctest: +SKIP
+        30 1536
     """
     config = configured(ConvertConfig, config, options)
     from ..models.wan import Wan

@@ -27,8 +27,7 @@ def _python() -> Found:
 
 def _names() -> Found:
     """PyPI's `inferix` is another project: it would lie over ours, or in front of it."""
-    import inferix
-
+    inferix = importlib.import_module("inferix")  # whichever package of that name there is
     foreign = [
         f"{found.version} in {found.locate_file('')}"
         for found in importlib.metadata.distributions(name="inferix")
@@ -156,7 +155,15 @@ def doctor(config: DoctorConfig | None = None, /, **options: Any) -> list[Findin
         ValueError: there is no such device.
 
     Example:
-        assert all(finding.good for finding in inferix.doctor())
+        >>> for found in inferix.doctor(device="H200"):
+        ...     print(found.name, "well" if found.good else found.text)  # doctest: +ELLIPSIS
+        kv fp32 ...
+        kv fp16 ...
+        kv bf16 ...
+        kv int8 ...
+        kv i8f8 ...
+        kv fp8 ...
+        kv int4 ...
     """
     config = configured(DoctorConfig, config, options)
     if config.prove:

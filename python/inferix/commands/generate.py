@@ -60,8 +60,12 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
         Unsupported, OutOfPages: the kernels can not run this world.
 
     Example:
-        video = inferix.generate(model="tiny", prompt="desert night", seconds=4, out="desert.mp4")
-        print(video.frames, video.measures)
+        >>> video = inferix.generate(model="tiny", prompt="desert night", seconds=1, out="desert.mp4")
+        >>> print(video.path, video.frames, video.seconds)
+        desert.mp4 16 1.0
+        >>> config = inferix.GenerateConfig(seconds=0.5, kv="int4")
+        >>> [inferix.generate(config, seed=seed, out=f"{seed}.mp4").frames for seed in range(2)]
+        [8, 8]
     """
     generation = Generation(configured(GenerateConfig, config, options))
     complete = generation.run()

@@ -27,7 +27,9 @@ def play(config: PlayConfig | None = None, /, **options: Any) -> None:
         ValueError: an option is not what it must be, or the world can't be opened.
 
     Example:
-        inferix.play(model="tiny", port=8001, undo=30)
+        >>> inferix.play(model="tiny", port=8001, undo=30)  # doctest: +SKIP
+        The tiny world is at http://127.0.0.1:8001/
+        Ctrl-C ends it.
     """
     config = configured(PlayConfig, config, options)
     settings = {"threads": config.threads} | config.arguments("model") | config.arguments("world")
