@@ -26,6 +26,10 @@ LONGEST = (
     "cuda/test_hopper.py",
     "benchmarks/test_benchmarks.py",
     "soak/test_soak_kills.py",
+    "models/test_tiny_train.py",
+    "stream/test_stream_play.py",
+    "stream/test_stream_failures.py",
+    "stream/test_stream_browser.py",
     "cuda/test_hazards.py",
 )
 
