@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 
 from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and with them every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this once, when it is imported, and diffusers
