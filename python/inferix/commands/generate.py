@@ -84,7 +84,6 @@ def run(config: GenerateConfig) -> int:
 
 
 def _run(generation: Generation) -> int:
-    complete = False
     try:
         complete = generation.run(progress=True)
     finally:
