@@ -20,7 +20,7 @@ from .._dispatch import Unsupported
 from ..layout import KVPages, Plan, as_bytes
 from .codecs import INTERPRETED, Tile, round_to, tile_of
 from .config import Config
-from .launch import launch
+from .launch import Call, launch
 
 NOTHING = tl.constexpr(float("-inf"))  # the logarithm of no sum
 LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of two inside a kernel: exp2 is what a GPU has
@@ -100,14 +100,14 @@ def tiles_of(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ..
 
 
 def attend(
-    kernel: object, q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor,
-    accumulate: bool, chosen: Config, splits: int | None, least: int, parts: int = 1, **options: object,
-) -> None:  # fmt: skip
+    kernel: object, call: Call, chosen: Config, splits: int | None, least: int, parts: int = 1, **options: object
+) -> None:
     """Launch an attention kernel and, if lists are split, the kernel that adds up in the order of the list.
 
     chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
     GPU. least: of any side of a product. parts: programs that share the width of the output.
     """
+    q, pools, plan, scale, out, lse, accumulate = call
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
     if scale < 0:
@@ -151,7 +151,7 @@ def attend(
         fma=True,
     )
     if summed:
-        sum_splits(outs, lses, out, lse, accumulate)
+        sum_splits(outs, lses, call)
 
 
 def keys_of_a_tile(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Config:
@@ -168,21 +168,21 @@ def tile_rows(most: int, rows: int, segments: int) -> int:
     return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
 
 
-def sum_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate: bool) -> None:
+def sum_splits(outs: Tensor, lses: Tensor, call: Call) -> None:
     splits, tokens, heads, width = outs.shape
     cols = triton.next_power_of_2(width)
     block = max(1, _SUMMED // cols)
     launch(
         sum_kernel,
         triton.cdiv(tokens * heads, block),
-        out.device,
-        *(outs, lses, rows(out[None]), rows(lse[None]), tokens * heads, splits),
+        outs.device,
+        *(outs, lses, rows(call.out[None]), rows(call.lse[None]), tokens * heads, splits),
         HEADS=heads,
         WIDTH=width,
         ROWS=block,
         COLS=cols,
         SPLITS=triton.next_power_of_2(splits),
-        ACCUMULATE=accumulate,
+        ACCUMULATE=call.accumulate,
         num_warps=4,
         fma=True,
     )
