@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: demo play test soak sanitize lint build bench clean
+.PHONY: demo play test docs soak sanitize lint build bench clean
 
 build: .venv/built
 
@@ -17,10 +17,10 @@ PORT ?= 8000
 play: build
 	$(BIN)/inferix play --model tiny --seed 6 --port $(PORT)
 
-# Two files of tests at a time, one thread each: the tests' operations are too small for two, and torch's threads get in each
-# other's way on a busy machine.
+# Two files of tests at a time, in the order of tests/conftest.py: the longest first. One thread each: the tests' operations are
+# too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Hours of hostile use, seeded: each command prints what was tried, and fails if anything did not hold. On a CPU core of its
 # own, without a GPU: kills and damaged checkpoints take ten minutes each, a world of 5,000 blocks 25 on each of its three
@@ -42,6 +42,12 @@ lint: .venv/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The API reference from the docstrings, as HTML: build/docs/index.html.
+REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.memory inferix_kernels.snapshot \
+    inferix_kernels.quantize inferix.world inferix.models '!inferix[.]models[.].*'
+docs: .venv/docs
+	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs $(REFERENCE)
 
 bench: build
 	$(BIN)/python -m benchmarks run
@@ -65,6 +71,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
 	$(FORGET)
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[stream]'
+	touch $@
+
+.venv/docs: .venv/built
+	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[stream,docs]'
 	touch $@
 
 # With what only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.

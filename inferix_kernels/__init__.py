@@ -1,7 +1,10 @@
 """Kernels for block-diffusion world models: attention over paged, quantized K/V, and what surrounds it.
 
 Needs torch and numpy, and safetensors for snapshots. `python -m inferix_kernels` says what runs on this machine, and
-why the rest does not.
+why the rest does not. Every public name has an example; those of the ops assume
+
+    import torch
+    from inferix_kernels import *
 """
 
 from . import ops
@@ -13,6 +16,8 @@ from .paged_kv import KVStore
 from .passes import Pass, TopK
 from .policy import Policy
 from .slots import NotResident, OutOfPages
+
+__version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
 
 __all__ = [
     "FORMATS",
@@ -29,6 +34,7 @@ __all__ = [
     "Segment",
     "TopK",
     "Unsupported",
+    "__version__",
     "even_plan",
     "make_plan",
 ]

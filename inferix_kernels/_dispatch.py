@@ -25,7 +25,14 @@ PROVED = ("compiled", "triton")
 
 
 class Unsupported(RuntimeError):
-    """Raised by a backend, before it writes anything: it cannot take these arguments, and why."""
+    """Raised by a backend, before it writes anything: it cannot take these arguments, and why.
+
+    Example:
+        >>> scores = torch.rand(1, 1, 3)
+        >>> select_pages(scores, PageList.of([0, 1, 2], [16, 16, 16]), k=2, backend="compiled")
+        Traceback (most recent call last):
+        inferix_kernels...Unsupported: select_pages: ...
+    """
 
 
 def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:

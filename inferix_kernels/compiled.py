@@ -1,6 +1,7 @@
 """The ops in inferix_kernels._C: C++ on CPU tensors, CUDA on CUDA tensors.
 
-This file turns tensors into addresses, sizes and strides, and does nothing else.
+This file turns tensors into addresses, sizes and strides, and calls the extension with them; on a GPU also with the
+current stream and room to work in. Layouts that a kernel does not take are Unsupported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels in the extension: registers, spills, and which instructions.
+"""Inspects the SASS of the CUDA kernels in the extension: registers, spills, instructions.
 
 `python -m inferix_kernels compile --arch 90a` prints the table. Needs cuobjdump and nvdisasm, which come with CUDA and
 with Triton.
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Tensor cores by type, TMA, and what should not be there: local memory.
+# Tensor-core instructions by type, TMA loads, and local memory, of which there should be none.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
 # How the Hopper kernel multiplies, in the order of sm90::Kind: format of the pages, and whether in 8 bits; else codes
 # become bf16.
@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
     registers: int
     stack: int  # bytes
     instructions: Counter[str]
-    highest: dict[str, int]  # register after setmaxnreg, by what it did: inc or dec
+    highest: dict[str, int]  # register after setmaxnreg, by its kind: inc or dec
 
 
 class Line(NamedTuple):
@@ -59,7 +59,7 @@ class Line(NamedTuple):
 
 
 class MissingTool(RuntimeError):
-    """What there is to look at, or to look with, is not here."""
+    """The tool, or the binary that it would inspect, is not here."""
 
 
 def tool(name: str) -> str:
@@ -133,7 +133,7 @@ def functions(listing: str) -> dict[str, list[Line]]:
 
 
 def successors(code: Sequence[Line]) -> list[list[int]]:
-    """For each line of a function those that can follow it: more than really can, where the listing leaves it open."""
+    """For each line of a function those that can follow it: a superset, where the listing does not say."""
     labels = {line.text: i for i, line in enumerate(code) if not line.address}
     behind_calls = [i + 1 for i, line in enumerate(code) if line.opcode.startswith("CALL")]
     following: list[list[int]] = []
@@ -157,7 +157,7 @@ def opcodes(code: Sequence[Line]) -> Counter[str]:
 
 
 def registers_after_setmaxnreg(code: Sequence[Line]) -> dict[str, int]:
-    """The highest register named by what each setmaxnreg of a function leads to: its warps have no others."""
+    """The highest register used after each setmaxnreg of a function: its warps have no others."""
     starts = [i for i, line in enumerate(code) if line.opcode.startswith("USETMAXREG")]
     following = successors(code) if starts else []
     return {

@@ -1,5 +1,5 @@
-// kv_append, kv_commit, kv_gather and qkv_prologue for GPUs, acted out on the host: a library that tests/cuda/machine.py
-// calls with the structs of csrc/.
+// The CUDA kernels of kv_append, kv_commit, kv_gather and qkv_prologue, emulated on the CPU: a library that
+// tests/cuda/machine.py calls with the structs of csrc/.
 #include "describe.h"
 #include "machine.h"
 

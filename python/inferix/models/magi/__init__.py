@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels._check import check_device
+
 from ...pipeline import Forward
 from .. import Adapter, PagedAttend
 from .adapters import SCHEDULES, adapter_for, config_for, scheduled
@@ -144,7 +146,7 @@ class Magi:
         if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
             raise ValueError(f"frames must be uint8 [n, {height}, {width}, 3], got {frames.dtype} {list(frames.shape)}")
         if self.encode_video is None:
-            raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them; see --decoder")
+            raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them; see `decoder`")
         return self.encode_video(frames)
 
     @property
@@ -204,7 +206,7 @@ def load(
         load_captions(folder, special_tokens, negative),
         None if decoder is None else _codec(decoder, folder),
     )
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, name, fp8=fp8, dtype=dtype, device=device, backend=backend)
     encoder = find_encoder(folder)

@@ -15,7 +15,7 @@ import contextlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inferix_kernels.files import open_locked, unwritable, write_all
+from inferix_kernels.files import destination, open_locked, unwritable, write_all
 
 FORMAT = 2
 MOST_HEADER = 1 << 20  # bytes of the first line that are read; a block's line is shorter still
 
 
-def journal_path(out: Path) -> Path:
+def journal_path(path: Path, argument: str = "path") -> Path:
+    """Beside the video, also if `path` is a link to it: whoever writes that one finds the same journal."""
+    out = destination(path, argument)
     return out.with_name(f".{out.name}.journal")
 
 
@@ -43,10 +45,10 @@ def is_unfinished(path: Path) -> bool:
         return False
 
 
-def refuse_unfinished(path: Path) -> None:
-    """Raise ValueError if a new run would write over the journal of an unfinished one."""
+def refuse_unfinished(path: Path, argument: str = "path") -> None:
+    """Raise ValueError, naming the argument, if a new run would write over the journal of an unfinished one."""
     if is_unfinished(path):
-        raise ValueError(f"--out: an unfinished video has its journal there: --resume goes on; or delete {path}")
+        raise ValueError(f"{argument}: an unfinished video has its journal there: `resume` goes on; or delete {path}")
 
 
 class Journal:
@@ -54,24 +56,28 @@ class Journal:
 
     Args:
         path: of the journal.
+        frame: shape of one frame of latents; every block is [frames, *frame].
         settings: what the latents depend on; JSON.
         resume: take up the journal that is there; otherwise it is begun anew.
+        argument: of the caller, that errors name for `path`.
 
     Raises:
         ValueError: there is no journal to resume, or it is of a run with other settings; says which differ. Or another
             run is writing it, or it can not be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool):
-        self.path = path
+    def __init__(
+        self, path: Path, frame: Sequence[int], settings: Mapping[str, Any], resume: bool, argument: str = "path"
+    ):
+        self.path, self.frame, self._argument = path, list(frame), argument
         self.blocks: list[Tensor] = []  # of the run that is taken up
         if resume and not path.exists():
-            raise ValueError(f"--resume: there is nothing to resume: no file {path}")
+            raise ValueError(f"resume: there is nothing to resume: no file {path}")
         settings = {"journal": FORMAT, **json.loads(json.dumps(settings))}
-        self._file = open_locked(path, "--out")
+        self._file = open_locked(path, argument)
         try:
             if not resume:
-                refuse_unfinished(path)
+                refuse_unfinished(path, argument)
             self._end = self._read(settings) if resume and is_unfinished(path) else 0
             self.count = len(self.blocks)  # blocks in the file
             if not self._end:
@@ -109,7 +115,7 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
-            raise unwritable(self.path, error, "--out") from None
+            raise unwritable(self.path, error, self._argument) from None
         self._end += len(data)
 
     def _read(self, now: Mapping[str, Any]) -> int:
@@ -121,24 +127,24 @@ class Journal:
                 if not isinstance(before, dict):
                     raise ValueError
             except (ValueError, RecursionError):
-                raise ValueError(f"--resume: {self.path} is damaged: its first line is not JSON") from None
+                raise ValueError(f"resume: {self.path} is damaged: its first line is not JSON") from None
             if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 name = other[0]
-                raise ValueError(f"--resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
+                raise ValueError(f"resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
             whole, self._checksum, size = file.tell(), zlib.crc32(line), self.path.stat().st_size
-            while (read := _read_block(file, size, self._checksum)) is not None:
+            while (read := _read_block(file, size, self.frame, self._checksum)) is not None:
                 block, self._checksum = read
                 self.blocks.append(block)
                 whole = file.tell()
         return whole
 
 
-def _read_block(file: BinaryIO, end: int, before: int) -> tuple[Tensor, int] | None:
+def _read_block(file: BinaryIO, end: int, frame: list[int], before: int) -> tuple[Tensor, int] | None:
     """The next block and its checksum; None at the end, and where one is cut short, damaged or not in its place."""
     try:
         said = json.loads(file.readline(MOST_HEADER))
         shape, checksum = said["shape"], said["crc32"]
-        if not all(type(n) is int and n > 0 for n in shape):
+        if not all(type(n) is int and n > 0 for n in shape) or shape[1:] != frame or not shape:
             return None
         size = 4 * math.prod(shape)
         numbers = file.read(size) if size <= end - file.tell() else b""
