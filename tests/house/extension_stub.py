@@ -15,7 +15,8 @@ STUB = Path(__file__).parents[2] / "inferix_kernels" / "_C.pyi"
 HEAD = '''"""Compiled kernels, as functions over raw addresses: see csrc/bindings.cpp.
 
 Made by `python -m tests.house.extension_stub`; a test compares the two. `arguments` has a value for every field of the
-kernel's struct; csrc/<family>.h names them.
+op's struct in csrc/, and nothing else; a struct within it is a dict in turn. An address is a tensor's data_ptr(), 0
+where the tensor is optional and absent.
 """
 
 from typing import ClassVar
