@@ -19,6 +19,7 @@ struct has_fields : std::false_type {};
 template <typename Struct>
 struct has_fields<Struct, std::void_t<decltype(Struct::kFieldNames)>> : std::true_type {};
 
+// kHolds<Struct, n>: can a Struct be made of n values? Of as many as it has fields, and of no more.
 struct AnyField {
   template <typename Field>
   operator Field() const;
