@@ -199,7 +199,7 @@ def _play_in_terminal(args: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(given)}: for the page only, not with --terminal")
     names = ("threads", "kv", "window", "sink", "seed", "backend", "weights", "lora", "size", "device")
     world = open_world(args.model, undo_seconds=0, worlds=1, **{name: getattr(args, name) for name in names})
-    play(world, world.model.adapter.example_prompts, world.model.adapter.keys)
+    play(world, world.model.presentation.example_prompts, world.model.presentation.keys)
     return 0
 
 

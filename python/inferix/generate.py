@@ -25,7 +25,7 @@ from inferix_kernels.files import atomic_write, open_locked, require_writable
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path, refuse_unfinished
 from .media import LatentWriter, VideoWriter, contact_sheet, partial_path
-from .models import MODELS, Adapter, BlockModel, load_model, whole_start
+from .models import MODELS, Adapter, Model, load_model, whole_start
 from .pictures import read_picture, read_video
 from .world import World
 
@@ -52,30 +52,30 @@ def generate(args: argparse.Namespace) -> int:
         decoder=args.decoder,
         special_tokens=args.special_tokens,
     )
-    adapter = model.adapter
-    total = round(args.seconds * adapter.fps)
+    adapter, presentation = model.adapter, model.presentation
+    total = round(args.seconds * presentation.fps)
     if total < 1:
-        raise ValueError(f"--seconds must be at least one frame, 1/{adapter.fps}, got {args.seconds:g}")
+        raise ValueError(f"--seconds must be at least one frame, 1/{presentation.fps}, got {args.seconds:g}")
     _check_outputs(args, model)
     given = _given(args, model, total)
     digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
     if adapter.at_once:
         model, given = model.for_video(total, None if given is None else given[0]), None
     # A pipeline begins no block that nobody will see.
-    blocks = -(-total // (adapter.block_frames * adapter.pictures)) if adapter.stages else None
+    blocks = -(-total // (adapter.block_frames * presentation.pictures)) if adapter.stages else None
     world = World(
         model, kv=args.kv, window=args.window, sink=args.sink, seed=args.seed, blocks=blocks, backend=args.backend
     )
-    if threads := args.threads or adapter.threads:
+    if threads := args.threads or presentation.threads:
         torch.set_num_threads(threads)
     prompts = Prompts.read(args.prompt_file) if args.prompt_file else None
-    prompts = prompts or Prompts(((0.0, adapter.example_prompts[0] if args.prompt is None else args.prompt),))
+    prompts = prompts or Prompts(((0.0, presentation.example_prompts[0] if args.prompt is None else args.prompt),))
     if adapter.at_once and len(prompts.starts) > 1:
         raise ValueError(f"--prompt-file must hold one prompt for {adapter.name}, which makes a video at once")
     for _, prompt in prompts.starts:  # every word is checked before the first frame is made
-        world.model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
+        world.model.conditioning(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
     actions = actions_from(args.actions, adapter, args.seed) if adapter.actions else None
-    journal, whole = None if adapter.live else _journal(args, world, prompts, digest), False
+    journal, whole = None if presentation.live else _journal(args, world, prompts, digest), False
     video: VideoWriter | LatentWriter | None = None
     try:
         with _writer(args, model, total) as video:
@@ -124,8 +124,8 @@ class Maker:
         return self.video.frames
 
     def run(self, given: np.ndarray | None) -> None:
-        adapter = self.world.model.adapter
-        known = iter(self.journal.blocks if self.journal else [])
+        adapter, presentation = self.world.model.adapter, self.world.model.presentation
+        made_before = iter(self.journal.blocks if self.journal else [])
         memory = sum(self.world.kv_bytes().values()) / 2**20
         bar = Progress(
             TextColumn("{task.description}"),
@@ -143,27 +143,30 @@ class Maker:
                 self._take(self.world.observe(given, prompt=self.prompts.at(0.0)))
             while self.made < self.total and not interrupt.asked:
                 chosen = None if self.actions is None else [next(self.actions) for _ in range(adapter.block_frames)]
-                again = next(known, None)
-                begins = self.made + self.world.ahead * adapter.pictures
-                prompt = self.prompts.at(begins / adapter.fps)
-                self._take(self.world.step(chosen, prompt=prompt, known=again))
-                if self.journal is not None and again is None:
-                    self.journal.append(self.world.latents)
+                latents = next(made_before, None)
+                begins = self.made + self.world.ahead * presentation.pictures
+                prompt = self.prompts.at(begins / presentation.fps)
+                if latents is not None:
+                    self._take(self.world.replay(latents, chosen, prompt=prompt))
+                else:
+                    self._take(self.world.step(chosen, prompt=prompt))
+                    if self.journal is not None:
+                        self.journal.append(self.world.latents)
                 bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
 
     def _take(self, frames: np.ndarray) -> None:
         frames = frames[: self.total - self.made]
         self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
-        if self.world.model.adapter.live:
+        if self.world.model.presentation.live:
             self.all.append(frames)
         self.video.write(frames)
 
     def summary(self) -> dict[str, Any]:
-        adapter = self.world.model.adapter
+        adapter, presentation = self.world.model.adapter, self.world.model.presentation
         seconds = np.array(self.world.decoder.seconds)
         blocks = seconds[1:] if len(seconds) > 1 else seconds
         per_block = adapter.block_frames
-        asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
+        asked = [self.prompts.at(i // per_block * per_block / presentation.fps) for i in range(self.made)]
         read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
         times: dict[str, float] = {}
         if len(seconds):  # none if what was given fills the video
@@ -176,15 +179,17 @@ class Maker:
         return read | {
             "model": adapter.name,
             "frames": self.made,
-            "seconds_of_video": self.made / adapter.fps,
+            "seconds_of_video": self.made / presentation.fps,
             **times,
             "kv_bytes": self.world.kv_bytes(),
-            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked) if adapter.live else {},
+            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked)
+            if presentation.live
+            else {},
         }
 
     def write_beside(self, out: Path, extra: dict[str, Any]) -> None:
         """The contact sheet and the summary, beside the video, and what they say on the terminal."""
-        summary, fps = self.summary() | extra, self.world.model.adapter.fps
+        summary, fps = self.summary() | extra, self.world.model.presentation.fps
         sheet, report = out.with_suffix(".png"), out.with_suffix(".json")
         shown = {i: frame for i, frame in self.shown.items() if i < self.made}  # Ctrl-C may come while one is written
         rows = -(-len(shown) // SHEET_COLUMNS)
@@ -226,19 +231,19 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--device must be cpu or a cuda that is there, got {args.device!r}: {reason}") from None
 
 
-def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
+def _outputs(args: argparse.Namespace, model: Model) -> list[Path]:
     """Every file that may be written."""
     out = Path(args.out)
     if not out.name:
         raise ValueError(f"--out must be the name of a file, got {args.out!r}")
-    latents = getattr(model, "only_latents", False)
+    latents = model.only_latents
     video = out.with_suffix(".npy") if latents else out
     sheet = [] if latents else [out.with_suffix(".png")]
-    journal = [] if model.adapter.live else [journal_path(out)]
+    journal = [] if model.presentation.live else [journal_path(out)]
     return [video, partial_path(video), out.with_suffix(".json"), *sheet, *journal]
 
 
-def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
+def _check_outputs(args: argparse.Namespace, model: Model) -> None:
     """All that is to be written can be, and none of it is what the video is made from."""
     for path in _outputs(args, model):
         require_writable(path, "--out")
@@ -248,13 +253,13 @@ def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
                 name = option.replace("_", "-")
                 raise ValueError(f"--out: {str(path)!r} would be written, but --{name} is read from it")
     journal = journal_path(Path(args.out))
-    if journal.exists() and not model.adapter.live:
+    if journal.exists() and not model.presentation.live:
         with open_locked(journal, "--out", args.out):  # no other run is at it
             if not args.resume:
                 refuse_unfinished(journal)
 
 
-def _given(args: argparse.Namespace, model: BlockModel, total: int) -> np.ndarray | None:
+def _given(args: argparse.Namespace, model: Model, total: int) -> np.ndarray | None:
     """What the video begins with; of a clip the longest start that makes whole blocks."""
     adapter = model.adapter
     for option in ("image", "video"):
@@ -268,7 +273,7 @@ def _given(args: argparse.Namespace, model: BlockModel, total: int) -> np.ndarra
     if args.video is not None:
         if adapter.at_once:
             raise ValueError(f"--video must not be given: {adapter.name} makes a video at once, from no past")
-        clip = read_video(args.video, adapter.size, adapter.fps, total)
+        clip = read_video(args.video, adapter.size, model.presentation.fps, total)
         if not (most := whole_start(model, len(clip))):
             least = next(n for n in itertools.count(len(clip)) if whole_start(model, n))
             raise ValueError(f"--video: {adapter.name} goes on from at least {least} pictures, got {len(clip)}")
@@ -283,12 +288,12 @@ def _beginning_with_one(args: argparse.Namespace) -> str:
     return f": {' and '.join(names)} take one picture" if names else ""
 
 
-def _writer(args: argparse.Namespace, model: BlockModel, total: int) -> VideoWriter | LatentWriter:
+def _writer(args: argparse.Namespace, model: Model, total: int) -> VideoWriter | LatentWriter:
     adapter = model.adapter
-    if getattr(model, "only_latents", False):
+    if model.only_latents:
         return LatentWriter(args.out, total, model.latent_shape)
-    scale = adapter.scale if args.scale is None else args.scale
-    return VideoWriter(args.out, adapter.fps, adapter.size, scale=scale)
+    scale = model.presentation.scale if args.scale is None else args.scale
+    return VideoWriter(args.out, model.presentation.fps, adapter.size, scale=scale)
 
 
 def _journal(args: argparse.Namespace, world: World, prompts: Prompts, digest: str | None) -> Journal:
