@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from inferix_kernels import PageTable, Policy
+from inferix_kernels import Policy
 
 from .decode.contract import Model
+from .facts import Facts
 from .finite import NotFinite, shown
 from .history import Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, wants_recache
@@ -25,7 +26,7 @@ from .opening import check_counts, check_format, check_seed, open_decoder, open_
 from .turns import one_at_a_time
 
 
-class World:
+class World(Facts):
     """One world, opened and steered.
 
     Threads: a world takes one call at a time, another one raises RuntimeError. A world and its forks, and others of one
@@ -78,22 +79,12 @@ class World:
     def _begin(self, policy: Policy, seed: int) -> None:
         self.decoder = open_decoder(self.model, self.store.open(policy), seed, self._negative, self._blocks)
         self.show(Pictures(self.model.stream(), policy.undo))
-        self.prompt: str | None = None
+        self.prompt = None
 
     def show(self, pictures: Pictures) -> None:
         """Make pictures with these from now on."""
         self.pictures = pictures
         self.decoder.restart = pictures.restart
-
-    @property
-    def table(self) -> PageTable:
-        """The world's page table; a new one with every rollout."""
-        return self.decoder.table
-
-    @property
-    def frames(self) -> int:
-        """Latent frames made or observed so far."""
-        return self.decoder.frames
 
     @one_at_a_time
     def step(
@@ -208,17 +199,6 @@ class World:
             other.decoder.generator.manual_seed(int(seed))
         return other
 
-    @property
-    def can_rewind(self) -> bool:
-        """May `rewind` take anything back? Where pictures depend on those before them, only with an `undo`."""
-        return self.decoder.can_rewind and self.pictures.can_rewind
-
-    @property
-    def rewinds(self) -> list[int]:
-        """How many latent frames `rewind` can take back now: none, the last block, the last two, and so on."""
-        now = self.frames
-        return [size for size in self.decoder.rewinds if self.pictures.reaches(now - size, now)]
-
     @one_at_a_time
     def rewind(self, frames: int) -> None:
         """Forget the last `frames` frames, whole blocks; the noise goes on. The last block always can be taken back,
@@ -237,21 +217,6 @@ class World:
         self.decoder.rewind(frames)
         self.pictures.rewind(self.frames)
 
-    @property
-    def denoising(self) -> float:
-        """Seconds that the last block took, pictures apart."""
-        return self.decoder.seconds[-1]
-
-    @property
-    def undo(self) -> int:
-        """Latent frames that `rewind` can take back now, at most."""
-        return self.rewinds[-1]
-
-    def last_picture(self) -> np.ndarray | None:
-        """uint8 [height, width, 3]: what the world looks like now; None if that can't be made again."""
-        latents = None if self.pictures.stream.looks_back else self.decoder.last_latents()
-        return None if latents is None else self.pictures(latents)[-1]
-
     @one_at_a_time
     def reset(self, seed: int) -> None:
         """Begin again, with nothing remembered and this seed."""
@@ -264,28 +229,6 @@ class World:
     def release(self) -> None:
         """Give this world's pages back to the store; it can't go on."""
         self.decoder.release()
-
-    @property
-    def ahead(self) -> int:
-        """Latent frames that are begun and not done."""
-        return self.decoder.ahead
-
-    def kv_read(self) -> dict[str, int]:
-        """Bytes of the past that a layer reads in one step of a model with several blocks in flight, on average so far.
-
-        Returns:
-            "read": from pages. "copied": where the past is one bf16 tensor of all frames since the beginning, which
-            MAGI-1's own code copies in every forward.
-        """
-        return self.decoder.kv_read()
-
-    def kv_bytes(self) -> dict[str, int]:
-        """Bytes of the KV store by format, scratch apart."""
-        return self.store.nbytes
-
-    @property
-    def released(self) -> bool:
-        return self.decoder.released
 
     def _check_alive(self, what: str) -> None:
         if self.released:
