@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from ._check import check_counts, check_page_size
+from ._check import check_counts, check_device, check_page_size
 from .layout import FORMATS, KVPages, PageList, as_bytes
 from .ops import kv_commit, kv_gather
 from .slots import Extent, OutOfPages, Pool, Slot, StreamTurns, in_turn
@@ -71,6 +71,12 @@ class KVStore:
 
     Raises:
         ValueError: an argument is not what it must be; nothing was allocated.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> store.nbytes["int8"] // 12  # bytes of a frame: two layers of one page of 64 tokens
+        9472
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class KVStore:
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ):
+        self.device = device = check_device("device", device)
         host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
         if isinstance(head_dim, Sequence) and len(head_dim) != 2:
             raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
@@ -109,8 +116,8 @@ class KVStore:
             raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
         self.block_frames, self.scratch_blocks = int(block_frames), int(scratch_blocks)
-        self.page_size, self.model, self.device, self.backend = page_size, model, torch.device(device), backend
-        on_gpu = self.device.type == "cuda"
+        self.page_size, self.model, self.backend = page_size, model, backend
+        on_gpu = device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
         self.pages_per_frame = -(-frame_tokens // page_size)
         lens = [page_size] * (self.pages_per_frame - 1)
@@ -150,7 +157,13 @@ class KVStore:
 
     @in_turn
     def open(self, policy: Policy) -> PageTable:
-        """A new, empty world over this store."""
+        """A new, empty world over this store.
+
+        Example:
+            >>> other = store.open(Policy(window=6))  # in the store's first format, int8
+            >>> other.next_frame
+            0
+        """
         from .page_table import PageTable
 
         return PageTable(self, policy)

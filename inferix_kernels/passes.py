@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._check import check_counts, check_index
 from .layout import PageList, Plan, even_plan
 from .ops import (
     kv_append,
@@ -49,12 +50,25 @@ class TopK:
         frames: choose them in the so many best frames of the past; None, in all.
         queries: of a run.
         bounds: judge a page by the least and largest of its keys in place of their mean; see ops.page_scores.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> best = table.plan([block], top_k=TopK(pages=4, queries=10))
+        >>> list(best.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
+        [30, 32]
     """
 
     pages: int
     frames: int | None = None
     queries: int = 64
     bounds: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts({"pages": self.pages, "frames": 0 if self.frames is None else self.frames}, least=0)
+        check_counts({"queries": self.queries})
 
 
 class _Selection:
@@ -105,6 +119,15 @@ class Pass:
 
     It is good for as long as its table holds what it held: after an edit (a seal, a block dropped, a frame forgotten or
     given other contents) another one is to be planned, and this one refuses to run.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> noisy = table.plan([block])
+        >>> noisy.plan.page_ids.tolist()  # three frames of one page each: scratch, which comes after the pools
+        [12, 13, 14]
     """
 
     def __init__(
@@ -177,8 +200,14 @@ class Pass:
 
         Raises:
             RuntimeError: the table was edited since the pass was planned.
+
+        Example:
+            >>> qkv = torch.randn(30, (4 + 2 * 2) * 16)  # 4 query heads, 2 KV heads
+            >>> list(noisy.attend(0, qkv, torch.ones(16), torch.ones(16)).shape)
+            [30, 64]
         """
         store = self.table.store
+        layer = check_index("layer", layer, store.num_layers)
         self._check_edits()
         q, lse = self._room(qkv)
         mean, backend = self.table.state.k_means[layer], store.backend
@@ -205,9 +234,15 @@ class Pass:
 
     @in_turn
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass."""
+        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv]; commit if this is the clean pass.
+
+        Example:
+            >>> noisy.append(0, torch.randn(30, 2, 16), torch.randn(30, 2, 16))
+        """
         self._check_edits()
-        store, mean = self.table.store, self.table.state.k_means[layer]
+        store = self.table.store
+        layer = check_index("layer", layer, store.num_layers)
+        mean = self.table.state.k_means[layer]
         kv_append(k if mean is None else k - mean, v, store.scratch, self.written, backend=store.backend)
         self._commit(layer)
 

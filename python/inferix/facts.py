@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inferix_kernels import KVStore, PageTable
 
+from .decode.contract import Model
 from .decode.decoder import Decoder
 from .history import Pictures
 
@@ -15,6 +16,7 @@ class Facts:
     """The part of a World that is read.
 
     Attributes:
+        model: what it runs.
         decoder: its decode loop.
         store: where its keys and values lie, and those of its forks.
         pictures: its picture stream.
@@ -23,6 +25,7 @@ class Facts:
             in flight, of all that were. `World.replay` takes it.
     """
 
+    model: Model
     decoder: Decoder
     store: KVStore
     pictures: Pictures
@@ -62,8 +65,8 @@ class Facts:
 
     @property
     def denoising(self) -> float:
-        """Seconds that the last block took, pictures apart."""
-        return self.decoder.seconds[-1]
+        """Seconds that the last step took, pictures apart; 0 before the first."""
+        return self.decoder.seconds
 
     @property
     def undo(self) -> int:

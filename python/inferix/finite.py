@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .world import World
+    from .facts import Facts
 
 
 class NotFinite(ValueError):
@@ -33,7 +33,7 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
     return made
 
 
-def shown(world: World, conditioning: Any) -> np.ndarray:
+def shown(world: Facts, conditioning: Any) -> np.ndarray:
     """The pictures of the block that a world has just made, under `conditioning`.
 
     Raises:
@@ -52,14 +52,14 @@ def shown(world: World, conditioning: Any) -> np.ndarray:
     if not where:
         return pictures
     end = world.frames + world.ahead
-    world.release()
+    world.decoder.release()
     raise NotFinite(
         f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name} are not "
         f"finite, first in {where}"
     )
 
 
-def _traced(world: World, conditioning: Any) -> str:
+def _traced(world: Facts, conditioning: Any) -> str:
     where = "what guidance and sampler make of what the network gives"
     with Probe(world.model.network) as probe:
         try:

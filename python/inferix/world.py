@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from inferix_kernels import Policy
+from inferix_kernels._check import whole
 
 from .decode.contract import Model
 from .facts import Facts
@@ -48,6 +49,13 @@ class World(Facts):
 
     Raises:
         ValueError: an argument is not what it must be; nothing has been allocated.
+
+    Example:
+        >>> from inferix import World
+        >>> world = World("tiny", kv="int8", seed=0, undo=6, worlds=2)
+        >>> frames = world.step(action="right", prompt="desert night")
+        >>> frames.shape, frames.dtype
+        ((3, 96, 96, 3), dtype('uint8'))
     """
 
     def __init__(
@@ -78,10 +86,10 @@ class World(Facts):
 
     def _begin(self, policy: Policy, seed: int) -> None:
         self.decoder = open_decoder(self.model, self.store.open(policy), seed, self._negative, self._blocks)
-        self.show(Pictures(self.model.stream(), policy.undo))
+        self._show(Pictures(self.model.stream(), policy.undo))
         self.prompt = None
 
-    def show(self, pictures: Pictures) -> None:
+    def _show(self, pictures: Pictures) -> None:
         """Make pictures with these from now on."""
         self.pictures = pictures
         self.decoder.restart = pictures.restart
@@ -110,6 +118,10 @@ class World(Facts):
 
         Raises:
             NotFinite: NaN or infinity came out; names the layer. This world has ended, its forks go on.
+
+        Example:
+            >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
+            >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
         conditioning = self._steer("step", actions, action, prompt, recache)
         self.latents = self.decoder.step(conditioning)
@@ -134,6 +146,12 @@ class World(Facts):
 
         Returns:
             As `step`, which says also what is raised.
+
+        Example:
+            >>> first, again = (World("tiny", seed=5) for _ in range(2))
+            >>> frames = first.step(action="up", prompt="desert day")
+            >>> bool((again.replay(first.latents, action="up", prompt="desert day") == frames).all())
+            True
         """
         conditioning = self._steer("replay", actions, action, prompt, recache)
         self.latents = self.decoder.replay(conditioning, latents.to(self.store.device))
@@ -154,6 +172,11 @@ class World(Facts):
 
         Raises:
             NotFinite: the VAE made NaN or infinity of them, which ends the world if blocks were taken already.
+
+        Example:
+            >>> import numpy as np
+            >>> given = np.repeat(frames[-1:], 3, axis=0)  # uint8 [3, 96, 96, 3]
+            >>> seen = world.observe(given, actions=["none"] * 3)
         """
         self._check_alive("observe")
         latents = latents_of(self.model, frames, actions)
@@ -177,6 +200,9 @@ class World(Facts):
         """Run the last block's clean pass now, so that the next block is there sooner. Left alone, it shares a forward
         of the next step, which costs less in all. With several blocks in flight nothing is done: there a clean pass by
         itself would leave other keys and values.
+
+        Example:
+            >>> world.commit_pending()
         """
         if self.decoder.commits_alone:
             self.decoder.commit_pending()
@@ -188,13 +214,18 @@ class World(Facts):
         Args:
             seed: of the fork's noise; None goes on with a copy of this world's, so that the same actions give the
                 same frames.
+
+        Example:
+            >>> other = world.fork()
+            >>> bool((other.step(action="up") == world.step(action="up")).all())  # the same past, the same noise
+            True
         """
         self._check_alive("fork")
         if seed is not None:
             check_seed(seed)
         other = copy.copy(self)
         other.decoder = self.decoder.fork()
-        other.show(self.pictures.fork())
+        other._show(self.pictures.fork())
         if seed is not None:
             other.decoder.generator.manual_seed(int(seed))
         return other
@@ -207,8 +238,15 @@ class World(Facts):
 
         Raises:
             ValueError: it is not one of `rewinds`; nothing has changed.
+
+        Example:
+            >>> before = world.frames
+            >>> frames = world.step(action="left")
+            >>> world.rewind(3)
+            >>> world.frames == before
+            True
         """
-        if self.decoder.can_rewind and frames not in self.rewinds:
+        if self.decoder.can_rewind and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(
                 f"frames must be one of {sizes}, whole blocks that are remembered, got {frames}: World(undo=...) "
@@ -219,7 +257,13 @@ class World(Facts):
 
     @one_at_a_time
     def reset(self, seed: int) -> None:
-        """Begin again, with nothing remembered and this seed."""
+        """Begin again, with nothing remembered and this seed.
+
+        Example:
+            >>> world.reset(seed=1)
+            >>> world.frames
+            0
+        """
         check_seed(seed)
         policy = self.table.policy
         self.release()
@@ -227,7 +271,11 @@ class World(Facts):
 
     @one_at_a_time
     def release(self) -> None:
-        """Give this world's pages back to the store; it can't go on."""
+        """Give this world's pages back to the store; it can't go on.
+
+        Example:
+            >>> world.release()
+        """
         self.decoder.release()
 
     def _check_alive(self, what: str) -> None:

@@ -26,7 +26,7 @@ class Decoder(abc.ABC):
     Attributes:
         frames: latent frames made or observed.
         finished: frames at the front of what `step` returned that are done.
-        seconds: per step, or block replayed.
+        seconds: that the last step, or replay of one, took.
         restart: overlapping latents as the next rollout begins with them; a VAE encodes the first one again.
         busy: held while a thread is at work; see turns.py.
         released: its pages are given back, and it can't go on.
@@ -40,7 +40,7 @@ class Decoder(abc.ABC):
     def __init__(self, model: Model, generator: torch.Generator):
         self.model, self.generator = model, generator
         self.frames = self.finished = 0
-        self.seconds: list[float] = []
+        self.seconds = 0.0
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
         self.busy, self.released = threading.RLock(), False
         self._noise_before: Tensor | None = None  # the generator's state before the last step
@@ -121,7 +121,7 @@ class Decoder(abc.ABC):
     def fork(self) -> Decoder:
         """Another world's loop with the same past, and a copy of this one's noise."""
         other = copy.copy(self)
-        other.busy, other.seconds = threading.RLock(), []
+        other.busy = threading.RLock()
         other.generator = torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
         other._fork_past()
@@ -189,7 +189,7 @@ class Decoder(abc.ABC):
         started = time.perf_counter()
         self._noise_before = self.generator.get_state()
         made = make(*given)
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds = time.perf_counter() - started
         return made
 
     def _noise(self, frames: int) -> Tensor:

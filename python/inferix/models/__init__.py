@@ -51,6 +51,12 @@ def load_model(name: str, weights: str | None = None, **options: Any) -> Model:
 
     Args:
         options: what else the model's module takes; None is its default.
+
+    Example:
+        >>> from inferix.models import load_model
+        >>> model = load_model("tiny")
+        >>> model.adapter.block_frames, model.adapter.actions
+        (3, ('none', 'up', 'left', 'down', 'right'))
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")

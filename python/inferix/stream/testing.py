@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models import Adapter, Presentation
+from ..decode.contract import Adapter, Presentation
 
 CELL = 16
 BITS = 16 + 4 + 4

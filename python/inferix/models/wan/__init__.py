@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels._check import check_device
+
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
 from .checkpoint import find_checkpoint, load_network
@@ -220,7 +222,7 @@ def load(
     folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
     if lora is None and weights is not None and Path(weights).is_dir():
         lora = find_lora(weights)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
