@@ -145,7 +145,10 @@ class World(Facts):
             actions, prompt, action, recache: as for `step`.
 
         Returns:
-            As `step`, which says also what is raised.
+            As `step`.
+
+        Raises:
+            ValueError: the latents are not of the next step's shape; nothing has changed. And as `step`.
 
         Example:
             >>> first, again = (World("tiny", seed=5) for _ in range(2))
@@ -153,6 +156,7 @@ class World(Facts):
             >>> bool((again.replay(first.latents, action="up", prompt="desert day") == frames).all())
             True
         """
+        self.decoder.check_replay(latents)
         conditioning = self._steer("replay", actions, action, prompt, recache)
         self.latents = self.decoder.replay(conditioning, latents.to(self.store.device))
         return shown(self, conditioning)

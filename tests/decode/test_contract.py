@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from inferix.finite import NotFinite
 from inferix_kernels import Policy
 from tests.decode.test_loop import small_world
 from tests.decode.test_pipeline import model as magi
+from tests.decode.test_pipeline import world as pipeline
 from tests.models.test_wan_world import wan
 from tests.models.wan_golden import table_for
 
@@ -73,6 +75,22 @@ def test_a_model_of_the_contract_alone_is_a_world(tmp_path):
         world.kv_read()
     with pytest.raises(ValueError, match="for_video: plain makes a video block by block"):
         world.model.for_video(5)
+
+
+@pytest.mark.parametrize("make", [lambda: World(Plain(), kv="fp32"), pipeline], ids=["sequential", "pipeline"])
+def test_latents_of_another_step_are_refused_and_nothing_has_changed(make):
+    world, straight = make(), make()
+    for each in (world, straight):
+        each.step(prompt="fog")
+    again = straight.latents
+    wanted = list((straight.step(prompt="sun"), straight.latents)[1].shape)
+    for wrong in (again[:1], again[:, :1], torch.cat([again] * 3), again[:0]):
+        said = re.escape(f"latents must be {wanted}, what the next step returns, got {list(wrong.shape)}")
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            world.replay(wrong, prompt="sun")
+    assert world.prompt == "fog"
+    world.step(prompt="sun")
+    assert torch.equal(world.latents, straight.latents)
 
 
 def test_without_a_network_to_watch_a_block_that_is_not_finite_ends_its_world():

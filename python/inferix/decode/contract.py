@@ -35,9 +35,9 @@ class Adapter:
         prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
         sampler: how a block gets from one level to the next: "renoise" (few-step models), "euler" or "unipc"; see
             inferix.decode.samplers.
-        guidance: scale of classifier-free guidance (arXiv:2207.12598): from the prediction under `negative_prompt`,
-            so many times the way to the prediction under the prompt. 1: none, and half the work.
-        negative_prompt: see `guidance`.
+        guidance: scale of classifier-free guidance (arXiv:2207.12598): negative + scale * (prediction - negative). 1:
+            none, and half the work.
+        negative_prompt: of the negative prediction.
         context_time: the network's timestep in the clean pass. The block itself is not noised again.
         fused: run a block's clean pass in one forward with the next block's first step.
         window, sink: frames a block sees; see inferix_kernels.Policy.

@@ -79,6 +79,17 @@ class Decoder(abc.ABC):
         """
         return self._timed(self._replay, conditioning, latents)
 
+    def check_replay(self, latents: Tensor) -> None:
+        """Raise ValueError unless the next step could have returned these latents."""
+        wanted, got = [self.at_work, *self.model.latent_shape], list(latents.shape)
+        if got != wanted:
+            raise ValueError(f"latents must be {wanted}, what the next step returns, got {got}")
+
+    @property
+    @abc.abstractmethod
+    def at_work(self) -> int:
+        """Latent frames that the next step works on, and returns."""
+
     def repeat(self, conditioning: Any) -> None:
         """Run the last `step` again, with the same noise: for a closer look at it, if the world is not to go on. What
         it committed stays committed."""

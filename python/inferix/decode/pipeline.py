@@ -94,6 +94,15 @@ class PipelineDecoder(Decoder):
     def ahead(self) -> int:
         return sum(len(flying.block.frames) for flying in self.flight)
 
+    @property
+    def begins(self) -> bool:
+        """The next step begins a block."""
+        return self.total is None or self.begun < self.total
+
+    @property
+    def at_work(self) -> int:
+        return self.ahead + self.begins * self.model.adapter.block_frames
+
     def kv_read(self) -> dict[str, int]:
         return self.traffic.bytes_per_step(self.table)
 
@@ -124,7 +133,7 @@ class PipelineDecoder(Decoder):
         Raises:
             RuntimeError: all `total` blocks are done.
         """
-        begins = self.total is None or self.begun < self.total
+        begins = self.begins
         if not begins and not self.flight:
             raise RuntimeError(f"step: the world was to have {self.total} blocks, and has them")
         self._before = _Before(self.flight, self.begun, self.given)

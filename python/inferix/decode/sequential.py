@@ -61,6 +61,10 @@ class SequentialDecoder(Decoder):
         """The block whose clean pass is still to come."""
         return self.branches[0].pending
 
+    @property
+    def at_work(self) -> int:
+        return self.model.adapter.frames(first=self._next_frame == 0)
+
     def _step(self, conditioning: Any) -> Tensor:
         adapter = self.model.adapter
         with self._open_block(conditioning) as (x, steps, sampler):
