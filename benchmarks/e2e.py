@@ -1,4 +1,4 @@
-"""The whole loop, block by block: our attention over pages beside the same loop with gather + SDPA, taking turns.
+"""The whole loop, block by block: our attention over pages against the same loop with gather + SDPA, taking turns.
 
 `run e2e --model tiny` is the world that ships with the repository. `--model self-forcing` takes a checkpoint with
 `--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU.
@@ -57,7 +57,7 @@ class GatherAttention:
 
 @dataclasses.dataclass
 class Loop:
-    """One world under way, and what its blocks took."""
+    """One running world, and the times of its blocks."""
 
     name: str
     decoder: Any
@@ -178,7 +178,7 @@ def open_loop(
     decoder = SequentialDecoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:
         pictures = model.stream()
-    except ValueError:  # no VAE beside the weights
+    except ValueError:  # no VAE next to the weights
         pictures = None
     gather = GatherAttention()
     attention = (lambda: mock.patch.object(passes, "paged_attention", gather)) if name == "gather-sdpa" else nullcontext

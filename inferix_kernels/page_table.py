@@ -1,4 +1,4 @@
-"""One world's page table, and the passes that read and write through it.
+"""One world's page table, and the passes that read and write through it. Long because half of it is docstrings.
 
     block = table.open_block(frames=3)                     # evicts by table edit, hands out scratch pages
     noisy = table.plan([block], rope=...)                  # once per block: page lists for all layers and steps
@@ -11,8 +11,6 @@
 Three ideas carry it (DESIGN.md): the page list is the mask; the noisy passes write scratch and only the clean pass is
 committed, quantized once; eviction, fork and rewind are edits of the table. A block that an exception leaves unsealed
 was never there.
-
-Long because it is a manual: half of it is docstrings and their examples.
 
 An edit puts another `Past` in place with one assignment (past.py): an exception leaves all of it or nothing.
 """

@@ -37,7 +37,7 @@ class OutOfPages(RuntimeError):
         >>> table.seal(block)
         >>> table.plan([block := table.open_block(1)], commit=block)
         Traceback (most recent call last):
-        inferix_kernels.slots.OutOfPages: int8 pool on the device: 1 frames (...) asked for, 1 of 1 are held and 0 free
+        inferix_kernels...OutOfPages: int8 pool on the device: 1 frames (...) asked for, 1 of 1 are held and 0 free
     """
 
 
@@ -54,7 +54,7 @@ class NotResident(RuntimeError):
         >>> store.settle()  # the copy has landed
         >>> table.gather(0, [0])
         Traceback (most recent call last):
-        inferix_kernels.slots.NotResident: frames [0] are in host memory: call prefetch([0]) before the block is opened
+        inferix_kernels...NotResident: frames [0] are in host memory: ...
     """
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,30 @@ import torch
 from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
 
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and with them every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 if not torch.cuda.is_available():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this once, when it is imported, and diffusers
     # imports it too: so it is set here, before any test file.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# The longest files by the clock, waiting included: they begin first, so that none of them is left alone at the end.
+# `make test` hands files out in this order.
+LONGEST = (
+    "stream/test_stream_endurance.py",
+    "cuda/test_hopper.py",
+    "benchmarks/test_benchmarks.py",
+    "soak/test_soak_kills.py",
+    "cuda/test_hazards.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    order = {folder / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))  # else they stay as they are
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -153,7 +153,7 @@ class Wan(Model):
     def conditioning_from(self, embedding: Tensor) -> CrossCache:
         """The same from a prompt's embedding [tokens, text_dim]."""
         if self.needs_picture and self.concat_latents is None:
-            raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video, --image")
+            raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video")
         return self.network.cross_cache(embedding.to(self.device), self.tokens)
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
