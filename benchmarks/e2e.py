@@ -61,7 +61,7 @@ class Loop:
 
     name: str
     decoder: Any
-    condition: Callable[[], Any]
+    conditioning: Callable[[], Any]
     pictures: Callable[[Tensor], Any] | None
     attention: Callable[[], AbstractContextManager[Any]]
     device: str
@@ -80,10 +80,10 @@ class Loop:
     def step(self) -> None:
         with self.attention(), Peak(self.device) as peak:
             started = self.now()
-            latents = self.decoder.step(self.condition())
+            latents = self.decoder.step(self.conditioning())
             denoised = self.now()
             if not self.decoder.model.adapter.fused:
-                self.decoder.settle()
+                self.decoder.commit_pending()
             made = self.now()
             if self.pictures:
                 self.pictures(latents)
@@ -121,26 +121,26 @@ class Loop:
 
 
 def load(settings: Settings) -> tuple[Any, Callable[[], Any]]:
-    """(model, condition of the next block)."""
+    """(model, conditioning of the next block)."""
     sys.path.append(str(ROOT / "python"))  # from a plain checkout, where inferix is not installed
     from inferix.models import load_model
 
     model: Any
     if settings.model == "tiny":
         model = load_model("tiny", settings.weights)
-        condition = model.condition(model.adapter.example_prompts[0], ["right"] * model.adapter.block_frames)
-        return model, lambda: condition
+        conditioning = model.conditioning(model.presentation.example_prompts[0], ["right"] * model.adapter.block_frames)
+        return model, lambda: conditioning
     if settings.weights:
         model = load_model(settings.model, settings.weights, device=settings.device)
     else:
         model = random_wan(settings.device)
-    if getattr(model, "text", None) is not None:
-        condition = model.condition(model.adapter.example_prompts[0], [])
+    if model.text is not None:
+        conditioning = model.conditioning(model.presentation.example_prompts[0], [])
     else:
         generator = torch.Generator().manual_seed(0)
         embedding = torch.randn(40, model.network.config.text_dim, generator=generator)
-        condition = model.condition_on(embedding)
-    return model, lambda: condition
+        conditioning = model.conditioning_from(embedding)
+    return model, lambda: conditioning
 
 
 def random_wan(device: str) -> Any:
@@ -156,9 +156,11 @@ def random_wan(device: str) -> Any:
     return Wan(random_network(config, torch.float32), adapter)
 
 
-def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto") -> Loop:
-    """A separate world from the same seed."""
-    from inferix.loop import Decoder
+def open_loop(
+    name: str, model: Any, conditioning: Callable[[], Any], settings: Settings, backend: str = "auto"
+) -> Loop:
+    """A world of its own, from the same seed."""
+    from inferix.decode.sequential import SequentialDecoder
 
     adapter = model.adapter
     policy = Policy(adapter.window, adapter.sink, format=KV)
@@ -173,7 +175,7 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
         device=settings.device,
         backend=backend,
     )
-    decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
+    decoder = SequentialDecoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:
         pictures = model.stream()
     except ValueError:  # no VAE next to the weights
@@ -181,7 +183,7 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
     gather = GatherAttention()
     attention = (lambda: mock.patch.object(passes, "paged_attention", gather)) if name == "gather-sdpa" else nullcontext
     clock = time.process_time if settings.timer == "cpu" else time.perf_counter
-    return Loop(name, decoder, condition, pictures, attention, settings.device, clock)
+    return Loop(name, decoder, conditioning, pictures, attention, settings.device, clock)
 
 
 def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
@@ -217,10 +219,10 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
 
 
 def open_loops(settings: Settings) -> Iterator[Loop]:
-    model, condition = load(settings)
-    yield open_loop("ours", model, condition, settings)
+    model, conditioning = load(settings)
+    yield open_loop("ours", model, conditioning, settings)
     if model.adapter.fused:  # a clean pass that shares a forward has no time of its own
         apart = copy.copy(model)
         apart.adapter = dataclasses.replace(model.adapter, fused=False)
-        yield open_loop("ours-separate", apart, condition, settings)
-    yield open_loop("gather-sdpa", model, condition, settings)
+        yield open_loop("ours-separate", apart, conditioning, settings)
+    yield open_loop("gather-sdpa", model, conditioning, settings)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from inferix.loop import Decoder
+from inferix.decode.sequential import SequentialDecoder
 from inferix.models.wan import ADAPTERS, Wan, WanConfig, WanNetwork
 from inferix_kernels import KVStore, Policy
 
@@ -96,9 +96,7 @@ def main() -> None:
             holder = block.self_attn if part in ("qkv", "o") else block
             clock.watch(part, getattr(holder, part))
     predict = model.predict
-    model.predict = lambda blocks, times, conditions, attend: predict(
-        blocks, times, conditions, clock.around("attend", attend)
-    )
+    model.predict = lambda inputs, attend: predict(inputs, clock.around("attend", attend))
     store = KVStore(
         layers=model.layers,
         heads=model.heads,
@@ -107,13 +105,13 @@ def main() -> None:
         block_frames=3,
         pools={args.kv: 6},
     )
-    decoder = Decoder(model, store.open(Policy(window=6)), torch.Generator().manual_seed(0))
-    condition = network.cross(torch.randn(40, SIZES[args.model].text_dim))
+    decoder = SequentialDecoder(model, store.open(Policy(window=6)), torch.Generator().manual_seed(0))
+    conditioning = network.cross_cache(torch.randn(40, SIZES[args.model].text_dim))
     for number in range(args.blocks):
         clock.seconds.clear()
         started = time.perf_counter()
-        latents = decoder.step(condition)
-        decoder.settle()
+        latents = decoder.step(conditioning)
+        decoder.commit_pending()
         total = time.perf_counter() - started
         assert torch.isfinite(latents).all()
         split = " · ".join(f"{part} {seconds / total:.0%}" for part, seconds in clock.seconds.items())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .world import World
+    from .facts import Facts
 
 
 class NotFinite(ValueError):
@@ -33,8 +33,8 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
     return made
 
 
-def shown(world: World, condition: Any) -> np.ndarray:
-    """The pictures of the block that a world has just made, told `condition`.
+def shown(world: Facts, conditioning: Any) -> np.ndarray:
+    """The pictures of the block that a world has just made, under `conditioning`.
 
     Raises:
         NotFinite: the block or its pictures are not finite. It has been run again, watched, to say where that begins,
@@ -48,22 +48,22 @@ def shown(world: World, condition: Any) -> np.ndarray:
     except NotFinite:
         where = "what the decoder of pictures gives"
     if not finite:
-        where = _traced(world, condition)
+        where = _traced(world, conditioning)
     if not where:
         return pictures
     end = world.frames + world.ahead
-    world.release()
+    world.decoder.release()
     raise NotFinite(
         f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name} are not "
         f"finite, first in {where}"
     )
 
 
-def _traced(world: World, condition: Any) -> str:
+def _traced(world: Facts, conditioning: Any) -> str:
     where = "what guidance and sampler make of what the network gives"
-    with Probe(getattr(world.model, "network", None)) as probe:
+    with Probe(world.model.network) as probe:
         try:
-            world.decoder.repeat(condition)
+            world.decoder.repeat(conditioning)
         except Exception as error:  # it is to be said what went wrong before, in any case
             where = f"the block, which could not be run again ({error})"
     where, damaged = probe.first or where, probe.damaged
@@ -79,9 +79,9 @@ class Probe:
         first: the first layer that gave, or was given, a number that is not finite; None: there was none.
     """
 
-    def __init__(self, network: Any):
+    def __init__(self, network: torch.nn.Module | None):
         self.first: str | None = None
-        self._network = network if isinstance(network, torch.nn.Module) else torch.nn.Module()
+        self._network = torch.nn.Module() if network is None else network
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Probe:

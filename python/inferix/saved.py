@@ -16,14 +16,11 @@ from typing import Any
 
 import torch
 
-from inferix_kernels import snapshot
+from inferix_kernels import PageTable, snapshot
 from inferix_kernels.files import atomic_write, locked_folder, unwritable
-from inferix_kernels.page_table import PageTable
-from inferix_kernels.passes import Block
 
-from .branch import Clean
-from .models import BlockModel
-from .pipeline import Pipeline
+from .decode.contract import Model
+from .history import Pictures
 from .turns import one_at_a_time
 from .world import World
 
@@ -36,8 +33,8 @@ PAST, STATE, CHECKSUM = "past{}.safetensors", "world.pt", "world.pt.sha256"
 def save(world: World, folder: str | Path, most: int | None = None) -> None:
     """Write a world into `folder`, which must not exist yet; it appears whole or not at all.
 
-    The clean pass owed is done first, so the world goes on as the loaded one will. Frames kept for `rewind` alone are
-    left out.
+    The pending clean pass is done first, so the world goes on as the loaded one will. Frames kept for `rewind` alone
+    are left out.
 
     Args:
         most: bytes that the folder may take; None: no bound.
@@ -48,26 +45,19 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
         RuntimeError: another thread is at work on the world.
     """
     decoder, folder = world.decoder, Path(folder)
-    if isinstance(decoder, Pipeline):
-        raise ValueError(
-            f"world must have one block under way at a time to be saved, got a {world.model.adapter.name} one"
-        )
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
-    decoder.settle()
     state = {
         **_identity(world),
         "prompt": world.prompt,
-        "frames": decoder.frames,
-        "generator": decoder.generator.get_state(),
-        "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in decoder.recent],
-        "pictures": world.pictures.state() if hasattr(world.pictures, "state") else None,
+        **decoder.state(),
+        "pictures": world.pictures.stream.state(),
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder.with_name(f".{folder.name}.part"), "folder", folder) as part:
-            for i, branch in enumerate(decoder.branches):
-                _save_past(branch.table, part / PAST.format(i), world.model.adapter.block_frames)
+            for i, table in enumerate(decoder.tables):
+                _save_past(table, part / PAST.format(i), world.model.adapter.block_frames)
             with atomic_write(part / STATE, "folder") as written:
                 _write(state, written)
             with atomic_write(part / CHECKSUM, "folder") as written:
@@ -113,36 +103,31 @@ def load(world: World, folder: str | Path) -> World:
         RuntimeError: another thread is at work on this world.
     """
     state = read(world, folder)
-    assert not isinstance(world.decoder, Pipeline)  # none of them was ever saved
     other, decoder = copy.copy(world), world.decoder.fork()
     other.decoder = decoder
+    tables: list[PageTable] = []
     try:
-        for i, branch in enumerate(decoder.branches):
-            branch.restart()
-            branch.table = snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy)
-        decoder.generator.set_state(state["generator"])
-        decoder.frames = state["frames"]
-        decoder.recent = [
-            Clean(Block(first, end, []), latents.to(world.store.device), None)
-            for first, end, latents in state["recent"]
-        ]
-        ends = {branch.table.next_frame for branch in decoder.branches} | {c.block.end for c in decoder.recent[-1:]}
+        decoder.release()
+        for i in range(len(decoder.tables)):
+            tables.append(snapshot.load(world.store, Path(folder) / PAST.format(i), world.table.policy))
+        ends = {table.next_frame for table in tables} | {end for _, end, _ in state["recent"][-1:]}
         if len(ends) > 1:
             raise ValueError(
                 f"folder must hold one world, got {str(folder)!r}, whose parts end at frames {sorted(ends)}"
             )
-        pictures: Any = world.model.stream()
-        if state["pictures"] is not None:
-            try:
-                pictures.restore(state["pictures"])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"folder must hold a saved world, got {str(folder)!r} (pictures: {error!r})") from None
+        decoder.restore(tables, state)
+        stream = world.model.stream()
+        try:
+            stream.restore(state["pictures"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"folder must hold a saved world, got {str(folder)!r} (pictures: {error!r})") from None
     except BaseException:
-        other.release()
+        for table in tables:
+            table.release()
         raise
-    other.pictures = pictures
-    decoder.restart, other._kept = other._restart, []
-    other.prompt, other.released = state["prompt"], False
+    other.pictures = Pictures(stream, world.table.policy.undo)
+    decoder.restart = other.pictures.restart
+    other.prompt = state["prompt"]
     return other
 
 
@@ -172,7 +157,7 @@ def _right(world: World, state: dict[str, Any]) -> dict[str, bool]:
         "frames": type(frames) is int and frames >= 0,
         "generator": _is_generator_state(world, state.get("generator")),
         "recent": all(_is_block(world, block) for block in blocks),
-        "pictures": isinstance(state.get("pictures", 0), dict if hasattr(world.pictures, "state") else type(None)),
+        "pictures": isinstance(state.get("pictures", 0), dict if world.pictures.stream.looks_back else type(None)),
     }
 
 
@@ -207,10 +192,10 @@ def _identity(world: World) -> dict[str, Any]:
     }
 
 
-def _fingerprint(model: BlockModel) -> str:
+def _fingerprint(model: Model) -> str:
     """Of a few numbers of every tensor of the network: cheap, and no two trainings agree in all of them."""
-    digest, network = hashlib.sha256(), getattr(model, "network", None)
-    for name, x in network.state_dict().items() if isinstance(network, torch.nn.Module) else ():
+    digest = hashlib.sha256()
+    for name, x in () if model.network is None else model.network.state_dict().items():
         some = x.detach().flatten()[:: max(1, x.numel() // 16)]
         bits = some.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode() + bits)

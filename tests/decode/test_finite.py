@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from inferix.decode.contract import PictureStream
 from inferix.finite import NotFinite, to_bytes
 from inferix.models import load_model
 from inferix.world import World
@@ -103,7 +104,8 @@ def test_a_guided_world_names_its_guidance():
 
 def test_a_decoder_of_pictures_that_fails_is_named():
     model = wan(window=6)
-    model.open_video = lambda: lambda latents: to_bytes(latents[:, :3].permute(0, 2, 3, 1) + float("nan"))
+    spoiled = PictureStream(lambda latents: to_bytes(latents[:, :3].permute(0, 2, 3, 1) + float("nan")))
+    model.open_video = lambda: spoiled
     with pytest.raises(NotFinite, match=r"are not finite, first in what the decoder of pictures gives$"):
         World(model).step(prompt="fog")
 
@@ -128,7 +130,7 @@ def test_a_pipeline_names_the_layer_too(at):
 
     schedule = scheduled("magi-4.5b", 8, None, None)
     model = Magi(random_network(tiny_config()), adapter_for("magi-4.5b", schedule, (48, 80)), schedule)
-    model.condition = lambda prompt, actions: model.condition_on(torch.ones(5, 24))
+    model.conditioning = lambda prompt, actions: model.conditioning_from(torch.ones(5, 24))
     world = World(model, kv="fp32")
     for i in range(at + 1):
         if i == at:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from inferix.decode.contract import BlockInput
 from inferix.models.tiny import ADAPTER, TinyWorld
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import DenseAttend
@@ -41,13 +42,14 @@ def test_paged_blocks_equal_the_dense_forward_that_training_uses():
         cross = network.prompt_cache(themes[:, order])
         dense = network(x, times, actions, cross, DenseAttend(config, 3, [3]), predict=slice(3, None))
         conditions = [
-            world.model.condition(("meadow night", "glacier day")[i // 2], actions[0, i].tolist()) for i in range(4)
+            world.model.conditioning(("meadow night", "glacier day")[i // 2], actions[0, i].tolist()) for i in range(4)
         ]
         for i in range(3):
             world.decoder.observe(x[0, i].unflatten(0, (3, -1)), conditions[i])
         block = world.table.open_block(3)
         noisy = world.table.plan([block], world.model.rope(block.frames))
-        paged = world.model.predict([x[0, 3].unflatten(0, (3, -1))], [0.7], conditions[3:], noisy.attend)
+        given = BlockInput(x[0, 3].unflatten(0, (3, -1)), 0.7, conditions[3])
+        paged = world.model.predict([given], noisy.attend)[-1]
     # Same sums in another order, float32: 1e-5 of values about 1.
     assert torch.allclose(paged.flatten(0, 1), dense[0, 0].clamp(-1, 1), atol=2e-5)
     assert dense.abs().max() > 0.1
@@ -130,7 +132,7 @@ def test_a_world_goes_on_after_a_block_that_failed():
         (lambda: small_world().step(prompt="desert day"), "step needs actions"),
         (
             lambda: small_world().step(action="up", prompt="desert day", recache=True),
-            "recache must not be asked for: each block of tiny was told actions of its own",
+            "recache must not be asked for: each block of tiny was made under actions of its own",
         ),
         (lambda: small_world().step(["up"], "desert day"), "actions must be 3, one per frame, got 1"),
         (
@@ -186,7 +188,7 @@ def test_whole_blocks_are_taken_back_or_nothing(settled, undo, sizes):
     for each in (world, straight):
         play(each, 6)
         if settled:
-            each.settle()
+            each.commit_pending()
     for frames in (1, 2, 4, 7, 15, 18, 21, -3):
         with pytest.raises(ValueError, match=f"frames must be one of {sizes}, whole blocks .* got {frames}: World"):
             world.rewind(frames)
@@ -225,7 +227,7 @@ def test_a_released_world_can_not_go_on_but_begin_again(settled):
     world = small_world(window=6)
     first = world.step(action="up", prompt="desert day")
     if settled:
-        world.settle()
+        world.commit_pending()
     world.release()
     for name, do in {
         "step": lambda: world.step(action="up"),

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from inferix.loop import Decoder
+from inferix.decode.contract import Forward, Segment
+from inferix.decode.pipeline import PipelineDecoder
 from inferix.models.magi import Magi, MagiSchedule, adapter_for
-from inferix.pipeline import Forward, Pipeline, Segment
 from inferix.world import World
 from inferix_kernels import Policy
 from tests.models.magi_folder import random_network, tiny_config
@@ -56,16 +56,16 @@ class OneByOne:
     stages = 1
 
     def __init__(self, adapter):
-        self.levels, self.told = zip(*adapter.schedule(False))
+        self.levels, self.timesteps = zip(*adapter.steps(False))
         self.stage_steps, self.context = len(self.levels), adapter.context_time
 
     def forwards(self, flight, clean):
         ((block, step),) = flight
         before = [] if clean is None else list(self.clean_pass(clean).segments)
-        return [Forward((*before, Segment(block, step, self.told[step], 99, "text")), commit=clean is not None)]
+        return [Forward((*before, Segment(block, step, self.timesteps[step], 99)), commit=clean is not None)]
 
     def clean_pass(self, block):
-        return Forward((Segment(block, self.stage_steps, self.context, 99, "text", weight=0.0),), commit=True)
+        return Forward((Segment(block, self.stage_steps, self.context, 99, weight=0.0),), commit=True)
 
     def advance(self, step, x, predicted, noise):
         clean = x - self.levels[step] * predicted
@@ -80,17 +80,10 @@ def test_a_pipeline_of_one_block_is_the_loop_of_self_forcing():
     policy = Policy(window=5, sink=1)
     wanted = [steps[-1] for steps in run_wan(wan, tensors, table_for(wan, policy, backend="compiled"), 5).x0]
     wan.schedule = OneByOne(wan.adapter)
-    wan.tell = lambda condition, remaining: {"text": condition}
-
-    def predict_segments(forward, blocks, told, attend):
-        last = wan.predict(blocks, [segment.t for segment in forward.segments], told, attend)
-        return [torch.empty(0)] * (len(blocks) - 1) + [last]
-
-    wan.predict_segments = predict_segments
-    pipeline = Pipeline(wan, table_for(wan, policy, backend="compiled"), torch.Generator())
+    pipeline = PipelineDecoder(wan, table_for(wan, policy, backend="compiled"), torch.Generator())
     draws = iter(draws_of(tensors, 3, 5))
     pipeline._noise = lambda frames: next(draws)
-    condition = wan.condition_on(tensors["inputs.prompt_embeds"][0])
+    condition = wan.conditioning_from(tensors["inputs.prompt_embeds"][0])
     assert all(torch.equal(pipeline.step(condition), x) for x in wanted)
 
 
@@ -156,7 +149,7 @@ def test_a_clean_pass_by_itself_makes_the_same_video():
     fused, separate = world(), world()
     wanted, done = play(fused, 4), []
     while len(done) < 4:
-        separate.decoder.settle()
+        separate.decoder.commit_pending()
         done += [torch.from_numpy(x)] if len(x := separate.step(prompt="fog")) else []
     # A forward of fewer chunks multiplies smaller matrices, which sums in another order.
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(wanted, done))
@@ -194,14 +187,14 @@ def test_a_world_goes_on_after_a_stage_that_failed(kv, distilled, fail_at, bound
     calm, shaken = world(kv, distilled), world(kv, distilled)
     for _ in range(6):
         assert torch.equal(*(torch.from_numpy(each.step(prompt="fog")) for each in (calm, shaken)))
-    state, predict, calls = shaken.decoder.generator.get_state(), shaken.model.predict_segments, iter(range(99))
+    state, predict, calls = shaken.decoder.generator.get_state(), shaken.model.predict, iter(range(99))
 
     def fail(*args):
         if next(calls) == fail_at:
             raise KeyboardInterrupt
         return predict(*args)
 
-    shaken.model.predict_segments = fail
+    shaken.model.predict = fail
     with pytest.raises(KeyboardInterrupt):
         shaken.step()
     shaken.decoder.generator.set_state(state)
@@ -217,7 +210,7 @@ def test_a_killed_run_is_taken_up_bit_for_bit(distilled):
     states = [(whole.step(prompt="fog"), whole.latents)[1] for _ in range(9)]
     again = world("int8", distilled)
     for state in states[:6]:
-        again.step(prompt="fog", known=state)
+        again.replay(state, prompt="fog")
         assert torch.equal(again.latents, state)
     for state in states[6:]:
         again.step(prompt="fog")
@@ -247,7 +240,7 @@ def test_given_frames_begin_the_world(given, distilled):
 def test_given_chunks_leave_what_made_ones_leave(distilled):
     made, given = world(distilled=distilled, blocks=3), world(distilled=distilled)
     chunks = play(made, 3)
-    made.decoder.settle()
+    made.decoder.commit_pending()
     given.decoder.observe(torch.cat(chunks), given._condition([], "fog"))
     frames = list(made.table.held)
     assert frames[-CHUNK:] == list(range(12, 18)) and set(frames) <= set(given.table.held)
@@ -275,7 +268,7 @@ def test_one_chunk_at_a_time_needs_no_pipeline_to_fill():
     running = world(stages=1)
     first = running.step(prompt="fog")
     assert len(first) == CHUNK and running.store.scratch_blocks == 3 and running.ahead == 0
-    reaches = {step: running.model.schedule.forwards([(9, step)], None)[0].segments[0].reach for step in range(8)}
+    reaches = {step: running.model.schedule.forwards([(9, step)], None)[0].segments[0].lookback for step in range(8)}
     assert list(reaches.values()) == [5, 5, 4, 4, 3, 3, 2, 2]
     assert len(torch.cat(play(running, 2))) == 2 * CHUNK and not torch.equal(*play(running, 2))
 
@@ -301,7 +294,9 @@ def test_words_for_what_can_not_be():
         MagiSchedule(10)
     with pytest.raises(ValueError, match="shortcut must be one of"):
         MagiSchedule(12, shortcut="1,2,3")
-    assert isinstance(running.decoder, Pipeline) and not isinstance(running.decoder, Decoder)
+    with pytest.raises(ValueError, match=r"recache must not be asked for: magi-4.* has several blocks in flight"):
+        running.step(prompt="fog", recache=True)
+    assert running.rewinds == [0] and not running.can_rewind and running.last_picture() is None
 
 
 def test_a_pipeline_does_not_grow_with_the_blocks_it_has_made():

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from inferix.decode.pipeline import PipelineDecoder
 from inferix.models.magi import Magi, MagiConfig, MagiNetwork, MagiSchedule, adapter_for
 from inferix.models.magi.network import time_rates
-from inferix.pipeline import Pipeline
 from inferix_kernels import KVStore, Policy
 from inferix_kernels.reference import rotate
 
@@ -90,7 +90,7 @@ def table_for(model, kv="fp32", backend="reference", policy=None, page_size=PAGE
     return store.open(policy)
 
 
-class Replay(Pipeline):
+class Replay(PipelineDecoder):
     """The pipeline with recorded noise instead of drawn, which notes what every step leaves and every forward is."""
 
     def __init__(self, model, table, noise, total=CHUNKS):
@@ -131,7 +131,7 @@ def noted(table, layers):
 def replay(model, tensors, table):
     pipeline = Replay(model, noted(table, model.layers), tensors["inputs.noise"][0].transpose(0, 1))
     valid = tensors["inputs.caption_mask"][0].bool()
-    prompt = model.condition_on(tensors["inputs.caption_embs"][0, 0][valid])
+    prompt = model.conditioning_from(tensors["inputs.caption_embs"][0, 0][valid])
     done = []
     while len(done) < CHUNKS:
         state = pipeline.step(prompt)

@@ -108,7 +108,7 @@ def as_recorded(forward, blocks, see, slice_point):
             frames = [*seen, *block.frames]
             assert frames == list(range(frames[0], frames[-1] + 1))
             k.append([FRAME_TOKENS * frames[0], FRAME_TOKENS * (frames[-1] + 1)])
-        length = CAPTION if segment.told == "caption" else NULL
+        length = CAPTION if segment.conditioning == "caption" else NULL
         q.append(own)
         xq.append(own)
         xk.append([words, words + length])
@@ -120,7 +120,7 @@ def as_recorded(forward, blocks, see, slice_point):
 @pytest.mark.parametrize("run", RUNS)
 def test_chunks_times_and_ranges_are_the_recorded_ones(run, dense, monkeypatch, recorded):
     # Forwards whose predictions have no weight were recorded too; here they are left out but for this test.
-    monkeypatch.setattr("inferix.pipeline.Forward.needed", lambda forward: forward)
+    monkeypatch.setattr("inferix.decode.contract.Forward.needed", lambda forward: forward)
     model = model_for(recorded, run, torch.float64)
     pipeline, final = replay(model, recorded, DenseTable(model))
     steps = trace()[run]["steps"]

@@ -42,8 +42,8 @@ def outputs(network, seed=1):
     config = network.config
     blocks = [torch.randn(2, config.channels, 6, 10, generator=generator) for _ in range(2)]
     told = [
-        network.caption(torch.randn(5, config.caption_dim, generator=generator)),
-        network.caption(network.null_rows()),
+        network.cross_cache(torch.randn(5, config.caption_dim, generator=generator)),
+        network.cross_cache(network.null_rows()),
     ]
     with torch.inference_mode():
         return torch.cat(network(blocks, [0.2, 0.9], told, attend, stride=4.0))
@@ -76,7 +76,7 @@ def test_24b_has_its_own_arithmetic():
     config = network.config
     assert (config.gated, config.halved, config.x_scale, config.width) == (True, True, 0.1, 32)
     x = [torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))]
-    told = [network.caption(network.null_rows())]
+    told = [network.cross_cache(network.null_rows())]
     with torch.inference_mode():
         (got,) = network(x, [0.5], told, attend)
         plain = MagiNetwork(dataclasses.replace(config, halved=False, channels=32, x_scale=1.0))
@@ -100,7 +100,7 @@ def test_the_published_sizes():
     steps = {name: schedule.steps for name, schedule in SCHEDULES.items()}
     assert [steps[f"magi-{name}"] for name in ("4.5b", "24b", "24b-distill")] == [64, 32, 16]
     adapter = adapter_for("magi-24b", SCHEDULES["magi-24b"])
-    assert (adapter.size, adapter.window, adapter.fps, adapter.stages) == ((720, 1280), 30, 24, 4)
+    assert (adapter.size, adapter.window, adapter.stages) == ((720, 1280), 30, 4)
 
 
 @pytest.mark.parametrize("name", ["magi-4.5b-distill-quant", "magi-24b-distill-quant"])
@@ -241,9 +241,9 @@ def test_options_that_a_model_does_not_have_are_named(tmp_path):
         load_model("magi-4.5b", str(tmp_path), decoder="nowhere:open")
     model = load_model("magi-4.5b", str(tmp_path), size=SIZE)
     with pytest.raises(ValueError, match="have no text encoder beside them"):
-        model.condition("fog", [])
+        model.conditioning("fog", [])
     with pytest.raises(ValueError, match="actions must be none"):
-        model.condition("fog", ["left"])
+        model.conditioning("fog", ["left"])
     with pytest.raises(ValueError, match="has no VAE to encode them"):
         model.encode(np.zeros((1, *SIZE, 3), np.uint8))
 
@@ -296,10 +296,10 @@ def test_chunks_near_the_end_are_told_so(tmp_path):
     write_weights(tmp_path)
     write_special_tokens(tmp_path)
     model = load_model("magi-4.5b", str(tmp_path), size=SIZE)
-    prompt = model.condition_on(torch.randn(3, CAPTION_DIM))
-    far, near = (model.tell(prompt, remaining) for remaining in (None, 0))
+    prompt = model.conditioning_from(torch.randn(3, CAPTION_DIM))
+    far, near = (model.variants(prompt, remaining) for remaining in (None, 0))
     assert far["caption"].text[0][0].shape[2] == 5 and far["null"].text is far["dropped"].text
-    assert model.tell(prompt, 20)["caption"] is far["caption"]
+    assert model.variants(prompt, 20)["caption"] is far["caption"]
     assert not torch.equal(far["caption"].text[0][0], near["caption"].text[0][0])
     assert far["dropped"].dropped and not far["null"].dropped
 

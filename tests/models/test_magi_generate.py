@@ -251,5 +251,5 @@ def test_captions_are_cleaned_and_encoded_as_published(folder, tmp_path, monkeyp
 def test_special_tokens_change_what_is_made(folder, prompt_cache):
     model = load_model("magi-4.5b", str(folder), size=SIZE, prompt_cache=prompt_cache)
     plain = load_model("magi-4.5b", str(folder), size=SIZE, prompt_cache=prompt_cache, special_tokens=())
-    lengths = [each.tell(each.condition("fog", []), 1)["caption"].text[0][0].shape[2] for each in (model, plain)]
+    lengths = [each.variants(each.conditioning("fog", []), 1)["caption"].text[0][0].shape[2] for each in (model, plain)]
     assert lengths == [4, 2]  # quality and duration before "fog" and the end

@@ -56,7 +56,9 @@ def test_a_run_resumes_with_all_its_state(tmp_path):
     run(tmp_path, 25)
     before = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     args = dict(seed=0, lr=3e-3, batch=4, compile=False, steps=50, decay=0.3, warmup=5, average=0.998, motion=12.0)
-    args |= dict(first_weight=0.3, shift=8.0, sample_steps=3, sample_shift=1.0, own_from=0.5, sound=0.04, haunted=0.06)
+    args |= dict(
+        first_weight=0.3, shift=8.0, sample_steps=3, sample_shift=1.0, own_from=0.5, sound=0.04, second_player=0.06
+    )
     trainer = train.Trainer(argparse.Namespace(**args), SMALL)
     trainer.load(before)
     assert trainer.step == 25
@@ -77,13 +79,13 @@ def frames_of(stream):
     return ((unpatchify(stream.tokens.flatten(0, 1)) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
 
-def test_a_haunted_stream_shows_two_players_and_goes_on_from_one_of_them():
+def test_a_doubled_stream_shows_two_players_and_goes_on_from_one_of_them():
     generator, doubled = np.random.default_rng(0), 0
     for _ in range(40):
         stream = Stream(3, generator)
         stream.restart_if_lost(sound=0.02)
         before, player = frames_of(stream), stream.world.player.copy()
-        stream.haunt()
+        stream.add_second_player()
         after, world = frames_of(stream), stream.world
         assert np.array_equal(before[:1], after[:1]) or (before != after).any((1, 2, 3)).all(), (
             "the last frames, in a row"

@@ -308,7 +308,7 @@ def test_diffusers_transformer_is_ours(image_dim):
     block = table.open_block(3)
     with torch.inference_mode():
         attend = table.plan([block], model.rope(block.frames)).attend
-        got = ours([x], torch.ones(3), [ours.cross(text, image)], attend)
+        got = ours([x], torch.ones(3), [ours.cross_cache(text, image)], attend)
         options = {"encoder_hidden_states_image": image[None]} if image_dim else {}
         wanted = theirs(x.transpose(0, 1)[None], torch.tensor([1]), text[None], return_dict=False, **options)[0]
     assert wanted.abs().max() > 1

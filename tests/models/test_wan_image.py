@@ -71,15 +71,15 @@ def test_guided_steps_are_those_of_the_pipeline_of_diffusers(vae, tmp_path):
     )
     adapter = adapter_for("unipc", "wan-i2v-480p")
     model = Wan(network, adapter, encode_start=VAE(vae).encode_start, look=look).for_video(9, picture())
-    assert model.beside.shape == (3, 20, 6, 10) and model.tokens.shape == (TOKENS, WIDTH)
-    told, against = (model.condition_on(text) for text in texts)
+    assert model.concat_latents.shape == (3, 20, 6, 10) and model.tokens.shape == (TOKENS, WIDTH)
+    told, against = (model.conditioning_from(text) for text in texts)
     decoder = Watched(
         model, table_for(model, Policy(window=3), backend="compiled"), torch.Generator(), against, noise=[noise()]
     )
     decoder.seen.append(decoder.step(told))
     assert all(furthest(got, x) < 2e-5 for got, x in zip(decoder.seen, wanted, strict=True))
     other = Wan(network, adapter, encode_start=VAE(vae).encode_start, look=look).for_video(9, picture(1))
-    assert furthest(other.tokens, model.tokens) > 1e-3 and furthest(other.beside, model.beside) > 1e-3
+    assert furthest(other.tokens, model.tokens) > 1e-3 and furthest(other.concat_latents, model.concat_latents) > 1e-3
 
 
 def test_the_tower_is_told_what_clip_is_told(tmp_path):
@@ -174,4 +174,4 @@ def test_bad_input_says_what_it_must_be():
     with pytest.raises(ValueError, match=r"image must be uint8 \[48, 80, 3\], got uint8 \[8, 8, 3\]"):
         Wan(network, adapter).for_video(9, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="image: wan-i2v-480p is told how its video begins: see for_video"):
-        Wan(network, adapter).condition_on(torch.zeros(2, 40))
+        Wan(network, adapter).conditioning_from(torch.zeros(2, 40))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from inferix.loop import Decoder
+from inferix.decode.contract import PictureStream
+from inferix.decode.samplers import SAMPLERS
+from inferix.decode.sequential import SequentialDecoder
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.adapters import customised
 from inferix.models.wan.names import canonical
-from inferix.samplers import SAMPLERS
 from inferix.world import World
 from inferix_kernels import Policy
 from tests.models.wan_golden import DenseTable, published, random_network, table_for, tiny_config
@@ -51,7 +52,7 @@ def theirs_like(network):
     return model.to(network.dtype).eval()
 
 
-class Watched(Decoder):
+class Watched(SequentialDecoder):
     """Notes the latents after every step; begins with given noise."""
 
     def __init__(self, *args, noise):
@@ -123,8 +124,8 @@ def test_guided_steps_are_those_of_the_pipeline_of_diffusers(sampler):
     )
     model = Wan(network, adapter_for(sampler))
     table = table_for(model, Policy(window=3), backend="compiled")
-    decoder = Watched(model, table, torch.Generator(), model.condition_on(against), noise=[noise()])
-    decoder.seen.append(decoder.step(model.condition_on(told)))
+    decoder = Watched(model, table, torch.Generator(), model.conditioning_from(against), noise=[noise()])
+    decoder.seen.append(decoder.step(model.conditioning_from(told)))
     assert len(decoder.seen) == len(wanted) == STEPS
     # Five times the difference of two predictions has nine times their rounding; the latents reach 9.
     assert all(furthest(got, x) < 2e-5 for got, x in zip(decoder.seen, wanted))
@@ -146,9 +147,9 @@ def test_guided_steps_in_float64(sampler, monkeypatch):
             wanted.append(x[0].transpose(0, 1))
     model = Wan(network, adapter_for(sampler))
     decoder = Watched(
-        model, DenseTable(model), torch.Generator(), model.condition_on(against), noise=[noise().double()]
+        model, DenseTable(model), torch.Generator(), model.conditioning_from(against), noise=[noise().double()]
     )
-    decoder.seen.append(decoder.step(model.condition_on(told)))
+    decoder.seen.append(decoder.step(model.conditioning_from(told)))
     bound = 1e-12 if sampler == "unipc" else 1e-6  # diffusers' Euler subtracts one level from the next in float32
     assert all(furthest(got, x) < bound for got, x in zip(decoder.seen, wanted, strict=True))
 
@@ -164,10 +165,13 @@ def test_a_causal_teacher_has_two_pasts(fused):
     model = Wan(network, causal(fused))
     draws = [noise(seed=seed).double() for seed in (2, 3, 4)]
     decoder = Watched(
-        model, DenseTable(model, Policy(window=6)), torch.Generator(), model.condition_on(texts[1]), noise=draws
+        model, DenseTable(model, Policy(window=6)), torch.Generator(), model.conditioning_from(texts[1]), noise=draws
     )
-    got = [decoder.step(model.condition_on(texts[0])) for _ in range(3)]
-    tables, crosses = [DenseTable(model, Policy(window=6)) for _ in texts], [network.cross(text) for text in texts]
+    got = [decoder.step(model.conditioning_from(texts[0])) for _ in range(3)]
+    tables, crosses = (
+        [DenseTable(model, Policy(window=6)) for _ in texts],
+        [network.cross_cache(text) for text in texts],
+    )
     for x, clean in zip(draws, got):
         scheduler = scheduler_of("unipc")
         scheduler.set_timesteps(STEPS)
@@ -184,7 +188,7 @@ def test_a_causal_teacher_has_two_pasts(fused):
         for table, block in zip(tables, blocks):
             table.seal(block)
         assert furthest(clean, x) < 1e-6
-    decoder.settle()
+    decoder.commit_pending()
     for branch, table in zip(decoder.branches, tables):
         for ours, by_hand in zip(branch.table.gather(1, range(3, 9)), table.gather(1, range(3, 9))):
             assert furthest(ours, by_hand) < 1e-6
@@ -195,7 +199,10 @@ def text(prompt):
     return torch.randn(5, 40, generator=torch.Generator().manual_seed(sum(prompt.encode())))
 
 
-class Pictures:
+class Pictures(PictureStream):
+    def __init__(self):
+        pass
+
     def __call__(self, latents):
         return np.zeros((1, *SIZE, 3), np.uint8)
 
@@ -204,10 +211,13 @@ def world(adapter, network=None, **options):
     return World(Wan(network or random_network(tiny_config()), adapter, text, Pictures), **options)
 
 
-def play(world, prompts, known=()):
+def play(world, prompts, replayed=()):
     blocks = []
     for i, prompt in enumerate(prompts):
-        world.step(prompt=prompt, known=known[i] if i < len(known) else None)
+        if i < len(replayed):
+            world.replay(replayed[i], prompt=prompt)
+        else:
+            world.step(prompt=prompt)
         blocks.append(world.latents)
     return blocks
 
@@ -227,14 +237,14 @@ def test_a_guided_run_is_taken_up_and_forked_bit_for_bit(kv):
     prompts = ["fog", "fog", "rain", "rain", "snow"]
     whole = play(world(causal(), kv=kv, window=6), prompts)
     again = world(causal(), kv=kv, window=6, worlds=2)
-    assert all(torch.equal(a, b) for a, b in zip(whole[:3], play(again, prompts[:3], known=whole[:3])))
+    assert all(torch.equal(a, b) for a, b in zip(whole[:3], play(again, prompts[:3], replayed=whole[:3])))
     other = again.fork()
     for one in (again, other):
         assert all(torch.equal(a, b) for a, b in zip(whole[3:], play(one, prompts[3:]), strict=True))
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known", "made"])
-def test_a_guided_world_goes_on_after_a_block_that_failed_between_its_branches(known):
+@pytest.mark.parametrize("replayed", [True, False], ids=["replayed", "made"])
+def test_a_guided_world_goes_on_after_a_block_that_failed_between_its_branches(replayed):
     prompts = ["fog", "fog", "rain"]
     whole = play(world(causal(), kv="fp32"), prompts)
     again = world(causal(), kv="fp32")
@@ -243,7 +253,7 @@ def test_a_guided_world_goes_on_after_a_block_that_failed_between_its_branches(k
 
     def fail(*args):
         calls.append(args)
-        if len(calls) == 2:  # one branch has settled what it owed, the other has not
+        if len(calls) == 2:  # one branch has committed its pending block, the other has not
             raise KeyboardInterrupt
         return predict(*args)
 
@@ -252,7 +262,7 @@ def test_a_guided_world_goes_on_after_a_block_that_failed_between_its_branches(k
         play(again, prompts[1:2])
     again.model.predict = predict
     again.decoder.generator.set_state(state)
-    rest = play(again, prompts[1:], known=whole[1:2] if known else ())
+    rest = play(again, prompts[1:], replayed=whole[1:2] if replayed else ())
     # Settled apart from the block's first step in one branch: sums in another order, nine times over.
     assert all(furthest(a, b) < 1e-4 for a, b in zip(whole[1:], rest, strict=True))
     assert all(branch.table.next_frame == 6 for branch in again.decoder.branches)
@@ -299,8 +309,8 @@ def test_the_published_tables():
         (lambda: play(world(adapter_for("euler")), ["fog"] * 2), "step: wan-t2v has made its video, at once"),
         (lambda: world(adapter_for("euler")).observe(np.zeros((9, *SIZE, 3), np.uint8), prompt="fog"), "from no past"),
         (
-            lambda: Decoder(world(causal()).model, None, None),
-            "against must be a condition: the guidance of wan-causal is 5",
+            lambda: SequentialDecoder(world(causal()).model, None, None),
+            "negative_conditioning must be a conditioning: the guidance of wan-causal is 5",
         ),
         (
             lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(0),

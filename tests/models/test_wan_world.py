@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix.loop import Decoder
+from inferix.decode.contract import PictureStream
+from inferix.decode.sequential import SequentialDecoder
 from inferix.models import load_model
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.network import rope_table
@@ -22,7 +23,7 @@ from tests.models.wan_golden import DenseTable, Replay, random_network, table_fo
 SIZE = (48, 80)
 
 
-class Pictures:
+class Pictures(PictureStream):
     """A stand-in for a VAE: one picture per latent frame, and a note of what it was given."""
 
     def __init__(self):
@@ -48,10 +49,13 @@ def wan(name="self-forcing", **changes):
     return Wan(random_network(tiny_config()), adapter, text, Pictures, encode)
 
 
-def play(world, prompts, known=()):
+def play(world, prompts, replayed=()):
     blocks = []
     for i, prompt in enumerate(prompts):
-        world.step(prompt=prompt, known=known[i] if i < len(known) else None)
+        if i < len(replayed):
+            world.replay(replayed[i], prompt=prompt)
+        else:
+            world.step(prompt=prompt)
         blocks.append(world.latents)
     return blocks
 
@@ -59,7 +63,7 @@ def play(world, prompts, known=()):
 @pytest.mark.parametrize("kv", ["fp32", "int8"])
 @pytest.mark.parametrize("name", ["self-forcing", "causvid", "longlive"])
 def test_a_run_is_taken_up_bit_for_bit(name, kv):
-    """Blocks that are known cost one forward, and what follows is what would have followed."""
+    """Blocks that are replayed cost one forward, and what follows is what would have followed."""
     changes = {"rollout": 6} if name == "causvid" else {"window": 5, "sink": 1 if name != "longlive" else 3}
     prompts = ["fog", "fog", "rain", "rain", "rain", "snow"]
     whole = play(World(wan(name, **changes), kv=kv), prompts)
@@ -67,7 +71,7 @@ def test_a_run_is_taken_up_bit_for_bit(name, kv):
     model = wan(name, **changes)
     predict = model.predict
     model.predict = lambda *args: calls.append(1) or predict(*args)
-    again = play(World(model, kv=kv), prompts, known=whole[:4])
+    again = play(World(model, kv=kv), prompts, replayed=whole[:4])
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     per_block = len(model.adapter.times) + 1
     assert len(calls) < 6 * per_block  # fewer forwards than making them
@@ -77,14 +81,14 @@ def test_a_run_is_taken_up_bit_for_bit(name, kv):
 def test_a_new_rollout_begins_with_the_overlap():
     """CausVid: after `rollout` frames, frame 0 again, the last frames as the past, nothing else remembered."""
     model = wan("causvid", rollout=9)
-    decoder = Decoder(model, table_for(model, Policy(window=21)), torch.Generator().manual_seed(0))
-    condition = model.condition("fog", [])
+    decoder = SequentialDecoder(model, table_for(model, Policy(window=21)), torch.Generator().manual_seed(0))
+    condition = model.conditioning("fog", [])
     blocks = [decoder.step(condition) for _ in range(3)]
     decoder.restart = lambda latents: latents + 1  # a VAE would encode the first frame again
     state = decoder.generator.get_state()
     blocks.append(decoder.step(condition))
     assert decoder.frames == 12 and decoder.recent[-1].block.frames == range(3, 6)
-    fresh = Decoder(model, table_for(model, Policy(window=21)), torch.Generator())
+    fresh = SequentialDecoder(model, table_for(model, Policy(window=21)), torch.Generator())
     fresh.generator.set_state(state)
     fresh.observe(blocks[2] + 1, condition)
     assert torch.equal(fresh.step(condition), blocks[3])
@@ -96,16 +100,16 @@ def test_a_new_prompt_recaches_the_window_as_longlive_does():
     """
     model, window, sink = wan("longlive", window=9, sink=3), 9, 3
     network, tokens = model.network.double(), model.frame_tokens
-    fog, rain = model.condition_on(text("fog").double()), model.condition_on(text("rain").double())
+    fog, rain = model.conditioning_from(text("fog").double()), model.conditioning_from(text("rain").double())
     table = DenseTable(model, Policy(window, sink))
     draws = (noise.double() for noise in torch.randn(99, 3, *model.latent_shape).unbind())
     decoder = Replay(model, table, draws)
     frames = torch.cat([decoder.step(fog) for _ in range(7)])[-(window + sink) :]  # 9 .. 20 of 0 .. 20
-    decoder.settle()
+    decoder.commit_pending()
     kept = [table.gather(layer, range(sink)) for layer in range(2)]
     before = table.gather(1, range(12, 21))
     decoder.recache(rain)
-    decoder.settle()
+    decoder.commit_pending()
     rows, made = torch.arange(len(frames) * tokens), []
     mask = rows < ((rows // (3 * tokens) + 1) * 3 * tokens)[:, None]
     rope = model.rope(range(9, 21))
@@ -135,11 +139,11 @@ def normed(qkv, norm_q, norm_k, eps):
 
 def test_a_recached_world_goes_on_as_one_that_was_told_so():
     model, policy = wan("longlive", window=6, sink=3), Policy(window=6, sink=3)
-    fog, rain = model.condition_on(text("fog")), model.condition_on(text("rain"))
-    decoder = Decoder(model, table_for(model, policy), torch.Generator().manual_seed(0))
+    fog, rain = model.conditioning_from(text("fog")), model.conditioning_from(text("rain"))
+    decoder = SequentialDecoder(model, table_for(model, policy), torch.Generator().manual_seed(0))
     blocks = [decoder.step(fog) for _ in range(6)]  # frames 0..17
     decoder.recache(rain)
-    oracle = Decoder(model, table_for(model, policy), torch.Generator())
+    oracle = SequentialDecoder(model, table_for(model, policy), torch.Generator())
     oracle.generator.set_state(decoder.generator.get_state())
     oracle.observe(blocks[0], fog)
     oracle.table.state = oracle.table.state._replace(next_frame=12)
@@ -167,10 +171,10 @@ def test_without_room_to_recache_nothing_changes():
     for each in (world, straight):
         play(each, ["fog"] * 5)
     fork = world.fork()
-    held, owed = dict(world.table.held), world.decoder.owed
+    held, pending = dict(world.table.held), world.decoder.pending
     with pytest.raises(OutOfPages, match=r"int8 pool on the device: 6 frames .* asked for"):
         world.step(prompt="rain")
-    assert world.table.held == held and world.decoder.owed is owed and world.prompt == "fog"
+    assert world.table.held == held and world.decoder.pending is pending and world.prompt == "fog"
     fork.release()
     assert all(torch.equal(a, b) for a, b in zip(play(world, ["rain"] * 2), play(straight, ["rain"] * 2)))
 
@@ -201,11 +205,11 @@ def test_a_first_block_of_one_frame_may_be_a_given_picture():
     world = World(model, kv="fp32")
     world.observe(picture, prompt="fog")
     block = play(world, [None])[0]
-    assert len(block) == 3 and world.frames == 4 and world.pictures.seen == 4
+    assert len(block) == 3 and world.frames == 4 and world.pictures.stream.seen == 4
     # As by the loop itself, from the picture's latents.
-    decoder = Decoder(model, table_for(model, Policy(window=21)), torch.Generator().manual_seed(0))
-    decoder.observe(encode(picture), model.condition("fog", []))
-    assert torch.allclose(decoder.step(model.condition("fog", [])), block, atol=2e-5)
+    decoder = SequentialDecoder(model, table_for(model, Policy(window=21)), torch.Generator().manual_seed(0))
+    decoder.observe(encode(picture), model.conditioning("fog", []))
+    assert torch.allclose(decoder.step(model.conditioning("fog", [])), block, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["self-forcing", "self-forcing-framewise"])
@@ -216,7 +220,7 @@ def test_a_video_is_continued_from_given_frames(name):
     blocks = play(made, ["fog"] * 4)
     continued = World(model, kv="fp32")
     for block in blocks[:3]:
-        continued.decoder.observe(block, model.condition("fog", []))
+        continued.decoder.observe(block, model.conditioning("fog", []))
     for _ in range(3 * len(model.adapter.times)):
         continued.decoder._noise(3 if name == "self-forcing" else 1)
     # The last clean pass ran alone here and fused there: sums in another order.
@@ -244,7 +248,7 @@ def test_far_from_the_start_a_world_is_the_same():
         generator = torch.Generator().manual_seed(0)
         draws = (torch.randn(3, *model.latent_shape, generator=generator) for _ in range(99))
         decoder = Replay(model, table, draws)
-        condition = model.condition_on(text("fog"))
+        condition = model.conditioning_from(text("fog"))
         finals.append(torch.cat([decoder.step(condition) for _ in range(3)]))
     assert (finals[0] - finals[1]).abs().max() < 1e-9
 
@@ -283,9 +287,9 @@ def test_memory_does_not_grow_with_the_video():
 @pytest.mark.parametrize(
     "do, message",
     [
-        (lambda: wan().condition("fog", ["up"]), "actions must be none: self-forcing is steered by words alone"),
+        (lambda: wan().conditioning("fog", ["up"]), "actions must be none: self-forcing is steered by words alone"),
         (
-            lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).condition("fog", []),
+            lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).conditioning("fog", []),
             "no text encoder beside",
         ),
         (lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).stream(), "have no VAE beside them"),
@@ -297,9 +301,9 @@ def test_memory_does_not_grow_with_the_video():
             lambda: Wan(random_network(tiny_config(channels_in=36)), ADAPTERS["causvid"]),
             "takes 36 channels and gives 16",
         ),
-        (lambda: wan().network.cross(torch.zeros(25, 40)), r"text must be \[<= 24, 40\], got \[25, 40\]"),
+        (lambda: wan().network.cross_cache(torch.zeros(25, 40)), r"text must be \[<= 24, 40\], got \[25, 40\]"),
         (
-            lambda: wan().network.cross(torch.zeros(2, 40), torch.zeros(1, 2)),
+            lambda: wan().network.cross_cache(torch.zeros(2, 40), torch.zeros(1, 2)),
             "image must be None: this is a text-to-vi",
         ),
         (

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from inferix.loop import Decoder
+from inferix.decode.sequential import SequentialDecoder
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.checkpoint import config_of
 from inferix.models.wan.names import canonical
@@ -63,16 +63,16 @@ def random_network(config, seed=0, dtype=torch.float32):
     return network.to(dtype).eval().requires_grad_(False)
 
 
-class Replay(Decoder):
+class Replay(SequentialDecoder):
     """The decode loop with recorded noise instead of drawn, which notes the clean prediction of every step."""
 
     def __init__(self, model, table, draws):
         super().__init__(model, table, torch.Generator())
         self.draws, self.x0, self.held = iter(draws), [], []
 
-    def step(self, condition, known=None):
+    def step(self, conditioning):
         self.x0.append([])
-        clean = super().step(condition, known)
+        clean = super().step(conditioning)
         self.x0[-1].append(clean)
         # What the block attended to: the past as its table stands, and itself.
         self.held.append([*self.table.held, *self.recent[-1].block.frames])
@@ -127,10 +127,10 @@ def table_for(model, policy, kv="fp32", backend="reference", frames=None):
 def run(model, tensors, table, blocks):
     """Replay `blocks` blocks, the last one's clean pass included, as the published loops run it."""
     decoder = Replay(model, table, draws_of(tensors, model.adapter.block_frames, blocks))
-    condition = model.condition_on(tensors["inputs.prompt_embeds"][0])
+    condition = model.conditioning_from(tensors["inputs.prompt_embeds"][0])
     for _ in range(blocks):
         decoder.step(condition)
-    decoder.settle()
+    decoder.commit_pending()
     assert next(decoder.draws, None) is None
     return decoder
 

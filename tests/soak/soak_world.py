@@ -91,7 +91,7 @@ def open_weighed(period, small=False, fps=None):
     else:
         model = load_model("tiny")
     if fps:
-        model.adapter = dataclasses.replace(model.adapter, fps=fps)
+        model.presentation = dataclasses.replace(model.presentation, fps=fps)
     world = Weighed(model, undo=48, worlds=2)
     world.period, world.scales = period, {"blocks": period, "resident": 0, "trimmed": 0}
     return world

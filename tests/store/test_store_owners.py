@@ -33,14 +33,14 @@ def test_ten_thousand_forks_that_are_dropped_leave_nothing():
 def test_a_world_that_is_dropped_gives_its_pages_back():
     world = World("tiny", seed=0, worlds=2)
     world.step(action="right", prompt="desert night")
-    world.settle()
+    world.commit_pending()
     free = {format: len(pool.free) for format, pool in world.store.pools.items()}
     gc.disable()
     try:
         for _ in range(3):
             fork = world.fork()
             fork.step(action="left")
-            fork.settle()
+            fork.commit_pending()
             assert {format: len(pool.free) for format, pool in world.store.pools.items()} != free
             del fork
             assert {format: len(pool.free) for format, pool in world.store.pools.items()} == free
@@ -102,7 +102,7 @@ def test_a_world_takes_one_call_at_a_time():
         for call in (
             lambda: world.step(action="left"),
             world.fork,
-            world.settle,
+            world.commit_pending,
             lambda: world.rewind(0),
             world.release,
         ):

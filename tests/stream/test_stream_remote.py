@@ -57,13 +57,13 @@ async def test_what_fails_and_changes_nothing_is_refused_in_one_line(tmp_path):
 
 
 class Owing(BarWorld):
-    """Leaves a file for each block that it has been asked to settle."""
+    """Leaves a file for each block whose clean pass it has been asked for."""
 
     def __init__(self, folder):
         super().__init__()
         self.folder = folder
 
-    def settle(self):
+    def commit_pending(self):
         (self.folder / f"settled at {self.frames}").touch()
 
 

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
 from inferix import saved
+from inferix.decode.contract import PictureStream
 from inferix.finite import NotFinite, to_bytes
 from inferix.models.tiny.simulator import PLACES, TIMES
 from inferix.stream.worker import Order, Stage
@@ -50,7 +51,7 @@ def test_a_fork_goes_its_own_way_and_closing_keeps_the_other():
 
 def spoil(world):
     """From now on this world alone makes what is no number; its network, which its fork shares, is left as it is."""
-    world.pictures = lambda latents: to_bytes(latents + float("nan"))
+    world.pictures.stream = PictureStream(lambda latents: to_bytes(latents + float("nan")))
 
 
 @pytest.mark.parametrize("name, other", ["ab", "ba"])
@@ -87,7 +88,7 @@ def test_when_no_world_is_finite_a_reset_begins_anew(count, tmp_path):
             spoil(running.world)
         with pytest.raises(NotFinite, match=r"the decoder of pictures gives$"):
             one.step(dict.fromkeys(one.worlds, Order("up")))
-        one.settle()  # as the process does after each step
+        one.commit_pending()  # as the process does after each step
         assert list(one.worlds) == ["a"]
         if again == "load":
             one.load(tmp_path / "saved")
@@ -105,7 +106,7 @@ def test_rewinding_makes_the_same_again_as_far_as_it_reaches(settled):
     world = stage(undo=6)
     if settled:
         step = world.step
-        world.step = lambda orders: (step(orders), world.settle())[0]
+        world.step = lambda orders: (step(orders), world.commit_pending())[0]
     first = run(world, "uldrud", prompt="desert day")["a"]
     assert world._extent()["undo"] == {"a": 9}  # six frames, and the block made last
     reply = world.rewind(["a"], 10)
@@ -124,7 +125,7 @@ def test_nothing_is_offered_from_before_a_rollout(settled):
     for _ in range(6):
         reach.append(world.step({"a": Order(None, "fog")})["undo"]["a"])
         if settled:
-            world.settle()
+            world.commit_pending()
     assert reach == [3, 6, 9, 3, 6, 3]
     world.rewind(["a"], 15)
     assert world.step({"a": Order()})["made"] == {"a": 18}
@@ -246,7 +247,7 @@ def test_a_save_for_which_there_is_no_room_ends_no_world(tmp_path):
     world.save("a", tmp_path / "saved")
     world.fork()
     run(world, "uuuu")
-    world.settle()  # two worlds that share nothing and remember all that they may
+    world.commit_pending()  # two worlds that share nothing and remember all that they may
     for _ in range(3):  # what a failed load took is given back
         with pytest.raises(ValueError, match="close one first"):
             world.load(tmp_path / "saved")
@@ -301,7 +302,9 @@ def test_saving_twice_under_one_name_is_refused(tmp_path):
 def test_a_world_whose_decoder_looks_back_is_saved_with_what_it_sees(tmp_path):
     """A stand-in for a VAE: each picture depends on all latents before it."""
 
-    class Looking:
+    class Looking(PictureStream):
+        looks_back = True
+
         def __init__(self):
             self.sum = torch.zeros(())
 
@@ -326,7 +329,7 @@ def test_a_world_whose_decoder_looks_back_is_saved_with_what_it_sees(tmp_path):
         return World(model, kv="fp32", worlds=2)
 
     world = Stage(looking)
-    prompts = {"a": Order(None, world.worlds["a"].world.model.adapter.example_prompts[0] or "rain")}
+    prompts = {"a": Order(None, world.worlds["a"].world.model.presentation.example_prompts[0] or "rain")}
     for _ in range(3):
         world.step(prompts)
     assert world._extent()["undo"] == {"a": 0}

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
 
+from inferix.decode.pipeline import PipelineDecoder
 from inferix.models.magi import Magi, MagiSchedule, adapter_for
-from inferix.pipeline import Pipeline
 from inferix_kernels import passes
 from inferix_kernels.triton_kernels import launch
 from tests.models.magi_folder import random_network, tiny_config
@@ -36,8 +36,8 @@ def test_one_layer_of_a_forward_over_six_segments(monkeypatch):
         adapter_for("magi-4.5b", schedule, (16, 48)),
         schedule,
     )
-    pipeline = Pipeline(model, table_for(model, "int8"), torch.Generator().manual_seed(0))
-    prompt = model.condition_on(torch.randn(5, 24))
+    pipeline = PipelineDecoder(model, table_for(model, "int8"), torch.Generator().manual_seed(0))
+    prompt = model.conditioning_from(torch.randn(5, 24))
     while not compared:
         pipeline.step(prompt)
     ((out, lse),) = compared

@@ -17,7 +17,7 @@ from inferix_kernels.files import destination, open_locked, require_writable
 from ..media import LatentWriter, VideoWriter, read_picture, read_video
 from ..media.journal import Journal, journal_path, refuse_unfinished
 from ..media.output_file import partial_path
-from ..models import MODELS, BlockModel, load_model, whole_start
+from ..models import MODELS, Model, load_model, whole_start
 from ..world import World
 from .configs import GenerateConfig
 from .controls import Prompts, actions_from
@@ -39,14 +39,14 @@ class Generation:
         if config.device is not None and check_device("device", config.device).type not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {config.device!r}")
         model = load_model(config.model, **config.arguments("model"))
-        adapter = model.adapter
-        if config.resume and adapter.live:
+        adapter, presentation = model.adapter, model.presentation
+        if config.resume and model.presentation.live:
             raise ValueError(
                 f"resume: the {adapter.name} world is made in real time and keeps no journal to resume from"
             )
-        self.total = round(config.seconds * adapter.fps)
+        self.total = round(config.seconds * presentation.fps)
         if self.total < 1:
-            raise ValueError(f"seconds must be at least one frame, 1/{adapter.fps}, got {config.seconds:g}")
+            raise ValueError(f"seconds must be at least one frame, 1/{presentation.fps}, got {config.seconds:g}")
         _check_outputs(config, model)
         given = _given(config, model, self.total)
         self.digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
@@ -54,9 +54,9 @@ class Generation:
             model, given = model.for_video(self.total, None if given is None else given[0]), None
         self.given = given
         # A pipeline begins no block that nobody will see.
-        blocks = -(-self.total // (adapter.block_frames * adapter.pictures)) if adapter.stages else None
+        blocks = -(-self.total // (adapter.block_frames * presentation.pictures)) if adapter.stages else None
         self.world = World(model, blocks=blocks, **config.arguments("world"))
-        if threads := config.threads or adapter.threads:
+        if threads := config.threads or presentation.threads:
             torch.set_num_threads(threads)
         self.prompts = _prompts(config, model)
         self.actions = actions_from(config.actions, adapter, config.seed) if adapter.actions else None
@@ -73,7 +73,7 @@ class Generation:
         Args:
             progress: draw a bar on the terminal.
         """
-        self.journal, whole = None if self.world.model.adapter.live else self._open_journal(), False
+        self.journal, whole = None if self.world.model.presentation.live else self._open_journal(), False
         try:
             with self._writer() as self.video:
                 self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
@@ -87,10 +87,10 @@ class Generation:
 
     def _writer(self) -> VideoWriter | LatentWriter:
         config, model = self.config, self.world.model
-        if getattr(model, "only_latents", False):
+        if model.only_latents:
             return LatentWriter(config.out, self.total, model.latent_shape, argument="out")
-        scale = model.adapter.scale if config.scale is None else config.scale
-        return VideoWriter(config.out, model.adapter.fps, model.adapter.size, scale=scale, argument="out")
+        scale = model.presentation.scale if config.scale is None else config.scale
+        return VideoWriter(config.out, model.presentation.fps, model.adapter.size, scale=scale, argument="out")
 
     def _open_journal(self) -> Journal:
         config, adapter = self.config, self.world.model.adapter
@@ -125,35 +125,35 @@ def _absolute(path: str | Path | None) -> str | None:
     return None if path is None else str(Path(path).resolve())
 
 
-def _prompts(config: GenerateConfig, model: BlockModel) -> Prompts:
+def _prompts(config: GenerateConfig, model: Model) -> Prompts:
     """Every word of them is checked before the first frame is made."""
     adapter = model.adapter
-    prompts = Prompts(((0.0, adapter.example_prompts[0] if config.prompt is None else config.prompt),))
+    prompts = Prompts(((0.0, model.presentation.example_prompts[0] if config.prompt is None else config.prompt),))
     if config.prompt_file is not None:
         prompts = Prompts.read(config.prompt_file, "prompt_file")
     if adapter.at_once and len(prompts.starts) > 1:
         raise ValueError(f"prompt_file must hold one prompt for {adapter.name}, which makes a video at once")
     for _, prompt in prompts.starts:
         try:
-            model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
+            model.conditioning(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
         except ValueError as error:
             raise error if config.prompt_file is None else ValueError(f"prompt_file: {error}") from None
     return prompts
 
 
-def _outputs(config: GenerateConfig, model: BlockModel) -> list[Path]:
+def _outputs(config: GenerateConfig, model: Model) -> list[Path]:
     """Every file that may be written."""
     out = Path(config.out)
     if not out.name:
         raise ValueError(f"out must be the name of a file, got {str(config.out)!r}")
-    latents = getattr(model, "only_latents", False)
+    latents = model.only_latents
     video = out.with_suffix(".npy") if latents else out
     sheet = [] if latents else [out.with_suffix(".png")]
-    journal = [] if model.adapter.live else [journal_path(out, "out")]
+    journal = [] if model.presentation.live else [journal_path(out, "out")]
     return [video, partial_path(destination(video, "out")), out.with_suffix(".json"), *sheet, *journal]
 
 
-def _check_outputs(config: GenerateConfig, model: BlockModel) -> None:
+def _check_outputs(config: GenerateConfig, model: Model) -> None:
     """All that is to be written can be, each to a file of its own, and none of it is what the video is made from."""
     written: dict[Path, Path] = {}
     for path in _outputs(config, model):
@@ -165,13 +165,13 @@ def _check_outputs(config: GenerateConfig, model: BlockModel) -> None:
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
                 raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")
     journal = journal_path(Path(config.out), "out")
-    if journal.exists() and not model.adapter.live:
+    if journal.exists() and not model.presentation.live:
         with open_locked(journal, "out", config.out):  # no other run is at it
             if not config.resume:
                 refuse_unfinished(journal, "out")
 
 
-def _given(config: GenerateConfig, model: BlockModel, total: int) -> np.ndarray | None:
+def _given(config: GenerateConfig, model: Model, total: int) -> np.ndarray | None:
     """What the video begins with; of a clip the longest start that makes whole blocks."""
     adapter = model.adapter
     for option in ("image", "video"):
@@ -185,7 +185,7 @@ def _given(config: GenerateConfig, model: BlockModel, total: int) -> np.ndarray 
     if config.video is not None:
         if adapter.at_once:
             raise ValueError(f"video must not be given: {adapter.name} makes a video at once, from no past")
-        clip = read_video(config.video, adapter.size, adapter.fps, total, "video")
+        clip = read_video(config.video, adapter.size, model.presentation.fps, total, "video")
         if not (most := whole_start(model, len(clip))):
             least = next(n for n in itertools.count(len(clip)) if whole_start(model, n))
             raise ValueError(f"video: {adapter.name} goes on from at least {least} pictures, got {len(clip)}")

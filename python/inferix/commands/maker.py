@@ -52,8 +52,8 @@ class Maker:
         return self.video.frames
 
     def run(self, given: np.ndarray | None, progress: bool) -> None:
-        adapter = self.world.model.adapter
-        known = iter(self.journal.blocks if self.journal else [])
+        adapter, presentation = self.world.model.adapter, self.world.model.presentation
+        made_before = iter(self.journal.blocks if self.journal else [])
         memory = sum(self.world.kv_bytes().values()) / 2**20
         bar = Progress(
             TextColumn("{task.description}"),
@@ -72,29 +72,32 @@ class Maker:
                 self._take(self.world.observe(given, prompt=self.prompts.at(0.0)))
             while self.made < self.total and not interrupt.asked:
                 chosen = None if self.actions is None else [next(self.actions) for _ in range(adapter.block_frames)]
-                again = next(known, None)
-                begins = self.made + self.world.ahead * adapter.pictures
-                prompt = self.prompts.at(begins / adapter.fps)
-                frames = self.world.step(chosen, prompt=prompt, known=again)
+                latents = next(made_before, None)
+                begins = self.made + self.world.ahead * presentation.pictures
+                prompt = self.prompts.at(begins / presentation.fps)
+                if latents is not None:
+                    frames = self.world.replay(latents, chosen, prompt=prompt)
+                else:
+                    frames = self.world.step(chosen, prompt=prompt)
                 self.seconds.append(self.world.denoising)
                 self._take(frames)
-                if self.journal is not None and again is None:
+                if self.journal is not None and latents is None:
                     self.journal.append(self.world.latents)
                 bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
 
     def _take(self, frames: np.ndarray) -> None:
         frames = frames[: self.total - self.made]
         self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
-        if self.world.model.adapter.live:
+        if self.world.model.presentation.live:
             self.all.append(frames)
         self.video.write(frames)
 
     def summary(self) -> dict[str, Any]:
-        adapter = self.world.model.adapter
+        adapter, presentation = self.world.model.adapter, self.world.model.presentation
         seconds = np.array(self.seconds)
         blocks = seconds[1:] if len(seconds) > 1 else seconds
         per_block = adapter.block_frames
-        asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
+        asked = [self.prompts.at(i // per_block * per_block / presentation.fps) for i in range(self.made)]
         read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
         times: dict[str, float] = {}
         if len(seconds):  # none if what was given fills the video
@@ -107,15 +110,17 @@ class Maker:
         return read | {
             "model": adapter.name,
             "frames": self.made,
-            "seconds_of_video": self.made / adapter.fps,
+            "seconds_of_video": self.made / presentation.fps,
             **times,
             "kv_bytes": self.world.kv_bytes(),
-            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked) if adapter.live else {},
+            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked)
+            if presentation.live
+            else {},
         }
 
     def write_sheet(self, path: Path) -> Path | None:
         """The contact sheet; None if what was made are latents, which can't be seen."""
-        fps = self.world.model.adapter.fps
+        fps = self.world.model.presentation.fps
         shown = {i: frame for i, frame in self.shown.items() if i < self.made}  # Ctrl-C may come while one is written
         rows = -(-len(shown) // SHEET_COLUMNS)
         pictures, labels = np.stack(list(shown.values())), [f"{i / fps:.1f} s" for i in shown]

@@ -51,7 +51,8 @@ def _in_terminal(config: PlayConfig, settings: dict[str, Any]) -> None:
     if given := [each.name for each in page_only if getattr(config, each.name) != each.default]:
         raise ValueError(f"{', '.join(given)}: for the page only, not with `terminal`")
     world = open_world(config.model, undo_seconds=0, worlds=1, **settings)
-    terminal.play(world, world.model.adapter.example_prompts, world.model.adapter.keys)
+    presentation = world.model.presentation
+    terminal.play(world, presentation.example_prompts, presentation.keys)
 
 
 def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:

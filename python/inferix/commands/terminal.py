@@ -32,7 +32,7 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
     """
     if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         raise ValueError("play needs a terminal for keys and picture; `inferix generate` writes a video instead")
-    adapter, prompt = world.model.adapter, prompts[0]
+    adapter, pace, prompt = world.model.adapter, 1 / world.model.presentation.fps, prompts[0]
     action = adapter.actions[0] if adapter.actions else None  # None: steered by words alone
     with _raw_terminal():
         due = time.perf_counter()
@@ -46,7 +46,7 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
             frames = world.step(action=action, prompt=prompt)
             speed = len(frames) / (time.perf_counter() - started)
             for frame in frames:
-                due = max(due + 1 / adapter.fps, time.perf_counter())  # late frames slip; they are never rushed
+                due = max(due + pace, time.perf_counter())  # late frames slip; they are never rushed
                 time.sleep(max(0.0, due - time.perf_counter()))
                 said = f"{prompt} · {action}" if action else prompt
                 sys.stdout.write(f"\x1b[H{picture(frame)}\x1b[0m {said} · {speed:.0f} FPS · {HELP}\x1b[K")

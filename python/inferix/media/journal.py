@@ -4,7 +4,7 @@ One line of JSON with everything the latents depend on, then the blocks: for eac
 CRC-32 of shape and numbers, which goes on from that of what is before, then the numbers, float32. What a kill left half
 written at the end is cut off, and so is everything from the first block on that is damaged or not in its place: it is
 made again. A block costs a megabyte or two, and one forward to take
-up again (Decoder.step, `known`); keys and values are not stored, they would be gigabytes.
+up again (World.replay); keys and values are not stored, they would be gigabytes.
 
 The file is locked while a run writes to it. One whose first line is not whole says nothing, and is begun anew.
 """

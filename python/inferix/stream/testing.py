@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models import Adapter
+from ..decode.contract import Adapter, Presentation
 
 CELL = 16
 BITS = 16 + 4 + 4
@@ -58,11 +58,9 @@ class BarWorld:
         actions: tuple[str, ...] = ACTIONS,
     ):
         keys = {"w": "up", "s": "down", "a": "left", "d": "right"} if actions else {}
-        adapter = Adapter(
-            name="bars", block_frames=block, times=(1.0,), fps=fps, size=size, actions=actions, keys=keys,
-            example_prompts=WORDS,
-        )  # fmt: skip
-        self.model = SimpleNamespace(adapter=adapter, prepare=self._prepare)
+        adapter = Adapter(name="bars", block_frames=block, times=(1.0,), size=size, actions=actions)
+        presentation = Presentation(fps=fps, keys=keys, example_prompts=WORDS)
+        self.model = SimpleNamespace(adapter=adapter, presentation=presentation, prepare=self._prepare)
         self.seconds, self.can_rewind, self.undo = seconds, can_rewind, 100 * block
         self.frames, self.prompt, self.denoising, self.worlds = 0, "", 0.0, 2
         self._ground = _noise(size) if texture else np.full((*size, 3), 90, np.uint8)
@@ -98,7 +96,7 @@ class BarWorld:
     def reset(self, seed: int) -> None:
         self.frames, self.prompt = 0, ""
 
-    def settle(self) -> None:
+    def commit_pending(self) -> None:
         pass
 
     def release(self) -> None:

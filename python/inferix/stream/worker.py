@@ -63,16 +63,16 @@ class Stage:
     def describe(self) -> dict[str, Any]:
         """What the page needs to know of the model."""
         world = self.worlds["a"].world
-        adapter = world.model.adapter
+        adapter, presentation = world.model.adapter, world.model.presentation
         return {
             "model": adapter.name,
-            "fps": adapter.fps,
+            "fps": presentation.fps,
             "size": list(adapter.size),
-            "scale": adapter.scale,
+            "scale": presentation.scale,
             "block": adapter.block_frames,
             "actions": list(adapter.actions),
-            "keys": dict(adapter.keys),
-            "prompts": list(adapter.example_prompts),
+            "keys": dict(presentation.keys),
+            "prompts": list(presentation.example_prompts),
             "recache": adapter.recache,
             # Of what was done in past blocks nothing is kept: they can be computed again for words alone.
             "can_recache": not adapter.actions,
@@ -115,19 +115,14 @@ class Stage:
         seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
         return {"pictures": pictures, "seconds": seconds, "ended": ended, **self._extent()}
 
-    def settle(self) -> None:
+    def commit_pending(self) -> None:
         """What can be done while a block is shown, so that the next one comes sooner after its controls."""
         for running in self.worlds.values():
-            running.world.settle()
+            running.world.commit_pending()
 
     def prepare(self, text: str) -> None:
         """Raise ValueError unless the model knows what these words mean; make them quick to use."""
-        model = self.worlds["a"].world.model
-        if hasattr(model, "prepare"):
-            model.prepare(text)
-        else:
-            actions = model.adapter.actions[:1] * model.adapter.block_frames
-            model.condition(text, actions)
+        self.worlds["a"].world.model.prepare(text)
 
     def fork(self) -> dict[str, Any]:
         one = self.worlds["a"]
@@ -227,7 +222,7 @@ def open_world(
     Args:
         undo_seconds: how far; None: UNDO_SECONDS, but nothing for a model that would have to keep the state of a VAE,
             gigabytes, for every block.
-        threads: of the CPU; None: what the model's adapter says.
+        threads: of the CPU; None: what suits the model.
         options: of World and of the model's loader.
     """
     import torch
@@ -245,11 +240,11 @@ def open_world(
             else "several blocks at a time, the next ones begun before one is shown,"
         )
         raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
-    if wanted := threads or adapter.threads:
+    if wanted := threads or loaded.presentation.threads:
         torch.set_num_threads(wanted)
     if undo_seconds is None:
-        undo_seconds = 0 if hasattr(loaded.stream(), "fork") else UNDO_SECONDS
-    blocks = -(-round(undo_seconds * adapter.fps) // adapter.block_frames)
+        undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
+    blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
     return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
 
 
@@ -301,6 +296,6 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
             else:
                 reply(number, name, getattr(stage[0], name), **arguments)
             if name == "step" and not connection.poll():
-                stage[0].settle()
+                stage[0].commit_pending()
     except (EOFError, OSError):
         pass  # the parent is gone

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from inferix_kernels._check import check_device
 
-from ...pipeline import Forward
-from .. import Adapter, PagedAttend
-from .adapters import SCHEDULES, adapter_for, config_for, scheduled
+from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation
+from .adapters import PRESENTATION, SCHEDULES, adapter_for, config_for, scheduled
 from .captions import Captions, load_captions
 from .checkpoint import find_weights, load_network
-from .network import MagiConfig, MagiNetwork, Told, rope_table
+from .network import CrossCache, MagiConfig, MagiNetwork, rope_table
 from .schedule import CAPTION, DROPPED, NULL, MagiSchedule
 from .text import CaptionEncoder, find_encoder
 
@@ -48,30 +47,32 @@ class Codec(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """Words to steer chunks with.
+class Conditioning:
+    """What a prompt becomes.
 
     Attributes:
-        rows: [n, caption_dim] embedding, without padding.
-        told: by how many chunks are to come after one, since a chunk may be told; made when asked for.
+        embedding: [n, caption_dim] of the prompt, without padding.
+        caches: by how many chunks are to come after one, which a caption may say; made when asked for.
     """
 
-    rows: Tensor
-    told: dict[int, Told] = dataclasses.field(default_factory=dict)
+    embedding: Tensor
+    caches: dict[int, CrossCache] = dataclasses.field(default_factory=dict)
 
 
-class Magi:
+class Magi(Model):
     """A MAGI network as the pipeline sees it.
 
     Args:
         network: its dtype is that of the products; latents stay float32 (float64 for a float64 network).
         adapter: adapter.size says how large its pictures are.
         schedule: how chunks are denoised.
-        text: encodes prompts; without it only `condition_on` works.
+        text: encodes prompts; without it only `conditioning_from` works.
         captions: special rows that go before a caption.
         open_video: opens a decoder for one world; without it latents come out, a quarter as many as pictures.
         encode_video: uint8 [n, height, width, 3] -> latents [frames, channels, h, w].
     """
+
+    network: MagiNetwork
 
     def __init__(
         self,
@@ -82,13 +83,16 @@ class Magi:
         captions: Captions = Captions(),
         open_video: Callable[[], VideoDecoder] | None = None,
         encode_video: Callable[[np.ndarray], Tensor] | None = None,
+        presentation: Presentation = PRESENTATION,
     ):
         config, step = network.config, LATENT_STRIDE * network.config.patch
         if any(side < 1 or side % step for side in adapter.size):
             raise ValueError(f"size must be multiples of {step} pixels, got {adapter.size}")
         if open_video is None:
-            adapter = dataclasses.replace(adapter, fps=adapter.fps // adapter.pictures, pictures=1)
+            fps = presentation.fps // presentation.pictures  # what is shown are latents
+            presentation = dataclasses.replace(presentation, fps=fps, pictures=1)
         self.network, self.adapter, self.schedule = network.eval().requires_grad_(False), adapter, schedule
+        self.presentation = presentation
         self.text, self.captions, self.open_video, self.encode_video = text, captions, open_video, encode_video
         self.layers, self.heads, self.head_dim = config.layers, config.kv_heads, config.head_dim
         height, width = (side // LATENT_STRIDE for side in adapter.size)
@@ -98,48 +102,49 @@ class Magi:
         self.device, self.dtype = network.x_embedder.weight.device, network.dtype
         # Most forwards of a stage are over the same frames.
         self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, network.rope.bands))
-        self._null: dict[str, Told] = {}
-        self._prompts: dict[str, Prompt] = {}
+        self._null: dict[str, CrossCache] = {}
+        self._conditionings: dict[str, Conditioning] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         return self._rope(tuple(frames))
 
     @torch.inference_mode()
-    def condition(self, prompt: str, actions: Sequence[int | str]) -> Prompt:
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> Conditioning:
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
-        known = self._prompts.get(prompt)
-        if known is None:
+        made = self._conditionings.get(prompt)
+        if made is None:
             if self.text is None:
                 raise ValueError(
                     f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
                     "text_encoder/ and tokenizer/ (T5 v1.1 XXL), or t5_pretrained/t5-v1_1-xxl as MAGI-1 has it"
                 )
-            known = self.condition_on(self.text(prompt))
-            self._prompts = {prompt: known}  # the last prompt alone: 110 MB for 4.5B
-        return known
+            made = self.conditioning_from(self.text(prompt))
+            self._conditionings = {prompt: made}  # the last prompt alone: 110 MB for 4.5B
+        return made
 
-    def condition_on(self, embedding: Tensor) -> Prompt:
-        """The same from a prompt embedding [tokens, caption_dim]."""
-        return Prompt(embedding.to(self.device))
+    def conditioning_from(self, embedding: Tensor) -> Conditioning:
+        """The same from a prompt's embedding [tokens, caption_dim]."""
+        return Conditioning(embedding.to(self.device))
 
     @torch.inference_mode()
-    def tell(self, condition: Prompt, remaining: int | None) -> Mapping[str, Told]:
-        """See `inferix.pipeline.PipelinedModel`."""
+    def variants(self, conditioning: Conditioning, remaining: int | None) -> Mapping[str, CrossCache]:
+        """Under the names that MagiSchedule knows: under the caption, the null caption, and without one."""
         if not self._null:
-            null = self.network.caption(self.captions.negative(self.network.null_rows()))
+            null = self.network.cross_cache(self.captions.negative(self.network.null_rows()))
             self._null = {NULL: null, DROPPED: dataclasses.replace(null, dropped=True)}
-        told, key = condition.told, self.captions.key(remaining)
-        if key not in told:
-            rows = self.captions.positive(condition.rows, remaining)
-            told[key] = self.network.caption(rows[: self.network.config.caption_len])
-        return {CAPTION: told[key], **self._null}
+        caches, key = conditioning.caches, self.captions.key(remaining)
+        if key not in caches:
+            rows = self.captions.positive(conditioning.embedding, remaining)
+            caches[key] = self.network.cross_cache(rows[: self.network.config.caption_len])
+        return {CAPTION: caches[key], **self._null}
 
-    def predict_segments(
-        self, forward: Forward, blocks: Sequence[Tensor], told: Sequence[Told], attend: PagedAttend
-    ) -> list[Tensor]:
-        velocities = self.network(blocks, [s.t for s in forward.segments], told, attend, forward.stride)
-        return [velocity.to(block.dtype) for velocity, block in zip(velocities, blocks)]
+    def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
+        blocks, times, crosses = zip(*((block.x, block.t, block.conditioning) for block in inputs))
+        velocities = self.network(blocks, times, crosses, attend, stride)
+        if velocities is None:
+            return [blocks[-1].new_empty(0, *self.latent_shape)] * len(inputs)
+        return [velocity.to(x.dtype) for velocity, x in zip(velocities, blocks)]
 
     def encode(self, frames: np.ndarray) -> Tensor:
         height, width = self.adapter.size
@@ -151,16 +156,11 @@ class Magi:
 
     @property
     def only_latents(self) -> bool:
-        """There is no decoder: a world's pictures are its latents, and its adapter counts those."""
+        """There is no decoder: a world's pictures are its latents, and `presentation` counts those."""
         return self.open_video is None
 
-    def stream(self) -> Callable[[Tensor], np.ndarray]:
-        if self.open_video is None:
-            return lambda latents: latents.cpu().numpy()
-        return self.open_video()
-
-    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-        return {}
+    def stream(self) -> PictureStream:
+        return PictureStream((lambda latents: latents.cpu().numpy()) if self.open_video is None else self.open_video())
 
 
 def load(
@@ -183,7 +183,7 @@ def load(
     """A model of SCHEDULES from its checkpoint.
 
     Args:
-        weights: MAGI-1's folder: the shards, or inference_weight*/ with them; and, to be told captions, the T5 encoder
+        weights: MAGI-1's folder: the shards, or inference_weight*/ with them; and, for prompts, the T5 encoder
             (see text.FOLDERS) and special_tokens.npz. Or the index or the file alone.
         size: pixels (height, width); by default what the configs say.
         steps, shortcut, stages: see MagiSchedule; by default as the configs have it. A multiple of 4, or 12.

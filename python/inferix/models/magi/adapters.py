@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from .. import Adapter
+from ...decode.contract import Adapter, Presentation
 from .network import MagiConfig
 from .schedule import MagiSchedule
 
 CHUNK = 6  # latent frames
-FPS = 24  # of pictures, four to a latent frame
-PROMPTS = ("A red panda walks along a mossy branch in a misty forest, soft morning light, shallow depth of field.",)
+PRESENTATION = Presentation(
+    fps=24,
+    pictures=4,
+    example_prompts=(
+        "A red panda walks along a mossy branch in a misty forest, soft morning light, shallow depth of field.",
+    ),
+)
 
 CONFIGS = {
     "4.5b": MagiConfig(dim=3072, layers=34, heads=24, ffn=12288),
@@ -44,10 +49,7 @@ def adapter_for(name: str, schedule: MagiSchedule, size: tuple[int, int] | None 
         stages=schedule.stages,
         # What lies further back than the noisiest chunk sees, no chunk sees.
         window=CHUNK * max(*schedule.ranges, schedule.clean_range),
-        pictures=4,
-        fps=FPS,
         size=size or SIZES[name.split("-")[1]],
-        example_prompts=PROMPTS,
     )
 
 

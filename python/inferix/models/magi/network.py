@@ -1,11 +1,11 @@
-"""The MAGI-1 transformer: denoises chunks of latent frames, each told its own noise and its own caption.
+"""The MAGI-1 transformer: denoises chunks of latent frames, each under its own noise level and its own caption.
 
     x ── patches ──┐                              (per layer)
     t, stride ─────┴─ gate       ┌─ self-attention over pages ─┐
     caption ─────────────────────┴─ cross-attention ───────────┴─ projection ─ gated MLP ── final linear ── velocity
 
 Both attentions start from the same normed input and share one projection. There is no scale and shift before a layer:
-what a chunk is told of its noise only gates what a layer adds. As in Wan's network here, `attend` is handed in.
+a chunk's noise level only gates what a layer adds. As in Wan's network here, `attend` is handed in.
 
 Source: formulas and key names of github.com/SandAI-org/MAGI-1 (6ff822e), inference/model/dit; arXiv:2505.13211.
 """
@@ -39,7 +39,7 @@ class MagiConfig:
         dim, layers, heads, ffn: width, depth, query heads, hidden width of the MLP.
         kv_heads, head_dim: of keys and values; `heads` is a multiple of kv_heads.
         gated: SwiGLU instead of GELU.
-        cond_dim: width of what a chunk is told of its noise.
+        cond_dim: width of the embedding of a chunk's noise level.
         caption_dim, caption_len: of the text embedding.
         channels: of the latents; halved: the network takes and gives them twice, side by side.
         x_scale: of the latents as the network sees them.
@@ -70,8 +70,8 @@ class MagiConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """What a segment is told in words: rows of text, packed, and whether that is the dropped caption.
+class CrossCache:
+    """Keys and values of a caption for every layer, computed once: the conditioning of a segment.
 
     Attributes:
         text: per layer (k, v), each [1, kv_heads, rows, head_dim].
@@ -80,6 +80,9 @@ class Told:
 
     text: list[tuple[Tensor, Tensor]]
     dropped: bool = False
+
+
+Segments = Sequence[tuple[slice, CrossCache]]  # rows of the packed tokens, and what they attend to
 
 
 def rope_table(frames: Sequence[int], grid: tuple[int, int], bands: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ class Attentions(nn.Module):
         k, v = self.k_layernorm_xattn(both[:, :, 0]).to(both.dtype), both[:, :, 1]
         return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
-    def forward(self, layer: int, x: Tensor, segments: Sequence[tuple[slice, Told]], attend: Attend) -> Tensor | None:
+    def forward(self, layer: int, x: Tensor, segments: Segments, attend: Attend) -> Tensor | None:
         """x [T, dim] -> [T, dim]."""
         config, norms = self.config, (self.q_layernorm, self.k_layernorm)
         y = self.linear_qkv.layer_norm(x)
@@ -164,14 +167,14 @@ class Attentions(nn.Module):
         parts = [part.unflatten(1, (GROUPS, -1)) for part in (attended, crossed)]
         return self.linear_proj(torch.stack(parts, 2).flatten(1))
 
-    def _cross(self, layer: int, qx: Tensor, segments: Sequence[tuple[slice, Told]]) -> Tensor:
+    def _cross(self, layer: int, qx: Tensor, segments: Segments) -> Tensor:
         """Each segment of the rows attends to its own caption alone."""
         config = self.config
         q = self.q_layernorm_xattn(qx.unflatten(1, (config.heads, -1))).to(qx.dtype).transpose(0, 1)[None]
         grouped = config.heads > config.kv_heads
         parts = [
-            F.scaled_dot_product_attention(q[:, :, rows], *told.text[layer], enable_gqa=grouped)
-            for rows, told in segments
+            F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer], enable_gqa=grouped)
+            for rows, cross in segments
         ]
         joined: Tensor = torch.cat(parts, 2)[0].transpose(0, 1).flatten(1)
         return joined
@@ -196,7 +199,7 @@ class MLP(nn.Module):
 
 
 class Gates(nn.Module):
-    """What a chunk is told of its noise -> its gates of attention and MLP, between -1 and 1."""
+    """The embedding of a chunk's noise level -> its gates of attention and MLP, between -1 and 1."""
 
     def __init__(self, config: MagiConfig):
         super().__init__()
@@ -215,9 +218,7 @@ class MagiLayer(nn.Module):
         self.self_attention, self.mlp = Attentions(config), MLP(config)
         self.self_attn_post_norm, self.mlp_post_norm = (LayerNorm1p(config.dim, config.eps) for _ in range(2))
 
-    def forward(
-        self, layer: int, x: Tensor, cond: Tensor, segments: Sequence[tuple[slice, Told]], attend: Attend
-    ) -> Tensor | None:
+    def forward(self, layer: int, x: Tensor, cond: Tensor, segments: Segments, attend: Attend) -> Tensor | None:
         """x [T, dim], segments one after another; cond [segments, cond_dim]."""
         added = self.self_attention(layer, x, segments, attend)
         if added is None:
@@ -227,9 +228,7 @@ class MagiLayer(nn.Module):
         return self._add(x, self.mlp(x), gate_mlp, self.mlp_post_norm, segments)
 
     @staticmethod
-    def _add(
-        x: Tensor, added: Tensor, gate: Tensor, norm: LayerNorm1p, segments: Sequence[tuple[slice, Told]]
-    ) -> Tensor:
+    def _add(x: Tensor, added: Tensor, gate: Tensor, norm: LayerNorm1p, segments: Segments) -> Tensor:
         added = added.to(norm.weight.dtype)  # float32 beside bfloat16 layers
         gated = torch.cat([added[rows] * gate[i] for i, (rows, _) in enumerate(segments)])
         return (x + norm(gated)).to(x.dtype)
@@ -312,7 +311,7 @@ class MagiNetwork(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.videodit_blocks.layers[0].self_attention.linear_kv_xattn.weight.dtype  # type: ignore[union-attr, return-value]
 
-    def caption(self, rows: Tensor, dropped: bool = False) -> Told:
+    def cross_cache(self, rows: Tensor, dropped: bool = False) -> CrossCache:
         """What cross-attention needs of caption rows [n, caption_dim], computed once per caption."""
         config = self.config
         if rows.ndim != 2 or not 0 < len(rows) <= config.caption_len or rows.shape[1] != config.caption_dim:
@@ -320,7 +319,7 @@ class MagiNetwork(nn.Module):
         null = self.y_embedder.null_caption_embedding
         embedded = self.y_embedder.y_proj_xattn(rows.to(null)).to(self.dtype)
         layers = [layer.self_attention for layer in self.videodit_blocks.layers]
-        return Told([layer.text_cache(embedded) for layer in layers], dropped)  # type: ignore[operator, union-attr]
+        return CrossCache([layer.text_cache(embedded) for layer in layers], dropped)  # type: ignore[operator, union-attr]
 
     def null_rows(self) -> Tensor:
         return self.y_embedder.null_caption_embedding[:NULL_ROWS]
@@ -329,40 +328,42 @@ class MagiNetwork(nn.Module):
         self,
         blocks: Sequence[Tensor],
         times: Sequence[float],
-        told: Sequence[Told],
+        crosses: Sequence[CrossCache],
         attend: Attend,
         stride: float | None = None,
-    ) -> list[Tensor]:
-        """Velocity (clean latent minus noise) of every block; none if `attend` ended the pass.
+    ) -> list[Tensor] | None:
+        """Velocity (clean latent minus noise) of every block; None if `attend` ended the pass.
 
         Args:
             blocks: [frames, channels, height, width] each.
             times: of each block, 0 (noise) to 1 (clean).
-            told: of each block, from `caption`.
+            crosses: the conditioning of each block, from `cross_cache`.
             attend: carries out self-attention over these blocks and whatever came before them.
-            stride: what a distilled network is told of the size of its steps.
+            stride: the size of its steps, which a distilled network takes.
         """
         config = self.config
         x = torch.cat(list(blocks)).to(self.x_embedder.weight.dtype) * config.x_scale
         grid = x.shape[2] // config.patch, x.shape[3] // config.patch
         h = self._patches(x, grid).to(self.dtype)
-        cond = self._cond(times, told, stride, x.device).to(self.dtype)
+        cond = self._cond(times, crosses, stride, x.device).to(self.dtype)
         ends = accumulate((len(block) * grid[0] * grid[1] for block in blocks), initial=0)
-        segments = [(slice(*rows), words) for rows, words in zip(pairwise(ends), told)]
+        segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(ends), crosses)]
         for i, layer in enumerate(self.videodit_blocks.layers):
             h = layer(i, h, cond, segments, attend)
             if h is None:
-                return []
+                return None
         out = self.final_linear.linear(self.videodit_blocks.final_layernorm(h))
         velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
         return list(velocity.split([len(block) for block in blocks]))
 
-    def _cond(self, times: Sequence[float], told: Sequence[Told], stride: float | None, device: torch.device) -> Tensor:
+    def _cond(
+        self, times: Sequence[float], crosses: Sequence[CrossCache], stride: float | None, device: torch.device
+    ) -> Tensor:
         cond = self.t_embedder(torch.tensor(times, dtype=torch.float32, device=device))
         if stride is not None:
             cond = cond + self.t_embedder(torch.tensor([stride], dtype=torch.float32, device=device))
-        # Whatever the caption says, gates are told by a row of the null caption only whether there is one.
-        rows = self.y_embedder.null_caption_embedding[[-1 if words.dropped else -2 for words in told]]
+        # Whatever the caption says, gates learn from a row of the null caption only whether there is one.
+        rows = self.y_embedder.null_caption_embedding[[-1 if cross.dropped else -2 for cross in crosses]]
         return cond + self.y_embedder.y_proj_adaln(rows)
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -18,9 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...pipeline import Forward, Segment
+from ...decode.contract import Forward, Segment
 
-CAPTION, NULL, DROPPED = "caption", "null", "dropped"  # what a segment is told; see network.Told
+CAPTION, NULL, DROPPED = "caption", "null", "dropped"  # the conditionings of a segment: Magi.variants
 SHIFT = 3.0
 EPSILON = 1e-7  # by which the source lowers the edges of its guidance table
 # Twelve steps go through each quarter of u by unequal strides: two sixteenths and one half of them, in this order.
@@ -44,7 +44,7 @@ def times(steps: int, shortcut: str = "8,16,16") -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class MagiSchedule:
-    """A schedule, as `inferix.pipeline` runs it.
+    """A schedule, as `inferix.decode.pipeline` runs it.
 
     Attributes:
         steps: denoising steps of a chunk; a multiple of `stages`.
@@ -52,8 +52,8 @@ class MagiSchedule:
         shortcut: order of the strides where `steps` is 12; see SHORTCUTS.
         ranges: chunks that a chunk sees, its own included, from the noisiest stage to the cleanest.
         clean_range: the same for a clean chunk.
-        clean_time: t that the network is told of a clean chunk.
-        distilled: the network was distilled to few steps: it is told their stride and needs no guidance.
+        clean_time: the network's t of a clean chunk.
+        distilled: the network was distilled to few steps: it takes their stride as well and needs no guidance.
         edges, past_scales, text_scales: guidance of a network that was not: from `edges[i]` on, these scales hold for
             what the past and the caption change.
         nearly_clean: a distilled network is also asked about the cleanest chunk in flight without its past, once its t
@@ -91,25 +91,24 @@ class MagiSchedule:
         return times(self.steps, self.shortcut).tolist()
 
     def forwards(self, flight: Sequence[tuple[int, int]], clean: int | None) -> list[Forward]:
-        """See `inferix.pipeline.Schedule`."""
+        """See `Schedule`."""
         noisy = [self._segment(block, step) for block, step in flight]
         if self.distilled:
-            told = NULL if clean is not None else CAPTION
-            return [self._distilled(noisy, [] if clean is None else [self._clean(clean, told)])]
+            return [self._distilled(noisy, [] if clean is None else [self._clean(clean, NULL)])]
         scales = [self._scales(segment.t) for segment in noisy]
-        before = [[] if clean is None else [self._clean(clean, told)] for told in (NULL, DROPPED)]
+        before = [[] if clean is None else [self._clean(clean, name)] for name in (NULL, DROPPED)]
         return [
-            Forward((*before[0], *(_told(s, CAPTION, text) for s, (_, text) in zip(noisy, scales)))),
+            Forward((*before[0], *(_under(s, CAPTION, text) for s, (_, text) in zip(noisy, scales)))),
             Forward(
-                (*before[1], *(_told(s, DROPPED, past - text) for s, (past, text) in zip(noisy, scales))),
+                (*before[1], *(_under(s, DROPPED, past - text) for s, (past, text) in zip(noisy, scales))),
                 commit=clean is not None,
             ),
-            Forward(tuple(_told(s, DROPPED, 1 - past) for s, (past, _) in zip(noisy, scales)), apart=True),
+            Forward(tuple(_under(s, DROPPED, 1 - past) for s, (past, _) in zip(noisy, scales)), apart=True),
         ]
 
     def clean_pass(self, block: int) -> Forward:
-        told, stride = (NULL, self._stride(0)) if self.distilled else (DROPPED, None)
-        return Forward((self._clean(block, told),), commit=True, stride=stride)
+        name, stride = (NULL, self._stride(0)) if self.distilled else (DROPPED, None)
+        return Forward((self._clean(block, name),), commit=True, stride=stride)
 
     def advance(self, step: int, x: Tensor, predicted: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
         """Euler's step along the velocity; its length is a float32 number, as in the source."""
@@ -120,23 +119,23 @@ class MagiSchedule:
         first, *others = noisy
         copies = []
         if first.t > self.nearly_clean:
-            copies = [dataclasses.replace(first, reach=1, weight=1 - self.own_share, copy=True)]
+            copies = [dataclasses.replace(first, lookback=1, weight=1 - self.own_share, copy=True)]
             first = dataclasses.replace(first, weight=self.own_share)
         segments = (*clean, first, *others, *copies)
         return Forward(segments, commit=bool(clean), stride=self._stride(first.step))
 
     def _stride(self, step: int) -> float:
-        """What a distilled network is told of a step's size: twice the steps of a quarter, were all as long as this."""
+        """A step's size as a distilled network takes it: twice the steps of a quarter, were all as long as this."""
         if self.steps == 12:
             return 8.0 / SHORTCUTS[self.shortcut][step % 3]
         return self.steps / 4 * 2
 
     def _segment(self, block: int, step: int) -> Segment:
-        reach = self.ranges[step * len(self.ranges) // self.steps]
-        return Segment(block, step, self.times[step], reach, CAPTION)
+        lookback = self.ranges[step * len(self.ranges) // self.steps]
+        return Segment(block, step, self.times[step], lookback, CAPTION)
 
-    def _clean(self, block: int, told: str) -> Segment:
-        return Segment(block, self.steps, self.clean_time, self.clean_range, told, weight=0.0)
+    def _clean(self, block: int, conditioning: str) -> Segment:
+        return Segment(block, self.steps, self.clean_time, self.clean_range, conditioning, weight=0.0)
 
     def _scales(self, t: float) -> tuple[float, float]:
         """Of the past and of the text at t."""
@@ -144,5 +143,5 @@ class MagiSchedule:
         return self.past_scales[found], self.text_scales[found]
 
 
-def _told(segment: Segment, told: str, weight: float) -> Segment:
-    return dataclasses.replace(segment, told=told, weight=weight)
+def _under(segment: Segment, conditioning: str, weight: float) -> Segment:
+    return dataclasses.replace(segment, conditioning=conditioning, weight=weight)

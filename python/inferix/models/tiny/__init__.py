@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from inferix_kernels._check import is_whole
 
+from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...finite import to_bytes
-from .. import Adapter, PagedAttend
 from .checker import UNKNOWN, look
 from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
 from .simulator import ACTIONS, FPS, KEYS, SIZE, THEMES, TIMES, parse_theme
@@ -29,64 +29,65 @@ ADAPTER = Adapter(
     first_times=few_step_times(steps=48, shift=2.0),  # a block without a past has everything to invent
     window=9,
     sink=0,
-    fps=FPS,
     size=(SIZE, SIZE),
+    actions=ACTIONS,
+)
+PRESENTATION = Presentation(
+    fps=FPS,
     scale=4,
     live=True,
     threads=1,  # its matrices are small: a second thread gains little, and on a busy machine loses a factor of ten
-    actions=ACTIONS,
     keys={" ": "none"} | {key: ACTIONS[action] for key, action in KEYS.items()},
     example_prompts=THEMES,
 )
 
-Cross = list[tuple[Tensor, Tensor]]
+CrossCache = list[tuple[Tensor, Tensor]]
 
 
-class TinyWorld:
+class TinyWorld(Model):
     """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
 
-    adapter, dtype = ADAPTER, torch.float32
+    adapter, presentation, dtype = ADAPTER, PRESENTATION, torch.float32
+    network: TinyWorldModel
 
     def __init__(self, network: TinyWorldModel):
         self.network, config = network.eval().requires_grad_(False), network.config
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
         self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
-        self._themes: dict[tuple[int, int], Cross] = {}  # as many as there are, however they are worded
+        self._themes: dict[tuple[int, int], CrossCache] = {}  # as many as there are, however they are worded
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         angles = rope_angles(self.network.config, torch.tensor(frames)).flatten(0, 1)
         return torch.stack([angles.cos(), angles.sin()], -1).float()
 
     @torch.inference_mode()
-    def condition(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, Cross]:
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, CrossCache]:
         """Actions [1, 1, frames], and the prompt's cross-attention keys and values, computed once per theme."""
         theme = parse_theme(prompt)
         if theme not in self._themes:
             self._themes[theme] = self.network.prompt_cache(torch.tensor([[theme]]))
         return torch.tensor([[[parse_action(action) for action in actions]]]), self._themes[theme]
 
-    def predict(
-        self,
-        blocks: Sequence[Tensor],
-        times: Sequence[float],
-        conditions: Sequence[tuple[Tensor, Cross]],
-        attend: PagedAttend,
-    ) -> Tensor:
-        config, count = self.network.config, len(blocks)
+    def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
+        config, count = self.network.config, len(inputs)
 
         def paged(layer: int, qkv: Tensor, norm_q: Tensor, norm_k: Tensor) -> Tensor | None:
             out = attend(layer, qkv.flatten(0, 2), norm_q, norm_k, config.eps)
             return None if out is None else out.view(1, count, config.block_tokens, -1)
 
-        x = torch.stack([block.flatten(0, 1) for block in blocks])[None]
-        actions = torch.cat([actions for actions, _ in conditions], 1)
-        per_layer = zip(*(cross for _, cross in conditions))
+        x = torch.stack([block.x.flatten(0, 1) for block in inputs])[None]
+        times = torch.tensor([[block.t for block in inputs]])
+        actions = torch.cat([block.conditioning[0] for block in inputs], 1)
+        per_layer = zip(*(block.conditioning[1] for block in inputs))
         cross = [tuple(torch.cat(part, 1) for part in zip(*layer)) for layer in per_layer]
-        predicted = self.network(x, torch.tensor([times]), actions, cross, paged, predict=slice(count - 1, None))
+        first = first_predicted(inputs)
+        predicted = self.network(x, times, actions, cross, paged, predict=slice(first, None))
+        nothing = [torch.empty(0, *self.latent_shape)]
         if predicted is None:
-            return torch.empty(0, *self.latent_shape)
-        made = predicted[0, 0].unflatten(0, (config.block_frames, -1))
-        return made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
+            return nothing * count
+        made = predicted[0].unflatten(1, (config.block_frames, -1))
+        made = made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
+        return [*nothing * first, *made]
 
     def encode(self, frames: np.ndarray) -> Tensor:
         if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):
@@ -96,8 +97,8 @@ class TinyWorld:
     def decode(self, latents: Tensor) -> np.ndarray:
         return to_bytes(unpatchify(latents.flatten(0, 1)))
 
-    def stream(self) -> Callable[[Tensor], np.ndarray]:
-        return self.decode
+    def stream(self) -> PictureStream:
+        return PictureStream(self.decode)
 
     def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         seen = look(frames)

@@ -160,7 +160,7 @@ class Stream:
         self.tokens, self.actions, self.themes = clip.tokens[0], clip.actions[0], clip.themes[0]
         self.age, self.doubt = 0, 0.0
 
-    def haunt(self) -> None:
+    def add_second_player(self) -> None:
         """Put a second player into its last frames, more or less solid, and fade the first one now and then.
 
         A model that seldom errs seldom sees what its errors look like, and a player once doubled would stay so.

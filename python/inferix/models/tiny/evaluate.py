@@ -33,7 +33,7 @@ from inferix.media import contact_sheet
 from inferix_kernels._printing import while_read
 from inferix_kernels.files import atomic_write, require_writable
 
-from . import ADAPTER
+from . import PRESENTATION
 from .checker import COVERED, KINDS, look
 from .measures import BLOCK, FIFTHS, GATES, Gate, Measures, Summary, measure, summarise, true_video
 from .report import WIDTH, Report
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--seeds", type=int, default=8, help="held-out streams (default: 8)")
     parser.add_argument("--kv", default="int8", help="format of the KV pages (default: int8)")
     parser.add_argument("--weights", help="checkpoint (default: the one that ships)")
-    parser.add_argument("--threads", type=int, default=ADAPTER.threads, help="CPU threads (default: the world's)")
+    parser.add_argument("--threads", type=int, default=PRESENTATION.threads, help="CPU threads (default: the world's)")
     parser.add_argument("--jobs", type=int, default=1, help="streams at a time, which share the threads (default: 1)")
     args = parser.parse_args(argv)
     try:

@@ -37,7 +37,8 @@ from .simulator import Simulator
 
 WRONG = 0.003  # error of a token past which it counts like one with a player: what leaks out of a sprite is small
 ASTRAY = 0.04  # error of a block's sprites past which the log counts it as gone astray
-HAUNTED_WEIGHT = 0.3  # of a stream with two players: which one stays is hard to tell, and must not drown the rest
+# Of a stream with two players: which one stays is hard to tell, and must not drown the rest.
+SECOND_PLAYER_WEIGHT = 0.3
 DOUBLED = 0.5  # share of the blocks without a past in which a second player is begun
 FUTURES = 4  # next blocks that a stream tries, each under other actions
 
@@ -216,13 +217,13 @@ class Trainer:
         is seen side by side.
         """
         args = self.args
-        haunted = self.world.rng.random(len(self.streams)) < args.haunted
-        for stream, appears in zip(self.streams, haunted):
+        doubled = self.world.rng.random(len(self.streams)) < args.second_player
+        for stream, appears in zip(self.streams, doubled):
             stream.restart_if_lost(args.sound)
             if appears:
-                stream.haunt()
-        calm = ~torch.from_numpy(haunted)
-        says = torch.where(calm, 1.0, HAUNTED_WEIGHT)[:, None, None]
+                stream.add_second_player()
+        calm = ~torch.from_numpy(doubled)
+        says = torch.where(calm, 1.0, SECOND_PLAYER_WEIGHT)[:, None, None]
         frames = self.config.block_frames
         keys = [hard_futures(stream.world, FUTURES, frames) for stream in self.streams]
         futures = [stream.world.repeat(FUTURES) for stream in self.streams]
@@ -316,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample-steps", type=int, default=3, help="few-step schedule the model is distilled for")
     parser.add_argument("--sample-shift", type=float, default=1.0, help="its shift")
     parser.add_argument("--own-from", type=float, default=0.45, help="share of the run after which self-rollout begins")
-    parser.add_argument("--haunted", type=float, default=0.06, help="chance that a stream's past is given two players")
+    parser.add_argument("--second-player", type=float, default=0.06, help="chance of two players in a stream's past")
     parser.add_argument("--sound", type=float, default=0.02, help="error of a frame past which a stream starts over")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

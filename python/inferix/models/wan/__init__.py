@@ -17,12 +17,12 @@ from torch import Tensor
 
 from inferix_kernels._check import check_device
 
-from .. import Adapter, PagedAttend
-from .adapters import ADAPTERS, PARTS, customised
+from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
+from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
 from .lora import Lora, find_lora
-from .network import Cross, WanConfig, WanNetwork, rope_table
+from .network import CrossCache, WanConfig, WanNetwork, rope_table
 from .text import PromptEncoder, has_encoder
 from .vae import PICTURES, has_vae, load_vae
 
@@ -37,64 +37,56 @@ class TextEncoder(Protocol):
         """[tokens, text_dim] embedding of a prompt, without padding."""
 
 
-class VideoDecoder(Protocol):
-    """One world's VAE: it keeps what it needs of earlier blocks."""
-
-    def __call__(self, latents: Tensor) -> np.ndarray:
-        """[frames, channels, height, width] -> uint8 [pictures, 8 height, 8 width, 3]."""
-
-    def restart(self, latents: Tensor) -> Tensor:
-        """These, the last latents decoded, begin a new rollout; as the VAE itself would have made them."""
-
-
-class Wan:
+class Wan(Model):
     """A Wan network as the decode loop sees it.
 
     Args:
         network: its dtype is that of the products; latents stay float32 (float64 for a float64 network).
         adapter: how it is sampled; adapter.size says how large its pictures are.
-        text: encodes prompts; without it only `condition_on` works.
+        text: encodes prompts; without it only `conditioning_from` works.
         open_video: opens a VAE for one world; without it only latents come out.
         encode_video: uint8 [n, height, width, 3] -> latents [frames, channels, h, w].
         encode_start: (uint8 [height, width, 3], frames) -> latents of a video that begins with this picture and is grey
-            after it, [frames, channels, h, w]; image-to-video networks are told them beside the noise.
+            after it, [frames, channels, h, w]; image-to-video networks take them as further channels of the noise.
         look: uint8 [height, width, 3] -> [tokens, image_dim], if the network also attends to the picture.
     """
 
-    tokens: Tensor | None = None  # of the picture a video begins with, once `for_video` was told one
-    beside: Tensor | None = None  # [frames, mask and latent channels, h, w]: what goes beside the noisy latents
+    network: WanNetwork
+    tokens: Tensor | None = None  # of the picture a video begins with, once `for_video` was given one
+    concat_latents: Tensor | None = None  # [frames, mask and latent channels, h, w]: channels after the noisy latents'
 
     def __init__(
         self,
         network: WanNetwork,
         adapter: Adapter,
         text: TextEncoder | None = None,
-        open_video: Callable[[], VideoDecoder] | None = None,
+        open_video: Callable[[], PictureStream] | None = None,
         encode_video: Callable[[np.ndarray], Tensor] | None = None,
         encode_start: Callable[[np.ndarray, int], Tensor] | None = None,
         look: Callable[[np.ndarray], Tensor] | None = None,
+        presentation: Presentation = PRESENTATION,
     ):
         config = network.config
         step = [LATENT_STRIDE * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
-        beside = config.channels_in - config.channels_out  # told an image beside each latent, a whole video of them
-        if beside not in ((0, MASK + config.channels_out) if adapter.at_once else (0,)):
+        more = config.channels_in - config.channels_out  # of an image beside each latent, a whole video of them
+        if more not in ((0, MASK + config.channels_out) if adapter.at_once else (0,)):
             raise ValueError(
                 f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}, which "
                 f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * config.channels_out} channels, are "
                 "run as wan-i2v-480p and wan-i2v-720p"
             )
-        self.network, self.adapter = network.eval().requires_grad_(False), adapter
+        self.network, self.adapter, self.presentation = network.eval().requires_grad_(False), adapter, presentation
         self.text, self.open_video, self.encode_video = text, open_video, encode_video
-        self.encode_start, self.look, self.needs_picture = encode_start, look, bool(beside)
+        self.encode_start, self.look, self.needs_picture = encode_start, look, bool(more)
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
         height, width = (side // LATENT_STRIDE for side in adapter.size)
         self.grid = height // config.patch[0], width // config.patch[1]
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
         self.device, self.dtype = network.head.modulation.device, network.dtype
-        self._crosses: dict[str, Cross] = {}
+        self._conditionings: dict[str, CrossCache] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
@@ -102,19 +94,21 @@ class Wan:
         return rope_table(frames, self.grid, self.head_dim, dtype).to(self.device)
 
     @torch.inference_mode()
-    def for_video(self, frames: int, picture: np.ndarray | None = None) -> Wan:
+    def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
         """The model for a video of so many pictures, made at once; `picture`, uint8 [height, width, 3], begins it."""
         adapter, config = self.adapter, self.network.config
         if not adapter.at_once:
-            raise ValueError(f"for_video: {adapter.name} makes a video block by block, of any length")
+            return super().for_video(frames, picture)  # which refuses
         if frames < 1:
             raise ValueError(f"frames must be at least 1, got {frames}")
         if (picture is not None) != self.needs_picture:
-            told = "be given: this network is told how a video begins"
-            raise ValueError(f"image must {told if self.needs_picture else 'not be given: this network is told none'}")
+            wanted = "be given: this network is told how a video begins"
+            raise ValueError(
+                f"image must {wanted if self.needs_picture else 'not be given: this network is told none'}"
+            )
         count = 1 - (1 - frames) // PICTURES
         other = copy.copy(self)
-        other.adapter, other._crosses = dataclasses.replace(adapter, block_frames=count, window=count), {}
+        other.adapter, other._conditionings = dataclasses.replace(adapter, block_frames=count, window=count), {}
         if picture is not None:
             picture = np.ascontiguousarray(picture)  # torch takes no negative strides
             if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
@@ -127,23 +121,27 @@ class Wan:
             latents = self.encode_start(picture, count).to(self.device)
             given = torch.zeros(count, MASK, *latents.shape[2:]).to(latents)
             given[0] = 1
-            other.beside = torch.cat([given, latents], 1)
+            other.concat_latents = torch.cat([given, latents], 1)
             other.tokens = self.look(picture).to(self.device) if self.look and config.image_dim else None
         return other
 
     @torch.inference_mode()
-    def condition(self, prompt: str, actions: Sequence[int | str]) -> Cross:
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> CrossCache:
         """The prompt's cross-attention keys and values, computed once per prompt. Wan takes no actions."""
         if actions:
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
-        cross = self._crosses.get(prompt)
-        if cross is None:
-            cross = self.condition_on(self.prepare(prompt))
-            self._crosses = {prompt: cross}  # the last prompt alone: 190 MB for 1.3B
-        return cross
+        made = self._conditionings.get(prompt)
+        if made is None:
+            made = self.conditioning_from(self.embed(prompt))
+            self._conditionings = {prompt: made}  # the last prompt alone: 190 MB for 1.3B
+        return made
 
-    def prepare(self, prompt: str) -> Tensor:
-        """A prompt's embedding. Asked for ahead of its block, on any thread, it is in the encoder's cache by then."""
+    def prepare(self, prompt: str) -> None:
+        """The embedding is in the encoder's cache from now on."""
+        self.embed(prompt)
+
+    def embed(self, prompt: str) -> Tensor:
+        """A prompt's embedding [tokens, text_dim]."""
         if self.text is None:
             raise ValueError(
                 f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
@@ -152,20 +150,23 @@ class Wan:
         return self.text(prompt)
 
     @torch.inference_mode()
-    def condition_on(self, embedding: Tensor) -> Cross:
-        """The same from a prompt embedding [tokens, text_dim]."""
-        if self.needs_picture and self.beside is None:
+    def conditioning_from(self, embedding: Tensor) -> CrossCache:
+        """The same from a prompt's embedding [tokens, text_dim]."""
+        if self.needs_picture and self.concat_latents is None:
             raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video")
-        return self.network.cross(embedding.to(self.device), self.tokens)
+        return self.network.cross_cache(embedding.to(self.device), self.tokens)
 
-    def predict(
-        self, blocks: Sequence[Tensor], times: Sequence[float], conditions: Sequence[Cross], attend: PagedAttend
-    ) -> Tensor:
-        if self.beside is not None:
-            blocks = [torch.cat([block, self.beside.to(block)], 1) for block in blocks]
-        told = [time for block, time in zip(blocks, times) for _ in block]
-        flow = self.network(blocks, torch.tensor(told, dtype=torch.float64), conditions, attend)
-        return blocks[-1].new_empty(0, *self.latent_shape) if flow is None else flow.to(blocks[-1].dtype)
+    def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
+        blocks = [block.x for block in inputs]
+        if self.concat_latents is not None:
+            blocks = [torch.cat([x, self.concat_latents.to(x)], 1) for x in blocks]
+        timesteps = torch.tensor([block.t for block in inputs for _ in block.x], dtype=torch.float64)
+        first, dtype = first_predicted(inputs), blocks[-1].dtype
+        sizes = [0] * first + [len(x) for x in blocks[first:]]
+        flow = self.network(blocks, timesteps, [block.conditioning for block in inputs], attend, first)
+        if flow is None:
+            return [blocks[-1].new_empty(0, *self.latent_shape)] * len(inputs)
+        return list(flow.to(dtype).split(sizes))
 
     def encode(self, frames: np.ndarray) -> Tensor:
         height, width = self.adapter.size
@@ -179,16 +180,13 @@ class Wan:
         """The first latent frame stands for one picture, every other for four."""
         return 1 + PICTURES * (latents - 1)
 
-    def stream(self) -> VideoDecoder:
+    def stream(self) -> PictureStream:
         if self.open_video is None:
             raise ValueError(
                 f"weights of {self.adapter.name} have no VAE beside them to make pictures: its folder needs vae/, or "
                 "the file that Wan published"
             )
         return self.open_video()
-
-    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-        return {}
 
 
 def load(

@@ -1,7 +1,8 @@
 """How each published model is sampled: tables, no code per model.
 
 Noise levels lie on the schedule the models were trained with: level = s u / (1 + (s - 1) u), u = 1 - i / 1000,
-i = 0 .. 999, in float32, because a checkpoint is told 833.33331 and not 833.33333; the network is told 1000 times it.
+i = 0 .. 999, in float32, because a checkpoint knows 833.33331 and not 833.33333; the timestep is 1000 times the
+level.
 
 The teachers, undistilled, take many steps, guided: Wan's own bidirectional models, a video at once, and the causal ones
 that distillation begins with, block by block.
@@ -19,12 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import Adapter
+from ...decode.contract import Adapter, Presentation
 
 TRAIN_STEPS = 1000
 FPS = 16
 SIZE = (480, 832)
-PROMPTS = ("A red panda walks along a mossy branch in a misty forest, soft morning light, shallow depth of field.",)
+PRESENTATION = Presentation(
+    fps=FPS,
+    example_prompts=(
+        "A red panda walks along a mossy branch in a misty forest, soft morning light, shallow depth of field.",
+    ),
+)
 
 
 def noise_table(shift: float) -> Tensor:
@@ -34,20 +40,20 @@ def noise_table(shift: float) -> Tensor:
 
 
 def warped(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]:
-    """Steps that count through the table: step 750 is its entry 1000 - 750, and the network is told that entry."""
+    """Steps that count through the table: step 750 is its entry 1000 - 750, which is also the timestep."""
     levels = noise_table(shift)[[TRAIN_STEPS - step for step in steps]]
     return {"times": tuple(levels.tolist()), "timesteps": tuple((levels * TRAIN_STEPS).tolist())}
 
 
 def unwarped(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]:
-    """Steps that the network is told as they stand; their noise is that of the nearest timestep in the table."""
+    """Steps that are timesteps as they stand; their noise is that of the nearest one in the table."""
     table = noise_table(shift)
     nearest = [int((table * TRAIN_STEPS - step).abs().argmin()) for step in steps]
     return {"times": tuple(table[nearest].tolist()), "timesteps": tuple(map(float, steps))}
 
 
 def many(steps: int, shift: float) -> dict[str, tuple[float, ...]]:
-    """So many steps, even before the shift; the network is told whole numbers."""
+    """So many steps, even before the shift; timesteps are whole numbers."""
     u = torch.linspace(1 - 1 / TRAIN_STEPS, 0.0, steps + 1, dtype=torch.float64)[:-1]
     levels = shift * u / (1 + (shift - 1) * u)
     return {"times": tuple(levels.float().tolist()), "timesteps": tuple((levels * TRAIN_STEPS).floor().tolist())}
@@ -60,9 +66,7 @@ SELF_FORCING = Adapter(
     context_time=0.0,
     # Trained on 21 frames at a time: the first 21 are the published static rollout, after which the window moves.
     window=21,
-    fps=FPS,
     size=SIZE,
-    example_prompts=PROMPTS,
     **warped((1000, 750, 500, 250), shift=5.0),  # type: ignore[arg-type]
 )
 
@@ -74,9 +78,7 @@ CAUSVID = Adapter(
     window=21,
     rollout=21,
     overlap=3,
-    fps=FPS,
     size=SIZE,
-    example_prompts=PROMPTS,
     **unwarped((1000, 757, 522), shift=8.0),  # type: ignore[arg-type]
 )
 
@@ -118,9 +120,7 @@ TEACHER = Adapter(
     prediction="flow",
     sampler="unipc",
     guidance=5.0,
-    fps=FPS,
     size=SIZE,
-    example_prompts=PROMPTS,
     **many(50, SHIFTS["wan-t2v"]),  # type: ignore[arg-type]
 )
 

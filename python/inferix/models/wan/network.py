@@ -66,7 +66,7 @@ class WanConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cross:
+class CrossCache:
     """Keys and values of a prompt for every layer, computed once: cross-attention's cache.
 
     Attributes:
@@ -125,7 +125,7 @@ class CrossAttention(nn.Module):
     def image_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.norm_k_img(self.k_img(context))), self.split(self.v_img(context))
 
-    def forward(self, x: Tensor, layer: int, segments: Sequence[tuple[slice, Cross]]) -> Tensor:
+    def forward(self, x: Tensor, layer: int, segments: Sequence[tuple[slice, CrossCache]]) -> Tensor:
         """x [T, dim]; each segment of its rows attends to the prompt of its block."""
         q = self.split(self.norm_q(self.q(x)))
         parts = []
@@ -152,7 +152,7 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) * config.dim**-0.5)
 
     def forward(
-        self, layer: int, x: Tensor, e: Tensor, segments: Sequence[tuple[slice, Cross]], attend: Attend
+        self, layer: int, x: Tensor, e: Tensor, segments: Sequence[tuple[slice, CrossCache]], attend: Attend
     ) -> Tensor | None:
         """x [F, n, dim]: F frames of n tokens; e [F, 6, dim]."""
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).unsqueeze(2).unbind(1)
@@ -218,7 +218,7 @@ class WanNetwork(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.head.modulation.dtype
 
-    def cross(self, text: Tensor, image: Tensor | None = None) -> Cross:
+    def cross_cache(self, text: Tensor, image: Tensor | None = None) -> CrossCache:
         """The cross-attention cache of a prompt.
 
         Args:
@@ -237,25 +237,31 @@ class WanNetwork(nn.Module):
         text = F.pad(text.to(self.head.modulation), (0, 0, 0, config.text_len - len(text)))
         context = self.text_embedding(text)
         layers = [block.cross_attn for block in self.blocks]
-        cache = Cross([layer.text_cache(context) for layer in layers])  # type: ignore[operator, union-attr]
+        cache = CrossCache([layer.text_cache(context) for layer in layers])  # type: ignore[operator, union-attr]
         if image is None:
             return cache
         tokens = self.img_emb(image.to(self.head.modulation))
-        return Cross(cache.text, [layer.image_cache(tokens) for layer in layers])  # type: ignore[operator, union-attr]
+        return CrossCache(cache.text, [layer.image_cache(tokens) for layer in layers])  # type: ignore[operator, union-attr]
 
     def forward(
-        self, blocks: Sequence[Tensor], timesteps: Tensor, crosses: Sequence[Cross], attend: Attend
+        self,
+        blocks: Sequence[Tensor],
+        timesteps: Tensor,
+        crosses: Sequence[CrossCache],
+        attend: Attend,
+        first: int = -1,
     ) -> Tensor | None:
-        """Flow (noise minus clean latent) of the last block; the blocks before it only leave their keys and values.
+        """Flow (noise minus clean latent) of the blocks from `first` on, the last one alone by default; the blocks
+        before them only leave their keys and values.
 
         Args:
             blocks: [frames, channels_in, height, width] each; frames may differ.
             timesteps: [frames of all blocks], 0 (clean) to 1000 (noise).
-            crosses: the prompt of each block, from `cross`.
+            crosses: the conditioning of each block, from `cross_cache`.
             attend: carries out self-attention over these blocks and whatever came before them.
 
         Returns:
-            [frames of the last block, channels_out, height, width] in the network's dtype, or None if attend was.
+            [frames of these blocks, channels_out, height, width] in the network's dtype, or None if attend was.
         """
         x = torch.cat([block.to(self.dtype) for block in blocks])
         grid = x.shape[2] // self.config.patch[0], x.shape[3] // self.config.patch[1]
@@ -267,7 +273,7 @@ class WanNetwork(nn.Module):
             h = layer(i, h, modulation, segments, attend)
             if h is None:
                 return None
-        last = len(blocks[-1])
+        last = sum(len(block) for block in blocks[first:])
         return self._unpatch(self.head(h[-last:], e[-last:]), grid)
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -296,7 +302,7 @@ class WanNetwork(nn.Module):
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def _segments(lengths: Sequence[int], crosses: Sequence[Cross]) -> list[tuple[slice, Cross]]:
+def _segments(lengths: Sequence[int], crosses: Sequence[CrossCache]) -> list[tuple[slice, CrossCache]]:
     """Which rows attend to which prompt; blocks of one prompt are one segment."""
     if all(cross is crosses[0] for cross in crosses):
         return [(slice(0, sum(lengths)), crosses[0])]

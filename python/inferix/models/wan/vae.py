@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inferix_kernels._install import require
 
+from ...decode.contract import PictureStream
 from ...finite import to_bytes
 from .containers import pretrained, read_tensors, reading, shape_of
 
@@ -105,8 +106,10 @@ class VAE:
         return latents[0].transpose(0, 1).float()
 
 
-class VideoStream:
-    """One world's decoder. Call it with each block's latents in turn."""
+class VideoStream(PictureStream):
+    """One world's pictures. Call it with each block's latents in turn."""
+
+    looks_back = True
 
     def __init__(self, vae: VAE):
         self.vae = vae
@@ -131,7 +134,9 @@ class VideoStream:
         cache = [x.cpu() if isinstance(x, Tensor) else x for x in self._cache]
         return {"cache": cache, "first": self._first, "tail": None if self._tail is None else self._tail.cpu()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            raise TypeError("no state of a stream that looks back")
         device = self.vae.mean.device
         if not isinstance(state["cache"], list) or len(state["cache"]) != len(self._cache):
             raise TypeError(f"cache must have {len(self._cache)} entries")

@@ -1,0 +1,10 @@
+"""Decoding: from noise to latents, block by block.
+
+contract.py    what a model and a schedule are asked for: everything another network has to bring
+decoder.py     what every decode loop offers a World, and what the loops share
+sequential.py  one block at a time (Self Forcing, CausVid, LongLive, the tiny world, Wan itself)
+branch.py      its keys and values: the open block, and the block whose clean pass is pending
+pipeline.py    several blocks in flight, each at another noise level (MAGI-1)
+samplers.py    from one noise level to the next
+traffic.py     how much of the past a pipeline reads
+"""

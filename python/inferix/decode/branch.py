@@ -1,0 +1,160 @@
+"""One sequence of keys and values: a page table, the block being denoised, and the block whose clean pass is pending.
+
+A world is one branch. A guided world is two: the same blocks under the prompt and under the negative prompt, each with
+a past of its own. Scratch belongs to the store and is one layer deep, so that a second branch costs what it commits and
+nothing else; with no past to see, nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from inferix_kernels import PageTable, Pass
+from inferix_kernels.passes import Block
+
+from .contract import BlockInput, Model
+
+
+@dataclasses.dataclass
+class CleanBlock:
+    """A finished block, and what it was made under."""
+
+    block: Block
+    latents: Tensor
+    conditioning: Any
+
+
+class Branch:
+    """Denoises blocks over one page table.
+
+    The clean pass of a block, which turns its K and V into the past, is pending until the next block begins: then it
+    shares that block's first forward (fused) or runs just before it (separate). The results are the same, bit for bit
+    as far as a library's matrix product does not depend on how many rows it is given.
+
+    Args:
+        conditioning: of every block of this branch; None: what the world gives, block by block.
+    """
+
+    def __init__(self, model: Model, table: PageTable, conditioning: Any = None):
+        self.model, self.table, self.conditioning = model, table, conditioning
+        self.pending: CleanBlock | None = None
+        self._block: Block | None = None
+        self._noisy: Pass | None = None
+
+    @property
+    def next_frame(self) -> int:
+        """Index of the frame after the last one made."""
+        return self.pending.block.end if self.pending else self.table.next_frame
+
+    def open(self, frames: int) -> None:
+        """Begin the next block."""
+        if self.pending and not (self.model.adapter.fused and self.table.can_fuse):
+            self.commit_pending()
+        self._block, self._noisy = self.table.open_block(frames), None
+
+    def predict(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
+        """The network's prediction for the open block at x; its first forward may commit what is pending."""
+        assert self._block is not None
+        noisy = BlockInput(x, t, self._own(conditioning))
+        if self.pending:  # one forward over the clean block and the noisy one, which reads what the former commits
+            clean, block = self.pending.block, self._block
+            both = self.table.plan([clean, block], self._rope(clean, block), commit=clean)
+            predicted = self.model.predict([self._clean_input(self.pending), noisy], both.attend)
+            self._seal()
+            return predicted[-1]
+        if self._noisy is None:  # one plan for all layers and steps
+            self._noisy = self.table.plan([self._block], self._rope(self._block))
+        return self.model.predict([noisy], self._noisy.attend)[-1]
+
+    def close(self, latents: Tensor, conditioning: Any) -> CleanBlock:
+        """The open block is done; its clean pass is pending."""
+        assert self._block is not None
+        self.pending = CleanBlock(self._block, latents, self._own(conditioning))
+        self._block = self._noisy = None
+        return self.pending
+
+    def take(self, latents: Tensor, conditioning: Any) -> CleanBlock:
+        """A given clean block as the next one."""
+        self.commit_pending()
+        self._block = self.table.open_block(len(latents))
+        return self.close(latents, conditioning)
+
+    def commit_pending(self) -> None:
+        """The separate clean pass, if one is pending: only K and V are wanted; the model stops after the last."""
+        if pending := self.pending:
+            block = pending.block
+            clean = self.table.plan([block], self._rope(block), commit=block, predict=False)
+            self.model.predict([self._clean_input(pending)], clean.attend)
+            self._seal()
+
+    def abandon(self) -> None:
+        """Forget the open block; what is pending stays pending."""
+        self._block = self._noisy = None
+        self.table.abandon(keep=self.pending.block if self.pending else None)
+
+    def fork(self) -> Branch:
+        """Another branch with the same past; a clean pass that is pending is pending in both."""
+        other = copy.copy(self)
+        other.table = self.table.fork()
+        if self.pending:
+            frames = len(self.pending.block.frames)
+            other.pending = dataclasses.replace(self.pending, block=other.table.open_block(frames))
+        return other
+
+    def rewind(self, frames: int) -> None:
+        """Forget the last `frames` frames, whole blocks."""
+        pending, table = self.pending, self.table
+        if pending is None:
+            table.rewind(frames)
+        elif frames:
+            size = len(pending.block.frames)
+            if frames < size:
+                raise ValueError(f"frames must be whole blocks, the last one of {size}, got {frames}")
+            table.abandon()
+            try:
+                table.rewind(frames - size)
+            except BaseException:
+                self.pending = dataclasses.replace(pending, block=table.open_block(size))
+                raise
+            self.pending = None
+
+    def retake(self, blocks: Sequence[CleanBlock], conditioning: Any) -> list[CleanBlock]:
+        """Take these blocks, the last ones, again under another conditioning, with the sink and pinned frames alone
+        before them; the last one's clean pass is pending.
+
+        Raises:
+            OutOfPages: a fork holds what would have to go; nothing has changed.
+        """
+        table, begin = self.table, blocks[0].block.first
+        stay = {frame for frame in table.held if frame < begin and (frame < table.policy.sink or frame in table.pinned)}
+        table.check_room([clean.block for clean in blocks], [frame for frame in table.held if frame not in stay])
+        self.pending = None
+        table.abandon()
+        table.truncate(begin)
+        table.forget([frame for frame in table.held if frame not in stay])
+        return [self.take(clean.latents, conditioning) for clean in blocks]
+
+    def restart(self, table: PageTable | None = None) -> None:
+        """Begin again over this table; None: at frame 0, without a past."""
+        self.table.release()
+        self.pending = None
+        self.table = self.table.store.open(self.table.policy) if table is None else table
+
+    def _seal(self) -> None:
+        assert self.pending is not None
+        self.table.seal(self.pending.block)
+        self.pending = None
+
+    def _clean_input(self, clean: CleanBlock) -> BlockInput:
+        return BlockInput(clean.latents, self.model.adapter.context_time, clean.conditioning, predict=False)
+
+    def _own(self, conditioning: Any) -> Any:
+        return conditioning if self.conditioning is None else self.conditioning
+
+    def _rope(self, *blocks: Block) -> Tensor:
+        return self.model.rope([frame for block in blocks for frame in block.frames])

@@ -1,0 +1,342 @@
+"""What decoding asks of a model: all of it is declared here, with the defaults of what a model may leave out.
+
+A model is a network and data. `Adapter` says how its blocks are sampled, `Presentation` how its videos are shown, and
+a `Model` maps noisy blocks to predictions. What is special about one with several blocks in flight lies in its
+`Schedule`.
+
+The way of a prompt has one name for each thing: prompt (text) -> embedding (of the text encoder) -> conditioning (what
+the network attends to, or adds) -> cross-attention.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """How a model is sampled.
+
+    Attributes:
+        name: as given to --model.
+        block_frames: latent frames denoised together.
+        first_block_frames: the same for the first block of a world; 0: as `block_frames`.
+        times: noise levels of a block's denoising steps, descending from 1: x = (1 - t) x0 + t noise.
+        timesteps: the network's input at each of `times`; empty: `times`.
+        first_times: `times` for a block without a past, which has more to invent. Empty: as `times`.
+        prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
+        sampler: how a block gets from one level to the next: "renoise" (few-step models), "euler" or "unipc"; see
+            inferix.decode.samplers.
+        guidance: scale of classifier-free guidance (arXiv:2207.12598): negative + scale * (prediction - negative). 1:
+            none, and half the work.
+        negative_prompt: of the negative prediction.
+        context_time: the network's timestep in the clean pass. The block itself is not noised again.
+        fused: run a block's clean pass in one forward with the next block's first step.
+        window, sink: frames a block sees; see inferix_kernels.Policy.
+        rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
+            whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
+        recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
+        stages: of a model with a `Schedule`: blocks in flight, each a stage ahead of the next. 0: one block at a time.
+        size: pixels (height, width).
+        actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
+    """
+
+    name: str
+    block_frames: int
+    times: tuple[float, ...]
+    timesteps: tuple[float, ...] = ()
+    first_block_frames: int = 0
+    first_times: tuple[float, ...] = ()
+    prediction: str = "x0"
+    sampler: str = "renoise"
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    context_time: float = 0.0
+    fused: bool = True
+    window: int | None = None
+    sink: int = 0
+    rollout: int | None = None
+    overlap: int = 0
+    recache: bool = False
+    stages: int = 0
+    size: tuple[int, int] = (480, 832)
+    actions: tuple[str, ...] = ()
+
+    @property
+    def at_once(self) -> bool:
+        """A block sees nothing before it, so that a video is one block: a bidirectional model."""
+        return self.window == self.block_frames and not self.sink
+
+    def steps(self, first: bool) -> list[tuple[float, float]]:
+        """(noise level, timestep of the network) of every step of a block; `first`: it has no past."""
+        if first and self.first_times:
+            return [(t, t) for t in self.first_times]
+        return list(zip(self.times, self.timesteps or self.times, strict=True))
+
+    def frames(self, first: bool) -> int:
+        """Latent frames of a block; `first`: it is the first of its world."""
+        return self.first_block_frames if first and self.first_block_frames else self.block_frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Presentation:
+    """How a model's videos are shown: by the page, the terminal and the command line. Nothing is sampled by it.
+
+    Attributes:
+        fps: pictures per second at the world's own pace.
+        pictures: per latent frame, where they are as many for each.
+        scale: edge of the square that each pixel becomes in a video, unless asked for otherwise.
+        live: made in real time and small. Its pictures are kept to be measured; a video of any other model is written
+            with a journal beside it, so that what was made before a kill need not be made again.
+        threads: CPU threads that serve it best; None: all cores.
+        keys: keyboard key -> action.
+        example_prompts: show what may be said; the first is the default.
+    """
+
+    fps: int = 16
+    pictures: int = 1
+    scale: int = 1
+    live: bool = False
+    threads: int | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    example_prompts: tuple[str, ...] = ("",)
+
+
+# (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.Pass.attend
+PagedAttend = Callable[..., "Tensor | None"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInput:
+    """One block as a network sees it in one forward.
+
+    Attributes:
+        x: [frames, *latent_shape], noisy or clean.
+        t: its timestep, as the network takes it.
+        conditioning: as `Model.conditioning` or `Model.variants` made it.
+        predict: False if only its keys and values are wanted.
+    """
+
+    x: Tensor
+    t: float
+    conditioning: Any
+    predict: bool = True
+
+
+def first_predicted(inputs: Sequence[BlockInput]) -> int:
+    """Index of the first input whose prediction is wanted; of the last one, if none is. A network need not compute what
+    comes before it."""
+    return next((i for i, block in enumerate(inputs) if block.predict), len(inputs) - 1)
+
+
+class PictureStream:
+    """Pictures of one world, block by block. This class decodes every block by itself; one that looks back on earlier
+    blocks overrides everything below.
+
+    Attributes:
+        looks_back: pictures depend on the blocks before theirs.
+    """
+
+    looks_back = False
+
+    def __init__(self, decode_block: Callable[[Tensor], np.ndarray]):
+        self._decode_block = decode_block
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """The next block's latents [frames, *latent_shape] -> uint8 [pictures, height, width, 3]."""
+        return self._decode_block(latents)
+
+    def fork(self) -> PictureStream:
+        """Another stream that goes on from here."""
+        return self
+
+    def restart(self, latents: Tensor) -> Tensor:
+        """Begin anew with the latents decoded last, which begin a new rollout; returns them as it has them there."""
+        return latents
+
+    def state(self) -> dict[str, Any] | None:
+        """What it keeps of earlier blocks, as plain values and tensors in host memory."""
+        return None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from this `state`. Raises KeyError, TypeError or AttributeError if it is none."""
+
+
+class Model(abc.ABC):
+    """A network that denoises blocks of latent frames, and what surrounds it: text encoder, VAE.
+
+    Several threads may use one model, each for a world of its own: what a model keeps between calls (the last prompt, a
+    VAE's state) is either replaced as a whole or guarded by a lock.
+
+    Attributes:
+        adapter: how it is sampled.
+        presentation: how its videos are shown.
+        layers, heads, head_dim: of the keys and values it caches.
+        frame_tokens: tokens per latent frame.
+        latent_shape: of one frame.
+        dtype: of the q, k and v that it gives `attend`.
+        device: where the network runs, and the store with its keys and values.
+        network: a torch.nn.Module, watched if a block is not finite, and known again by its weights; None: neither.
+        schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
+        only_latents: there is no VAE: a world's pictures are its latents.
+    """
+
+    adapter: Adapter
+    presentation: Presentation = Presentation()
+    layers: int
+    heads: int
+    head_dim: int
+    frame_tokens: int
+    latent_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device | str = "cpu"
+    network: torch.nn.Module | None = None
+    schedule: Schedule | None = None
+
+    @property
+    def only_latents(self) -> bool:
+        return False
+
+    @abc.abstractmethod
+    def rope(self, frames: Sequence[int]) -> Tensor:
+        """[len(frames) * frame_tokens, R / 2, 2] float32 (cos, sin) for these global frame indices."""
+
+    @abc.abstractmethod
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> Any:
+        """What steers one block. Raises ValueError for a prompt or an action it does not know."""
+
+    @abc.abstractmethod
+    def predict(
+        self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None
+    ) -> Sequence[Tensor]:
+        """One forward of the network.
+
+        Args:
+            inputs: the blocks, oldest first.
+            attend: does the self-attention of all their tokens, and sees to the cache.
+            stride: `Forward.stride`.
+
+        Returns:
+            A prediction per input, [frames, *latent_shape]; [0, *latent_shape] may stand for one that was not asked
+            for, or for all if `attend` ended the pass.
+        """
+
+    @abc.abstractmethod
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 [frames, height, width, 3] -> latents [frames, *latent_shape]."""
+
+    @abc.abstractmethod
+    def stream(self) -> PictureStream:
+        """The pictures of one world."""
+
+    def variants(self, conditioning: Any, remaining: int | None) -> Mapping[str, Any]:
+        """The conditionings that a schedule chooses from for each segment, by name (`Segment.conditioning`).
+
+        Args:
+            remaining: blocks to come after this one; None: without end.
+        """
+        return {"": conditioning}
+
+    def prepare(self, prompt: str) -> None:
+        """Make a prompt quick to use, ahead of its block and on any thread. Raises ValueError as `conditioning`."""
+        self.conditioning(prompt, self.adapter.actions[:1] * self.adapter.block_frames)
+
+    def pictures_of(self, latents: int) -> int:
+        """Pictures that `encode` makes so many latent frames of, from the beginning on."""
+        return latents
+
+    def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
+        """The same model for a video of so many pictures, made at once.
+
+        Args:
+            picture: uint8 [height, width, 3], how the video begins; image-to-video models need it.
+
+        Raises:
+            ValueError: the model does not make videos at once.
+        """
+        raise ValueError(f"for_video: {self.adapter.name} makes a video block by block, of any length")
+
+    def measures(self, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+        """Shares in [0, 1] that can be read off a video [n, height, width, 3] alone; may be empty."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One block in one forward of a schedule. Its queries share one list of pages.
+
+    Attributes:
+        block: its index in the world.
+        step: how many denoising steps it has made; all of them: it is clean.
+        t: its timestep, as the network takes it.
+        lookback: blocks it attends to, its own included: committed ones, and those of this forward.
+        conditioning: the name of one of `Model.variants`.
+        weight: of its prediction in what moves the block.
+        copy: a second segment of a block of this forward, behind the others and out of their sight.
+    """
+
+    block: int
+    step: int
+    t: float
+    lookback: int
+    conditioning: str = ""
+    weight: float = 1.0
+    copy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Segments that share one forward, oldest block first.
+
+    Attributes:
+        commit: the first segment's keys and values become the past.
+        apart: each segment is alone in the world: at frame 0, and attending to itself.
+        stride: another input of a network that was distilled to steps of several sizes.
+    """
+
+    segments: tuple[Segment, ...]
+    commit: bool = False
+    apart: bool = False
+    stride: float | None = None
+
+    def needed(self) -> Forward | None:
+        """The same without what no one waits for; None if that is all of it."""
+        if self.apart:
+            kept = tuple(segment for segment in self.segments if segment.weight)
+            return dataclasses.replace(self, segments=kept) if kept else None
+        return self if self.commit or any(segment.weight for segment in self.segments) else None
+
+
+class Schedule(Protocol):
+    """How the blocks in flight are denoised.
+
+    Attributes:
+        stages: blocks in flight at most; stage_steps: denoising steps until the next block may begin.
+    """
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def stage_steps(self) -> int: ...
+
+    def forwards(self, flight: Sequence[tuple[int, int]], clean: int | None) -> Sequence[Forward]:
+        """The forwards of one step, of which one commits `clean` if there is a clean block to commit.
+
+        Args:
+            flight: (block, steps it has made) of the blocks in flight, oldest first.
+        """
+
+    def clean_pass(self, block: int) -> Forward:
+        """The clean pass of a block by itself."""
+
+    def advance(self, step: int, x: Tensor, predicted: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """A block after its step number `step`. `noise` draws so many frames."""

@@ -1,0 +1,231 @@
+"""The semi-autoregressive decode loop: denoise a block, make it the past, go on.
+
+This is the paper's figure as code. Whatever differs between models is data in their `Adapter`; whatever concerns
+keys and values is a `Branch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inferix_kernels import OutOfPages, PageTable
+from inferix_kernels.passes import Block
+
+from .branch import Branch, CleanBlock
+from .contract import Model
+from .decoder import Decoder
+from .samplers import SAMPLERS, Sampler
+
+
+class SequentialDecoder(Decoder):
+    """One world's loop, one block at a time.
+
+    The last block of a video never pays for a clean pass that nobody reads: see Branch.
+
+    Args:
+        table: empty; where this world's keys and values go.
+        generator: of all noise.
+        negative_conditioning: of classifier-free guidance, from the model's `conditioning`; None: no guidance.
+
+    Attributes:
+        recent: the blocks that a new prompt or a new rollout may need again, oldest first.
+
+    Raises:
+        ValueError: the adapter asks for guidance and `negative_conditioning` is missing, or the other way round.
+    """
+
+    can_rewind = can_recache = commits_alone = True
+
+    def __init__(self, model: Model, table: PageTable, generator: torch.Generator, negative_conditioning: Any = None):
+        super().__init__(model, generator)
+        name, scale = model.adapter.name, model.adapter.guidance
+        if (scale != 1) != (negative_conditioning is not None):
+            wanted = "a conditioning" if negative_conditioning is None else "None"
+            raise ValueError(f"negative_conditioning must be {wanted}: the guidance of {name} is {scale:g}")
+        self.branches = [Branch(model, table)]
+        if negative_conditioning is not None:
+            self.branches.append(Branch(model, table.fork(), negative_conditioning))
+        self.recent: list[CleanBlock] = []
+
+    @property
+    def tables(self) -> list[PageTable]:
+        return [branch.table for branch in self.branches]
+
+    @property
+    def pending(self) -> CleanBlock | None:
+        """The block whose clean pass is still to come."""
+        return self.branches[0].pending
+
+    @property
+    def at_work(self) -> int:
+        return self.model.adapter.frames(first=self._next_frame == 0)
+
+    def _step(self, conditioning: Any) -> Tensor:
+        adapter = self.model.adapter
+        with self._open_block(conditioning) as (x, steps, sampler):
+            for i, (level, t) in enumerate(steps):
+                predicted = self._predict(x, t, conditioning)
+                clean = predicted if adapter.prediction == "x0" else x - level * predicted
+                x = sampler(i, x, clean) if i + 1 < len(steps) else clean
+        return self._close_block(x, conditioning)
+
+    def _replay(self, conditioning: Any, latents: Tensor) -> Tensor:
+        with self._open_block(conditioning) as (x, steps, sampler):
+            if any(branch.pending for branch in self.branches):
+                self._predict(x, steps[0][1], conditioning)  # what commits the pending block
+            for i in range(len(steps) - 1):  # for the noise that the sampler draws
+                x = sampler(i, x, latents)
+        return self._close_block(latents, conditioning)
+
+    @contextmanager
+    def _open_block(self, conditioning: Any) -> Iterator[tuple[Tensor, list[tuple[float, float]], Sampler]]:
+        """The next block as noise, its (level, timestep)s and its sampler. If anything fails, it is forgotten."""
+        adapter = self.model.adapter
+        if adapter.rollout and self._next_frame >= adapter.rollout:
+            self._new_rollout(conditioning)
+        first = self._next_frame == 0
+        frames, steps = adapter.frames(first), adapter.steps(first)
+        try:
+            for branch in self.branches:
+                branch.open(frames)
+            yield self._noise(frames), steps, self._sampler([level for level, _ in steps], frames)
+        except BaseException:
+            for branch in self.branches:
+                branch.abandon()
+            raise
+
+    def _close_block(self, latents: Tensor, conditioning: Any) -> Tensor:
+        made, *_ = [branch.close(latents, conditioning) for branch in self.branches]
+        self._remember(made)
+        return latents
+
+    def _take_back_step(self) -> None:
+        self.rewind(len(self.recent[-1].latents))
+
+    def split_observed(self, frames: int) -> list[int]:
+        sizes: list[int] = []
+        while sum(sizes) < frames:
+            sizes.append(self.model.adapter.frames(first=self.frames == 0 and not sizes))
+        if (end := sum(sizes)) != frames:
+            raise ValueError(f"frames must make whole blocks of latents, {end} or {end - sizes[-1]}, got {frames}")
+        return sizes
+
+    def _observe_block(self, latents: Tensor, conditioning: Any) -> None:
+        taken, *_ = [branch.take(latents, conditioning) for branch in self.branches]
+        self._remember(taken)
+        self.commit_pending()
+
+    @torch.inference_mode()
+    def commit_pending(self) -> None:
+        for branch in self.branches:
+            branch.commit_pending()
+
+    def _fork_past(self) -> None:
+        self.branches = [branch.fork() for branch in self.branches]
+        self.recent = list(self.recent)
+
+    @property
+    def rewinds(self) -> list[int]:
+        """As far as all is held that a block would see from there; there is no way back into what a rollout began
+        with."""
+        end, sizes = self._next_frame, [0]
+        for clean in reversed(self.recent):
+            given = clean.block.first == 0 and self.frames != end  # a later rollout's overlap
+            if given or self.table.gone(clean.block.first):
+                break
+            sizes.append(end - clean.block.first)
+        return sizes
+
+    def rewind(self, frames: int) -> None:
+        for branch in self.branches:
+            branch.rewind(frames)
+        self.frames -= frames
+        self.recent = [clean for clean in self.recent if clean.block.end <= self._next_frame]
+
+    def release(self) -> None:
+        super().release()
+        for branch in self.branches:
+            branch.pending = None
+
+    @torch.inference_mode()
+    def recache(self, conditioning: Any) -> None:
+        """Compute K and V of what the window holds again, as if it had been made under this conditioning.
+
+        Oldest block first, each seeing the sink, which keeps what it has, and those before it that are made anew. The
+        last block's clean pass is pending.
+
+        Source: _recache_after_switch of github.com/NVlabs/LongLive (4f69408), with its global sink.
+
+        Raises:
+            OutOfPages: the store has no room; nothing has changed. After any other failure half of the past is gone,
+                and the loop is released.
+        """
+        policy = self.table.policy
+        begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))
+        if blocks := [clean for clean in self.recent if clean.block.first >= begin]:
+            older = [clean for clean in self.recent if clean.block.end <= blocks[0].block.first]
+            try:
+                self.recent = older + self.branches[0].retake(blocks, conditioning)
+            except OutOfPages:
+                raise
+            except BaseException:
+                self.release()
+                raise
+
+    def last_latents(self) -> Tensor | None:
+        return self.recent[-1].latents if self.recent else None
+
+    def state(self) -> dict[str, Any]:
+        self.commit_pending()
+        return {
+            "frames": self.frames,
+            "generator": self.generator.get_state(),
+            "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in self.recent],
+        }
+
+    def restore(self, tables: list[PageTable], state: dict[str, Any]) -> None:
+        device = self.table.store.device
+        for branch, table in zip(self.branches, tables, strict=True):
+            branch.restart(table)
+        self.generator.set_state(state["generator"])
+        self.frames, self.released = state["frames"], False
+        self.recent = [
+            CleanBlock(Block(first, end, []), latents.to(device), None) for first, end, latents in state["recent"]
+        ]
+
+    def _new_rollout(self, conditioning: Any) -> None:
+        """Begin again at frame 0, with the last frames as the past."""
+        overlap = self.model.adapter.overlap
+        given = self.restart(torch.cat([clean.latents for clean in self.recent])[-overlap:])
+        for branch in self.branches:
+            branch.restart()
+        self.recent = []
+        self._observe_block(given, conditioning)
+        self.frames -= overlap
+
+    def _predict(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
+        """The prediction or, guided, the negative one and `guidance` times the way from there."""
+        predicted, *negative = (branch.predict(x, t, conditioning) for branch in self.branches)
+        for other in negative:
+            predicted = other + self.model.adapter.guidance * (predicted - other)
+        return predicted
+
+    def _remember(self, clean: CleanBlock) -> None:
+        policy, end = self.table.policy, clean.block.end
+        depth = max(self.model.adapter.overlap, policy.window or end) + policy.undo
+        self.frames += len(clean.latents)
+        self.finished = len(clean.latents)
+        self.recent = [old for old in self.recent if old.block.end > end - depth] + [clean]
+
+    @property
+    def _next_frame(self) -> int:
+        """Index of the next frame in this rollout."""
+        return self.branches[0].next_frame
+
+    def _sampler(self, levels: Sequence[float], frames: int) -> Sampler:
+        return SAMPLERS[self.model.adapter.sampler](levels, lambda: self._noise(frames))

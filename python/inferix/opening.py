@@ -1,0 +1,96 @@
+"""What a World is made of: its policy, store and decode loop, from a model and the arguments that a user gives."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from inferix_kernels import KVStore, PageTable, Policy
+from inferix_kernels._check import is_whole
+from inferix_kernels.layout import KV_FORMATS, scratch_format
+from inferix_kernels.proofs import stored
+
+from .decode.contract import Adapter, Model
+from .decode.decoder import Decoder
+from .decode.pipeline import PipelineDecoder
+from .decode.sequential import SequentialDecoder
+
+
+def check_format(kv: str) -> None:
+    if kv not in KV_FORMATS:
+        raise ValueError(f"kv must be one of {', '.join(KV_FORMATS)}, got {kv!r}")
+
+
+def check_seed(seed: int) -> None:
+    if not is_whole(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")
+
+
+def check_counts(adapter: Adapter, blocks: int | None, worlds: int) -> None:
+    if not is_whole(worlds) or worlds < 1:
+        raise ValueError(f"worlds must be at least 1, got {worlds!r}")
+    if blocks is not None and (not adapter.stages or not is_whole(blocks) or blocks < 1):
+        raise ValueError(
+            f"blocks must be at least 1, and given only for a model that runs in a pipeline, got {blocks} for "
+            f"{adapter.name}"
+        )
+
+
+def policy_for(adapter: Adapter, kv: str, window: int | None, sink: int | None, undo: int) -> Policy:
+    """What a world keeps of its past; None: as the model was trained.
+
+    Raises:
+        ValueError: a block would not see all of itself, or a model without a past is asked to keep one.
+    """
+    if adapter.at_once and (window is not None or sink is not None):
+        raise ValueError(f"window and sink must not be given: {adapter.name} makes a video at once, from no past")
+    window, sink = adapter.window if window is None else window, adapter.sink if sink is None else sink
+    policy, largest = Policy(window, sink, format=kv, undo=undo), _largest_block(adapter)
+    if policy.window is None or policy.window < largest:
+        raise ValueError(f"window must be at least the {largest} frames of one block, which it counts, got {window}")
+    return policy
+
+
+def open_store(model: Model, policy: Policy, worlds: int, backend: str) -> KVStore:
+    """A store with room for so many worlds under this policy, on the model's device."""
+    adapter, device = model.adapter, torch.device(model.device)
+    # A guided world has two pasts; where nothing sees a past, nothing is ever committed.
+    pasts = 0 if adapter.at_once else worlds * (1 if adapter.guidance == 1 else 2)
+    store = KVStore(
+        layers=model.layers,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        frame_tokens=model.frame_tokens,
+        block_frames=_largest_block(adapter),
+        # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
+        scratch_blocks=2 + adapter.stages,
+        scratch_format=scratch_format(device, model.dtype),
+        pools={format: max(1, pasts * frames) for format, frames in policy.capacity().items()},
+        device=device,
+        backend=backend,
+    )
+    if backend == "auto" and (unproved := stored.notice(device)):
+        logging.getLogger("inferix").warning(unproved)
+    return store
+
+
+def open_decoder(
+    model: Model, table: PageTable, seed: int, negative_conditioning: Any = None, blocks: int | None = None
+) -> Decoder:
+    """The decode loop that a model asks for, over an empty table.
+
+    Args:
+        seed: of all noise.
+        negative_conditioning: of a guided model; see SequentialDecoder.
+        blocks: that the world is to have, of a model with several in flight; None: no end.
+    """
+    generator = torch.Generator().manual_seed(int(seed))
+    if model.schedule is None:
+        return SequentialDecoder(model, table, generator, negative_conditioning)
+    return PipelineDecoder(model, table, generator, blocks)
+
+
+def _largest_block(adapter: Adapter) -> int:
+    return max(adapter.block_frames, adapter.first_block_frames)
