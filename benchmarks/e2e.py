@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather, passes
+from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather
 from inferix_kernels.layout import scratch_format
+from inferix_kernels.store import passes
 
 from .harness.case import error_of
 from .harness.ledger import ROOT

@@ -20,11 +20,7 @@ from .ops import (
     quantize_rows,
     select_pages,
 )
-from .page_table import PageTable
-from .paged_kv import KVStore
-from .passes import Pass, TopK
-from .policy import Policy
-from .slots import NotResident, OutOfPages
+from .store import KVStore, NotResident, OutOfPages, PageTable, Pass, Policy, TopK
 
 __all__ = [
     "FORMATS",

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from inferix_kernels.page_table import PageTable
-from inferix_kernels.passes import Block, Pass
+from inferix_kernels import PageTable
+from inferix_kernels.store import Block, Pass
 
 from .models import BlockModel
 
@@ -136,7 +136,7 @@ class Branch:
     def restart(self) -> None:
         """Begin again at frame 0, without a past."""
         self.table.release()
-        self.table, self.owed = self.table.store.open(self.table.policy), None
+        self.table, self.owed = PageTable(self.table.store, self.table.policy), None
 
     def _fused(self, block: Block, x: Tensor, t: float, condition: Any) -> Tensor:
         """One forward over the owed block, clean, and the new one, noisy, which reads what the former commits."""

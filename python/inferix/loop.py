@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inferix_kernels.page_table import PageTable
+from inferix_kernels import PageTable
 
 from .branch import Branch, Clean
 from .models import BlockModel

@@ -27,8 +27,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from inferix_kernels.page_table import PageTable
-from inferix_kernels.passes import Block, Pass
+from inferix_kernels import PageTable
+from inferix_kernels.store import Block, Pass
 
 from .models import Adapter, PagedAttend
 from .traffic import Traffic

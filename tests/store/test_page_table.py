@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from inferix_kernels import NotResident, OutOfPages, Policy, TopK, passes
+from inferix_kernels import NotResident, OutOfPages, Policy, TopK
+from inferix_kernels.store import passes
 from tests.store.stores import (
     FRAME_TOKENS,
     HEAD_DIM,
@@ -189,9 +190,8 @@ def test_fetched_pages_are_those_of_the_frames_named():
     add_blocks(table, 3)
     table.convert([4], "int4")
     for where, frames in (
-        (table.range(2, 5), [2, 3, 4, 5]),
+        (table.select(range(2, 6)), [2, 3, 4, 5]),
         (table.select([7, 0, 4]), [7, 0, 4]),
-        (table.window(2, sink=1), [0, 7, 8]),
     ):
         assert torch.equal(where.ids, table.select(frames).ids)
         assert where.lens.tolist() == [8, 8, 5] * len(frames)
@@ -337,7 +337,7 @@ def test_frames_that_are_not_held_or_named_twice_are_refused():
     table = open_store().open(Policy(6))
     add_block(table, 3)
     with pytest.raises(KeyError, match=r"frames must be held \(now \[0, 1, 2\]\), got \[3\]"):
-        table.range(2, 3)
+        table.select([2, 3])
     with pytest.raises(ValueError, match=r"frames must be named once, got \[1\] again"):
         table.select([1, 0, 1])
     add_blocks(table, 3)

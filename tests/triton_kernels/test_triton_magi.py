@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'trit
 
 from inferix.models.magi import Magi, MagiSchedule, adapter_for
 from inferix.pipeline import Pipeline
-from inferix_kernels import passes
+from inferix_kernels.store import passes
 from inferix_kernels.triton_kernels import launch
 from tests.models.magi_folder import random_network, tiny_config
 from tests.models.magi_golden import table_for

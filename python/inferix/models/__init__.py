@@ -38,7 +38,7 @@ class Adapter:
         negative_prompt: see `guidance`.
         context_time: what the network is told in the clean pass. The block itself is not noised again.
         fused: run a block's clean pass in one forward with the next block's first step.
-        window, sink: frames a block sees; see inferix_kernels.policy.Policy.
+        window, sink: frames a block sees; see inferix_kernels.Policy.
         rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
             whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
         recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
@@ -100,7 +100,7 @@ class Adapter:
         return self.first_block_frames if first and self.first_block_frames else self.block_frames
 
 
-# (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.passes.Pass.attend
+# (layer, packed qkv [T, ...], norm_q, norm_k, eps) -> [T, Hq * D] or None: inferix_kernels.Pass.attend
 PagedAttend = Callable[..., "Tensor | None"]
 
 

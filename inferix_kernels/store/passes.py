@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .layout import PageList, Plan, even_plan
-from .ops import (
+from ..layout import PageList, Plan, even_plan
+from ..ops import (
     kv_append,
     kv_commit,
     page_scores,
@@ -20,24 +19,12 @@ from .ops import (
     qkv_prologue,
     select_pages,
 )
-from .paged_kv import KVStore
-from .slots import Extent, Slot, in_turn
-
-if TYPE_CHECKING:
-    from .page_table import PageTable
-
-
-@dataclasses.dataclass(eq=False)
-class Block:
-    """Frames [first, end) while they are denoised together, and their scratch pages."""
-
-    first: int
-    end: int
-    scratch: list[int]  # first page of each frame, in the scratch pool
-
-    @property
-    def frames(self) -> range:
-        return range(self.first, self.end)
+from .extent import Extent
+from .past import Block
+from .slots import Slot
+from .storage import Storage
+from .table_view import TableView
+from .turns import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +47,7 @@ class TopK:
 class _Selection:
     """TopK at work in one pass. Committed pages do not change, so a layer's are summarised when it first comes by."""
 
-    def __init__(self, store: KVStore, top: TopK, block: Block, past: PageList, seen: PageList):
+    def __init__(self, store: Storage, top: TopK, block: Block, past: PageList, seen: PageList):
         self.store, self.top, self.past, self.seen = store, top, past, seen
         tokens = len(block.frames) * store.frame_tokens
         own, device = len(seen.ids) - len(past.ids), seen.ids.device
@@ -90,13 +77,12 @@ class _Selection:
 Target = Sequence[tuple[Extent, Slot]]
 
 
-def _by_format(store: KVStore, commit: Block, target: Target) -> list[tuple[str, list[int], list[int]]]:
+def _by_format(store: Storage, commit: Block, target: Target) -> list[tuple[str, list[int], list[int]]]:
     """(format, scratch pages, pages of its pool) of what is committed, by the first page of each frame."""
     parts = []
     for format in dict.fromkeys(extent.format for extent, _ in target):
         pairs = [(page, slot) for page, (extent, slot) in zip(commit.scratch, target) if extent.format == format]
-        size = store.pages_per_frame
-        parts.append((format, [page for page, _ in pairs], [slot.index * size for _, slot in pairs]))
+        parts.append((format, [page for page, _ in pairs], [slot.pool_page for _, slot in pairs]))
     return parts
 
 
@@ -109,7 +95,7 @@ class Pass:
 
     def __init__(
         self,
-        table: PageTable,
+        table: TableView,
         blocks: Sequence[Block],
         past: Sequence[Sequence[int]],
         rope: Tensor | None,
@@ -121,13 +107,13 @@ class Pass:
         self.table, self.rope, self.predict = table, rope, predict
         self.turn, self._edits = table.turn, table.state.edits
         store = table.store
-        own = [[store.scratch_base + page for page in block.scratch] for block in blocks]
+        own = [[store.scratch_page_id + page for page in block.scratch] for block in blocks]
         # Where a frame is read: what the pass writes to scratch, or its committed pages.
         where = {frame: page for block, pages in zip(blocks, own) for frame, page in zip(block.frames, pages)}
         slots = {**table.state.kept, **table.state.slots}
         if commit is not None:
             slots |= {frame: slot for frame, (_, slot) in zip(commit.frames, target)}
-        where |= {frame: slots[frame].page for frame in chain(*past) if frame in slots}
+        where |= {frame: slots[frame].page_id for frame in chain(*past) if frame in slots}
         seen = [[*(where[frame] for frame in frames), *pages] for frames, pages in zip(past, own)]
         written = [page for block in blocks for page in block.scratch]
         commits = [] if commit is None else _by_format(store, commit, target)
@@ -137,9 +123,9 @@ class Pass:
             list(accumulate((len(pages) * store.pages_per_frame for pages in seen), initial=0)),
         ]
         # One copy to the device for all of them.
-        *ids, q_indptr, page_indptr = store.upload(groups, indptrs)
+        *ids, q_indptr, page_indptr = store.lists.upload(groups, indptrs)
         seen_list, self.written, *lists = (
-            PageList(pages, store.page_lens(len(group))) for pages, group in zip(ids, groups)
+            PageList(pages, store.lists.lens(len(group))) for pages, group in zip(ids, groups)
         )
         self.plan = Plan(q_indptr, page_indptr, *seen_list)
         # (format, scratch pages, pages of its pool) of what is committed

@@ -15,26 +15,27 @@ import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._install import require
-from .files import atomic_write
-from .layout import KVPages, as_bytes
-from .paged_kv import KVStore
+from .._install import require
+from ..files import atomic_write
+from ..layout import KVPages, as_bytes
+from .extent import Extent
+from .kv_store import KVStore
+from .page_table import PageTable
 from .past import Past
 from .policy import Policy
-from .slots import Extent, Slot
-
-if TYPE_CHECKING:
-    from .page_table import PageTable
+from .slots import Slot
+from .storage import Storage
+from .table_view import TableView
 
 VERSION = 2  # 1 had no checksums
 
 
-def save(table: PageTable, path: str | os.PathLike[str]) -> None:
+def save(table: TableView, path: str | os.PathLike[str]) -> None:
     """Write the table's past to `path`. A crash in the middle leaves what was there before.
 
     A policy's `on_evict` is code and not saved: give it again to `load`.
@@ -52,7 +53,7 @@ def save(table: PageTable, path: str | os.PathLike[str]) -> None:
         save_file(tensors, part, {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
 
 
-def _tensors(table: PageTable) -> dict[str, Tensor]:
+def _tensors(table: TableView) -> dict[str, Tensor]:
     store, tensors, held = table.store, {}, table.state.held.values()
     for format in dict.fromkeys(extent.format for extent in held):
         places = [_place(extent) for extent in held if extent.format == format]
@@ -67,7 +68,7 @@ def _tensors(table: PageTable) -> dict[str, Tensor]:
     return tensors
 
 
-def _state(table: PageTable) -> dict[str, Any]:
+def _state(table: TableView) -> dict[str, Any]:
     return {
         "version": VERSION,
         "geometry": table.store.geometry,
@@ -137,7 +138,7 @@ class _Header:
     checksums: Mapping[str, object] | None  # of each tensor; None: the file has none
 
 
-def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> _Header:
+def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> _Header:
     if not metadata or "inferix" not in metadata:
         raise _Damaged("it has no such header")
     state = _parsed(metadata["inferix"])
@@ -218,7 +219,7 @@ def _policy(saved: dict[str, Any]) -> Policy:
         raise _Damaged(f"its header is damaged: {str(error)[:100]}") from None
 
 
-def _restored(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> Past:
+def _restored(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) -> Past:
     """The past that a file's header and tensors describe, in slots of its own."""
     formats = header.formats
     if unknown := sorted(set(formats.values()) - store.pools.keys()):
@@ -251,7 +252,7 @@ def _restored(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) ->
     )
 
 
-def _check_tensors(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Raises _Damaged unless they are the tensors of these frames, of the right shapes, and have the right sums."""
     formats = list(header.formats.values())
     wanted = {
@@ -273,7 +274,7 @@ def _check_tensors(store: KVStore, header: _Header, tensors: Mapping[str, Tensor
             raise _Damaged(f"{name} is damaged: its checksum is of other contents")
 
 
-def _fill(store: KVStore, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
+def _fill(store: Storage, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
     n = store.pages_per_frame
     for i, field in enumerate(KVPages._fields):
         if store.pools[format].pages[i] is None:

@@ -17,63 +17,22 @@ An edit puts another `Past` in place with one assignment (past.py): an exception
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-from .boundary import fitted, turn_page
-from .layout import PageList
-from .ops import kv_append
-from .paged_kv import KVStore
-from .passes import Block, Pass, TopK
-from .past import NOTHING, Past
-from .policy import Policy
-from .slots import Extent, NotResident, Slot, in_turn
+from ..ops import kv_append
+from .boundary import turn_page
+from .extent import Extent
+from .passes import Pass, TopK
+from .past import NOTHING, Block
+from .table_view import TableView
+from .turns import in_turn
 
 
-class PageTable:
+class PageTable(TableView):
     """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists."""
-
-    evicting = False  # is the policy's on_evict being called?
-
-    def __init__(self, store: KVStore, policy: Policy):
-        policy = fitted(policy, store)
-        self.store, self.policy, self.turn = store, policy, store.turn
-        self.state = Past.empty(store.num_layers)  # replaced by every edit, changed by none
-        store.register(self)
-
-    @property
-    def held(self) -> Mapping[int, Extent]:
-        """Frame -> extent, in the order of the frames."""
-        return MappingProxyType(self.state.held)
-
-    @property
-    def cold(self) -> set[int]:
-        """Held frames that this world does not want on the device."""
-        return self.state.held.keys() - self.state.slots.keys()
-
-    @property
-    def pinned(self) -> frozenset[int]:
-        """Held frames that stay and are seen whatever the policy says."""
-        return self.state.pinned
-
-    @property
-    def next_frame(self) -> int:
-        return self.state.next_frame
-
-    @property
-    def open_blocks(self) -> list[Block]:
-        """Oldest first."""
-        return list(self.state.open_blocks)
-
-    @property
-    def k_means(self) -> list[Tensor | None]:
-        """One mean key [heads, D] per layer, frozen after the first block and taken off every key since: softmax does
-        not change, and what is left is smaller to quantize. None until then, and in stores that do not quantize."""
-        return list(self.state.k_means)
 
     # A block's life
 
@@ -132,50 +91,8 @@ class PageTable:
     @in_turn
     def drop(self, block: Block) -> None:
         """Forget one open block, whatever becomes of the others."""
-        self._check_open([block])
+        self.check_open([block])
         self.state = self.state.only_blocks([other for other in self.state.open_blocks if other is not block])
-
-    # Reading
-
-    def range(self, first: int, last: int) -> PageList:
-        """Pages of the held frames first .. last, both included, for attention over `store.layers[layer]`."""
-        return self.select(range(first, last + 1))
-
-    def window(self, recent: int, sink: int = 0) -> PageList:
-        """Pages of the first `sink` frames and of the `recent` last ones, as far as they are held."""
-        return self.select([f for f in self.held if f < sink or f >= self.next_frame - recent])
-
-    @in_turn
-    def select(self, frames: Iterable[int]) -> PageList:
-        """Pages of these held frames, in this order.
-
-        Raises:
-            KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
-        """
-        return self.store.page_list(slot.page for slot in self._resident(list(frames)))
-
-    @in_turn
-    def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv]."""
-        return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
-
-    def _held(self, frames: Sequence[int]) -> list[Extent]:
-        held = self.state.held
-        missing = [frame for frame in frames if frame not in held]
-        if missing:
-            raise KeyError(f"frames must be held (now {list(held)}), got {missing}")
-        if len(set(frames)) < len(frames):
-            raise ValueError(f"frames must be named once, got {[f for f in set(frames) if frames.count(f) > 1]} again")
-        return [held[frame] for frame in frames]
-
-    def _resident(self, frames: Sequence[int]) -> list[Slot]:
-        self._held(frames)
-        here = {**self.state.kept, **self.state.slots}
-        slots = [here[frame] for frame in frames if frame in here]
-        if len(slots) < len(frames) or any([slot.arriving for slot in slots]):
-            away = [frame for frame in frames if self.state.slot(frame) is None]
-            raise NotResident(f"frames {away} are in host memory: call prefetch({away}) before the block is opened")
-        return slots
 
     @in_turn
     def plan(
@@ -202,7 +119,7 @@ class PageTable:
         """
         if not blocks:
             raise ValueError("blocks must be at least one open block, got none")
-        self._check_open(blocks)
+        self.check_open(blocks)
         if commit is not None and (commit is not self.state.open_blocks[0] or commit is not blocks[0]):
             raise ValueError("commit must be the oldest open block and the first of the pass")
         if commit is not None and len(blocks) > 1 and not self.can_fuse:
@@ -211,7 +128,7 @@ class PageTable:
             )
         if top_k is not None and len(blocks) != 1:
             raise ValueError(f"top_k needs a pass over one block, got {len(blocks)}")
-        seen = [self._seen(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
+        seen = [self.seen(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
         if commit is None or self.state.target:
             return Pass(self, blocks, seen, rope, commit, self.state.target, predict, top_k)
         with self.store.take([self.policy.format_of(f, commit.end) for f in commit.frames]) as slots:
@@ -219,29 +136,6 @@ class PageTable:
             made = Pass(self, blocks, seen, rope, commit, target, predict, top_k)
         self.state = self.state._replace(target=target)
         return made
-
-    def _check_open(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            if block not in self.state.open_blocks:
-                raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
-
-    def past(self, block: Block) -> list[int]:
-        """Held frames that the policy lets a block see."""
-        past, sees = self.state, self.policy.sees
-        return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
-
-    def _seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
-        """Frames that a block of a pass sees besides its own, of the other blocks of the pass too; all can be read."""
-        others = [frame for other in blocks if other is not block for frame in other.frames]
-        before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
-        frames = self.past(block) + before if see is None else list(see)
-        self._resident([frame for frame in frames if frame not in others])
-        return frames
-
-    @property
-    def can_fuse(self) -> bool:
-        """May a clean pass share its forward with the next block? Not the first one of a world that quantizes."""
-        return not self.store.freezes_mean or self.state.k_means[0] is not None
 
     # Changing the past
 
@@ -296,7 +190,7 @@ class PageTable:
     def forget(self, frames: Iterable[int]) -> None:
         """Forget these held frames: no block sees them any more."""
         frames = list(frames)
-        self._held(frames)
+        self.check_held(frames)
         self.state = self.state.without(frames)
 
     @in_turn
@@ -306,7 +200,7 @@ class PageTable:
         Raises:
             OutOfPages: not so.
         """
-        self._held(leaving)
+        self.check_held(leaving)
         slots = self.state.slots
         formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
         self.store.check_room(self, formats, [slots[frame] for frame in leaving if frame in slots])
@@ -320,11 +214,12 @@ class PageTable:
     def pin(self, frames: Iterable[int]) -> None:
         """Keep these held frames, and see them, whatever the policy says."""
         frames = list(frames)
-        self._held(frames)
+        self.check_held(frames)
         self.state = self.state._replace(pinned=self.state.pinned.union(frames))
 
     @in_turn
     def unpin(self, frames: Iterable[int]) -> None:
+        """Leave these frames to the policy again: they go at the next boundary if it does not keep them."""
         self.state = self.state._replace(pinned=self.state.pinned.difference(frames))
 
     @in_turn
@@ -335,15 +230,10 @@ class PageTable:
             sink: frames of the sink too, which are protected otherwise.
         """
         self._check_sink("convert", frames, sink)
-        slots = self._resident(frames)
+        slots = self.resident(frames)
         changing = [frame for frame, slot in zip(frames, slots) if slot.pool.format != format]
         if changing:
             self.state = self.converted(self.state, changing, format)
-
-    def converted(self, past: Past, frames: Sequence[int], format: str) -> Past:
-        pairs = [(past.held[frame], past.slot(frame)) for frame in frames]
-        made = self.store.converted([(extent, slot) for extent, slot in pairs if slot is not None], format)
-        return past.replaced(dict(zip(frames, made, strict=True)))
 
     @in_turn
     def rewrite(
@@ -356,13 +246,13 @@ class PageTable:
             sink: as for `convert`.
         """
         self._check_sink("rewrite", [frame], sink)
-        (old,) = self._resident([frame])
+        (old,) = self.resident([frame])
         with self.store.take([old.pool.format]) as (slot,):
-            where = self.store.page_list([slot.index * self.store.pages_per_frame])
+            where = self.store.lists.of([slot.pool_page])
             for layer in range(self.store.num_layers):
                 k, v = change(layer, *self.gather(layer, [frame]))
                 kv_append(k, v, slot.pool.layers[layer], where, backend=self.store.backend)
-        self._held([frame])  # still, whatever `change` did
+        self.check_held([frame])  # still, whatever `change` did
         self.state = self.state.replaced({frame: (Extent(old.pool.format, slot), slot)})
 
     def _check_sink(self, what: str, frames: Sequence[int], sink: bool) -> None:
@@ -380,7 +270,7 @@ class PageTable:
         Raises:
             OutOfPages: host memory has no room for all of them; nothing was changed.
         """
-        self._held(frames)
+        self.check_held(frames)
         past = self.state
         going = [frame for frame in frames if frame in past.slots]
         self.store.to_host([(past.held[frame], past.slots[frame]) for frame in going])
@@ -394,7 +284,7 @@ class PageTable:
         Raises:
             OutOfPages: the device has no room for all of them; nothing was changed.
         """
-        self._held(frames)
+        self.check_held(frames)
         past = self.state
         coming = [frame for frame in frames if frame not in past.slots]
         self.state = past.back(dict(zip(coming, self.store.to_device([past.held[frame] for frame in coming]))))

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import torch
 
-from . import layout
-from ._check import check_counts, check_page_size
-from .layout import FORMATS, tile_shapes
+from .. import layout
+from .._check import check_counts, check_page_size
+from ..layout import FORMATS, tile_shapes
 from .policy import Policy
 
 GIB = 1 << 30

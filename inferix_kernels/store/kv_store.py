@@ -1,0 +1,45 @@
+"""The KV store: pools of pages for all layers, shared by any number of worlds.
+
+store = KVStore(layers=30, heads=12, head_dim=128, frame_tokens=1560, block_frames=3, pools={"int8": 21})
+table = store.open(Policy(window=18, sink=3))          # one world: see page_table.py
+"""
+
+from __future__ import annotations
+
+from .page_table import PageTable
+from .policy import Policy
+from .storage import Storage
+
+
+class KVStore(Storage):
+    """Pools of pages, and who holds them.
+
+    A page id means the same page in every layer. Ids count through the pools in their order, then through scratch.
+    A frame's tokens begin on a page boundary; its last page may be partly valid. Scratch is one layer deep: a layer's
+    noisy keys are read only by its own attention, and the clean pass commits each layer as it goes by.
+
+    Threads: the worlds of a store share its pools and scratch. They may be stepped by several threads, a world by one
+    at a time: every operation, and every layer of a pass, has the store to itself (`turn`), so each world computes what
+    it would alone. On a GPU the streams of the threads are put in order too; see turns.StreamTurns.
+
+    Args:
+        layers, heads, head_dim: of the keys and values (heads is the number of KV heads). head_dim may be the widths
+            of keys and values, (D, Dv), for rows of latents (MLA, with heads=1).
+        frame_tokens: tokens per latent frame; any count.
+        block_frames: frames per block, at most.
+        scratch_blocks: blocks that can be open at once. Two are enough to denoise one block at a time: it, and the one
+            before it, whose clean pass shares its first forward.
+        pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
+        host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
+        scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V; None: as
+            layout.scratch_format has it for a bfloat16 network on this device.
+        page_size: token slots per page, a multiple of 8.
+        model: any name; a snapshot is refused by a store of another one.
+
+    Raises:
+        ValueError: an argument is not what it must be; nothing was allocated.
+    """
+
+    def open(self, policy: Policy) -> PageTable:
+        """A new, empty world over this store."""
+        return PageTable(self, policy)
