@@ -20,16 +20,19 @@ from .ops import (
     quantize_rows,
     select_pages,
 )
-from .store import KVStore, NotResident, OutOfPages, PageTable, Pass, Policy, TopK
+from .store import Attention, KVStore, Local, NotResident, OutOfPages, PageTable, Part, Pass, Policy, TopK
 
 __all__ = [
     "FORMATS",
+    "Attention",
     "KVPages",
     "KVStore",
+    "Local",
     "NotResident",
     "OutOfPages",
     "PageList",
     "PageTable",
+    "Part",
     "Pass",
     "Plan",
     "Policy",

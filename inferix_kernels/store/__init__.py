@@ -21,27 +21,33 @@ Each module imports only those above it:
 | page_lists, copies | page lists of frames; copies to and from host memory |
 | storage | all pools: taking slots, converting, host memory |
 | table_view | one world, to be read |
-| passes | one forward: writes, commits and attends, layer by layer |
+| attention | how the queries of a pass attend |
+| passes, planning | one forward: writes, commits and attends, layer by layer; what it reads and writes |
 | boundary, page_table | one world, with its edits |
 | kv_store | a store of worlds |
 | snapshot; memory | a world on disk; how many bytes a world takes |
 """
 
+from .attention import Attention, Local, TopK
 from .extent import Extent
 from .kv_store import KVStore
 from .page_table import PageTable
-from .passes import Pass, TopK
+from .passes import Pass
 from .past import Block, Past
+from .planning import Part
 from .policy import Policy
 from .slots import NotResident, OutOfPages, Pool, Slot
 
 __all__ = [
+    "Attention",
     "Block",
     "Extent",
     "KVStore",
+    "Local",
     "NotResident",
     "OutOfPages",
     "PageTable",
+    "Part",
     "Pass",
     "Past",
     "Policy",

@@ -6,7 +6,14 @@ table = store.open(Policy(window=18, sink=3))          # one world: see page_tab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .attention import Attention, Local
 from .page_table import PageTable
+from .passes import Pass
+from .planning import Part, plan_pass
 from .policy import Policy
 from .storage import Storage
 
@@ -27,8 +34,9 @@ class KVStore(Storage):
             of keys and values, (D, Dv), for rows of latents (MLA, with heads=1).
         frame_tokens: tokens per latent frame; any count.
         block_frames: frames per block, at most.
-        scratch_blocks: blocks that can be open at once. Two are enough to denoise one block at a time: it, and the one
-            before it, whose clean pass shares its first forward.
+        scratch_blocks: blocks that a world can have open at once, and that a pass can have, of all its worlds. Two are
+            enough to denoise one block of one world at a time: it, and the one before it, whose clean pass shares its
+            first forward.
         pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
         host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
         scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V; None: as
@@ -43,3 +51,28 @@ class KVStore(Storage):
     def open(self, policy: Policy) -> PageTable:
         """A new, empty world over this store."""
         return PageTable(self, policy)
+
+    def plan(
+        self,
+        parts: Sequence[Part],
+        rope: Tensor | None = None,
+        predict: bool = True,
+        attention: Attention = Local(),
+    ) -> Pass:
+        """One pass over open blocks of several worlds of this store: what PageTable.plan is for one.
+
+        Its results, and what it commits, are those of one world after the other. The worlds' queries follow each other,
+        in this order.
+
+        Args:
+            parts: of different worlds, each with blocks that are open in it, and maybe one of them to commit.
+            rope: [tokens of all blocks, R / 2, 2] float32, cos and sin; only `Pass.attend` needs it.
+            predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
+            attention: how queries attend to what they see: to all of it, or as TopK does.
+
+        Raises:
+            ValueError: a block is not open, scratch has too few blocks for so many, or arguments do not fit each other.
+            NotResident: a frame to be seen lies in host memory alone.
+            OutOfPages: there is no room for all blocks to commit. Whatever is raised, nothing was changed in any world.
+        """
+        return plan_pass(parts, rope, predict, attention)

@@ -23,7 +23,8 @@ class PageLists:
         self.device, self.pages_per_frame = device, -(-frame_tokens // page_size)
         lens = [page_size] * (self.pages_per_frame - 1)
         lens += [frame_tokens - sum(lens)]
-        self._lens = torch.tensor([lens], dtype=torch.int32, device=device)  # of each frame, as many as were asked for
+        self._lens = torch.tensor(lens, dtype=torch.int32, device=device)  # of as many frames as were asked for
+        self._lens_of: dict[int, Tensor] = {}  # views of it
         self._steps = np.arange(self.pages_per_frame, dtype=np.int32)
 
     def of(self, first_pages: Iterable[int]) -> PageList:
@@ -38,10 +39,13 @@ class PageLists:
         pages = (firsts[:, None] + self._steps).ravel()
         packed = np.concatenate([pages, np.fromiter(chain(*others), np.int32)])
         sizes = [len(group) * self.pages_per_frame for group in frames] + [len(group) for group in others]
-        return torch.from_numpy(packed).to(self.device).split(sizes)
+        return torch.split_with_sizes(torch.from_numpy(packed).to(self.device), sizes)
 
     def lens(self, frames: int) -> Tensor:
         """Valid tokens of each page of so many frames, [frames * pages_per_frame] int32 on the device."""
-        if frames > self._lens.shape[0]:
-            self._lens = self._lens[:1].repeat(2 * frames, 1)
-        return self._lens[:frames].flatten()
+        if frames not in self._lens_of:
+            pages = frames * self.pages_per_frame
+            if pages > len(self._lens):
+                self._lens = self._lens[: self.pages_per_frame].repeat(2 * frames)
+            self._lens_of[frames] = self._lens[:pages]
+        return self._lens_of[frames]

@@ -1,6 +1,6 @@
 """One world's page table, and the passes that read and write through it.
 
-    block = table.open_block(frames=3)                     # evicts by table edit, hands out scratch pages
+    block = table.open_block(frames=3)                     # evicts by table edit
     noisy = table.plan([block], rope=...)                  # once per block: page lists for all layers and steps
     for t in steps:
         x = update(x, model(x, t, attend=noisy.attend))    # every layer writes scratch, attends to past + scratch
@@ -23,10 +23,12 @@ from itertools import chain, islice
 from torch import Tensor
 
 from ..ops import kv_append
+from .attention import Attention, Local
 from .boundary import turn_page
 from .extent import Extent
-from .passes import Pass, TopK
+from .passes import Pass
 from .past import NOTHING, Block
+from .planning import Part, plan_pass
 from .table_view import TableView
 from .turns import in_turn
 
@@ -38,8 +40,8 @@ class PageTable(TableView):
 
     @in_turn
     def open_block(self, frames: int) -> Block:
-        """The next `frames` frames, with scratch pages: for a block to commit and one to denoise or, where the store's
-        `scratch_blocks` say so, for more that are denoised together.
+        """The next `frames` frames. One block may be open to be committed and one to be denoised or, where the store's
+        `scratch_blocks` say so, more that are denoised together.
 
         Raises:
             OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
@@ -48,16 +50,13 @@ class PageTable(TableView):
         store, blocks = self.store, self.state.open_blocks
         if not 1 <= frames <= store.block_frames:
             raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
-        # The scratch pool is cut into places for one block each.
-        size = store.block_frames * store.pages_per_frame
-        free = set(range(store.scratch_blocks)) - {block.scratch[0] // size for block in blocks}
-        if not free:
+        if len(blocks) >= store.scratch_blocks:
             raise RuntimeError(
                 f"{store.scratch_blocks} blocks are open, and scratch holds no more: seal the first one before opening "
                 "another, or give the store more scratch_blocks"
             )
         first = blocks[-1].end if blocks else self.state.next_frame
-        block = Block(first, first + frames, [min(free) * size + i * store.pages_per_frame for i in range(frames)])
+        block = Block(first, first + frames)
         past = self.state if blocks else turn_page(self, first + frames)
         self.state = past._replace(open_blocks=(*blocks, block))
         return block
@@ -102,7 +101,7 @@ class PageTable(TableView):
         commit: Block | None = None,
         predict: bool = True,
         see: Sequence[Sequence[int]] | None = None,
-        top_k: TopK | None = None,
+        attention: Attention = Local(),
     ) -> Pass:
         """Everything that all layers of a pass over `blocks` share.
 
@@ -115,27 +114,14 @@ class PageTable(TableView):
             predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
             see: for each block, the frames before it that it attends to, instead of what the policy says: held ones,
                 and those of other blocks of the pass. A block always attends to itself.
-            top_k: of these, attend only to the pages that suit each run of queries best. For a pass over one block.
+            attention: how queries attend to what they see: to all of it, or as TopK does.
+
+        Raises:
+            ValueError: a block is not open, or an argument does not fit the others.
+            NotResident: a frame to be seen lies in host memory alone.
+            OutOfPages: there is no room for the block to commit. Whatever is raised, nothing was changed.
         """
-        if not blocks:
-            raise ValueError("blocks must be at least one open block, got none")
-        self.check_open(blocks)
-        if commit is not None and (commit is not self.state.open_blocks[0] or commit is not blocks[0]):
-            raise ValueError("commit must be the oldest open block and the first of the pass")
-        if commit is not None and len(blocks) > 1 and not self.can_fuse:
-            raise ValueError(
-                "commit must be alone in the pass that freezes the mean key: the first clean pass is separate"
-            )
-        if top_k is not None and len(blocks) != 1:
-            raise ValueError(f"top_k needs a pass over one block, got {len(blocks)}")
-        seen = [self.seen(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
-        if commit is None or self.state.target:
-            return Pass(self, blocks, seen, rope, commit, self.state.target, predict, top_k)
-        with self.store.take([self.policy.format_of(f, commit.end) for f in commit.frames]) as slots:
-            target = tuple((Extent(slot.pool.format, slot), slot) for slot in slots)
-            made = Pass(self, blocks, seen, rope, commit, target, predict, top_k)
-        self.state = self.state._replace(target=target)
-        return made
+        return plan_pass([Part(self, blocks, commit, see)], rope, predict, attention)
 
     # Changing the past
 

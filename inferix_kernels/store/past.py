@@ -21,7 +21,6 @@ class Block:
 
     first: int
     end: int
-    scratch: list[int]  # first page of each frame, in the scratch pool
 
     @property
     def frames(self) -> range:

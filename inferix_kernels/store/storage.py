@@ -102,6 +102,8 @@ class Storage:
         self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
         pages = scratch_blocks * block_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
+        self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
+        self._scratch_lists: dict[tuple[int, int], PageList] = {}  # those that were asked for, which are few
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
@@ -154,6 +156,13 @@ class Storage:
         widths = (self.scratch.head_dim, self.scratch.value_dim)
         k, v = (torch.empty(tokens, self.heads, width, dtype=dtype, device=self.device) for width in widths)
         return kv_gather(pools, where, out=(k, v), backend=self.backend)
+
+    def scratch_list(self, first: int, end: int) -> PageList:
+        """Pool pages of frames first .. end - 1 of scratch."""
+        if (first, end) not in self._scratch_lists:
+            pages = self._scratch_pages[first * self.pages_per_frame : end * self.pages_per_frame]
+            self._scratch_lists[first, end] = PageList(pages, self.lists.lens(end - first))
+        return self._scratch_lists[first, end]
 
     # Taking slots
 

@@ -40,6 +40,18 @@ def fitted(policy: Policy, store: Storage) -> Policy:
     return policy
 
 
+def replace_states(edits: Sequence[tuple[TableView, Past]]) -> None:
+    """Each of these worlds holds another past from here on; all of them or, whatever is raised meanwhile, none."""
+    before = [(table, table.state) for table, _ in edits]
+    try:
+        for table, state in edits:
+            table.state = state
+    except BaseException:
+        for table, state in before:
+            table.state = state
+        raise
+
+
 class TableView:
     """A page table without its edits: passes and block boundaries work on it.
 
@@ -113,7 +125,8 @@ class TableView:
     def resident(self, frames: Sequence[int]) -> list[Slot]:
         """The slots on the device of these held frames. Raises as `select` does."""
         self.check_held(frames)
-        here = {**self.state.kept, **self.state.slots}
+        kept, here = self.state.kept, self.state.slots
+        here = {**kept, **here} if kept else here
         slots = [here[frame] for frame in frames if frame in here]
         if len(slots) < len(frames) or any([slot.arriving for slot in slots]):
             away = [frame for frame in frames if self.state.slot(frame) is None]
@@ -131,13 +144,21 @@ class TableView:
         past, sees = self.state, self.policy.sees
         return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
 
-    def seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
-        """Frames that a block of a pass sees besides its own, of the other blocks of the pass too; all can be read."""
+    def seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> Sequence[Slot | int]:
+        """What a block of a pass reads besides itself, in the order of `see` or as the policy says: slots of frames
+        that are held, and numbers of frames that the other `blocks` of the pass make.
+
+        Raises:
+            As `select` does.
+        """
         others = [frame for other in blocks if other is not block for frame in other.frames]
         before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
         frames = self.past(block) + before if see is None else list(see)
-        self.resident([frame for frame in frames if frame not in others])
-        return frames
+        if not others:
+            return self.resident(frames)
+        held = [frame for frame in frames if frame not in others]
+        slots = dict(zip(held, self.resident(held)))
+        return [slots.get(frame, frame) for frame in frames]
 
     @property
     def can_fuse(self) -> bool:

@@ -111,8 +111,7 @@ def load(world: World, folder: str | Path) -> World:
         decoder.generator.set_state(state["generator"])
         decoder.frames = state["frames"]
         decoder.recent = [
-            Clean(Block(first, end, []), latents.to(world.store.device), None)
-            for first, end, latents in state["recent"]
+            Clean(Block(first, end), latents.to(world.store.device), None) for first, end, latents in state["recent"]
         ]
         ends = {branch.table.next_frame for branch in decoder.branches} | {c.block.end for c in decoder.recent[-1:]}
         if len(ends) > 1:

@@ -379,7 +379,7 @@ class Play:
         for table, world in self.worlds:
             assert self.agrees(table, world)
         for table, made, where, want in list(self.plans):
-            if made._edits != table.state.edits:
+            if made.stale:
                 self.plans.remove((table, made, where, want))
             elif want:
                 self.counts["plans read"] += 1
