@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: demo play test soak sanitize lint build bench clean
+.PHONY: demo play test docs soak sanitize lint build bench clean
 
 build: .venv/built
 
@@ -43,6 +43,12 @@ lint: .venv/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The API reference from the docstrings, as HTML: build/docs/index.html.
+REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.store.memory inferix_kernels.store.snapshot \
+    inferix.world inferix.models '!inferix[.]models[.].*'
+docs: .venv/docs
+	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs $(REFERENCE)
+
 bench: build
 	$(BIN)/python -m benchmarks run
 
@@ -65,6 +71,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*
 	$(BIN)/pip install -q setuptools pybind11 cmake ninja
 	$(FORGET)
 	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[stream]'
+	touch $@
+
+.venv/docs: .venv/built
+	$(BIN)/pip install -q torch==$(TORCH) --no-build-isolation -e '.[stream,docs]'
 	touch $@
 
 # With what only the tests need: among it Triton, whose interpreter checks our GPU kernels without a GPU.

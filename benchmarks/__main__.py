@@ -5,7 +5,7 @@ run       check every contender against the reference, then time those that are 
 compare   two runs, or two source trees measured now: FASTER, SLOWER, SAME or UNSURE, with an interval
 sweep     cost against pages, sparsity, worlds and blocks, with the fitted exponent
 evidence  which kernel was measured in which format on which architecture, and whether at this source
-report    make the tables between the marks of README.md anew, from the records
+report    make the tables between the marks of docs/evidence.md anew, from the records
 env       what a figure of this machine would be a figure of
 gpu       minutes of a rented GPU: what is most wanted first; goes on where an earlier call ended
 """
@@ -22,8 +22,7 @@ import torch
 
 from inferix_kernels._printing import while_read
 
-from . import families, sweep
-from .harness import commands
+from . import commands, families, sweep
 from .harness.plan import FIRST
 from .harness.timing import TIMERS
 from .harness.verdict import MARGIN
@@ -76,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only", type=names, default=(), metavar="A,B", help="kernels by name or part of it: cpu, cuda/attention ...")
     add("--records", type=Path, action="append", metavar="F", help="files beside benchmarks/records")
     add = command("report", commands.report, "tables and plots from records")
-    add("files", nargs="*", type=Path, help="Markdown files with marks (default: README.md)")
+    add("files", nargs="*", type=Path, help="Markdown files with marks (default: docs/evidence.md)")
     add("--records", type=Path, action="append", metavar="F", help="only these, instead of benchmarks/records")
     add("--plot", type=Path, metavar="F", help="draw the newest record's rates")
     add("--plot-sweep", type=Path, metavar="F", help="draw the newest record's sweeps")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from inferix_kernels import KVStore, Policy
@@ -22,13 +21,12 @@ from . import attention, peers
 from .harness.case import LIMITS, Case, Contender, Prepared, Result
 from .harness.measure import Machine, Settings, measure_case
 from .harness.ours import BACKENDS, kernel_of
-from .harness.plots import BYTES
 from .harness.rows import Row
+from .harness.series import BYTES, Series
 from .harness.table import markdown, time_of
 from .shapes import Shape
 
 FORMATS = ("fp32", "bf16", "int8")
-RESAMPLES = 500
 
 
 class Point(NamedTuple):
@@ -160,35 +158,6 @@ def _loop(
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-class Series(NamedTuple):
-    """One line of an axis' plot."""
-
-    axis: str
-    name: str
-    x: list[float]
-    rows: list[Row]
-
-    @property
-    def medians(self) -> list[float]:
-        return [row.median for row in self.rows]
-
-    def exponent(self) -> tuple[float, float, float]:
-        """e of cost ~ x^e with a 95 % interval, a bootstrap over rounds.
-
-        Fitted over the upper half of the axis, as it is drawn: at its lower end a call's fixed cost is what is seen.
-        """
-        rounds, start = min(len(row.seconds) for row in self.rows), (self.x[0] * self.x[-1]) ** 0.5
-        kept = [(x, row.seconds[:rounds]) for x, row in zip(self.x, self.rows) if x >= start]
-        x, seconds = np.log([x for x, _ in kept]), np.array([s for _, s in kept])
-
-        def fit(samples: np.ndarray) -> float:
-            return float(np.polyfit(x, np.log(np.median(samples, axis=1)), 1)[0])
-
-        draws = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
-        low, high = np.quantile([fit(seconds[:, draw]) for draw in draws], (0.025, 0.975))
-        return fit(seconds), float(low), float(high)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -22,6 +22,9 @@ struct PagedAttentionParams {
   bool eight_bit;   // on a GPU: pages that allow it are multiplied in 8 bits, q and weights rounded to them
   DType q_dtype, out_dtype;
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
+  INFERIX_FIELDS(q, q_variant_stride, out, lse, pools, q_indptr, page_indptr, entries, page_bias, page_variants,
+                 shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, eight_bit, q_dtype,
+                 out_dtype, workspace)
 };
 
 struct MergeAttentionParams {
@@ -31,6 +34,7 @@ struct MergeAttentionParams {
   float* lse;                  // [rows]     may be lse_a or lse_b
   int64_t rows, D;
   DType in_dtype, out_dtype;
+  INFERIX_FIELDS(out_a, out_b, lse_a, lse_b, out, lse, rows, D, in_dtype, out_dtype)
 };
 
 void paged_attention_cpu(const PagedAttentionParams& params, const Cpu& cpu);

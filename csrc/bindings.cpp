@@ -1,12 +1,11 @@
 // inferix_kernels._C: every compiled kernel, as functions over raw addresses. The only file that knows Python.
 //
-// Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU kernel as
-// `cpu` says; a number is a cudaStream_t.
-#include <pybind11/functional.h>
+// A kernel takes one dict, which has a value for every field of its struct and nothing else; a struct within it is a
+// dict in turn. Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU
+// kernel as `cpu` says; a number is a cudaStream_t.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -27,23 +26,76 @@ namespace {
 using Address = uintptr_t;
 using Stream = std::optional<Address>;
 
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+// Scratch memory, which no caller gives: launch asks for it when it knows how much.
+constexpr std::string_view kWorkspace = "workspace";
+
+// Python's strings of the names, made once.
+template <typename Struct>
+const std::vector<PyObject*>& names_of() {
+  static const std::vector<PyObject*> names = [] {
+    std::vector<PyObject*> made;
+    Struct object{};
+    each_field(object, [&](std::string_view name, auto&) {
+      made.push_back(PyUnicode_InternFromString(std::string(name).c_str()));
+    });
+    return made;
+  }();
+  return names;
 }
 
-Pools pools_of(const std::vector<Pool>& list) {
-  if (list.empty() || list.size() > kMaxPools)
+template <typename Field>
+void read(py::handle value, Field& field);
+
+void read(py::handle value, Pools& pools) {
+  const auto list = py::reinterpret_borrow<py::sequence>(value);
+  if (list.size() < 1 || list.size() > kMaxPools)
     throw std::invalid_argument("pools must be 1 to " + std::to_string(kMaxPools) + ", got " +
                                 std::to_string(list.size()));
-  Pools pools{};
-  for (const Pool& pool : list) pools.pool[pools.count++] = pool;
-  return pools;
+  for (const py::handle pool : list) read(pool, pools.pool[pools.count++]);
+}
+
+template <typename Struct>
+void read_fields(py::handle given, Struct& object) {
+  if (!PyDict_Check(given.ptr())) throw py::type_error("must be a dict of its fields");
+  const std::vector<PyObject*>& names = names_of<Struct>();
+  size_t i = 0, found = 0;
+  each_field(object, [&](std::string_view name, auto& field) {
+    PyObject* const key = names[i++];
+    if (name == kWorkspace) return;
+    PyObject* const value = PyDict_GetItemWithError(given.ptr(), key);
+    if (!value) throw py::type_error(std::string(name) + " is missing");
+    ++found;
+    try {
+      read(value, field);
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(name) + " cannot be " + std::string(py::repr(value)));
+    } catch (const py::type_error& error) {
+      throw py::type_error(std::string(name) + ": " + error.what());
+    }
+  });
+  if (static_cast<size_t>(PyDict_GET_SIZE(given.ptr())) == found) return;
+  for (const auto& item : py::reinterpret_borrow<py::dict>(given)) {
+    bool known = false;
+    each_field(object, [&](std::string_view name, auto&) { known |= name == std::string(py::str(item.first)); });
+    if (!known) throw py::type_error("there is no field " + std::string(py::str(item.first)));
+  }
+  throw py::type_error(std::string(kWorkspace) + " is not the caller's to give");
+}
+
+template <typename Field>
+void read(py::handle value, Field& field) {
+  if constexpr (has_fields<Field>::value) read_fields(value, field);
+  else if constexpr (std::is_pointer_v<Field>) field = reinterpret_cast<Field>(value.cast<Address>());
+  else field = value.cast<Field>();
 }
 
 // Not deduced, so that a null pointer will do.
 template <typename Params>
+using CpuKernel = std::common_type_t<void (*)(const Params&, const Cpu&)>;
+template <typename Params>
 using CudaKernel = std::common_type_t<void (*)(const Params&, void* stream)>;
+template <typename Params>
+using Bytes = std::common_type_t<int64_t (*)(const Params&)>;
 
 // Built without nvcc, an op's CUDA kernel is a null pointer.
 #ifdef INFERIX_CUDA
@@ -52,22 +104,32 @@ using CudaKernel = std::common_type_t<void (*)(const Params&, void* stream)>;
 #define INFERIX_CUDA_KERNEL(kernel) nullptr
 #endif
 
+// `workspace`, called with a number of bytes, returns the address of so much scratch memory on the op's device.
 template <typename Params>
-void launch(const Params& params, Stream stream, const Cpu& cpu, void (*kernel)(const Params&, const Cpu&),
-            CudaKernel<Params> cuda) {
-  if (!stream && cpu.isa > best_isa()) throw std::invalid_argument("isa must be one that this CPU has");
-  py::gil_scoped_release release;
-  if (!stream) return kernel(params, cpu);
-  if (!cuda) throw std::invalid_argument("this op has no CUDA kernel in this build");
-  cuda(params, at<void>(*stream));
-}
-
-// Called with a number of bytes, returns the address of so much scratch memory on the op's device.
-using Workspace = std::function<Address(int64_t)>;
-
-template <typename Params>
-void allot(const Workspace& workspace, Stream stream, int64_t (*bytes)(const Params&), Params& params) {
-  if (stream && bytes) params.workspace = at<void>(workspace(bytes(params)));
+void define(py::module_& m, const char* name, CpuKernel<Params> on_cpu, CudaKernel<Params> on_cuda,
+            Bytes<Params> bytes = nullptr) {
+  m.def(
+      name,
+      [=](const py::dict& arguments, Stream stream, const py::object& cpu, const py::object& workspace) {
+        Params params{};
+        read_fields(arguments, params);
+        Cpu how{};
+        if (!stream) read_fields(cpu, how);
+        if (how.isa > best_isa()) throw std::invalid_argument("isa must be one that this CPU has");
+        if (stream && bytes) {
+          void* const memory = reinterpret_cast<void*>(workspace(bytes(params)).template cast<Address>());
+          each_field(params, [&](std::string_view field_name, auto& field) {
+            if constexpr (std::is_same_v<decltype(field), void*&>)
+              if (field_name == kWorkspace) field = memory;
+          });
+        }
+        py::gil_scoped_release release;
+        if (!stream && on_cpu) return on_cpu(params, how);
+        if (!stream || !on_cuda) throw std::invalid_argument("this op has no such kernel in this build");
+        on_cuda(params, reinterpret_cast<void*>(*stream));
+      },
+      "arguments"_a, py::kw_only(), "stream"_a = py::none(), "cpu"_a = py::none(), "workspace"_a = py::none());
+  if (on_cuda) m.attr("cuda_ops").cast<py::set>().add(name);
 }
 
 void define_types(py::module_& m) {
@@ -91,172 +153,34 @@ void define_types(py::module_& m) {
       .value("avx512", Isa::avx512)
       .value("avx512_vnni", Isa::avx512_vnni)
       .value("avx512_bf16", Isa::avx512_bf16);
-  py::class_<Cpu>(m, "Cpu").def(py::init([](int threads, Isa isa) { return Cpu{threads, isa}; }));
   m.def("best_isa", best_isa, "The last Isa that this CPU has.");
-  py::class_<Plane>(m, "Plane").def(
-      py::init([](Address codes, Address scales, Address offsets, int64_t width, Codec codec) {
-        return Plane{at<void>(codes), at<void>(scales), at<void>(offsets), width, codec};
-      }));
-  py::class_<Pool>(m, "Pool").def(
-      py::init([](const Plane& k, const Plane& v, int64_t pages) { return Pool{k, v, pages}; }));
-  py::class_<PageShape>(m, "PageShape").def(
-      py::init([](int64_t H, int64_t page_size) { return PageShape{H, page_size}; }));
-  py::class_<Rows>(m, "Rows").def(py::init([](Address data, int64_t token_stride, int64_t head_stride) {
-    return Rows{at<void>(data), token_stride, head_stride};
-  }));
-  py::class_<PageList>(m, "PageList").def(py::init([](Address ids, Address lens, int64_t n) {
-    return PageList{at<const int32_t>(ids), at<const int32_t>(lens), n};
-  }));
-}
-
-void define_kv_pages(py::module_& m) {
-  m.def(
-      "kv_append",
-      [](const Rows& k, const Rows& v, const Pool& pages, const PageList& where, const PageShape& shape, int64_t T,
-         DType x_dtype, Stream stream, const Cpu& cpu) {
-        const KvAppendParams params{k, v, pages, where, shape, T, x_dtype};
-        launch(params, stream, cpu, kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
-      },
-      py::kw_only(), "k"_a, "v"_a, "pages"_a, "where"_a, "shape"_a, "T"_a, "x_dtype"_a, "stream"_a, "cpu"_a);
-  m.def(
-      "kv_commit",
-      [](const Pool& source, const PageList& source_list, const Pool& target, const PageList& target_list,
-         Address k_mean, const PageShape& shape, Stream stream, const Cpu& cpu) {
-        const KvCommitParams params{source, target, source_list, target_list, at<float>(k_mean), shape};
-        launch(params, stream, cpu, kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));
-      },
-      py::kw_only(), "source"_a, "source_list"_a, "target"_a, "target_list"_a, "k_mean"_a, "shape"_a, "stream"_a,
-      "cpu"_a);
-  m.def(
-      "kv_gather",
-      [](const std::vector<Pool>& pools, const PageList& where, const PageShape& shape, const Rows& k, const Rows& v,
-         int64_t T, DType out_dtype, Stream stream, const Cpu& cpu) {
-        const KvGatherParams params{pools_of(pools), where, shape, k, v, T, out_dtype};
-        launch(params, stream, cpu, kv_gather_cpu, INFERIX_CUDA_KERNEL(kv_gather_cuda));
-      },
-      py::kw_only(), "pools"_a, "where"_a, "shape"_a, "k"_a, "v"_a, "T"_a, "out_dtype"_a, "stream"_a, "cpu"_a);
-}
-
-void define_attention(py::module_& m) {
-  m.def(
-      "paged_attention",
-      [](const Rows& q, const Rows& out, Address lse, const std::vector<Pool>& pools, Address q_indptr,
-         Address page_indptr, const PageList& entries, Address page_bias, Address page_variants,
-         const PageShape& shape, int64_t q_variant_stride, int64_t variants, int64_t T, int64_t query_heads,
-         int64_t segments, int64_t lists_per_segment, float scale, bool accumulate, bool eight_bit, DType q_dtype,
-         DType out_dtype, const Workspace& workspace, Stream stream, const Cpu& cpu) {
-        PagedAttentionParams params{
-            q, q_variant_stride, out, at<float>(lse), pools_of(pools), at<const int32_t>(q_indptr),
-            at<const int32_t>(page_indptr), entries, at<const float>(page_bias), at<const int32_t>(page_variants),
-            shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, eight_bit, q_dtype,
-            out_dtype, nullptr};
-        allot<PagedAttentionParams>(workspace, stream, INFERIX_CUDA_KERNEL(paged_attention_workspace), params);
-        launch(params, stream, cpu, paged_attention_cpu, INFERIX_CUDA_KERNEL(paged_attention_cuda));
-      },
-      py::kw_only(), "q"_a, "out"_a, "lse"_a, "pools"_a, "q_indptr"_a, "page_indptr"_a, "entries"_a, "page_bias"_a,
-      "page_variants"_a, "shape"_a, "q_variant_stride"_a, "variants"_a, "T"_a, "query_heads"_a, "segments"_a,
-      "lists_per_segment"_a, "scale"_a, "accumulate"_a, "eight_bit"_a, "q_dtype"_a, "out_dtype"_a, "workspace"_a,
-      "stream"_a, "cpu"_a);
-  m.def(
-      "merge_attention",
-      [](Address out_a, Address lse_a, Address out_b, Address lse_b, Address out, Address lse, int64_t rows, int64_t D,
-         DType in_dtype, DType out_dtype, Stream stream, const Cpu& cpu) {
-        const MergeAttentionParams params{at<void>(out_a), at<void>(out_b), at<float>(lse_a), at<float>(lse_b),
-                                          at<void>(out), at<float>(lse), rows, D, in_dtype, out_dtype};
-        launch(params, stream, cpu, merge_attention_cpu, INFERIX_CUDA_KERNEL(merge_attention_cuda));
-      },
-      py::kw_only(), "out_a"_a, "lse_a"_a, "out_b"_a, "lse_b"_a, "out"_a, "lse"_a, "rows"_a, "D"_a, "in_dtype"_a,
-      "out_dtype"_a, "stream"_a, "cpu"_a);
-}
-
-void define_qkv(py::module_& m) {
-  m.def(
-      "qkv_prologue",
-      [](Address qkv, int64_t qkv_stride, Address q, Address bias, Address norm_q, Address norm_q_bias,
-         int64_t norm_q_size, Address norm_k, Address norm_k_bias, int64_t norm_k_size, Address rope,
-         int64_t rope_pairs, Address k_mean, bool interleaved, float eps, const Pool& pages, const PageList& where,
-         const PageShape& shape, int64_t T, int64_t query_heads, DType dtype,
-         const Workspace& workspace, Stream stream, const Cpu& cpu) {
-        QkvPrologueParams params{at<void>(qkv), at<void>(q), qkv_stride, at<float>(bias), at<float>(norm_q),
-                                       at<float>(norm_k), at<float>(norm_q_bias), at<float>(norm_k_bias),
-                                       norm_q_size, norm_k_size, at<float>(rope), at<float>(k_mean), rope_pairs,
-                                       interleaved, eps, pages, where, shape, T, query_heads, dtype, nullptr};
-        allot<QkvPrologueParams>(workspace, stream, INFERIX_CUDA_KERNEL(qkv_prologue_workspace), params);
-        launch(params, stream, cpu, qkv_prologue_cpu, INFERIX_CUDA_KERNEL(qkv_prologue_cuda));
-      },
-      py::kw_only(), "qkv"_a, "qkv_stride"_a, "q"_a, "bias"_a, "norm_q"_a, "norm_q_bias"_a, "norm_q_size"_a,
-      "norm_k"_a, "norm_k_bias"_a, "norm_k_size"_a, "rope"_a, "rope_pairs"_a, "k_mean"_a,
-      "interleaved"_a, "eps"_a, "pages"_a, "where"_a, "shape"_a, "T"_a, "query_heads"_a, "dtype"_a,
-      "workspace"_a, "stream"_a, "cpu"_a);
-}
-
-void define_linear(py::module_& m) {
   py::enum_<Norm>(m, "Norm").value("none", Norm::none).value("layer", Norm::layer).value("rms", Norm::rms);
   py::enum_<Activation>(m, "Activation")
       .value("none", Activation::none)
       .value("gelu", Activation::gelu)
       .value("gelu_tanh", Activation::gelu_tanh);
-  py::class_<Groups>(m, "Groups").def(
-      py::init([](Address data, int64_t groups) { return Groups{at<const float>(data), groups}; }));
-  m.def(
-      "quantize_rows",
-      [](Address x, int64_t x_stride, Address weight, Address bias, const Groups& scale, const Groups& shift,
-         Address codes, Address scales, int64_t M, int64_t K, float eps, Norm norm, Activation activation, Codec codec,
-         DType x_dtype, Stream stream, const Cpu& cpu) {
-        const QuantizeRowsParams params{at<void>(x), x_stride, at<float>(weight), at<float>(bias), scale, shift,
-                                        at<void>(codes), at<float>(scales), M, K, eps, norm, activation, codec,
-                                        x_dtype};
-        launch(params, stream, cpu, quantize_rows_cpu, nullptr);
-      },
-      py::kw_only(), "x"_a, "x_stride"_a, "weight"_a, "bias"_a, "scale"_a, "shift"_a, "codes"_a, "scales"_a, "M"_a,
-      "K"_a, "eps"_a, "norm"_a, "activation"_a, "codec"_a, "x_dtype"_a, "stream"_a, "cpu"_a);
-  m.def(
-      "linear",
-      [](Address x, Address weight, Address x_scales, Address weight_scales, Address bias, const Groups& gate,
-         Address residual, Address out, int64_t M, int64_t N, int64_t K, Activation activation, Codec codec,
-         DType residual_dtype, DType out_dtype, Stream stream, const Cpu& cpu) {
-        const LinearParams params{at<void>(x), at<void>(weight), at<float>(x_scales), at<float>(weight_scales),
-                                  at<float>(bias), gate, at<void>(residual), at<void>(out), M, N, K, activation, codec,
-                                  residual_dtype, out_dtype};
-        launch(params, stream, cpu, linear_cpu, nullptr);
-      },
-      py::kw_only(), "x"_a, "weight"_a, "x_scales"_a, "weight_scales"_a, "bias"_a, "gate"_a, "residual"_a, "out"_a,
-      "M"_a, "N"_a, "K"_a, "activation"_a, "codec"_a, "residual_dtype"_a, "out_dtype"_a, "stream"_a, "cpu"_a);
 }
-
-#ifdef INFERIX_CUDA
-void define_probes(py::module_& m) {
-  m.def(
-      "probe_load",
-      [](const Pool& pages, const PageShape& shape, bool eight_bit, int first_row, int second_row, int head,
-         Address keys, Address values, Address key_scales, Address value_scales, Address stream) {
-        probe_load_cuda({pages, shape, eight_bit, first_row, second_row, head, at<void>(keys), at<void>(values),
-                         at<float>(key_scales), at<float>(value_scales)},
-                        at<void>(stream));
-      },
-      py::kw_only(), "pages"_a, "shape"_a, "eight_bit"_a, "first_row"_a, "second_row"_a, "head"_a, "keys"_a, "values"_a,
-      "key_scales"_a, "value_scales"_a, "stream"_a);
-  m.def(
-      "probe_multiply",
-      [](const Pool& like, bool eight_bit, bool values, Address a, Address b, Address out, Address stream) {
-        probe_multiply_cuda({like, eight_bit, values, at<void>(a), at<void>(b), at<float>(out)}, at<void>(stream));
-      },
-      py::kw_only(), "like"_a, "eight_bit"_a, "values"_a, "a"_a, "b"_a, "out"_a, "stream"_a);
-}
-#endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   py::register_exception<Unsupported>(m, "Unsupported");
   define_types(m);
-  define_kv_pages(m);
-  define_attention(m);
-  define_qkv(m);
-  define_linear(m);
   m.attr("max_pools") = kMaxPools;
+  m.attr("cuda_ops") = py::set();  // names of the functions that have a CUDA kernel
+  define<KvAppendParams>(m, "kv_append", kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
+  define<KvCommitParams>(m, "kv_commit", kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));
+  define<KvGatherParams>(m, "kv_gather", kv_gather_cpu, INFERIX_CUDA_KERNEL(kv_gather_cuda));
+  define<PagedAttentionParams>(m, "paged_attention", paged_attention_cpu, INFERIX_CUDA_KERNEL(paged_attention_cuda),
+                               INFERIX_CUDA_KERNEL(paged_attention_workspace));
+  define<MergeAttentionParams>(m, "merge_attention", merge_attention_cpu, INFERIX_CUDA_KERNEL(merge_attention_cuda));
+  define<QkvPrologueParams>(m, "qkv_prologue", qkv_prologue_cpu, INFERIX_CUDA_KERNEL(qkv_prologue_cuda),
+                            INFERIX_CUDA_KERNEL(qkv_prologue_workspace));
+  define<QuantizeRowsParams>(m, "quantize_rows", quantize_rows_cpu, nullptr);
+  define<LinearParams>(m, "linear", linear_cpu, nullptr);
 #ifdef INFERIX_CUDA
-  define_probes(m);
+  define<ProbeLoadParams>(m, "probe_load", nullptr, probe_load_cuda);
+  define<ProbeMultiplyParams>(m, "probe_multiply", nullptr, probe_multiply_cuda);
   m.attr("has_cuda") = true;
 #else
   m.attr("has_cuda") = false;

@@ -1,5 +1,6 @@
 // How a CPU kernel is to run.
 #pragma once
+#include "fields.h"
 
 namespace inferix {
 
@@ -18,6 +19,7 @@ Isa best_isa();
 struct Cpu {
   int threads;
   Isa isa;
+  INFERIX_FIELDS(threads, isa)
 };
 
 }  // namespace inferix

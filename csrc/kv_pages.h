@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "dtypes.h"
+#include "fields.h"
 
 namespace inferix {
 
@@ -15,21 +16,25 @@ struct Plane {
   void* offsets;  // [pages, H, page_size or width]  float16; u4 only, else null
   int64_t width;
   Codec codec;
+  INFERIX_FIELDS(codes, scales, offsets, width, codec)
 };
 
 struct Pool {
   Plane k, v;  // D and Dv wide
   int64_t pages;
+  INFERIX_FIELDS(k, v, pages)
 };
 
 struct PageShape {
   int64_t H, page_size;
+  INFERIX_FIELDS(H, page_size)
 };
 
 // Rows of a [T, H, D] tensor; the last dimension is contiguous.
 struct Rows {
   void* data;
   int64_t token_stride, head_stride;  // in elements
+  INFERIX_FIELDS(data, token_stride, head_stride)
 };
 
 // Tokens fill, or are read from, these pages in order.
@@ -37,6 +42,7 @@ struct PageList {
   const int32_t* ids;   // [n]
   const int32_t* lens;  // [n]  valid tokens of each page
   int64_t n;
+  INFERIX_FIELDS(ids, lens, n)
 };
 
 constexpr int kMaxPools = 8;
@@ -45,6 +51,7 @@ constexpr int kMaxPools = 8;
 struct Pools {
   Pool pool[kMaxPools];
   int count;
+  INFERIX_FIELDS(pool, count)
 };
 
 struct KvAppendParams {
@@ -54,6 +61,7 @@ struct KvAppendParams {
   PageShape shape;
   int64_t T;
   DType x_dtype;
+  INFERIX_FIELDS(k, v, pages, where, shape, T, x_dtype)
 };
 
 struct KvCommitParams {
@@ -61,6 +69,7 @@ struct KvCommitParams {
   PageList source_list, target_list;  // same lens
   const float* k_mean;                // [H, D] or null
   PageShape shape;
+  INFERIX_FIELDS(source, target, source_list, target_list, k_mean, shape)
 };
 
 struct KvGatherParams {
@@ -70,6 +79,7 @@ struct KvGatherParams {
   Rows k, v;  // [T, H, D], [T, H, Dv]  out_dtype, written
   int64_t T;
   DType out_dtype;
+  INFERIX_FIELDS(pools, where, shape, k, v, T, out_dtype)
 };
 
 void kv_append_cpu(const KvAppendParams& params, const Cpu& cpu);

@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu.h"
 #include "dtypes.h"
+#include "fields.h"
 
 namespace inferix {
 
@@ -12,6 +13,7 @@ enum class Activation : int32_t { none, gelu, gelu_tanh };
 struct Groups {
   const float* data;  // [groups, width] or null
   int64_t groups;     // divides M
+  INFERIX_FIELDS(data, groups)
 };
 
 struct QuantizeRowsParams {
@@ -27,6 +29,7 @@ struct QuantizeRowsParams {
   Activation activation;
   Codec codec;  // i8_token or e4m3_token
   DType x_dtype;
+  INFERIX_FIELDS(x, x_stride, weight, bias, scale, shift, codes, scales, M, K, eps, norm, activation, codec, x_dtype)
 };
 
 struct LinearParams {
@@ -40,6 +43,8 @@ struct LinearParams {
   Activation activation;
   Codec codec;  // i8_token or e4m3_token
   DType residual_dtype, out_dtype;
+  INFERIX_FIELDS(x, weight, x_scales, weight_scales, bias, gate, residual, out, M, N, K, activation, codec,
+                 residual_dtype, out_dtype)
 };
 
 // int8 sums are 32 bits wide: of more products than this they could overflow.

@@ -24,6 +24,8 @@ struct QkvPrologueParams {
   int64_t T, query_heads;
   DType dtype;
   void* workspace;  // on a GPU, qkv_prologue_workspace(params) bytes; else null
+  INFERIX_FIELDS(qkv, q, qkv_stride, bias, norm_q, norm_k, norm_q_bias, norm_k_bias, norm_q_size, norm_k_size, rope,
+                 k_mean, rope_pairs, interleaved, eps, pages, where, shape, T, query_heads, dtype, workspace)
 };
 
 void qkv_prologue_cpu(const QkvPrologueParams& params, const Cpu& cpu);

@@ -1,26 +1,19 @@
 """Kernels for block-diffusion world models: attention over paged, quantized K/V, and what surrounds it.
 
 Needs torch and numpy, and safetensors for snapshots. `python -m inferix_kernels` says what runs on this machine, and
-why the rest does not.
+why the rest does not. Every public name has an example; those of the ops assume
+
+    import torch
+    from inferix_kernels import *
 """
 
+from . import ops
 from ._dispatch import Unsupported
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, even_plan, make_plan
-from .ops import (
-    kv_append,
-    kv_commit,
-    kv_gather,
-    latent_attention,
-    linear,
-    merge_attention,
-    page_scores,
-    page_summaries,
-    paged_attention,
-    qkv_prologue,
-    quantize_rows,
-    select_pages,
-)
+from .ops import *
 from .store import Attention, KVStore, Local, NotResident, OutOfPages, PageTable, Part, Pass, Policy, TopK
+
+__version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
 
 __all__ = [
     "FORMATS",
@@ -40,18 +33,8 @@ __all__ = [
     "Segment",
     "TopK",
     "Unsupported",
+    "__version__",
     "even_plan",
-    "kv_append",
-    "kv_commit",
-    "kv_gather",
-    "latent_attention",
-    "linear",
     "make_plan",
-    "merge_attention",
-    "page_scores",
-    "page_summaries",
-    "paged_attention",
-    "qkv_prologue",
-    "quantize_rows",
-    "select_pages",
 ]
+__all__ += ops.__all__

@@ -18,25 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import chosen, hazards, ops, sass, testing
+from . import _library, chosen, hazards, ops, sass, testing
 from ._dispatch import AUTO, BACKENDS, PROVED, Unsupported, implementation
 from ._printing import while_read
 from .layout import Quantized, make_plan
 
-OPS = (
-    "kv_append",
-    "kv_commit",
-    "kv_gather",
-    "paged_attention",
-    "latent_attention",
-    "merge_attention",
-    "qkv_prologue",
-    "quantize_rows",
-    "linear",
-    "page_summaries",
-    "page_scores",
-    "select_pages",
-)
+OPS = tuple(_library.OPS)
 DEVICES = tuple(AUTO)
 
 

@@ -21,17 +21,43 @@ def is_whole(number: object) -> TypeGuard[int]:
     return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
+def whole(name: str, number: object) -> int:
+    """A whole number as Python's, whoever's it was: state and files hold no others."""
+    if type(number) is int:  # most are, and asking an abstract class takes its time
+        return number
+    if not is_whole(number):
+        raise ValueError(f"{name} must be a whole number, got {number!r}")
+    return int(number)
+
+
+def check_index(name: str, number: object, count: int) -> int:
+    """One of `count` things, counted from 0, as Python's number."""
+    index = whole(name, number)
+    if not 0 <= index < count:
+        raise ValueError(f"{name} must be from 0 to {count - 1}, got {index}")
+    return index
+
+
+def check_device(name: str, device: object) -> torch.device:
+    """A device that this torch, on this machine, can put tensors on."""
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]  # which raises TypeError for what is none
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} must be a device that is there, got {str(device)!r}: {reason}") from None
+    return found
+
+
 def check_counts(counts: Mapping[str, object], least: int = 1) -> None:
     """Each by its name: a whole number, and not less than `least`."""
     for name, count in counts.items():
-        if not is_whole(count):
-            raise ValueError(f"{name} must be a whole number, got {count!r}")
-        if count < least:
+        if whole(name, count) < least:
             raise ValueError(f"{name} must be at least {least}, got {count}")
 
 
 def check_page_size(page_size: int) -> None:
-    if not isinstance(page_size, numbers.Integral) or page_size < 8 or page_size % 8:
+    if not is_whole(page_size) or page_size < 8 or page_size % 8:
         raise ValueError(f"page_size must be a positive multiple of 8, got {page_size!r}")
 
 
@@ -167,7 +193,7 @@ def check_same_width(name: str, sizes: dict[str, int]) -> None:
 
 
 def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.device) -> None:
-    # A KVPages is itself a tuple: without this line a lone pool would be read as a list of four strange ones.
+    # A KVPages is itself a tuple: without this line a lone pool would be read as a list of pools, its tensors.
     if isinstance(pools, KVPages) or not isinstance(pools, Sequence) or not pools:
         got = "an empty list" if isinstance(pools, Sequence) and not pools else f"a single {type(pools).__name__}"
         raise ValueError(f"pools must be a list of one or more KVPages, got {got}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,14 @@ PROVED = ("compiled", "triton")
 
 
 class Unsupported(RuntimeError):
-    """Raised by a backend, before it writes anything: it cannot take these arguments, and why."""
+    """Raised by a backend, before it writes anything: it cannot take these arguments, and why.
+
+    Example:
+        >>> scores = torch.rand(1, 1, 3)
+        >>> select_pages(scores, PageList.of([0, 1, 2], [16, 16, 16]), k=2, backend="compiled")
+        Traceback (most recent call last):
+        inferix_kernels._dispatch.Unsupported: select_pages: no Compiled kernel yet
+    """
 
 
 def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +76,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     try:
-        module = importlib.import_module(BACKENDS[backend])
+        module = sys.modules.get(BACKENDS[backend]) or importlib.import_module(BACKENDS[backend])
     except ImportError as error:
         raise Unsupported(str(error)) from error
     function: Callable[..., Any] | None = getattr(module, op, None)

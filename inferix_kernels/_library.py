@@ -1,430 +1,133 @@
 """The ops as torch.library sees them: flat tensors in, outputs passed in and mutated, the backend's name last.
 
-Long because each op's parameters stand here three times: as a schema, flat, and as the op has them.
-
-torch.compile and opcheck need this form; `call` takes it only there, since outside a graph a call through torch.library
-costs microseconds that buy nothing. A pool has empty tensors where it has no scales.
+An op's flat form follows from its signature in ops.py and from which arguments it writes; nothing about a single op
+stands here. torch.compile and opcheck need this form; `call` takes it only there, since outside a graph a call through
+torch.library costs microseconds that buy nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from string import ascii_lowercase
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._dispatch import run
-from .layout import KVPages, PageList, Plan, Quantized
+from .layout import KVPages
 
-# A pool is the list of its six tensors; several pools are one list after the other.
+Function = TypeVar("Function", bound=Callable[..., Any])
+SCALARS = {bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"}
 _WIDTH = len(KVPages._fields)
 
 
-def flatten(*pools: KVPages) -> list[Tensor]:
-    # A new tensor for each None: a mutated argument must not alias another.
-    return [pages.k.new_empty(0, dtype=torch.float32) if x is None else x for pages in pools for x in pages]
+class Argument(NamedTuple):
+    """An argument of an op and the values that stand for it in the flat form."""
+
+    name: str
+    keyword: bool
+    schemas: list[str]  # of each flat value, "Tensor(a!) out"
+    flatten: Callable[[Any], list[Any]]
+    unflatten: Callable[..., Any]
 
 
-def unflatten(tensors: list[Tensor]) -> list[KVPages]:
-    optional = [x if x.ndim > 1 else None for x in tensors]
-    return [KVPages(*optional[i : i + _WIDTH]) for i in range(0, len(tensors), _WIDTH)]  # type: ignore[arg-type]
+class Op(NamedTuple):
+    name: str
+    arguments: list[Argument]
+
+    @property
+    def schema(self) -> str:
+        return f"({', '.join([x for a in self.arguments for x in a.schemas])}, str backend) -> ()"
+
+    def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        given = [*args, *(kwargs[a.name] for a in self.arguments[len(args) :])]
+        return [x for a, value in zip(self.arguments, given) for x in a.flatten(value)]
+
+    def body(self, *flat: Any) -> None:
+        """What torch.library calls: the op's own arguments again, and the backend."""
+        values, args, kwargs = iter(flat), [], {}
+        for a in self.arguments:
+            value = a.unflatten(*(next(values) for _ in a.schemas))
+            if a.keyword:
+                kwargs[a.name] = value
+            else:
+                args.append(value)
+        first = next(x for x in flat if isinstance(x, Tensor) or (isinstance(x, list) and x))
+        run(self.name, next(values), (first if isinstance(first, Tensor) else first[0]).device, *args, **kwargs)
 
 
-def define(op: str, schema: str) -> Callable[[Callable[..., None]], Any]:
-    """Register inferix_kernels::<op> with the decorated function as its body; returns the op."""
+OPS: dict[str, Op] = {}
 
-    def register(body: Callable[..., None]) -> Any:
-        name = f"inferix_kernels::{op}"
-        torch.library.define(name, f"({schema}, str backend) -> ()")
-        torch.library.impl(name, "CompositeExplicitAutograd", body)
+
+def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
+    """Register the decorated function's op as inferix_kernels::<name>; `writes` names the arguments that it mutates.
+
+    A written argument is one that the backends are always given, whatever the public function makes when it is None.
+    """
+
+    def register(function: Function) -> Function:
+        kinds, letters = typing.get_type_hints(function), iter(ascii_lowercase)
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "backend"]
+        if unknown := set(writes) - {p.name for p in parameters}:
+            raise ValueError(f"writes must name arguments of {function.__name__}, got {', '.join(unknown)}")
+        new = OPS[function.__name__] = Op(
+            function.__name__,
+            [
+                Argument(p.name, p.kind is p.KEYWORD_ONLY, *_flat(p.name, kinds[p.name], letters, p.name in writes))
+                for p in parameters
+            ],
+        )
+        name = f"inferix_kernels::{new.name}"
+        torch.library.define(name, new.schema)
+        torch.library.impl(name, "CompositeExplicitAutograd", new.body)
         torch.library.register_fake(name, lambda *args: None)  # every output is an argument
-        return getattr(torch.ops.inferix_kernels, op).default
+        return function
 
     return register
-
-
-@define("kv_append", "Tensor k, Tensor v, Tensor(a!)[] pages, Tensor ids, Tensor lens")
-def _kv_append(k: Tensor, v: Tensor, pages: list[Tensor], ids: Tensor, lens: Tensor, backend: str) -> None:
-    run("kv_append", backend, k.device, k, v, *unflatten(pages), PageList(ids, lens))
-
-
-def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str) -> None:
-    _kv_append(k, v, flatten(pages), *where, backend)
-
-
-@define(
-    "kv_commit",
-    "Tensor[] source, Tensor source_ids, Tensor source_lens, "
-    "Tensor(a!)[] target, Tensor target_ids, Tensor target_lens, Tensor? k_mean",
-)
-def _kv_commit(
-    source: list[Tensor],
-    source_ids: Tensor,
-    source_lens: Tensor,
-    target: list[Tensor],
-    target_ids: Tensor,
-    target_lens: Tensor,
-    k_mean: Tensor | None,
-    backend: str,
-) -> None:
-    reads, writes = PageList(source_ids, source_lens), PageList(target_ids, target_lens)
-    run("kv_commit", backend, source_ids.device, *unflatten(source), reads, *unflatten(target), writes, k_mean)
-
-
-def kv_commit(
-    source: KVPages,
-    source_list: PageList,
-    target: KVPages,
-    target_list: PageList,
-    k_mean: Tensor | None,
-    *,
-    backend: str,
-) -> None:
-    _kv_commit(flatten(source), *source_list, flatten(target), *target_list, k_mean, backend)
-
-
-@define("kv_gather", "Tensor[] pools, Tensor ids, Tensor lens, Tensor(a!) k, Tensor(b!) v")
-def _kv_gather(pools: list[Tensor], ids: Tensor, lens: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
-    run("kv_gather", backend, k.device, unflatten(pools), PageList(ids, lens), k.dtype, out=(k, v))
-
-
-def kv_gather(
-    pools: Sequence[KVPages], where: PageList, dtype: torch.dtype, *, out: tuple[Tensor, Tensor], backend: str
-) -> None:
-    _kv_gather(flatten(*pools), *where, *out, backend)
-
-
-_ATTENTION = (
-    "Tensor q, Tensor[] pools, Tensor q_indptr, Tensor page_indptr, Tensor page_ids, "
-    "Tensor page_lens, Tensor? page_bias, Tensor? page_variants, float scale, Tensor(a!) out, Tensor(b!) lse, "
-    "bool accumulate"
-)
-
-
-def _attention(op: str) -> Callable[..., None]:
-    def body(
-        q: Tensor,
-        pools: list[Tensor],
-        q_indptr: Tensor,
-        page_indptr: Tensor,
-        page_ids: Tensor,
-        page_lens: Tensor,
-        page_bias: Tensor | None,
-        page_variants: Tensor | None,
-        scale: float,
-        out: Tensor,
-        lse: Tensor,
-        accumulate: bool,
-        backend: str,
-    ) -> None:
-        plan = Plan(q_indptr, page_indptr, page_ids, page_lens, page_bias, page_variants)
-        options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-        run(op, backend, q.device, q, unflatten(pools), plan, **options)
-
-    return body
-
-
-_paged_attention = define("paged_attention", _ATTENTION)(_attention("paged_attention"))
-_latent_attention = define("latent_attention", _ATTENTION)(_attention("latent_attention"))
-
-
-def paged_attention(
-    q: Tensor,
-    pools: Sequence[KVPages],
-    plan: Plan,
-    *,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    accumulate: bool,
-    backend: str,
-) -> None:
-    _paged_attention(q, flatten(*pools), *plan, scale, out, lse, accumulate, backend)
-
-
-def latent_attention(
-    q: Tensor,
-    pools: Sequence[KVPages],
-    plan: Plan,
-    *,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    accumulate: bool,
-    backend: str,
-) -> None:
-    _latent_attention(q, flatten(*pools), *plan, scale, out, lse, accumulate, backend)
-
-
-@define("merge_attention", "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse")
-def _merge_attention(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor, backend: str
-) -> None:
-    run("merge_attention", backend, out_a.device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
-
-
-def merge_attention(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor, lse: Tensor, backend: str
-) -> None:
-    _merge_attention(out_a, lse_a, out_b, lse_b, out, lse, backend)
-
-
-@define(
-    "qkv_prologue",
-    "Tensor qkv, Tensor? norm_q, Tensor? norm_k, Tensor? rope, Tensor(a!)[] pages, "
-    "Tensor ids, Tensor lens, Tensor? norm_q_bias, Tensor? norm_k_bias, Tensor? bias, Tensor? k_mean, float eps, "
-    "bool interleaved, Tensor(b!) out",
-)
-def _qkv_prologue(
-    qkv: Tensor,
-    norm_q: Tensor | None,
-    norm_k: Tensor | None,
-    rope: Tensor | None,
-    pages: list[Tensor],
-    ids: Tensor,
-    lens: Tensor,
-    norm_q_bias: Tensor | None,
-    norm_k_bias: Tensor | None,
-    bias: Tensor | None,
-    k_mean: Tensor | None,
-    eps: float,
-    interleaved: bool,
-    out: Tensor,
-    backend: str,
-) -> None:
-    run(
-        "qkv_prologue",
-        backend,
-        qkv.device,
-        qkv,
-        norm_q,
-        norm_k,
-        rope,
-        *unflatten(pages),
-        PageList(ids, lens),
-        norm_q_bias=norm_q_bias,
-        norm_k_bias=norm_k_bias,
-        bias=bias,
-        k_mean=k_mean,
-        eps=eps,
-        interleaved=interleaved,
-        out=out,
-    )
-
-
-def qkv_prologue(
-    qkv: Tensor,
-    norm_q: Tensor | None,
-    norm_k: Tensor | None,
-    rope: Tensor | None,
-    pages: KVPages,
-    where: PageList,
-    *,
-    norm_q_bias: Tensor | None,
-    norm_k_bias: Tensor | None,
-    bias: Tensor | None,
-    k_mean: Tensor | None,
-    eps: float,
-    interleaved: bool,
-    out: Tensor,
-    backend: str,
-) -> None:
-    norms = norm_q_bias, norm_k_bias
-    _qkv_prologue(
-        qkv, norm_q, norm_k, rope, flatten(pages), *where, *norms, bias, k_mean, eps, interleaved, out, backend
-    )
-
-
-@define(
-    "quantize_rows",
-    "Tensor x, str norm, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, str activation, "
-    "Tensor(a!) codes, Tensor(b!) scales",
-)
-def _quantize_rows(
-    x: Tensor,
-    norm: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    activation: str,
-    codes: Tensor,
-    scales: Tensor,
-    backend: str,
-) -> None:
-    run(
-        "quantize_rows",
-        backend,
-        x.device,
-        x,
-        codes.dtype,
-        norm=norm or None,
-        weight=weight,
-        bias=bias,
-        scale=scale,
-        shift=shift,
-        eps=eps,
-        activation=activation or None,
-        out=Quantized(codes, scales),
-    )
-
-
-def quantize_rows(
-    x: Tensor,
-    dtype: torch.dtype,
-    *,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    activation: str | None,
-    out: Quantized,
-    backend: str,
-) -> None:
-    _quantize_rows(x, norm or "", weight, bias, scale, shift, eps, activation or "", *out, backend)
-
-
-@define(
-    "linear",
-    "Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, Tensor? bias, str activation, Tensor? gate, "
-    "Tensor? residual, Tensor(a!) out",
-)
-def _linear(
-    x: Tensor,
-    x_scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    backend: str,
-) -> None:
-    run(
-        "linear",
-        backend,
-        x.device,
-        Quantized(x, x_scales),
-        Quantized(weight, weight_scales),
-        bias=bias,
-        activation=activation or None,
-        gate=gate,
-        residual=residual,
-        dtype=out.dtype,
-        out=out,
-    )
-
-
-def linear(
-    x: Quantized,
-    weight: Quantized,
-    *,
-    bias: Tensor | None,
-    activation: str | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor,
-    backend: str,
-) -> None:
-    _linear(*x, *weight, bias, activation or "", gate, residual, out, backend)
-
-
-@define("page_summaries", "Tensor[] pools, Tensor ids, Tensor lens, bool bounds, Tensor(a!) out")
-def _page_summaries(pools: list[Tensor], ids: Tensor, lens: Tensor, bounds: bool, out: Tensor, backend: str) -> None:
-    run("page_summaries", backend, ids.device, unflatten(pools), PageList(ids, lens), bounds, out=out)
-
-
-def page_summaries(pools: Sequence[KVPages], where: PageList, bounds: bool, *, out: Tensor, backend: str) -> None:
-    _page_summaries(flatten(*pools), *where, bounds, out, backend)
-
-
-@define(
-    "page_scores",
-    "Tensor q, Tensor q_indptr, Tensor summaries, Tensor ids, Tensor lens, float scale, Tensor(a!) out",
-)
-def _page_scores(
-    q: Tensor,
-    q_indptr: Tensor,
-    summaries: Tensor,
-    ids: Tensor,
-    lens: Tensor,
-    scale: float,
-    out: Tensor,
-    backend: str,
-) -> None:
-    run("page_scores", backend, q.device, q, q_indptr, summaries, PageList(ids, lens), scale=scale, out=out)
-
-
-def page_scores(
-    q: Tensor, q_indptr: Tensor, summaries: Tensor, where: PageList, *, scale: float, out: Tensor, backend: str
-) -> None:
-    _page_scores(q, q_indptr, summaries, *where, scale, out, backend)
-
-
-@define(
-    "select_pages",
-    "Tensor scores, Tensor ids, Tensor lens, int k, Tensor? keep, int? frames, int pages_per_frame, "
-    "Tensor(a!) out_ids, Tensor(b!) out_lens",
-)
-def _select_pages(
-    scores: Tensor,
-    ids: Tensor,
-    lens: Tensor,
-    k: int,
-    keep: Tensor | None,
-    frames: int | None,
-    pages_per_frame: int,
-    out_ids: Tensor,
-    out_lens: Tensor,
-    backend: str,
-) -> None:
-    options = {"keep": keep, "frames": frames, "pages_per_frame": pages_per_frame}
-    out = PageList(out_ids, out_lens)
-    run("select_pages", backend, scores.device, scores, PageList(ids, lens), k, **options, out=out)
-
-
-def select_pages(
-    scores: Tensor,
-    where: PageList,
-    k: int,
-    *,
-    keep: Tensor | None,
-    frames: int | None,
-    pages_per_frame: int,
-    out: PageList,
-    backend: str,
-) -> None:
-    _select_pages(scores, *where, k, keep, frames, pages_per_frame, *out, backend)
-
-
-TRACED = {
-    f.__name__: f
-    for f in (
-        kv_append,
-        kv_commit,
-        kv_gather,
-        paged_attention,
-        latent_attention,
-        merge_attention,
-        page_scores,
-        page_summaries,
-        qkv_prologue,
-        quantize_rows,
-        select_pages,
-        linear,
-    )
-}
 
 
 def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> None:
     """Run an op now, or record it when torch.compile is tracing."""
     if torch.compiler.is_compiling():
-        TRACED[op](*args, **kwargs, backend=backend)
+        getattr(torch.ops.inferix_kernels, op).default(*OPS[op].flatten(args, kwargs), backend)
     else:
         run(op, backend, device, *args, **kwargs)
+
+
+def _flat(
+    name: str, kind: Any, letters: Iterator[str], written: bool
+) -> tuple[list[str], Callable[[Any], list[Any]], Callable[..., Any]]:
+    """Of an argument by its annotation: Argument's last three fields. Of a union the first counts, and whether None is
+    in it."""
+    union = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    kind, mark = union[0], lambda: f"({next(letters)}!)" if written else ""
+    none = "?" if types.NoneType in union and not written else ""
+    if kind is KVPages:
+        return [f"Tensor{mark()}[] {name}"], lambda pages: [pool_tensors(pages)], lambda x: pools_of(x)[0]
+    if typing.get_origin(kind) is not None and typing.get_args(kind) == (KVPages,):
+        return [f"Tensor{mark()}[] {name}"], lambda pools: [pool_tensors(*pools)], pools_of
+    if kind is Tensor or kind in SCALARS:
+        return [f"{SCALARS.get(kind, 'Tensor')}{mark()}{none} {name}"], lambda x: [x], lambda x: x
+    if hasattr(kind, "_fields"):  # a tuple of tensors: PageList, Plan, Quantized
+        fields, make = typing.get_type_hints(kind), kind
+    elif typing.get_origin(kind) is tuple:
+        fields, make = {str(i): field for i, field in enumerate(typing.get_args(kind))}, lambda *parts: parts
+    else:
+        raise TypeError(f"{name} must be of a type that torch.library knows or of layout's, got {kind}")
+    parts = [_flat(f"{name}_{field}", hint, letters, written) for field, hint in fields.items()]
+    return [schema for part in parts for schema in part[0]], list, make
+
+
+def pool_tensors(*pools: KVPages) -> list[Tensor]:
+    """The tensors of one pool after the other, empty where a pool has None."""
+    # A new tensor for each None: a mutated argument must not alias another.
+    return [pages.k.new_empty(0, dtype=torch.float32) if x is None else x for pages in pools for x in pages]
+
+
+def pools_of(tensors: list[Tensor]) -> list[KVPages]:
+    optional = [x if x.ndim > 1 else None for x in tensors]
+    return [KVPages(*optional[i : i + _WIDTH]) for i in range(0, len(tensors), _WIDTH)]  # type: ignore[arg-type]

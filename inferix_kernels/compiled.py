@@ -1,6 +1,7 @@
 """The ops in inferix_kernels._C: C++ on CPU tensors, CUDA on CUDA tensors.
 
-This file turns tensors into addresses, sizes and strides, and does nothing else.
+This file turns tensors into addresses, sizes and strides, and calls the extension with them; on a GPU also with the
+current stream and room to work in. Layouts that a kernel does not take are Unsupported.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ ISA: Any = _C.best_isa()  # the instructions that CPU kernels use; tests set oth
 # from the reference, as q and the weights are rounded too. Set by who calls, as torch's allow_tf32 is; Triton has the
 # same. On a CPU the page's own precision is taken.
 ALLOW_8_BIT = False
-CUDA_OPS = frozenset(("kv_append", "kv_commit", "kv_gather", "paged_attention", "merge_attention", "qkv_prologue"))
+CUDA_OPS = frozenset(_C.cuda_ops)
+Struct = dict[str, Any]  # one of csrc/'s, with a value for each field
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 _CODECS = {
     Codec(torch.float32): _C.Codec.float32,
@@ -97,8 +99,14 @@ def kv_gather(
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    arguments = _attention(q, pools, plan, scale, out, lse, accumulate)
-    _run("paged_attention", q, **arguments, workspace=_Workspace(q.device))
+    _run(
+        "paged_attention",
+        q,
+        **_attention(q, pools, plan, out, lse),
+        scale=scale,
+        accumulate=accumulate,
+        eight_bit=ALLOW_8_BIT,
+    )
     return out, lse
 
 
@@ -113,18 +121,18 @@ def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> None:
 
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
-    arguments = _attention(q, pools, plan, q.shape[-1] ** -0.5, torch.empty_like(q), q.new_empty(q.shape[:2]), False)
+    tensors = _attention(q, pools, plan, torch.empty_like(q), q.new_empty(q.shape[:2]))
+    arguments = {**tensors, "scale": q.shape[-1] ** -0.5, "accumulate": False, "eight_bit": ALLOW_8_BIT}
     try:
-        _C.paged_attention(**arguments, workspace=taken, stream=0, cpu=_C.Cpu(0, ISA))
+        _C.paged_attention(arguments, stream=0, workspace=taken)
     except Taken:
         return
     except _C.Unsupported as error:
         raise Unsupported(str(error)) from error
 
 
-def _attention(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool
-) -> dict[str, Any]:
+def _attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, out: Tensor, lse: Tensor) -> Struct:
+    """What paged_attention reads and writes, and its sizes."""
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
     variants, tokens, query_heads, _ = queries.shape
     segments = len(plan.q_indptr) - 1
@@ -145,9 +153,6 @@ def _attention(
         "query_heads": query_heads,
         "segments": segments,
         "lists_per_segment": (len(plan.page_indptr) - 1) // max(segments, 1),
-        "scale": scale,
-        "accumulate": accumulate,
-        "eight_bit": ALLOW_8_BIT,
         "q_dtype": _DTYPES[q.dtype],
         "out_dtype": _DTYPES[out.dtype],
     }
@@ -219,7 +224,6 @@ def qkv_prologue(
         T=qkv.shape[0],
         query_heads=out.shape[1],
         dtype=_DTYPES[qkv.dtype],
-        workspace=_Workspace(qkv.device),
     )
     return out
 
@@ -301,8 +305,8 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
     kernel = getattr(_C, op)
     if not like.is_cuda:
         try:
-            return kernel(**arguments, stream=None, cpu=_C.Cpu(torch.get_num_threads(), ISA))
-        except TypeError as error:  # this file and csrc/bindings.cpp agree: pybind11 refuses for another one
+            return kernel(arguments, cpu={"threads": torch.get_num_threads(), "isa": ISA})
+        except TypeError as error:  # this file and csrc/ agree on the fields of a struct: not so with another's
             raise RuntimeError(
                 f"{op}: inferix_kernels._C was built from other sources than these: build it again "
                 f"(make build, or pip install -e .): {str(error).splitlines()[0]}"
@@ -313,7 +317,8 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
         raise Unsupported(f"{op}: no CUDA kernel yet")
     try:
         with torch.cuda.device(like.device):  # a stream only takes launches while its device is current
-            kernel(**arguments, stream=torch.cuda.current_stream().cuda_stream, cpu=_C.Cpu(0, ISA))
+            stream = torch.cuda.current_stream().cuda_stream
+            kernel(arguments, stream=stream, workspace=_Workspace(like.device))
     except _C.Unsupported as error:
         raise Unsupported(str(error)) from error
 
@@ -348,38 +353,46 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def _groups(name: str, tensor: Tensor | None) -> _C.Groups:
-    return _C.Groups(_address(name, tensor), 0 if tensor is None else len(tensor))
+def _groups(name: str, tensor: Tensor | None) -> Struct:
+    return {"data": _address(name, tensor), "groups": 0 if tensor is None else len(tensor)}
 
 
-def _rows(name: str, tensor: Tensor) -> _C.Rows:
+def _rows(name: str, tensor: Tensor) -> Struct:
     """[..., T, H, D] whose tokens and heads may lie apart, as in a slice of a packed qkv."""
     token_stride, head_stride, stride = tensor.stride()[-3:]
     if stride != 1:
         raise Unsupported(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
-    return _C.Rows(_pointer(name, tensor), token_stride, head_stride)
+    return {"data": _pointer(name, tensor), "token_stride": token_stride, "head_stride": head_stride}
 
 
-def _page_list(ids: Tensor, lens: Tensor) -> _C.PageList:
-    return _C.PageList(_address("page ids", ids), _address("page lens", lens), len(ids))
+def _page_list(ids: Tensor, lens: Tensor) -> Struct:
+    return {"ids": _address("page ids", ids), "lens": _address("page lens", lens), "n": len(ids)}
 
 
-def _shape(pages: KVPages) -> _C.PageShape:
-    return _C.PageShape(pages.heads, pages.page_size)
+def _shape(pages: KVPages) -> Struct:
+    return {"H": pages.heads, "page_size": pages.page_size}
 
 
-def _plane(name: str, side: Side, width: int) -> _C.Plane:
-    parts = (name, side.codes), (f"{name}_scales", side.scales), (f"{name}_offsets", side.offsets)
-    codes, scales, offsets = (_address(part, tensor) for part, tensor in parts)
-    return _C.Plane(codes, scales, offsets, width, _CODECS[side.codec])
+def _plane(name: str, side: Side, width: int) -> Struct:
+    return {
+        "codes": _address(name, side.codes),
+        "scales": _address(f"{name}_scales", side.scales),
+        "offsets": _address(f"{name}_offsets", side.offsets),
+        "width": width,
+        "codec": _CODECS[side.codec],
+    }
 
 
-def _pool(pages: KVPages) -> _C.Pool:
+def _pool(pages: KVPages) -> Struct:
     k, v = pages.sides
-    return _C.Pool(_plane("pages.k", k, pages.head_dim), _plane("pages.v", v, pages.value_dim), pages.pages)
+    return {
+        "k": _plane("pages.k", k, pages.head_dim),
+        "v": _plane("pages.v", v, pages.value_dim),
+        "pages": pages.pages,
+    }
 
 
-def _pools(pools: Sequence[KVPages]) -> list[_C.Pool]:
+def _pools(pools: Sequence[KVPages]) -> list[Struct]:
     if len(pools) > _C.max_pools:
         raise Unsupported(f"pools must be at most {_C.max_pools}, got {len(pools)}")
     return [_pool(pages) for pages in pools]

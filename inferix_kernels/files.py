@@ -40,9 +40,26 @@ def temporary_path(path: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
 
+def destination(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """Where what is written to `path` belongs: where a link leads, whether or not a file is there yet.
+
+    Raises:
+        ValueError: links that lead in a circle, or a name that no file can have; names `argument`.
+    """
+    path = Path(path)
+    try:
+        real = Path(os.path.realpath(path)) if path.is_symlink() else path
+        if real.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    except OSError as error:
+        raise unwritable(path, error, argument) from None
+    return real
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterator[Path]:
-    """A context whose value is an empty file to write to; it becomes `path` when the context ends well.
+    """A context whose value is an empty file to write to; it becomes `path`, or where a link there leads, when the
+    context ends well.
 
     It is on disk (fsync) before it is renamed, so that a crash at any moment leaves the earlier file or the new one.
     After an error what was at `path` is as it was, and the temporary file is gone. Permissions are 0666 less the
@@ -51,7 +68,8 @@ def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterat
     Raises:
         ValueError: the file can not be written, or the disk is full; names `argument` and `path`.
     """
-    part = temporary_path(path)
+    target = destination(path, argument)
+    part = temporary_path(target)
     try:
         with part.open("xb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
@@ -59,7 +77,7 @@ def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterat
         part.chmod(mode)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.replace(path)
+        part.replace(target)
     except OSError as error:
         raise unwritable(path, error, argument) from None
     except Exception as error:
@@ -92,13 +110,16 @@ def append_lines(path: str | os.PathLike[str], text: str, argument: str = "path"
         raise unwritable(path, error, argument) from None
 
 
-def require_writable(path: str | os.PathLike[str], argument: str) -> None:
+def require_writable(path: str | os.PathLike[str], argument: str) -> Path:
     """Check that a file can be written at `path`; leaves everything as it is.
+
+    Returns:
+        `destination(path)`.
 
     Raises:
         ValueError: it can not, or there is something else than a regular file (a device, a FIFO); names `argument`.
     """
-    path = Path(path)
+    path = destination(path, argument)
     try:
         if path.exists():
             mode = path.stat().st_mode
@@ -114,6 +135,7 @@ def require_writable(path: str | os.PathLike[str], argument: str) -> None:
         probe.unlink()
     except OSError as error:
         raise unwritable(path, error, argument) from None
+    return path
 
 
 def _end_of_lines(file: io.FileIO, block: int = 1 << 16) -> int:
@@ -130,7 +152,7 @@ def _end_of_lines(file: io.FileIO, block: int = 1 << 16) -> int:
 
 def require_space(path: str | os.PathLike[str], nbytes: int, argument: str) -> None:
     """Raise ValueError, naming the argument, unless `nbytes` more bytes are free where `path` lies."""
-    free = shutil.disk_usage(Path(path).parent).free
+    free = shutil.disk_usage(destination(path, argument).parent).free
     if nbytes > free:
         raise ValueError(f"{argument}: no space left: {os.fspath(path)!r} needs {nbytes:,} bytes, {free:,} are free")
 

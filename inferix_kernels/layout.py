@@ -91,6 +91,11 @@ class KVPages(NamedTuple):
     hold one number per token, [P, H, page_size], or per channel, [P, H, width].
 
     Dv differs from D in stores of latent rows (MLA): H = 1, the latent as keys and its rotary part as values.
+
+    Example:
+        >>> pages = KVPages.empty("int4", pages=2, heads=4, page_size=16, head_dim=32)
+        >>> pages.format, pages.pages, pages.heads, pages.page_size, pages.head_dim, pages.nbytes
+        ('int4', 2, 4, 16, 32, 5632)
     """
 
     k: Tensor  # [P, H, page_size, D] codes
@@ -114,6 +119,10 @@ class KVPages(NamedTuple):
         """Allocate a pool. Its contents are undefined: a slot means something once an op has written its page.
 
         head_dim is the width of keys and values, or the two widths (D, Dv).
+
+        Example:
+            >>> KVPages.empty("fp8", pages=2, heads=4, page_size=16, head_dim=32).k.dtype
+            torch.float8_e4m3fn
         """
         if format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -199,13 +208,25 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 class PageList(NamedTuple):
-    """Tokens fill, or are read from, these pages in order: lens[i] tokens in the first slots of page ids[i]."""
+    """Tokens fill, or are read from, these pages in order: lens[i] tokens in the first slots of page ids[i].
+
+    Example:
+        >>> where = PageList.of([3, 1], [16, 9])  # 16 tokens in page 3, then 9 in page 1
+        >>> where.ids.dtype
+        torch.int32
+    """
 
     ids: Tensor  # [n] int32
     lens: Tensor  # [n] int32, each in [0, page_size]
 
     @classmethod
     def of(cls, ids: Sequence[int], lens: Sequence[int], device: torch.device | str = "cpu") -> PageList:
+        """A page list from Python lists of the same length.
+
+        Example:
+            >>> PageList.of([3, 1], [16, 9]).lens.tolist()
+            [16, 9]
+        """
         _check_list("ids", ids, lens)
         return cls(_int32(ids, device), _int32(lens, device))
 
@@ -216,6 +237,11 @@ class Plan(NamedTuple):
     Segment s is the queries q_indptr[s] : q_indptr[s+1]. It has one page list for all KV heads, or one for each: list
     l is the pages page_indptr[l] : page_indptr[l+1], with l = s or l = s * H + head. A query attends to every valid
     token of its list's pages and to nothing else. The page list is the mask.
+
+    Example:
+        >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])
+        >>> plan.q_indptr.tolist(), plan.page_indptr.tolist(), plan.page_ids.tolist()
+        ([0, 4, 10], [0, 2, 3], [3, 1, 3])
     """
 
     q_indptr: Tensor  # [S+1] int32, from 0 to T
@@ -227,7 +253,13 @@ class Plan(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A run of queries and the pages they attend to, on the host."""
+    """A run of queries and the pages they attend to, on the host.
+
+    Example:
+        >>> segment = Segment(queries=4, ids=[3, 1], lens=[16, 9], bias=[0.0, -1.0])
+        >>> make_plan([segment]).page_bias.tolist()
+        [0.0, -1.0]
+    """
 
     queries: int
     ids: Sequence[int]
@@ -248,6 +280,11 @@ def make_plan(
         ValueError: a negative count, id or length; fields of a segment that differ in length; bias or variants in some
             segments only; entries that make no whole segments. Ids and lengths are held against the pools when the
             plan is used, since one plan may serve pools of several layers.
+
+    Example:
+        >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])  # two segments: (queries, page ids, lens)
+        >>> plan.page_lens.tolist()
+        [16, 9, 16]
     """
     lists = [Segment(*segment) for segment in segments]
     _check_segments(lists, lists_per_segment)
@@ -267,7 +304,13 @@ def make_plan(
 
 
 def even_plan(q_indptr: Tensor, pages: PageList, lists: int) -> Plan:
-    """A plan of so many page lists of one length, as select_pages makes them; nothing is read from the device."""
+    """A plan of so many page lists of one length, as select_pages makes them; nothing is read from the device.
+
+    Example:
+        >>> runs = torch.tensor([0, 64, 100], dtype=torch.int32)
+        >>> even_plan(runs, PageList.of([3, 1, 3, 2], [16, 9, 16, 16]), lists=2).page_indptr.tolist()
+        [0, 2, 4]
+    """
     if lists < 1 or len(pages.ids) % lists:
         raise ValueError(f"lists must be a divisor of the {len(pages.ids)} pages, got {lists}")
     steps = torch.arange(lists + 1, dtype=torch.int32, device=pages.ids.device)
@@ -298,6 +341,11 @@ class Quantized(NamedTuple):
     """A matrix in 8 bits, each row with a scale of its own: x = codes * scales[:, None].
 
     Rows are tokens of an activation, or output channels of a weight.
+
+    Example:
+        >>> x = quantize_rows(torch.tensor([[1.0, -0.5], [0.0, 127.0]]))
+        >>> x.codes.tolist()
+        [[127, -64], [0, 127]]
     """
 
     codes: Tensor  # [rows, K] int8 or float8_e4m3fn

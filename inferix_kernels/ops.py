@@ -42,10 +42,26 @@ from ._check import (
     check_word,
     device_of,
 )
-from ._library import call
+from ._library import call, op
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized
 
+__all__ = [
+    "kv_append",
+    "kv_commit",
+    "kv_gather",
+    "latent_attention",
+    "linear",
+    "merge_attention",
+    "page_scores",
+    "page_summaries",
+    "paged_attention",
+    "qkv_prologue",
+    "quantize_rows",
+    "select_pages",
+]
 
+
+@op(writes=["pages"])
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
     """Write T tokens into pages, from the first slot of each page on.
 
@@ -56,6 +72,11 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
         k, v: [T, H, D] and [T, H, Dv] float32, bfloat16 or float16, same dtype.
         pages: written. Any format.
         where: lens sum to T; no page twice.
+
+    Example:
+        >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
+        >>> k, v = torch.randn(25, 2, 32), torch.randn(25, 2, 32)
+        >>> kv_append(k, v, pages, PageList.of([3, 1], [16, 9]))  # 16 tokens into page 3, 9 into page 1
     """
     sizes: dict[str, int] = {}
     device = device_of("k", k)
@@ -66,6 +87,7 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     call("kv_append", backend, device, k, v, pages, where)
 
 
+@op(writes=["target"])
 def kv_commit(
     source: KVPages,
     source_list: PageList,
@@ -88,6 +110,11 @@ def kv_commit(
 
     Raises:
         ValueError: k_mean with a quantized source: it must be taken off before keys are first quantized.
+
+    Example:
+        >>> scratch, pages = (KVPages.empty(format, 4, 2, page_size=16, head_dim=32) for format in ("fp32", "int8"))
+        >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), scratch, PageList.of([0, 1], [16, 9]))
+        >>> kv_commit(scratch, PageList.of([0, 1], [16, 9]), pages, PageList.of([3, 2], [16, 9]))  # quantizes
     """
     sizes: dict[str, int] = {}
     check_is("source", source, KVPages)
@@ -106,6 +133,7 @@ def kv_commit(
     call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
 
 
+@op(writes=["out"])
 def kv_gather(
     pools: Sequence[KVPages],
     where: PageList,
@@ -121,6 +149,13 @@ def kv_gather(
         where: T is the sum of its lens.
         dtype: float32, bfloat16 or float16, of the tensors returned. Not used when out is given.
         out: (k, v) to write to. Without it T must be read from the device, which waits for it.
+
+    Example:
+        >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
+        >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), pages, PageList.of([3, 1], [16, 9]))
+        >>> k, v = kv_gather([pages], PageList.of([1], [9]))
+        >>> list(k.shape), k.dtype
+        ([9, 2, 32], torch.float32)
     """
     sizes: dict[str, int] = {}
     check_is("where", where, PageList)
@@ -142,6 +177,7 @@ def kv_gather(
     return out
 
 
+@op(writes=["out", "lse"])
 def paged_attention(
     q: Tensor,
     pools: Sequence[KVPages],
@@ -174,16 +210,25 @@ def paged_attention(
             call rounds.
 
     Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135.
+
+    Example:
+        >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
+        >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), pages, PageList.of([3, 1], [16, 9]))
+        >>> q = torch.randn(10, 4, 32)  # 10 queries, 4 heads: two read each KV head
+        >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])  # 4 queries see both pages, 6 see page 3 alone
+        >>> out, lse = paged_attention(q, [pages], plan)
+        >>> list(out.shape), list(lse.shape)
+        ([10, 4, 32], [10, 4])
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D", pools, plan, sizes, same_width=True)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-    call("paged_attention", backend, q.device, q, pools, plan, **options)
+    call("paged_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 
 
+@op(writes=["out", "lse"])
 def latent_attention(
     q: Tensor,
     pools: Sequence[KVPages],
@@ -215,15 +260,23 @@ def latent_attention(
         out: [T, Hq, D] in q's dtype or float32, to write to: sums of latent rows.
 
     Source: arXiv:2405.04434, section 2.1 and appendix C.
+
+    Example:
+        >>> pages = KVPages.empty("latent8", pages=2, heads=1, page_size=16, head_dim=(64, 16))  # latent, rotary
+        >>> kv_append(torch.randn(20, 1, 64), torch.randn(20, 1, 16), pages, PageList.of([0, 1], [16, 4]))
+        >>> q = torch.randn(5, 8, 64 + 16)
+        >>> out, lse = latent_attention(q, [pages], make_plan([(5, [0, 1], [16, 4])]), scale=48**-0.5)
+        >>> list(out.shape)
+        [5, 8, 64]
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
     out, lse = attention_outputs(q, out, lse, accumulate, sizes)
-    options = {"scale": scale, "out": out, "lse": lse, "accumulate": accumulate}
-    call("latent_attention", backend, q.device, q, pools, plan, **options)
+    call("latent_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 
 
+@op(writes=["out", "lse"])
 def merge_attention(
     out_a: Tensor,
     lse_a: Tensor,
@@ -243,6 +296,16 @@ def merge_attention(
         lse_a, lse_b: [T, Hq] float32, natural logarithm.
         out: [T, Hq, D] in out_a's dtype or float32, to write to; may be out_a or out_b.
         lse: [T, Hq] float32, to write to; may be lse_a or lse_b.
+
+    Example:
+        >>> pages = KVPages.empty("fp32", pages=2, heads=2, page_size=16, head_dim=32)
+        >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), pages, PageList.of([0, 1], [16, 9]))
+        >>> q = torch.randn(3, 2, 32)
+        >>> first = paged_attention(q, [pages], make_plan([(3, [0], [16])]))
+        >>> second = paged_attention(q, [pages], make_plan([(3, [1], [9])]))
+        >>> out, lse = merge_attention(*first, *second)  # as if one call had seen both pages
+        >>> torch.allclose(out, paged_attention(q, [pages], make_plan([(3, [0, 1], [16, 9])]))[0], atol=1e-5)
+        True
     """
     sizes: dict[str, int] = {}
     device = device_of("out_a", out_a)
@@ -258,6 +321,7 @@ def merge_attention(
     return out, lse
 
 
+@op(writes=["pages", "out"])
 def qkv_prologue(
     qkv: Tensor,
     norm_q: Tensor | None,
@@ -298,6 +362,16 @@ def qkv_prologue(
         q, [T, Hq, D] in qkv's dtype.
 
     Source: RMSNorm, arXiv:1910.07467; rotary embedding, arXiv:2104.09864.
+
+    Example:
+        >>> pages = KVPages.empty("int8", pages=2, heads=2, page_size=16, head_dim=32)
+        >>> qkv = torch.randn(25, (4 + 2 * 2) * 32)  # 25 tokens, 4 query heads, 2 KV heads
+        >>> angles = torch.rand(25, 16)
+        >>> rope = torch.stack((angles.cos(), angles.sin()), -1)
+        >>> norm_q, norm_k = torch.ones(32), torch.ones(32)  # each head by itself
+        >>> q = qkv_prologue(qkv, norm_q, norm_k, rope, pages, PageList.of([0, 1], [16, 9]))
+        >>> list(q.shape)
+        [25, 4, 32]
     """
     sizes: dict[str, int] = {}
     device = device_of("qkv", qkv)
@@ -342,6 +416,7 @@ def qkv_prologue(
     return out
 
 
+@op(writes=["out"])
 def page_summaries(
     pools: Sequence[KVPages], where: PageList, bounds: bool = False, *, out: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -360,6 +435,13 @@ def page_summaries(
         out, indexed by page id.
 
     Source: bounds, Quest, arXiv:2406.10774; means, VSA, arXiv:2505.13389.
+
+    Example:
+        >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
+        >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), pages, PageList.of([3, 1], [16, 9]))
+        >>> means = page_summaries([pages], PageList.of([3, 1], [16, 9]))
+        >>> list(means.shape)  # one mean key per page and KV head
+        [4, 2, 1, 32]
     """
     sizes: dict[str, int] = {}
     check_is("where", where, PageList)
@@ -374,6 +456,7 @@ def page_summaries(
     return out
 
 
+@op(writes=["out"])
 def page_scores(
     q: Tensor,
     q_indptr: Tensor,
@@ -397,6 +480,15 @@ def page_scores(
         where: n pages to choose among, the same for all runs.
         scale: D ** -0.5 by default.
         out: [S, H, n] float32, to write to.
+
+    Example:
+        >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
+        >>> where = PageList.of([3, 1], [16, 9])
+        >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), pages, where)
+        >>> runs = torch.tensor([0, 6, 10], dtype=torch.int32)  # two runs of queries: 0..5 and 6..9
+        >>> scores = page_scores(torch.randn(10, 4, 32), runs, page_summaries([pages], where), where)
+        >>> list(scores.shape)  # runs, KV heads, pages
+        [2, 2, 2]
     """
     sizes: dict[str, int] = {}
     check_tensor("q", q, FLOATS, "T Hq D", sizes, device_of("q", q))
@@ -421,6 +513,7 @@ def page_scores(
     return out
 
 
+@op(writes=["out"])
 def select_pages(
     scores: Tensor,
     where: PageList,
@@ -448,6 +541,12 @@ def select_pages(
         out: ids and lens, [S * H * k] each, to write to.
 
     Source: frames first, then pages in them: Light Forcing, arXiv:2602.04789.
+
+    Example:
+        >>> scores = torch.tensor([[[0.1, 0.7, 0.4]]])  # one run, one KV head, three pages
+        >>> best = select_pages(scores, PageList.of([5, 6, 7], [16, 16, 9]), k=2)
+        >>> best.ids.tolist(), best.lens.tolist()
+        ([6, 7], [16, 9])
     """
     sizes: dict[str, int] = {}
     device = device_of("scores", scores)
@@ -469,6 +568,7 @@ def select_pages(
     return out
 
 
+@op(writes=["out"])
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype = torch.int8,
@@ -501,6 +601,11 @@ def quantize_rows(
         out: codes [M, K] int8 or float8_e4m3fn and scales [M] float32, to write to.
 
     Source: adaLN, arXiv:2212.09748.
+
+    Example:
+        >>> codes, scales = quantize_rows(torch.randn(8, 64), norm="layer", activation="gelu")
+        >>> codes.dtype, list(codes.shape), list(scales.shape)
+        (torch.int8, [8, 64], [8])
     """
     sizes: dict[str, int] = {}
     device = device_of("x", x)
@@ -533,6 +638,7 @@ def quantize_rows(
     return out
 
 
+@op(writes=["out"])
 def linear(
     x: Quantized | Tensor,
     weight: Quantized,
@@ -559,6 +665,13 @@ def linear(
         residual: [M, N] of these dtypes; may be out.
         dtype: float32, bfloat16 or float16, of the result. Not used when out is given.
         out: [M, N], to write to.
+
+    Example:
+        >>> x, weight, bias = torch.randn(8, 64), torch.randn(32, 64), torch.randn(32)
+        >>> y = linear(x, quantize_rows(weight), bias=bias, dtype=torch.float32)
+        >>> error = (y - (x @ weight.T + bias)).norm() / (x @ weight.T + bias).norm()
+        >>> bool(error < 0.02)
+        True
     """
     check_is("weight", weight, Quantized)
     device_of("weight.codes", weight.codes)

@@ -78,7 +78,7 @@ class Worker:
     def __init__(self, tree: Path, settings: Settings, threads: int):
         path = os.pathsep.join([str(tree / "python"), str(tree)])
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "harness" / "worker.py"), str(ROOT)],
+            [sys.executable, str(ROOT / "benchmarks" / "worker.py"), str(ROOT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

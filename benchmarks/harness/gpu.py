@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from inferix_kernels.files import atomic_write, unwritable
 
 from .ledger import ROOT, fingerprints
-from .processes import Process, search_path
+from .processes import Process, how, search_path
 
 LOG_BYTES = 8 << 20
 FINISH = 12.0  # seconds kept for the plots
@@ -245,8 +245,6 @@ def _words(entry: dict[str, Any]) -> str:
 
 
 def _words_of(code: int) -> str:
-    from .isolated import how
-
     return {
         STOPPED: "stopped: its time was up",
         CUT: "stopped: no time left",

@@ -10,12 +10,11 @@ from inferix_kernels._install import install
 from inferix_kernels.files import atomic_write
 
 from .rows import Row
+from .series import BYTES, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from ..sweep import Series
 
 OURS, THEIRS, PEAK, INK = "#c8452b", "#8a9aa8", "#3b3b3b", "#222222"
 TONES = ("#c8452b", "#2f6f9f", "#5b8c3a", "#8a5a9e", "#b8892b", "#6b7280")  # of lines
@@ -35,9 +34,6 @@ STYLE = {
     "savefig.bbox": "tight",
     "svg.hashsalt": "inferix",  # the same figure, the same bytes
 }
-
-
-BYTES = "KV bytes"  # a row's metric
 
 
 class NoPlot(ValueError):

@@ -75,3 +75,10 @@ def gone(process: subprocess.Popen[str] | subprocess.Popen[bytes], grace: float 
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def how(code: int | None) -> str:
+    """An exit code in words."""
+    if code is None:
+        return "its output is closed"
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"

@@ -1,4 +1,4 @@
-"""Tables as Markdown whose columns line up: they read the same in a terminal and in a README."""
+"""Tables as Markdown whose columns line up: they read the same in a terminal and in a document."""
 
 from __future__ import annotations
 

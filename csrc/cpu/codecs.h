@@ -27,19 +27,6 @@ struct Tile {
   char *codes, *scales, *offsets;
 };
 
-inline bool is_float(Codec codec) { return codec == Codec::f32 || codec == Codec::bf16 || codec == Codec::f16; }
-inline bool is_packed(Codec codec) { return codec == Codec::u4_token || codec == Codec::u4_channel; }
-inline bool is_transposed(Codec codec) { return codec == Codec::e4m3_channel; }
-inline bool is_by_token(Codec codec) {
-  return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
-}
-
-// Bytes of one token's codes.
-inline int64_t row_bytes(Codec codec, int64_t width) {
-  return codec == Codec::f32 ? 4 * width : is_float(codec) ? 2 * width : is_packed(codec) ? width / 2 : width;
-}
-inline int64_t scale_bytes(Codec codec) { return is_float(codec) ? 0 : is_packed(codec) ? 2 : 4; }
-
 inline Tile tile_of(const Plane& plane, const PageShape& s, int64_t page, int64_t head) {
   const Codec codec = plane.codec;
   const int64_t index = page * s.H + head, scales = is_by_token(codec) ? s.page_size : plane.width;

@@ -1,8 +1,8 @@
-// paged_attention on Hopper: what it takes, its scratch memory, its launches. Never run on a GPU; the kernels run on the
-// host in tests/cuda/native.
+// paged_attention on Hopper: argument checks, workspace, launches. Never run on a GPU; tests/cuda/native emulates one
+// on the CPU and runs the kernels there.
 //
 // One pass for each pool, in order: the first writes out and lse, each later one merges into them, as a call with
-// accumulate does. What lies between two passes is float32.
+// accumulate does. The intermediate result is float32.
 #include <algorithm>
 
 #include "../attention.h"
@@ -74,7 +74,7 @@ void check(const PagedAttentionParams& p) {
           "writes out two channels at a time: its address and strides must be multiples of that");
 }
 
-// Scratch memory, cut into arrays. With a null base it measures.
+// Divides the workspace into arrays. With a null base it only adds up their size.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -91,15 +91,15 @@ class Arena {
   int64_t used_ = 0;
 };
 
-struct Scratch {
+struct Workspace {
   WorkTable work;
   Unit* units;
   int64_t* list_start;
   int32_t* list_tiles;
-  float *piece_out, *piece_lse, *running;
+  float *partial_out, *partial_lse, *running;
   int64_t bytes;
 
-  Scratch(const PagedAttentionParams& p, int blocks) {
+  Workspace(const PagedAttentionParams& p, int blocks) {
     Arena arena(p.workspace);
     const int64_t D = p.pools.pool[0].k.width, strips = p.segments * p.shape.H, lists = p.segments * p.lists_per_segment;
     work = {arena.take<int64_t>(strips + 1), arena.take<int32_t>(strips + 1), arena.take<int32_t>(strips),
@@ -107,34 +107,35 @@ struct Scratch {
     units = arena.take<Unit>(unit_start(lists, p.entries.n, int(p.variants), int(p.shape.page_size)));
     list_start = arena.take<int64_t>(lists + 1);
     list_tiles = arena.take<int32_t>(lists);
-    piece_out = arena.take<float>(2 * int64_t(blocks) * kTileRows * D);
-    piece_lse = arena.take<float>(2 * int64_t(blocks) * kTileRows);
+    partial_out = arena.take<float>(2 * int64_t(blocks) * kBlockM * D);
+    partial_lse = arena.take<float>(2 * int64_t(blocks) * kBlockM);
     running = arena.take<float>(p.pools.count > 1 && p.out_dtype != DType::f32 ? p.T * p.query_heads * D : 0);
     bytes = arena.used();
   }
 };
 
-PrepareArgs prepare_args(const PagedAttentionParams& p, const Scratch& scratch, int pool, int64_t first_page) {
+PrepareArgs prepare_args(const PagedAttentionParams& p, const Workspace& workspace, int pool, int64_t first_page) {
   return {p.q_indptr, p.page_indptr, p.entries.ids, p.entries.lens, p.page_bias, p.page_variants, int32_t(p.T),
           int32_t(p.entries.n), int32_t(p.segments), int32_t(p.shape.H), int32_t(p.lists_per_segment),
           int32_t(p.variants), int32_t(first_page), int32_t(p.pools.pool[pool].pages), int32_t(p.shape.page_size),
-          int32_t(p.query_heads / p.shape.H), scratch.work, scratch.units, scratch.list_start, scratch.list_tiles};
+          int32_t(p.query_heads / p.shape.H), workspace.work, workspace.units, workspace.list_start,
+          workspace.list_tiles};
 }
 
-AttentionArgs attention_args(const PagedAttentionParams& p, const Scratch& scratch, int pool) {
+AttentionArgs attention_args(const PagedAttentionParams& p, const Workspace& workspace, int pool) {
   const int64_t D = p.pools.pool[pool].k.width;
   const HeadRows out{static_cast<char*>(p.out.data), p.out.token_stride, p.out.head_stride, p.out_dtype};
   const HeadRows running = p.out_dtype == DType::f32
                                ? out
-                               : HeadRows{reinterpret_cast<char*>(scratch.running), p.query_heads * D, D, DType::f32};
+                               : HeadRows{reinterpret_cast<char*>(workspace.running), p.query_heads * D, D, DType::f32};
   const HeadRows nothing{nullptr, 0, 0, DType::f32};
   const bool first = pool == 0, last = pool == p.pools.count - 1;
   return {static_cast<const char*>(p.q.data), p.q_variant_stride, p.q.token_stride, p.q.head_stride,
           !first ? running : p.accumulate ? out : nothing, last ? out : running, p.lse,
           p.pools.pool[pool].k, p.pools.pool[pool].v,
-          p.q_indptr, scratch.units, scratch.list_start, scratch.work, int32_t(p.T), int32_t(p.shape.H),
+          p.q_indptr, workspace.units, workspace.list_start, workspace.work, int32_t(p.T), int32_t(p.shape.H),
           int32_t(p.query_heads / p.shape.H), int32_t(p.lists_per_segment), int32_t(p.shape.page_size),
-          p.scale * kLog2E, scratch.piece_out, scratch.piece_lse};
+          p.scale * kLog2E, workspace.partial_out, workspace.partial_lse};
 }
 
 struct Maps {
@@ -144,17 +145,18 @@ struct Maps {
 // Of what is read through a map; the others stay empty.
 template <Kind kKind, int kD>
 Maps maps_of(const Pool& pool, const PageShape& s) {
-  using S = Shared<kKind, kD>;
+  using S = SharedStorage<kKind, kD>;
   const uint64_t tiles = uint64_t(pool.pages) * s.H, slots = tiles * s.page_size;
   const auto map = [](const void* codes, const TensorBox& box, bool bytes) {
     return tensor_map("paged_attention", codes, box, bytes);
   };
   Maps maps{};
   if (S::kKeyMap)
-    maps.keys = map(pool.k.codes, S::kEightBit ? byte_rows(slots, kD) : float_rows(slots, kD), S::kEightBit);
+    maps.keys = map(pool.k.codes, S::kEightBit ? box_of_8_bit_keys(slots, kD) : box_of_16_bit_rows(slots, kD),
+                    S::kEightBit);
   if (S::kValueMap)
-    maps.values = map(pool.v.codes, S::kTransposed ? transposed_bytes(tiles * kD, kD, int(s.page_size))
-                                                   : float_rows(slots, kD), S::kTransposed);
+    maps.values = map(pool.v.codes, S::kTransposed ? box_of_transposed_values(tiles * kD, kD, int(s.page_size))
+                                                   : box_of_16_bit_rows(slots, kD), S::kTransposed);
   return maps;
 }
 
@@ -181,20 +183,20 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
 
 int64_t paged_attention_workspace(const PagedAttentionParams& p) {
   check(p);
-  return Scratch(p, kMaxBlocks).bytes;
+  return Workspace(p, kMaxBlocks).bytes;
 }
 
 void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
   check(p);
   if (p.T == 0 || p.query_heads == 0) return;
   const int blocks = multiprocessors();
-  const Scratch scratch(p, blocks);
+  const Workspace workspace(p, blocks);
   const auto s = static_cast<cudaStream_t>(stream);
   int64_t first_page = 0;
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
-    const AttentionArgs args = attention_args(p, scratch, i);
-    prepare_kernel<<<1, kPrepareThreads, 0, s>>>(prepare_args(p, scratch, i, first_page));
+    const AttentionArgs args = attention_args(p, workspace, i);
+    prepare_kernel<<<1, kPrepareThreads, 0, s>>>(prepare_args(p, workspace, i, first_page));
     check_launch("paged_attention");
     with_kernel(pool, p.eight_bit, [&](auto kind, auto width) {
       constexpr Kind kKind = decltype(kind)::value;
@@ -202,7 +204,7 @@ void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
       const Maps maps = maps_of<kKind, kD>(pool, p.shape);
       launch<kKind, kD>("paged_attention", attention_kernel<kKind, kD>, blocks, (kConsumers + 1) * kWarpgroup, s, args,
                         maps.keys, maps.values);
-      merge_pieces_kernel<kD><<<dim3(blocks, kMergeParts), kMergeThreads, 0, s>>>(args);
+      merge_partials_kernel<kD><<<dim3(blocks, kMergeParts), kMergeThreads, 0, s>>>(args);
       check_launch("paged_attention");
     });
     first_page += pool.pages;

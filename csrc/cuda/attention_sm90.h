@@ -1,4 +1,4 @@
-// What the Hopper attention kernels are given: one pool of pages, its share of the plan, and where results go.
+// Parameters of the Hopper attention kernels: one pool of pages, its part of the plan, and where results go.
 #pragma once
 #include "../kv_pages.h"
 #include "work.h"
@@ -39,13 +39,6 @@ INFERIX_BOTH constexpr bool is_eight_bit(Kind kind) { return kind == Kind::i8f8 
 INFERIX_BOTH constexpr bool is_wide(Kind kind) { return kind >= Kind::wide_int8; }
 INFERIX_BOTH constexpr DType query_type(Kind kind) { return kind == Kind::f16 ? DType::f16 : DType::bf16; }
 
-INFERIX_BOTH constexpr bool is_packed(Codec codec) { return codec == Codec::u4_token || codec == Codec::u4_channel; }
-INFERIX_BOTH constexpr bool is_e4m3(Codec codec) { return codec == Codec::e4m3_token || codec == Codec::e4m3_channel; }
-INFERIX_BOTH constexpr bool is_transposed(Codec codec) { return codec == Codec::e4m3_channel; }
-INFERIX_BOTH constexpr bool is_by_token(Codec codec) {
-  return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
-}
-
 // The plan as prepare reads it, and what it makes of it for one pool.
 struct PrepareArgs {
   const int32_t *q_indptr, *page_indptr, *page_ids, *page_lens;
@@ -62,15 +55,15 @@ struct PrepareArgs {
 
 INFERIX_BOTH inline int units_of_page(int page_size) { return (page_size + kUnitKeys - 1) / kUnitKeys; }
 
-// Where a list's units begin, and with the number of lists the room that all need: each entry has at most all units of a
-// page, those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
+// Where a list's units begin, and with the number of lists the room that all need: each entry has at most all units of
+// a page, those of each variant may be followed by an empty one, and a list of nothing is two empty ones.
 INFERIX_BOTH inline int64_t unit_start(int64_t list, int64_t first_entry, int variants, int page_size) {
   return first_entry * units_of_page(page_size) + list * (variants + 2);
 }
 
 // Elements i and i + 1 of a CSR row pointer. It has not been checked on the host, which would have to wait for the
 // device: whatever it holds, nothing outside 0 .. end is read.
-INFERIX_BOTH inline Stretch range_of(const int32_t* indptr, int i, int32_t end) {
+INFERIX_BOTH inline Range range_of(const int32_t* indptr, int i, int32_t end) {
   const int32_t low = indptr[i] < 0 ? 0 : indptr[i] > end ? end : indptr[i];
   const int32_t high = indptr[i + 1] < low ? low : indptr[i + 1] > end ? end : indptr[i + 1];
   return {low, high};
@@ -95,8 +88,8 @@ struct AttentionArgs {
   WorkTable work;
   int32_t T, heads, group, lists_per_segment, page_size;
   float scale;          // of scores, times log2(e)
-  float* piece_out;     // [2 * blocks, kTileRows, D]  softmax-weighted means of pieces
-  float* piece_lse;     // [2 * blocks, kTileRows]
+  float* partial_out;     // [2 * blocks, kBlockM, D]  results of parts of query tiles
+  float* partial_lse;     // [2 * blocks, kBlockM]
 };
 
 }  // namespace inferix::sm90

@@ -1,4 +1,4 @@
-// What CUDA refuses becomes a Python RuntimeError that names the op.
+// CUDA errors become a Python RuntimeError that names the op.
 #pragma once
 #include <cuda_runtime.h>
 

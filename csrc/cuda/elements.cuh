@@ -1,4 +1,4 @@
-// Element types of the CUDA kernels, on a GPU and acted out on the host. Their rounding is that of
+// Element types of the CUDA kernels, on a GPU and in the emulation on the CPU. Their rounding is that of
 // inferix_kernels/reference.
 #pragma once
 #ifdef __CUDACC__

@@ -1,5 +1,5 @@
-// Launches of kv_append, kv_commit and kv_gather. Compiled for sm_80 and sm_90a, never run on a GPU; the kernels run on
-// the host in tests/cuda/native.
+// Launches of kv_append, kv_commit and kv_gather. Compiled for sm_80 and sm_90a, never run on a GPU;
+// tests/cuda/native emulates one on the CPU and runs the kernels there.
 #include "kv_pages.cuh"
 
 #include "check.cuh"
@@ -17,7 +17,7 @@ void check_width(const char* op, const Pool& pool) {
 template <typename Params>
 void launch(const char* op, void (*kernel)(Params), const Params& p, const PageList& list, void* stream) {
   const dim3 grid(static_cast<unsigned>(list.n), static_cast<unsigned>(p.shape.H));
-  kernel<<<grid, kPageThreads, sizeof(PageScratch), static_cast<cudaStream_t>(stream)>>>(p);
+  kernel<<<grid, kPageThreads, sizeof(PageSharedStorage), static_cast<cudaStream_t>(stream)>>>(p);
   check_launch(op);
 }
 

@@ -1,8 +1,8 @@
-// kv_append, kv_commit and kv_gather on a GPU: one thread block per entry of the page list and KV head. The host
-// compiles this too.
+// kv_append, kv_commit and kv_gather on a GPU: one thread block per entry of the page list and KV head. Compiled
+// for the CPU too.
 //
-// The numbers of a page list are not checked on the host, which would wait for the device: an entry that does not fit
-// its pool is skipped.
+// The numbers of a page list are not checked on the host, which would have to wait for the device: an entry that does
+// not fit its pool is skipped.
 #pragma once
 #include "pages.cuh"
 
@@ -31,7 +31,7 @@ struct TileRows {
 };
 
 INFERIX_KERNEL(kPageThreads) kv_append_kernel(INFERIX_GRID_CONSTANT KvAppendParams p) {
-  PageScratch& shared = page_scratch();
+  PageSharedStorage& shared = page_shared_storage();
   const Entry e = entry_at(p.where, block_index(), block_index_y(), p.pages.pages, p.shape.page_size);
   const int64_t first = first_token(p.where, block_index(), shared.total);
   if (!e.valid || first + e.length > p.T) return;
@@ -41,7 +41,7 @@ INFERIX_KERNEL(kPageThreads) kv_append_kernel(INFERIX_GRID_CONSTANT KvAppendPara
 }
 
 INFERIX_KERNEL(kPageThreads) kv_commit_kernel(INFERIX_GRID_CONSTANT KvCommitParams p) {
-  PageScratch& shared = page_scratch();
+  PageSharedStorage& shared = page_shared_storage();
   const Entry from = entry_at(p.source_list, block_index(), block_index_y(), p.source.pages, p.shape.page_size);
   const Entry to = entry_at(p.target_list, block_index(), block_index_y(), p.target.pages, p.shape.page_size);
   if (!from.valid || !to.valid || from.length != to.length) return;
@@ -66,7 +66,7 @@ INFERIX_DEVICE void gather_tile(const Tile& from, int length, const TensorRows& 
 }
 
 INFERIX_KERNEL(kPageThreads) kv_gather_kernel(INFERIX_GRID_CONSTANT KvGatherParams p) {
-  PageScratch& shared = page_scratch();
+  PageSharedStorage& shared = page_shared_storage();
   int64_t total_pages = 0;
   for (int i = 0; i < p.pools.count; ++i) total_pages += p.pools.pool[i].pages;
   Entry e = entry_at(p.where, block_index(), block_index_y(), total_pages, p.shape.page_size);

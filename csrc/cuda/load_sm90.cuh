@@ -1,92 +1,94 @@
-// What the Hopper attention kernel brings to shared memory: keys and values by TMA, queries by the warpgroup that needs
-// them. Codes that must be widened: widen_sm90.cuh.
+// The loads of the Hopper attention kernel to shared memory: keys and values by TMA, queries by the consumer warpgroup
+// that needs them. Codes that must be widened: widen_sm90.cuh.
 #pragma once
 #include "shared_sm90.cuh"
 
 namespace inferix::sm90 {
 
-// A place in the ring of stages: use n is in stage n % kStages, and is the n / kStages-th use of it.
+// A position in the circular buffer of stages: use n is in stage n % kStages, and is the n / kStages-th use of it.
 template <int kStages>
-struct Place {
-  uint32_t stage = 0, parity = 0;
+struct PipelineState {
+  uint32_t stage = 0, phase = 0;
   INFERIX_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == kStages) stage = 0, phase ^= 1;
   }
 };
 
 INFERIX_DEVICE void load_scales(const Plane& plane, int64_t first, float* to, uint64_t* barrier, int count) {
-  load_bytes(static_cast<const float*>(plane.scales) + first, to, barrier, count * sizeof(float));
+  tma_load_1d(static_cast<const float*>(plane.scales) + first, to, barrier, count * sizeof(float));
 }
 
 template <Kind kKind, int kD>
-INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, Shared<kKind, kD>& shared, int stage,
+INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, SharedStorage<kKind, kD>& shared, int stage,
                               const Unit (&units)[kUnits], int head) {
-  using S = Shared<kKind, kD>;
+  using S = SharedStorage<kKind, kD>;
   uint64_t* full = &shared.keys_full[stage];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     const int row = units[u].row + head * p.page_size;
     if constexpr (S::kEightBit) {
-      load_box(map, shared.keys[stage] + u * S::kUnitBytes, full, 0, 0, 0, 0, row / 16);
+      tma_load_5d(map, shared.keys[stage] + u * S::kUnitBytes, full, 0, 0, 0, 0, row / 16);
       load_scales(p.k, row, shared.key_scales[stage] + u * kUnitKeys, full, kUnitKeys);
     } else {
       for (int panel = 0; panel < S::kPanels; ++panel)
-        load_box(map, shared.keys[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64, row);
+        tma_load_2d(map, shared.keys[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64,
+                    row);
     }
   }
 }
 
 template <Kind kKind, int kD>
-INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap& map, Shared<kKind, kD>& shared, int stage,
-                                const Unit (&units)[kUnits], int head) {
-  using S = Shared<kKind, kD>;
+INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap& map, SharedStorage<kKind, kD>& shared,
+                                int stage, const Unit (&units)[kUnits], int head) {
+  using S = SharedStorage<kKind, kD>;
   uint64_t* full = &shared.values_full[stage];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     if constexpr (S::kEightBit) {
       const int row = (units[u].row / p.page_size + head) * kD;
-      load_box(map, shared.values[stage] + u * S::kUnitBytes, full, units[u].row % p.page_size, row);
+      tma_load_2d(map, shared.values[stage] + u * S::kUnitBytes, full, units[u].row % p.page_size, row);
       load_scales(p.v, row, shared.value_scales[stage] + u * kD, full, kD);
     } else {
       const int row = units[u].row + head * p.page_size;
       for (int panel = 0; panel < S::kPanels; ++panel)
-        load_box(map, shared.values[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64,
-                 row);
+        tma_load_2d(map, shared.values[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64,
+                    row);
     }
   }
 }
 
-// The loading thread.
+// The producer thread.
 template <Kind kKind, int kD>
 INFERIX_DEVICE void produce(const AttentionArgs& p, const TensorMap& keys, const TensorMap& values,
-                            Shared<kKind, kD>& shared) {
-  using S = Shared<kKind, kD>;
-  Place<S::kStages> place;
-  Walk& walk = shared.walk;
-  for (walk.begin(p); walk.more; walk.step(p)) {
-    const int stage = place.stage, head = walk.head(p);
-    barrier_wait(&shared.keys_empty[stage], place.parity ^ 1);
-    shared.tiles[stage] = walk.info();
-    barrier_arrive_expecting(&shared.keys_full[stage], S::kKeyBytes);
-    load_keys(p, keys, shared, stage, walk.units, head);
-    barrier_wait(&shared.values_empty[stage], place.parity ^ 1);
-    barrier_arrive_expecting(&shared.values_full[stage], S::kValueBytes);
-    load_values(p, values, shared, stage, walk.units, head);
-    place.advance();
+                            SharedStorage<kKind, kD>& shared) {
+  using S = SharedStorage<kKind, kD>;
+  PipelineState<S::kStages> pipeline;
+  ProducerState& producer = shared.producer;
+  for (producer.begin(p); producer.more; producer.step(p)) {
+    const int stage = pipeline.stage, head = producer.head(p);
+    mbarrier_wait(&shared.keys_empty[stage], pipeline.phase ^ 1);
+    shared.tiles[stage] = producer.info();
+    mbarrier_arrive_expect_tx(&shared.keys_full[stage], S::kKeyBytes);
+    load_keys(p, keys, shared, stage, producer.units, head);
+    mbarrier_wait(&shared.values_empty[stage], pipeline.phase ^ 1);
+    mbarrier_arrive_expect_tx(&shared.values_full[stage], S::kValueBytes);
+    load_values(p, values, shared, stage, producer.units, head);
+    pipeline.advance();
   }
 }
 
 // 64 query rows of one variant to shared memory, as 8-bit pages need them. Rows past the end are zeros.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, Shared<kKind, kD>& shared, int warpgroup, int t) {
-  using S = Shared<kKind, kD>;
+INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, SharedStorage<kKind, kD>& shared, int warpgroup,
+                                 int t) {
+  using S = SharedStorage<kKind, kD>;
   t = opaque(t);
-  const RowBlock rows = shared.turns[warpgroup].rows;
+  const RowBlock rows = shared.consumers[warpgroup].rows;
   const int variant = shared.tiles[stage].variant;
-  constexpr int kChunks = kD * 2 / kChunk;  // of a row of bf16
-  sync_named(1 + warpgroup, kWarpgroup);    // no warp still multiplies the ones before
+  constexpr int kChunks = kD * 2 / kChunk;        // of a row of bf16
+  named_barrier_sync(1 + warpgroup, kWarpgroup);  // no warp still multiplies the queries before
 #pragma unroll 4
-  for (int i = t; i < kRows * kChunks; i += kWarpgroup) {
+  for (int i = t; i < kWgmmaM * kChunks; i += kWarpgroup) {
     const int r = i / kChunks, chunk = i % kChunks;
     Chunk x = {};
     if (rows.has(r)) {
@@ -102,31 +104,32 @@ INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, Shared<kKind
         largest = magnitude > largest ? magnitude : largest;
       }
       for (int distance = kChunks / 2; distance > 0; distance /= 2) {
-        const uint32_t other = shuffle_xor(largest, distance);
+        const uint32_t other = shfl_xor(largest, distance);
         largest = other > largest ? other : largest;
       }
       const float amax = float_of(largest < bits_of(kAmaxFloor) ? bits_of(kAmaxFloor) : largest);
       constexpr float kTop = kKind == Kind::i8f8 ? kInt8Max : kE4m3Max;
-      const float inverse = divide(kTop, amax);
+      const float inverse = div_rn(kTop, amax);
       if (chunk == 0) shared.query_scales[warpgroup][r] = amax * (1.f / kTop);
       for (int n = 0; n < 8; ++n) values[n] *= inverse;
-      uint32_t* to = reinterpret_cast<uint32_t*>(shared.queries[warpgroup] + tile_offset(r, chunk * 8, kRows, kD));
+      uint32_t* to = reinterpret_cast<uint32_t*>(shared.queries[warpgroup] + tile_offset(r, chunk * 8, kWgmmaM, kD));
       to[0] = S::pack_codes(values);
       to[1] = S::pack_codes(values + 4);
     } else {
-      *reinterpret_cast<Chunk*>(shared.queries[warpgroup] + tile_offset(r, chunk * kChunk, kRows, kD * 2)) = x;
+      *reinterpret_cast<Chunk*>(shared.queries[warpgroup] + tile_offset(r, chunk * kChunk, kWgmmaM, kD * 2)) = x;
     }
   }
-  if (t == 0) shared.turns[warpgroup].variant = variant;
-  fence_stores();
-  sync_named(1 + warpgroup, kWarpgroup);
+  if (t == 0) shared.consumers[warpgroup].variant = variant;
+  fence_proxy_async();
+  named_barrier_sync(1 + warpgroup, kWarpgroup);
 }
 
 // Values past the end of a page may be anything, and their weight of 0 does not undo a NaN: they become 0. So do the
 // scales of a page of nothing. Each warpgroup does it for itself; that others do the same at the same time is harmless.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, int u, int length, int warpgroup, int t) {
-  using S = Shared<kKind, kD>;
+INFERIX_DEVICE void clear_unused_values(SharedStorage<kKind, kD>& shared, int stage, int u, int length, int warpgroup,
+                                        int t) {
+  using S = SharedStorage<kKind, kD>;
   t = opaque(t);
   if constexpr (S::kEightBit) {
     for (int channel = t; channel < kD; channel += kWarpgroup) {
@@ -144,8 +147,8 @@ INFERIX_DEVICE void clear_unused_values(Shared<kKind, kD>& shared, int stage, in
       for (int i = t; i < count; i += kWarpgroup)
         *reinterpret_cast<Chunk*>(shared.values[stage] + panel * S::kPanelBytes + first * 128 + i * kChunk) = Chunk{};
   }
-  fence_stores();
-  sync_named(1 + warpgroup, kWarpgroup);
+  fence_proxy_async();
+  named_barrier_sync(1 + warpgroup, kWarpgroup);
 }
 
 }  // namespace inferix::sm90

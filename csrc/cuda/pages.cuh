@@ -6,14 +6,14 @@
 
 namespace inferix {
 
-using sm90::block_index, sm90::block_index_y, sm90::divide, sm90::shuffle_xor, sm90::sync_block, sm90::thread_index;
+using sm90::block_index, sm90::block_index_y, sm90::div_rn, sm90::shfl_xor, sm90::sync_threads, sm90::thread_index;
 
 constexpr int kPageThreads = 256, kPageWarps = kPageThreads / kWarp;
 constexpr int kOctet = 8;
 constexpr int kStagedTokens = 64;  // of a transposed tile at a time
 constexpr int kMaxWidth = 640;     // of channels: what the shared arrays hold
 
-struct alignas(16) Words {
+struct alignas(16) Chunk {
   uint32_t word[4];
 };
 struct Octet {
@@ -29,7 +29,7 @@ template <int kBytes>
 INFERIX_DEVICE void copy_bytes(const void* from, void* to) {
   if (kBytes % 16 == 0 && is_aligned(from, 16) && is_aligned(to, 16)) {
 #pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) static_cast<Words*>(to)[i] = static_cast<const Words*>(from)[i];
+    for (int i = 0; i < kBytes / 16; ++i) static_cast<Chunk*>(to)[i] = static_cast<const Chunk*>(from)[i];
   } else if (kBytes % 4 == 0 && is_aligned(from, 4) && is_aligned(to, 4)) {
 #pragma unroll
     for (int i = 0; i < kBytes / 4; ++i) static_cast<uint32_t*>(to)[i] = static_cast<const uint32_t*>(from)[i];
@@ -91,18 +91,14 @@ struct Tile {
     scales = static_cast<uint8_t*>(plane.scales) + index * scale_count() * scale_bytes();
     offsets = static_cast<uint8_t*>(plane.offsets) + (is_packed() ? index * scale_count() * 2 : 0);
   }
-  INFERIX_DEVICE bool is_float() const { return codec == Codec::f32 || codec == Codec::bf16 || codec == Codec::f16; }
-  INFERIX_DEVICE bool is_packed() const { return codec == Codec::u4_token || codec == Codec::u4_channel; }
-  INFERIX_DEVICE bool is_by_token() const {
-    return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
-  }
-  INFERIX_DEVICE bool is_e4m3() const { return codec == Codec::e4m3_token || codec == Codec::e4m3_channel; }
-  INFERIX_DEVICE bool is_transposed() const { return codec == Codec::e4m3_channel; }
-  INFERIX_DEVICE int row_bytes() const {
-    return codec == Codec::f32 ? 4 * width : is_float() ? 2 * width : is_packed() ? width / 2 : width;
-  }
+  INFERIX_DEVICE bool is_float() const { return inferix::is_float(codec); }
+  INFERIX_DEVICE bool is_packed() const { return inferix::is_packed(codec); }
+  INFERIX_DEVICE bool is_by_token() const { return inferix::is_by_token(codec); }
+  INFERIX_DEVICE bool is_e4m3() const { return inferix::is_e4m3(codec); }
+  INFERIX_DEVICE bool is_transposed() const { return inferix::is_transposed(codec); }
+  INFERIX_DEVICE int row_bytes() const { return inferix::row_bytes(codec, width); }
   INFERIX_DEVICE int scale_count() const { return is_by_token() ? page_size : width; }
-  INFERIX_DEVICE int scale_bytes() const { return is_float() ? 0 : is_packed() ? 2 : 4; }
+  INFERIX_DEVICE int scale_bytes() const { return inferix::scale_bytes(codec); }
   INFERIX_DEVICE float top() const { return is_e4m3() ? kE4m3Max : kInt8Max; }
 
   INFERIX_DEVICE DType float_type() const {
@@ -135,35 +131,35 @@ struct Tile {
   }
 };
 
-// What becomes of the numbers that share a scale.
-struct Grid {
+// The parameters of numbers that share a scale: x = code * scale + offset.
+struct QParams {
   float offset, scale;
 };
-INFERIX_DEVICE float bounded(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
-// All that shares a scale with what is not finite is NaN, by its scale.
+INFERIX_DEVICE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+// One number that is not finite makes all numbers that share its scale NaN: the scale is NaN.
 INFERIX_DEVICE bool is_finite(float x) { return (sm90::bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
-INFERIX_DEVICE Grid nothing() { return {0.f, sm90::float_of(0x7fc00000u)}; }
-INFERIX_DEVICE Grid grid_8(float amax, float top) {
-  return is_finite(amax) ? Grid{0.f, divide(amax < kAmaxFloor ? kAmaxFloor : amax, top)} : nothing();
+INFERIX_DEVICE QParams nan_qparams() { return {0.f, sm90::float_of(0x7fc00000u)}; }
+INFERIX_DEVICE QParams qparams_of_8_bits(float amax, float top) {
+  return is_finite(amax) ? QParams{0.f, div_rn(amax < kAmaxFloor ? kAmaxFloor : amax, top)} : nan_qparams();
 }
-INFERIX_DEVICE Grid grid_4(float low, float high) {
-  if (!is_finite(low) || !is_finite(high)) return nothing();
-  const float offset = to_float(from_float<Half>(bounded(low, -kHalfMax, kHalfMax))) + 0.f;  // -0 becomes 0
-  const float step = divide((high > kHalfMax ? kHalfMax : high) - offset, kU4Max);
+INFERIX_DEVICE QParams qparams_of_4_bits(float low, float high) {
+  if (!is_finite(low) || !is_finite(high)) return nan_qparams();
+  const float offset = to_float(from_float<Half>(clamp(low, -kHalfMax, kHalfMax))) + 0.f;  // -0 becomes 0
+  const float step = div_rn((high > kHalfMax ? kHalfMax : high) - offset, kU4Max);
   return {offset, to_float(from_float<Half>(step < kStepFloor ? kStepFloor : step))};
 }
-INFERIX_DEVICE uint8_t code_of(const Tile& to, float x, Grid grid) {
-  if (!is_finite(grid.scale)) return 0;
-  if (to.is_packed()) return uint8_t(bounded(sm90::nearest(divide(x - grid.offset, grid.scale)), 0.f, kU4Max));
-  const float y = bounded(divide(x, grid.scale), -to.top(), to.top());
-  return to.is_e4m3() ? e4m3_code(y) : uint8_t(int8_t(sm90::nearest(y)));
+INFERIX_DEVICE uint8_t code_of(const Tile& to, float x, QParams qparams) {
+  if (!is_finite(qparams.scale)) return 0;
+  if (to.is_packed()) return uint8_t(clamp(sm90::rint(div_rn(x - qparams.offset, qparams.scale)), 0.f, kU4Max));
+  const float y = clamp(div_rn(x, qparams.scale), -to.top(), to.top());
+  return to.is_e4m3() ? e4m3_code(y) : uint8_t(int8_t(sm90::rint(y)));
 }
-INFERIX_DEVICE void store_grid(const Tile& to, int i, Grid grid) {
+INFERIX_DEVICE void store_qparams(const Tile& to, int i, QParams qparams) {
   if (to.is_packed()) {
-    to.half_scale(i) = from_float<Half>(grid.scale);
-    to.half_offset(i) = from_float<Half>(grid.offset);
+    to.half_scale(i) = from_float<Half>(qparams.scale);
+    to.half_offset(i) = from_float<Half>(qparams.offset);
   } else {
-    to.scale(i) = grid.scale;
+    to.scale(i) = qparams.scale;
   }
 }
 
@@ -225,43 +221,43 @@ INFERIX_DEVICE void write_by_token(const Tile& to, int length, const Source& sou
       }
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      const int other_low = shuffle_xor(low, distance), other_high = shuffle_xor(high, distance);
-      const uint32_t other = shuffle_xor(largest, distance);
+      const int other_low = shfl_xor(low, distance), other_high = shfl_xor(high, distance);
+      const uint32_t other = shfl_xor(largest, distance);
       low = other_low < low ? other_low : low, high = other_high > high ? other_high : high;
       largest = other > largest ? other : largest;
     }
     if (t >= to.page_size) continue;
-    const Grid grid = to.is_packed() ? grid_4(from_ordered(low), from_ordered(high))
-                                     : grid_8(sm90::float_of(largest), to.top());
+    const QParams qparams = to.is_packed() ? qparams_of_4_bits(from_ordered(low), from_ordered(high))
+                                           : qparams_of_8_bits(sm90::float_of(largest), to.top());
     for (int d = lane * kOctet; d < to.width; d += lanes * kOctet) {
       const int count = count_at(d, to.width);
       const Octet x = token(source, t, length, d, count);
       alignas(16) uint8_t code[kOctet];
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) code[i] = t < length ? code_of(to, x.x[i], grid) : 0;
+      for (int i = 0; i < kOctet; ++i) code[i] = t < length ? code_of(to, x.x[i], qparams) : 0;
       store_codes(to, t, d, count, code);
     }
-    if (lane == 0) store_grid(to, t, grid);
+    if (lane == 0) store_qparams(to, t, qparams);
   }
 }
 
 // What the threads of a block share while scales are by channel.
-struct ChannelScratch {
+struct ChannelSharedStorage {
   int low[kMaxWidth], high[kMaxWidth];
   unsigned largest[kMaxWidth];
-  alignas(16) uint8_t codes[kStagedTokens * kMaxWidth];  // a transposed tile's tokens on their way
+  alignas(16) uint8_t codes[kStagedTokens * kMaxWidth];  // tokens of a transposed tile, staged
 };
 
 template <typename Source>
-INFERIX_DEVICE void write_by_channel(const Tile& to, int length, const Source& source, ChannelScratch& shared) {
+INFERIX_DEVICE void write_by_channel(const Tile& to, int length, const Source& source, ChannelSharedStorage& shared) {
   const int octets = octets_of(to.width), t0 = thread_index();
-  sync_block();  // the tile before is done
+  sync_threads();  // the tile before is done
   for (int d = t0; d < to.width; d += kPageThreads) {
     shared.low[d] = length ? 0x7fffffff : 0;  // of no tokens: 0
     shared.high[d] = length ? int(0x80000000) : 0;
     shared.largest[d] = 0;
   }
-  sync_block();
+  sync_threads();
   for (int i = t0; i < length * octets; i += kPageThreads) {
     const int t = i / octets, d = i % octets * kOctet, count = count_at(d, to.width);
     const Octet x = source(t, d, count);
@@ -269,19 +265,19 @@ INFERIX_DEVICE void write_by_channel(const Tile& to, int length, const Source& s
     for (int n = 0; n < kOctet; ++n) {
       if (n >= count) continue;
       if (to.is_packed()) {
-        sm90::shared_min(&shared.low[d + n], ordered(x.x[n]));
-        sm90::shared_max(&shared.high[d + n], ordered(x.x[n]));
+        sm90::atomic_min(&shared.low[d + n], ordered(x.x[n]));
+        sm90::atomic_max(&shared.high[d + n], ordered(x.x[n]));
       } else {
-        sm90::shared_max(&shared.largest[d + n], sm90::bits_of(x.x[n]) & 0x7fffffffu);
+        sm90::atomic_max(&shared.largest[d + n], sm90::bits_of(x.x[n]) & 0x7fffffffu);
       }
     }
   }
-  sync_block();
-  const auto grid_at = [&](int d) {
-    return to.is_packed() ? grid_4(from_ordered(shared.low[d]), from_ordered(shared.high[d]))
-                          : grid_8(sm90::float_of(shared.largest[d]), to.top());
+  sync_threads();
+  const auto qparams_at = [&](int d) {
+    return to.is_packed() ? qparams_of_4_bits(from_ordered(shared.low[d]), from_ordered(shared.high[d]))
+                          : qparams_of_8_bits(sm90::float_of(shared.largest[d]), to.top());
   };
-  for (int d = t0; d < to.width; d += kPageThreads) store_grid(to, d, grid_at(d));
+  for (int d = t0; d < to.width; d += kPageThreads) store_qparams(to, d, qparams_at(d));
   for (int first = 0; first < to.page_size; first += kStagedTokens) {
     const int tokens = to.page_size - first < kStagedTokens ? to.page_size - first : kStagedTokens;
     for (int i = t0; i < tokens * octets; i += kPageThreads) {
@@ -290,7 +286,7 @@ INFERIX_DEVICE void write_by_channel(const Tile& to, int length, const Source& s
       alignas(16) uint8_t code[kOctet] = {};
 #pragma unroll
       for (int n = 0; n < kOctet; ++n)
-        if (n < count && t < length) code[n] = code_of(to, x.x[n], grid_at(d + n));
+        if (n < count && t < length) code[n] = code_of(to, x.x[n], qparams_at(d + n));
       if (!to.is_transposed()) {
         store_codes(to, t, d, count, code);
         continue;
@@ -300,19 +296,19 @@ INFERIX_DEVICE void write_by_channel(const Tile& to, int length, const Source& s
         if (n < count) shared.codes[(d + n) * kStagedTokens + (t - first)] = code[n];
     }
     if (!to.is_transposed()) continue;
-    sync_block();
+    sync_threads();
     // Runs of up to 16 keys of a channel.
     const int runs = (tokens + 15) / 16;
     for (int i = t0; i < to.width * runs; i += kPageThreads) {
       const int d = i / runs, t = i % runs * 16, count = tokens - t < 16 ? tokens - t : 16;
       copy_some<16>(&shared.codes[d * kStagedTokens + t], to.codes + int64_t(d) * to.page_size + first + t, count);
     }
-    sync_block();
+    sync_threads();
   }
 }
 
 template <typename Source>
-INFERIX_DEVICE void write_tile(const Tile& to, int length, const Source& source, ChannelScratch& shared) {
+INFERIX_DEVICE void write_tile(const Tile& to, int length, const Source& source, ChannelSharedStorage& shared) {
   if (to.is_float()) write_floats(to, length, source);
   else if (to.is_by_token()) write_by_token(to, length, source);
   else write_by_channel(to, length, source, shared);
@@ -334,7 +330,7 @@ INFERIX_DEVICE void copy_tile(const Tile& from, const Tile& to, int length) {
   const int valid = to.is_by_token() ? length : to.width;
   for (int i = thread_index(); i < to.scale_count(); i += kPageThreads) {
     if (i >= valid) {
-      store_grid(to, i, to.is_packed() ? Grid{0.f, kStepFloor} : grid_8(0.f, to.top()));
+      store_qparams(to, i, to.is_packed() ? QParams{0.f, kStepFloor} : qparams_of_8_bits(0.f, to.top()));
     } else if (to.is_packed()) {
       to.half_scale(i) = from.half_scale(i);
       to.half_offset(i) = from.half_offset(i);
@@ -360,18 +356,20 @@ INFERIX_DEVICE Entry entry_at(const PageList& list, int index, int head, int64_t
 // would be a launch of its own.
 INFERIX_DEVICE int64_t first_token(const PageList& list, int index, unsigned long long& total) {
   if (thread_index() == 0) total = 0;
-  sync_block();
+  sync_threads();
   unsigned long long mine = 0;
   for (int i = thread_index(); i < index; i += kPageThreads) mine += list.lens[i] > 0 ? list.lens[i] : 0;
-  if (mine) sm90::shared_add(&total, mine);
-  sync_block();
+  if (mine) sm90::atomic_add(&total, mine);
+  sync_threads();
   return int64_t(total);
 }
 
-struct PageScratch {
+struct PageSharedStorage {
   unsigned long long total;
-  ChannelScratch channels;
+  ChannelSharedStorage channels;
 };
-INFERIX_DEVICE PageScratch& page_scratch() { return *reinterpret_cast<PageScratch*>(sm90::shared_memory()); }
+INFERIX_DEVICE PageSharedStorage& page_shared_storage() {
+  return *reinterpret_cast<PageSharedStorage*>(sm90::shared_memory());
+}
 
 }  // namespace inferix

@@ -1,5 +1,5 @@
-// Before and after the attention kernel on Hopper: the plan becomes units of 64 keys and a table of work; the pieces of
-// query tiles become rows of the result. The host compiles this too.
+// Before and after the attention kernel on Hopper: the plan becomes units of 64 keys and a work table; partial results
+// of query tiles become rows of the result. Compiled for the CPU too.
 #pragma once
 #include "shared_sm90.cuh"
 
@@ -10,7 +10,7 @@ constexpr int kPrepareThreads = 1024, kWarpThreads = 32;
 template <typename T>
 INFERIX_DEVICE T warp_prefix_sum(T x, int lane) {
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    const T below = shuffle_up(x, distance);
+    const T below = shfl_up(x, distance);
     if (lane >= distance) x += below;
   }
   return x;
@@ -34,7 +34,7 @@ INFERIX_DEVICE float unit_bias(const PrepareArgs& p, int e) {
 
 // A warp makes the units of one list, by variant. Each variant has whole key tiles. Returns the number of units.
 INFERIX_DEVICE int make_units(const PrepareArgs& p, int list, int lane) {
-  const Stretch entries = range_of(p.page_indptr, list, p.entries);
+  const Range entries = range_of(p.page_indptr, list, p.entries);
   const int64_t start = unit_start(list, entries.begin, p.variants, p.page_size);
   if (lane == 0) p.list_start[list] = start;
   Unit* to = p.units + start;
@@ -49,7 +49,7 @@ INFERIX_DEVICE int make_units(const PrepareArgs& p, int list, int lane) {
                                          left < kUnitKeys ? left : kUnitKeys,
                                          unit_bias(p, e), variant};
       }
-      count += shuffle_from(below, kWarpThreads - 1);
+      count += shfl_idx(below, kWarpThreads - 1);
     }
     // A unit of nothing is read like any other: from the first page.
     if (lane == 0 && count % kUnits) to[count] = {0, 0, 0.f, variant};
@@ -67,8 +67,8 @@ INFERIX_DEVICE void make_table(const PrepareArgs& p, int lane) {
     const int strip = first + lane, segment = strip / p.heads;
     int own_tiles = 0, length = 0;
     if (strip < p.work.strips) {
-      const Stretch queries = range_of(p.q_indptr, segment, p.T);
-      own_tiles = int(((queries.end - queries.begin) * p.group + kTileRows - 1) / kTileRows);
+      const Range queries = range_of(p.q_indptr, segment, p.T);
+      own_tiles = int(((queries.end - queries.begin) * p.group + kBlockM - 1) / kBlockM);
       length = p.list_tiles[p.lists_per_segment == 1 ? segment : strip];
     }
     const int64_t own_work = int64_t(own_tiles) * length;
@@ -83,17 +83,17 @@ INFERIX_DEVICE void make_table(const PrepareArgs& p, int lane) {
       longest = length > longest ? length : longest;
       shortest = length < shortest ? length : shortest;
     }
-    tiles += shuffle_from(tiles_to, kWarpThreads - 1);
-    work += shuffle_from(work_to, kWarpThreads - 1);
+    tiles += shfl_idx(tiles_to, kWarpThreads - 1);
+    work += shfl_idx(work_to, kWarpThreads - 1);
   }
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    const int other = shuffle_xor(longest, distance), least = shuffle_xor(shortest, distance);
+    const int other = shfl_xor(longest, distance), least = shfl_xor(shortest, distance);
     longest = other > longest ? other : longest;
     shortest = least < shortest ? least : shortest;
   }
   const int whole = whole_tiles(tiles, longest == shortest ? longest : 0, p.work.blocks);
   for (int block = lane; block <= p.work.blocks; block += kWarpThreads)
-    p.work.stretch_start[block] = stretch_start(work, int64_t(whole) * longest, block, p.work.blocks);
+    p.work.work_range_start[block] = work_range_start(work, int64_t(whole) * longest, block, p.work.blocks);
   if (lane != 0) return;
   p.work.tile_start[p.work.strips] = tiles;
   p.work.work_start[p.work.strips] = work;
@@ -108,46 +108,46 @@ INFERIX_KERNEL(kPrepareThreads) prepare_kernel(INFERIX_GRID_CONSTANT PrepareArgs
     const int units = make_units(p, list, lane);
     if (lane == 0) p.list_tiles[list] = units / kUnits;
   }
-  sync_block();
+  sync_threads();
   if (warp == 0) make_table(p, lane);
 }
 
-// The pieces of split query tiles: a warp per row, pieces in the order of the blocks.
+// Merges the partial results of split query tiles: a warp per row, in the order of the blocks.
 constexpr int kMergeThreads = 256, kMergeParts = 12;
 
 template <int kD>
-INFERIX_KERNEL(kMergeThreads) merge_pieces_kernel(INFERIX_GRID_CONSTANT AttentionArgs p) {
+INFERIX_KERNEL(kMergeThreads) merge_partials_kernel(INFERIX_GRID_CONSTANT AttentionArgs p) {
   const int block = block_index(), warp = thread_index() / kWarpThreads, lane = thread_index() % kWarpThreads;
-  const Split split = split_tile(p.work, block);
+  const SplitTile split = split_tile(p.work, block);
   if (split.blocks == 0) return;
   const RowBlock rows = rows_of(p, split.strip, split.tile, 0);
   constexpr int kStep = kMergeThreads / kWarpThreads * kMergeParts;
-  for (int r = block_index_y() * (kMergeThreads / kWarpThreads) + warp; r < kTileRows && rows.has(r); r += kStep) {
+  for (int r = block_index_y() * (kMergeThreads / kWarpThreads) + warp; r < kBlockM && rows.has(r); r += kStep) {
     float top = -INFINITY;
     for (int n = 0; n < split.blocks; ++n) {
-      const int slot = slot_of(p.work, block, n);
-      if (slot >= 0) top = larger(top, p.piece_lse[int64_t(slot) * kTileRows + r]);
+      const int partial = partial_of(p.work, block, n);
+      if (partial >= 0) top = fmax(top, p.partial_lse[int64_t(partial) * kBlockM + r]);
     }
     const float base = top == -INFINITY ? 0.f : top;
     float total = 0.f, sums[kD / kWarpThreads] = {};
     for (int n = 0; n < split.blocks; ++n) {
-      const int slot = slot_of(p.work, block, n);
-      if (slot < 0) continue;
-      const int64_t at = int64_t(slot) * kTileRows + r;
-      const float weight = exp_approx(p.piece_lse[at] - base);
+      const int partial = partial_of(p.work, block, n);
+      if (partial < 0) continue;
+      const int64_t at = int64_t(partial) * kBlockM + r;
+      const float weight = exp_approx(p.partial_lse[at] - base);
       total += weight;
       for (int i = 0; i < kD / kWarpThreads; i += 2) {
-        const Pair x = *reinterpret_cast<const Pair*>(p.piece_out + at * kD + kWarpThreads * i + 2 * lane);
-        sums[i] = fused(weight, x.x[0], sums[i]);
-        sums[i + 1] = fused(weight, x.x[1], sums[i + 1]);
+        const Pair x = *reinterpret_cast<const Pair*>(p.partial_out + at * kD + kWarpThreads * i + 2 * lane);
+        sums[i] = fma(weight, x.x[0], sums[i]);
+        sums[i + 1] = fma(weight, x.x[1], sums[i + 1]);
       }
     }
-    const float inverse = total == 0.f ? 0.f : divide(1.f, total);
+    const float inverse = total == 0.f ? 0.f : div_rn(1.f, total);
     const float lse = total == 0.f ? -INFINITY : base + log2_approx(total) * kLn2;
-    const Shares shares = shares_of(p, rows.query(r), rows.head(r), lse);
+    const RowEpilogue epilogue = row_epilogue(p, rows.query(r), rows.head(r), lse);
     sync_warp();  // all have read lse
-    if (lane == 0) shares.write_lse(p);
-    shares.write<kD / kWarpThreads / 2>(
+    if (lane == 0) epilogue.write_lse(p);
+    epilogue.write<kD / kWarpThreads / 2>(
         p, [&](int i) { return 2 * kWarpThreads * i + 2 * lane; },
         [&](int i) { return Pair{{sums[2 * i] * inverse, sums[2 * i + 1] * inverse}}; });
   }

@@ -11,6 +11,7 @@ struct ProbeLoadParams {
   int first_row, second_row, head;  // of two units of 64 keys: (page * H * page_size) + first slot
   void *keys, *values;              // written: a key tile as it lies in shared memory
   float *key_scales, *value_scales;  // [128], [2, D]; written with 8 bits
+  INFERIX_FIELDS(pages, shape, eight_bit, first_row, second_row, head, keys, values, key_scales, value_scales)
 };
 
 struct ProbeMultiplyParams {
@@ -20,6 +21,7 @@ struct ProbeMultiplyParams {
   bool values;
   const void *a, *b;
   float* out;
+  INFERIX_FIELDS(like, eight_bit, values, a, b, out)
 };
 
 void probe_load_cuda(const ProbeLoadParams& params, void* stream);

@@ -1,5 +1,5 @@
-// Launches of qkv_prologue. Compiled for sm_80 and sm_90a, never run on a GPU; the kernels run on the host in
-// tests/cuda/native.
+// Launches of qkv_prologue. Compiled for sm_80 and sm_90a, never run on a GPU; tests/cuda/native emulates one
+// on the CPU and runs the kernels there.
 #include "qkv.cuh"
 
 #include "check.cuh"
@@ -24,7 +24,7 @@ void qkv_prologue_cuda(const QkvPrologueParams& p, void* stream) {
     check_launch("qkv_prologue");
   }
   const dim3 grid(static_cast<unsigned>(p.where.n), static_cast<unsigned>(p.query_heads + 2 * p.shape.H));
-  qkv_prologue_kernel<<<grid, kPageThreads, sizeof(PageScratch), s>>>(p);
+  qkv_prologue_kernel<<<grid, kPageThreads, sizeof(PageSharedStorage), s>>>(p);
   check_launch("qkv_prologue");
 }
 

@@ -1,13 +1,13 @@
-// qkv_prologue on a GPU: first what the norms need to know of each token, then one thread block per entry of the page
-// list and head, of q, k and v: bias, norm, rotation and mean in registers, q to its tensor, k and v to their tiles. q
-// and k are read twice, the second time from L2. The host compiles this too.
+// qkv_prologue on a GPU: first the statistics that the norms need of each token, then one thread block per entry of the
+// page list and head, of q, k and v: bias, norm, rotation and mean in registers, q to its tensor, k and v to their
+// tiles. q and k are read twice, the second time from L2. Compiled for the CPU too.
 #pragma once
 #include "../qkv.h"
 #include "pages.cuh"
 
 namespace inferix {
 
-// Of a group of channels of a token that is normalised together.
+// Of a group of a token's channels that are normalised together.
 struct Moments {
   float mean, inverse;  // mean is 0 for an RMS norm; inverse = 1 / sqrt(mean square + eps)
 };
@@ -42,7 +42,7 @@ INFERIX_DEVICE Octet read_biased(const QkvPrologueParams& p, int64_t token, int 
 }
 
 INFERIX_DEVICE float warp_sum(float x) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += shuffle_xor(x, distance);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) x += shfl_xor(x, distance);
   return x;
 }
 
@@ -65,10 +65,10 @@ INFERIX_KERNEL(kPageThreads) qkv_moments_kernel(INFERIX_GRID_CONSTANT QkvPrologu
       for (int i = 0; i < kOctet; ++i)
         if (i < count) total += square ? (x.x[i] - mean) * (x.x[i] - mean) : x.x[i];
     }
-    return divide(warp_sum(total), float(size));
+    return div_rn(warp_sum(total), float(size));
   };
   const float mean = part.norm_bias ? sum(0.f, false) : 0.f;
-  const float inverse = divide(1.f, sm90::square_root(sum(mean, true) + p.eps));
+  const float inverse = div_rn(1.f, sm90::sqrt_rn(sum(mean, true) + p.eps));
   if (lane == 0) static_cast<Moments*>(p.workspace)[index] = {mean, inverse};
 }
 
@@ -99,7 +99,7 @@ struct PreparedRows {
   INFERIX_DEVICE Octet operator()(int t, int d, int count) const {
     const int64_t token = first + t;
     Octet x = normalised(token, d, count);
-    if (p.rope) turn(x, token, d, count);
+    if (p.rope) rotate(x, token, d, count);
     if (mean) {
 #pragma unroll
       for (int i = 0; i < kOctet; ++i)
@@ -108,7 +108,7 @@ struct PreparedRows {
     return x;
   }
 
-  INFERIX_DEVICE void turn(Octet& x, int64_t token, int d, int count) const {
+  INFERIX_DEVICE void rotate(Octet& x, int64_t token, int d, int count) const {
     const float* rope = p.rope + token * p.rope_pairs * 2;
     const int pairs = int(p.rope_pairs);
     if (p.interleaved) {
@@ -141,7 +141,7 @@ struct ValueRows {
 };
 
 INFERIX_KERNEL(kPageThreads) qkv_prologue_kernel(INFERIX_GRID_CONSTANT QkvPrologueParams p) {
-  PageScratch& shared = page_scratch();
+  PageSharedStorage& shared = page_shared_storage();
   const int D = int(p.pages.k.width), H = int(p.shape.H), query_heads = int(p.query_heads);
   const Entry e = entry_at(p.where, block_index(), 0, p.pages.pages, p.shape.page_size);
   const int64_t first = first_token(p.where, block_index(), shared.total);

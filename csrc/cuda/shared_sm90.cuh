@@ -1,4 +1,4 @@
-// A thread block's shared memory, by kind of page, and what else the kernels of attention share.
+// A thread block's shared memory, by kind of page, and the other types that the attention kernels share.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -23,7 +23,7 @@ struct alignas(4 * kCount) Floats {
 };
 using Pair = Floats<2>;
 
-// What a stage's key tile is, from the thread that loads it.
+// What the producer tells the consumers about the key tile of a stage.
 struct TileInfo {
   int length[kUnits];
   float bias[kUnits];
@@ -42,41 +42,41 @@ struct RowBlock {
 };
 
 INFERIX_DEVICE RowBlock rows_of(const AttentionArgs& p, int strip, int tile, int first_row) {
-  const Stretch queries = range_of(p.q_indptr, strip / p.heads, p.T);
-  return {queries.begin, tile * kTileRows + first_row, int(queries.end - queries.begin) * p.group, p.group,
+  const Range queries = range_of(p.q_indptr, strip / p.heads, p.T);
+  return {queries.begin, tile * kBlockM + first_row, int(queries.end - queries.begin) * p.group, p.group,
           strip % p.heads * p.group};
 }
 
-INFERIX_DEVICE const Unit* units_of(const AttentionArgs& p, const Item& item) {
+INFERIX_DEVICE const Unit* units_of(const AttentionArgs& p, const WorkItem& item) {
   const int list = p.lists_per_segment == 1 ? item.strip / p.heads : item.strip;
   return p.units + p.list_start[list] + kUnits * item.first;
 }
 
-// Where a multiplying warpgroup is. In shared memory: registers are for what the loop over keys needs.
-struct Turn {
-  Items items;
-  Item item;
+// Where a consumer warpgroup is. In shared memory: registers are for what the loop over keys needs.
+struct ConsumerState {
+  TileScheduler scheduler;
+  WorkItem item;
   RowBlock rows;
-  int variant;  // of q that is at hand; -1: none
+  int variant;  // of the queries that are loaded; -1: none
   bool more;
 };
 
-// Where the loading warpgroup is: at a key tile.
-struct Walk {
-  Items items;
-  Item item;
+// Where the producer warpgroup is: at a key tile.
+struct ProducerState {
+  TileScheduler scheduler;
+  WorkItem item;
   const Unit* next;
   Unit units[kUnits];
   int left;   // key tiles of the item after this one
   bool more;  // there is a tile at all
   INFERIX_DEVICE void begin(const AttentionArgs& p) {
-    items = Items(p.work, block_index());
+    scheduler = TileScheduler(p.work, block_index());
     left = 0;
     step(p);
   }
   INFERIX_DEVICE void step(const AttentionArgs& p) {
     if (left == 0) {
-      more = items.next(p.work, item);
+      more = scheduler.next(p.work, item);
       if (!more) return;
       next = units_of(p, item);
       left = item.count;
@@ -91,12 +91,12 @@ struct Walk {
   }
 };
 
-// One side of a key tile as it is in the page: codes that are still to be widened, and what scales them.
+// The keys or the values of a key tile as the page has them: codes that are still to be widened, scales and offsets.
 template <Codec kCodec, int kD>
 struct RawSide {
   static constexpr bool kTransposed = is_transposed(kCodec);
-  static constexpr int kRows = kTransposed ? kD : kUnitKeys, kColumns = kTransposed ? kUnitKeys : kD;
-  static constexpr int kRowBytes = is_packed(kCodec) ? kColumns / 2 : kColumns, kUnitBytes = kRows * kRowBytes;
+  static constexpr int kCodeRows = kTransposed ? kD : kUnitKeys, kColumns = kTransposed ? kUnitKeys : kD;
+  static constexpr int kRowBytes = is_packed(kCodec) ? kColumns / 2 : kColumns, kUnitBytes = kCodeRows * kRowBytes;
   static constexpr int kScales = is_by_token(kCodec) ? kUnitKeys : kD;
   using Scale = std::conditional_t<is_packed(kCodec), uint16_t, float>;
 
@@ -110,8 +110,8 @@ struct RawSide {
   struct alignas(kOctetBytes) Octet {
     uint32_t word[kOctetBytes / 4];
   };
-  INFERIX_DEVICE static int place(int row, int octet) {
-    return kTransposed ? tile_offset(row, octet * 8, kRows, kRowBytes) : row * kRowBytes + octet * kOctetBytes;
+  INFERIX_DEVICE static int code_offset(int row, int octet) {
+    return kTransposed ? tile_offset(row, octet * 8, kCodeRows, kRowBytes) : row * kRowBytes + octet * kOctetBytes;
   }
 
   // Scales and offsets first .. first + kCount - 1 of a unit.
@@ -126,7 +126,7 @@ struct RawSide {
       if constexpr (is_packed(kCodec)) offset = *reinterpret_cast<const Run*>(&raw.offsets[u][first]);
     }
     INFERIX_DEVICE float scaled(float x, int n) const {
-      if constexpr (is_packed(kCodec)) return fused(x, half_to_float(scale.x[n]), half_to_float(offset.x[n]));
+      if constexpr (is_packed(kCodec)) return fma(x, half_to_float(scale.x[n]), half_to_float(offset.x[n]));
       else return x * scale.x[n];
     }
   };
@@ -136,58 +136,58 @@ struct Raw {
   RawSide<codecs_of(kKind).k, kD> keys;
   RawSide<codecs_of(kKind).v, kD> values;
 };
-struct Nothing {};
+struct Empty {};
 
 template <Kind kKind, int kD>
-struct Shared {
+struct SharedStorage {
   static constexpr Codecs kCodecs = codecs_of(kKind);
   static constexpr bool kEightBit = is_eight_bit(kKind), kWide = is_wide(kKind);
   static constexpr bool kTransposed = is_transposed(kCodecs.v);
   static constexpr bool kKeyScales = is_by_token(kCodecs.k);  // multiply scores
   static constexpr bool kKeyMap = !kWide, kValueMap = !kWide || kTransposed;  // what TMA needs a tensor map for
-  static constexpr int kSize = kEightBit ? 1 : 2;             // bytes of a number that is multiplied
-  static constexpr int kWidth = kD * kSize;                   // bytes of a row of keys or queries
-  static constexpr int kRowBytes = row_bytes(kWidth), kPanels = panels(kWidth);
-  static constexpr int kTileBytes = kTileKeys * kWidth, kPanelBytes = kTileKeys * kRowBytes;
+  static constexpr int kElementBytes = kEightBit ? 1 : 2;     // bytes of a number that is multiplied
+  static constexpr int kWidth = kD * kElementBytes;           // bytes of a row of keys or queries
+  static constexpr int kRowBytes = swizzle_bytes(kWidth), kPanels = panels(kWidth);
+  static constexpr int kTileBytes = kBlockN * kWidth, kPanelBytes = kBlockN * kRowBytes;
   static constexpr int kUnitBytes = kTileBytes / kUnits;
   static constexpr int kStages = kTileBytes > 16384 ? 2 : 4;
-  static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kTileKeys * 4 : 0);
+  static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kBlockN * 4 : 0);
   static constexpr int kValueBytes = kTileBytes + (kEightBit ? kUnits * kD * 4 : 0);
-  static constexpr float kLift = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
+  static constexpr float kLog2WeightScale = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
   // Units that are multiplied together. With 8 bits sums go to float32 after each, and two would not leave enough
   // registers.
   static constexpr int kStepUnits = kEightBit ? 1 : kUnits;
   static constexpr int kScores = kStepUnits * kUnitKeys / 2;            // of a thread
   static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
-  static constexpr int kPacked = kEightBit ? 4 : 2;                     // weights in a register
+  static constexpr int kPerRegister = kEightBit ? 4 : 2;                // weights in a register
   using Score = std::conditional_t<kKind == Kind::i8f8, int32_t, float>;
 
   // Swizzled tiles first: their pattern repeats every 1024 bytes, to which all of this is aligned.
-  char queries[kConsumers][kRows * kWidth];
+  char queries[kConsumers][kWgmmaM * kWidth];
   char keys[kStages][kTileBytes];    // 16 bits: [panels][128 keys][128 bytes]; 8 bits: [units][64 keys][D]
   char values[kStages][kTileBytes];  // as 16-bit keys; transposed: [units][D][64 keys]
-  std::conditional_t<kWide, Raw<kKind, kD>, Nothing> raw;
-  alignas(128) float key_scales[kKeyScales ? kStages : 1][kTileKeys];
+  std::conditional_t<kWide, Raw<kKind, kD>, Empty> raw;
+  alignas(128) float key_scales[kKeyScales ? kStages : 1][kBlockN];
   alignas(128) float value_scales[kEightBit ? kStages : 1][kUnits * kD];
-  float query_scales[kConsumers][kRows];
+  float query_scales[kConsumers][kWgmmaM];
   TileInfo tiles[kStages];
-  Turn turns[kConsumers];
-  Walk walk;
+  ConsumerState consumers[kConsumers];
+  ProducerState producer;
   uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
 
-  static INFERIX_BOTH constexpr int a_source(int r, int n, int step) {
-    return kEightBit ? a_source_8(r, n, step) : a_source_16(r, n, step);
+  static INFERIX_BOTH constexpr int a_fragment_source(int r, int n, int step) {
+    return kEightBit ? a_fragment_source_8(r, n, step) : a_fragment_source_16(r, n, step);
   }
   INFERIX_DEVICE static uint32_t pack_weights(const float* w) {
-    if constexpr (kEightBit) return pack_e4m3(w[0], w[1], w[2], w[3]);
-    else if constexpr (kKind == Kind::f16) return pack_f16(w[0], w[1]);
-    else return pack_bf16(w[0], w[1]);
+    if constexpr (kEightBit) return pack_e4m3x4(w[0], w[1], w[2], w[3]);
+    else if constexpr (kKind == Kind::f16) return pack_f16x2(w[0], w[1]);
+    else return pack_bf16x2(w[0], w[1]);
   }
   // Four codes of a query.
   INFERIX_DEVICE static uint32_t pack_codes(const float* x) {
-    if constexpr (kKind == Kind::fp8) return pack_e4m3(x[0], x[1], x[2], x[3]);
+    if constexpr (kKind == Kind::fp8) return pack_e4m3x4(x[0], x[1], x[2], x[3]);
     uint32_t word = 0;
-    for (int n = 0; n < 4; ++n) word |= uint32_t(to_integer(x[n]) & 0xff) << 8 * n;
+    for (int n = 0; n < 4; ++n) word |= uint32_t(float_to_int_rn(x[n]) & 0xff) << 8 * n;
     return word;
   }
 };
@@ -195,20 +195,20 @@ struct Shared {
 constexpr int kSharedLimit = 232448;  // bytes of a block on Hopper
 template <Kind kKind, int kD>
 constexpr int shared_bytes() {
-  constexpr int bytes = sizeof(Shared<kKind, kD>) + 1024;  // what dynamic shared memory begins with is not aligned
+  constexpr int bytes = sizeof(SharedStorage<kKind, kD>) + 1024;  // dynamic shared memory need not begin aligned
   static_assert(bytes <= kSharedLimit);
   return bytes;
 }
 
 template <Kind kKind, int kD>
-INFERIX_DEVICE Shared<kKind, kD>& shared_of_block() {
+INFERIX_DEVICE SharedStorage<kKind, kD>& shared_storage() {
   char* memory = shared_memory();
-  return *reinterpret_cast<Shared<kKind, kD>*>(memory + (-shared_address(memory) & 1023));
+  return *reinterpret_cast<SharedStorage<kKind, kD>*>(memory + (-shared_address(memory) & 1023));
 }
 
-// How a row's result over these keys and one over others share the place.
-struct Shares {
-  float mine, theirs, lse;
+// The epilogue of a row: its result over these keys is merged with one over other keys, if there is one, and stored.
+struct RowEpilogue {
+  float weight, other_weight, lse;
   int64_t from, out, lse_at;
   INFERIX_DEVICE void write_lse(const AttentionArgs& p) const { p.lse[lse_at] = lse; }
 
@@ -231,9 +231,9 @@ struct Shares {
     for (int i = 0; i < kCount; ++i) {
       Pair y = x(i);
       if constexpr (kAdd) {
-        // Who saw no key contributes nothing, whatever is there: 0 * NaN is NaN, so it is chosen away.
-        const Pair other = theirs > 0.f ? read_pair<kFrom>(p.from.data, from + column(i)) : Pair{};
-        y = {{fused(other.x[0], theirs, y.x[0] * mine), fused(other.x[1], theirs, y.x[1] * mine)}};
+        // A side that saw no key contributes nothing, whatever is stored there: 0 * NaN is NaN, hence the selection.
+        const Pair other = other_weight > 0.f ? read_pair<kFrom>(p.from.data, from + column(i)) : Pair{};
+        y = {{fma(other.x[0], other_weight, y.x[0] * weight), fma(other.x[1], other_weight, y.x[1] * weight)}};
       }
       write_pair(p.out, out + column(i), y);
     }
@@ -249,23 +249,23 @@ struct Shares {
     if (rows.dtype == DType::f32) *reinterpret_cast<Pair*>(rows.data + 4 * at) = y;
     else
       *reinterpret_cast<uint32_t*>(rows.data + 2 * at) =
-          rows.dtype == DType::bf16 ? pack_bf16(y.x[0], y.x[1]) : pack_f16(y.x[0], y.x[1]);
+          rows.dtype == DType::bf16 ? pack_bf16x2(y.x[0], y.x[1]) : pack_f16x2(y.x[0], y.x[1]);
   }
 };
 
 INFERIX_DEVICE float exp_approx(float x) { return exp2_approx(x * kLog2E); }
 
-// lse is over these keys, and becomes that over both.
-INFERIX_DEVICE Shares shares_of(const AttentionArgs& p, int64_t query, int head, float lse) {
-  Shares shares{1.f, 0.f, lse, query * p.from.token_stride + head * p.from.head_stride,
+// lse is over these keys; the epilogue's is over both.
+INFERIX_DEVICE RowEpilogue row_epilogue(const AttentionArgs& p, int64_t query, int head, float lse) {
+  RowEpilogue epilogue{1.f, 0.f, lse, query * p.from.token_stride + head * p.from.head_stride,
                 query * p.out.token_stride + head * p.out.head_stride, query * p.heads * p.group + head};
-  if (!p.from.data) return shares;
-  const float before = p.lse[shares.lse_at], highest = larger(before, lse), base = highest == -INFINITY ? 0.f : highest;
+  if (!p.from.data) return epilogue;
+  const float before = p.lse[epilogue.lse_at], highest = fmax(before, lse), base = highest == -INFINITY ? 0.f : highest;
   const float a = exp_approx(before - base), b = exp_approx(lse - base), total = a + b;
-  shares.theirs = total == 0.f ? 0.f : divide(a, total);
-  shares.mine = total == 0.f ? 0.f : divide(b, total);
-  shares.lse = base + log2_approx(total) * kLn2;
-  return shares;
+  epilogue.other_weight = total == 0.f ? 0.f : div_rn(a, total);
+  epilogue.weight = total == 0.f ? 0.f : div_rn(b, total);
+  epilogue.lse = base + log2_approx(total) * kLn2;
+  return epilogue;
 }
 
 }  // namespace inferix::sm90

@@ -1,4 +1,4 @@
-// Tensor maps, encoded by the driver, which is asked for the function: nothing links to it.
+// Tensor maps (TMA descriptors), encoded by the driver. Its function is looked up at run time: nothing links to it.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -31,7 +31,7 @@ inline CUtensorMap tensor_map(const char* op, const void* data, const TensorBox&
       &map, eight_bit ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, box.rank,
       const_cast<void*>(data), reinterpret_cast<const cuuint64_t*>(box.size),
       reinterpret_cast<const cuuint64_t*>(box.stride), box.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box.row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      box.swizzle_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled refused a pool, CUresult " +

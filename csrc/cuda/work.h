@@ -1,11 +1,12 @@
-// Who computes what: query tiles x key tiles, shared out evenly over the thread blocks. Compiled for the host too.
+// The tile scheduler: query tiles x key tiles, divided evenly over the thread blocks (stream-K). Compiled for the CPU
+// too.
 //
 // A strip is a (segment, KV head): its query tiles all walk the same key tiles. Work counts (query tile, key tile)
 // pairs, strip by strip, query tile by query tile. While all strips are equally long, whole waves of query tiles go to
 // the blocks one each, so that blocks at work together read the same keys at the same time and find them in L2. What is
-// left, or everything if strips differ, is cut into as many equal stretches as there are blocks (stream-K): a stretch
-// ends in the middle of a query tile, whose pieces are merged afterwards in the order of the blocks. Nothing depends on
-// time, so results are bitwise the same in every run.
+// left, or everything if strips differ, is cut into as many equal ranges as there are blocks (stream-K): a range may
+// end in the middle of a query tile, whose partial results are merged afterwards in the order of the blocks. Nothing
+// depends on timing, so results are bitwise the same in every run.
 //
 // Work is counted in 64 bits, that of one strip in 32: 2^31 is a strip of four million queries and as many keys.
 #pragma once
@@ -23,24 +24,24 @@ struct alignas(16) Unit {
   int32_t variant;
 };
 
-struct Stretch {
+struct Range {
   int64_t begin, end;
 };
 
-// What prepare leaves for the other kernels. Strip s * H + h.
+// What prepare_kernel writes for the other kernels. Strip s * H + h.
 struct WorkTable {
   int64_t* work_start;     // [strips + 1]  work before each strip
   int32_t* tile_start;     // [strips + 1]  query tiles before each strip
   int32_t* key_tiles;      // [strips]
-  int64_t* stretch_start;  // [blocks + 1]  where each block's stretch begins
+  int64_t* work_range_start;  // [blocks + 1]  where each block's range begins
   int32_t* whole;          // [1]           query tiles that are handed out whole
   int32_t strips, blocks;
 };
 
-struct Item {
+struct WorkItem {
   int strip, tile;   // query tile within its strip
   int first, count;  // key tiles
-  int slot;          // where a piece is kept
+  int partial;       // where its partial result is kept, if it is not whole
   bool whole;        // all key tiles of the query tile
 };
 
@@ -50,7 +51,7 @@ INFERIX_BOTH inline int whole_tiles(int tiles, int key_tiles, int blocks) {
 }
 
 // The work that is left is cut evenly.
-INFERIX_BOTH inline int64_t stretch_start(int64_t work, int64_t whole_work, int block, int blocks) {
+INFERIX_BOTH inline int64_t work_range_start(int64_t work, int64_t whole_work, int block, int blocks) {
   return whole_work + (work - whole_work) * block / blocks;
 }
 
@@ -64,28 +65,28 @@ INFERIX_BOTH int last_not_above(const T* starts, int n, int64_t x) {
   return low;
 }
 
-INFERIX_BOTH inline Stretch stretch_of(const WorkTable& t, int block) {
-  return {t.stretch_start[block], t.stretch_start[block + 1]};
+INFERIX_BOTH inline Range work_range(const WorkTable& t, int block) {
+  return {t.work_range_start[block], t.work_range_start[block + 1]};
 }
 
-// The piece at a place of the work that goes on to `end` at most.
-INFERIX_BOTH inline Item item_at(const WorkTable& t, int64_t at, int64_t end, int block) {
+// The item that begins at `at` and ends with its query tile, or at `end` if that comes first.
+INFERIX_BOTH inline WorkItem item_at(const WorkTable& t, int64_t at, int64_t end, int block) {
   const int strip = last_not_above(t.work_start, t.strips, at), length = t.key_tiles[strip];
   const int within = int(at - t.work_start[strip]);
   const int first = within % length, left = length - first;
   const int count = end - at < left ? int(end - at) : left;
-  // A block has at most one piece that begins in the middle of a query tile, and at most one more that does not end it.
+  // A block has at most one item that begins in the middle of a query tile, and at most one more that does not end it.
   return {strip, within / length, first, count, 2 * block + (first == 0), count == length};
 }
 
 // The items of one block, in order.
-struct Items {
+struct TileScheduler {
   int block, tile;  // tile: the next that is handed out whole
-  Stretch left;
+  Range left;
 
-  Items() = default;
-  INFERIX_BOTH Items(const WorkTable& t, int block) : block(block), tile(block), left(stretch_of(t, block)) {}
-  INFERIX_BOTH bool next(const WorkTable& t, Item& item) {
+  TileScheduler() = default;
+  INFERIX_BOTH TileScheduler(const WorkTable& t, int block) : block(block), tile(block), left(work_range(t, block)) {}
+  INFERIX_BOTH bool next(const WorkTable& t, WorkItem& item) {
     if (tile < *t.whole) {
       const int strip = last_not_above(t.tile_start, t.strips, tile);
       item = {strip, tile - t.tile_start[strip], 0, t.key_tiles[strip], 0, true};
@@ -99,27 +100,27 @@ struct Items {
   }
 };
 
-// The query tile that begins in a block's stretch and does not end there: `blocks` blocks in a row have pieces of it,
-// but for those whose stretch is empty. 0 if there is none.
-struct Split {
+// The query tile that begins in a block's range and does not end there: `blocks` consecutive blocks have partial
+// results of it, except those whose range is empty. 0 if there is none.
+struct SplitTile {
   int strip, tile, blocks;
 };
 
-INFERIX_BOTH inline Split split_tile(const WorkTable& t, int block) {
-  const Stretch mine = stretch_of(t, block);
+INFERIX_BOTH inline SplitTile split_tile(const WorkTable& t, int block) {
+  const Range mine = work_range(t, block);
   if (mine.begin >= mine.end) return {0, 0, 0};
   const int strip = last_not_above(t.work_start, t.strips, mine.end - 1), length = t.key_tiles[strip];
   const int tile = int(mine.end - 1 - t.work_start[strip]) / length;
   const int64_t begin = t.work_start[strip] + int64_t(tile) * length, end = begin + length;
   if (begin < mine.begin || end == mine.end) return {strip, tile, 0};
   int more = 1;
-  while (stretch_of(t, block + more).end < end) ++more;
+  while (work_range(t, block + more).end < end) ++more;
   return {strip, tile, more + 1};
 }
 
-// Where the n-th of them left its piece; -1 if it has none.
-INFERIX_BOTH inline int slot_of(const WorkTable& t, int block, int n) {
-  const Stretch theirs = stretch_of(t, block + n);
+// Where the n-th of them stored its partial result; -1 if it has none.
+INFERIX_BOTH inline int partial_of(const WorkTable& t, int block, int n) {
+  const Range theirs = work_range(t, block + n);
   return theirs.begin < theirs.end ? 2 * (block + n) + (n == 0) : -1;
 }
 

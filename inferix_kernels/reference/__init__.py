@@ -3,37 +3,9 @@
 Same names and parameters as in ops.py, which fills in every optional one; a module for each family of ops.
 """
 
-from .attention import check_plan, latent_attention, merge_attention, paged_attention
-from .codecs import AMAX_FLOOR, HALF_MAX, LARGEST, STEP_FLOOR, decode, encode
-from .kv_pages import kv_append, kv_commit, kv_gather, read_page, read_side, spans, write_page
-from .linear import linear, quantize_rows
-from .qkv import qkv_prologue, rotate
-from .select import check_scores, page_scores, page_summaries, select_pages
-
-__all__ = [
-    "AMAX_FLOOR",
-    "HALF_MAX",
-    "LARGEST",
-    "STEP_FLOOR",
-    "check_plan",
-    "check_scores",
-    "decode",
-    "encode",
-    "kv_append",
-    "kv_commit",
-    "kv_gather",
-    "latent_attention",
-    "linear",
-    "merge_attention",
-    "page_scores",
-    "page_summaries",
-    "paged_attention",
-    "qkv_prologue",
-    "quantize_rows",
-    "read_page",
-    "read_side",
-    "rotate",
-    "select_pages",
-    "spans",
-    "write_page",
-]
+from .attention import *
+from .codecs import *
+from .kv_pages import *
+from .linear import *
+from .qkv import *
+from .select import *

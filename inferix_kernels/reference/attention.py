@@ -12,6 +12,8 @@ from torch import Tensor
 from ..layout import KVPages, PageList, Plan
 from .kv_pages import locate, read_page, spans
 
+__all__ = ["check_plan", "latent_attention", "merge_attention", "paged_attention"]
+
 
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..layout import Codec
 
+__all__ = ["AMAX_FLOOR", "HALF_MAX", "LARGEST", "STEP_FLOOR", "decode", "encode"]
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: 15.0}  # int8 is symmetric: -128 is never stored
 AMAX_FLOOR = 1e-12  # an all-zero row gets a scale above 0: it stores zeros, not NaN
 STEP_FLOOR = 2.0**-14  # the same for 4-bit codes: the smallest normal float16

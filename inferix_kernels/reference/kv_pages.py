@@ -10,6 +10,8 @@ from torch import Tensor
 from ..layout import KVPages, PageList, Side, as_bytes
 from .codecs import AMAX_FLOOR, LARGEST, STEP_FLOOR, decode, encode
 
+__all__ = ["kv_append", "kv_commit", "kv_gather", "read_page", "read_side", "spans", "write_page"]
+
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
     for page, start, stop in spans("where", where, pages, tokens=k.shape[0], written=True):

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..layout import Codec, Quantized, as_bytes
 from .codecs import encode
 
+__all__ = ["linear", "quantize_rows"]
+
 
 def quantize_rows(
     x: Tensor,

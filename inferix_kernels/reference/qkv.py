@@ -8,6 +8,8 @@ from torch import Tensor
 from ..layout import KVPages, PageList
 from .kv_pages import kv_append
 
+__all__ = ["qkv_prologue", "rotate"]
+
 
 def qkv_prologue(
     qkv: Tensor,

@@ -12,6 +12,8 @@ from ..layout import KVPages, PageList
 from .attention import indptr
 from .kv_pages import check_ids, locate, read_page, spans
 
+__all__ = ["check_scores", "page_scores", "page_summaries", "select_pages"]
+
 
 def page_summaries(pools: Sequence[KVPages], where: PageList, bounds: bool = False, *, out: Tensor) -> Tensor:
     for page, start, stop in spans("where", where, *pools):

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._check import check_counts
 from ..layout import PageList, Plan, even_plan
 from ..ops import page_scores, page_summaries, paged_attention, select_pages
 from .storage import Storage
@@ -48,7 +49,20 @@ class Attend(Protocol):
 
 
 class Attention(Protocol):
-    """A way to attend."""
+    """A way to attend.
+
+    Example:
+        >>> class Noting:  # attends as Local does, and notes the layers
+        ...     def bind(self, reads):
+        ...         attend, self.layers = Local().bind(reads), []
+        ...         return lambda layer, q, out: self.layers.append(layer) or attend(layer, q, out)
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table, noting = store.open(Policy(window=9)), Noting()
+        >>> noisy = table.plan([table.open_block(frames=3)], attention=noting)
+        >>> y = noisy.attend(0, torch.randn(30, 3 * 2 * 16), None, None)
+        >>> noting.layers
+        [0]
+    """
 
     def bind(self, reads: Reads) -> Attend:
         """This way, for one pass. Raises ValueError for a pass that it can not serve."""
@@ -56,7 +70,15 @@ class Attention(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Attend to all that the page lists name, on the store's device."""
+    """Attend to all that the page lists name, on the store's device.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> noisy = table.plan([table.open_block(frames=3)], attention=Local())  # what plan does unless it is told
+        >>> list(noisy.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
+        [30, 32]
+    """
 
     def bind(self, reads: Reads) -> Attend:
         return _Local(reads)
@@ -85,12 +107,25 @@ class TopK:
         frames: choose them in the so many best frames of the past; None, in all.
         queries: of a run.
         bounds: judge a page by the least and largest of its keys in place of their mean; see ops.page_scores.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> best = table.plan([block], attention=TopK(pages=4, queries=10))
+        >>> list(best.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
+        [30, 32]
     """
 
     pages: int
     frames: int | None = None
     queries: int = 64
     bounds: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts({"pages": self.pages, "frames": 0 if self.frames is None else self.frames}, least=0)
+        check_counts({"queries": self.queries})
 
     def bind(self, reads: Reads) -> Attend:
         worlds = [block.world for block in reads.blocks]

@@ -40,7 +40,7 @@ def turn_page(table: TableView, block_end: int, seal: bool = False) -> Past:
         _check_ageing(table, past, leaving, block_end)
     if leaving and policy.on_evict is not None:
         past = _say_goodbye(table, past, leaving)
-        leaving = [frame for frame in leaving if frame in past.held]
+        leaving = [frame for frame in leaving if frame in past.held and frame not in past.pinned]
         _check_ageing(table, past, leaving, block_end)
     if leaving:
         past = past.away(leaving, keep=False) if policy.archive else past.without(leaving)

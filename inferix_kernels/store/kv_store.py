@@ -46,10 +46,22 @@ class KVStore(Storage):
 
     Raises:
         ValueError: an argument is not what it must be; nothing was allocated.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> store.nbytes["int8"] // 12  # bytes of a frame: two layers of one page of 64 tokens
+        9472
     """
 
     def open(self, policy: Policy) -> PageTable:
-        """A new, empty world over this store."""
+        """A new, empty world over this store.
+
+        Example:
+            >>> other = store.open(Policy(window=6))  # in the store's first format, int8
+            >>> other.next_frame
+            0
+        """
         return PageTable(self, policy)
 
     def plan(
@@ -74,5 +86,11 @@ class KVStore(Storage):
             ValueError: a block is not open, scratch has too few blocks for so many, or arguments do not fit each other.
             NotResident: a frame to be seen lies in host memory alone.
             OutOfPages: there is no room for all blocks to commit. Whatever is raised, nothing was changed in any world.
+
+        Example:
+            >>> worlds = [store.open(Policy(window=6)) for _ in range(2)]
+            >>> both = store.plan([Part(world, [world.open_block(frames=3)]) for world in worlds])
+            >>> list(both.attend(0, torch.randn(2 * 30, 3 * 2 * 16), None, None).shape)  # tokens of both
+            [60, 32]
         """
         return plan_pass(parts, rope, predict, attention)

@@ -20,7 +20,13 @@ GIB = 1 << 30
 
 
 def frame_tokens(height: int, width: int, stride: int = 16) -> int:
-    """Tokens of a latent frame of this many pixels: Wan's VAE shrinks by 8 and its patches by 2."""
+    """Tokens of a latent frame of this many pixels: Wan's VAE shrinks by 8 and its patches by 2.
+
+    Example:
+        >>> from inferix_kernels.store.memory import frame_tokens
+        >>> frame_tokens(480, 832)
+        1560
+    """
     for name, size in (("height", height), ("width", width)):
         if size < stride or size % stride:
             raise ValueError(f"{name} must be a positive multiple of {stride} pixels, got {size}")
@@ -96,6 +102,13 @@ def plan_memory(
         archived: frames per world that wait in host memory.
         budget: bytes on the device.
         Others: as for KVStore, but that `device` need not be there.
+
+    Example:
+        >>> from inferix_kernels.store.memory import GIB, frame_tokens, plan_memory
+        >>> plan = plan_memory(layers=30, heads=12, head_dim=128, frame_tokens=frame_tokens(480, 832), block_frames=3,
+        ...     policy=Policy(window=18, sink=3, format="int8"), budget=8 * GIB)
+        >>> plan.fits, plan.largest_window
+        (True, 52)
     """
     scratch_format = scratch_format or layout.scratch_format(device)
     counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}

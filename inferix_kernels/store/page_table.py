@@ -22,6 +22,7 @@ from itertools import chain, islice
 
 from torch import Tensor
 
+from .._check import whole
 from ..ops import kv_append
 from .attention import Attention, Local
 from .boundary import turn_page
@@ -34,7 +35,23 @@ from .turns import in_turn
 
 
 class PageTable(TableView):
-    """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists."""
+    """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 40, "int4": 8}, host={"int8": 8})
+        >>> table = store.open(Policy(window=9, sink=1, undo=3))
+        >>> def make_block():
+        ...     block = table.open_block(frames=3)
+        ...     clean = table.plan([block], commit=block)
+        ...     for layer in range(2):
+        ...         y = clean.attend(layer, torch.randn(30, 3 * 2 * 16), None, None)
+        ...     table.seal(block)
+        >>> for _ in range(5):
+        ...     make_block()
+        >>> list(table.held)
+        [0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    """
 
     # A block's life
 
@@ -46,8 +63,13 @@ class PageTable(TableView):
         Raises:
             OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
                 was changed.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> block.frames
+            range(15, 18)
         """
-        store, blocks = self.store, self.state.open_blocks
+        store, blocks, frames = self.store, self.state.open_blocks, whole("frames", frames)
         if not 1 <= frames <= store.block_frames:
             raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
         if len(blocks) >= store.scratch_blocks:
@@ -72,8 +94,17 @@ class PageTable(TableView):
         Raises:
             RuntimeError: the block is not the oldest open one, or no pass was planned that commits it.
             OutOfPages: as for `open_block`; the block is still open.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> clean = table.plan([block], commit=block)
+            >>> for layer in range(2):
+            ...     y = clean.attend(layer, torch.randn(30, 3 * 2 * 16), None, None)
+            >>> table.seal(block)
+            >>> table.next_frame
+            18
         """
-        blocks = self.state.open_blocks
+        blocks, horizon = self.state.open_blocks, None if horizon is None else whole("horizon", horizon)
         if not blocks or block is not blocks[0] or not self.state.target:
             raise RuntimeError("seal needs the oldest open block after a pass that committed it")
         if len(blocks) > 1:
@@ -83,13 +114,25 @@ class PageTable(TableView):
 
     @in_turn
     def abandon(self, keep: Block | Sequence[Block] | None = None) -> None:
-        """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is."""
+        """Forget the blocks that are still open, but for these, which may be planned anew; the past stays as it is.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.abandon()
+            >>> table.open_blocks
+            []
+        """
         kept = [keep] if isinstance(keep, Block) else keep or []
         self.state = self.state.only_blocks([block for block in self.open_blocks if block in kept]).thawed()
 
     @in_turn
     def drop(self, block: Block) -> None:
-        """Forget one open block, whatever becomes of the others."""
+        """Forget one open block, whatever becomes of the others.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.drop(block)
+        """
         self.check_open([block])
         self.state = self.state.only_blocks([other for other in self.state.open_blocks if other is not block])
 
@@ -120,6 +163,12 @@ class PageTable(TableView):
             ValueError: a block is not open, or an argument does not fit the others.
             NotResident: a frame to be seen lies in host memory alone.
             OutOfPages: there is no room for the block to commit. Whatever is raised, nothing was changed.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> noisy = table.plan([block])  # what the policy lets the block see
+            >>> some = table.plan([block], see=[[0, 14]])  # these frames and the block itself
+            >>> best = table.plan([block], attention=TopK(pages=4, queries=10))  # the best pages for each 10 queries
         """
         return plan_pass([Part(self, blocks, commit, see)], rope, predict, attention)
 
@@ -127,7 +176,13 @@ class PageTable(TableView):
 
     @in_turn
     def fork(self) -> PageTable:
-        """Another world with the same past, sharing its pages. Blocks that are still open stay with this one."""
+        """Another world with the same past, sharing its pages. Blocks that are still open stay with this one.
+
+        Example:
+            >>> other = table.fork()
+            >>> other.held == table.held  # the same pages
+            True
+        """
         other = object.__new__(PageTable)
         other.store, other.policy, other.turn = self.store, self.policy, self.turn
         other.state = self.state._replace(kept=NOTHING, open_blocks=(), target=())
@@ -141,10 +196,15 @@ class PageTable(TableView):
         Raises:
             RuntimeError: a block is open.
             ValueError: more than there are, or what the next block would see then has been evicted (Policy.undo).
+
+        Example:
+            >>> table.rewind(3)
+            >>> table.next_frame
+            12
         """
         if self.state.open_blocks:
             raise RuntimeError("rewind needs all blocks sealed or abandoned")
-        next_frame = self.state.next_frame
+        next_frame, frames = self.state.next_frame, whole("frames", frames)
         if not 0 <= frames <= next_frame:
             raise ValueError(f"frames must be 0 to {next_frame}, as many as there are, got {frames}")
         end = next_frame - frames
@@ -157,15 +217,22 @@ class PageTable(TableView):
 
     def gone(self, end: int) -> list[int]:
         """Frames before `end`, ten at most, that the next block would see from there and that are held no more."""
-        policy, held, horizon = self.policy, self.state.held, end + self.store.block_frames
+        policy, end = self.policy, whole("end", end)
+        held, horizon = self.state.held, end + self.store.block_frames
         recent = 0 if policy.window is None else min(end, max(0, horizon - policy.window))
         seen = chain(range(min(policy.sink, recent)), range(recent, end))
         return list(islice((frame for frame in seen if frame not in held), 10))
 
     @in_turn
     def truncate(self, end: int) -> None:
-        """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open."""
-        past = self.state
+        """Forget frames `end` and later, even if what the next block would see has been evicted. No block is open.
+
+        Example:
+            >>> table.truncate(12)
+            >>> max(table.held)
+            11
+        """
+        past, end = self.state, whole("end", end)
         if past.open_blocks:
             raise RuntimeError("truncate needs all blocks sealed or abandoned")
         if not 0 <= end <= past.next_frame:
@@ -174,9 +241,14 @@ class PageTable(TableView):
 
     @in_turn
     def forget(self, frames: Iterable[int]) -> None:
-        """Forget these held frames: no block sees them any more."""
-        frames = list(frames)
-        self.check_held(frames)
+        """Forget these held frames: no block sees them any more.
+
+        Example:
+            >>> table.forget([4])
+            >>> 4 in table.held
+            False
+        """
+        frames = self.check_held(frames)
         self.state = self.state.without(frames)
 
     @in_turn
@@ -186,27 +258,45 @@ class PageTable(TableView):
         Raises:
             OutOfPages: not so.
         """
-        self.check_held(leaving)
-        slots = self.state.slots
+        leaving, slots = self.check_held(leaving), self.state.slots
         formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
         self.store.check_room(self, formats, [slots[frame] for frame in leaving if frame in slots])
 
     @in_turn
     def release(self) -> None:
-        """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected."""
+        """Give everything back to the store, now. A world that is dropped gives it back too, once it is collected.
+
+        Example:
+            >>> table.release()
+            >>> dict(table.held)
+            {}
+        """
         self.state = self.state.only_blocks([]).without(self.state.held).thawed()
 
     @in_turn
     def pin(self, frames: Iterable[int]) -> None:
-        """Keep these held frames, and see them, whatever the policy says."""
-        frames = list(frames)
-        self.check_held(frames)
+        """Keep these held frames, and see them, whatever the policy says.
+
+        Example:
+            >>> table.pin([4])
+            >>> make_block(), make_block(), 4 in table.held
+            (None, None, True)
+        """
+        frames = self.check_held(frames)
         self.state = self.state._replace(pinned=self.state.pinned.union(frames))
 
     @in_turn
     def unpin(self, frames: Iterable[int]) -> None:
-        """Leave these frames to the policy again: they go at the next boundary if it does not keep them."""
-        self.state = self.state._replace(pinned=self.state.pinned.difference(frames))
+        """Let the policy decide about these frames again.
+
+        Example:
+            >>> table.pin([4])
+            >>> table.unpin([4])
+            >>> table.pinned
+            frozenset()
+        """
+        gone = {whole("frames", frame) for frame in frames}
+        self.state = self.state._replace(pinned=self.state.pinned - gone)
 
     @in_turn
     def convert(self, frames: Sequence[int], format: str, *, sink: bool = False) -> None:
@@ -214,8 +304,13 @@ class PageTable(TableView):
 
         Args:
             sink: frames of the sink too, which are protected otherwise.
+
+        Example:
+            >>> table.convert([3, 4], "int4")
+            >>> table.held[3].format
+            'int4'
         """
-        self._check_sink("convert", frames, sink)
+        self._check_sink("convert", frames := self.check_held(frames), sink)
         slots = self.resident(frames)
         changing = [frame for frame, slot in zip(frames, slots) if slot.pool.format != format]
         if changing:
@@ -230,8 +325,11 @@ class PageTable(TableView):
         Args:
             change: (layer, k, v) -> (k, v), float32 [frame_tokens, heads, D], as `gather` returns them.
             sink: as for `convert`.
+
+        Example:
+            >>> table.rewrite(4, lambda layer, k, v: (k, 2 * v))
         """
-        self._check_sink("rewrite", [frame], sink)
+        self._check_sink("rewrite", [frame := whole("frame", frame)], sink)
         (old,) = self.resident([frame])
         with self.store.take([old.pool.format]) as (slot,):
             where = self.store.lists.of([slot.pool_page])
@@ -255,9 +353,13 @@ class PageTable(TableView):
 
         Raises:
             OutOfPages: host memory has no room for all of them; nothing was changed.
+
+        Example:
+            >>> table.offload([3, 4])
+            >>> sorted(table.cold)
+            [3, 4]
         """
-        self.check_held(frames)
-        past = self.state
+        frames, past = self.check_held(frames), self.state
         going = [frame for frame in frames if frame in past.slots]
         self.store.to_host([(past.held[frame], past.slots[frame]) for frame in going])
         self.store.keeping(self)
@@ -269,8 +371,13 @@ class PageTable(TableView):
 
         Raises:
             OutOfPages: the device has no room for all of them; nothing was changed.
+
+        Example:
+            >>> table.offload([3, 4])
+            >>> table.prefetch([3])
+            >>> sorted(table.cold)
+            [4]
         """
-        self.check_held(frames)
-        past = self.state
+        frames, past = self.check_held(frames), self.state
         coming = [frame for frame in frames if frame not in past.slots]
         self.state = past.back(dict(zip(coming, self.store.to_device([past.held[frame] for frame in coming]))))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._check import check_index
 from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
 from .attention import Attention, Reads
@@ -58,6 +59,15 @@ class Pass:
 
     Attributes:
         plan: the page lists of the queries, one segment per block.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> noisy = table.plan([block])
+        >>> noisy.plan.page_ids.tolist()  # three frames of one page each: scratch, which comes after the pools
+        [12, 13, 14]
     """
 
     def __init__(self, reads: Reads, shares: Sequence[Share], predict: bool, attention: Attention):
@@ -95,6 +105,11 @@ class Pass:
         Raises:
             RuntimeError: a table was edited since the pass was planned.
             ValueError: qkv has not a row for each token of the pass.
+
+        Example:
+            >>> qkv = torch.randn(30, (4 + 2 * 2) * 16)  # 4 query heads, 2 KV heads
+            >>> list(noisy.attend(0, qkv, torch.ones(16), torch.ones(16)).shape)
+            [30, 64]
         """
         norms = {"norm_q_bias": norm_q_bias, "norm_k_bias": norm_k_bias}
         q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
@@ -122,7 +137,12 @@ class Pass:
 
         Returns:
             q [T, Hq, D], normalised and rotated, which the next layer overwrites.
+
+        Example:
+            >>> list(noisy.write(1, torch.randn(30, (4 + 2 * 2) * 16), None, None).shape)
+            [30, 4, 16]
         """
+        layer = check_index("layer", layer, self.store.num_layers)
         self._check("qkv", qkv)
         store, q = self.store, self._queries(qkv)
         for share in self._shares:
@@ -146,7 +166,12 @@ class Pass:
 
     @in_turn
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv], and commit what this pass commits."""
+        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv], and commit what this pass commits.
+
+        Example:
+            >>> noisy.append(0, torch.randn(30, 2, 16), torch.randn(30, 2, 16))
+        """
+        layer = check_index("layer", layer, self.store.num_layers)
         self._check("k", k)
         self._check("v", v)
         for share in self._shares:

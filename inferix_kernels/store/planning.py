@@ -31,6 +31,12 @@ class Part(NamedTuple):
         blocks: open blocks of it, oldest first; each is one segment of the queries.
         commit: the block whose K and V this pass makes final; see PageTable.plan.
         see: for each block, the frames before it that it attends to; None: as the policy says.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> clean = store.plan([Part(table, [block], commit=block)])  # one world's; other worlds' parts may follow
     """
 
     table: TableView

@@ -26,6 +26,11 @@ class Policy:
         archive: frames that leave the window go to host memory instead of being forgotten.
         on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink, convert,
             pin, fork and so on, but neither open, seal or forget blocks of this world nor rewind it.
+
+    Example:
+        >>> policy = Policy(window=18, sink=3, format="int8", older=(9, "int4"))
+        >>> policy.format_of(frame=20, block_end=33), policy.format_of(frame=30, block_end=33)
+        ('int4', 'int8')
     """
 
     window: int | None = None
@@ -64,14 +69,25 @@ class Policy:
             raise ValueError(f"on_evict must be a function of (table, frame), got {self.on_evict!r}")
 
     def sees(self, frame: int, block_end: int) -> bool:
-        """Does a block that ends before frame `block_end` attend to the past frame `frame`?"""
+        """Does a block that ends before frame `block_end` attend to the past frame `frame`?
+
+        Example:
+            >>> policy = Policy(window=18, sink=3)
+            >>> [frame for frame in range(33) if policy.sees(frame, block_end=33)] == [0, 1, 2, *range(15, 33)]
+            True
+        """
         return self.window is None or frame < self.sink or frame >= block_end - self.window
 
     def keeps(self, frame: int, block_end: int) -> bool:
         return self.window is None or frame < self.sink or frame >= block_end - self.window - self.undo
 
     def format_of(self, frame: int, block_end: int) -> str:
-        """The format of a frame while the block that ends before `block_end` is made."""
+        """The format of a frame while the block that ends before `block_end` is made.
+
+        Example:
+            >>> Policy(sink=3, format="int8", sink_format="bf16").format_of(frame=0, block_end=33)
+            'bf16'
+        """
         if self.format is None:
             raise ValueError("format must be named in the policy, or by the store that a world is opened in, got None")
         if frame < self.sink and self.sink_format is not None:
@@ -85,6 +101,10 @@ class Policy:
 
         Args:
             frames: length of the video, for policies that keep all; otherwise a bound that may be left out.
+
+        Example:
+            >>> Policy(window=18, sink=3, format="int8", older=(9, "int4")).capacity()
+            {'int4': 12, 'int8': 9}
         """
         if self.window is None and frames is None:
             raise ValueError("frames must be given for a policy without a window: it keeps all of them")

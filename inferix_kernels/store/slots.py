@@ -17,11 +17,35 @@ from ..layout import KVPages
 
 
 class OutOfPages(RuntimeError):
-    """A pool has no room for what was asked; nothing was changed."""
+    """A pool has no room for what was asked; nothing was changed.
+
+    Example:
+        >>> store = KVStore(layers=1, heads=1, head_dim=16, frame_tokens=8, block_frames=1, page_size=8,
+        ...     pools={"int8": 1})
+        >>> table = store.open(Policy())  # keeps every frame, and the store has room for one
+        >>> table.plan([block := table.open_block(1)], commit=block).append(0, *torch.randn(2, 8, 1, 16))
+        >>> table.seal(block)
+        >>> table.plan([block := table.open_block(1)], commit=block)
+        Traceback (most recent call last):
+        inferix_kernels.store.slots.OutOfPages: int8 pool on the device: 1 frames (...) asked for, 1 of 1 are held ...
+    """
 
 
 class NotResident(RuntimeError):
-    """A frame that was to be read lies in host memory alone; nothing was changed."""
+    """A frame that was to be read lies in host memory alone; nothing was changed.
+
+    Example:
+        >>> store = KVStore(layers=1, heads=1, head_dim=16, frame_tokens=8, block_frames=1, page_size=8,
+        ...     pools={"int8": 3}, host={"int8": 3})
+        >>> table = store.open(Policy())
+        >>> table.plan([block := table.open_block(1)], commit=block).append(0, *torch.randn(2, 8, 1, 16))
+        >>> table.seal(block)
+        >>> table.offload([0])
+        >>> store.settle()  # the copy has landed
+        >>> table.gather(0, [0])
+        Traceback (most recent call last):
+        inferix_kernels.store.slots.NotResident: frames [0] are in host memory: call prefetch([0]) before the ...
+    """
 
 
 class Slot:

@@ -42,6 +42,20 @@ def save(table: TableView, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the file can not be written; names it.
+
+    Example:
+        >>> import tempfile
+        >>> from inferix_kernels.store.snapshot import load, save
+        >>> store = KVStore(layers=1, heads=1, head_dim=16, frame_tokens=8, block_frames=1, page_size=8,
+        ...     pools={"int8": 2})
+        >>> table = store.open(Policy(window=2))
+        >>> table.plan([block := table.open_block(1)], commit=block).append(0, *torch.randn(2, 8, 1, 16))
+        >>> table.seal(block)
+        >>> path = f"{tempfile.mkdtemp()}/world.safetensors"
+        >>> save(table, path)
+        >>> again = load(store, path)
+        >>> torch.equal(again.gather(0, [0])[0], table.gather(0, [0])[0])
+        True
     """
     save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
 
@@ -105,6 +119,8 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
         ValueError: the file can't be read, is damaged, is not a snapshot, or of another version, model or geometry: the
             difference is named. Files of version 1 have no checksums, and changed contents go unseen in them.
         OutOfPages: the store has no room for it. Nothing was changed.
+
+    Example: that of `save`.
     """
     safetensors = require("safetensors", "driver", "path: a snapshot")
     if Path(path).exists() and not Path(path).is_file():

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from .._check import check_index, whole
 from ..layout import PageList
 from .extent import Extent
 from .past import Block, Past
@@ -105,26 +106,38 @@ class TableView:
 
         Raises:
             KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
+
+        Example:
+            >>> table.select([0, 14]).lens.tolist()  # a frame has 10 tokens, and a page 16 places
+            [10, 10]
         """
-        return self.store.lists.of(slot.page_id for slot in self.resident(list(frames)))
+        return self.store.lists.of(slot.page_id for slot in self.resident(frames))
 
     @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv]."""
+        """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv].
+
+        Example:
+            >>> k, v = table.gather(0, [13, 14])
+            >>> list(k.shape)
+            [20, 2, 16]
+        """
+        layer = check_index("layer", layer, self.store.num_layers)
         return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
 
-    def check_held(self, frames: Sequence[int]) -> None:
-        """Raises KeyError unless these frames are held, ValueError if one is named twice."""
-        held = self.state.held
+    def check_held(self, frames: Iterable[int]) -> list[int]:
+        """These frames as Python's numbers. Raises KeyError unless they are held, ValueError if one is named twice."""
+        frames, held = [whole("frames", frame) for frame in frames], self.state.held
         missing = [frame for frame in frames if frame not in held]
         if missing:
             raise KeyError(f"frames must be held (now {list(held)}), got {missing}")
         if len(set(frames)) < len(frames):
             raise ValueError(f"frames must be named once, got {[f for f in set(frames) if frames.count(f) > 1]} again")
+        return frames
 
-    def resident(self, frames: Sequence[int]) -> list[Slot]:
+    def resident(self, frames: Iterable[int]) -> list[Slot]:
         """The slots on the device of these held frames. Raises as `select` does."""
-        self.check_held(frames)
+        frames = self.check_held(frames)
         kept, here = self.state.kept, self.state.slots
         here = {**kept, **here} if kept else here
         slots = [here[frame] for frame in frames if frame in here]
@@ -140,7 +153,13 @@ class TableView:
                 raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
 
     def past(self, block: Block) -> list[int]:
-        """Held frames that the policy lets a block see."""
+        """Held frames that the policy lets a block see.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.past(block)
+            [0, 9, 10, 11, 12, 13, 14]
+        """
         past, sees = self.state, self.policy.sees
         return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
 
@@ -153,7 +172,7 @@ class TableView:
         """
         others = [frame for other in blocks if other is not block for frame in other.frames]
         before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
-        frames = self.past(block) + before if see is None else list(see)
+        frames = self.past(block) + before if see is None else [whole("see", frame) for frame in see]
         if not others:
             return self.resident(frames)
         held = [frame for frame in frames if frame not in others]

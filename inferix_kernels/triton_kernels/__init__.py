@@ -8,25 +8,10 @@ try:
 except ImportError as error:
     raise ImportError(f"Triton is not installed ({error}): pip install 'triton>=3.5'") from error
 
-from .attention import paged_attention
-from .kv_pages import kv_append, kv_commit, kv_gather
-from .latent import latent_attention
-from .linear import linear, quantize_rows
-from .merge import merge_attention
-from .qkv import qkv_prologue
-from .select import page_scores, page_summaries, select_pages
-
-__all__ = [
-    "kv_append",
-    "kv_commit",
-    "kv_gather",
-    "latent_attention",
-    "linear",
-    "merge_attention",
-    "page_scores",
-    "page_summaries",
-    "paged_attention",
-    "qkv_prologue",
-    "quantize_rows",
-    "select_pages",
-]
+from .attention import *
+from .kv_pages import *
+from .latent import *
+from .linear import *
+from .merge import *
+from .qkv import *
+from .select import *

@@ -54,6 +54,8 @@ from .online import (
     work_of,
 )
 
+__all__ = ["paged_attention"]
+
 _WIDEST = 256
 # Whether bfloat16 and float16 queries on 8-bit keys are multiplied in 8 bits: faster, and further from the reference
 # (tests/triton_kernels/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.

@@ -20,6 +20,8 @@ from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, as_bytes
 from .codecs import Tile, copy_part, part_of, read_part, round_to, tile_of, write_part
 from .launch import Case, check_device, launch
 
+__all__ = ["kv_append", "kv_commit", "kv_gather"]
+
 # A page list's lens are added up in steps of this many.
 LIST_STEP = tl.constexpr(1024)
 

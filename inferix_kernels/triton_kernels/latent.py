@@ -42,6 +42,8 @@ from .online import (
     work_of,
 )
 
+__all__ = ["latent_attention"]
+
 _WIDEST = 512
 
 

@@ -25,6 +25,8 @@ from .codecs import round_to, round_to_int, scale_of, to_e4m3
 from .config import config, rows_and_warps
 from .launch import Case, architecture, check_device, launch
 
+__all__ = ["linear", "quantize_rows"]
+
 _WIDEST = 32768  # numbers of a row: 64 in each of 16 warps' threads
 
 

@@ -17,6 +17,8 @@ from .codecs import round_to
 from .config import rows_and_warps
 from .launch import Case, check_device, launch
 
+__all__ = ["merge_attention"]
+
 NOTHING = tl.constexpr(float("-inf"))  # the lse of no keys
 
 

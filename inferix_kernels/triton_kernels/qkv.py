@@ -35,6 +35,8 @@ from .kv_pages import (
 )
 from .launch import Case, check_device, launch
 
+__all__ = ["qkv_prologue"]
+
 
 class Heads(NamedTuple):
     """What a kernel is compiled for about the heads of q, k or v in a row of qkv."""

@@ -21,6 +21,8 @@ from .config import config
 from .kv_pages import fits, frames_of, list_tensors, pool_tensors, tiles_of
 from .launch import Case, check_device, launch
 
+__all__ = ["page_scores", "page_summaries", "select_pages"]
+
 LEAST, MOST = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
 _MOST_PAGES = 8192  # of one list: they are sorted in registers
 

@@ -1,7 +1,5 @@
 """Inferix: block-diffusion video world models, fast, long and interactive."""
 
-__version__ = "0.1.0"
-
 __all__ = ["World", "__version__"]
 
 
@@ -11,4 +9,8 @@ def __getattr__(name: str) -> object:
         from .world import World
 
         return World
+    if name == "__version__":
+        from inferix_kernels import __version__
+
+        return __version__
     raise AttributeError(f"module 'inferix' has no attribute {name!r}")

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        _check_text(args)
         _check_numbers(args)
         return int(args.run(args))
     except ValueError as error:
@@ -42,6 +43,21 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"inferix {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """What holds for the words and names of all commands: no file and no tokenizer takes what is no text."""
+    for name, value in vars(args).items():
+        option = name if name in getattr(args, "positional", ()) else f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(text, str | Path):
+                continue
+            try:
+                text = str(text).encode().decode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{option} must be text in UTF-8, got {str(text)!r}") from None
+            if "\0" in text:
+                raise ValueError(f"{option} must have no NUL character, got {text!r}")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -141,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", default="self-forcing", help="whose weights to take if the file holds several")
     convert.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help=LORA_HELP)
     convert.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the weights (default: fp32)")
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run=_convert, positional=("source", "out"))
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.add_argument("--prove", action="store_true", help="try every kernel on this GPU; which ones run goes by it")
     doctor.add_argument("--device", help="say which kernels a world would use on it: cuda, sm_90, H200, A100, ...")

@@ -55,6 +55,8 @@ def _read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{option}: cannot read {str(path)!r} ({error})") from None
     if len(text) > MOST_TEXT:
         raise ValueError(f"{option}: {str(path)!r} must be at most {MOST_TEXT:,} characters long")
+    if "\0" in text:
+        raise ValueError(f"{option}: {str(path)!r} must be text, and holds a NUL character")
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, line

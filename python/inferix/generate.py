@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from inferix_kernels.files import atomic_write, open_locked, require_writable
+from inferix_kernels._check import check_device
+from inferix_kernels.files import atomic_write, destination, open_locked, require_writable
 
 from .controls import Prompts, actions_from
 from .journal import Journal, journal_path, refuse_unfinished
@@ -101,7 +102,8 @@ def generate(args: argparse.Namespace) -> int:
 class Maker:
     """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block, a second one at once.
 
-    What is kept in memory does not grow with the video, but for a live world's frames, which are small and measured.
+    What is kept in memory does not grow with the video, but for a number per step and a live world's frames, which are
+    small and measured.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Maker:
         self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
         self.video, self.journal = video, journal
         self.all: list[np.ndarray] = []
+        self.seconds: list[float] = []  # that each step took
         self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
         self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
 
@@ -146,7 +149,9 @@ class Maker:
                 again = next(known, None)
                 begins = self.made + self.world.ahead * adapter.pictures
                 prompt = self.prompts.at(begins / adapter.fps)
-                self._take(self.world.step(chosen, prompt=prompt, known=again))
+                frames = self.world.step(chosen, prompt=prompt, known=again)
+                self.seconds.append(self.world.denoising)
+                self._take(frames)
                 if self.journal is not None and again is None:
                     self.journal.append(self.world.latents)
                 bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
@@ -160,7 +165,7 @@ class Maker:
 
     def summary(self) -> dict[str, Any]:
         adapter = self.world.model.adapter
-        seconds = np.array(self.world.decoder.seconds)
+        seconds = np.array(self.seconds)
         blocks = seconds[1:] if len(seconds) > 1 else seconds
         per_block = adapter.block_frames
         asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
@@ -216,14 +221,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be from 0 to 2^64 - 1, got {args.seed}")
     if args.scale is not None and args.scale < 1:
         raise ValueError(f"--scale must be at least 1, got {args.scale}")
-    if args.device is not None:
-        try:
-            if torch.device(args.device).type not in ("cpu", "cuda"):
-                raise RuntimeError("neither cpu nor cuda")
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"--device must be cpu or a cuda that is there, got {args.device!r}: {reason}") from None
+    if args.device is not None and check_device("--device", args.device).type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {args.device!r}")
 
 
 def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
@@ -235,14 +234,17 @@ def _outputs(args: argparse.Namespace, model: BlockModel) -> list[Path]:
     video = out.with_suffix(".npy") if latents else out
     sheet = [] if latents else [out.with_suffix(".png")]
     journal = [] if model.adapter.live else [journal_path(out)]
-    return [video, partial_path(video), out.with_suffix(".json"), *sheet, *journal]
+    return [video, partial_path(destination(video, "--out")), out.with_suffix(".json"), *sheet, *journal]
 
 
 def _check_outputs(args: argparse.Namespace, model: BlockModel) -> None:
-    """All that is to be written can be, and none of it is what the video is made from."""
+    """All that is to be written can be, each to a file of its own, and none of it is what the video is made from."""
+    written: dict[Path, Path] = {}
     for path in _outputs(args, model):
-        require_writable(path, "--out")
-        for option in ("image", "video", "actions", "prompt_file"):
+        place = require_writable(path, "--out").resolve()
+        if (other := written.setdefault(place, path)) is not path:
+            raise ValueError(f"--out: {str(other)!r} and {str(path)!r} must be two files, got links to one")
+        for option in ("weights", "image", "video", "actions", "prompt_file"):
             read = getattr(args, option)
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
                 name = option.replace("_", "-")
@@ -317,7 +319,7 @@ def _journal(args: argparse.Namespace, world: World, prompts: Prompts, digest: s
         "special_tokens": args.special_tokens,
         "prompts": prompts.starts,
     }
-    return Journal(journal_path(Path(args.out)), settings, args.resume)
+    return Journal(journal_path(Path(args.out)), world.model.latent_shape, settings, args.resume)
 
 
 class _Bar(Console):

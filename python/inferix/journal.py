@@ -15,7 +15,7 @@ import contextlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inferix_kernels.files import open_locked, unwritable, write_all
+from inferix_kernels.files import destination, open_locked, unwritable, write_all
 
 FORMAT = 2
 MOST_HEADER = 1 << 20  # bytes of the first line that are read; a block's line is shorter still
 
 
 def journal_path(out: Path) -> Path:
+    """Beside the video, also if `out` is a link to it: whoever writes that one finds the same journal."""
+    out = destination(out, "--out")
     return out.with_name(f".{out.name}.journal")
 
 
@@ -54,6 +56,7 @@ class Journal:
 
     Args:
         path: of the journal.
+        frame: shape of one frame of latents; every block is [frames, *frame].
         settings: what the latents depend on; JSON.
         resume: take up the journal that is there; otherwise it is begun anew.
 
@@ -62,8 +65,8 @@ class Journal:
             run is writing it, or it can not be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool):
-        self.path = path
+    def __init__(self, path: Path, frame: Sequence[int], settings: Mapping[str, Any], resume: bool):
+        self.path, self.frame = path, list(frame)
         self.blocks: list[Tensor] = []  # of the run that is taken up
         if resume and not path.exists():
             raise ValueError(f"--resume: there is nothing to resume: no file {path}")
@@ -126,19 +129,19 @@ class Journal:
                 name = other[0]
                 raise ValueError(f"--resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
             whole, self._checksum, size = file.tell(), zlib.crc32(line), self.path.stat().st_size
-            while (read := _read_block(file, size, self._checksum)) is not None:
+            while (read := _read_block(file, size, self.frame, self._checksum)) is not None:
                 block, self._checksum = read
                 self.blocks.append(block)
                 whole = file.tell()
         return whole
 
 
-def _read_block(file: BinaryIO, end: int, before: int) -> tuple[Tensor, int] | None:
+def _read_block(file: BinaryIO, end: int, frame: list[int], before: int) -> tuple[Tensor, int] | None:
     """The next block and its checksum; None at the end, and where one is cut short, damaged or not in its place."""
     try:
         said = json.loads(file.readline(MOST_HEADER))
         shape, checksum = said["shape"], said["crc32"]
-        if not all(type(n) is int and n > 0 for n in shape):
+        if not all(type(n) is int and n > 0 for n in shape) or shape[1:] != frame or not shape:
             return None
         size = 4 * math.prod(shape)
         numbers = file.read(size) if size <= end - file.tell() else b""

@@ -50,7 +50,7 @@ class Decoder:
         self.frames = 0  # latent frames made or observed
         self.finished: int | None = None  # frames at the front of what `step` returns that are done: all of them
         self.ahead = 0  # latent frames begun and not done
-        self.seconds: list[float] = []  # per block made
+        self.seconds = 0.0  # that the last block took
         self._noise_before: Tensor | None = None  # the generator's state when the last block was begun
         # Overlapping latents as the next rollout begins with them; a VAE encodes the first one again.
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
@@ -97,7 +97,7 @@ class Decoder:
             raise
         made, *_ = [branch.close(x, condition) for branch in self.branches]
         self._remember(made)
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds = time.perf_counter() - started
         return x
 
     def repeat(self, condition: Any) -> None:
@@ -127,7 +127,7 @@ class Decoder:
         other.branches = [branch.fork() for branch in self.branches]
         other.generator = torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
-        other.recent, other.seconds = list(self.recent), []
+        other.recent = list(self.recent)
         return other
 
     @property

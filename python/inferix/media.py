@@ -38,7 +38,7 @@ PAPER, INK = (24, 24, 28), (225, 225, 225)
 
 
 def partial_path(path: Path) -> Path:
-    """Where a video is while it is made."""
+    """Where a video is while it is made; `path` is no link."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -132,9 +132,9 @@ class VideoWriter:
         if max(height, width) * scale > MOST_SIDE or height * width * scale**2 > MOST_PIXELS:
             most = f"at most {MOST_SIDE:,} a side and {MOST_PIXELS:,} in all"
             raise ValueError(f"--scale must make {height} x {width} pixels {most}, got {scale}")
-        self.partial = partial_path(self.path)
-        for written in (self.path, self.partial):
-            require_writable(written, "--out")
+        self._target = require_writable(self.path, "--out")
+        self.partial = partial_path(self._target)
+        require_writable(self.partial, "--out")
         require_space(self.path, LEAST_BYTES, "--out")
         self._file = OutputFile(self.partial, "--out", self.path)
         try:
@@ -202,7 +202,7 @@ class VideoWriter:
         """The temporary file to where it belongs."""
         try:
             if self.frames and whole and self._file.error is None:
-                self.partial.replace(self.path)
+                self.partial.replace(self._target)
                 return
         except OSError as error:
             self._file.error = error
@@ -248,9 +248,9 @@ class LatentWriter:
 
     def __init__(self, path: str | Path, frames: int, shape: tuple[int, ...]):
         self.path, self.shape, self.frames, self.kept = Path(path).with_suffix(".npy"), tuple(shape), 0, 0
-        self.partial = partial_path(self.path)
-        for written in (self.path, self.partial):
-            require_writable(written, "--out")
+        self._target = require_writable(self.path, "--out")
+        self.partial = partial_path(self._target)
+        require_writable(self.partial, "--out")
         self._frame_bytes = 4 * int(np.prod(shape))
         require_space(self.path, frames * self._frame_bytes, "--out")
         self._file, self._open = open_locked(self.partial, "--out", self.path), True
@@ -292,7 +292,7 @@ class LatentWriter:
                 self._file.truncate(self._start + self.frames * self._frame_bytes)
                 os.fsync(self._file.fileno())
                 if whole:
-                    self.partial.replace(self.path)
+                    self.partial.replace(self._target)
                     self.kept = 0
         except OSError as error:
             raise unwritable(self.path, error, "--out") from None

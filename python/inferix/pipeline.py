@@ -150,7 +150,7 @@ class Pipeline:
         self.given: Tensor | None = None  # frames of the next block that were given
         self.finished = 0  # frames at the front of what `step` returned that are done
         self.frames = 0  # latent frames made or given
-        self.seconds: list[float] = []  # per stage
+        self.seconds = 0.0  # that the last step took
         self.traffic = Traffic()
         self._before: tuple[list[InFlight], int, Tensor | None, Tensor] | None = None  # of the last step: for `repeat`
         self.restart: Callable[[Tensor], Tensor] = lambda latents: latents
@@ -203,7 +203,7 @@ class Pipeline:
             self.owed, *self.flight = flight
             self.finished = len(self.owed.block.frames)
         self.frames += self.finished
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds = time.perf_counter() - started
         return state
 
     def repeat(self, condition: Any) -> None:
@@ -257,7 +257,7 @@ class Pipeline:
             for flying in [*([self.owed] if self.owed else []), *self.flight]
         ]
         other.owed = moved.pop(0) if self.owed else None
-        other.flight, other.seconds, other.traffic = moved, [], dataclasses.replace(self.traffic)
+        other.flight, other.traffic = moved, dataclasses.replace(self.traffic)
         return other
 
     def rewind(self, frames: int) -> None:

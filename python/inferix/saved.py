@@ -23,29 +23,35 @@ from inferix_kernels.store import Block, snapshot
 from .branch import Clean
 from .models import BlockModel
 from .pipeline import Pipeline
+from .turns import one_at_a_time
 from .world import World
 
 VERSION = 2
 PAST, STATE, CHECKSUM = "past{}.safetensors", "world.pt", "world.pt.sha256"
 
 
+@one_at_a_time
 @torch.inference_mode()
-def save(world: World, folder: str | Path) -> None:
+def save(world: World, folder: str | Path, most: int | None = None) -> None:
     """Write a world into `folder`, which must not exist yet; it appears whole or not at all.
 
     The clean pass owed is done first, so the world goes on as the loaded one will. Frames kept for `rewind` alone are
     left out.
 
+    Args:
+        most: bytes that the folder may take; None: no bound.
+
     Raises:
         ValueError: the world is of a kind that can not be saved, or the folder exists, is being saved by someone else,
-            or can not be written. There is no such folder then, and the world goes on.
+            would take more than `most`, or can not be written. There is no such folder then, and the world goes on.
+        RuntimeError: another thread is at work on the world.
     """
     decoder, folder = world.decoder, Path(folder)
     if isinstance(decoder, Pipeline):
         raise ValueError(
             f"world must have one block under way at a time to be saved, got a {world.model.adapter.name} one"
         )
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
     decoder.settle()
     state = {
@@ -65,6 +71,9 @@ def save(world: World, folder: str | Path) -> None:
                 _write(state, written)
             with atomic_write(part / CHECKSUM, "folder") as written:
                 written.write_text(f"{_sha256(part / STATE)}  {STATE}\n")
+            taken = sum(file.stat().st_size for file in part.iterdir())
+            if most is not None and taken > most:
+                raise ValueError(f"folder: {str(folder)!r} takes {taken:,} bytes, at most {most:,} are left for it")
             part.rename(folder)
     except OSError as error:
         raise unwritable(folder, error, "folder") from None
@@ -93,12 +102,14 @@ def _save_past(table: PageTable, path: Path, block_frames: int) -> None:
         past.release()
 
 
+@one_at_a_time
 def load(world: World, folder: str | Path) -> World:
     """The world saved in `folder`, as another one over this one's model and store, as `World.fork` makes them.
 
     Raises:
         ValueError: the folder holds no such world, or one of another model or format; says which. Nothing has changed.
         OutOfPages: the store has no room for one more world.
+        RuntimeError: another thread is at work on this world.
     """
     state = read(world, folder)
     assert not isinstance(world.decoder, Pipeline)  # none of them was ever saved

@@ -24,7 +24,8 @@ S = TypeVar("S", bound=HasLoop)
 
 
 def one_at_a_time(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """A method that raises RuntimeError, before it does anything, while another thread is in one of them."""
+    """A method, or a function of a world, that raises RuntimeError, before it does anything, while another thread is in
+    one of them."""
 
     @functools.wraps(method)
     def alone(self: S, *args: P.args, **kwargs: P.kwargs) -> T:

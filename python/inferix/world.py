@@ -1,4 +1,4 @@
-"""A running world: actions and words in, frames out.
+"""A running world: actions and prompts in, frames out. Long because a third of it is docstrings.
 
 world = World("tiny", kv="int8", seed=0)
 frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3, 96, 96, 3]
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import KVStore, OutOfPages, PageTable, Policy
-from inferix_kernels._check import is_whole
+from inferix_kernels._check import is_whole, whole
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import stored
 
@@ -51,6 +51,13 @@ class World:
 
     Raises:
         ValueError: an argument is not what it must be; nothing has been allocated.
+
+    Example:
+        >>> from inferix import World
+        >>> world = World("tiny", kv="int8", seed=0, undo=6, worlds=2)
+        >>> frames = world.step(action="right", prompt="desert night")
+        >>> frames.shape, frames.dtype
+        ((3, 96, 96, 3), dtype('uint8'))
     """
 
     def __init__(
@@ -161,6 +168,10 @@ class World:
 
         Raises:
             NotFinite: NaN or infinity came out; names the layer. This world has ended, its forks go on.
+
+        Example:
+            >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
+            >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
         self._check_alive("step")
         if actions is not None and action is not None:
@@ -210,6 +221,11 @@ class World:
 
         Raises:
             NotFinite: the VAE made NaN or infinity of them, which ends the world if blocks were taken already.
+
+        Example:
+            >>> import numpy as np
+            >>> given = np.repeat(frames[-1:], 3, axis=0)  # uint8 [3, 96, 96, 3]
+            >>> seen = world.observe(given, actions=["none"] * 3)
         """
         self._check_alive("observe")
         adapter = self.model.adapter
@@ -251,6 +267,9 @@ class World:
 
         Left alone, the next step does it in its first forward, which costs less in all: for who waits for nothing.
         A released world owes nothing.
+
+        Example:
+            >>> world.settle()
         """
         if isinstance(self.decoder, Decoder) and not self.released:
             self.decoder.settle()
@@ -262,6 +281,11 @@ class World:
         Args:
             seed: of the fork's noise; None goes on with a copy of this world's, so that the same actions give the
                 same frames.
+
+        Example:
+            >>> other = world.fork()
+            >>> bool((other.step(action="up") == world.step(action="up")).all())  # the same past, the same noise
+            True
         """
         self._check_alive("fork")
         if seed is not None:
@@ -299,8 +323,15 @@ class World:
 
         Raises:
             ValueError: it is not one of `rewinds`; nothing has changed.
+
+        Example:
+            >>> before = world.frames
+            >>> frames = world.step(action="left")
+            >>> world.rewind(3)
+            >>> world.frames == before
+            True
         """
-        if isinstance(self.decoder, Decoder) and frames not in self.rewinds:
+        if isinstance(self.decoder, Decoder) and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(
                 f"frames must be one of {sizes}, whole blocks that are remembered, got {frames}: World(undo=...) "
@@ -328,8 +359,8 @@ class World:
 
     @property
     def denoising(self) -> float:
-        """Seconds that the last block took, pictures apart."""
-        return self.decoder.seconds[-1]
+        """Seconds that the last step took, pictures apart; 0 before the first."""
+        return self.decoder.seconds
 
     @property
     def undo(self) -> int:
@@ -345,7 +376,13 @@ class World:
 
     @one_at_a_time
     def reset(self, seed: int) -> None:
-        """Begin again, with nothing remembered and this seed."""
+        """Begin again, with nothing remembered and this seed.
+
+        Example:
+            >>> world.reset(seed=1)
+            >>> world.frames
+            0
+        """
         _check_seed(seed)
         policy = self.table.policy
         self.release()
@@ -353,7 +390,11 @@ class World:
 
     @one_at_a_time
     def release(self) -> None:
-        """Give this world's pages back to the store; it can't go on."""
+        """Give this world's pages back to the store; it can't go on.
+
+        Example:
+            >>> world.release()
+        """
         self.released = True
         self.decoder.release()
 

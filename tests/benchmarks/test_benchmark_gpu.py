@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import families
-from benchmarks.harness import commands, gpu, processes
+from benchmarks import commands, families
+from benchmarks.harness import gpu, processes
 from benchmarks.harness.gpu import AGAIN, Job, Run, Stage
 from benchmarks.harness.ledger import ROOT
 from benchmarks.harness.rows import Document

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import families
-from benchmarks.harness import environment, isolated, rows
+from benchmarks import families, isolated
+from benchmarks.harness import environment, rows
 from benchmarks.harness.case import Case, Contender, Limit, Prepared
-from benchmarks.harness.isolated import Lost
 from benchmarks.harness.ledger import fingerprints
 from benchmarks.harness.measure import Settings
 from benchmarks.harness.rows import Document, Row
+from benchmarks.isolated import Lost
 
 
 def draw(device):

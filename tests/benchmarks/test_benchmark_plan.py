@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks.harness import gpu, isolated, plan, processes, rows, summary
+from benchmarks import isolated
+from benchmarks.harness import gpu, plan, processes, rows, summary
 from benchmarks.harness.gpu import AGAIN, Run
 from benchmarks.harness.ledger import ROOT
 from benchmarks.harness.measure import Settings
@@ -255,7 +256,8 @@ def test_the_run_needs_no_package_that_a_rented_machine_may_lack():
         f"import sys; sys.modules.update(dict.fromkeys({lacking!r}))\n"
         "sys.path.insert(0, 'python')\n"
         "from benchmarks import __main__, block, e2e, families\n"
-        "from benchmarks.harness import isolated, plan\n"
+        "from benchmarks import isolated\n"
+        "from benchmarks.harness import plan\n"
         "from benchmarks.harness.measure import Settings\n"
         "for name in families.FAMILIES: families.family(name)\n"
         "model, condition = e2e.load(Settings(model='self-forcing'))\n"

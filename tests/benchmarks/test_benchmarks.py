@@ -11,10 +11,11 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import attention, e2e, families, shapes, sweep
-from benchmarks.harness import clocks, measure, plots, show, timing
+from benchmarks.harness import clocks, measure, show, timing
 from benchmarks.harness.case import EXACT, Case, Contender, Error, Limit, Prepared, error_of
 from benchmarks.harness.measure import Contest, Machine, Settings, measure_case
 from benchmarks.harness.rows import Document, Row
+from benchmarks.harness.series import BYTES
 from inferix_kernels import Unsupported
 
 MACHINE = Machine(torch.device("cpu"), small=True)
@@ -245,7 +246,7 @@ def test_every_point_of_a_sweep_is_right(axis):
 
 def test_kv_bytes_are_flat_with_a_window():
     window, everything = sweep.series(sweep.run_axis(sweep.BLOCKS, shapes.SHAPES["smoke"], QUICK, MACHINE))
-    held = [[row.metrics[plots.BYTES] for row in line.rows] for line in (window, everything)]
+    held = [[row.metrics[BYTES] for row in line.rows] for line in (window, everything)]
     assert len(set(held[0][2:])) == 1
     assert held[1] == [held[1][0] * n for n in range(1, 25)]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from inferix.journal import Journal, refuse_unfinished
+from inferix.journal import Journal, _checksum, refuse_unfinished
 
 SETTINGS = {"model": "x", "seed": 5, "prompts": [[0.0, "a fox"]]}
+FRAME = (4, 2, 3)
 
 
 def blocks(count: int) -> list[torch.Tensor]:
@@ -21,7 +22,7 @@ def blocks(count: int) -> list[torch.Tensor]:
 
 
 def write(path: Path, count: int) -> None:
-    journal = Journal(path, SETTINGS, resume=False)
+    journal = Journal(path, FRAME, SETTINGS, resume=False)
     for block in blocks(count):
         journal.append(block)
     journal.close(done=False)
@@ -38,12 +39,12 @@ def test_a_journal_cut_anywhere_is_taken_up_as_far_as_it_is_whole(tmp_path: Path
     counts = []
     for end in [*range(0, len(whole), 7), len(whole)]:
         path.write_bytes(whole[:end])
-        journal = Journal(path, SETTINGS, resume=True)
+        journal = Journal(path, FRAME, SETTINGS, resume=True)
         counts.append(journal.count)
         assert is_start(journal.blocks, made)
         journal.append(made[journal.count])
         journal.close(done=False)
-        again = Journal(path, SETTINGS, resume=True)
+        again = Journal(path, FRAME, SETTINGS, resume=True)
         assert again.count == counts[-1] + 1 and is_start(again.blocks, made)
         again.close(done=True)
         assert not path.exists()
@@ -68,7 +69,7 @@ def test_a_damaged_journal_is_refused_or_taken_up_right(tmp_path: Path, seed: in
     for _ in range(125):
         path.write_bytes(damaged(whole, chance))
         try:
-            journal = Journal(path, SETTINGS, resume=True)
+            journal = Journal(path, FRAME, SETTINGS, resume=True)
         except ValueError as error:
             assert str(error).startswith("--resume: ") and "\n" not in str(error)
             outcomes.add("refused")
@@ -88,9 +89,9 @@ def test_a_first_line_of_another_kind_is_refused_and_kept(tmp_path: Path, line: 
     path = tmp_path / "j"
     path.write_bytes(line)
     with pytest.raises(ValueError, match=r"^--resume: ([^\n]* is damaged: its first line is not JSON|journal must be)"):
-        Journal(path, SETTINGS, resume=True)
+        Journal(path, FRAME, SETTINGS, resume=True)
     with pytest.raises(ValueError, match="an unfinished video has its journal there"):
-        Journal(path, SETTINGS, resume=False)
+        Journal(path, FRAME, SETTINGS, resume=False)
     assert path.read_bytes() == line
 
 
@@ -106,7 +107,7 @@ def test_a_block_that_is_not_in_its_place_is_not_taken(tmp_path: Path) -> None:
     head, parts = whole[: ends[0]], [whole[a:b] for a, b in itertools.pairwise(ends)]
     for order, taken in (((1, 2), 0), ((0, 2), 1), ((0, 0, 1), 1), ((3, 1, 2, 0), 0), ((0, 1, 5, 3, 4, 2), 2)):
         path.write_bytes(head + b"".join(parts[i] for i in order))
-        journal = Journal(path, SETTINGS, resume=True)
+        journal = Journal(path, FRAME, SETTINGS, resume=True)
         assert journal.count == taken and is_start(journal.blocks, made)
         journal.close(done=False)
 
@@ -118,25 +119,43 @@ def test_a_shape_that_is_none_allocates_nothing(tmp_path: Path, shape: object) -
     before = path.stat().st_size
     with path.open("ab") as file:
         file.write(json.dumps({"shape": shape, "crc32": 0}).encode() + b"\n" + bytes(64))
-    journal = Journal(path, SETTINGS, resume=True)
+    journal = Journal(path, FRAME, SETTINGS, resume=True)
     assert journal.count == 1
     journal.append(blocks(2)[1])
     journal.close(done=False)
     assert path.stat().st_size > before
 
 
+@pytest.mark.parametrize("shape", [[], [3], [2, 4, 2], [1, 4, 2, 4], [1, 4, 2, 3, 1], [4, 2, 3]])
+def test_a_block_that_is_none_of_these_latents_is_not_taken(tmp_path: Path, shape: list[int]) -> None:
+    """Though it is whole, and its checksum the right one."""
+    path = tmp_path / "j"
+    write(path, 1)
+    whole = path.read_bytes()
+    before = json.loads(whole.split(b"\n", 2)[1])["crc32"]
+    numbers = torch.ones(shape).numpy().tobytes()
+    checksum = _checksum(before, shape, numbers)
+    path.write_bytes(whole + json.dumps({"shape": shape, "crc32": checksum}).encode() + b"\n" + numbers)
+    journal = Journal(path, FRAME, SETTINGS, resume=True)
+    assert journal.count == 1 and torch.equal(journal.blocks[0], blocks(1)[0])
+    journal.append(blocks(2)[1])
+    journal.close(done=False)
+    again = Journal(path, FRAME, SETTINGS, resume=True)
+    assert is_start(again.blocks, blocks(2)) and again.count == 2
+
+
 def test_one_run_writes_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "j"
-    first = Journal(path, SETTINGS, resume=False)
+    first = Journal(path, FRAME, SETTINGS, resume=False)
     first.append(blocks(1)[0])
     for resume in (True, False):
         with pytest.raises(ValueError, match=r"^--out: '.*j' is being written by another run$"):
-            Journal(path, SETTINGS, resume)
+            Journal(path, FRAME, SETTINGS, resume)
     first.append(blocks(2)[1])
     first.close(done=False)
     with pytest.raises(ValueError, match="--resume goes on"):
         refuse_unfinished(path)
-    second = Journal(path, SETTINGS, resume=True)
+    second = Journal(path, FRAME, SETTINGS, resume=True)
     assert second.count == 2
     second.close(done=True)
     refuse_unfinished(path)
@@ -144,12 +163,12 @@ def test_one_run_writes_a_journal(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_the_blocks_before(small_disk) -> None:
     path = small_disk.folder / "j"
-    journal = Journal(path, SETTINGS, resume=False)
-    block = torch.randn(1, 10_000)
+    journal = Journal(path, FRAME, SETTINGS, resume=False)
+    block = torch.randn(417, *FRAME)
     with pytest.raises(ValueError, match=r"^--out: no space left: '.*j'$"):
         for _ in range(20):
             journal.append(block)
     kept = journal.count
     journal.close(done=False)
-    again = Journal(path, SETTINGS, resume=True)
+    again = Journal(path, FRAME, SETTINGS, resume=True)
     assert 0 < again.count == kept < 20 and all(torch.equal(x, block) for x in again.blocks)

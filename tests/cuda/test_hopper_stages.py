@@ -16,27 +16,17 @@ on_gpu = pytest.mark.skipif(
 )
 
 
-class Gpu:
-    """machine.Probes on a GPU."""
+class Gpu(machine.Probes):
+    """On a GPU."""
 
     device = "cuda"
 
-    def load(self, pages, eight_bit, rows, head, *written):
-        names = ("keys", "values", "key_scales", "value_scales")
-        addresses = {name: x.data_ptr() for name, x in zip(names, written, strict=True)}
-        compiled._C.probe_load(
-            pages=compiled._pool(pages), shape=compiled._shape(pages), eight_bit=eight_bit, first_row=rows[0],
-            second_row=rows[1], head=head, **addresses, stream=self.stream(),
-        )  # fmt: skip
-        torch.cuda.synchronize()
+    def __init__(self):
+        pass
 
-    def multiply(self, like, eight_bit, values, a, b, out):
-        compiled._C.probe_multiply(like=compiled._pool(like), eight_bit=eight_bit, values=values, a=a.data_ptr(),
-                                   b=b.data_ptr(), out=out.data_ptr(), stream=self.stream())  # fmt: skip
+    def run(self, op, like, /, **arguments):
+        getattr(compiled._C, op)(arguments, stream=torch.cuda.current_stream().cuda_stream)
         torch.cuda.synchronize()
-
-    def stream(self):
-        return torch.cuda.current_stream().cuda_stream
 
 
 @pytest.fixture(scope="module", params=["host", pytest.param("gpu", marks=[pytest.mark.gpu, on_gpu])])

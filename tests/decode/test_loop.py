@@ -236,3 +236,15 @@ def test_a_released_world_can_not_go_on_but_begin_again(settled):
             do()
     world.reset(0)
     assert np.array_equal(world.step(action="up", prompt="desert day"), first)
+
+
+def test_a_loop_does_not_grow_with_the_blocks_it_has_made():
+    """A world may run for days: whatever it keeps is bounded by its window."""
+    world = small_world(window=6, sink=3)
+    sizes = []
+    for _ in range(3):
+        for _ in range(4):
+            world.step(action="up", prompt="desert day")
+        assert world.denoising == world.decoder.seconds > 0
+        sizes.append({name: len(x) for name, x in vars(world.decoder).items() if hasattr(x, "__len__")})
+    assert sizes[0] == sizes[1] == sizes[2]

@@ -302,3 +302,12 @@ def test_words_for_what_can_not_be():
     with pytest.raises(ValueError, match="shortcut must be one of"):
         MagiSchedule(12, shortcut="1,2,3")
     assert isinstance(running.decoder, Pipeline) and not isinstance(running.decoder, Decoder)
+
+
+def test_a_pipeline_does_not_grow_with_the_blocks_it_has_made():
+    running, sizes = world(), []
+    for _ in range(3):
+        play(running, 3)
+        assert running.denoising > 0
+        sizes.append({name: len(x) for name, x in vars(running.decoder).items() if hasattr(x, "__len__")})
+    assert sizes[0] == sizes[1] == sizes[2]

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,49 @@ def test_what_a_kill_left_is_written_over_and_what_someone_writes_is_not(world: 
     saved.save(world, tmp_path / "w")
     assert os.listdir(tmp_path) == ["w"] and "deeper" not in os.listdir(tmp_path / "w")
     loaded(world, tmp_path / "w")
+
+
+@pytest.mark.parametrize("what", ["save", "load"])
+def test_a_world_at_work_is_neither_saved_nor_loaded_from(world: World, tmp_path: Path, what: str, monkeypatch) -> None:
+    """Half a step is no moment to go on from: another thread is refused, by name, and nothing is written."""
+    saved.save(world, tmp_path / "before")
+    begun, go_on = threading.Event(), threading.Event()
+    predict = type(world.model).predict
+
+    def waiting(*args, **options):
+        begun.set()
+        assert go_on.wait(60)
+        return predict(*args, **options)
+
+    monkeypatch.setattr(type(world.model), "predict", waiting)
+    stepping = threading.Thread(target=world.step, kwargs={"action": "up"})
+    stepping.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(RuntimeError, match=f"^{what}: another thread is at work on this world"):
+            saved.save(world, tmp_path / "w") if what == "save" else saved.load(world, tmp_path / "before")
+    finally:
+        go_on.set()
+        stepping.join()
+    assert os.listdir(tmp_path) == ["before"]
+    saved.save(world, tmp_path / "w")
+    loaded(world, tmp_path / "w")
+
+
+def test_a_bound_of_bytes_is_held_to_the_byte(world: World, tmp_path: Path) -> None:
+    saved.save(world, tmp_path / "free")
+    size = sum(file.stat().st_size for file in (tmp_path / "free").iterdir())
+    with pytest.raises(ValueError, match=rf"^folder: '{tmp_path}/w' takes {size:,} bytes, at most {size - 1:,} are"):
+        saved.save(world, tmp_path / "w", most=size - 1)
+    assert os.listdir(tmp_path) == ["free"]
+    saved.save(world, tmp_path / "w", most=size)
+
+
+def test_a_link_to_nowhere_is_no_folder(world: World, tmp_path: Path) -> None:
+    (tmp_path / "w").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"^folder must be new, got '.*w', which exists$"):
+        saved.save(world, tmp_path / "w")
+    assert os.listdir(tmp_path) == ["w"]
 
 
 def test_a_folder_that_can_not_be_made_is_one_line(world: World, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from inferix_kernels.files import atomic_write
+from inferix_kernels.files import atomic_write, require_writable
 
 
 def test_a_file_appears_whole_with_the_permissions_of_any_other(tmp_path):
@@ -52,3 +52,29 @@ def test_writers_of_one_path_do_not_meet(tmp_path):
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first"  # the last to finish
+
+
+def test_a_link_is_followed_wherever_it_leads(tmp_path):
+    """It stays a link; what is there is replaced, what is not is made, and nothing else appears."""
+    (tmp_path / "far").mkdir()
+    for path, target in ((tmp_path / "new", "far/x"), (tmp_path / "again", "new")):
+        path.symlink_to(target)
+        with atomic_write(path) as part:
+            assert part.parent == tmp_path / "far"  # of the same file system, to be renamed
+            part.write_text(path.name)
+        assert path.is_symlink() and (tmp_path / "far" / "x").read_text() == path.name
+        assert require_writable(path, "--out") == tmp_path / "far" / "x"
+    assert sorted(os.listdir(tmp_path)) == ["again", "far", "new"] and os.listdir(tmp_path / "far") == ["x"]
+
+
+@pytest.mark.parametrize(
+    "to, reason", [("no/x", "No such file or directory"), ("x", "Too many levels of symbolic links")]
+)
+def test_a_link_that_leads_nowhere_is_one_line(tmp_path, to, reason):
+    (tmp_path / "x").symlink_to(to)
+    said = rf"^--out: cannot write '.*/x': {reason}$"
+    with pytest.raises(ValueError, match=said), atomic_write(tmp_path / "x", "--out"):
+        raise AssertionError("nothing could have been written")
+    with pytest.raises(ValueError, match=said):
+        require_writable(tmp_path / "x", "--out")
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").is_symlink()

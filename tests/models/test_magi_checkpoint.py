@@ -14,8 +14,8 @@ from inferix.models.magi import SCHEDULES, MagiNetwork, adapter_for, config_for
 from inferix.models.magi.captions import Captions, load_captions
 from inferix.models.magi.checkpoint import find_weights, load_network
 from inferix.models.magi.network import NULL_ROWS
-from inferix.models.magi.quantized import Linear8
 from inferix.world import World
+from inferix_kernels.quantize import Linear8
 from tests.models.magi_folder import (
     CAPTION_DIM,
     HEAD_DIM,

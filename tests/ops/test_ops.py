@@ -75,24 +75,29 @@ def tensors(tree) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in tensors(item)]
 
 
-def flat_arguments(op: str, monkeypatch) -> tuple:
+def flat_arguments(op: str) -> tuple:
     """What the public op hands to torch.library when it is traced."""
-    seen = []
-    monkeypatch.setattr(_library, f"_{op}", lambda *args: seen.append(args))
     args, kwargs = calls()[op]
-    getattr(_library, op)(*args, **kwargs, backend="reference")
-    monkeypatch.undo()
-    return seen[0]
+    return *_library.OPS[op].flatten(args, kwargs), "reference"
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_registration_is_sound(op, monkeypatch):
-    torch.library.opcheck(getattr(torch.ops.inferix_kernels, op).default, flat_arguments(op, monkeypatch))
+def test_registration_is_sound(op):
+    torch.library.opcheck(getattr(torch.ops.inferix_kernels, op).default, flat_arguments(op))
+
+
+def test_a_signature_that_cannot_be_flattened_is_named():
+    def made(x: torch.Tensor, table: dict[str, int], *, backend: str = "auto") -> None: ...
+
+    with pytest.raises(TypeError, match=r"table must be of a type that torch.library knows or of layout's, got dict"):
+        _library.op(writes=["x"])(made)
+    with pytest.raises(ValueError, match="writes must name arguments of made, got y"):
+        _library.op(writes=["y"])(made)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_fake_tensors_run_no_kernel(op, monkeypatch):
-    arguments = flat_arguments(op, monkeypatch)
+def test_fake_tensors_run_no_kernel(op):
+    arguments = flat_arguments(op)
     with FakeTensorMode() as mode:
         fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         assert getattr(torch.ops.inferix_kernels, op).default(*fake) is None

@@ -24,7 +24,7 @@ def test_the_plan_is_what_a_store_allocates(format):
     assert ("key means" in plan.parts) == store.freezes_mean
 
 
-# DESIGN.md, bytes of K and V per token and head at D = 128 and pages of 64.
+# docs/ops.md, bytes of K and V per token and head at D = 128 and pages of 64.
 @pytest.mark.parametrize("format, bytes_", [("fp32", 1024), ("bf16", 512), ("int8", 262), ("i8f8", 262), ("int4", 140)])
 def test_a_token_takes_what_the_table_of_formats_says(format, bytes_):
     assert abs(page_bytes(format, 1, 64, 128) / 64 / bytes_ - 1) <= 0.03

@@ -145,6 +145,23 @@ def test_pinned_frames_stay_and_are_seen():
     assert 1 not in table.held
 
 
+def test_a_policy_may_pin_what_leaves_the_window():
+    """The last two even frames that left stay, and are seen."""
+
+    def keep_even(table, leaving):
+        if leaving % 2 == 0:
+            table.pin([leaving])
+            if len(table.pinned) > 2:
+                table.unpin([min(table.pinned)])
+
+    table = open_store(frames=12).open(Policy(6, on_evict=keep_even))
+    add_blocks(table, 4)
+    assert table.past(table.open_block(3)) == [6, 8, 9, 10, 11]
+    table.abandon()
+    add_blocks(table, 1)
+    assert list(table.held) == [6, 8, 9, 10, 11, 12, 13, 14]
+
+
 def test_a_rewritten_sink_follows_what_leaves_the_window_and_forks_keep_theirs():
     def follow(table, leaving):
         def mix(layer, k, v):

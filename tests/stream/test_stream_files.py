@@ -1,5 +1,7 @@
 """Recordings and saved worlds as a program sees them: names, bounds, and what ends a recording."""
 
+import os
+
 import av
 import numpy as np
 import pytest
@@ -9,6 +11,12 @@ pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 from inferix.stream import commands
 from inferix.stream.testing import read_bars
 from tests.stream.stream_client import Viewer, asynchronous, running, until
+
+
+def small_tiny_world():
+    from tests.decode.test_loop import small_world
+
+    return small_world(window=6)
 
 
 @asynchronous
@@ -84,4 +92,20 @@ async def test_the_folder_has_a_bound(tmp_path):
             assert refused["code"] == "refused" and refused["text"].startswith(
                 f"{command}: worlds holds 1 of at most 1 worlds and recordings, "
             )
+        await viewer.leave()
+
+
+@asynchronous
+async def test_a_save_keeps_within_the_bound(tmp_path):
+    """What it takes is known once it is written: then it has never been."""
+    async with running(tmp_path, opener=small_tiny_world, max_gb=1e-6) as server:
+        viewer = await Viewer.join(server)
+        await viewer.until("block")
+        refused = await viewer.request("save")
+        assert refused["code"] == "refused" and refused["text"].startswith("save: folder: 'tiny-")
+        assert refused["text"].endswith(" bytes, at most 1,000 are left for it")
+        assert os.listdir(tmp_path / "worlds") == []
+        server.archive.max_bytes = 10**9
+        saved = await viewer.request("save")
+        assert os.listdir(tmp_path / "worlds") == [saved["result"]["name"]]
         await viewer.leave()

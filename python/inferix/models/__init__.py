@@ -173,7 +173,7 @@ def whole_start(model: BlockModel, pictures: int) -> int:
 
 
 _WAN, _MAGI = "inferix.models.wan", "inferix.models.magi"
-# name -> module with load(weights, name, **options) -> BlockModel
+# name -> module with load(weights, name, **options) -> BlockModel, or pipeline.PipelinedModel if it has `stages`
 MODELS = {
     "tiny": "inferix.models.tiny",
     "self-forcing": _WAN,
@@ -199,6 +199,12 @@ def load_model(name: str, weights: str | None = None, **options: Any) -> BlockMo
 
     Args:
         options: what else the model's module takes; None is its default.
+
+    Example:
+        >>> from inferix.models import load_model
+        >>> model = load_model("tiny")
+        >>> model.adapter.block_frames, model.adapter.actions
+        (3, ('none', 'up', 'left', 'down', 'right'))
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")

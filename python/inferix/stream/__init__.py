@@ -7,7 +7,7 @@ session.py   the show: commands and controls in, pictures and events out; comman
 video.py     one encoder for all who watch; bounded queues that drop to the next keyframe
 push.py      RTMP, SRT, HLS, files; recorder.py: what is kept on the server
 protocol.py  messages, checked against asyncapi.json, which is their definition
-client.py    one connection: limits, replies, who drives
+client.py    viewers: limits, replies, who drives
 webrtc.py    aiortc, handed our packets
 server.py    the page, the WebSocket, the recordings
 door.py      connections: strangers are few and short; access.py: who may come in; log.py: a line a second

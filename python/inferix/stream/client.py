@@ -1,4 +1,4 @@
-"""One viewer's connection: what it sends is checked, limited and followed; what it is sent never holds up the show."""
+"""Viewers: what each sends is checked, limited and followed; what it is sent never holds up the show; who drives."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import time
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
 
 from aiohttp import WSMsgType, web
 
 from . import protocol
 from .protocol import Invalid, Message
 from .remote import Broken, Refused
+from .session import Session
 from .video import Subscription
-
-if TYPE_CHECKING:
-    from .server import Lobby
 
 MAX_EVENTS = 512  # that may wait for a viewer; one that is further behind is gone, or as good as gone
 FREE = frozenset({"hello", "video", "offer", "ping", "wheel"})  # what a viewer may do without the wheel
@@ -36,6 +35,64 @@ class Bucket:
             return False
         self.level -= 1
         return True
+
+
+class Lobby:
+    """Everyone who is here, the session they look at, and which of them is at the wheel."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.clients: list[Client] = []
+        self.driver: Client | None = None
+        self._count = 0
+
+    def name(self) -> str:
+        self._count += 1
+        return f"viewer-{self._count}"
+
+    def enter(self, client: Client) -> None:
+        self.clients.append(client)
+        if self.session.model:
+            client.tell(self._addressed(self.session.welcome(), client))
+        for message in (self.session.archive.listing(), *self.session.recent):
+            client.tell(message)
+        self.announce(self.session.state())
+
+    def leave(self, client: Client) -> None:
+        self.clients.remove(client)
+        self.let_go(client)
+
+    def drive(self, client: Client) -> None:
+        """Put a client at the wheel, if nobody else is."""
+        if self.driver not in (None, client):
+            return
+        if self.driver is None:
+            self.session.steering.let_go()
+        self.driver = client
+        self.announce(self.session.state())
+
+    def let_go(self, client: Client) -> None:
+        if self.driver is client:
+            self.driver = None
+            self.session.steering.let_go()
+        self.announce(self.session.state())
+
+    def announce(self, message: Message) -> None:
+        """Tell everyone."""
+        if message["type"] == "state":
+            driver = self.driver.name if self.driver else None
+            message = {**message, "driver": driver, "viewers": len(self.clients)}
+        for client in tuple(self.clients):
+            client.tell(self._addressed(message, client))
+
+    def _addressed(self, message: Message, client: Client) -> Message:
+        if message["type"] != "welcome":
+            return message
+        return {**message, "client": client.name, "webrtc": has_webrtc()}
+
+
+def has_webrtc() -> bool:
+    return find_spec("aiortc") is not None
 
 
 class Client:
@@ -120,8 +177,8 @@ class Client:
             self.lobby.drive(self) if take else self.lobby.let_go(self)
             self._done(message)
         elif kind == "video":
+            self._spawn(self._end_peer(), message)  # unless too much is under way: then nothing is changed
             self.subscribe(message["codec"])
-            self._spawn(self._end_peer(), message)
             self._done(message)
         else:
             self._spawn(self._request(kind, message), message)
@@ -151,6 +208,10 @@ class Client:
             self._complain(id, "refused", str(error))
         except Broken as error:
             self._complain(id, "internal", error.line)
+        except Exception as error:  # a mistake of ours must show, and who asked must not wait for ever
+            self._complain(id, "internal", f"{kind}: {type(error).__name__}: {error}")
+            told = {"message": f"{kind} of {self.name} could not be followed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(told)
         else:
             self._done(message, result)
 
@@ -159,7 +220,8 @@ class Client:
             self.tell({"type": "done", "id": message["id"], "result": result})
 
     def _complain(self, id: str | None, code: str, text: str) -> None:
-        if self._complaints.take():
+        """Whoever gave an id waits for its answer; the others, who may be sending rubbish, are told now and then."""
+        if id is not None or self._complaints.take():
             self.tell({"type": "error", "id": id, "code": code, "text": text[:500]})
 
     # Video

@@ -111,7 +111,8 @@ class Commands:
 
     async def _do_save(self) -> dict[str, Any]:
         name = self.archive.new(self.model["model"])
-        self._take(await self._call("save", name=self.steering.worlds[0], folder=self.archive.world(name)))
+        world, folder, room = self.steering.worlds[0], self.archive.world(name), self.archive.room()
+        self._take(await self._call("save", name=world, folder=folder, most=room))
         self.announce(self.archive.listing())
         return {"name": name}
 

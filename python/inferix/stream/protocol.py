@@ -19,6 +19,7 @@ VERSION = 1
 SUBPROTOCOL = "inferix.v1"
 MAX_BYTES = 64 * 1024  # of a message: a session description of a browser is about 8 kB
 HEADER = struct.Struct("!BBBBIQ")  # of a binary message; see asyncapi.json
+MOST_DIGITS = 400  # of a whole number; the largest that is not infinite to JavaScript has 309
 CODECS = {"h264": 0, "jpeg": 1}
 
 Message = dict[str, Any]
@@ -59,12 +60,14 @@ def parse(data: str | bytes) -> Message:
     size = len(data) if isinstance(data, bytes) else len(data.encode("utf-8", "replace"))
     if size > MAX_BYTES:
         raise Invalid(f"a message must have at most {MAX_BYTES} bytes, got {size}", "oversized")
+    message = None
     try:
-        message = json.loads(data, parse_constant=_no_constant, parse_float=_number)
-        # "\\ud800" is JSON but half a character, which no answer and no broadcast could repeat.
-        json.dumps(message, ensure_ascii=False).encode()
+        message = json.loads(data, parse_float=_number, parse_int=_whole)
+        # NaN, infinity and "\\ud800", half a character, are read, but no answer and no broadcast could repeat them.
+        encode(message).encode()
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and UnicodeEncodeError are ValueErrors
-        raise Invalid(f"a message must be JSON in UTF-8, got {_short(data)} ({_short(error)})") from None
+        text = f"a message must be JSON in UTF-8, got {_short(data)} ({_short(error)})"
+        raise Invalid(text, id=_id_of(message)) from None
     if not isinstance(message, dict):
         raise Invalid(f"a message must be an object, got {_short(message)}")
     check(message, "client")
@@ -73,8 +76,7 @@ def parse(data: str | bytes) -> Message:
 
 def check(message: Message, side: str) -> None:
     """Raise Invalid unless this is a message that `side` may send."""
-    known, kind = validators(side), message.get("type")
-    id = message.get("id") if isinstance(message.get("id"), str) and len(message["id"]) <= 32 else None
+    known, kind, id = validators(side), message.get("type"), _id_of(message)
     if not isinstance(kind, str) or kind not in known:
         raise Invalid(f"type must be one of {', '.join(known)}, got {_short(kind)}", id=id)
     error = best_match(known[kind].iter_errors(message))
@@ -93,8 +95,15 @@ def _number(text: str) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _whole(text: str) -> int | float:
+    """One of more digits than Python reads is as good as infinite."""
+    return int(text) if len(text) <= MOST_DIGITS else float("inf")
+
+
+def _id_of(message: Any) -> str | None:
+    """The sender's, if an answer could carry it."""
+    id = message.get("id") if isinstance(message, dict) else None
+    return id if isinstance(id, str) and len(id) <= 32 and id == id.encode("utf-8", "ignore").decode() else None
 
 
 def _short(value: object, length: int = 60) -> str:

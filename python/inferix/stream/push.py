@@ -54,7 +54,7 @@ class Sink:
         parts = urlsplit(target)
         self.streams = bool(parts.scheme)
         if not self.streams:
-            require_writable(target, "--push")
+            self.target = str(require_writable(target, "--push"))
         # What is shown to people: not the key of a channel, which is the last part of the path.
         self.label = f"{parts.scheme}://{parts.hostname}" if self.streams else Path(target).name
         self.state, self.connections, self.frames, self.dropped = "waiting", 0, 0, 0

@@ -107,7 +107,7 @@ class Remote:
 
     async def close(self) -> None:
         """End the process, whatever it is doing."""
-        self._reason = self._reason or "closed"
+        self._reason = self._reason or "the worker process was closed"
         if self._process.is_alive():
             self._process.terminate()
             await asyncio.to_thread(self._process.join, 0.5)
@@ -118,8 +118,7 @@ class Remote:
         self._connection.close()
         if not self._process.is_alive():
             self._process.close()
-        for future in self._waiting.values():
-            future.cancel()
+        self._fail(self._reason)  # not cancelled: that would end who waits, without a word to those who asked them
 
     def _read(self) -> None:
         """In a thread: blocks are megabytes, and reading them must not hold up the loop."""
@@ -154,3 +153,4 @@ class Remote:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(Broken(self._reason))
+                future.exception()  # is known, even if nobody waits for it

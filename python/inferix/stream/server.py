@@ -23,9 +23,8 @@ from aiohttp import web
 from . import MAX_FILES, MAX_GB, protocol
 from .access import is_loopback, is_welcome
 from .archive import Archive
-from .client import Client
+from .client import Client, Lobby
 from .door import Door
-from .protocol import Message
 from .push import Sink
 from .session import Session
 
@@ -46,66 +45,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-
-
-class Lobby:
-    """Everyone who is here, the session they look at, and which of them is at the wheel."""
-
-    def __init__(self, session: Session):
-        self.session = session
-        self.clients: list[Client] = []
-        self.driver: Client | None = None
-        self._count = 0
-
-    def name(self) -> str:
-        self._count += 1
-        return f"viewer-{self._count}"
-
-    def enter(self, client: Client) -> None:
-        self.clients.append(client)
-        if self.session.model:
-            client.tell(self._addressed(self.session.welcome(), client))
-        for message in (self.session.archive.listing(), *self.session.recent):
-            client.tell(message)
-        self.announce(self.session.state())
-
-    def leave(self, client: Client) -> None:
-        self.clients.remove(client)
-        self.let_go(client)
-
-    def drive(self, client: Client) -> None:
-        """Put a client at the wheel, if nobody else is."""
-        if self.driver not in (None, client):
-            return
-        if self.driver is None:
-            self.session.steering.let_go()
-        self.driver = client
-        self.announce(self.session.state())
-
-    def let_go(self, client: Client) -> None:
-        if self.driver is client:
-            self.driver = None
-            self.session.steering.let_go()
-        self.announce(self.session.state())
-
-    def announce(self, message: Message) -> None:
-        """Tell everyone."""
-        if message["type"] == "state":
-            driver = self.driver.name if self.driver else None
-            message = {**message, "driver": driver, "viewers": len(self.clients)}
-        for client in tuple(self.clients):
-            client.tell(self._addressed(message, client))
-
-    def _addressed(self, message: Message, client: Client) -> Message:
-        if message["type"] != "welcome":
-            return message
-        return {**message, "client": client.name, "webrtc": has_webrtc()}
-
-
-def has_webrtc() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("aiortc") is not None
 
 
 class Server:

@@ -178,10 +178,11 @@ class Stage:
         running.blocks, running.pictures = [], 0
         return self._extent()
 
-    def save(self, name: str, folder: Path) -> dict[str, Any]:
+    def save(self, name: str, folder: Path, most: int | None = None) -> dict[str, Any]:
+        """Into `folder`, which is to take at most so many bytes; None: no bound."""
         from inferix.saved import save
 
-        save(self.worlds[name].world, folder)
+        save(self.worlds[name].world, folder, most)
         return self._extent()
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ struct Case {
   int slow = -1;                // a warpgroup
 };
 
-bool is_float(Codec codec) { return codec == Codec::bf16 || codec == Codec::f16; }
 constexpr Type type_of_queries(Kind kind) { return query_type(kind) == DType::f16 ? Type::f16 : Type::bf16; }
 
 // The keys or the values of a pool, of which all that no entry names is NaN.
@@ -154,10 +153,11 @@ Error run(const Case& c, uint32_t seed) {
       }
   const std::vector<float> old_out = out, old_lse = lse;
 
-  std::vector<int64_t> work_start(strips + 1), stretch(c.blocks + 1), list_start(lists + 1);
+  std::vector<int64_t> work_start(strips + 1), range_start(c.blocks + 1), list_start(lists + 1);
   std::vector<int32_t> tile_start(strips + 1), key_tiles(strips), list_tiles(lists);
   int32_t whole = -1;
-  const WorkTable work{work_start.data(), tile_start.data(), key_tiles.data(), stretch.data(), &whole, strips, c.blocks};
+  const WorkTable work{work_start.data(), tile_start.data(), key_tiles.data(), range_start.data(), &whole, strips,
+                       c.blocks};
   std::vector<Unit> units(unit_start(lists, int64_t(ids.size()), c.variants, c.page_size));
   PrepareArgs prepare{q_indptr.data(), page_indptr.data(), ids.data(), lens.data(), c.bias ? bias.data() : nullptr,
                       c.variants > 1 ? variants.data() : nullptr, T, int32_t(ids.size()), segments, c.heads,
@@ -168,7 +168,8 @@ Error run(const Case& c, uint32_t seed) {
     machine = &m;
     m.run(0, 0, [&] { prepare_kernel(prepare); });
   }
-  std::vector<float> piece_out(size_t(2) * c.blocks * kTileRows * kD, NAN), piece_lse(size_t(2) * c.blocks * kTileRows, NAN);
+  std::vector<float> partial_out(size_t(2) * c.blocks * kBlockM * kD, NAN);
+  std::vector<float> partial_lse(size_t(2) * c.blocks * kBlockM, NAN);
   HeadRows rows{reinterpret_cast<char*>(out.data()), int64_t(query_heads) * kD, kD, DType::f32};
   HeadRows from = rows;
   if (!c.accumulate) from.data = nullptr;
@@ -176,14 +177,15 @@ Error run(const Case& c, uint32_t seed) {
   AttentionArgs args{reinterpret_cast<char*>(q.data()), int64_t(T) * query_heads * kD, int64_t(query_heads) * kD, kD,
                      from, rows, lse.data(), pages.k.plane(), pages.v.plane(), q_indptr.data(),
                      units.data(), list_start.data(), work, T, c.heads, c.group, c.lists_per_segment, c.page_size,
-                     scale * kLog2E, piece_out.data(), piece_lse.data()};
+                     scale * kLog2E, partial_out.data(), partial_lse.data()};
   const uint64_t slots = uint64_t(c.pages) * c.heads * c.page_size;
   const bool floats = is_float(codecs_of(kKind).k);
   const TensorMap k_map{reinterpret_cast<char*>(pages.k.codes.data()),
-                        floats ? float_rows(slots, kD) : byte_rows(slots, kD), floats ? 2 : 1};
+                        floats ? box_of_16_bit_rows(slots, kD) : box_of_8_bit_keys(slots, kD), floats ? 2 : 1};
   const TensorMap v_map{
       reinterpret_cast<char*>(pages.v.codes.data()),
-      floats ? float_rows(slots, kD) : transposed_bytes(uint64_t(c.pages) * c.heads * kD, kD, c.page_size),
+      floats ? box_of_16_bit_rows(slots, kD)
+             : box_of_transposed_values(uint64_t(c.pages) * c.heads * kD, kD, c.page_size),
       floats ? 2 : 1};
   for (int block = 0; block < c.blocks; ++block) {
     Machine m((kConsumers + 1) * kWarpgroup, seed + block);
@@ -195,7 +197,7 @@ Error run(const Case& c, uint32_t seed) {
     for (int part = 0; part < kMergeParts; ++part) {
       Machine m(kMergeThreads, seed);
       machine = &m;
-      m.run(block, part, [&] { merge_pieces_kernel<kD>(args); });
+      m.run(block, part, [&] { merge_partials_kernel<kD>(args); });
     }
 
   Error error;
@@ -229,8 +231,8 @@ Error run(const Case& c, uint32_t seed) {
         for (size_t i = 0; i < scores.size(); ++i) {
           const double w = top == -INFINITY ? 0 : std::exp(scores[i] - top);
           total += w;
-          // Weights are rounded to 8 bits of mantissa (bf16), to 11 and in steps of 2^-24 at least (f16), or to 4 and in
-          // steps of 2^-17 (e4m3, lifted by 2^8): by half of that, in proportion to the value they belong to. So are
+          // Weights are rounded to 8 bits of mantissa (bf16), to 11 and in steps of 2^-24 at least (f16), or to 4 and
+          // in steps of 2^-17 (e4m3, scaled by 2^8): by half of that, in proportion to the value they belong to. So are
           // values that were widened.
           const double rounding = is_eight_bit(kKind)    ? w * 0x1p-4 + 0x1p-18
                                   : kKind == Kind::f16 ? w * 0x1p-11 + 0x1p-25
@@ -273,27 +275,27 @@ void check_probes(const char* kind, uint32_t seed) {
     }
     return bytes;
   };
-  const auto q = random_codes(kRows * kD, kKeys), k = random_codes(kTileKeys * kD, kKeys);
-  const auto v = random_codes(kTileKeys * kD, kValues);
-  std::vector<float> weights(kRows * kTileKeys), scores(kRows * kTileKeys), out(kRows * kD);
+  const auto q = random_codes(kWgmmaM * kD, kKeys), k = random_codes(kBlockN * kD, kKeys);
+  const auto v = random_codes(kBlockN * kD, kValues);
+  std::vector<float> weights(kWgmmaM * kBlockN), scores(kWgmmaM * kBlockN), out(kWgmmaM * kD);
   for (float& w : weights) w = float(below(9));
   Machine m(kWarpgroup, seed);
   machine = &m;
   m.run(0, 0, [&] { probe_scores_kernel<kKind, kD>(q.data(), k.data(), scores.data()); });
   m.run(0, 0, [&] { probe_values_kernel<kKind, kD>(weights.data(), v.data(), out.data()); });
   bool good = true;
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kTileKeys; ++n) {
+  for (int r = 0; r < kWgmmaM; ++r) {
+    for (int n = 0; n < kBlockN; ++n) {
       float want = 0;
       for (int d = 0; d < kD; ++d) want += decode(&q[(r * kD + d) * kSize], kKeys) * decode(&k[(n * kD + d) * kSize], kKeys);
-      good = good && scores[r * kTileKeys + n] == want;
+      good = good && scores[r * kBlockN + n] == want;
     }
     for (int d = 0; d < kD; ++d) {
       float want = 0;
-      for (int n = 0; n < kTileKeys; ++n) {
+      for (int n = 0; n < kBlockN; ++n) {
         const bool transposed = is_transposed(codecs_of(kKind).v);
         const int at = transposed ? (n / kUnitKeys * kD + d) * kUnitKeys + n % kUnitKeys : n * kD + d;
-        want += weights[r * kTileKeys + n] * decode(&v[at * kSize], kValues);
+        want += weights[r * kBlockN + n] * decode(&v[at * kSize], kValues);
       }
       good = good && out[r * kD + d] == want;
     }

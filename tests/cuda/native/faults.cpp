@@ -1,4 +1,4 @@
-// Does the machine notice? Small kernels with one mistake each, named on the command line.
+// Does the emulator notice? Small kernels with one mistake each, named on the command line.
 #include <string>
 
 #include "machine.h"
@@ -20,23 +20,23 @@ void pipeline() {
   auto* sums = reinterpret_cast<float*>(shared_memory() + 128);
   const int t = thread_index();
   if (t == 0) {
-    barrier_init(full, 1);
-    barrier_init(empty, has("an arrival too few") ? 64 : 63);
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, has("an arrival too few") ? 64 : 63);
   }
-  sync_block();
+  sync_threads();
   if (t == 0) {
     for (int use = 0; use < 8; ++use) {
-      if (!has("no wait for the stage")) barrier_wait(empty, (use & 1) ^ 1);
-      barrier_arrive_expecting(full, has("bytes too many") ? 32 : 16);
-      load_bytes(source, stage, full, 16);
+      if (!has("no wait for the stage")) mbarrier_wait(empty, (use & 1) ^ 1);
+      mbarrier_arrive_expect_tx(full, has("bytes too many") ? 32 : 16);
+      tma_load_1d(source, stage, full, 16);
     }
     return;
   }
   float sum = 0;
   for (int use = 0; use < 8; ++use) {
-    if (!has("no wait for the copy")) barrier_wait(full, has("the wrong phase") ? (use & 1) ^ 1 : use & 1);
+    if (!has("no wait for the copy")) mbarrier_wait(full, has("the wrong phase") ? (use & 1) ^ 1 : use & 1);
     for (int i = 0; i < 4; ++i) sum += stage[i];
-    barrier_arrive(empty);
+    mbarrier_arrive(empty);
   }
   sums[t] = sum;
 }
@@ -46,12 +46,13 @@ void product() {
   char* tile = shared_memory() + (-shared_address(shared_memory()) & 1023);
   const int t = thread_index();
   for (int i = t; i < 192 * 64; i += kWarpgroup) reinterpret_cast<uint16_t*>(tile)[i] = from_float<Bf16>(1.f).bits;
-  sync_block();
+  sync_threads();
   float d[64];
-  multiply_shared_bf16(d, k_major(shared_address(tile), 128), k_major(shared_address(tile) + 64 * 128, 128), false);
-  multiply_commit();
+  const uint32_t address = shared_address(tile);
+  wgmma_ss_bf16(d, k_major_descriptor(address, 128), k_major_descriptor(address + 64 * 128, 128), false);
+  wgmma_commit_group();
   if (has("no wait for the product")) std::memset(tile, 0, 192 * 128);
-  multiply_wait();
+  wgmma_wait_all();
   if (d[5] != 16.f) fail("a wrong product");
 }
 

@@ -1,4 +1,4 @@
-// csrc/cuda/layouts.h and work.h against brute force: what TMA writes where, what wgmma reads where, who computes what.
+// csrc/cuda/layouts.h and work.h against brute force: where TMA writes, where wgmma reads, how work is divided.
 #include "machine.h"
 
 #include "../../../csrc/cuda/work.h"
@@ -16,7 +16,7 @@ void check(bool good, const char* what) {
 
 // A tile in shared memory, element (row, column) holding a number of its own, is read back through descriptors.
 void descriptors(Type type, int rows, int columns, bool k_major_operand) {
-  const int size = bytes_of(type), width = columns * size, depth = kStepBytes / size;
+  const int size = bytes_of(type), width = columns * size, depth = kWgmmaKBytes / size;
   char* tile = at_shared(4096 + 8192);
   check(shared_address(tile) % 1024 == 0, "the tile is aligned");
   std::vector<float> want(rows * columns);
@@ -27,10 +27,10 @@ void descriptors(Type type, int rows, int columns, bool k_major_operand) {
       const uint32_t at = tile_offset(r, c * size, rows, width);
       check(at + size <= uint32_t(rows * width) && !taken[at], "tile_offset is one to one");
       taken[at] = true;
-      // What TMA does with this element: panels of at most 128 bytes, each scrambled by address.
+      // What TMA does with this element: panels of at most 128 bytes, each swizzled by address.
       const int wide = width < 128 ? width : 128, byte = c * size;
       const uint32_t linear = shared_address(tile) + byte / wide * rows * wide + r * wide + byte % wide;
-      check(scrambled(linear, wide) == shared_address(tile) + at, "tile_offset is TMA's swizzle");
+      check(apply_swizzle(linear, wide) == shared_address(tile) + at, "tile_offset is TMA's swizzle");
       uint16_t bits = from_float<Bf16>(x).bits;
       if (type == Type::e4m3) bits = uint16_t(e4m3_bits(x));
       if (type == Type::s8) bits = uint8_t(int8_t(x));
@@ -39,14 +39,15 @@ void descriptors(Type type, int rows, int columns, bool k_major_operand) {
     }
   if (k_major_operand) {
     for (int step = 0; step < columns / depth; ++step) {
-      const uint64_t d = k_major(shared_address(tile), row_bytes(width)) + k_major_step(step, rows, width) / kChunk;
+      const uint64_t d = k_major_descriptor(shared_address(tile), swizzle_bytes(width)) +
+                         k_major_offset(step, rows, width) / kChunk;
       for (int r = 0; r < rows; ++r)
         for (int k = 0; k < depth; ++k)
           check(element(d, true, r, k, type) == want[r * columns + step * depth + k], "K-major descriptor");
     }
   } else {
     for (int step = 0; step < rows / depth; ++step) {
-      const uint64_t d = mn_major(shared_address(tile), rows) + mn_major_step(step) / kChunk;
+      const uint64_t d = mn_major_descriptor(shared_address(tile), rows) + mn_major_offset(step) / kChunk;
       for (int n = 0; n < columns; ++n)
         for (int k = 0; k < depth; ++k)
           check(element(d, false, n, k, type) == want[(step * depth + k) * columns + n], "MN-major descriptor");
@@ -55,23 +56,24 @@ void descriptors(Type type, int rows, int columns, bool k_major_operand) {
 }
 
 void fragments() {
-  std::vector<int> seen(kRows * kTileKeys);
+  std::vector<int> seen(kWgmmaM * kBlockN);
   for (int t = 0; t < kWarpgroup; ++t)
-    for (int i = 0; i < 64; ++i) ++seen[accumulator_row(t, i) * kTileKeys + accumulator_column(t, i)];
+    for (int i = 0; i < 64; ++i) ++seen[accumulator_row(t, i) * kBlockN + accumulator_column(t, i)];
   for (const int n : seen) check(n == 1, "accumulators cover the tile once");
   for (const bool eight_bit : {false, true}) {
     const int depth = eight_bit ? 32 : 16, per = eight_bit ? 4 : 2;
     for (int t = 0; t < kWarpgroup; ++t) {
       for (int i = 0; i < 32; ++i)
         check(key_of(t, i, eight_bit) == key_of(t, 0, eight_bit) + key_of(0, i, eight_bit), "key_of is a sum");
-      for (int step = 0; step < kTileKeys / depth; ++step)
+      for (int step = 0; step < kBlockN / depth; ++step)
         for (int r = 0; r < 4; ++r)
           for (int n = 0; n < per; ++n) {
-            const int i = eight_bit ? a_source_8(r, n, step) : a_source_16(r, n, step);
+            const int i = eight_bit ? a_fragment_source_8(r, n, step) : a_fragment_source_16(r, n, step);
             // PTX: register r is of row g or g + 8 by its low bit; its high bit is worth half the depth.
             const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8, k = r / 2 * depth / 2 + t % 4 * per + n;
             const int key = i / 32 * kUnitKeys + key_of(t, i, eight_bit);
-            check(a_row(t, r) == row && a_byte(t, r) == (k - n) * (eight_bit ? 1 : 2), "an operand has its place");
+            check(a_fragment_row(t, r) == row && a_fragment_byte(t, r) == (k - n) * (eight_bit ? 1 : 2),
+                  "an operand has its place");
             check(accumulator_row(t, i) == row, "a weight is of its row");
             check(key == step * depth + k, "a weight is of its key");
           }
@@ -81,7 +83,7 @@ void fragments() {
 
 void boxes() {
   for (const int D : {64, 128}) {
-    const TensorBox box = byte_rows(640, D);
+    const TensorBox box = box_of_8_bit_keys(640, D);
     int row = 0;
     for (uint32_t a = 0; a < box.box[4]; ++a)
       for (uint32_t j = 0; j < box.box[3]; ++j)
@@ -94,15 +96,15 @@ void boxes() {
     std::vector<bool> taken(kUnitKeys);
     for (int column = 0; column < kUnitKeys; ++column) taken[key_of_column_8(column)] = true;
     for (const bool x : taken) check(x, "key_of_column_8 is a permutation");
-    for (const TensorBox& any : {box, float_rows(640, D), transposed_bytes(640, D, 192)})
+    for (const TensorBox& any : {box, box_of_16_bit_rows(640, D), box_of_transposed_values(640, D, 192)})
       for (int d = 0; d + 1 < any.rank; ++d) check(any.stride[d] % 16 == 0, "strides are multiples of 16 bytes");
   }
 }
 
-// A random plan's work, shared out: each (query tile, key tile) once, pieces where the merge looks for them.
+// A random plan's work, divided: each (query tile, key tile) once, partial results where the merge looks for them.
 void work_split() {
   const int strips = between(1, 12), blocks = between(1, 40), even = between(0, 1), length = between(1, 30);
-  std::vector<int64_t> work_start{0}, stretch;
+  std::vector<int64_t> work_start{0}, range_start;
   std::vector<int32_t> tile_start{0}, key_tiles;
   bool equal = true;
   int first_length = 0;
@@ -118,16 +120,17 @@ void work_split() {
   }
   int32_t whole = whole_tiles(tile_start.back(), equal ? first_length : 0, blocks);
   const int64_t total = work_start.back(), whole_work = int64_t(whole) * first_length;
-  for (int b = 0; b <= blocks; ++b) stretch.push_back(stretch_start(total, whole_work, b, blocks));
-  const WorkTable table{work_start.data(), tile_start.data(), key_tiles.data(), stretch.data(), &whole, strips, blocks};
+  for (int b = 0; b <= blocks; ++b) range_start.push_back(work_range_start(total, whole_work, b, blocks));
+  const WorkTable table{work_start.data(), tile_start.data(), key_tiles.data(), range_start.data(), &whole,
+                        strips, blocks};
 
   std::vector<int> visits(total), merged(total);
-  std::map<int, std::pair<int64_t, int>> pieces;  // slot -> where it begins, how long it is
+  std::map<int, std::pair<int64_t, int>> partials;  // index of a partial result -> where it begins, how long it is
   int64_t most = 0, least = total;
   for (int b = 0; b < blocks; ++b) {
-    Items items(table, b);
+    TileScheduler scheduler(table, b);
     int64_t mine = 0;
-    for (Item item; items.next(table, item);) {
+    for (WorkItem item; scheduler.next(table, item);) {
       check(item.count > 0 && item.first + item.count <= key_tiles[item.strip], "an item lies in its tile");
       const int64_t at = work_start[item.strip] + int64_t(item.tile) * key_tiles[item.strip] + item.first;
       for (int i = 0; i < item.count; ++i) ++visits[at + i];
@@ -137,24 +140,24 @@ void work_split() {
         for (int i = 0; i < item.count; ++i) ++merged[at + i];
         continue;
       }
-      check(item.slot >= 0 && item.slot < 2 * blocks, "a slot exists");
-      check(pieces.emplace(item.slot, std::make_pair(at, item.count)).second, "no slot is used twice");
+      check(item.partial >= 0 && item.partial < 2 * blocks, "a partial result has a place");
+      check(partials.emplace(item.partial, std::make_pair(at, item.count)).second, "no place is used twice");
     }
     most = std::max(most, mine), least = std::min(least, mine);
   }
   check(most - least <= 1, "all blocks have the same work");
   for (const int n : visits) check(n == 1, "each (query tile, key tile) is visited once");
   for (int b = 0; b < blocks; ++b) {
-    const Split split = split_tile(table, b);
+    const SplitTile split = split_tile(table, b);
     int64_t next = split.blocks ? work_start[split.strip] + int64_t(split.tile) * key_tiles[split.strip] : 0;
     const int64_t end = next + (split.blocks ? key_tiles[split.strip] : 0);
     for (int n = 0; n < split.blocks; ++n) {
-      const int slot = slot_of(table, b, n);
-      if (slot < 0) continue;
-      check(pieces.count(slot) && pieces[slot].first == next, "pieces are merged in order");
-      for (int i = 0; i < pieces[slot].second; ++i) ++merged[next++];
+      const int index = partial_of(table, b, n);
+      if (index < 0) continue;
+      check(partials.count(index) && partials[index].first == next, "partial results are merged in order");
+      for (int i = 0; i < partials[index].second; ++i) ++merged[next++];
     }
-    check(next == end, "all pieces of a tile are merged");
+    check(next == end, "all partial results of a tile are merged");
   }
   for (const int n : merged) check(n == 1, "each (query tile, key tile) reaches the result once");
 }
@@ -165,13 +168,13 @@ int main() {
   Machine m(kWarpgroup, 0);
   machine = &m;
   for (const int D : {64, 128}) {
-    for (const int rows : {kRows, kTileKeys}) {
+    for (const int rows : {kWgmmaM, kBlockN}) {
       descriptors(Type::bf16, rows, D, true);
       descriptors(Type::s8, rows, D, true);
       descriptors(Type::e4m3, rows, D, true);
     }
     descriptors(Type::e4m3, D, kUnitKeys, true);    // transposed values
-    descriptors(Type::bf16, kTileKeys, D, false);  // values
+    descriptors(Type::bf16, kBlockN, D, false);  // values
   }
   fragments();
   boxes();

@@ -1,9 +1,10 @@
-// One thread block of a Hopper GPU, acted out on the host: csrc/cuda/ptx.cuh and wgmma.cuh by other means.
+// An emulator of one thread block of a Hopper GPU on the CPU: the functions of csrc/cuda/ptx.cuh and wgmma.cuh.
 //
-// Threads are fibers that run until they have to wait, in an order drawn at random. What the hardware does late is done
-// as late as it may be: a copy leaves garbage until a random later moment when its bytes arrive, a product reads shared
-// memory when it is waited for. So a wait that is missing shows. Threads that all wait for nothing are a deadlock, and
-// reported. Tensor maps, swizzles, descriptors and fragments follow the PTX ISA and share no code with layouts.h.
+// Threads are fibers that run until they have to wait, in random order. Asynchronous work is done as late as possible:
+// a copy fills its destination with garbage until a random later moment when its bytes arrive, a wgmma reads shared
+// memory only when it is waited for. So a missing wait gives a wrong result. When all threads wait and no copy is
+// pending, that is reported as a deadlock. Tensor maps, swizzles, descriptors and fragments follow the PTX ISA and
+// share no code with layouts.h.
 #pragma once
 #include <ucontext.h>
 
@@ -64,7 +65,7 @@ struct Fiber {
   bool done = false;
   std::vector<Product> products;
   uint64_t exchanged[2];
-  uint32_t a[16][4];  // left operands of the products under way
+  uint32_t a[16][4];  // A fragments of the pending products
 };
 
 class Machine {
@@ -85,7 +86,7 @@ class Machine {
     }
     while (sweep()) {
     }
-    if (!copies.empty()) fail("copies under way at the end");
+    if (!copies.empty()) fail("copies pending at the end");
   }
 
   void wait_until(std::function<bool()> ready) {
@@ -95,7 +96,7 @@ class Machine {
     swapcontext(&fiber.context, &scheduler);
   }
 
-  // All of n threads that use this key meet. Returns after all have come.
+  // A barrier of n threads that pass the same key: returns after all have arrived.
   void meet(int key, int n) {
     Meeting& meeting = meetings[key];
     const int round = meeting.round;
@@ -113,9 +114,9 @@ class Machine {
   std::vector<Fiber> fibers;
   std::map<uint64_t*, Barrier> barriers;
   std::vector<Copy> copies;
-  std::map<std::pair<int, size_t>, std::vector<float>> right_operands;  // of a warpgroup's products, while they are read
+  std::map<std::pair<int, size_t>, std::vector<float>> right_operands;  // of a warpgroup's pending products
   int current = 0, x = 0, y = 0;
-  int slow = -1;  // a warpgroup that the others get far ahead of, as far as they may
+  int slow = -1;  // a warpgroup that is seldom scheduled: the others get as far ahead as synchronisation allows
 
  private:
   struct Meeting {
@@ -170,8 +171,8 @@ inline void Machine::enter() {
 inline int thread_index() { return machine->current; }
 inline int block_index() { return machine->x; }
 inline int block_index_y() { return machine->y; }
-inline void sync_named(int barrier, int threads) { machine->meet(barrier, threads); }
-inline void sync_block() { machine->meet(0, int(machine->fibers.size())); }
+inline void named_barrier_sync(int barrier, int threads) { machine->meet(barrier, threads); }
+inline void sync_threads() { machine->meet(0, int(machine->fibers.size())); }
 inline void sync_warp() { machine->meet(1000 + thread_index() / 32, 32); }
 inline void sync_quad() { machine->meet(2000 + thread_index() / 4, 4); }
 
@@ -188,42 +189,42 @@ T exchange(T x, int from) {
   return x;
 }
 template <typename T>
-T shuffle_xor(T x, int mask) {
+T shfl_xor(T x, int mask) {
   return exchange(x, thread_index() % 32 ^ mask);
 }
 template <typename T>
-T shuffle_up(T x, int distance) {
+T shfl_up(T x, int distance) {
   const int lane = thread_index() % 32;
   return exchange(x, lane >= distance ? lane - distance : lane);
 }
 template <typename T>
-T shuffle_from(T x, int lane) {
+T shfl_idx(T x, int lane) {
   return exchange(x, lane);
 }
 
 inline bool any_in_warp(bool x) {
-  for (int mask = 1; mask < 32; mask *= 2) x = shuffle_xor(x, mask) || x;
+  for (int mask = 1; mask < 32; mask *= 2) x = shfl_xor(x, mask) || x;
   return x;
 }
 
 template <typename T>
-void shared_max(T* at, T x) {
+void atomic_max(T* at, T x) {
   *at = std::max(*at, x);
 }
 template <typename T>
-void shared_min(T* at, T x) {
+void atomic_min(T* at, T x) {
   *at = std::min(*at, x);
 }
 template <typename T>
-void shared_add(T* at, T x) {
+void atomic_add(T* at, T x) {
   *at += x;
 }
 
 inline int opaque(int x) { return x; }
 template <int kCount>
-void claim_registers() {}
+void warpgroup_reg_alloc() {}
 template <int kCount>
-void release_registers() {}
+void warpgroup_reg_dealloc() {}
 
 inline char* shared_memory() { return machine->memory.data() + 48; }  // as badly aligned as it may be
 inline uint32_t shared_address(const void* x) {
@@ -236,28 +237,28 @@ inline Barrier& barrier_at(uint64_t* barrier) {
   if (found == machine->barriers.end()) fail("a barrier that was never initialised");
   return found->second;
 }
-inline void barrier_init(uint64_t* barrier, int count) { machine->barriers[barrier] = Barrier{count, count}; }
-inline void barrier_arrive(uint64_t* barrier) {
+inline void mbarrier_init(uint64_t* barrier, int count) { machine->barriers[barrier] = Barrier{count, count}; }
+inline void mbarrier_arrive(uint64_t* barrier) {
   Barrier& b = barrier_at(barrier);
   --b.missing;
   b.turn();
 }
-inline void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
   Barrier& b = barrier_at(barrier);
   b.bytes += bytes;
   --b.missing;
   b.turn();
 }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   machine->wait_until([barrier, parity] { return (barrier_at(barrier).phase & 1) != parity; });
 }
-inline void fence_barrier_init() {}
-inline void fence_stores() {}
+inline void fence_mbarrier_init() {}
+inline void fence_proxy_async() {}
 
-// The pattern of a swizzle: address bits 7 .. 9, or 7 .. 8, flip bits 4 .. 6, or 4 .. 5.
-inline uint32_t scrambled(uint32_t address, int row_bytes) {
+// A swizzle: address bits 7 .. 9, or 7 .. 8, flip bits 4 .. 6, or 4 .. 5.
+inline uint32_t apply_swizzle(uint32_t address, int swizzle_bytes) {
   const uint32_t chunk = address / 16 % 8, line = address / 128 % 8;
-  const uint32_t other = row_bytes == 128 ? chunk ^ line : chunk ^ (line & 3);
+  const uint32_t other = swizzle_bytes == 128 ? chunk ^ line : chunk ^ (line & 3);
   return address - chunk * 16 + other * 16;
 }
 
@@ -267,8 +268,8 @@ inline void deliver(uint64_t* barrier, int bytes) {
   b.turn();
 }
 
-inline void prefetch_map(const TensorMap&) {}
-inline void load_any(const TensorMap& map, void* to, uint64_t* barrier, std::vector<int64_t> at) {
+inline void prefetch_tensormap(const TensorMap&) {}
+inline void tma_load_tensor(const TensorMap& map, void* to, uint64_t* barrier, std::vector<int64_t> at) {
   const TensorBox& box = map.box;
   const uint32_t start = shared_address(to);
   if (start % 128 || int(at.size()) != box.rank) fail("a tensor copy to a wrong place or of a wrong rank");
@@ -285,7 +286,7 @@ inline void load_any(const TensorMap& map, void* to, uint64_t* barrier, std::vec
         inside = inside && at_d >= 0 && at_d < int64_t(box.size[d]);
         from += at_d * (d ? int64_t(box.stride[d - 1]) : map.element_bytes);
       }
-      char* there = at_shared(scrambled(start + n, box.row_bytes));
+      char* there = at_shared(apply_swizzle(start + n, box.swizzle_bytes));
       if (inside) std::memcpy(there, from, map.element_bytes);
       else std::memset(there, 0, map.element_bytes);
       for (int d = 0; d < box.rank && ++i[d] == int(box.box[d]); ++d) i[d] = 0;
@@ -293,13 +294,13 @@ inline void load_any(const TensorMap& map, void* to, uint64_t* barrier, std::vec
     deliver(barrier, bytes);
   }});
 }
-inline void load_box(const TensorMap& map, void* to, uint64_t* barrier, int x, int y) {
-  load_any(map, to, barrier, {x, y});
+inline void tma_load_2d(const TensorMap& map, void* to, uint64_t* barrier, int x, int y) {
+  tma_load_tensor(map, to, barrier, {x, y});
 }
-inline void load_box(const TensorMap& map, void* to, uint64_t* barrier, int a, int b, int c, int d, int e) {
-  load_any(map, to, barrier, {a, b, c, d, e});
+inline void tma_load_5d(const TensorMap& map, void* to, uint64_t* barrier, int a, int b, int c, int d, int e) {
+  tma_load_tensor(map, to, barrier, {a, b, c, d, e});
 }
-inline void load_bytes(const void* from, void* to, uint64_t* barrier, int bytes) {
+inline void tma_load_1d(const void* from, void* to, uint64_t* barrier, int bytes) {
   if (bytes % 16 || shared_address(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy is not aligned");
   std::memset(to, 0xff, bytes);
   machine->copies.push_back({[=] {
@@ -310,15 +311,15 @@ inline void load_bytes(const void* from, void* to, uint64_t* barrier, int bytes)
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
-inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
-inline float divide(float a, float b) { return a / b; }
-inline float larger(float a, float b) { return std::fmax(a, b); }
-inline float nearest(float x) { return std::nearbyint(x); }
-inline float square_root(float x) { return std::sqrt(x); }
-inline int to_integer(float x) { return int(std::nearbyint(x)); }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float div_rn(float a, float b) { return a / b; }
+inline float fmax(float a, float b) { return std::fmax(a, b); }
+inline float rint(float x) { return std::nearbyint(x); }
+inline float sqrt_rn(float x) { return std::sqrt(x); }
+inline int float_to_int_rn(float x) { return int(std::nearbyint(x)); }
 using inferix::bits_of;
 using inferix::float_of;
-inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t which) {
   uint32_t y = 0;
   for (int i = 0; i < 4; ++i) {
     const int n = which >> 4 * i & 7;
@@ -326,16 +327,16 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t which) {
   }
   return y;
 }
-inline uint32_t pack_bf16(float a, float b) {
+inline uint32_t pack_bf16x2(float a, float b) {
   return from_float<Bf16>(a).bits | uint32_t(from_float<Bf16>(b).bits) << 16;
 }
-inline uint32_t pack_f16(float a, float b) {
+inline uint32_t pack_f16x2(float a, float b) {
   return from_float<Half>(a).bits | uint32_t(from_float<Half>(b).bits) << 16;
 }
 inline uint32_t e4m3_bits(float x) {
   return std::isnan(x) ? 0x7f : e4m3_of(std::fmin(std::fmax(x, -448.f), 448.f), x).bits;
 }
-inline uint32_t pack_e4m3(float a, float b, float c, float d) {
+inline uint32_t pack_e4m3x4(float a, float b, float c, float d) {
   return e4m3_bits(a) | e4m3_bits(b) << 8 | e4m3_bits(c) << 16 | e4m3_bits(d) << 24;
 }
 inline float half_to_float(uint16_t bits) { return to_float(Half{bits}); }

@@ -1,5 +1,6 @@
-// kv_append, kv_commit, kv_gather and qkv_prologue for GPUs, acted out on the host: a library that tests/cuda/machine.py
-// calls with the structs of csrc/.
+// The CUDA kernels of kv_append, kv_commit, kv_gather and qkv_prologue, emulated on the CPU: a library that
+// tests/cuda/machine.py calls with the structs of csrc/.
+#include "describe.h"
 #include "machine.h"
 
 #include "../../../csrc/cuda/kv_pages.cuh"
@@ -23,6 +24,14 @@ void run(int64_t blocks, int64_t blocks_y, Kernel&& kernel) {
 
 extern "C" {
 
+const char* describe() {
+  static const Description description = Description()
+                                             .op<KvAppendParams>("kv_append")
+                                             .op<KvCommitParams>("kv_commit")
+                                             .op<KvGatherParams>("kv_gather")
+                                             .op<QkvPrologueParams>("qkv_prologue");
+  return description.text();
+}
 void kv_append(const KvAppendParams* p) {
   run(p->where.n, p->shape.H, [=] { kv_append_kernel(*p); });
 }

@@ -1,5 +1,6 @@
-// The bring-up's probes of the Hopper attention kernel, acted out on the host: a library that tests/cuda/machine.py calls
+// The bring-up's probes of the Hopper attention kernel, emulated on the CPU: a library that tests/cuda/machine.py calls
 // with the structs of csrc/.
+#include "describe.h"
 #include "machine.h"
 
 #include "../../../csrc/cuda/probes_sm90.cuh"
@@ -12,13 +13,13 @@ namespace {
 
 template <Kind kKind, int kD>
 void load(const ProbeLoadParams& p) {
-  using S = Shared<kKind, kD>;
+  using S = SharedStorage<kKind, kD>;
   const uint64_t tiles = uint64_t(p.pages.pages) * p.shape.H, slots = tiles * p.shape.page_size;
-  const TensorMap keys{static_cast<char*>(p.pages.k.codes), S::kEightBit ? byte_rows(slots, kD) : float_rows(slots, kD),
-                       S::kSize};
+  const TensorMap keys{static_cast<char*>(p.pages.k.codes),
+                       S::kEightBit ? box_of_8_bit_keys(slots, kD) : box_of_16_bit_rows(slots, kD), S::kElementBytes};
   const TensorMap values{
       static_cast<char*>(p.pages.v.codes),
-      S::kTransposed ? transposed_bytes(tiles * kD, kD, int(p.shape.page_size)) : float_rows(slots, kD),
+      S::kTransposed ? box_of_transposed_values(tiles * kD, kD, int(p.shape.page_size)) : box_of_16_bit_rows(slots, kD),
       S::kTransposed ? 1 : 2};
   AttentionArgs args{};
   args.k = p.pages.k;
@@ -63,6 +64,11 @@ void act(const Pool& pool, bool eight_bit, const Function& function) {
 
 extern "C" {
 
+const char* describe() {
+  static const Description description =
+      Description().op<ProbeLoadParams>("probe_load").op<ProbeMultiplyParams>("probe_multiply");
+  return description.text();
+}
 void probe_load(const ProbeLoadParams* p) {
   act(p->pages, p->eight_bit, [=](auto kind, auto width) { load<decltype(kind)::value, decltype(width)::value>(*p); });
 }

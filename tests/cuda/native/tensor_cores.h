@@ -1,4 +1,4 @@
-// The part of the machine that multiplies: csrc/cuda/wgmma.cuh by other means. Included by machine.h.
+// The emulator's tensor cores: the functions of csrc/cuda/wgmma.cuh. Included by machine.h.
 #pragma once
 #include "machine.h"
 
@@ -28,15 +28,15 @@ inline float element(uint64_t descriptor, bool k_major, int row, int k, Type typ
     if (wide != 128 || size != 2) fail("MN-major operands are 16 bits wide here, their rows 128 bytes");
     address = start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2;
   }
-  return decode(at_shared(scrambled(address, wide)), type);
+  return decode(at_shared(apply_swizzle(address, wide)), type);
 }
 
-inline void multiply_begin() {}
-inline void multiply_commit() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit_group() {}
 template <typename T, int kCount>
-void pin(T (&)[kCount]) {}
+void warpgroup_fence_operand(T (&)[kCount]) {}
 
-// Row g of the left operand of a fragment, from the four threads of a quad.
+// A row of the A fragment, from the four threads of a quad.
 inline float fragment(const uint32_t (*quad)[4], bool lower, int k, Type type) {
   const int per = 4 / bytes_of(type), within = k % (4 * per) / per, part = k / (4 * per);
   const uint32_t word = quad[within][2 * part + lower];
@@ -46,7 +46,7 @@ inline float fragment(const uint32_t (*quad)[4], bool lower, int k, Type type) {
 }
 
 template <typename T, int kCount>
-void multiply(T (&d)[kCount], Type type, bool b_k_major, uint64_t b, bool sum, std::function<float(int, int, int)> a) {
+void wgmma(T (&d)[kCount], Type type, bool b_k_major, uint64_t b, bool sum, std::function<float(int, int, int)> a) {
   const int columns = 2 * kCount, depth = 32 / bytes_of(type);
   T* to = d;
   machine->self().products.push_back(
@@ -74,45 +74,45 @@ void multiply(T (&d)[kCount], Type type, bool b_k_major, uint64_t b, bool sum, s
 }
 
 template <typename T, int kCount>
-void multiply_shared(T (&d)[kCount], Type type, uint64_t a, uint64_t b, bool sum) {
-  multiply(d, type, true, b, sum, [=](int t, int lower, int k) {
+void wgmma_ss(T (&d)[kCount], Type type, uint64_t a, uint64_t b, bool sum) {
+  wgmma(d, type, true, b, sum, [=](int t, int lower, int k) {
     return element(a, true, t / 32 * 16 + t % 32 / 4 + 8 * lower, k, type);
   });
 }
-inline void multiply_shared_bf16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  multiply_shared(d, Type::bf16, a, b, sum);
+inline void wgmma_ss_bf16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
+  wgmma_ss(d, Type::bf16, a, b, sum);
 }
-inline void multiply_shared_f16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
-  multiply_shared(d, Type::f16, a, b, sum);
+inline void wgmma_ss_f16(float (&d)[64], uint64_t a, uint64_t b, bool sum) {
+  wgmma_ss(d, Type::f16, a, b, sum);
 }
 template <typename T, int kCount>
-void multiply_registers(T (&d)[kCount], Type type, bool k_major, const uint32_t (&a)[4], uint64_t b, bool sum) {
+void wgmma_rs(T (&d)[kCount], Type type, bool k_major, const uint32_t (&a)[4], uint64_t b, bool sum) {
   const int warpgroup = thread_index() / kWarpgroup * kWarpgroup;
   const size_t n = machine->self().products.size();
   std::memcpy(machine->self().a[n], a, sizeof a);
-  multiply(d, type, k_major, b, sum, [=](int t, int lower, int k) {
+  wgmma(d, type, k_major, b, sum, [=](int t, int lower, int k) {
     uint32_t quad[4][4];
     for (int i = 0; i < 4; ++i) std::memcpy(quad[i], machine->fibers[warpgroup + (t & ~3) + i].a[n], 16);
     return fragment(quad, lower, k, type);
   });
 }
 template <bool kKMajor, int kCount>
-void multiply_registers_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  multiply_registers(d, Type::bf16, kKMajor, a, b, sum);
+void wgmma_rs_bf16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  wgmma_rs(d, Type::bf16, kKMajor, a, b, sum);
 }
 template <bool kKMajor, int kCount>
-void multiply_registers_f16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  multiply_registers(d, Type::f16, kKMajor, a, b, sum);
+void wgmma_rs_f16(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  wgmma_rs(d, Type::f16, kKMajor, a, b, sum);
 }
 template <int kCount>
-void multiply_registers_e4m3(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  multiply_registers(d, Type::e4m3, true, a, b, sum);
+void wgmma_rs_e4m3(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  wgmma_rs(d, Type::e4m3, true, a, b, sum);
 }
-inline void multiply_registers_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  multiply_registers(d, Type::s8, true, a, b, sum);
+inline void wgmma_rs_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
+  wgmma_rs(d, Type::s8, true, a, b, sum);
 }
 
-inline void multiply_wait() {
+inline void wgmma_wait_all() {
   const int warpgroup = thread_index() / kWarpgroup;
   machine->meet(3000 + warpgroup, kWarpgroup);
   Fiber& self = machine->self();

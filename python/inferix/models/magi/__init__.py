@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels._check import check_device
+
 from ...pipeline import Forward
 from .. import Adapter, PagedAttend
 from .adapters import SCHEDULES, adapter_for, config_for, scheduled
@@ -204,7 +206,7 @@ def load(
         load_captions(folder, special_tokens, negative),
         None if decoder is None else _codec(decoder, folder),
     )
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, name, fp8=fp8, dtype=dtype, device=device, backend=backend)
     encoder = find_encoder(folder)

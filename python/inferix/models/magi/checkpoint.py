@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..wan.containers import check_floating, count_layers, read_tensors, reading, shape_of, shown
 from .adapters import config_for
 from .network import MagiConfig, MagiNetwork
-from .quantized import FP8, SCALES, Codes, Linear8, read_codes
+from .quantized import FP8, SCALES, Codes, read_codes
 
 LAYER = "videodit_blocks.layers."
 PACKED = ".linear_qkv.qkv."
@@ -175,4 +175,4 @@ def _is_fp8(tensor: Tensor) -> bool:
 def _replace(network: MagiNetwork, key: str, codes: Codes, device: torch.device | str, backend: str) -> None:
     parent, _, leaf = key.removesuffix(".weight").rpartition(".")
     module: nn.Module = network.get_submodule(parent)
-    setattr(module, leaf, Linear8(codes, backend).to(device))
+    setattr(module, leaf, codes.layer(backend).to(device))

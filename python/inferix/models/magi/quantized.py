@@ -1,4 +1,4 @@
-"""Linear layers whose weights were published in 8 bits (e4m3), kept so or dequantized when they are loaded.
+"""Weights that were published in 8 bits (e4m3), as the checkpoint holds them: for `Linear8`, or to dequantize.
 
 A weight comes with `weight_scale`, by which its codes are multiplied, and with what its input was divided by before it
 was quantized: `input_scale`, one number for the whole tensor, however often it is repeated, or, where there is a
@@ -6,8 +6,8 @@ was quantized: `input_scale`, one number for the whole tensor, however often it 
 
     y = e4m3(x / s) @ codes.T * input_scale * weight_scale      s = smooth_scale, or input_scale
 
-Ours differs in one thing: each row of x gets a scale of its own, from its largest value, instead of the one calibrated
-number; what `smooth_scale` evens out between channels it evens out here too.
+`Linear8` differs in one thing: each row of x gets a scale of its own, from its largest value, instead of the one
+calibrated number; what `smooth_scale` evens out between channels it evens out here too.
 
 Source: PerTensorQuantizedFp8Linear and PerChannelQuantizedFp8Linear of github.com/SandAI-org/MAGI-1 (6ff822e).
 """
@@ -18,10 +18,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inferix_kernels import linear, quantize_rows
-from inferix_kernels.layout import Quantized
+from inferix_kernels import Quantized
+from inferix_kernels.quantize import Linear8
 
 SCALES = ("weight_scale", "input_scale", "smooth_scale")
 FP8 = torch.float8_e4m3fn
@@ -38,6 +38,9 @@ class Codes:
     codes: Tensor
     scales: Tensor
     smooth: Tensor | None
+
+    def layer(self, backend: str = "auto") -> Linear8:
+        return Linear8(Quantized(self.codes, self.scales), smooth=self.smooth, backend=backend)
 
     def dequantized(self) -> Tensor:
         """[N, K] float32."""
@@ -79,24 +82,3 @@ def read_codes(tensors: Mapping[str, Tensor], names: Sequence[str], source: str)
         raise ValueError(f"weights: {source}: {', '.join(names)} must not be smoothed: they share one input")
     joined = torch.cat([weight.view(torch.uint8) for weight in codes]).view(FP8)  # torch can't join float8
     return Codes(joined, torch.cat(scales), smooths[0])
-
-
-class Linear8(nn.Module):
-    """A linear layer without bias over 8-bit codes; its input is quantized row by row on the way in."""
-
-    codes: Tensor
-    scales: Tensor
-    smoothing: Tensor | None
-
-    def __init__(self, weight: Codes, backend: str = "auto"):
-        super().__init__()
-        self.backend = backend
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("scales", weight.scales.contiguous())
-        # As the op takes it: x * (1 + smoothing).
-        self.register_buffer("smoothing", None if weight.smooth is None else (1 / weight.smooth - 1)[None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, K] -> [T, N] in x's dtype."""
-        rows = quantize_rows(x, FP8, scale=self.smoothing, backend=self.backend)
-        return linear(rows, Quantized(self.codes, self.scales), dtype=x.dtype, backend=self.backend)

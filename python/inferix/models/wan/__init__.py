@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels._check import check_device
+
 from .. import Adapter, PagedAttend
 from .adapters import ADAPTERS, PARTS, customised
 from .checkpoint import find_checkpoint, load_network
@@ -222,7 +224,7 @@ def load(
     folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
     if lora is None and weights is not None and Path(weights).is_dir():
         lora = find_lora(weights)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None

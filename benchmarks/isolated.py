@@ -13,23 +13,22 @@ import contextlib
 import dataclasses
 import json
 import queue
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from .. import families
-from .case import Case, Contender
-from .measure import Alone, Machine, Settings, row_of
-from .processes import gone
-from .rows import Row
+from . import families
+from .harness.case import Case, Contender
+from .harness.measure import Alone, Machine, Settings, row_of
+from .harness.processes import gone, how
+from .harness.rows import Row
 
 # Seconds, or the patience if it is more, for a worker to import torch and reach the GPU, and for a case's inputs and
 # reference.
 START = 60.0
-COMMAND = (sys.executable, "-m", "benchmarks.harness.isolated")
+COMMAND = (sys.executable, "-m", "benchmarks.isolated")
 
 
 class Job(NamedTuple):
@@ -98,13 +97,6 @@ class WorkerProcess:
         self.process.kill()
         if not gone(self.process):
             print(f"benchmarks: process {self.process.pid} can't be killed, and is left behind", file=sys.stderr)
-
-
-def how(code: int | None) -> str:
-    """An exit code in words."""
-    if code is None:
-        return "its output is closed"
-    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
 
 
 def jobs_of(names: Sequence[str], shapes: Sequence[str], settings: Settings, ops: Sequence[str] = ()) -> list[Job]:

@@ -13,18 +13,18 @@ import torch
 
 from inferix_kernels.files import atomic_write
 
-from .. import families, shapes
-from .. import sweep as sweeps
-from . import compare as comparison
-from . import environment, isolated, plots, show
-from . import evidence as ledger
-from . import report as reports
-from .measure import Machine, Settings
-from .plan import gpu_run
-from .processes import since_start
-from .rows import Document, Row, append
-from .table import markdown
-from .timing import TIMERS
+from . import families, isolated, shapes
+from . import sweep as sweeps
+from .harness import compare as comparison
+from .harness import environment, plots, show
+from .harness import evidence as ledger
+from .harness import report as reports
+from .harness.measure import Machine, Settings
+from .harness.plan import gpu_run
+from .harness.processes import since_start
+from .harness.rows import Document, Row, append
+from .harness.table import markdown
+from .harness.timing import TIMERS
 
 
 def settings_of(args: argparse.Namespace, timer: str = "") -> Settings:
@@ -247,7 +247,7 @@ def report(args: argparse.Namespace) -> int:
     if missing := [str(path) for path in args.files if not path.is_file()]:
         raise ValueError(f"files must be there, to be made anew, got {', '.join(missing)}")
     if args.files or not (args.plot or args.plot_sweep):
-        for path in reports.update(args.files or [ledger.ROOT / "README.md"], records):
+        for path in reports.update(args.files or [ledger.ROOT / "docs/evidence.md"], records):
             print(f"{path}: made anew")
     return 0
 

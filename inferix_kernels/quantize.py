@@ -1,0 +1,148 @@
+"""Linear layers with 8-bit weights, for a model of your own.
+
+    model = quantize_linears(model)                                       # every nn.Linear, int8, in place
+    layer = Linear8.from_linear(nn.Linear(512, 2048), torch.float8_e4m3fn)
+    layer = Linear8(Quantized(codes, scales), bias=bias)                  # published in 8 bits
+
+The weight has one scale per output channel, the input one per row, found on the way in; products are of 8 bits
+(`quantize_rows` and `linear` of ops.py say how they are rounded and summed). For inference: there is no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ._check import CODES, FLOATS, check_optional, check_quantized
+from .layout import Quantized
+from .ops import linear, quantize_rows
+
+
+class Linear8(nn.Module):
+    """y = (x / smooth) @ W.T + bias, with W[n, k] = codes[n, k] * scales[n]: W is the layer's weight times `smooth`.
+
+    Casting the model (`.half()`, `.to(torch.bfloat16)`) leaves this layer's tensors in their dtypes.
+
+    Attributes:
+        codes: [N, K] int8 or float8_e4m3fn.
+        scales: [N] float32.
+        bias: [N] float32, bfloat16 or float16, or None.
+        smoothing: [1, K] float32, 1 / smooth - 1, as `quantize_rows` takes its scale; None where smooth is.
+        backend: of both ops.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    smoothing: Tensor | None
+
+    def __init__(
+        self,
+        weight: Quantized,
+        *,
+        bias: Tensor | None = None,
+        smooth: Tensor | None = None,
+        backend: str = "auto",
+    ):
+        """
+        Args:
+            weight: codes [N, K] int8 or float8_e4m3fn and scales [N] float32, contiguous, used as they are.
+            bias: [N] float32, bfloat16 or float16.
+            smooth: [K] float32, by which the input's channels are divided before they are quantized and the weight's
+                were multiplied: it evens out channels of different size (SmoothQuant, arXiv:2211.10438).
+            backend: of `quantize_rows` and `linear`.
+
+        Raises:
+            TypeError, ValueError: a tensor has another dtype, shape or device, or `smooth` holds 0, NaN or infinity.
+        """
+        super().__init__()
+        sizes: dict[str, int] = {}
+        check_quantized("weight", weight, CODES, "N K", sizes, weight.codes.device)
+        check_optional("bias", bias, FLOATS, "N", sizes, weight.codes.device)
+        self.backend = backend
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("bias", bias)
+        self.register_buffer("smoothing", None if smooth is None else _smoothing(smooth, sizes, weight.codes.device))
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        dtype: torch.dtype = torch.int8,
+        *,
+        smooth: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Linear8:
+        """The same layer with its weight [N, K] rounded to 8 bits.
+
+        Args:
+            layer: float32, bfloat16 or float16; it is left as it is.
+            dtype: of the codes, int8 or float8_e4m3fn.
+            smooth: as in Linear8; the weight is multiplied by it here.
+        """
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone()
+        if smooth is not None:
+            _smoothing(smooth, {"K": layer.in_features}, weight.device)  # refused before it is multiplied by
+            weight = weight.float() * smooth
+        codes = quantize_rows(weight.contiguous(), dtype, backend=backend)
+        return cls(codes, bias=bias, smooth=smooth, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] float32, bfloat16 or float16 -> [..., N] in x's dtype."""
+        rows = quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype, scale=self.smoothing, backend=self.backend)
+        y = linear(rows, Quantized(self.codes, self.scales), bias=self.bias, dtype=x.dtype, backend=self.backend)
+        return y.view(*x.shape[:-1], len(self.codes))
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.codes.shape
+        return f"in_features={in_features}, out_features={out_features}, codes={self.codes.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear8:
+        """Moves are followed, casts are not: codes cast to a float would be no codes, and scales are float32."""
+
+        def moved(x: Tensor) -> Tensor:
+            y = fn(x)
+            return y if y.dtype == x.dtype else x.to(y.device)
+
+        return super()._apply(moved, recurse)
+
+
+def quantize_linears(
+    model: nn.Module,
+    dtype: torch.dtype = torch.int8,
+    *,
+    names: Iterable[str] | None = None,
+    backend: str = "auto",
+) -> nn.Module:
+    """Put a `Linear8` in the place of linear layers of `model`, in place; returns `model`.
+
+    A state dict of the result loads into another model that was treated the same way.
+
+    Args:
+        dtype: of the codes, int8 or float8_e4m3fn.
+        names: of the layers, as `named_modules` gives them; None is every layer whose class is `nn.Linear`. The first
+            and the last layers of a network are often left out: they are small, and errors there weigh most.
+
+    Raises:
+        ValueError: a name is of no linear layer of the model; nothing is replaced.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
+    chosen = list(layers if names is None else names)
+    if unknown := [name for name in chosen if name not in layers]:
+        raise ValueError(f"names must be linear layers of the model, got {unknown[0]!r}")
+    made = {name: Linear8.from_linear(layers[name], dtype, backend=backend) for name in chosen}
+    for name, layer in made.items():
+        model.set_submodule(name, layer.train(layers[name].training))
+    return model
+
+
+def _smoothing(smooth: Tensor, sizes: dict[str, int], device: torch.device) -> Tensor:
+    """[K] -> [1, K], checked: x * (1 + smoothing) is x / smooth."""
+    check_optional("smooth", smooth, (torch.float32,), "K", sizes, device)
+    if not (smooth.isfinite() & (smooth != 0)).all():
+        raise ValueError("smooth must hold finite numbers other than 0")
+    return (1 / smooth - 1)[None]

@@ -1,0 +1,105 @@
+"""Every public name has an example in its docstring, and the examples run.
+
+`torch` and the public names are there; all else an example makes itself. A method's goes on from its class's.
+"""
+
+import doctest
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import inferix
+import inferix_kernels
+from inferix.models import load_model
+from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy
+from inferix_kernels.store.memory import frame_tokens, plan_memory
+from inferix_kernels.store.snapshot import save
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = {name: getattr(inferix_kernels, name) for name in inferix_kernels.__all__}
+# Public methods that are there for other modules of ours, or that nobody needs an example of.
+PLAIN = {"check_held", "check_open", "resident", "seen", "gone", "check_room", "converted"}
+PLAIN |= {"keeps", "last_picture", "kv_read", "kv_bytes"}
+ALONE = [*(x for x in PUBLIC.values() if not isinstance(x, dict | str)), load_model, plan_memory, frame_tokens, save]
+
+
+def example(thing: object) -> str:
+    """The section `Example:` of a docstring."""
+    _, found, rest = (inspect.getdoc(thing) or "").partition("\nExample:\n")
+    assert found, f"{thing.__qualname__} has no section `Example:` in its docstring"
+    section, *_ = rest.split("\n\n")
+    assert ">>>" in section, f"{thing.__qualname__}: its example has no line of code"
+    return inspect.cleandoc(section)
+
+
+def methods(kind: type) -> list[str]:
+    """Its own and those it inherits, in the order of the source."""
+    found = {name: x for each in reversed(kind.__mro__) for name, x in vars(each).items()}
+    return [n for n, x in found.items() if inspect.isfunction(x) and not n.startswith("_") and n not in PLAIN]
+
+
+METHODS = [(kind, name) for kind in (PageTable, Pass, Policy) for name in methods(kind)]
+METHODS += [(KVStore, "open"), (KVStore, "plan"), (KVPages, "empty"), (PageList, "of")]
+
+
+def follow(*things: object) -> None:
+    names = {"torch": torch, **PUBLIC}
+    failures = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
+    for thing in things:
+        test = doctest.DocTestParser().get_doctest(example(thing), names, thing.__qualname__, None, 0)
+        test.globs = names  # not a copy: a method's example goes on
+        runner.run(test, out=failures.append, clear_globs=False)
+    assert not failures, "".join(failures)
+
+
+@pytest.mark.parametrize("thing", ALONE, ids=lambda thing: thing.__qualname__)
+def test_an_example_runs(thing):
+    follow(thing)
+
+
+@pytest.mark.parametrize("kind, method", METHODS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_methods_example_goes_on_from_its_classes(kind, method):
+    follow(kind, getattr(kind, method))
+
+
+def test_a_world_does_what_its_examples_say():
+    follow(inferix.World, *(getattr(inferix.World, name) for name in methods(inferix.World)))  # one for all: it is slow
+
+
+def test_an_example_that_is_wrong_or_missing_fails():
+    def wrong():
+        """Adds.
+
+        Example:
+            >>> 1 + 1
+            3
+        """
+
+    with pytest.raises(AssertionError, match=r"Got:\n *2"):
+        follow(wrong)
+    with pytest.raises(AssertionError, match="no section"):
+        follow(types.SimpleNamespace(__qualname__="nothing", __doc__="Nothing."))
+
+
+def test_the_reference_is_built_of_all_public_names(tmp_path):
+    pytest.importorskip("pdoc", reason="pdoc is not installed: pip install -e '.[docs]'")
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    modules = re.search(r"^REFERENCE := (.*)$", makefile, re.MULTILINE)[1]
+    command = re.search(r"^docs:.*\n\t\$\(BIN\)/python (.*) -o build/docs \$\(REFERENCE\)$", makefile, re.MULTILINE)[1]
+    made = subprocess.run(
+        [sys.executable, *shlex.split(command), "-o", str(tmp_path), *shlex.split(modules)],
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0 and "Warn" not in made.stderr, made.stderr
+    page = (tmp_path / "inferix_kernels.html").read_text()
+    assert not [name for name in PUBLIC if f'id="{name}"' not in page]
+    assert 'id="World.step"' in (tmp_path / "inferix/world.html").read_text()

@@ -1,0 +1,133 @@
+"""The documents are short, link to what is there, and their code runs."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("python/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]+`")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text())
+
+
+def anchors(path: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def sources() -> str:
+    folders = ("inferix_kernels", "python", "csrc")
+    return "\n".join(
+        path.read_text() for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h")
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", "DESIGN.md"])
+def test_the_first_pages_are_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= 150
+
+
+def test_the_readme_has_at_most_four_pictures():
+    assert 1 <= len(re.findall(r"!\[", (ROOT / "README.md").read_text())) <= 4
+
+
+@pytest.mark.parametrize("path", DOCS, ids=named)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", prose(path))):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        goal = path.parent / file if file else path
+        assert goal.exists(), f"{target}: no such file"
+        assert not anchor or anchor in anchors(goal), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=named)
+def test_files_and_modules_that_are_named_exist(path):
+    if path.name == "CHANGELOG.md":  # says what was there once
+        return
+    said = path.read_text()
+    for name in re.findall(r"\b(?:tests|docs|examples|csrc|benchmarks|inferix_kernels|inferix)/[\w/.]+\.\w+", said):
+        assert (ROOT / name).exists() or (ROOT / "python" / name).exists(), name
+    for module in re.findall(r"python -m ((?:tests|benchmarks|inferix|inferix_kernels)[\w.]*)", said):
+        place = module.rstrip(".").replace(".", "/")
+        found = [(ROOT / folder / f"{place}{end}") for folder in ("", "python") for end in (".py", "/__main__.py")]
+        assert any(file.exists() for file in found), module
+    for target in re.findall(r"make ([a-z]+)`", said):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_every_document_can_be_found_from_the_first_pages():
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        path = todo.pop()
+        if path in reached or path.suffix != ".md" or not path.exists():
+            continue
+        reached.add(path)
+        links = re.findall(r"\]\(([^)\s#]+)", CODE.sub("", prose(path)))
+        todo += [(path.parent / link).resolve() for link in links if not link.startswith("http")]
+    assert {path for path in DOCS if path.parent.name == "docs"} <= reached
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if "```python" in path.read_text()], ids=named)
+def test_the_code_in_a_document_runs(path, tmp_path, monkeypatch):
+    """One block after the other, as somebody who reads would."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for language, code in FENCE.findall(path.read_text()):
+        if language == "python":
+            exec(compile(code, named(path), "exec"), names)
+
+
+def test_the_glossarys_names_exist():
+    text = sources()
+    rows = [line.split("|") for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
+    terms = [row[1].strip() for row in rows]
+    assert sorted(set(terms) - {"term"}) == sorted(term for term in terms if term != "term"), "a term stands twice"
+    for row in rows:
+        for name in re.findall(r"`([^`]+)`", row[3]):
+            assert re.search(rf"\b{re.escape(name)}\b", text), f"{row[1].strip()}: nothing is called {name}"
+
+
+def defined(path: Path) -> set[str]:
+    """Names that a file defines: functions, classes, Class.method, constants, fields."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return set(re.findall(r"\b\w+\b", text))
+    names: set[str] = set()
+
+    def walk(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                names.add(prefix + child.name)
+                walk(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.Assign | ast.AnnAssign):
+                targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+                names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    walk(ast.parse(text), "")
+    return names
+
+
+def test_what_how_a_block_is_made_cites_exists():
+    cited = re.findall(
+        r"`([\w/.]+\.(?:py|cpp|h|cuh|cu|js|json)):([\w.]+)`", (ROOT / "docs/how-a-block-is-made.md").read_text()
+    )
+    assert len(cited) > 30
+    for file, name in cited:
+        path = ROOT / file
+        assert path.exists(), f"{file}: no such file"
+        assert name in defined(path), f"{file}: nothing is called {name}"
