@@ -17,10 +17,10 @@ PORT ?= 8000
 play: build
 	$(BIN)/inferix play --model tiny --seed 6 --port $(PORT)
 
-# Two files of tests at a time, one thread each: the tests' operations are too small for two, and torch's threads get in each
-# other's way on a busy machine.
+# Two files of tests at a time, in the order of tests/conftest.py: the longest first. One thread each: the tests' operations are
+# too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Hours of hostile use, seeded: each command prints what was tried, and fails if anything did not hold. On a CPU core of its
 # own, without a GPU: kills and damaged checkpoints take ten minutes each, a world of 5,000 blocks 25 on each of its three
@@ -44,8 +44,8 @@ lint: .venv/tools
 	$(BIN)/mypy
 
 # The API reference from the docstrings, as HTML: build/docs/index.html.
-REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.store.memory inferix_kernels.store.snapshot \
-    inferix.world inferix.models '!inferix[.]models[.].*'
+REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.quantize \
+    inferix_kernels.store.memory inferix_kernels.store.snapshot inferix.world inferix.models '!inferix[.]models[.].*'
 docs: .venv/docs
 	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs $(REFERENCE)
 

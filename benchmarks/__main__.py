@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what our kernels do on this machine beside what else could do their work.
+"""`python -m benchmarks`: our kernels on this machine, compared with other libraries that can do their work.
 
 list      families, shapes, contenders, and which of them this machine has
 run       check every contender against the reference, then time those that are right, taking turns
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("evidence", commands.show_evidence, "what was measured, and whether it still holds")
     add("--fail-on-stale", action="store_true", help="exit code 1 unless every line is measured at this source")
     add("--only", type=names, default=(), metavar="A,B", help="kernels by name or part of it: cpu, cuda/attention ...")
-    add("--records", type=Path, action="append", metavar="F", help="files beside benchmarks/records")
+    add("--records", type=Path, action="append", metavar="F", help="files in addition to benchmarks/records")
     add = command("report", commands.report, "tables and plots from records")
     add("files", nargs="*", type=Path, help="Markdown files with marks (default: docs/evidence.md)")
     add("--records", type=Path, action="append", metavar="F", help="only these, instead of benchmarks/records")

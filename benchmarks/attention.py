@@ -1,4 +1,4 @@
-"""Attention of one block over its past: ours from pages, in every format, beside attention over contiguous K and V.
+"""Attention of one block over its past: ours from pages, in every format, against attention over contiguous K and V.
 
 Peers get K and V contiguous for free, as no cache of pages could hand them over; "gather-sdpa" pays for it. "int8+bf16"
 are two pools in one plan, as a world has them: the past in int8, the block's own keys and values in bf16 scratch.
@@ -34,16 +34,16 @@ from .harness.case import DTYPES, LIMITS, LIMITS_8_BIT, Case, Contender, Limit, 
 from .harness.ours import BACKENDS, kernel_of
 from .shapes import Shape
 
-# Queries are in the precision that a model would have beside pages of this format.
+# Queries are in the precision that a model with pages of this format would have.
 QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
-# What ours is tried with: format of the pages, whether products are of 8 bits, and the relative error allowed.
+# Variants of ours: format of the pages, whether products are in 8 bits, and the relative error allowed.
 OURS = {format: (format, False, LIMITS[format].relative) for format in KV_FORMATS} | {
     f"{format}, products of 8 bits": (format, True, limit.relative) for format, limit in LIMITS_8_BIT.items()
 }
 WORLD_FORMATS = ("int8+bf16", "int8+fp32")  # of the past, and of the block's own keys and values
 # Modules in which products of 8 bits are allowed by a switch.
 SWITCHES = {"compiled": "inferix_kernels.compiled", "triton": "inferix_kernels.triton_kernels.attention"}
-SCORES = 1 << 30  # bytes of them that the reference may hold: it is given so many of the queries
+SCORES = 1 << 30  # bytes of scores that the reference may hold, which limits its queries per call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Inputs:
 
     @property
     def every(self) -> int:
-        """One row of so many is compared with the reference: all of them, unless that would take too much memory."""
+        """Every n-th row is compared with the reference: 1, unless all rows would take too much memory."""
         return -(-4 * len(self.q) * len(self.k) * self.q.shape[1] // len(self.segments) // SCORES)
 
     def plan(self, every: int = 1, ids: Tensor | None = None) -> Plan:
-        """For one query of so many in each segment, over `where` or the same pages under other ids."""
+        """For every n-th query of each segment, over `where` or the same pages under other ids."""
         pages, lens = (self.where.ids if ids is None else ids).tolist(), self.where.lens.tolist()
         return make_plan([(-(-n // every), pages[a:b], lens[a:b]) for n, a, b in self.segments], self.q.device)
 

@@ -1,4 +1,4 @@
-"""The whole loop, block by block: our attention over pages beside the same loop with gather + SDPA, taking turns.
+"""The whole loop, block by block: our attention over pages against the same loop with gather + SDPA, taking turns.
 
 `run e2e --model tiny` is the world that ships with the repository. `--model self-forcing` takes a checkpoint with
 `--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU.
@@ -58,7 +58,7 @@ class GatherAttention:
 
 @dataclasses.dataclass
 class Loop:
-    """One world under way, and what its blocks took."""
+    """One running world, and the times of its blocks."""
 
     name: str
     decoder: Any
@@ -158,7 +158,7 @@ def random_wan(device: str) -> Any:
 
 
 def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Settings, backend: str = "auto") -> Loop:
-    """A world of its own, from the same seed."""
+    """A separate world from the same seed."""
     from inferix.loop import Decoder
 
     adapter = model.adapter
@@ -177,7 +177,7 @@ def open_loop(name: str, model: Any, condition: Callable[[], Any], settings: Set
     decoder = Decoder(model, store.open(policy), torch.Generator().manual_seed(0))
     try:
         pictures = model.stream()
-    except ValueError:  # no VAE beside the weights
+    except ValueError:  # no VAE next to the weights
         pictures = None
     gather = GatherAttention()
     attention = (

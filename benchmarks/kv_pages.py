@@ -1,4 +1,4 @@
-"""The page ops on one block: append, commit and convert between formats, gather. Bytes per second beside a copy.
+"""The page ops on one block: append, commit and convert between formats, gather. Bytes per second against a copy.
 
 Ours are held to the reference's very numbers. Peers quantize by rules of their own and are held to the numbers that
 were to be stored, within what their format loses.

@@ -72,7 +72,7 @@ def expected(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def limit(format: str) -> Limit:
-    """q is bfloat16 beside all formats but fp32."""
+    """q is bfloat16 with all formats but fp32."""
     return max(LIMITS[format], LIMITS["bf16"]) if format != "fp32" else LIMITS["fp32"]
 
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest, `-p benchmarks.sample_tests --every 20`: of the tests chosen, every so many one."""
+"""A plugin of pytest, `-p benchmarks.sample_tests --every 20`: runs every 20th of the tests chosen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, help="run one test of so many")
+    parser.addoption("--every", type=int, default=1, help="run every n-th test")
 
 
 @pytest.hookimpl(trylast=True)

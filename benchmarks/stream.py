@@ -98,7 +98,8 @@ def _measure(world: str, transport: str, seconds: float) -> Iterator[tuple[str, 
         browser.get(f"{address}?transport={transport}")
         _until(browser, "document.body.dataset.phase === 'running' && inferix.link.transport")
         assert browser.execute_script("return inferix.link.transport").lower().startswith(transport)
-        time.sleep(5)  # codecs and clocks settle
+        settle = min(5.0, seconds)  # codecs and clocks
+        time.sleep(settle)
         browser.execute_script(WATCH)
         before, begun = _used(process.pid), time.monotonic()
         delays, ways = _press(browser, seconds)
@@ -117,14 +118,16 @@ def _measure(world: str, transport: str, seconds: float) -> Iterator[tuple[str, 
     if stats:
         yield "freezes as WebRTC counts", stats["freezeCount"], ""
         yield "jitter buffer", 1000 * stats["jitterBufferDelay"] / max(1, stats["jitterBufferEmittedCount"]), "ms"
-        yield "received", 8e-6 * stats["bytesReceived"] / (video + 5), "Mbit/s"
+        yield "received", 8e-6 * stats["bytesReceived"] / (video + settle), "Mbit/s"
     yield "server CPU per video second", (after[0] - before[0]) / video, "s"
     yield "server memory grew", after[1] - before[1], "MiB"
 
 
 def _press(browser: Any, seconds: float) -> tuple[list[float], list[float]]:
     """Press keys at odd moments; ms from key to pixel, and from encoder to pixel."""
-    generator, end, delays, ways = random.Random(0), time.monotonic() + seconds, [], []
+    generator, end = random.Random(0), time.monotonic() + seconds
+    delays: list[float] = []
+    ways: list[float] = []
     # A slow machine may show nothing in a second: until something was seen, there is nothing to tell.
     while (now := time.monotonic()) < end or not (delays and ways):
         if now > end + PATIENCE:

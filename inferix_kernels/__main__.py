@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "compile":
             return compile_command(options.arch, options.cases, options.json, options.markdown)
         if options.command == "hazards":
-            seen = hazards.look_into_extension(options.arch)
+            seen = hazards.inspect_extension(options.arch)
             print(hazards.table(seen))
             return int(any(kernel.hazards for kernel in seen))
         if options.command == "tune":

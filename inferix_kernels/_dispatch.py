@@ -31,7 +31,7 @@ class Unsupported(RuntimeError):
         >>> scores = torch.rand(1, 1, 3)
         >>> select_pages(scores, PageList.of([0, 1, 2], [16, 16, 16]), k=2, backend="compiled")
         Traceback (most recent call last):
-        inferix_kernels._dispatch.Unsupported: select_pages: no Compiled kernel yet
+        inferix_kernels...Unsupported: select_pages: ...
     """
 
 

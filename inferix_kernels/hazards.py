@@ -1,11 +1,11 @@
-"""Do the compiled kernels leave the registers of an asynchronous wgmma alone until they have waited for it?
+"""Register hazards of asynchronous wgmma: does compiled code touch their registers before it has waited for them?
 
-A wgmma goes on after it was issued: until the wait that covers it, it may still read A, where A is in registers, and
-write D. The hardware does not guard these registers, the compiler has to, and has failed to before. So every path from
-every product to its wait is followed through the machine code. `python -m inferix_kernels hazards --arch 90a` does so
-for the extension that is built, `python -m inferix_kernels compile` for Triton's kernels.
+A wgmma runs on after it was issued: until the wait that covers it, it may still read A, where A is in registers, and
+write D. There is no hardware interlock: the compiler has to keep these registers unused, and has failed to before. So
+every path from every product (wgmma) to its wait is followed through the SASS. `python -m inferix_kernels hazards
+--arch 90a` does so for the extension that is built, `python -m inferix_kernels compile` for Triton's kernels.
 
-Which registers an instruction reads and writes is nvdisasm's own account (its life ranges), not a table of ours.
+Which registers an instruction reads and writes is taken from nvdisasm's life ranges, not from a table of ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _A = 4  # registers of A: 64 rows of 32 bytes, over the 128 threads of a warp gr
 
 
 class Hazard(NamedTuple):
-    """What touches registers of a product that may not have finished."""
+    """An instruction that touches registers of a product that may not have finished."""
 
     kernel: str
     product: str  # "12a0: HGMMA.64x64x16.F32.BF16 R24, R60, ..."
@@ -38,8 +38,8 @@ class Hazard(NamedTuple):
         return f"{self.other} | {self.what} ({registers}) of | {self.product}"
 
 
-class Seen(NamedTuple):
-    """One kernel that has asynchronous products."""
+class KernelHazards(NamedTuple):
+    """A kernel that has asynchronous products, and its hazards."""
 
     kernel: str
     products: int
@@ -52,20 +52,20 @@ def check(binary: Path, arch: str) -> list[Hazard]:
     Raises:
         MissingTool: cuobjdump or nvdisasm is not here.
     """
-    return [hazard for seen in look_into(binary, arch) for hazard in seen.hazards]
+    return [hazard for seen in inspect_binary(binary, arch) for hazard in seen.hazards]
 
 
-def look_into(binary: Path, arch: str) -> list[Seen]:
-    """As `check`, by kernel, and with how many products were followed."""
-    seen = [kernel for cubin in sass.cubins(binary, arch) for kernel in look_at(sass.disassemble(cubin, True))]
+def inspect_binary(binary: Path, arch: str) -> list[KernelHazards]:
+    """As `check`, by kernel, and with the number of products that were followed."""
+    seen = [kernel for cubin in sass.cubins(binary, arch) for kernel in inspect_listing(sass.disassemble(cubin, True))]
     return sorted(seen, key=lambda kernel: kernel.kernel)
 
 
-def look_at(listing: str) -> list[Seen]:
+def inspect_listing(listing: str) -> list[KernelHazards]:
     """The kernels of a listing that have asynchronous products.
 
     Raises:
-        ValueError: the listing has no life ranges, or they are not where we look for them.
+        ValueError: the listing has no life ranges, or not in the format that is read here.
     """
     found = []
     for name, code in sass.functions(listing).items():
@@ -78,7 +78,7 @@ def look_at(listing: str) -> list[Seen]:
                 for i in sorted(_in_flight(code, following, waits, product))
                 for what, registers in _conflicts(code[product], code[i])
             ]
-            found.append(Seen(kernel, len(products), tuple(hazards)))
+            found.append(KernelHazards(kernel, len(products), tuple(hazards)))
     return found
 
 
@@ -88,7 +88,7 @@ def _in_flight(
     """The lines that can be reached from a product before a wait that covers it."""
     most = 1 + max([wait for wait in waits if wait is not None], default=0)  # commits that need to be told apart
     reached = set()
-    # A wait lets the latest groups go on, so commits are counted from the product's own.
+    # A wait leaves the latest groups pending, so commits are counted from the product's own.
     seen = {(i, int(_commits(code[product]))) for i in following[product]}
     ahead = list(seen)
     while ahead:
@@ -113,16 +113,16 @@ def _conflicts(product: sass.Line, other: sass.Line) -> Iterator[tuple[str, froz
     if common := writes & D:
         if not _is_product(other):
             yield "writes D", common
-        elif writes != D or _shape(other) != _shape(product):  # the same sums go on: in order, by the hardware
+        elif writes != D or _shape(other) != _shape(product):  # the same accumulators: the hardware keeps the order
             yield "overlaps D", common
 
 
 def _registers(line: sass.Line) -> tuple[frozenset[int], frozenset[int]]:
-    """Those that an instruction reads, and those that it writes; of a product A and D."""
+    """The registers that an instruction reads, and those that it writes; of a product A and D."""
     read, written, both = (_marked(line, mark) for mark in "v^x")
     if not _is_product(line):
         return read | both, written | both
-    # A product reads D as well, to add to it: no other may, so that is not told of it. What else it reads is A.
+    # A product reads D as well, to accumulate: no hazard between products, and left out. What else it reads is A.
     D, operands = written | both, _OPERANDS.match(line.text)
     if operands is None or not D or min(D) != int(operands[1]):
         raise ValueError(f"a listing must have nvdisasm's narrow life ranges, got none that fit: {_shown(line)}")
@@ -139,12 +139,12 @@ def _is_product(line: sass.Line) -> bool:
 
 
 def _commits(line: sass.Line) -> bool:
-    """Whether it surely ends a group of products."""
+    """Whether it commits a group of products, unconditionally."""
     return "gsb0" in line.text and _is_product(line) and not line.text.startswith("@")
 
 
 def _groups_left(line: sass.Line) -> int | None:
-    """How many groups a wait lets go on; None: no wait, or not always one."""
+    """How many groups a wait leaves pending (wait_group N); None: no wait, or a conditional one."""
     match = _WAIT.match(line.text)
     return int(match[1], 16) if match else None
 
@@ -158,7 +158,7 @@ def _shown(line: sass.Line) -> str:
     return f"{line.address}: {line.text}"
 
 
-def table(found: Sequence[Seen]) -> str:
+def table(found: Sequence[KernelHazards]) -> str:
     """A line for each kernel, the hazards under it, and the sums."""
     width = max([len(seen.kernel) for seen in found])
     lines = [f"{'kernel'.ljust(width)}  products  hazards"]
@@ -169,18 +169,18 @@ def table(found: Sequence[Seen]) -> str:
     return "\n".join([*lines, f"{len(found)} kernels, {products} asynchronous products, {hazards} hazards"])
 
 
-def look_into_extension(arch: str = "90a") -> list[Seen]:
+def inspect_extension(arch: str = "90a") -> list[KernelHazards]:
     """The kernels with asynchronous products in the extension that is built here.
 
     Raises:
         MissingTool: cuobjdump or nvdisasm is not here, or the extension holds no such kernels.
     """
-    found = look_into(sass.extension(), arch)
+    found = inspect_binary(sass.extension(), arch)
     if not found:
         raise sass.MissingTool(f"the extension holds no kernels with wgmma for sm_{arch}: only sm_90a has it")
     return found
 
 
 def report(arch: str = "90a") -> str:
-    """`look_into_extension` as a table. Raises as it does."""
-    return table(look_into_extension(arch))
+    """`inspect_extension` as a table. Raises as it does."""
+    return table(inspect_extension(arch))

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels in the extension: registers, spills, and which instructions.
+"""Inspects the SASS of the CUDA kernels in the extension: registers, spills, instructions.
 
 `python -m inferix_kernels compile --arch 90a` prints the table. Needs cuobjdump and nvdisasm, which come with CUDA and
 with Triton.
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Tensor cores by type, TMA, and what should not be there: local memory.
+# Tensor-core instructions by type, TMA loads, and local memory, of which there should be none.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
 _KINDS = ("bf16", "f16", "i8f8", "fp8", "wide int8", "wide i8f8", "wide fp8", "wide int4")  # sm90::Kind
 _TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
     registers: int
     stack: int  # bytes
     instructions: Counter[str]
-    highest: dict[str, int]  # register after setmaxnreg, by what it did: inc or dec
+    highest: dict[str, int]  # register after setmaxnreg, by its kind: inc or dec
 
 
 class Line(NamedTuple):
@@ -52,7 +52,7 @@ class Line(NamedTuple):
 
 
 class MissingTool(RuntimeError):
-    """What there is to look at, or to look with, is not here."""
+    """The tool, or the binary that it would inspect, is not here."""
 
 
 def tool(name: str) -> str:
@@ -126,7 +126,7 @@ def functions(listing: str) -> dict[str, list[Line]]:
 
 
 def successors(code: Sequence[Line]) -> list[list[int]]:
-    """For each line of a function those that can follow it: more than really can, where the listing leaves it open."""
+    """For each line of a function those that can follow it: a superset, where the listing does not say."""
     labels = {line.text: i for i, line in enumerate(code) if not line.address}
     behind_calls = [i + 1 for i, line in enumerate(code) if line.opcode.startswith("CALL")]
     following: list[list[int]] = []
@@ -150,7 +150,7 @@ def opcodes(code: Sequence[Line]) -> Counter[str]:
 
 
 def registers_after_setmaxnreg(code: Sequence[Line]) -> dict[str, int]:
-    """The highest register named by what each setmaxnreg of a function leads to: its warps have no others."""
+    """The highest register used after each setmaxnreg of a function: its warps have no others."""
     starts = [i for i, line in enumerate(code) if line.opcode.startswith("USETMAXREG")]
     following = successors(code) if starts else []
     return {

@@ -19,6 +19,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# The longest files by the clock, waiting included: they begin first, so that none of them is left alone at the end.
+# `make test` hands files out in this order.
+LONGEST = (
+    "stream/test_stream_endurance.py",
+    "cuda/test_hopper.py",
+    "benchmarks/test_benchmarks.py",
+    "soak/test_soak_kills.py",
+    "cuda/test_hazards.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    order = {folder / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))  # else they stay as they are
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshot", metavar="FILE", help="where the test of the page keeps a picture of it")
 

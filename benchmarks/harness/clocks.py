@@ -1,4 +1,4 @@
-"""Clock, power and temperature of the GPU, beside every row: a figure at half the clock is no figure of the kernel."""
+"""Clock, power and temperature of the GPU, with every row: a figure at half the clock says nothing about the kernel."""
 
 from __future__ import annotations
 

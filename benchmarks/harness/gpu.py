@@ -167,7 +167,7 @@ class Run:
         self._say(f"{name}: left out: {why}")
 
     def _do(self, stage: Stage, jobs: Sequence[Job], seconds: float) -> None:
-        """Run the jobs side by side, for so many seconds, and keep what came of each as it ends."""
+        """Run the jobs side by side, for at most this many seconds, and keep the outcome of each as it ends."""
         self._say(f"{stage.name}: at most {seconds:.0f} s")
         started = self.clock()
         at_work: dict[Job, Command] = {}

@@ -55,7 +55,7 @@ class Settings:
 
 
 class Machine:
-    """The machine's own speed, measured beside everything else: a copy, which also empties the caches, and matmuls."""
+    """The machine's own speed, measured in the same rounds: a copy, which also empties the caches, and matmuls."""
 
     def __init__(self, device: torch.device, small: bool = False):
         self.device, self.cache = device, timing.cache_bytes(device)

@@ -40,7 +40,7 @@ class Process:
         )
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code; None: it is still at work after so many seconds."""
+        """The exit code; None: it still runs after this many seconds."""
         try:
             return self.process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:

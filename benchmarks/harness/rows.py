@@ -3,7 +3,7 @@
 A document is {"schema": 1, "header": {...}, "rows": [...]}; as .jsonl, its header is the first line and every row one
 more, so that a run can be appended to and read after a crash.
 
-Files are written by inferix_kernels.files, imported where they are: `compare` reads rows beside the kernels of another
+Files are written by inferix_kernels.files, imported where they are: `compare` reads rows next to the kernels of another
 tree, which may not have it.
 """
 

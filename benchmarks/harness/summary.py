@@ -1,4 +1,4 @@
-"""summary.md of a run on a GPU: the figures that were waited for, beside what was predicted of them."""
+"""summary.md of a run on a GPU: the figures that matter most, next to what was predicted of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def target_of(row: Row) -> str:
 
 
 def summary(run: Run) -> str:
-    parts = ["# A run on a GPU" if not run.dry else "# A run acted out on the CPU: no figure here is of a GPU", ""]
+    parts = ["# A run on a GPU" if not run.dry else "# A dry run on the CPU: no figure here is of a GPU", ""]
     path = run.out / "run.jsonl"
     try:
         document = Document.load(path) if path.exists() else None

@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 Sampler = Callable[[], Sample]
-GRAPH_CALLS = 10  # at least so many to a replay, so that its launch is a small part
+GRAPH_CALLS = 10  # at least, per replay, so that its launch is a small part
 
 
 def wall(calls: Sequence[Call]) -> Sampler:
@@ -102,7 +102,7 @@ MAX_COPIES = 32
 
 
 def copies_needed(timer: str, cold: bool, nbytes: int, cache: int) -> int:
-    """So many copies of operands of nbytes that one is out of the cache when its turn comes again."""
+    """How many copies of operands of nbytes to rotate so that each has left the cache when its turn comes again."""
     if timer not in ROTATE or not cold:
         return 1
     return min(MAX_COPIES, max(1, -(-3 * cache // max(nbytes, 1))))

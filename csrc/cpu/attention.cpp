@@ -1,9 +1,8 @@
-// paged_attention and merge_attention on the CPU: tasks, and what a task makes of queries, pages and results. The inner
-// loops are in attention_tile.h.
+// paged_attention and merge_attention on the CPU: tasks, and how a task loads queries, walks its pages and stores rows.
+// The micro-kernels are in attention_tile.h.
 //
-// Keys and values meet the queries in the precision that their pages have: floats in float32, bfloat16 and what is
-// coarser in bfloat16, int8 in int8 with queries and weights of 8 bits too, where the CPU has the instructions. Else
-// all of it is float32.
+// Products are in the precision of the pages: floats in float32, bfloat16 and coarser formats in bfloat16, int8 in int8
+// with queries and weights rounded to 8 bits too, where the CPU has the instructions. Otherwise all of it is float32.
 #include "../attention.h"
 
 #include <algorithm>
@@ -19,7 +18,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
-// A task's query rows share each tile made ready once; their sums should stay in a core's second cache.
+// All query rows of a task use each tile that was packed once; their accumulators should fit the L2 cache.
 constexpr int64_t kRowsPerTask = 256;
 
 // Rows of one segment that read the same KV head: row r is query r / group, query head head * group + r % group.
@@ -41,15 +40,16 @@ int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Queries in, scaled so that scores come out in units of log 2, and the state to start from.
+// Loads the queries, scaled so that scores are in units of log 2, and initialises the online softmax.
 template <typename S>
-INFERIX_INLINE void begin(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns, Workspace& w) {
+INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,
+                                 Workspace& w) {
   const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes, stride = round_up(D, kLanes);
   bool wanted[kArithmetics] = {};
   for (int i = 0; i < p.pools.count; ++i) wanted[arithmetic_of(p.pools.pool[i].k.codec, isa)] = true;
   Column lowest;
   std::fill_n(lowest.lane, kLanes, -kInfinity);
-  w.running.assign(groups, Running{lowest, Column{}});
+  w.running.assign(groups, OnlineSoftmax{lowest, Column{}});
   w.out.assign(groups * out_columns, Column{});
   w.q_scale.assign(p.variants * groups, Column{});
   float *x = w.row.floats((kLanes + 1) * stride), *words = x + stride;  // a row; the words of sixteen
@@ -85,7 +85,7 @@ struct Merge {
     lse = base + std::log(total);
     share_a = weight_a > 0.f ? weight_a / total : 0.f, share_b = weight_b > 0.f ? weight_b / total : 0.f;
   }
-  // A side that saw no key contributes nothing, whatever it holds: 0 * NaN is NaN, so it is chosen away.
+  // A side that saw no key contributes nothing, whatever it holds: 0 * NaN is NaN, hence the selection.
   float join(float a, float b) const {
     return (share_a != 0.f ? a * share_a : 0.f) + (share_b != 0.f ? b * share_b : 0.f);
   }
@@ -93,8 +93,8 @@ struct Merge {
 };
 
 // One row of the result: x[D], to be multiplied with `inverse`.
-INFERIX_INLINE void finish_row(Isa isa, const PagedAttentionParams& p, const RowAddress& at, float mine, float inverse,
-                               float* __restrict x, float* __restrict before) {
+INFERIX_INLINE void store_row(Isa isa, const PagedAttentionParams& p, const RowAddress& at, float mine, float inverse,
+                              float* __restrict x, float* __restrict before) {
   const int64_t D = width(p);
   float& lse = p.lse[at.token * p.query_heads + at.head];
   char* out = static_cast<char*>(p.out.data) + at.element(p.out) * element_bytes(p.out_dtype);
@@ -111,33 +111,33 @@ INFERIX_INLINE void finish_row(Isa isa, const PagedAttentionParams& p, const Row
 }
 
 template <typename S>
-INFERIX_INLINE void finish(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,
-                           Workspace& w) {
+INFERIX_INLINE void store_rows(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,
+                               Workspace& w) {
   float *x = w.row.floats((kLanes + 1) * out_columns), *before = x + kLanes * out_columns;
   for (int64_t row = 0; row < task.rows; ++row) {
     const int64_t group = row / kLanes, lane = row % kLanes;
     for (int64_t d = 0; lane == 0 && d < out_columns; d += kLanes)
       S::transpose(w.out[group * out_columns + d].lane, kLanes, x + d, out_columns);
     const float sum = w.running[group].sum.lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
-    const float lse = (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2 + w.largest_bias;
-    finish_row(isa, p, address(p, task, row), sum == 0.f ? -kInfinity : lse, inverse, x + lane * out_columns, before);
+    const float lse = (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2 + w.max_bias;
+    store_row(isa, p, address(p, task, row), sum == 0.f ? -kInfinity : lse, inverse, x + lane * out_columns, before);
   }
 }
 
 template <typename S, int kBlock, typename Function>
-INFERIX_INLINE void with_kernels(Arithmetic arithmetic, const Function& function) {
+INFERIX_INLINE void with_micro_kernels(Arithmetic arithmetic, const Function& function) {
 #if defined(__x86_64__)
   if constexpr (S::kWidth == 16) {
-    if (arithmetic == kInt8) return function(TileKernels<S, Int8Quads, kBlock>{});
-    if (arithmetic == kBf16) return function(TileKernels<S, Bf16Pairs, kBlock>{});
+    if (arithmetic == kInt8) return function(MicroKernels<S, Int8Quads, kBlock>{});
+    if (arithmetic == kBf16) return function(MicroKernels<S, Bf16Pairs, kBlock>{});
   }
 #endif
-  function(TileKernels<S, Floats<S>, kBlock>{});
+  function(MicroKernels<S, Floats<S>, kBlock>{});
 }
 
-// Of a list's entries that have tokens; 0 if they are all left out. Beside a bias of 1e9 a float32 has no room for a
-// score, and one of -3e38 overflows in units of log 2: so biases count from the largest.
-float largest_bias(const PagedAttentionParams& p, int64_t list) {
+// The largest bias of a list's entries that have tokens; 0 if none is finite. In float32 a score vanishes beside a
+// bias of 1e9, and one of -3e38 overflows in units of log 2: so biases are taken relative to the largest.
+float max_bias(const PagedAttentionParams& p, int64_t list) {
   float largest = -kInfinity;
   for (int64_t i = p.page_indptr[list]; p.page_bias && i < p.page_indptr[list + 1]; ++i)
     if (p.entries.lens[i] > 0) largest = std::max(largest, p.page_bias[i]);
@@ -145,15 +145,15 @@ float largest_bias(const PagedAttentionParams& p, int64_t list) {
 }
 
 template <typename S, int kBlock>
-INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   const int64_t out_columns = round_up(width(p), kLanes);
-  begin<S>(isa, p, task, out_columns, w);
+  load_queries<S>(isa, p, task, out_columns, w);
   alignas(64) Column scores[kTileKeys];
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
   const int64_t groups = static_cast<int64_t>(w.running.size());
-  w.largest_bias = largest_bias(p, list);
+  w.max_bias = max_bias(p, list);
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
-    const float bias = p.page_bias ? (p.page_bias[i] - w.largest_bias) * kLog2E : 0.f;
+    const float bias = p.page_bias ? (p.page_bias[i] - w.max_bias) * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
@@ -162,47 +162,47 @@ INFERIX_INLINE void attend(Isa isa, const PagedAttentionParams& p, const Task& t
     const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
     for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
       const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
-      const TileKeys keys = ready_keys<S>(isa, k_tile, first, count, bias, kBlock, w);
-      const TileValues values = ready_values(isa, v_tile, first, count, w);
+      const TileKeys keys = pack_keys<S>(isa, k_tile, first, count, bias, kBlock, w);
+      const TileValues values = pack_values(isa, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
         const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];
-        Column highest, *out = &w.out[group * out_columns];
-        with_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          highest = kernels.score(keys, q, w.q_scale[first_group + group], scores);
+        Column row_max, *out = &w.out[group * out_columns];
+        with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+          row_max = kernels.qk_product(keys, q, w.q_scale[first_group + group], scores);
         });
-        follow<S>(highest, w.running[group], out, out_columns);
-        with_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          const Column factor = kernels.soften(scores, keys.count, highest, w.running[group]);
-          kernels.add_values(values, scores, factor, out);
+        rescale<S>(row_max, w.running[group], out, out_columns);
+        with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+          const Column factor = kernels.exponentiate(scores, keys.count, row_max, w.running[group]);
+          kernels.pv_product(values, scores, factor, out);
         });
       }
     }
   }
-  finish<S>(isa, p, task, out_columns, w);
+  store_rows<S>(isa, p, task, out_columns, w);
 }
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
 
-// kBlock * kParts sums must fit the registers beside a column: 16 of 32 zmm, 8 of 16 ymm or xmm, 16 of 32 on Arm.
+// kBlock * kParts accumulators and a column must fit the registers: 16 of 32 zmm, 8 of 16 ymm or xmm, 16 of 32 on Arm.
 #if defined(__aarch64__)
 constexpr int kPortableBlock = 4;
 #else
 constexpr int kPortableBlock = 2;
 #endif
 void attend_portable(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend<Simd<4>, kPortableBlock>(isa, p, task, w);
+  attend_task<Simd<4>, kPortableBlock>(isa, p, task, w);
 }
 
 #if defined(__x86_64__)
 INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend<Simd<8>, 4>(isa, p, task, w);
+  attend_task<Simd<8>, 4>(isa, p, task, w);
 }
 
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend<Simd<16>, 16>(isa, p, task, w);
+  attend_task<Simd<16>, 16>(isa, p, task, w);
 }
 
-Attend attend_for(Isa isa) { return choose<Attend>(isa, attend_portable, attend_v3, attend_v4); }
+Attend attend_for(Isa isa) { return dispatch<Attend>(isa, attend_portable, attend_v3, attend_v4); }
 #else
 Attend attend_for(Isa) { return attend_portable; }
 #endif

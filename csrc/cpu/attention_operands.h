@@ -1,4 +1,4 @@
-// What attention's inner loops read: queries, keys and values as words. Included by attention.cpp alone.
+// Packs the operands of attention's micro-kernels: queries, keys and values as words. Included by attention.cpp alone.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -11,7 +11,7 @@ namespace inferix {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Keys and values meet the queries in the precision that their pages have, where the CPU has the instructions.
+// The precision of products: that of the page, where the CPU has the instructions.
 enum Arithmetic { kFloats, kBf16, kInt8, kArithmetics };
 
 inline Arithmetic arithmetic_of(Codec codec, Isa isa) {
@@ -28,16 +28,16 @@ inline int64_t words_of(int64_t D, Arithmetic arithmetic) {
   return round_up(D, kElements[arithmetic]) / kElements[arithmetic];
 }
 
-// What a thread needs for a task; kept between calls, since a task is short.
+// A thread's buffers for a task; kept between calls, since a task is short.
 struct Workspace {
   std::vector<Column> q[kArithmetics];  // [variants][groups][words of a row]; none if no pool wants it
   std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
   std::vector<Column> out;              // [groups][D rounded up to 16]
-  std::vector<Running> running;         // [groups]
-  float largest_bias;                   // of the list: the others count from it
+  std::vector<OnlineSoftmax> running;   // [groups]
+  float max_bias;                       // of the list: the others are relative to it
   Buffer row, k, v, floats, halves;
   alignas(64) float bias[kTileKeys], k_scales[kTileKeys];
-  alignas(64) int32_t start[kTileKeys];
+  alignas(64) int32_t compensation[kTileKeys];
   Buffer v_scales;
 };
 
@@ -73,7 +73,7 @@ inline void copy_rows(const char* from, int64_t from_stride, int64_t count, char
 
 // Tokens first : first + count of a tile of keys.
 template <typename S>
-INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
+INFERIX_INLINE TileKeys pack_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
                                    Workspace& w) {
   const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
   const int64_t D = tile.width, rows = round_up(count, block), words = words_of(D, arithmetic);
@@ -105,8 +105,9 @@ INFERIX_INLINE TileKeys ready_keys(Isa isa, const Tile& tile, int64_t first, int
   if (arithmetic == kInt8) {
     std::fill(w.k_scales + count, w.k_scales + rows, 0.f);
     std::memcpy(w.k_scales, reinterpret_cast<const float*>(tile.scales) + first, count * 4);
-    for (int64_t t = 0; t < rows; ++t) w.start[t] = start_of<S>(keys.rows + t * keys.stride, keys.stride);
-    keys.scales = w.k_scales, keys.start = w.start;
+    for (int64_t t = 0; t < rows; ++t)
+      w.compensation[t] = zero_point_compensation<S>(keys.rows + t * keys.stride, keys.stride);
+    keys.scales = w.k_scales, keys.compensation = w.compensation;
   }
   return keys;
 }
@@ -135,7 +136,7 @@ INFERIX_INLINE void interleave(int64_t count, int64_t width, int64_t stride, con
   }
 }
 
-INFERIX_INLINE TileValues ready_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
+INFERIX_INLINE TileValues pack_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
   const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
   const int64_t D = tile.width, columns = round_up(D, kLanes);
   const int64_t steps = words_of(count, arithmetic);

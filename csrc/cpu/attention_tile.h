@@ -1,9 +1,10 @@
-// Attention of sixteen query rows to a tile of keys: the inner loops.
+// The micro-kernels: attention of sixteen query rows to a tile of keys.
 //
-// Sixteen query rows lie side by side in a vector register. Keys and values are then read in the order they are
-// stored, one scalar at a time for all sixteen rows; the softmax over keys needs no sum across a register; and what a
-// row gets does not depend on its neighbours. The scalar is a word of 32 bits: a float32, two bfloat16 or four int8
-// numbers, multiplied with as many of each row and summed by one instruction that reads it from memory.
+// Sixteen query rows lie side by side in the lanes of a vector register. Keys and values are then read in the order
+// they are stored, one scalar at a time, broadcast to all sixteen rows; the softmax over keys needs no sum across a
+// register; and what a row gets does not depend on its neighbours. The scalar is a word of 32 bits: a float32, two
+// bfloat16 or four int8 numbers, multiplied with as many of each row and summed by one instruction that reads it from
+// memory.
 #pragma once
 #include <cstring>
 
@@ -47,9 +48,9 @@ struct Int8Quads {
 };
 #endif
 
-// What int8 sums begin with: bytes of queries are 128 too large.
+// Queries are stored as unsigned bytes with a zero point of 128: sums of int8 products begin with what corrects that.
 template <typename S>
-INFERIX_INLINE int32_t start_of(const char* codes, int64_t count) {
+INFERIX_INLINE int32_t zero_point_compensation(const char* codes, int64_t count) {
   int32_t sum = 0;
   int64_t i = 0;
 #if defined(__x86_64__)
@@ -66,13 +67,13 @@ INFERIX_INLINE int32_t start_of(const char* codes, int64_t count) {
   return -128 * sum;
 }
 
-// A tile of keys, in words: a row for each key. Their number is a multiple of the block; those past the last key have a bias of
-// -inf.
+// A tile of keys, in words: a row for each key. Their number is a multiple of the block; those past the last key have a
+// bias of -inf.
 struct TileKeys {
   const char* rows;
   int64_t stride, words, count;  // in bytes; words of a row; rows
   const float *bias, *scales;    // [count]  added to scores; int8: multiplies them, else null
-  const int32_t* start;          // [count]  int8: what sums begin with, to make up for unsigned queries
+  const int32_t* compensation;   // [count]  int8: of the queries' zero point
 };
 
 // A tile of values, in words: word (step, channel) holds kElements keys' numbers of one channel.
@@ -82,22 +83,23 @@ struct TileValues {
   const float* scales;           // [width]  int8, else null
 };
 
-// The softmax so far of sixteen rows.
-struct Running {
+// The online softmax so far of sixteen rows.
+struct OnlineSoftmax {
   Column base;  // scores are exponentiated relative to it, in units of log 2
   Column sum;   // of 2^(score - base)
 };
 
-// A row's base follows its largest score only when that is exceeded 2^8 times: seldom, so that sums need no rescaling.
+// A row's base is raised to its largest score only when that exceeds it by more than 8, a factor of 2^8: seldom, so
+// that sums are seldom rescaled.
 constexpr float kHeadroom = 8.f;
 
 template <typename S, typename A, int kBlock>
-struct TileKernels {
+struct MicroKernels {
   using Lanes = typename S::Lanes;
   using Sum = typename A::Sum;
   static constexpr bool kInteger = A::kElements == 4;
 
-  // A sum for each row of a block, in registers.
+  // An accumulator for each row of a block, in registers.
   struct Sums {
     Sum of[kBlock * S::kParts];
   };
@@ -118,14 +120,14 @@ struct TileKernels {
   }
 
   // scores[key] = k[key] . q + bias for each of sixteen queries; returns the largest of each.
-  INFERIX_INLINE static Column score(const TileKeys& k, const Column* q, const Column& q_scale, Column* scores) {
-    Column highest;
-    for (int part = 0; part < S::kParts; ++part) S::part(highest, part) = Lanes{} - __builtin_inff();
+  INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column& q_scale, Column* scores) {
+    Column row_max;
+    for (int part = 0; part < S::kParts; ++part) S::part(row_max, part) = Lanes{} - __builtin_inff();
     for (int64_t first = 0; first < k.count; first += kBlock) {
       Sums sums;
       each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
         if constexpr (kInteger)
-          sums.of[j] = Sum{} + k.start[first + row];
+          sums.of[j] = Sum{} + k.compensation[first + row];
         else
           sums.of[j] = Sum{} + k.bias[first + row];
       });
@@ -147,29 +149,31 @@ struct TileKernels {
           result = sums.of[j];
         }
         S::part(scores[first + row], part) = result;
-        S::part(highest, part) = S::larger(result, S::part(highest, part));
+        S::part(row_max, part) = S::max(result, S::part(row_max, part));
       });
     }
-    return highest;
+    return row_max;
   }
 
-  // Scores become weights, in words of kElements keys. Returns what the tile's sums of int8 values are multiplied with.
-  INFERIX_INLINE static Column soften(Column* scores, int64_t count, const Column& highest, Running& running) {
+  // Scores become weights, in words of kElements keys. Returns the factor of the tile's sums of int8 values.
+  INFERIX_INLINE static Column exponentiate(Column* scores, int64_t count, const Column& row_max,
+                                            OnlineSoftmax& running) {
     Column factor;
     for (int part = 0; part < S::kParts; ++part) {
       Lanes& total = S::part(running.sum, part);
       if constexpr (kInteger) {
-        const Lanes top = S::part(highest, part), ratio = S::exp2(top - S::part(running.base, part));
+        const Lanes top = S::part(row_max, part), ratio = S::exp2(top - S::part(running.base, part));
         Lanes sum = {};
-        for (int64_t key = 0; key < count; key += 4) S::part(scores[key / 4], part) = bytes(scores + key, top, sum);
+        for (int64_t key = 0; key < count; key += 4)
+          S::part(scores[key / 4], part) = weight_bytes(scores + key, top, sum);
         total += sum * ratio;
         S::part(factor, part) = ratio * (1.f / 255.f);
       } else {
         const Lanes base = S::part(running.base, part);
         for (int64_t key = 0; key < count; key += A::kElements) {
           if constexpr (A::kElements == 2) {
-            const Lanes even = S::template exp2_short<4>(S::part(scores[key], part) - base),
-                        odd = S::template exp2_short<4>(S::part(scores[key + 1], part) - base);
+            const Lanes even = S::template exp2_approx<4>(S::part(scores[key], part) - base),
+                        odd = S::template exp2_approx<4>(S::part(scores[key + 1], part) - base);
             total += even + odd;
             S::part(scores[key / 2], part) = S::bf16_pair(even, odd);
           } else {
@@ -184,7 +188,7 @@ struct TileKernels {
   }
 
   // out[d] += factor * scales[d] * sum over keys of weights[key] * v[key][d]
-  INFERIX_INLINE static void add_values(const TileValues& v, const Column* weights, const Column& factor, Column* out) {
+  INFERIX_INLINE static void pv_product(const TileValues& v, const Column* weights, const Column& factor, Column* out) {
     for (int64_t first = 0; first < v.width; first += kBlock) {
       Sums sums;
       each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
@@ -206,12 +210,12 @@ struct TileKernels {
   }
 
  private:
-  // Weights of four keys, in 255ths of the largest, a byte each. 2^23 more, a sum's last place is worth 1.
-  INFERIX_INLINE static Lanes bytes(const Column* scores, const Lanes& top, Lanes& sum) {
+  // Weights of four keys, in 255ths of the largest, a byte each. In a float of 2^23 and more the last place is worth 1.
+  INFERIX_INLINE static Lanes weight_bytes(const Column* scores, const Lanes& top, Lanes& sum) {
     typename S::IntLanes code[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const Lanes weight = S::template exp2_short<3>(S::part(scores[i], 0) - top);
+      const Lanes weight = S::template exp2_approx<3>(S::part(scores[i], 0) - top);
       sum += weight;
       code[i] = (typename S::IntLanes)(weight * 255.f + 0x1p23f);
     }
@@ -219,22 +223,22 @@ struct TileKernels {
   }
 };
 
-// Before a tile's weights are summed: moves the base of rows whose scores have outgrown it.
+// Before a tile's weights are summed: raises the base of rows whose scores exceed it, and rescales their sums.
 template <typename S>
-INFERIX_INLINE void follow(const Column& highest, Running& running, Column* out, int64_t width) {
-  Column shrink;
+INFERIX_INLINE void rescale(const Column& row_max, OnlineSoftmax& running, Column* out, int64_t width) {
+  Column alpha;
   bool moved = false;
   for (int part = 0; part < S::kParts; ++part) {
-    const typename S::Lanes base = S::part(running.base, part), top = S::part(highest, part);
-    const auto outgrown = top > base + kHeadroom;
-    S::part(shrink, part) = outgrown ? S::exp2(base - top) : typename S::Lanes{} + 1.f;
-    S::part(running.base, part) = outgrown ? top : base;
+    const typename S::Lanes base = S::part(running.base, part), top = S::part(row_max, part);
+    const auto exceeded = top > base + kHeadroom;
+    S::part(alpha, part) = exceeded ? S::exp2(base - top) : typename S::Lanes{} + 1.f;
+    S::part(running.base, part) = exceeded ? top : base;
   }
-  for (int lane = 0; lane < kLanes; ++lane) moved |= shrink.lane[lane] != 1.f;
+  for (int lane = 0; lane < kLanes; ++lane) moved |= alpha.lane[lane] != 1.f;
   if (!moved) return;
-  for (int part = 0; part < S::kParts; ++part) S::part(running.sum, part) *= S::part(shrink, part);
+  for (int part = 0; part < S::kParts; ++part) S::part(running.sum, part) *= S::part(alpha, part);
   for (int64_t d = 0; d < width; ++d)
-    for (int part = 0; part < S::kParts; ++part) S::part(out[d], part) *= S::part(shrink, part);
+    for (int part = 0; part < S::kParts; ++part) S::part(out[d], part) *= S::part(alpha, part);
 }
 
 }  // namespace inferix

@@ -118,7 +118,7 @@ INFERIX_KERNELS(portable, )
 #if defined(__x86_64__)
 INFERIX_KERNELS(v3, INFERIX_V3)
 INFERIX_KERNELS(v4, INFERIX_V4)
-Kernels kernels(Isa isa) { return *choose(isa, &portable, &v3, &v4); }
+Kernels kernels(Isa isa) { return *dispatch(isa, &portable, &v3, &v4); }
 #else
 Kernels kernels(Isa) { return portable; }
 #endif

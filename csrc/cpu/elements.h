@@ -54,7 +54,7 @@ INFERIX_INLINE float to_float(E4m3 x) {
 // The float with this magnitude, to the nearest with kMantissa bits, halves to even: its exponent and mantissa fields,
 // still with the bias of float32.
 template <int kMantissa>
-INFERIX_INLINE uint32_t shortened(uint32_t magnitude) {
+INFERIX_INLINE uint32_t round_mantissa(uint32_t magnitude) {
   constexpr int kDropped = 23 - kMantissa;
   return (magnitude + ((1u << (kDropped - 1)) - 1) + ((magnitude >> kDropped) & 1)) >> kDropped;
 }
@@ -70,12 +70,12 @@ template <> INFERIX_INLINE float from_float<float>(float x) { return x; }
 // A NaN stays one: rounding up its mantissa could carry it to infinity.
 template <> INFERIX_INLINE Bf16 from_float<Bf16>(float x) {
   const uint32_t bits = bits_of(x), m = bits & 0x7fffffff;
-  const uint32_t rounded = shortened<7>(m) | (bits >> 16 & 0x8000);
+  const uint32_t rounded = round_mantissa<7>(m) | (bits >> 16 & 0x8000);
   return {static_cast<uint16_t>(m > 0x7f800000 ? 0x7fc0 : rounded)};
 }
 template <> INFERIX_INLINE Half from_float<Half>(float x) {
   const uint32_t bits = bits_of(x), m = bits & 0x7fffffff;
-  const uint32_t normal = std::min(shortened<10>(std::min(m, 0x47800000u)) - ((127 - 15) << 10), 0x7c00u);
+  const uint32_t normal = std::min(round_mantissa<10>(std::min(m, 0x47800000u)) - ((127 - 15) << 10), 0x7c00u);
   const uint32_t rounded = m < 0x38800000 ? steps_of(m, 0x1p-24f) : m > 0x7f800000 ? 0x7e00 : normal;
   return {static_cast<uint16_t>(rounded | (bits >> 16 & 0x8000))};
 }

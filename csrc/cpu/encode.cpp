@@ -11,9 +11,9 @@ namespace {
 //
 // One step of Newton with an exact remainder gives the rounded quotient, except where a / b lies within 2^-22 units in
 // the last place of the middle between two floats. Where it matters which of the two, one of them being halfway between
-// two codes, all such a and b were enumerated: none comes out wrong (tests/ops/test_kv_pages.py has them). With a b of 11
-// bits, as of 4-bit codes, no quotient lies so close. Quotients too small for an exact remainder are far below half a
-// code.
+// two codes, all such a and b were enumerated: none comes out wrong (tests/ops/test_kv_pages.py has them). With a b of
+// 11 bits, as of 4-bit codes, no quotient lies so close. Quotients too small for an exact remainder are far below half
+// a code.
 template <bool kFma>
 INFERIX_INLINE float quotient(float a, float b, float inverse) {
   if constexpr (!kFma) return a / b;
@@ -268,7 +268,7 @@ INFERIX_V4 void encode_v4(const Tile& to, const float* x, int64_t stride, int64_
   encode_any<true, 64>(to, x, stride, length, ahead);
 }
 
-Encode encode_for(Isa isa) { return choose<Encode>(isa, encode_portable, encode_v3, encode_v4); }
+Encode encode_for(Isa isa) { return dispatch<Encode>(isa, encode_portable, encode_v3, encode_v4); }
 #else
 #if defined(__ARM_FEATURE_FMA)
 constexpr bool kHasFma = true;

@@ -16,7 +16,7 @@ char* row_of(const Rows& rows, DType dtype, int64_t token, int64_t head) {
   return static_cast<char*>(rows.data) + (token * rows.token_stride + head * rows.head_stride) * element_bytes(dtype);
 }
 
-// Decoded tokens on their way, one side at a time; each thread keeps its own.
+// Decoded tokens, the keys or the values at a time; each thread keeps its own.
 Buffer& buffer() {
   thread_local Buffer mine;
   return mine;

@@ -1,7 +1,7 @@
 // quantize_rows and linear on the CPU.
 //
-// linear is the score loop of attention: weight rows are the keys, sixteen rows of x the queries. Its sums are scaled
-// afterwards, row by row, so that int8 gives the bits of the formula at every level of instructions.
+// linear is the q . k micro-kernel of attention: weight rows are the keys, sixteen rows of x the queries. Its sums are
+// scaled in the epilogue, row by row, so that int8 gives the bits of the formula with every instruction set.
 #include "../linear.h"
 
 #include <algorithm>
@@ -77,7 +77,7 @@ INFERIX_INLINE void prepare(const QuantizeRowsParams& p, int64_t row, float* __r
 }
 
 constexpr int64_t kRowsPerTask = 128;
-// Of so many products of int8 codes a float32 holds every sum: what levels without integer dot products use.
+// float32 holds the sum of this many products of int8 codes exactly: for instruction sets without integer dot products.
 constexpr int64_t kExactTerms = 1024;
 
 enum class Words { floats, bf16, int8 };
@@ -87,13 +87,13 @@ Words words_of(Codec codec, Isa isa) {
   return isa >= Isa::avx512_bf16 ? Words::bf16 : Words::floats;  // e4m3 is exact in bfloat16
 }
 
-// x and the weight as the score loop reads them.
+// x and the weight, packed for the micro-kernel.
 struct Operands {
   Words words;
   int64_t row_words;             // to a row
   std::vector<Column> x;         // [ceil(M / 16)][row_words]
   std::vector<int32_t> weight;   // [N rounded up to 16][row_words]; empty if read in place
-  std::vector<int32_t> start;    // [N rounded up to 16]  int8
+  std::vector<int32_t> compensation;  // [N rounded up to 16]  int8: of x's zero point
   const char* weight_rows;
 };
 
@@ -115,7 +115,7 @@ INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const 
 
 // Sixteen rows of x, or as many as there are, side by side.
 template <typename S>
-INFERIX_INLINE void ready_x(Isa isa, const LinearParams& p, int64_t group, Operands& o) {
+INFERIX_INLINE void pack_x(Isa isa, const LinearParams& p, int64_t group, Operands& o) {
   const int64_t stride = (o.row_words + kLanes - 1) / kLanes * kLanes, first = group * kLanes;
   thread_local std::vector<int32_t> words;
   words.assign(kLanes * stride, 0);
@@ -128,29 +128,29 @@ INFERIX_INLINE void ready_x(Isa isa, const LinearParams& p, int64_t group, Opera
   }
 }
 
-// A row of the weight, and what its sums begin with.
+// A row of the weight, and its zero-point compensation.
 template <typename S>
-INFERIX_INLINE void ready_weight(Isa isa, const LinearParams& p, int64_t n, Operands& o) {
+INFERIX_INLINE void pack_weight(Isa isa, const LinearParams& p, int64_t n, Operands& o) {
   const char* codes = static_cast<const char*>(p.weight) + n * p.K;
   if (!o.weight.empty()) row_to_words(o, isa, p.codec, codes, p.K, false, &o.weight[n * o.row_words]);
-  if (o.words == Words::int8) o.start[n] = start_of<S>(codes, p.K);
+  if (o.words == Words::int8) o.compensation[n] = zero_point_compensation<S>(codes, p.K);
 }
 
 template <typename S, int kBlock, typename Function>
-INFERIX_INLINE void with_kernels(Words words, const Function& function) {
+INFERIX_INLINE void with_micro_kernels(Words words, const Function& function) {
 #if defined(__x86_64__)
   if constexpr (S::kWidth == 16) {
-    if (words == Words::int8) return function(TileKernels<S, Int8Quads, kBlock>{});
-    if (words == Words::bf16) return function(TileKernels<S, Bf16Pairs, kBlock>{});
+    if (words == Words::int8) return function(MicroKernels<S, Int8Quads, kBlock>{});
+    if (words == Words::bf16) return function(MicroKernels<S, Bf16Pairs, kBlock>{});
   }
 #endif
-  function(TileKernels<S, Floats<S>, kBlock>{});
+  function(MicroKernels<S, Floats<S>, kBlock>{});
 }
 
 // sums[n] = x . weight row first + n, for sixteen rows of x.
 template <typename S, int kBlock>
-INFERIX_INLINE void dots(const LinearParams& p, const Operands& o, int64_t group, int64_t first, int64_t count,
-                         Column* sums) {
+INFERIX_INLINE void dot_products(const LinearParams& p, const Operands& o, int64_t group, int64_t first, int64_t count,
+                                 Column* sums) {
   alignas(64) float zeros[kTileKeys] = {}, ones[kTileKeys];
   std::fill_n(ones, kTileKeys, 1.f);
   Column unit;
@@ -160,22 +160,22 @@ INFERIX_INLINE void dots(const LinearParams& p, const Operands& o, int64_t group
   const bool split = o.words == Words::floats && p.codec == Codec::i8_token && p.K > kExactTerms;
   const int64_t step = split ? kExactTerms : o.row_words;
   alignas(64) Column part[kTileKeys];
-  int32_t whole[kTileKeys][kLanes] = {};
+  int32_t exact_sums[kTileKeys][kLanes] = {};
   for (int64_t k = 0; k < o.row_words; k += step) {
     const TileKeys keys{rows + k * 4, o.row_words * 4, std::min(step, o.row_words - k), count, zeros, ones,
-                        o.start.data() + first};
-    with_kernels<S, kBlock>(o.words, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-      kernels.score(keys, x + k, unit, split ? part : sums);
+                        o.compensation.data() + first};
+    with_micro_kernels<S, kBlock>(o.words, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+      kernels.qk_product(keys, x + k, unit, split ? part : sums);
     });
     for (int64_t n = 0; split && n < count; ++n)
-      for (int lane = 0; lane < kLanes; ++lane) whole[n][lane] += static_cast<int32_t>(part[n].lane[lane]);
+      for (int lane = 0; lane < kLanes; ++lane) exact_sums[n][lane] += static_cast<int32_t>(part[n].lane[lane]);
   }
   for (int64_t n = 0; split && n < count; ++n)
-    for (int lane = 0; lane < kLanes; ++lane) sums[n].lane[lane] = float(whole[n][lane]);
+    for (int lane = 0; lane < kLanes; ++lane) sums[n].lane[lane] = float(exact_sums[n][lane]);
 }
 
-// Everything after the sums, for `count` elements of one row.
-INFERIX_INLINE void finish(Isa isa, const LinearParams& p, int64_t m, int64_t n, int64_t count, float* __restrict y) {
+// Scales, bias, activation, gate and residual of `count` elements of one row.
+INFERIX_INLINE void epilogue(Isa isa, const LinearParams& p, int64_t m, int64_t n, int64_t count, float* __restrict y) {
   for (int64_t i = 0; i < count; ++i) y[i] *= p.x_scales[m] * p.weight_scales[n + i];
   if (p.bias)
     for (int64_t i = 0; i < count; ++i) y[i] += p.bias[n + i];
@@ -200,38 +200,38 @@ INFERIX_INLINE void multiply(Isa isa, const LinearParams& p, const Operands& o, 
   alignas(64) Column sums[kTileKeys];
   alignas(64) float y[kLanes][kTileKeys];
   for (int64_t group = first_row; group < end_row; group += kLanes) {
-    dots<S, kBlock>(p, o, group / kLanes, first, rows, sums);
+    dot_products<S, kBlock>(p, o, group / kLanes, first, rows, sums);
     for (int64_t n = 0; n < rows; n += kLanes) S::transpose(sums[n].lane, kLanes, &y[0][n], kTileKeys);
-    for (int64_t m = group; m < std::min(end_row, group + kLanes); ++m) finish(isa, p, m, first, count, y[m - group]);
+    for (int64_t m = group; m < std::min(end_row, group + kLanes); ++m) epilogue(isa, p, m, first, count, y[m - group]);
   }
 }
 
 struct Kernels {
   void (*prepare_row)(const QuantizeRowsParams&, int64_t, float*);
-  void (*ready_x)(Isa, const LinearParams&, int64_t, Operands&);
-  void (*ready_weight)(Isa, const LinearParams&, int64_t, Operands&);
-  void (*multiply_tile)(Isa, const LinearParams&, const Operands&, int64_t, int64_t, int64_t);
+  void (*pack_x)(Isa, const LinearParams&, int64_t, Operands&);
+  void (*pack_weight)(Isa, const LinearParams&, int64_t, Operands&);
+  void (*linear_tile)(Isa, const LinearParams&, const Operands&, int64_t, int64_t, int64_t);
 };
 
 #define INFERIX_KERNELS(level, target, width, block)                                                                  \
   target void prepare_##level(const QuantizeRowsParams& p, int64_t row, float* y) { prepare(p, row, y); }             \
-  target void ready_x_##level(Isa isa, const LinearParams& p, int64_t group, Operands& o) {                           \
-    ready_x<Simd<width>>(isa, p, group, o);                                                                           \
+  target void pack_x_##level(Isa isa, const LinearParams& p, int64_t group, Operands& o) {                            \
+    pack_x<Simd<width>>(isa, p, group, o);                                                                            \
   }                                                                                                                   \
-  target void ready_weight_##level(Isa isa, const LinearParams& p, int64_t n, Operands& o) {                          \
-    ready_weight<Simd<width>>(isa, p, n, o);                                                                             \
+  target void pack_weight_##level(Isa isa, const LinearParams& p, int64_t n, Operands& o) {                           \
+    pack_weight<Simd<width>>(isa, p, n, o);                                                                           \
   }                                                                                                                   \
   target void multiply_##level(Isa isa, const LinearParams& p, const Operands& o, int64_t first_row, int64_t end_row, \
                                int64_t first) {                                                                       \
     multiply<Simd<width>, block>(isa, p, o, first_row, end_row, first);                                               \
   }                                                                                                                   \
-  constexpr Kernels level{prepare_##level, ready_x_##level, ready_weight_##level, multiply_##level};
+  constexpr Kernels level{prepare_##level, pack_x_##level, pack_weight_##level, multiply_##level};
 
 INFERIX_KERNELS(portable, , 4, 2)
 #if defined(__x86_64__)
 INFERIX_KERNELS(v3, INFERIX_V3, 8, 4)
 INFERIX_KERNELS(v4, INFERIX_V4, 16, 16)
-Kernels kernels(Isa isa) { return *choose(isa, &portable, &v3, &v4); }
+Kernels kernels(Isa isa) { return *dispatch(isa, &portable, &v3, &v4); }
 #else
 Kernels kernels(Isa) { return portable; }
 #endif
@@ -244,16 +244,16 @@ Operands operands(const LinearParams& p, const Cpu& cpu) {
   const int64_t elements = o.words == Words::int8 ? 4 : o.words == Words::bf16 ? 2 : 1;
   o.row_words = (p.K + elements - 1) / elements;
   o.x.resize(groups * o.row_words);
-  o.start.resize(blocks * kLanes);
+  o.compensation.resize(blocks * kLanes);
   o.weight_rows = static_cast<const char*>(p.weight);
   if (o.words != Words::int8 || p.K % 4 || p.N % kLanes) {
     o.weight.resize(blocks * kLanes * o.row_words);
     o.weight_rows = reinterpret_cast<const char*>(o.weight.data());
   }
-  parallel_for(cpu.threads, groups, [&](int64_t group) { level.ready_x(cpu.isa, p, group, o); });
+  parallel_for(cpu.threads, groups, [&](int64_t group) { level.pack_x(cpu.isa, p, group, o); });
   parallel_for(cpu.threads, blocks, [&](int64_t block) {
     for (int64_t n = block * kLanes; n < std::min(p.N, (block + 1) * kLanes); ++n)
-      level.ready_weight(cpu.isa, p, n, o);
+      level.pack_weight(cpu.isa, p, n, o);
   });
   return o;
 }
@@ -285,11 +285,11 @@ void linear_cpu(const LinearParams& p, const Cpu& cpu) {
     return;
   }
   const Operands o = operands(p, cpu);
-  const auto multiply_tile = kernels(cpu.isa).multiply_tile;
+  const auto linear_tile = kernels(cpu.isa).linear_tile;
   const int64_t tiles = (p.N + kTileKeys - 1) / kTileKeys, shares = (p.M + kRowsPerTask - 1) / kRowsPerTask;
   parallel_for(cpu.threads, shares * tiles, [&](int64_t task) {
     const int64_t first = task / tiles * kRowsPerTask;
-    multiply_tile(cpu.isa, p, o, first, std::min(p.M, first + kRowsPerTask), task % tiles * kTileKeys);
+    linear_tile(cpu.isa, p, o, first, std::min(p.M, first + kRowsPerTask), task % tiles * kTileKeys);
   });
 }
 

@@ -1,4 +1,4 @@
-// What norms have in common.
+// Layer norm and RMS norm.
 #pragma once
 #include <cmath>
 #include <cstdint>

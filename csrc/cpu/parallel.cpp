@@ -10,7 +10,7 @@
 namespace inferix {
 namespace {
 
-// About 20 us of looking for the next job before a worker sleeps: kernels of one layer follow each other closely,
+// A worker spins about 20 us for the next job before it sleeps: kernels of one layer follow each other closely,
 // but torch's own threads want the core in between.
 constexpr int kSpins = 400;
 
@@ -22,11 +22,11 @@ inline void pause() {
 #endif
 }
 
-class Pool {
+class ThreadPool {
  public:
   void run(int threads, int64_t tasks, void (*task)(const void*, int64_t), const void* context) {
     std::unique_lock<std::mutex> one_job(running_, std::try_to_lock);
-    // Another Python thread is in here: its workers have the cores, so do the work alone.
+    // Another Python thread runs a job: its workers have the cores, so this thread works alone.
     if (!one_job || threads <= 1 || tasks <= 1) {
       for (int64_t i = 0; i < tasks; ++i) task(context, i);
       return;
@@ -85,11 +85,11 @@ class Pool {
 };
 
 // Never destroyed: workers may still be asleep in it when the process ends.
-Pool* pool() {
-  static std::atomic<Pool*> instance{[] {
+ThreadPool* thread_pool() {
+  static std::atomic<ThreadPool*> instance{[] {
     // A forked child has none of our threads: it starts over with a new pool.
-    pthread_atfork(nullptr, nullptr, [] { instance.store(new Pool); });
-    return new Pool;
+    pthread_atfork(nullptr, nullptr, [] { instance.store(new ThreadPool); });
+    return new ThreadPool;
   }()};
   return instance.load();
 }
@@ -97,7 +97,7 @@ Pool* pool() {
 }  // namespace
 
 void parallel_run(int threads, int64_t tasks, void (*task)(const void*, int64_t), const void* context) {
-  pool()->run(threads, tasks, task, context);
+  thread_pool()->run(threads, tasks, task, context);
 }
 
 }  // namespace inferix

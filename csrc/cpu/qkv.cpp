@@ -63,7 +63,7 @@ void prepare_portable(const QkvPrologueParams& p, int64_t token, float* x) { pre
 INFERIX_V3 void prepare_v3(const QkvPrologueParams& p, int64_t token, float* x) { prepare(p, token, x); }
 INFERIX_V4 void prepare_v4(const QkvPrologueParams& p, int64_t token, float* x) { prepare(p, token, x); }
 
-Prepare prepare_for(Isa isa) { return choose<Prepare>(isa, prepare_portable, prepare_v3, prepare_v4); }
+Prepare prepare_for(Isa isa) { return dispatch<Prepare>(isa, prepare_portable, prepare_v3, prepare_v4); }
 #else
 Prepare prepare_for(Isa) { return prepare_portable; }
 #endif
@@ -78,7 +78,7 @@ void qkv_prologue_cpu(const QkvPrologueParams& p, const Cpu& cpu) {
   const Prepare prepare_token = prepare_for(cpu.isa);
   parallel_for(cpu.threads, p.where.n, [&](int64_t entry) {
     const int64_t length = p.where.lens[entry];
-    // Keys and values wait until their page is whole; what a token is made of stays in the first cache meanwhile.
+    // Keys and values are buffered until their page is complete; a token's row stays in the L1 cache meanwhile.
     thread_local Buffer buffer;
     float *x = buffer.floats(width + length * 2 * k_size), *rows = x + width;
     for (int64_t t = 0; t < length; ++t) {

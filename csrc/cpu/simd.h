@@ -18,13 +18,13 @@ namespace inferix {
 #define INFERIX_SHUFFLE(Indices, a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
 #endif
 
-// A kernel is compiled for three generations of x86, of which one is chosen at run time. Elsewhere there is one.
+// A kernel is compiled for three generations of x86 and dispatched at run time. Elsewhere there is one.
 #if defined(__x86_64__)
 #define INFERIX_V3 __attribute__((target("arch=x86-64-v3")))
 #define INFERIX_V4 __attribute__((target("arch=x86-64-v4")))
 
 template <typename Kernel>
-Kernel choose(Isa isa, Kernel portable, Kernel v3, Kernel v4) {
+Kernel dispatch(Isa isa, Kernel portable, Kernel v3, Kernel v4) {
   return isa >= Isa::avx512 ? v4 : isa >= Isa::avx2 ? v3 : portable;
 }
 #endif
@@ -46,7 +46,7 @@ struct alignas(4 * kLanes) Column {
 };
 
 // The instruction set's view of a column: kParts registers of kWidth floats. A vector type wider than the registers
-// would do in its place, but GCC then keeps sums in memory, ten times slower.
+// would be simpler, but GCC then keeps accumulators in memory, ten times slower.
 template <int kRegisterWidth>
 struct Simd {
   static constexpr int kWidth = kRegisterWidth, kParts = kLanes / kWidth;
@@ -84,7 +84,7 @@ struct Simd {
   }
 
   // a > b ? a : b. One instruction, for which GCC 12 takes two.
-  INFERIX_INLINE static Lanes larger(const Lanes& a, const Lanes& b) {
+  INFERIX_INLINE static Lanes max(const Lanes& a, const Lanes& b) {
 #if defined(__x86_64__)
     if constexpr (kWidth == 16) {
       Lanes most;
@@ -98,7 +98,7 @@ struct Simd {
   // 2^x, within 2 units in the last place; 0 below 2^-126, NaN for NaN. x at most 127.
   INFERIX_INLINE static Lanes exp2(const Lanes& x_in) {
     const Lanes lowest = Lanes{} - 127.f;
-    const Lanes x = larger(lowest, x_in);  // this way round a NaN passes
+    const Lanes x = max(lowest, x_in);  // this way round a NaN passes
     const Lanes shifted = x + 12582912.f;           // 1.5 * 2^23: the integer part lands in the low mantissa bits
     const Lanes f = x - (shifted - 12582912.f);     // [-1/2, 1/2]
     // Least relative error over [-1/2, 1/2], degree 6: 2.7e-9.
@@ -114,10 +114,10 @@ struct Simd {
 
   // The same within 7.5e-5 (degree 3) or 2.6e-6 (degree 4), for numbers that are rounded afterwards; at least 2^-120.
   template <int kDegree>
-  INFERIX_INLINE static Lanes exp2_short(const Lanes& x_in) {
+  INFERIX_INLINE static Lanes exp2_approx(const Lanes& x_in) {
     static_assert(kDegree == 3 || kDegree == 4);
     const Lanes lowest = Lanes{} - 120.f;
-    const Lanes x = larger(lowest, x_in);
+    const Lanes x = max(lowest, x_in);
     const Lanes shifted = x + 12582912.f;
     const Lanes f = x - (shifted - 12582912.f);
     Lanes p;

@@ -258,7 +258,7 @@ INFERIX_DEVICE float exp_approx(float x) { return exp2_approx(x * kLog2E); }
 // lse is over these keys; the epilogue's is over both.
 INFERIX_DEVICE RowEpilogue row_epilogue(const AttentionArgs& p, int64_t query, int head, float lse) {
   RowEpilogue epilogue{1.f, 0.f, lse, query * p.from.token_stride + head * p.from.head_stride,
-                query * p.out.token_stride + head * p.out.head_stride, query * p.heads * p.group + head};
+                       query * p.out.token_stride + head * p.out.head_stride, query * p.heads * p.group + head};
   if (!p.from.data) return epilogue;
   const float before = p.lse[epilogue.lse_at], highest = fmax(before, lse), base = highest == -INFINITY ? 0.f : highest;
   const float a = exp_approx(before - base), b = exp_approx(lse - base), total = a + b;

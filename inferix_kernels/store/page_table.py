@@ -1,4 +1,4 @@
-"""One world's page table, and the passes that read and write through it.
+"""One world's page table, and the passes that read and write through it. Long because half of it is docstrings.
 
     block = table.open_block(frames=3)                     # evicts by table edit
     noisy = table.plan([block], rope=...)                  # once per block: page lists for all layers and steps

@@ -27,7 +27,7 @@ class OutOfPages(RuntimeError):
         >>> table.seal(block)
         >>> table.plan([block := table.open_block(1)], commit=block)
         Traceback (most recent call last):
-        inferix_kernels.store.slots.OutOfPages: int8 pool on the device: 1 frames (...) asked for, 1 of 1 are held ...
+        inferix_kernels...OutOfPages: int8 pool on the device: 1 frames (...) asked for, 1 of 1 are held and 0 free
     """
 
 
@@ -44,7 +44,7 @@ class NotResident(RuntimeError):
         >>> store.settle()  # the copy has landed
         >>> table.gather(0, [0])
         Traceback (most recent call last):
-        inferix_kernels.store.slots.NotResident: frames [0] are in host memory: call prefetch([0]) before the ...
+        inferix_kernels...NotResident: frames [0] are in host memory: ...
     """
 
 

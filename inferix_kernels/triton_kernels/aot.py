@@ -93,12 +93,12 @@ def _compile(case: Case, architecture: int) -> Iterator[Row]:
         )
 
 
-def follow(cubin: bytes) -> list[hazards.Seen]:
+def follow(cubin: bytes) -> list[hazards.KernelHazards]:
     """Its kernels that have asynchronous products, with what touches their registers too early."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        return hazards.look_at(sass.disassemble(file, life_ranges=True))
+        return hazards.inspect_listing(sass.disassemble(file, life_ranges=True))
 
 
 def _warning(architecture: int, shared: int, ptx: str) -> str:

@@ -3,8 +3,8 @@
 Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU. There a plan's numbers
 are not checked on the host, which would wait for the device: an entry that does not fit is skipped.
 
-Two ways to multiply. In floats, of q's type: a tile of keys and values is dequantized once and serves all rows of the
-program; a scale that a key has for itself multiplies its scores instead, so that its codes are exact. In 8 bits, when
+Two ways to multiply. In floats, of q's type: a tile of keys and values is dequantized once for all rows of the program;
+a scale by token multiplies the key's scores instead, so that its codes are exact. In 8 bits, when
 ALLOW_8_BIT is set: q is quantized row by row to the type of the keys' codes and multiplied with them;
 weights are rounded to e4m3 and multiplied with e4m3 values, and the sum over each tile of at most 128 keys goes to
 float32, which Hopper's e4m3 units do not keep, in the step that applies the channels' scales. Sides that are neither,
@@ -41,16 +41,16 @@ from .launch import Case, architecture, check_device
 from .online import (
     LN2,
     LOG2E,
-    NOTHING,
+    NEG_INF,
+    dot,
     entry_of,
-    finish,
     finite,
-    largest_bias,
     load_rows,
-    multiply,
+    max_bias,
+    online_softmax_step,
     run_in_pool,
+    store_output,
     tile_at,
-    weigh,
     work_of,
 )
 
@@ -71,10 +71,10 @@ def paged_attention(
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
     eight_bit = ALLOW_8_BIT and q.dtype != torch.float32 and any(codec.scaled_by == "token" for codec in keys_of(pools))
-    return attend(q, pools, plan, scale, out, lse, accumulate, eight_bit)
+    return run_paged_attention(q, pools, plan, scale, out, lse, accumulate, eight_bit)
 
 
-def attend(
+def run_paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
     eight_bit: bool = False, chosen: Config | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -84,13 +84,14 @@ def attend(
     target = architecture(q.device) or 90
     if eight_bit and target < 89 and any(multiplies_e4m3(pages) for pages in pools):
         raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
-    online.attend(
-        *(attention_kernel, q, pools, plan, scale, out, lse, accumulate),
-        chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
-        *(splits, 32 if eight_bit else 16),
+    online.launch_attention(
+        attention_kernel, q, pools, plan, scale, out, lse, accumulate,
+        chosen=chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
+        splits=splits,
+        least=32 if eight_bit else 16,
         EIGHT_BIT=eight_bit,
         E4M3=target >= 89,
-    )
+    )  # fmt: skip
     return out, lse
 
 
@@ -140,19 +141,19 @@ def _case(
     plan = make_plan([(len(q), range(pages), [64 if page % 25 < 24 else 24 for page in range(pages)])], device)
     what = f"{str(dtype).removeprefix('torch.')} q, D {width}{', 8 bits' * eight_bit}{', split' * (splits is not None)}"
     call = partial(
-        attend, q, pools, plan, width**-0.5, torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32),
-        eight_bit=eight_bit, splits=splits,
+        run_paged_attention, q, pools, plan, width**-0.5, torch.empty_like(q),
+        q.new_empty(q.shape[:2], dtype=torch.float32), eight_bit=eight_bit, splits=splits,
     )  # fmt: skip
     return Case("paged_attention", "+".join(formats), what, call, shape_class(q, pools, eight_bit))
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])
 def attention_kernel(
-    q,  # online.Rows [V, tokens, HEADS * GROUP, D]
-    out,  # online.Rows [splits, tokens, HEADS * GROUP, D], written, as lse
-    lse,  # online.Rows [splits, tokens, HEADS * GROUP]
+    q,  # Strided [V, tokens, HEADS * GROUP, D]
+    out,  # Strided [splits, tokens, HEADS * GROUP, D], written, as lse
+    lse,  # Strided [splits, tokens, HEADS * GROUP]
     plan,
-    pools,  # online.Pool of each
+    pools,  # a Pool each
     scale,
     tokens,
     segments,
@@ -168,48 +169,51 @@ def attention_kernel(
     PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     E4M3: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    head, split, token, query_head, here, first, last = work_of(
-        *(tl.program_id(0), plan, tokens, segments, entries, splits, tiles),
-        *(HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M),
-    )
-    if tl.max(here.to(tl.int32), 0) == 0:
+    head, split, token, query_head, row_mask, first, last = work_of(
+        tl.program_id(0), plan, tokens, segments, entries, splits, tiles,
+        HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
+    )  # fmt: skip
+    if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
-    base = largest_bias(first, last, plan)
-    largest = tl.full([BLOCK_M], NOTHING, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sum = tl.zeros([BLOCK_M, COLS], tl.float32)
-    for p in tl.static_range(len(KEYS)):
+    base = max_bias(first, last, plan)
+    running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in tl.static_range(len(KEYS)):
         for variant in tl.static_range(VARIANTS):
             begin, end = first, last
             if len(KEYS) * VARIANTS > 1:
-                begin, end = run_in_pool(first, last, plan, variant, pools[p])
-            queries = load_rows(q, variant, token, query_head, here, 0, WIDTH, COLS)
-            largest, total, sum = attend_run(
-                *(queries, scale * LOG2E, largest, total, sum, begin, end, plan, variant, pools[p], base, head),
-                *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, EIGHT_BIT, E4M3),
-            )
-    finish(sum, finite(largest) * LN2 + base, total, out, lse, split, token, query_head, here, 0, WIDTH, ACCUMULATE)
+                begin, end = run_in_pool(first, last, plan, variant, pools[n])
+            queries = load_rows(q, variant, token, query_head, row_mask, 0, WIDTH, BLOCK_D)
+            running_max, running_sum, acc = attend_pages(
+                queries, scale * LOG2E, running_max, running_sum, acc, begin, end, plan, variant, pools[n], base, head,
+                HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, EIGHT_BIT, E4M3,
+            )  # fmt: skip
+    store_output(
+        acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, 0,
+        WIDTH, ACCUMULATE,
+    )  # fmt: skip
 
 
 @triton.jit
-def attend_run(
+def attend_pages(
     queries,
-    factor,  # of scores, to powers of two
-    largest,
-    total,
-    sum,
+    qk_scale,  # of q . k, including log2(e): probabilities are powers of two
+    running_max,
+    running_sum,
+    acc,
     first,
     last,
     plan,
     variant,
     pool,
-    base,  # that biases count from
+    base,  # the largest bias: biases are relative to it
     head,
     HEADS: tl.constexpr,
     KEY: tl.constexpr,
@@ -218,44 +222,44 @@ def attend_run(
     EIGHT_BIT: tl.constexpr,
     E4M3: tl.constexpr,
 ):
-    """One online softmax goes on over the entries [first, last) that are pages of this pool, of this variant."""
-    COLS: tl.constexpr = queries.shape[1]
+    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant."""
+    BLOCK_D: tl.constexpr = queries.shape[1]
     DTYPE: tl.constexpr = queries.dtype
     PARTS: tl.constexpr = (KEY.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page
     CODES: tl.constexpr = EIGHT_BIT and (KEY.kind == "int8" or KEY.kind == "e4m3")  # q is multiplied as codes
-    factors = tl.full([queries.shape[0]], factor, tl.float32)
+    qk_scales = tl.full([queries.shape[0]], qk_scale, tl.float32)
     if CODES:
         queries, scales = quantize(queries.to(tl.float32), KEY)
-        factors *= scales
-    # An entry is read in the step before its own, so that copies of its page can begin with that step.
+        qk_scales *= scales
+    # Software pipelining: an entry is read one step ahead, so that its page can be loaded at the start of its own step.
     page, length, bias = entry_of(first, last, plan, variant, pool, base, KEY.page_size)
     for i in range(first * PARTS, last * PARTS):
         at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         if CODES:
-            codes = read_codes(pool.k, at, row, 0, length, KEY, BLOCK_N, COLS)
-            scores = multiply_codes(queries, tl.trans(codes), KEY)
+            codes = read_codes(pool.k.codes, at, row, 0, length, KEY, BLOCK_N, BLOCK_D)
+            qk = dot_codes(queries, tl.trans(codes), KEY)
         else:
-            keys = read_keys(pool, at, row, 0, length, KEY, DTYPE, BLOCK_N, COLS, E4M3)
-            scores = multiply(queries, tl.trans(keys))
+            keys = read_keys(pool, at, row, 0, length, KEY, DTYPE, BLOCK_N, BLOCK_D, E4M3)
+            qk = dot(queries, tl.trans(keys))
         if KEY.kind == "int8" or KEY.kind == "e4m3":
-            scores *= read_scales(pool.k_scales, at, row, length, KEY, BLOCK_N, COLS)[None, :]
+            qk *= read_scales(pool.k.scales, at, row, length, KEY, BLOCK_N, BLOCK_D)[None, :]
         if row + BLOCK_N > length:
-            scores = tl.where((rows < length)[None, :], scores, NOTHING)
-        weights, shrink, largest, total = weigh(scores, factors, bias, largest, total)
+            qk = tl.where((rows < length)[None, :], qk, NEG_INF)
+        p, alpha, running_max, running_sum = online_softmax_step(qk, qk_scales, bias, running_max, running_sum)
         if EIGHT_BIT and VALUE.kind == "e4m3":
-            codes = read_codes(pool.v, at, row, 0, length, VALUE, BLOCK_N, COLS)
+            codes = read_codes(pool.v.codes, at, row, 0, length, VALUE, BLOCK_N, BLOCK_D)
             codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
-            tile_sum = multiply_codes(as_e4m3(weights * WEIGHT_SCALE), codes, VALUE)
+            tile_acc = dot_codes(as_e4m3(p * WEIGHT_SCALE), codes, VALUE)
             # Read before the products it would be there in time, but sm_100 has no register left for it.
-            channel_scale = read_scales(pool.v_scales, at, row, length, VALUE, BLOCK_N, COLS) / WEIGHT_SCALE
-            sum = sum * shrink[:, None] + tile_sum * channel_scale[None, :]
+            channel_scale = read_scales(pool.v.scales, at, row, length, VALUE, BLOCK_N, BLOCK_D) / WEIGHT_SCALE
+            acc = acc * alpha[:, None] + tile_acc * channel_scale[None, :]
         else:
-            values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, COLS, E4M3)
-            sum = multiply(round_to(weights, DTYPE), values, sum * shrink[:, None])
+            values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, BLOCK_D, E4M3)
+            acc = dot(round_to(p, DTYPE), values, acc * alpha[:, None])
         page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, base, KEY.page_size)
-    return largest, total, sum
+    return running_max, running_sum, acc
 
 
 @triton.jit
@@ -286,7 +290,7 @@ def as_e4m3(x):
 
 
 @triton.jit
-def multiply_codes(a, b, tile: tl.constexpr):
+def dot_codes(a, b, tile: tl.constexpr):
     """a @ b of codes of a tile's kind, as float32; int8 exactly, e4m3 with at most 128 products in fewer bits."""
     if tile.kind == "int8":
         return tl.dot(a, b).to(tl.float32)
@@ -303,9 +307,9 @@ def read_keys(
 ):  # fmt: skip
     """[ROWS, COLS] from (row, col) on; where each token has a scale, without it: codes are exact in every type."""
     if tile.kind == "u4":
-        return round_to(read_part(pool.k, pool.k_scales, pool.k_offsets, at, row, col, length, tile, ROWS, COLS), DTYPE)
+        return round_to(read_part(pool.k, at, row, col, length, tile, ROWS, COLS), DTYPE)
     else:
-        return as_floats(read_codes(pool.k, at, row, col, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+        return as_floats(read_codes(pool.k.codes, at, row, col, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
 
 
 @triton.jit
@@ -315,9 +319,9 @@ def read_values(
 ):  # fmt: skip
     """[ROWS, COLS] of this type, dequantized; 0 past the length."""
     if tile.kind == "float":
-        return as_floats(read_codes(pool.v, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
+        return as_floats(read_codes(pool.v.codes, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
     else:
-        return round_to(read_part(pool.v, pool.v_scales, pool.v_offsets, at, row, 0, length, tile, ROWS, COLS), DTYPE)
+        return round_to(read_part(pool.v, at, row, 0, length, tile, ROWS, COLS), DTYPE)
 
 
 @triton.jit

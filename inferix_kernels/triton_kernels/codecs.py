@@ -1,6 +1,6 @@
 """Reading and writing one tile of a page in every format, for the kernels of the other modules.
 
-A tile is what one page holds of one head; a program works on a part of it, all of whose scales it can find by itself:
+A tile is one page of one head; a program works on a part of it, all of whose scales it can compute by itself:
 a run of tokens where a scale belongs to a token, a run of channels where it belongs to a channel. Every rounding is
 reference.encode's, to the bit.
 """
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import reference
-from ..layout import Codec
+from ..layout import Codec, KVPages, as_bytes
 from .launch import INTERPRETED as _INTERPRETED
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
@@ -28,6 +29,20 @@ _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "u4"}
 _PART = 8192
 # A part of fewer channels would read its tokens in pieces smaller than a sector of memory.
 _LEAST_CHANNELS = 16
+
+
+class Plane(NamedTuple):
+    """The keys or the values of a pool, as every kernel gets them. 8-bit floats come as bits: sm_80 lacks them."""
+
+    codes: Tensor
+    scales: Tensor | None
+    offsets: Tensor | None
+
+
+def planes_of(pages: KVPages) -> tuple[Plane, Plane]:
+    """Keys, values."""
+    k, v = (Plane(as_bytes(side.codes), side.scales, side.offsets) for side in pages.sides)
+    return k, v
 
 
 class Tile(NamedTuple):
@@ -53,9 +68,9 @@ class Tile(NamedTuple):
 
 @lru_cache
 def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, numbers: int | None = None) -> Tile:
-    """To write, a tile must be cut so that no scale runs across parts, which is the default; to read, it need not.
+    """To write, a tile must be cut so that no scale is shared by two parts, which is the default; to read, it need not.
 
-    Parts have at most so many numbers, unless a single row of them has more.
+    Parts have at most `numbers` numbers, unless a single row of them has more.
     """
     axis = 0 if codec.scaled_by == "channel" else 1
     split = 1 - axis if split is None else split
@@ -83,16 +98,14 @@ def part_of(tile: tl.constexpr, part):
 
 
 @triton.jit
-def read_part(
-    codes, scales, offsets, index, row, col, length, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def read_part(plane, index, row, col, length, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Tokens row .. row + ROWS and channels col .. col + COLS of tile `index`, dequantized: [ROWS, COLS] float32.
 
     0 for tokens past `length` and channels past the width.
     """
     rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
     valid = (rows < length)[:, None] & (cols < tile.width)[None, :]
-    stored = read_codes(codes, index, row, col, length, tile, ROWS, COLS)
+    stored = read_codes(plane.codes, index, row, col, length, tile, ROWS, COLS)
     if tile.kind == "u4":
         x = tl.reshape(tl.join(stored & 15, stored >> 4), [ROWS, COLS]).to(tl.float32)
     elif tile.kind == "e4m3":
@@ -101,14 +114,14 @@ def read_part(
         x = stored.to(tl.float32)
     if tile.kind != "float":
         along, mask = scale_places(index, rows, cols, length, tile)
-        x *= tl.expand_dims(tl.load(scales + along, mask=mask, other=0.0).to(tl.float32), tile.axis)
+        x *= tl.expand_dims(tl.load(plane.scales + along, mask=mask, other=0.0).to(tl.float32), tile.axis)
         if tile.kind == "u4":
-            x += tl.expand_dims(tl.load(offsets + along, mask=mask, other=0.0).to(tl.float32), tile.axis)
+            x += tl.expand_dims(tl.load(plane.offsets + along, mask=mask, other=0.0).to(tl.float32), tile.axis)
     return tl.where(valid, x, 0.0)
 
 
 @triton.jit
-def write_part(x, codes, scales, offsets, index, row, col, length, tile: tl.constexpr):
+def write_part(x, plane, index, row, col, length, tile: tl.constexpr):
     """Store x [rows, cols] float32 as tokens and channels from (row, col) on of tile `index`: reference.write_page.
 
     x must be 0 past `length` and past the width: that alone makes codes 0, the least scale and offset 0 of most
@@ -116,39 +129,37 @@ def write_part(x, codes, scales, offsets, index, row, col, length, tile: tl.cons
     """
     rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
     if tile.kind == "float":
-        write_codes(round_to(x, codes.dtype.element_ty), codes, index, row, col, tile)
+        write_codes(round_to(x, plane.codes.dtype.element_ty), plane.codes, index, row, col, tile)
     else:
         along, mask = scale_places(index, rows, cols, tile.page_size, tile)
         if tile.kind == "u4":
             numbers, scale, offset = encode_u4(x, rows, cols, length, tile)
             # Two codes to a byte, the even channel in the low half.
             low, high = tl.split(tl.reshape(numbers, [tile.rows, tile.cols // 2, 2]))
-            write_codes((low | (high << 4)).to(tl.uint8), codes, index, row, col, tile)
-            tl.store(scales + along, scale, mask=mask)
-            tl.store(offsets + along, offset, mask=mask)
+            write_codes((low | (high << 4)).to(tl.uint8), plane.codes, index, row, col, tile)
+            tl.store(plane.scales + along, scale, mask=mask)
+            tl.store(plane.offsets + along, offset, mask=mask)
         else:
             scale = scale_of(x, tile.axis, tile.floor, tile.top)
             x = tl.div_rn(x, tl.broadcast_to(tl.expand_dims(scale, tile.axis), [tile.rows, tile.cols]))
             x = tl.minimum(tl.maximum(x, -tile.top), tile.top)
             if tile.kind == "int8":
-                write_codes(round_to_int(x).to(tl.int8), codes, index, row, col, tile)
+                write_codes(round_to_int(x).to(tl.int8), plane.codes, index, row, col, tile)
             else:
-                write_codes(to_e4m3(x), codes, index, row, col, tile)
-            tl.store(scales + along, scale, mask=mask)
+                write_codes(to_e4m3(x), plane.codes, index, row, col, tile)
+            tl.store(plane.scales + along, scale, mask=mask)
 
 
 @triton.jit
-def largest_magnitude(x, axis: tl.constexpr):
-    """Of float32 x along an axis, as bits: in the order of size, infinity behind all numbers, NaN behind infinity. A
-    maximum of floats passes over NaN.
-    """
+def max_magnitude(x, axis: tl.constexpr):
+    """max |x| of float32 x along an axis, as bits. Infinity and NaN come last: a maximum of floats would ignore NaN."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
 
 
 @triton.jit
 def scale_of(x, axis: tl.constexpr, floor: tl.constexpr, top: tl.constexpr):
-    """What makes the largest of float32 x along an axis the largest code; NaN if one is not finite."""
-    bits = largest_magnitude(x, axis)
+    """The scale that maps max |x| of float32 x along an axis to the largest code; NaN if one number is not finite."""
+    bits = max_magnitude(x, axis)
     scale = tl.div_rn(tl.maximum(bits.to(tl.float32, bitcast=True), floor), top)
     return tl.where(bits < INFINITY_BITS, scale, float("nan"))
 
@@ -163,7 +174,7 @@ def encode_u4(x, rows, cols, length, tile: tl.constexpr):
         counted = tl.broadcast_to((rows < tl.maximum(length, 1))[:, None], [tile.rows, tile.cols])
     low = tl.min(tl.where(counted, x, INFINITY), tile.axis)
     high = tl.max(tl.where(counted, x, -INFINITY), tile.axis)
-    finite = largest_magnitude(tl.where(counted, x, 0.0), tile.axis) < INFINITY_BITS
+    finite = max_magnitude(tl.where(counted, x, 0.0), tile.axis) < INFINITY_BITS
     offset = tl.where(finite, tl.minimum(tl.maximum(low, -HALF_MAX), HALF_MAX), 0.0).to(tl.float16)
     offset = (offset.to(tl.float32) + 0.0).to(tl.float16)  # -0 becomes 0
     span = tl.minimum(high, HALF_MAX) - offset.to(tl.float32)
@@ -177,21 +188,19 @@ def encode_u4(x, rows, cols, length, tile: tl.constexpr):
 
 
 @triton.jit
-def copy_part(
-    codes, scales, offsets, index, to_codes, to_scales, to_offsets, to_index, row, col, length, tile: tl.constexpr
-):
+def copy_part(plane, index, to, to_index, row, col, length, tile: tl.constexpr):
     """Bit for bit into a pool of the same format; slots past `length` as write_part leaves them."""
-    stored = read_codes(codes, index, row, col, length, tile, tile.rows, tile.cols)
+    stored = read_codes(plane.codes, index, row, col, length, tile, tile.rows, tile.cols)
     # Once more for transposed codes: read_codes reads them all.
-    stored = tl.where((row + tl.arange(0, tile.rows) < length)[:, None], stored, 0).to(codes.dtype.element_ty)
-    write_codes(stored, to_codes, to_index, row, col, tile)
+    stored = tl.where((row + tl.arange(0, tile.rows) < length)[:, None], stored, 0).to(plane.codes.dtype.element_ty)
+    write_codes(stored, to.codes, to_index, row, col, tile)
     if tile.kind != "float":
         rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
         along, mask = scale_places(index, rows, cols, length, tile)
         to_along, to_mask = scale_places(to_index, rows, cols, tile.page_size, tile)
-        tl.store(to_scales + to_along, tl.load(scales + along, mask=mask, other=tile.least), mask=to_mask)
+        tl.store(to.scales + to_along, tl.load(plane.scales + along, mask=mask, other=tile.least), mask=to_mask)
         if tile.kind == "u4":
-            tl.store(to_offsets + to_along, tl.load(offsets + along, mask=mask, other=0.0), mask=to_mask)
+            tl.store(to.offsets + to_along, tl.load(plane.offsets + along, mask=mask, other=0.0), mask=to_mask)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, as_bytes
-from .codecs import Tile, copy_part, part_of, read_part, round_to, tile_of, write_part
+from ..layout import FORMATS, KV_FORMATS, KVPages, PageList
+from .codecs import Tile, copy_part, part_of, planes_of, read_part, round_to, tile_of, write_part
 from .launch import Case, check_device, launch
 
 __all__ = ["kv_append", "kv_commit", "kv_gather"]
@@ -35,16 +35,16 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
         append_kernel,
         len(where.ids) * pages.heads * (key.parts + value.parts),
         k.device,
-        *(k, *k.stride(), v, *v.stride(), k.shape[0]),
+        k, *k.stride(), v, *v.stride(), k.shape[0],
         *list_tensors(where),
-        *pool_tensors(pages),
+        *planes_of(pages),
         pages.pages,
         ENTRIES=entries(where),
         HEADS=pages.heads,
         KEY=key,
         VALUE=value,
         num_warps=max(key.warps, value.warps),
-    )
+    )  # fmt: skip
 
 
 def kv_commit(
@@ -60,10 +60,10 @@ def kv_commit(
         len(source_list.ids) * target.heads * (key.parts + value.parts),
         source.k.device,
         *list_tensors(source_list),
-        *pool_tensors(source),
+        *planes_of(source),
         source.pages,
         *list_tensors(target_list),
-        *pool_tensors(target),
+        *planes_of(target),
         target.pages,
         None if k_mean is None else k_mean.contiguous(),
         HEADS=target.heads,
@@ -90,9 +90,9 @@ def kv_gather(
             gather_kernel,
             len(where.ids) * pages.heads * (key.parts + value.parts),
             k.device,
-            *(k, *k.stride(), v, *v.stride(), k.shape[0]),
+            k, *k.stride(), v, *v.stride(), k.shape[0],
             *list_tensors(where),
-            *pool_tensors(pages),
+            *planes_of(pages),
             first_page,
             pages.pages,
             ENTRIES=entries(where),
@@ -100,7 +100,7 @@ def kv_gather(
             KEY=key,
             VALUE=value,
             num_warps=max(key.warps, value.warps),
-        )
+        )  # fmt: skip
         first_page += pages.pages
     return out
 
@@ -128,7 +128,7 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
 
 
 def frames_of(tokens: int, frames: int, page_size: int, device: torch.device | str) -> PageList:
-    """The pages of so many frames, each of which begins on a page of its own."""
+    """The pages of `frames` frames of `tokens` tokens each; a frame begins on a page of its own."""
     lens = ([page_size] * (tokens // page_size) + ([tokens % page_size] if tokens % page_size else [])) * frames
     return PageList.of(range(len(lens)), lens, device)
 
@@ -147,11 +147,6 @@ def tiles_of(pages: KVPages, split: int | None = None, numbers: int | None = Non
         tile_of(key.codec, pages.page_size, pages.head_dim, split, numbers),
         tile_of(value.codec, pages.page_size, pages.value_dim, split, numbers),
     )
-
-
-def pool_tensors(pages: KVPages) -> list[Tensor | None]:
-    """codes, scales, offsets of the keys, then of the values. sm_80 knows no 8-bit floats: it gets their bits."""
-    return [x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets)]
 
 
 def list_tensors(where: PageList) -> tuple[Tensor, Tensor]:
@@ -176,12 +171,8 @@ def append_kernel(
     tokens,
     ids,
     lens,
-    k_codes,
-    k_scales,
-    k_offsets,
-    v_codes,
-    v_scales,
-    v_offsets,
+    k_plane,  # Plane, written, as v_plane
+    v_plane,
     pages,
     ENTRIES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -195,39 +186,31 @@ def append_kernel(
         to = page.to(tl.int64) * HEADS + head
         if part < KEY.parts:
             k += first * k_token_stride + head.to(tl.int64) * k_head_stride
-            append_part(k, k_token_stride, k_stride, k_codes, k_scales, k_offsets, to, part, length, KEY)
+            append_part(k, k_token_stride, k_stride, k_plane, to, part, length, KEY)
         else:
             v += first * v_token_stride + head.to(tl.int64) * v_head_stride
-            append_part(v, v_token_stride, v_stride, v_codes, v_scales, v_offsets, to, part - KEY.parts, length, VALUE)
+            append_part(v, v_token_stride, v_stride, v_plane, to, part - KEY.parts, length, VALUE)
 
 
 @triton.jit
-def append_part(x, token_stride, stride, codes, scales, offsets, to, part, length, tile: tl.constexpr):
+def append_part(x, token_stride, stride, plane, to, part, length, tile: tl.constexpr):
     row, col = part_of(tile, part)
     places, mask = token_places(token_stride, stride, row, col, length, tile)
     tokens = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    write_part(tokens, codes, scales, offsets, to, row, col, length, tile)
+    write_part(tokens, plane, to, row, col, length, tile)
 
 
 @triton.jit(do_not_specialize=["from_pages", "pages"])
 def commit_kernel(
     from_ids,
     from_lens,
-    from_k_codes,
-    from_k_scales,
-    from_k_offsets,
-    from_v_codes,
-    from_v_scales,
-    from_v_offsets,
+    from_k_plane,  # Plane, and the other planes
+    from_v_plane,
     from_pages,
     ids,
     lens,
-    k_codes,
-    k_scales,
-    k_offsets,
-    v_codes,
-    v_scales,
-    v_offsets,
+    k_plane,  # written, as v_plane
+    v_plane,
     pages,
     k_mean,  # [HEADS, D] or None
     HEADS: tl.constexpr,
@@ -243,43 +226,24 @@ def commit_kernel(
     if agree & fits(from_page, length, from_pages, KEY) & fits(page, length, pages, KEY):
         at, to = from_page.to(tl.int64) * HEADS + head, page.to(tl.int64) * HEADS + head
         if part < KEY.parts:
-            commit_part(
-                *(from_k_codes, from_k_scales, from_k_offsets, at, k_codes, k_scales, k_offsets, to),
-                *(k_mean, head, part, length, FROM_KEY, KEY, COPY),
-            )
+            commit_part(from_k_plane, at, k_plane, to, k_mean, head, part, length, FROM_KEY, KEY, COPY)
         else:
-            commit_part(
-                *(from_v_codes, from_v_scales, from_v_offsets, at, v_codes, v_scales, v_offsets, to),
-                *(None, head, part - KEY.parts, length, FROM_VALUE, VALUE, COPY),
-            )
+            commit_part(from_v_plane, at, v_plane, to, None, head, part - KEY.parts, length, FROM_VALUE, VALUE, COPY)
 
 
 @triton.jit
 def commit_part(
-    from_codes,
-    from_scales,
-    from_offsets,
-    at,
-    codes,
-    scales,
-    offsets,
-    to,
-    mean,
-    head,
-    part,
-    length,
-    source: tl.constexpr,
-    tile: tl.constexpr,
-    COPY: tl.constexpr,
-):
+    from_plane, at, plane, to, mean, head, part, length,
+    source: tl.constexpr, tile: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
     row, col = part_of(tile, part)
     if COPY:
-        copy_part(from_codes, from_scales, from_offsets, at, codes, scales, offsets, to, row, col, length, tile)
+        copy_part(from_plane, at, plane, to, row, col, length, tile)
     else:
-        x = read_part(from_codes, from_scales, from_offsets, at, row, col, length, source, tile.rows, tile.cols)
+        x = read_part(from_plane, at, row, col, length, source, tile.rows, tile.cols)
         if mean is not None:
             x = less_mean(x, mean + head * tile.width, row, col, length, tile)
-        write_part(x, codes, scales, offsets, to, row, col, length, tile)
+        write_part(x, plane, to, row, col, length, tile)
 
 
 @triton.jit
@@ -302,12 +266,8 @@ def gather_kernel(
     tokens,
     ids,
     lens,
-    k_codes,
-    k_scales,
-    k_offsets,
-    v_codes,
-    v_scales,
-    v_offsets,
+    k_plane,  # Plane, and v_plane
+    v_plane,
     first_page,  # of this pool, in the count through all of them
     pages,
     ENTRIES: tl.constexpr,
@@ -323,17 +283,17 @@ def gather_kernel(
             at = page.to(tl.int64) * HEADS + head
             if part < KEY.parts:
                 k += first * k_token_stride + head.to(tl.int64) * k_head_stride
-                gather_part(k, k_token_stride, k_stride, k_codes, k_scales, k_offsets, at, part, length, KEY)
+                gather_part(k, k_token_stride, k_stride, k_plane, at, part, length, KEY)
             else:
                 v += first * v_token_stride + head.to(tl.int64) * v_head_stride
                 part -= KEY.parts
-                gather_part(v, v_token_stride, v_stride, v_codes, v_scales, v_offsets, at, part, length, VALUE)
+                gather_part(v, v_token_stride, v_stride, v_plane, at, part, length, VALUE)
 
 
 @triton.jit
-def gather_part(x, token_stride, stride, codes, scales, offsets, at, part, length, tile: tl.constexpr):
+def gather_part(x, token_stride, stride, plane, at, part, length, tile: tl.constexpr):
     row, col = part_of(tile, part)
-    tokens = read_part(codes, scales, offsets, at, row, col, length, tile, tile.rows, tile.cols)
+    tokens = read_part(plane, at, row, col, length, tile, tile.rows, tile.cols)
     places, mask = token_places(token_stride, stride, row, col, length, tile)
     tl.store(x + places, round_to(tokens, x.dtype.element_ty), mask=mask)
 

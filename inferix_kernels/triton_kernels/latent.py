@@ -1,8 +1,8 @@
 """latent_attention in Triton: as paged_attention, with keys in two parts, of which the first serve as values too.
 
 Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU. A tile of latent rows
-is read and converted once for both products. A scale that a row has for itself multiplies its scores, and then its
-weight, so that codes are exact.
+is read and converted once for both products. A scale by token multiplies the row's scores, and then its probability,
+so that codes are exact.
 
 The sum over a latent of 512 does not fit into the registers beside all else, so two programs share its width: each
 computes all scores and sums its half of the values ("part" of a configuration is how much of it one program takes).
@@ -29,16 +29,16 @@ from .launch import Case, architecture, check_device
 from .online import (
     LN2,
     LOG2E,
-    NOTHING,
+    NEG_INF,
+    dot,
     entry_of,
-    finish,
     finite,
-    largest_bias,
     load_rows,
-    multiply,
+    max_bias,
+    online_softmax_step,
     run_in_pool,
+    store_output,
     tile_at,
-    weigh,
     work_of,
 )
 
@@ -53,10 +53,10 @@ def latent_attention(
     check_device("latent_attention", q)
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
-    return attend(q, pools, plan, scale, out, lse, accumulate)
+    return run_latent_attention(q, pools, plan, scale, out, lse, accumulate)
 
 
-def attend(
+def run_latent_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
     chosen: Config | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -66,12 +66,16 @@ def attend(
     width = triton.next_power_of_2(pools[0].head_dim)
     chosen = chosen or config("latent_attention", shape_class(q), q.device)
     parts = triton.cdiv(width, chosen["part"])
-    online.attend(
-        *(latent_kernel, q, pools, plan, scale, out, lse, accumulate, chosen, splits, 16, parts),
+    online.launch_attention(
+        latent_kernel, q, pools, plan, scale, out, lse, accumulate,
+        chosen=chosen,
+        splits=splits,
+        least=16,
+        parts=parts,
         PART=max(16, width // parts),
-        ROTARY_COLS=max(16, triton.next_power_of_2(pools[0].value_dim)),
+        BLOCK_ROTARY=max(16, triton.next_power_of_2(pools[0].value_dim)),
         E4M3=(architecture(q.device) or 90) >= 89,
-    )
+    )  # fmt: skip
     return out, lse
 
 
@@ -88,16 +92,17 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
         plan = make_plan([(len(q), range(75), [64] * 75)], device)
         out, lse = q.new_empty(1560, 16, 512), q.new_empty(1560, 16, dtype=torch.float32)
         what = f"{str(dtype).removeprefix('torch.')} q, latent 512"
-        yield Case("latent_attention", format, what, partial(attend, q, [pool], plan, 0.1, out, lse), shape_class(q))
+        call = partial(run_latent_attention, q, [pool], plan, 0.1, out, lse)
+        yield Case("latent_attention", format, what, call, shape_class(q))
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])
 def latent_kernel(
-    q,  # online.Rows [V, tokens, HEADS * GROUP, D + Dv]
-    out,  # online.Rows [splits, tokens, HEADS * GROUP, D], written, as lse
-    lse,  # online.Rows [splits, tokens, HEADS * GROUP]
+    q,  # Strided [V, tokens, HEADS * GROUP, D + Dv]
+    out,  # Strided [splits, tokens, HEADS * GROUP, D], written, as lse
+    lse,  # Strided [splits, tokens, HEADS * GROUP]
     plan,
-    pools,  # online.Pool of each
+    pools,  # a Pool each
     scale,
     tokens,
     segments,
@@ -113,60 +118,63 @@ def latent_kernel(
     PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PART: tl.constexpr,
-    ROTARY_COLS: tl.constexpr,
+    BLOCK_ROTARY: tl.constexpr,
     E4M3: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    PARTS: tl.constexpr = COLS // PART
-    head, split, token, query_head, here, first, last = work_of(
-        *(tl.program_id(0) // PARTS, plan, tokens, segments, entries, splits, tiles),
-        *(HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M),
-    )
-    if tl.max(here.to(tl.int32), 0) == 0:
+    PARTS: tl.constexpr = BLOCK_D // PART
+    head, split, token, query_head, row_mask, first, last = work_of(
+        tl.program_id(0) // PARTS, plan, tokens, segments, entries, splits, tiles,
+        HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
+    )  # fmt: skip
+    if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
     ALL: tl.constexpr = WIDTH + tile_at(VALUES, 0).width
     mine = (tl.program_id(0) % PARTS) * PART  # the first channel of this program's part of the latent
-    other = COLS - PART - mine  # and of the other's
-    base = largest_bias(first, last, plan)
-    largest = tl.full([BLOCK_M], NOTHING, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sum = tl.zeros([BLOCK_M, PART], tl.float32)
-    for p in tl.static_range(len(KEYS)):
+    other = BLOCK_D - PART - mine  # and of the other's
+    base = max_bias(first, last, plan)
+    running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, PART], tl.float32)
+    for n in tl.static_range(len(KEYS)):
         for variant in tl.static_range(VARIANTS):
             begin, end = first, last
             if len(KEYS) * VARIANTS > 1:
-                begin, end = run_in_pool(first, last, plan, variant, pools[p])
-            q_mine = load_rows(q, variant, token, query_head, here, mine, WIDTH, PART)
-            q_other = load_rows(q, variant, token, query_head, here, other, WIDTH, PART)
-            q_rotary = load_rows(q, variant, token, query_head, here, WIDTH, ALL, ROTARY_COLS)
-            largest, total, sum = attend_run(
-                *(q_mine, q_other, q_rotary, mine, other, scale * LOG2E, largest, total, sum),
-                *(begin, end, plan, variant, pools[p], base, head),
-                *(HEADS, tile_at(KEYS, p), tile_at(VALUES, p), BLOCK_N, PARTS, E4M3),
-            )
-    finish(sum, finite(largest) * LN2 + base, total, out, lse, split, token, query_head, here, mine, WIDTH, ACCUMULATE)
+                begin, end = run_in_pool(first, last, plan, variant, pools[n])
+            q_mine = load_rows(q, variant, token, query_head, row_mask, mine, WIDTH, PART)
+            q_other = load_rows(q, variant, token, query_head, row_mask, other, WIDTH, PART)
+            q_rotary = load_rows(q, variant, token, query_head, row_mask, WIDTH, ALL, BLOCK_ROTARY)
+            running_max, running_sum, acc = attend_latent_pages(
+                q_mine, q_other, q_rotary, mine, other, scale * LOG2E, running_max, running_sum, acc,
+                begin, end, plan, variant, pools[n], base, head,
+                HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, PARTS, E4M3,
+            )  # fmt: skip
+    store_output(
+        acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, mine,
+        WIDTH, ACCUMULATE,
+    )  # fmt: skip
 
 
 @triton.jit
-def attend_run(
+def attend_latent_pages(
     q_mine,
     q_other,
     q_rotary,
     mine,
     other,
-    factor,  # of scores, to powers of two
-    largest,
-    total,
-    sum,
+    qk_scale,  # of q . k, including log2(e): probabilities are powers of two
+    running_max,
+    running_sum,
+    acc,
     first,
     last,
     plan,
     variant,
     pool,
-    base,  # that biases count from
+    base,  # the largest bias: biases are relative to it
     head,
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,
@@ -175,32 +183,32 @@ def attend_run(
     PARTS: tl.constexpr,
     E4M3: tl.constexpr,
 ):
-    """One online softmax goes on over the entries [first, last) that are pages of this pool, of this variant."""
+    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant."""
     DTYPE: tl.constexpr = q_mine.dtype
-    COLS: tl.constexpr = q_mine.shape[1]
-    ROTARY_COLS: tl.constexpr = q_rotary.shape[1]
+    BLOCK_D: tl.constexpr = q_mine.shape[1]
+    BLOCK_ROTARY: tl.constexpr = q_rotary.shape[1]
     TILES: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N  # of keys of a page
     SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"
-    factors = tl.full([q_mine.shape[0]], factor, tl.float32)
+    qk_scales = tl.full([q_mine.shape[0]], qk_scale, tl.float32)
     page, length, bias = entry_of(first, last, plan, variant, pool, base, LATENT.page_size)
     for i in range(first * TILES, last * TILES):
         at, row = page.to(tl.int64) * HEADS + head, (i % TILES) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
-        latent = read_keys(pool, at, row, mine, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
-        rotary = read_values(pool, at, row, length, ROTARY, DTYPE, BLOCK_N, ROTARY_COLS, E4M3)
-        scores = multiply(q_mine, tl.trans(latent))
+        latent = read_keys(pool, at, row, mine, length, LATENT, DTYPE, BLOCK_N, BLOCK_D, E4M3)
+        rotary = read_values(pool, at, row, length, ROTARY, DTYPE, BLOCK_N, BLOCK_ROTARY, E4M3)
+        qk = dot(q_mine, tl.trans(latent))
         if PARTS > 1:
-            rest = read_keys(pool, at, row, other, length, LATENT, DTYPE, BLOCK_N, COLS, E4M3)
-            scores = multiply(q_other, tl.trans(rest), scores)
+            rest = read_keys(pool, at, row, other, length, LATENT, DTYPE, BLOCK_N, BLOCK_D, E4M3)
+            qk = dot(q_other, tl.trans(rest), qk)
         if SCALED:
-            scales = read_scales(pool.k_scales, at, row, length, LATENT, BLOCK_N, COLS)
-            scores *= scales[None, :]
-        scores = multiply(q_rotary, tl.trans(rotary), scores)
+            scales = read_scales(pool.k.scales, at, row, length, LATENT, BLOCK_N, BLOCK_D)
+            qk *= scales[None, :]
+        qk = dot(q_rotary, tl.trans(rotary), qk)
         if row + BLOCK_N > length:
-            scores = tl.where((rows < length)[None, :], scores, NOTHING)
-        weights, shrink, largest, total = weigh(scores, factors, bias, largest, total)
+            qk = tl.where((rows < length)[None, :], qk, NEG_INF)
+        p, alpha, running_max, running_sum = online_softmax_step(qk, qk_scales, bias, running_max, running_sum)
         if SCALED:
-            weights *= scales[None, :]
-        sum = multiply(round_to(weights, DTYPE), latent, sum * shrink[:, None])
+            p *= scales[None, :]
+        acc = dot(round_to(p, DTYPE), latent, acc * alpha[:, None])
         page, length, bias = entry_of((i + 1) // TILES, last, plan, variant, pool, base, LATENT.page_size)
-    return largest, total, sum
+    return running_max, running_sum, acc

@@ -1,4 +1,4 @@
-"""Where a Triton kernel can run, and running it there; or only compiling it, for a GPU that is not here."""
+"""Launching a Triton kernel on a GPU or in the interpreter; or only compiling it, for a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ahead: tuple[int, list[Any]] | None = None  # while compiling ahead: the archit
 
 
 class TooMuch(Unsupported):
-    """A program as large as its configuration says needs more of the GPU than there is."""
+    """The configuration needs more shared memory or registers than the GPU has."""
 
 
 class Case(NamedTuple):
@@ -64,10 +64,10 @@ def _capability(device: torch.device) -> int:
 def launch(
     kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int, fma: bool = False, **kwargs: Any
 ) -> None:
-    """Without fma, products and sums round one by one, as in the reference.
+    """Without fma, products and sums are rounded separately, as in the reference.
 
     Raises:
-        TooMuch: the program needs more of the GPU than there is.
+        TooMuch: the program needs more shared memory or registers than the GPU has.
     """
     if programs == 0:
         return  # CUDA refuses an empty grid

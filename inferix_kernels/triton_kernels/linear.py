@@ -31,7 +31,7 @@ _WIDEST = 32768  # numbers of a row: 64 in each of 16 warps' threads
 
 
 class Epilogue(NamedTuple):
-    """What becomes of the sums of products, as linear_kernel gets it."""
+    """The operands of linear_kernel's epilogue."""
 
     x_scales: Tensor  # [rows] float32
     weight_scales: Tensor  # [columns] float32
@@ -69,11 +69,11 @@ def quantize_rows(
         quantize_kernel,
         triton.cdiv(M, rows),
         x.device,
-        *(x, *x.stride(), M, *_contiguous(weight, bias)),
+        x, *x.stride(), M, *_contiguous(weight, bias),
         *_groups(scale, M),
         *_groups(shift, M),
         eps,
-        *(as_bytes(out.codes), out.scales),
+        as_bytes(out.codes), out.scales,
         WIDTH=K,
         NORM=norm,
         ACTIVATION=activation,
@@ -83,7 +83,7 @@ def quantize_rows(
         ROWS=rows,
         COLS=cols,
         num_warps=warps,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -109,25 +109,40 @@ def linear(
         linear_kernel,
         triton.cdiv(M, tile["m"]) * triton.cdiv(N, tile["n"]),
         device,
-        *(x.codes, weight.codes, M, N),
-        Epilogue(
-            *(x.scales, weight.scales, *_contiguous(bias), *_groups(gate, M)),  # type: ignore[arg-type]
-            *((None, 0, 0) if residual is None else (residual, *residual.stride())),
-            *(out, *out.stride()),
-        ),
+        x.codes, weight.codes, M, N,
+        _epilogue(x, weight, bias, gate, residual, out),
         K=K,
         ACTIVATION=activation,
-        TILE_M=tile["m"],
-        TILE_N=tile["n"],
-        TILE_K=tile["k"],
-        TALL=tile["tall"],
-        # Sums of e4m3 products keep some 13 bits of mantissa on sm_89 and sm_90 (arXiv:2411.10958): float32 takes them
-        # over, tile by tile, before they lose more. Those in sm_100's tensor memory are taken for float32.
-        APART=target is None or not 100 <= target < 120,
+        BLOCK_M=tile["m"],
+        BLOCK_N=tile["n"],
+        BLOCK_K=tile["k"],
+        GROUP_SIZE_M=tile["tall"],
+        # Tensor cores accumulate e4m3 products with about 13 bits of mantissa on sm_89 and sm_90 (arXiv:2411.10958), so
+        # each BLOCK_K is promoted to a float32 accumulator. Those in sm_100's tensor memory are taken for float32.
+        PROMOTE=target is None or not 100 <= target < 120,
         num_warps=tile["warps"],
         num_stages=tile["stages"],
-    )
+    )  # fmt: skip
     return out
+
+
+def _epilogue(
+    x: Quantized, weight: Quantized, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor
+) -> Epilogue:
+    gate, gate_rows = _groups(gate, len(x.codes))
+    return Epilogue(
+        x_scales=x.scales,
+        weight_scales=weight.scales,
+        bias=None if bias is None else bias.contiguous(),
+        gate=gate,
+        gate_rows=gate_rows,
+        residual=residual,
+        residual_row_stride=0 if residual is None else residual.stride(0),
+        residual_stride=0 if residual is None else residual.stride(1),
+        out=out,
+        out_row_stride=out.stride(0),
+        out_stride=out.stride(1),
+    )
 
 
 def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
@@ -193,8 +208,8 @@ def quantize_kernel(
     COLS: tl.constexpr,
 ):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-    there, known = row < rows, col < WIDTH
-    mask = there[:, None] & known[None, :]
+    row_mask, col_mask = row < rows, col < WIDTH
+    mask = row_mask[:, None] & col_mask[None, :]
     places = row.to(tl.int64)[:, None] * row_stride + col[None, :] * stride
     y = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
     if NORM == "layer":
@@ -202,14 +217,14 @@ def quantize_kernel(
     if NORM is not None:
         y *= tl.rsqrt(tl.sum(y * y, 1) / WIDTH + eps)[:, None]
     if weight is not None:
-        y *= tl.load(weight + col, mask=known, other=0.0).to(tl.float32)[None, :]
+        y *= tl.load(weight + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
-        y += tl.load(bias + col, mask=known, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if scale is not None:
         y *= 1 + load_groups(scale, scale_rows, row, col, mask, WIDTH)
     if shift is not None:
         y += load_groups(shift, shift_rows, row, col, mask, WIDTH)
-    y = tl.where(mask, activated(y, ACTIVATION), 0.0)
+    y = tl.where(mask, activate(y, ACTIVATION), 0.0)
     step = scale_of(y, 1, FLOOR, TOP)
     y = tl.div_rn(y, tl.broadcast_to(step[:, None], [ROWS, COLS]))
     y = tl.minimum(tl.maximum(y, -TOP), TOP)
@@ -218,7 +233,7 @@ def quantize_kernel(
         tl.store(codes + places, to_e4m3(y), mask=mask)
     else:
         tl.store(codes + places, round_to_int(y).to(tl.int8), mask=mask)
-    tl.store(scales + row, step, mask=there)
+    tl.store(scales + row, step, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -230,59 +245,63 @@ def linear_kernel(
     epilogue,  # Epilogue
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    TALL: tl.constexpr,  # tiles in a column of them that run next to each other
-    APART: tl.constexpr,  # sum the products of each TILE_K apart
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr,  # tiles in a column of them that run next to each other
+    PROMOTE: tl.constexpr,  # accumulate each BLOCK_K in the tensor cores, all of them in float32 (promotion)
 ):
-    tile_m, tile_n = this_tile(tl.cdiv(rows, TILE_M), tl.cdiv(columns, TILE_N), TALL)
-    row, col, k = tile_m * TILE_M + tl.arange(0, TILE_M), tile_n * TILE_N + tl.arange(0, TILE_N), tl.arange(0, TILE_K)
+    tile_m, tile_n = grouped_tile(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP_SIZE_M)
+    row, col, k = (
+        tile_m * BLOCK_M + tl.arange(0, BLOCK_M),
+        tile_n * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_K),
+    )
     # Past the end: row 0 again, whose products are not stored. Only the tail of K is masked.
-    a = x + tl.where(row < rows, row, 0).to(tl.int64)[:, None] * K + k[None, :]
-    b = weight + tl.where(col < columns, col, 0).to(tl.int64)[None, :] * K + k[:, None]
+    a_ptrs = x + tl.where(row < rows, row, 0).to(tl.int64)[:, None] * K + k[None, :]
+    b_ptrs = weight + tl.where(col < columns, col, 0).to(tl.int64)[None, :] * K + k[:, None]
     if x.dtype.element_ty == tl.int8:
-        total = tl.zeros([TILE_M, TILE_N], tl.int32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     else:
-        total = tl.zeros([TILE_M, TILE_N], tl.float32)
-    for start in range(0, K, TILE_K):
-        if K % TILE_K == 0:
-            left, right = tl.load(a), tl.load(b)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a, b = tl.load(a_ptrs), tl.load(b_ptrs)
         else:
-            left = tl.load(a, mask=(k < K - start)[None, :], other=0.0)
-            right = tl.load(b, mask=(k < K - start)[:, None], other=0.0)
+            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=0.0)
         if x.dtype.element_ty == tl.int8:
-            total = tl.dot(left, right, total, out_dtype=tl.int32)
-        elif APART:
-            total += tl.dot(left, right, max_num_imprecise_acc=TILE_K)
+            acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        elif PROMOTE:
+            acc += tl.dot(a, b, max_num_imprecise_acc=BLOCK_K)
         else:
-            total = tl.dot(left, right, total)
-        a += TILE_K
-        b += TILE_K
-    # One half after the other: what the epilogue reads for both would push the sums out of the registers.
-    HALF: tl.constexpr = TILE_N // 2
-    first, second = tl.split(tl.permute(tl.reshape(total, [TILE_M, 2, HALF]), [0, 2, 1]))
-    finish(first, rows, columns, epilogue, tile_m, tile_n * TILE_N, TILE_M, HALF, ACTIVATION)
-    finish(second, rows, columns, epilogue, tile_m, tile_n * TILE_N + HALF, TILE_M, HALF, ACTIVATION)
+            acc = tl.dot(a, b, acc)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+    # One half after the other: with the epilogue's operands for both, the accumulators would spill.
+    HALF: tl.constexpr = BLOCK_N // 2
+    first, second = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, HALF]), [0, 2, 1]))
+    store_output(first, rows, columns, epilogue, tile_m, tile_n * BLOCK_N, BLOCK_M, HALF, ACTIVATION)
+    store_output(second, rows, columns, epilogue, tile_m, tile_n * BLOCK_N + HALF, BLOCK_M, HALF, ACTIVATION)
 
 
 @triton.jit
-def finish(
-    total, rows, columns, epilogue, tile, first_col, TILE_M: tl.constexpr, COLS: tl.constexpr, ACTIVATION: tl.constexpr
+def store_output(
+    acc, rows, columns, epilogue, tile, first_col, BLOCK_M: tl.constexpr, COLS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     """From sums of products of codes, [TILE_M, COLS], to what is stored."""
-    row, col = tile * TILE_M + tl.arange(0, TILE_M), first_col + tl.arange(0, COLS)
-    there, known = row < rows, col < columns
-    mask = there[:, None] & known[None, :]
-    x_scales = tl.load(epilogue.x_scales + row, mask=there, other=0.0)
-    weight_scales = tl.load(epilogue.weight_scales + col, mask=known, other=0.0)
-    y = total.to(tl.float32) * (x_scales[:, None] * weight_scales[None, :])
+    row, col = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_col + tl.arange(0, COLS)
+    row_mask, col_mask = row < rows, col < columns
+    mask = row_mask[:, None] & col_mask[None, :]
+    x_scales = tl.load(epilogue.x_scales + row, mask=row_mask, other=0.0)
+    weight_scales = tl.load(epilogue.weight_scales + col, mask=col_mask, other=0.0)
+    y = acc.to(tl.float32) * (x_scales[:, None] * weight_scales[None, :])
     if epilogue.bias is not None:
-        y += tl.load(epilogue.bias + col, mask=known, other=0.0).to(tl.float32)[None, :]
-    y = activated(y, ACTIVATION)
+        y += tl.load(epilogue.bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    y = activate(y, ACTIVATION)
     if epilogue.gate is not None:
         y *= load_groups(epilogue.gate, epilogue.gate_rows, row, col, mask, columns)
-    first, inside = tile.to(tl.int64) * TILE_M, tl.arange(0, TILE_M)[:, None]  # inside a tile 32 bits do
+    first, inside = tile.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)[:, None]  # inside a tile 32 bits do
     if epilogue.residual is not None:
         places = inside * epilogue.residual_row_stride + col[None, :] * epilogue.residual_stride
         residual = epilogue.residual + first * epilogue.residual_row_stride
@@ -293,13 +312,13 @@ def finish(
 
 
 @triton.jit
-def this_tile(tall, wide, TALL: tl.constexpr):
+def grouped_tile(tall, wide, GROUP_SIZE_M: tl.constexpr):
     """Tiles go down TALL of a column, then to the next column; after the last one, to the next TALL rows of tiles."""
     program = tl.program_id(0)
-    band = program // (TALL * wide)
-    height = tl.minimum(tall - band * TALL, TALL)
-    inside = program % (TALL * wide)
-    return band * TALL + inside % height, inside // height
+    band = program // (GROUP_SIZE_M * wide)
+    height = tl.minimum(tall - band * GROUP_SIZE_M, GROUP_SIZE_M)
+    inside = program % (GROUP_SIZE_M * wide)
+    return band * GROUP_SIZE_M + inside % height, inside // height
 
 
 @triton.jit
@@ -309,7 +328,7 @@ def load_groups(groups, group_rows, row, col, mask, width):
 
 
 @triton.jit
-def activated(y, ACTIVATION: tl.constexpr):
+def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":

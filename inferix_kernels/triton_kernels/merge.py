@@ -19,7 +19,7 @@ from .launch import Case, check_device, launch
 
 __all__ = ["merge_attention"]
 
-NOTHING = tl.constexpr(float("-inf"))  # the lse of no keys
+NEG_INF = tl.constexpr(float("-inf"))  # the lse of no keys
 
 
 def merge_attention(
@@ -33,16 +33,16 @@ def merge_attention(
         merge_kernel,
         triton.cdiv(tokens * heads, rows),
         out.device,
-        *(out_a, *out_a.stride(), lse_a, *lse_a.stride()),
-        *(out_b, *out_b.stride(), lse_b, *lse_b.stride()),
-        *(out, *out.stride(), lse, *lse.stride()),
+        out_a, *out_a.stride(), lse_a, *lse_a.stride(),
+        out_b, *out_b.stride(), lse_b, *lse_b.stride(),
+        out, *out.stride(), lse, *lse.stride(),
         tokens * heads,
         HEADS=heads,
         WIDTH=width,
         ROWS=rows,
         COLS=cols,
         num_warps=warps,
-    )
+    )  # fmt: skip
     return out, lse
 
 
@@ -84,13 +84,13 @@ def merge_kernel(
 ):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     token, head = (row // HEADS).to(tl.int64), row % HEADS
-    there = row < rows
-    mask = there[:, None] & (col < WIDTH)
-    a = tl.load(lse_a + token * lse_a_token_stride + head * lse_a_head_stride, mask=there, other=NOTHING)
-    b = tl.load(lse_b + token * lse_b_token_stride + head * lse_b_head_stride, mask=there, other=NOTHING)
-    largest = tl.maximum(a, b)
-    largest = tl.where(largest == NOTHING, 0.0, largest)  # any finite number: both weights are 0
-    weight_a, weight_b = tl.exp(a - largest), tl.exp(b - largest)
+    row_mask = row < rows
+    mask = row_mask[:, None] & (col < WIDTH)
+    a = tl.load(lse_a + token * lse_a_token_stride + head * lse_a_head_stride, mask=row_mask, other=NEG_INF)
+    b = tl.load(lse_b + token * lse_b_token_stride + head * lse_b_head_stride, mask=row_mask, other=NEG_INF)
+    max_lse = tl.maximum(a, b)
+    max_lse = tl.where(max_lse == NEG_INF, 0.0, max_lse)  # any finite number: both weights are 0
+    weight_a, weight_b = tl.exp(a - max_lse), tl.exp(b - max_lse)
     total = weight_a + weight_b
     # A side that saw no key is not read: whatever its out holds, even NaN, is not used.
     x = tl.load(
@@ -109,5 +109,5 @@ def merge_kernel(
     merged = x.to(tl.float32) * (weight_a / safe)[:, None] + y.to(tl.float32) * (weight_b / safe)[:, None]
     places = (token * token_stride + head * head_stride)[:, None] + col * stride
     tl.store(out + places, round_to(merged, out.dtype.element_ty), mask=mask)
-    merged_lse = tl.where(total > 0, largest + tl.log(safe), NOTHING)
-    tl.store(lse + token * lse_token_stride + head * lse_head_stride, merged_lse, mask=there)
+    merged_lse = tl.where(total > 0, max_lse + tl.log(safe), NEG_INF)
+    tl.store(lse + token * lse_token_stride + head * lse_head_stride, merged_lse, mask=row_mask)

@@ -1,4 +1,4 @@
-"""What the attention kernels share: which queries and pages a program has, one online softmax, the sum of splits.
+"""What the attention kernels share: which queries and pages a program has, the online softmax, the merge of splits.
 
 A program has a tile of query rows, one KV head and a run of its page list. A row is one query of one of the heads that
 read this KV head, so the keys of a tile serve a whole group. How a list is split among programs follows from sizes
@@ -17,29 +17,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Unsupported
-from ..layout import KVPages, Plan, as_bytes
-from .codecs import INTERPRETED, Tile, round_to, tile_of
+from ..layout import KVPages, Plan
+from .codecs import INTERPRETED, Plane, Tile, planes_of, round_to, tile_of
 from .config import Config
 from .launch import launch
 
-NOTHING = tl.constexpr(float("-inf"))  # the logarithm of no sum
-LOG2E = tl.constexpr(1.4426950408889634)  # scores are powers of two inside a kernel: exp2 is what a GPU has
+NEG_INF = tl.constexpr(float("-inf"))  # score of a masked key, lse of no keys
+LOG2E = tl.constexpr(1.4426950408889634)  # kernels use exp2, the instruction that a GPU has, for exp
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST_BIAS = tl.constexpr(-(2.0**30))
 STEP = tl.constexpr(1024)  # numbers of a plan that are looked through at once
 
 MOST_POOLS = 8  # each is a loop of its own in a kernel
 LEAST_SCALE = 1e-30  # for 0: a masked score is -inf, and must stay so when it is scaled
-# What a program costs besides its keys, in tiles of keys: finding its work, loading queries, writing partial sums.
+# Fixed cost of a program, in tiles of keys: finding its work, loading queries, writing partial results.
 _OVERHEAD = 2
-_PARTIAL = 4  # and what it costs more where lists are split: partial sums go to memory and are read again
+_PARTIAL = 4  # additional cost where lists are split: partial results go to memory and are read again
 _MOST_SPLITS = 64
-_SUMMED = 4096  # numbers of one program that adds up splits
+_COMBINED = 4096  # numbers of one program that combines splits
 
 
 @functools.lru_cache
 def splits_for(programs: int, key_tiles: int, processors: int) -> int:
-    """Among how many programs to split each list of `key_tiles` tiles of keys, so that `processors` run dry together.
+    """Among how many programs to split each list of `key_tiles` tiles of keys, so that all processors finish together.
 
     The time is the number of waves times what a program takes. Wan 1.3B at 32,760 keys: 444 programs fill 132
     processors to 84 %; in 2 splits to 96 %.
@@ -57,62 +57,57 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-class Rows(NamedTuple):
-    """A tensor [several, tokens, heads, width] or, for lse, [several, tokens, heads]: where it lies and its strides."""
+class Strided(NamedTuple):
+    """A tensor [outer, tokens, heads, width] or, for lse, [outer, tokens, heads]: its address and strides."""
 
     pointer: Tensor
-    of: int  # variants of q, or splits
-    token: int
-    head: int
-    channel: int = 0
+    outer_stride: int  # of variants of q, or of splits
+    token_stride: int
+    head_stride: int
+    channel_stride: int = 0
 
 
 class Pool(NamedTuple):
-    """A pool as kernels get it. sm_80 knows no 8-bit floats: codes come as their bits."""
+    """A pool as kernels get it."""
 
-    k: Tensor
-    k_scales: Tensor | None
-    k_offsets: Tensor | None
-    v: Tensor
-    v_scales: Tensor | None
-    v_offsets: Tensor | None
+    k: Plane
+    v: Plane
     first_page: int  # in the count through all pools
     pages: int
 
 
-def rows(x: Tensor) -> Rows:
-    return Rows(x, *x.stride())
+def strided(x: Tensor) -> Strided:
+    return Strided(x, *x.stride())
 
 
 def pools_of(pools: Sequence[KVPages]) -> tuple[Pool, ...]:
     found, first_page = [], 0
     for pages in pools:
-        tensors = (x for side in pages.sides for x in (as_bytes(side.codes), side.scales, side.offsets))
-        found.append(Pool(*tensors, first_page, pages.pages))  # type: ignore[arg-type, call-arg]
+        found.append(Pool(*planes_of(pages), first_page, pages.pages))
         first_page += pages.pages
     return tuple(found)
 
 
-def tiles_of(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+def tiles_of_pools(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
     """Keys and values of every pool."""
     keys = tuple(tile_of(p.sides[0].codec, p.page_size, p.head_dim, 0) for p in pools)
     return keys, tuple(tile_of(p.sides[1].codec, p.page_size, p.value_dim, 0) for p in pools)
 
 
-def attend(
+def launch_attention(
     kernel: object, q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor,
     accumulate: bool, chosen: Config, splits: int | None, least: int, parts: int = 1, **options: object,
 ) -> None:  # fmt: skip
-    """Launch an attention kernel and, if lists are split, the kernel that adds up in the order of the list.
+    """Launch an attention kernel and, if lists are split, the kernel that combines their results in the list's order.
 
     chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
-    GPU. least: of any side of a product. parts: programs that share the width of the output.
+    GPU. least: the smallest side that tl.dot takes. parts: programs that share the width of the output.
     """
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
     if scale < 0:
         q, scale = -q, -scale
-    chosen = keys_of_a_tile(chosen, q, pools)
+    chosen = fit_tile_to_pages(chosen, q, pools)
     heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
     segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
     block_m = tile_rows(chosen["m"], tokens * group, segments)
@@ -122,18 +117,18 @@ def attend(
         key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(page_size, block_n)
         splits = splits_for(tiles * heads * parts, key_tiles, processors(q.device))
     outs, lses = out[None], lse[None]
-    # Parts that accumulate would read an lse that another has just written.
-    summed = splits > 1 or (accumulate and parts > 1)
-    if summed:
+    # Parts that accumulate would read an lse that another part has just written.
+    combined = splits > 1 or (accumulate and parts > 1)
+    if combined:
         outs, lses = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
-    keys, values = tiles_of(pools)
+    keys, values = tiles_of_pools(pools)
     launch(
         kernel,
         tiles * heads * splits * parts,
         q.device,
-        *(rows(q if q.ndim == 4 else q[None]), rows(outs), rows(lses)),
-        *(Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), max(scale, LEAST_SCALE)),  # type: ignore[arg-type]
-        *(tokens, segments, len(plan.page_ids), splits, tiles),
+        strided(q if q.ndim == 4 else q[None]), strided(outs), strided(lses),
+        Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), max(scale, LEAST_SCALE),  # type: ignore[arg-type]
+        tokens, segments, len(plan.page_ids), splits, tiles,
         HEADS=heads,
         GROUP=group,
         KEYS=keys,
@@ -143,18 +138,18 @@ def attend(
         PER_HEAD=lists != segments,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        COLS=max(least, keys[0].cols),
-        ACCUMULATE=accumulate and not summed,
+        BLOCK_D=max(least, keys[0].cols),
+        ACCUMULATE=accumulate and not combined,
         **options,
         num_warps=max(min(4, chosen["warps"]), chosen["warps"] * block_m // chosen["m"]),
         num_stages=chosen["stages"],
         fma=True,
-    )
-    if summed:
-        sum_splits(outs, lses, out, lse, accumulate)
+    )  # fmt: skip
+    if combined:
+        combine_splits(outs, lses, out, lse, accumulate)
 
 
-def keys_of_a_tile(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Config:
+def fit_tile_to_pages(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Config:
     """Tile sizes are for numbers of q's size. Pages of larger ones get tiles of fewer keys, in as many bytes; where a
     product takes no fewer, tiles of fewer queries make up for it.
     """
@@ -168,15 +163,15 @@ def tile_rows(most: int, rows: int, segments: int) -> int:
     return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
 
 
-def sum_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate: bool) -> None:
+def combine_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate: bool) -> None:
     splits, tokens, heads, width = outs.shape
     cols = triton.next_power_of_2(width)
-    block = max(1, _SUMMED // cols)
+    block = max(1, _COMBINED // cols)
     launch(
-        sum_kernel,
+        combine_kernel,
         triton.cdiv(tokens * heads, block),
         out.device,
-        *(outs, lses, rows(out[None]), rows(lse[None]), tokens * heads, splits),
+        outs, lses, strided(out[None]), strided(lse[None]), tokens * heads, splits,
         HEADS=heads,
         WIDTH=width,
         ROWS=block,
@@ -185,11 +180,11 @@ def sum_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate:
         ACCUMULATE=accumulate,
         num_warps=4,
         fma=True,
-    )
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def sum_kernel(
+def combine_kernel(
     outs,  # [splits, tokens, HEADS, WIDTH] float32
     lses,  # [splits, tokens, HEADS]
     out,  # Rows [1, tokens, HEADS, WIDTH], written, as lse
@@ -204,55 +199,59 @@ def sum_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     row, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-    here, i = row < rows, tl.arange(0, SPLITS)
+    row_mask, i = row < rows, tl.arange(0, SPLITS)
     logs = tl.load(
         lses + i[:, None].to(tl.int64) * rows + row[None, :],
-        mask=(i < splits)[:, None] & here[None, :],
-        other=NOTHING,
+        mask=(i < splits)[:, None] & row_mask[None, :],
+        other=NEG_INF,
     )
-    largest = finite(tl.max(logs, 0))
-    total = tl.sum(tl.exp2((logs - largest[None, :]) * LOG2E), 0)
+    max_lse = finite(tl.max(logs, 0))
+    total = tl.sum(tl.exp2((logs - max_lse[None, :]) * LOG2E), 0)
     x = tl.zeros([ROWS, COLS], tl.float32)
-    mask = here[:, None] & (cols < WIDTH)[None, :]
+    mask = row_mask[:, None] & (cols < WIDTH)[None, :]
     at = row.to(tl.int64)
     for _ in range(splits):
-        weight = tl.exp2((tl.load(lses + at, mask=here, other=NOTHING) - largest) * LOG2E)
+        weight = tl.exp2((tl.load(lses + at, mask=row_mask, other=NEG_INF) - max_lse) * LOG2E)
         x += weight[:, None] * tl.load(outs + at[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
         at += rows
     token, head = (row // HEADS).to(tl.int64), row % HEADS
-    finish(x, largest, total, out, lse, 0, token, head, here, 0, WIDTH, ACCUMULATE)
+    store_output(x, max_lse, total, out, lse, 0, token, head, row_mask, 0, WIDTH, ACCUMULATE)
 
 
 @triton.jit
-def finish(x, largest, total, out, lse, split, token, head, here, start, WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Store x / total [rows, COLS] from channel `start` on, and largest + log(total) [rows] with the first of them; or
-    merge them into what is there.
+def store_output(
+    acc, row_max, row_sum, out, lse, split, token, head, row_mask, start,
+    WIDTH: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Store acc / row_sum [rows, COLS] from channel `start` on and, if that is 0, row_max + log(row_sum) [rows] as lse;
+    or merge them into the result that is there.
 
-    A row that saw no key has total 0 and becomes 0 and -inf.
+    A row that saw no key has row_sum 0 and becomes 0 and -inf.
     """
-    cols = start + tl.arange(0, x.shape[1])
-    mask = here[:, None] & (cols < WIDTH)[None, :]
-    places = out.pointer + (split * out.of + token * out.token + head * out.head)[:, None] + cols[None, :] * out.channel
-    log_places = lse.pointer + split * lse.of + token * lse.token + head * lse.head
-    saw = total != 0  # and true for NaN, which must stay
-    total = tl.where(saw, total, 1.0)
-    x = x / total[:, None]
-    logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
+    cols = start + tl.arange(0, acc.shape[1])
+    mask = row_mask[:, None] & (cols < WIDTH)[None, :]
+    rows = split * out.outer_stride + token * out.token_stride + head * out.head_stride
+    places = out.pointer + rows[:, None] + cols[None, :] * out.channel_stride
+    lse_places = lse.pointer + split * lse.outer_stride + token * lse.token_stride + head * lse.head_stride
+    saw = row_sum != 0  # and true for NaN, which must stay
+    row_sum = tl.where(saw, row_sum, 1.0)
+    acc = acc / row_sum[:, None]
+    row_lse = tl.where(saw, row_max + tl.log2(row_sum) * LN2, NEG_INF)
     if ACCUMULATE:
-        before = tl.load(log_places, mask=here, other=NOTHING)
-        largest = finite(tl.maximum(before, logs))
-        old, new = tl.exp2((before - largest) * LOG2E), tl.exp2((logs - largest) * LOG2E)
-        total = old + new
+        before = tl.load(lse_places, mask=row_mask, other=NEG_INF)
+        row_max = finite(tl.maximum(before, row_lse))
+        old, new = tl.exp2((before - row_max) * LOG2E), tl.exp2((row_lse - row_max) * LOG2E)
+        row_sum = old + new
         # What saw no key is not read: it may be NaN.
         kept = tl.load(places, mask=mask & (old != 0)[:, None], other=0.0).to(tl.float32)
         tl.debug_barrier()  # other threads of this program read the lse of these rows too, before any writes it
-        saw = total != 0
-        total = tl.where(saw, total, 1.0)
-        x = kept * (old / total)[:, None] + x * (new / total)[:, None]
-        logs = tl.where(saw, largest + tl.log2(total) * LN2, NOTHING)
-    tl.store(places, round_to(x, out.pointer.dtype.element_ty), mask=mask)
+        saw = row_sum != 0
+        row_sum = tl.where(saw, row_sum, 1.0)
+        acc = kept * (old / row_sum)[:, None] + acc * (new / row_sum)[:, None]
+        row_lse = tl.where(saw, row_max + tl.log2(row_sum) * LN2, NEG_INF)
+    tl.store(places, round_to(acc, out.pointer.dtype.element_ty), mask=mask)
     if start == 0:
-        tl.store(log_places, logs, mask=here)
+        tl.store(lse_places, row_lse, mask=row_mask)
 
 
 @triton.constexpr_function
@@ -261,18 +260,18 @@ def tile_at(tiles, i) -> Tile:
 
 
 @triton.jit
-def finite(largest):
-    """Where everything is -inf, any number serves to subtract: -inf - -inf would be NaN."""
-    return tl.where(largest == NOTHING, 0.0, largest)
+def finite(row_max):
+    """0 for a maximum of -inf, so that it can be subtracted: -inf - -inf would be NaN."""
+    return tl.where(row_max == NEG_INF, 0.0, row_max)
 
 
 @triton.jit
-def load_rows(q, variant, token, head, here, start, WIDTH: tl.constexpr, COLS: tl.constexpr):
+def load_rows(q, variant, token, head, row_mask, start, WIDTH: tl.constexpr, COLS: tl.constexpr):
     """[rows, COLS]: channels of q's rows from `start` on, 0 from channel WIDTH on."""
     cols = start + tl.arange(0, COLS)
-    places = (token * q.token + head * q.head)[:, None] + cols[None, :] * q.channel
-    mask = here[:, None] & (cols < WIDTH)[None, :]
-    return tl.load(q.pointer + variant * tl.cast(q.of, tl.int64) + places, mask=mask, other=0.0)
+    places = (token * q.token_stride + head * q.head_stride)[:, None] + cols[None, :] * q.channel_stride
+    mask = row_mask[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(q.pointer + variant * tl.cast(q.outer_stride, tl.int64) + places, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -327,39 +326,39 @@ def pages_of(plan, entries, at, split, splits):
 def run_in_pool(first, last, plan, variant, pool):
     """The shortest run of entries that holds all those of a pool, and of a variant of q.
 
-    Lists name a pool's pages in a row, so that a pass for each pool walks over hardly more than the list.
+    Lists name a pool's pages one after the other, so that a pass for each pool reads little more than the list once.
     """
     begin, end = last, first
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
         page = tl.load(plan.page_ids + i, mask=i < last, other=-1) - pool.first_page
-        here = (i < last) & (page >= 0) & (page < pool.pages)
+        in_pool = (i < last) & (page >= 0) & (page < pool.pages)
         if plan.page_variants is not None:
-            here &= tl.load(plan.page_variants + i, mask=i < last, other=-1) == variant
-        begin = tl.minimum(begin, tl.min(tl.where(here, i, last), 0))
-        end = tl.maximum(end, tl.max(tl.where(here, i + 1, first), 0))
+            in_pool &= tl.load(plan.page_variants + i, mask=i < last, other=-1) == variant
+        begin = tl.minimum(begin, tl.min(tl.where(in_pool, i, last), 0))
+        end = tl.maximum(end, tl.max(tl.where(in_pool, i + 1, first), 0))
     return begin, end
 
 
 @triton.jit
-def largest_bias(first, last, plan):
-    """Of the entries [first, last) that have tokens, or 0. Biases count from it: beside one of 1e9 a float32 has no
-    room for a score, and one of -3e38 overflows in powers of two.
+def max_bias(first, last, plan):
+    """The largest bias of the entries [first, last) that have tokens, or 0. Biases are taken relative to it: in float32
+    a score vanishes beside a bias of 1e9, and one of -3e38 overflows when it is multiplied with log2(e).
     """
     largest = 0.0
     if plan.page_bias is not None:
-        largest = NOTHING
+        largest = NEG_INF
         for start in range(first, last, STEP):
             i = start + tl.arange(0, STEP)
             there = (i < last) & (tl.load(plan.page_lens + i, mask=i < last, other=0) > 0)
-            largest = tl.maximum(largest, tl.max(tl.load(plan.page_bias + i, mask=there, other=NOTHING), 0))
+            largest = tl.maximum(largest, tl.max(tl.load(plan.page_bias + i, mask=there, other=NEG_INF), 0))
         largest = finite(largest)
     return largest
 
 
 @triton.jit
 def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
-    """(page in its pool, valid tokens, bias from `base` in powers of two); no tokens if it is none of this pass."""
+    """(page in its pool, valid tokens, (bias - base) * log2(e)) of entry i; no tokens if of another pool or variant."""
     there = i < last
     page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page
     length = tl.load(plan.page_lens + i, mask=there, other=0)
@@ -369,29 +368,30 @@ def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
     bias = 0.0
     if plan.page_bias is not None:
         bias = tl.where(there, tl.load(plan.page_bias + i, mask=there, other=0.0) - base, 0.0) * LOG2E
-        # A page so far below has no weight. Its bias would swallow its scores, and leave their powers without bound.
-        bias = tl.where(bias < LEAST_BIAS, NOTHING, bias)
+        # A page so far below has no weight. Its bias would absorb its scores, and exp2 of what is left has no bound.
+        bias = tl.where(bias < LEAST_BIAS, NEG_INF, bias)
     return tl.where(fits, page, 0), tl.where(fits, length, 0), bias
 
 
 @triton.jit
-def weigh(scores, factor, bias, largest, total):
-    """A step of the online softmax over powers of two, scores [rows, keys] * factor [rows] + bias.
+def online_softmax_step(qk, qk_scale, bias, running_max, running_sum):
+    """A step of the online softmax, in base 2, over the scores qk [rows, keys] * qk_scale [rows] + bias.
 
-    Gives weights, what shrinks earlier sums, and the new (largest, total). As factor is positive, the largest score
-    is found before it is applied, and each weight costs one fma and one exp2.
+    Returns p = exp2(score - new maximum), alpha = exp2(old maximum - new maximum), which rescales earlier sums, and the
+    new (running_max, running_sum). As qk_scale is positive, the maximum is found before it is applied, and each p costs
+    one fma and one exp2.
     """
-    new = tl.maximum(largest, tl.max(scores, 1) * factor + bias)
-    safe = finite(new)
-    weights = tl.exp2(scores * factor[:, None] + (bias - safe)[:, None])
-    shrink = tl.exp2(largest - safe)
-    return weights, shrink, new, total * shrink + tl.sum(weights, 1)
+    new_max = tl.maximum(running_max, tl.max(qk, 1) * qk_scale + bias)
+    safe_max = finite(new_max)
+    p = tl.exp2(qk * qk_scale[:, None] + (bias - safe_max)[:, None])
+    alpha = tl.exp2(running_max - safe_max)
+    return p, alpha, new_max, running_sum * alpha + tl.sum(p, 1)
 
 
 @triton.jit
-def multiply(a, b, sum=None):
-    """a @ b + sum in float32, of float operands. Triton's interpreter multiplies the bits of bfloat16."""
+def dot(a, b, acc=None):
+    """a @ b + acc in float32, of float operands. Triton's interpreter would multiply bfloat16's bits."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
-        return tl.dot(a, b, sum, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee")

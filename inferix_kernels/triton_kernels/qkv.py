@@ -1,4 +1,4 @@
-"""qkv_prologue in Triton: the sums that the norms need, then a program per entry of the page list, head and part.
+"""qkv_prologue in Triton: the statistics that the norms need, then a program per entry of the page list, head and part.
 
 A norm over all heads and a scale over a page cross: neither a program for whole rows nor one for whole pages sees
 both. So a first launch reads q and k for two numbers per row, and the second, which finds most of them still in the
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import KV_FORMATS, Codec, KVPages, PageList
-from .codecs import part_of, round_to, tile_of, write_part
+from .codecs import part_of, planes_of, round_to, tile_of, write_part
 from .config import config, rows_and_warps, warps_of
 from .kv_pages import (
     entries,
@@ -29,7 +29,6 @@ from .kv_pages import (
     frames_of,
     less_mean,
     list_tensors,
-    pool_tensors,
     tiles_of,
     token_places,
 )
@@ -47,7 +46,7 @@ class Heads(NamedTuple):
     norms: int  # groups of channels that are normalised together: none, 1 or one for each head
     group: int  # channels of one
     layer: bool  # takes off the mean before
-    first_group: int  # in the sums of all
+    first_group: int  # in the statistics of q and k
 
 
 class Source(NamedTuple):
@@ -87,20 +86,19 @@ def qkv_prologue(
     k = _heads(query_heads, H, D, k_norm, q.norms)
     v = _heads(query_heads + H, H, D, Norm(None, None), 0)
     source = Source(qkv, qkv.stride(0), qkv.stride(1), None if bias is None else bias.contiguous())
-    sums = _row_sums(source, q, k, eps)
-    turned = 0 if rope is None else 2 * rope.shape[1]
-    # Smaller parts than those of append: a number comes with its partner, a cosine and a sine.
+    stats = _norm_stats(source, q, k, eps)
+    rotary_dim = 0 if rope is None else 2 * rope.shape[1]
+    # Smaller parts than those of kv_append: each channel needs its partner, a cosine and a sine too.
     parts = config("qkv_prologue", "any", qkv.device)
     query = tile_of(Codec(out.dtype), pages.page_size, D, numbers=parts["numbers"])
     key, value = tiles_of(pages, numbers=parts["numbers"])
-    tensors = tuple(pool_tensors(pages))
     launch(
         prologue_kernel,
         len(where.ids) * (query_heads * query.parts + H * (key.parts + value.parts)),
         qkv.device,
-        *(source, len(qkv), sums, q_norm, k_norm, rope.contiguous() if rope is not None and turned else None),
-        *(None if k_mean is None else k_mean.contiguous(), (out, *out.stride())),
-        *(*list_tensors(where), tensors[:3], tensors[3:], pages.pages),
+        source, len(qkv), stats, q_norm, k_norm, rope.contiguous() if rope is not None and rotary_dim else None,
+        None if k_mean is None else k_mean.contiguous(), (out, *out.stride()),
+        *list_tensors(where), *planes_of(pages), pages.pages,
         ENTRIES=entries(where),
         QUERIES=q,
         KEYS=k,
@@ -108,10 +106,10 @@ def qkv_prologue(
         QUERY=query,
         KEY=key,
         VALUE=value,
-        TURNED=turned,
+        ROTARY_DIM=rotary_dim,
         INTERLEAVED=interleaved,
         num_warps=warps_of(max(x.rows * x.cols for x in (query, key, value)), parts),
-    )
+    )  # fmt: skip
     return out
 
 
@@ -144,34 +142,34 @@ def _heads(before: int, count: int, width: int, norm: Norm, first_group: int) ->
     return Heads(before * width, count, width, norms, group, norm.bias is not None, first_group)
 
 
-def _row_sums(source: Source, q: Heads, k: Heads, eps: float) -> Tensor | None:
-    """[groups of q, then of k, T, 2] float32: what to take off, and what to multiply with."""
+def _norm_stats(source: Source, q: Heads, k: Heads, eps: float) -> Tensor | None:
+    """[groups of q, then of k, T, 2] float32: the mean (0 for an RMS norm) and the reciprocal standard deviation."""
     if not q.norms + k.norms:
         return None
     qkv = source.qkv
-    sums = torch.empty(q.norms + k.norms, len(qkv), 2, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(q.norms + k.norms, len(qkv), 2, dtype=torch.float32, device=qkv.device)
     cols = triton.next_power_of_2(max(q.group, k.group))
     rows, warps = rows_and_warps("qkv_prologue", cols, qkv.device)
     launch(
-        row_sums_kernel,
+        norm_stats_kernel,
         triton.cdiv(len(qkv), rows) * (q.norms + k.norms),
         qkv.device,
-        *(source, len(qkv), eps, sums),
+        source, len(qkv), eps, stats,
         QUERIES=q,
         KEYS=k,
         ROWS=rows,
         COLS=cols,
         num_warps=warps,
-    )
-    return sums
+    )  # fmt: skip
+    return stats
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def row_sums_kernel(
+def norm_stats_kernel(
     source,  # Source
     tokens,
     eps,
-    sums,  # [groups, tokens, 2], written
+    stats,  # [groups, tokens, 2], written
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -179,41 +177,43 @@ def row_sums_kernel(
 ):
     GROUPS: tl.constexpr = QUERIES.norms + KEYS.norms
     group, row = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS * ROWS
-    at = sums + (group.to(tl.int64) * tokens + row) * 2
+    at = stats + (group.to(tl.int64) * tokens + row) * 2
     if group < QUERIES.norms:
-        sum_rows(source, tokens, eps, at, group, row, QUERIES, ROWS, COLS)
+        store_norm_stats(source, tokens, eps, at, group, row, QUERIES, ROWS, COLS)
     else:
-        sum_rows(source, tokens, eps, at, group - QUERIES.norms, row, KEYS, ROWS, COLS)
+        store_norm_stats(source, tokens, eps, at, group - QUERIES.norms, row, KEYS, ROWS, COLS)
 
 
 @triton.jit
-def sum_rows(source, tokens, eps, sums, group, row, heads: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_norm_stats(
+    source, tokens, eps, stats, group, row, heads: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-    there = row + rows < tokens
-    mask = there[:, None] & (cols < heads.group)[None, :]
+    row_mask = row + rows < tokens
+    mask = row_mask[:, None] & (cols < heads.group)[None, :]
     x = load_biased(source, row + rows, heads.column + group * heads.group + cols, mask)
     mean = tl.zeros([ROWS], tl.float32)
     if heads.layer:
         mean = tl.sum(x, 1) / heads.group
         x = tl.where(mask, x - mean[:, None], 0.0)
-    tl.store(sums + 2 * rows, mean, mask=there)
-    tl.store(sums + 2 * rows + 1, tl.rsqrt(tl.sum(x * x, 1) / heads.group + eps), mask=there)
+    tl.store(stats + 2 * rows, mean, mask=row_mask)
+    tl.store(stats + 2 * rows + 1, tl.rsqrt(tl.sum(x * x, 1) / heads.group + eps), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "pages"])
 def prologue_kernel(
     source,  # Source
     tokens,
-    sums,  # of row_sums_kernel, or None
+    stats,  # of norm_stats_kernel, or None
     norm_q,  # Norm, and norm_k
     norm_k,
-    rope,  # [tokens, TURNED / 2, 2] or None
+    rope,  # [tokens, ROTARY_DIM / 2, 2] or None
     k_mean,  # [KEYS.heads, D] or None
     out,  # [tokens, QUERIES.heads, D] and its strides; written
     ids,
     lens,
-    k_pages,  # codes, scales, offsets; written
-    v_pages,
+    k_plane,  # Plane, written, as v_plane
+    v_plane,
     pages,
     ENTRIES: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -222,7 +222,7 @@ def prologue_kernel(
     QUERY: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
     # Of an entry: the parts of its queries, of its keys, of its values.
@@ -237,52 +237,52 @@ def prologue_kernel(
         if part < FIRST_KEY:
             head = part // QUERY.parts
             row, col = part_of(QUERY, part % QUERY.parts)
-            queries = turned_part(
-                *(source, sums, tokens, norm_q, rope, head, first, row, col, length),
-                *(QUERIES, QUERY, TURNED, INTERLEAVED),
-            )
+            queries = rotated_part(
+                source, stats, tokens, norm_q, rope, head, first, row, col, length,
+                QUERIES, QUERY, ROTARY_DIM, INTERLEAVED,
+            )  # fmt: skip
             write_queries(queries, *out, first, head, row, col, length, QUERY)
         elif part < FIRST_VALUE:
             head = (part - FIRST_KEY) // KEY.parts
             row, col = part_of(KEY, (part - FIRST_KEY) % KEY.parts)
-            keys = turned_part(
-                *(source, sums, tokens, norm_k, rope, head, first, row, col, length),
-                *(KEYS, KEY, TURNED, INTERLEAVED),
-            )
+            keys = rotated_part(
+                source, stats, tokens, norm_k, rope, head, first, row, col, length,
+                KEYS, KEY, ROTARY_DIM, INTERLEAVED,
+            )  # fmt: skip
             if k_mean is not None:
                 keys = less_mean(keys, k_mean + head * KEY.width, row, col, length, KEY)
-            write_part(keys, *k_pages, to + head, row, col, length, KEY)
+            write_part(keys, k_plane, to + head, row, col, length, KEY)
         else:
             head = (part - FIRST_VALUE) // VALUE.parts
             row, col = part_of(VALUE, (part - FIRST_VALUE) % VALUE.parts)
-            values = turned_part(
-                *(source, None, tokens, norm_k, None, head, first, row, col, length),
-                *(VALUES, VALUE, 0, True),
-            )
-            write_part(values, *v_pages, to + head, row, col, length, VALUE)
+            values = rotated_part(
+                source, None, tokens, norm_k, None, head, first, row, col, length,
+                VALUES, VALUE, 0, True,
+            )  # fmt: skip
+            write_part(values, v_plane, to + head, row, col, length, VALUE)
 
 
 @triton.jit
-def turned_part(
-    source, sums, tokens, norm, rope, head, first, row, col, length,
-    heads: tl.constexpr, tile: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
+def rotated_part(
+    source, stats, tokens, norm, rope, head, first, row, col, length,
+    heads: tl.constexpr, tile: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """A part of one head, normalised and rotated: [rows, cols] float32, 0 where there is no token or channel."""
     rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
-    there, token = rows < length, first + rows
-    x = normalised(source, sums, tokens, norm, head, token, there, cols, heads, tile.width)
+    row_mask, token = rows < length, first + rows
+    x = normalised(source, stats, tokens, norm, head, token, row_mask, cols, heads, tile.width)
     if rope is not None:
-        # Each channel by itself, from its own number and its partner's: a part need not hold both.
-        HALF: tl.constexpr = TURNED // 2
+        # Each channel is computed from its own value and its partner's: a part need not hold both.
+        HALF: tl.constexpr = ROTARY_DIM // 2
         STEP: tl.constexpr = 1 if INTERLEAVED else HALF
         pair = cols // 2 if INTERLEAVED else cols % HALF
-        leads = cols % 2 == 0 if INTERLEAVED else cols < HALF
-        partner = tl.where(leads, cols + STEP, cols - STEP)
-        mask = there[:, None] & (cols < TURNED)[None, :]
-        angle = rope + token[:, None] * TURNED + pair[None, :] * 2
+        is_first = cols % 2 == 0 if INTERLEAVED else cols < HALF
+        partner = tl.where(is_first, cols + STEP, cols - STEP)
+        mask = row_mask[:, None] & (cols < ROTARY_DIM)[None, :]
+        angle = rope + token[:, None] * ROTARY_DIM + pair[None, :] * 2
         cos, sin = tl.load(angle, mask=mask, other=1.0), tl.load(angle + 1, mask=mask, other=0.0)
-        y = normalised(source, sums, tokens, norm, head, token, there, partner, heads, TURNED)
-        x = tl.where(mask, x * cos + tl.where(leads[None, :], -y, y) * sin, x)
+        y = normalised(source, stats, tokens, norm, head, token, row_mask, partner, heads, ROTARY_DIM)
+        x = tl.where(mask, x * cos + tl.where(is_first[None, :], -y, y) * sin, x)
     return x
 
 
@@ -294,21 +294,21 @@ def write_queries(x, out, token_stride, head_stride, stride, first, head, row, c
 
 
 @triton.jit
-def normalised(source, sums, tokens, norm, head, token, there, cols, heads: tl.constexpr, WIDTH: tl.constexpr):
+def normalised(source, stats, tokens, norm, head, token, row_mask, cols, heads: tl.constexpr, WIDTH: tl.constexpr):
     """These channels of a head after bias and norm: [tokens, cols] float32, 0 where there is none."""
-    known = (cols >= 0) & (cols < WIDTH)
-    mask = there[:, None] & known[None, :]
+    col_mask = (cols >= 0) & (cols < WIDTH)
+    mask = row_mask[:, None] & col_mask[None, :]
     x = load_biased(source, token, heads.column + head * heads.width + cols, mask)
     if heads.norms > 0:
         group = heads.first_group + head if heads.norms > 1 else heads.first_group
-        sums += (group * tokens + token) * 2
+        stats += (group * tokens + token) * 2
         if heads.layer:
-            x -= tl.load(sums, mask=there, other=0.0)[:, None]
-        x *= tl.load(sums + 1, mask=there, other=0.0)[:, None]
+            x -= tl.load(stats, mask=row_mask, other=0.0)[:, None]
+        x *= tl.load(stats + 1, mask=row_mask, other=0.0)[:, None]
         at = cols if heads.group == heads.width else head * heads.width + cols
-        x *= tl.load(norm.weight + at, mask=known, other=0.0).to(tl.float32)[None, :]
+        x *= tl.load(norm.weight + at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if heads.layer:
-            x += tl.load(norm.bias + at, mask=known, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(norm.bias + at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
             x = tl.where(mask, x, 0.0)
     return x
 

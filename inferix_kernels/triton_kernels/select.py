@@ -16,14 +16,15 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import Unsupported
 from ..layout import KVPages, PageList
-from .codecs import part_of, read_part, round_to
+from .codecs import part_of, planes_of, read_part, round_to
 from .config import config
-from .kv_pages import fits, frames_of, list_tensors, pool_tensors, tiles_of
+from .kv_pages import fits, frames_of, list_tensors, tiles_of
 from .launch import Case, check_device, launch
 
 __all__ = ["page_scores", "page_summaries", "select_pages"]
 
-LEAST, MOST = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
+NEG_INF, POS_INF = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
+
 _MOST_PAGES = 8192  # of one list: they are sorted in registers
 
 
@@ -39,13 +40,13 @@ def page_summaries(pools: Sequence[KVPages], where: PageList, bounds: bool = Fal
             len(where.ids) * pages.heads * key.parts,
             out.device,
             *list_tensors(where),
-            *pool_tensors(pages)[:3],
-            *(first_page, pages.pages, out, *out.stride()),
+            planes_of(pages)[0],
+            first_page, pages.pages, out, *out.stride(),
             HEADS=pages.heads,
             KEY=key,
             BOUNDS=bounds,
             num_warps=key.warps,
-        )
+        )  # fmt: skip
         first_page += pages.pages
     return out
 
@@ -62,8 +63,8 @@ def page_scores(
         scores_kernel,
         (len(q_indptr) - 1) * H * triton.cdiv(len(where.ids), tile["pages"]),
         q.device,
-        *(q, *q.stride(), len(q), q_indptr.contiguous(), summaries, len(summaries)),
-        *(*list_tensors(where), len(where.ids), scale, out, *out.stride()),
+        q, *q.stride(), len(q), q_indptr.contiguous(), summaries, len(summaries),
+        *list_tensors(where), len(where.ids), scale, out, *out.stride(),
         HEADS=H,
         GROUP=q.shape[1] // H,
         ROWS=rows,
@@ -72,7 +73,7 @@ def page_scores(
         QUERIES=tile["queries"],
         PAGES=tile["pages"],
         num_warps=tile["warps"],
-    )
+    )  # fmt: skip
     return out
 
 
@@ -96,17 +97,17 @@ def select_pages(
         select_kernel,
         S * H,
         scores.device,
-        *(scores, *scores.stride(), *list_tensors(where), n),
-        *(None if keep is None else keep.contiguous().view(torch.uint8), *out),
+        scores, *scores.stride(), *list_tensors(where), n,
+        None if keep is None else keep.contiguous().view(torch.uint8), *out,
         HEADS=H,
-        CHOSEN=frames,
+        TOP_FRAMES=frames,
         PER_FRAME=per_frame,
         K=k,
         FRAMES=shape[0],
         PAGES=shape[1],
         SLOTS=shape[2],
         num_warps=min(16, max(1, shape[0] * shape[1] // 256)),
-    )
+    )  # fmt: skip
     return out
 
 
@@ -137,9 +138,7 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
 def summaries_kernel(
     ids,
     lens,
-    k_codes,
-    k_scales,
-    k_offsets,
+    k_plane,
     first_page,  # of this pool, in the count through all of them
     pages,
     out,  # [all pages, HEADS, 1 or 2, width], written
@@ -158,12 +157,12 @@ def summaries_kernel(
     page = global_page - first_page
     if fits(page, length, pages, KEY):
         at = page.to(tl.int64) * HEADS + head
-        x = read_part(k_codes, k_scales, k_offsets, at, row, col, length, KEY, KEY.rows, KEY.cols)
+        x = read_part(k_plane, at, row, col, length, KEY, KEY.rows, KEY.cols)
         cols = col + tl.arange(0, KEY.cols)
         out += global_page.to(tl.int64) * page_stride + head * head_stride
         if BOUNDS:
-            there = (tl.arange(0, KEY.rows) < tl.maximum(length, 1))[:, None]  # a page without tokens has one of zeros
-            low, high = tl.min(tl.where(there, x, MOST), 0), tl.max(tl.where(there, x, LEAST), 0)
+            valid = (tl.arange(0, KEY.rows) < tl.maximum(length, 1))[:, None]  # a page without tokens has one of zeros
+            low, high = tl.min(tl.where(valid, x, POS_INF), 0), tl.max(tl.where(valid, x, NEG_INF), 0)
             tl.store(out + cols * stride, round_to(low, out.dtype.element_ty), mask=cols < KEY.width)
             tl.store(out + row_stride + cols * stride, round_to(high, out.dtype.element_ty), mask=cols < KEY.width)
         else:
@@ -210,15 +209,15 @@ def scores_kernel(
             total += tl.load(q + places + col[None, :] * stride, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(total, 0) / (tl.maximum(end - first, 1) * GROUP).to(tl.float32)
     page = tl.load(ids + entry, mask=entry < count, other=-1)
-    there = (page >= 0) & (page < table)
+    valid = (page >= 0) & (page < table)
     places = ((page.to(tl.int64) * HEADS + head) * ROWS * WIDTH)[:, None] + col[None, :]
-    mask = there[:, None] & (col < WIDTH)[None, :]
+    mask = valid[:, None] & (col < WIDTH)[None, :]
     products = mean[None, :] * tl.load(summaries + places, mask=mask, other=0.0).to(tl.float32)
     if ROWS == 2:
         high = mean[None, :] * tl.load(summaries + WIDTH + places, mask=mask, other=0.0).to(tl.float32)
         products = tl.maximum(products, high)
-    usable = there & (tl.load(lens + entry, mask=entry < count, other=0) > 0) & (end > first)
-    score = tl.where(usable, scale * tl.sum(products, 1), LEAST)
+    usable = valid & (tl.load(lens + entry, mask=entry < count, other=0) > 0) & (end > first)
+    score = tl.where(usable, scale * tl.sum(products, 1), NEG_INF)
     out += run.to(tl.int64) * run_stride + head * out_head_stride
     tl.store(out + entry * out_stride, score, mask=entry < count)
 
@@ -236,7 +235,7 @@ def select_kernel(
     out_ids,  # [runs * HEADS * K], written
     out_lens,
     HEADS: tl.constexpr,
-    CHOSEN: tl.constexpr,  # frames, or None for all
+    TOP_FRAMES: tl.constexpr,  # how many, or None for all
     PER_FRAME: tl.constexpr,
     K: tl.constexpr,
     FRAMES: tl.constexpr,
@@ -246,18 +245,18 @@ def select_kernel(
     run, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     page = tl.arange(0, PAGES)[None, :]
     entry = tl.arange(0, FRAMES)[:, None] * PER_FRAME + page
-    there = (page < PER_FRAME) & (entry < count)
+    valid = (page < PER_FRAME) & (entry < count)
     scores += run.to(tl.int64) * run_stride + head * head_stride
-    score = tl.load(scores + entry * stride, mask=there, other=LEAST)
+    score = tl.load(scores + entry * stride, mask=valid, other=NEG_INF)
     if keep is not None:
-        score = tl.where(tl.load(keep + entry, mask=there, other=0) != 0, MOST, score)
-    score = tl.where(tl.load(lens + entry, mask=there, other=0) > 0, score, LEAST)
-    if CHOSEN is not None:
-        chosen = largest(tl.max(score, 1), CHOSEN, FRAMES)
-        score = tl.where(chosen[:, None], score, LEAST)
+        score = tl.where(tl.load(keep + entry, mask=valid, other=0) != 0, POS_INF, score)
+    score = tl.where(tl.load(lens + entry, mask=valid, other=0) > 0, score, NEG_INF)
+    if TOP_FRAMES is not None:
+        chosen = top_k_mask(tl.max(score, 1), TOP_FRAMES, FRAMES)
+        score = tl.where(chosen[:, None], score, NEG_INF)
     SIZE: tl.constexpr = FRAMES * PAGES  # row by row: the order of the list
     entries = tl.reshape(entry, [SIZE])
-    chosen_pages = largest(tl.reshape(score, [SIZE]), K, SIZE)
+    chosen_pages = top_k_mask(tl.reshape(score, [SIZE]), K, SIZE)
     slot = tl.program_id(0) * K + tl.cumsum(chosen_pages.to(tl.int32), 0) - 1
     tl.store(out_ids + slot, tl.load(ids + entries, mask=chosen_pages, other=0), mask=chosen_pages)
     tl.store(out_lens + slot, tl.load(lens + entries, mask=chosen_pages, other=0), mask=chosen_pages)
@@ -269,10 +268,10 @@ def select_kernel(
 
 
 @triton.jit
-def largest(x, K: tl.constexpr, SIZE: tl.constexpr):
-    """Which are the K largest of x [SIZE], the earlier of equals; -inf never is."""
+def top_k_mask(x, K: tl.constexpr, SIZE: tl.constexpr):
+    """The mask of the K largest of x [SIZE]: of equals the earlier ones, never -inf."""
     ordered = tl.sort(x, descending=True)
-    last = tl.min(tl.where(tl.arange(0, SIZE) < K, ordered, MOST), 0)  # the K-th
+    last = tl.min(tl.where(tl.arange(0, SIZE) < K, ordered, POS_INF), 0)  # the K-th
     above, equal = x > last, x == last
     left = K - tl.sum(above.to(tl.int32), 0)
-    return (above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))) & (x > LEAST)
+    return (above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))) & (x > NEG_INF)

@@ -1,7 +1,7 @@
-"""Choosing tile sizes on a GPU: `python -m inferix_kernels tune` rewrites configs/<device>.json. Never when an op runs.
+"""Autotuning of tile sizes on a GPU: `python -m inferix_kernels tune` rewrites configs/<device>.json; no op does.
 
-Every candidate is measured on the cases that the kernels are compiled ahead for, and the one of least total time stays,
-the shipped one among them. The file is written after each op: a search that is cut short is not lost.
+Every candidate, the shipped one included, is measured on the cases that are compiled ahead of time; the one of least
+total time is kept. The file is written after each op: a search that is cut short is not lost.
 Never run on a GPU: the search is tested with a clock of its own.
 """
 

@@ -1,16 +1,41 @@
 """Inferix: block-diffusion video world models, fast, long and interactive."""
 
-__all__ = ["World", "__version__"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inferix_kernels import __version__
+
+    from .commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
+    from .commands.convert import convert
+    from .commands.doctor import doctor
+    from .commands.generate import generate
+    from .commands.play import play
+    from .world import World
+
+__all__ = [
+    "ConvertConfig",
+    "DoctorConfig",
+    "GenerateConfig",
+    "PlayConfig",
+    "World",
+    "__version__",
+    "convert",
+    "doctor",
+    "generate",
+    "play",
+]
+
+_CONFIGS = ("ConvertConfig", "DoctorConfig", "GenerateConfig", "PlayConfig")
+_COMMANDS = ("convert", "doctor", "generate", "play")
+_MODULE_OF = {"World": ".world", "__version__": "inferix_kernels"} | dict.fromkeys(_CONFIGS, ".commands.configs")
+_MODULE_OF |= {name: f".commands.{name}" for name in _COMMANDS}
 
 
 def __getattr__(name: str) -> object:
     # torch takes seconds to import; `inferix --help` should not.
-    if name == "World":
-        from .world import World
-
-        return World
-    if name == "__version__":
-        from inferix_kernels import __version__
-
-        return __version__
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
     raise AttributeError(f"module 'inferix' has no attribute {name!r}")

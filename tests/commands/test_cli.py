@@ -13,8 +13,9 @@ import av
 import pytest
 import torch
 
-from inferix.cli import MOST_THREADS, main
-from inferix.controls import Prompts, actions_from
+from inferix.commands.cli import main
+from inferix.commands.controls import Prompts, actions_from
+from inferix.commands.options import MOST_THREADS
 from inferix.media import VideoWriter
 from inferix.models.tiny import ADAPTER
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
@@ -171,7 +172,7 @@ def test_a_prompt_file_is_read_as_it_stands(tmp_path):
     (tmp_path / "prompts").write_bytes(text.encode())
     starts = Prompts.read(tmp_path / "prompts").starts
     assert starts == ((0.0, "a panda with a #1 shirt, #ff0000"), (5.0, "fox den"))
-    with pytest.raises(ValueError, match=r"--prompt-file: '/dev/zero' must be at most 16,777,216 characters long"):
+    with pytest.raises(ValueError, match=r"path: '/dev/zero' must be at most 16,777,216 characters long"):
         Prompts.read(Path("/dev/zero"))
 
 
@@ -230,7 +231,7 @@ def test_a_disk_that_fills_up_is_one_line(weights, small_disk, capsys):
 @pytest.mark.parametrize("beside", ["png", "json"])
 def test_a_disk_that_is_full_after_the_video_leaves_it(beside, weights, small_disk, capsys, monkeypatch):
     if beside == "json":
-        monkeypatch.setattr("inferix.generate.contact_sheet", lambda *_, **__: None)
+        monkeypatch.setattr("inferix.commands.maker.contact_sheet", lambda *_, **__: None)
     monkeypatch.setattr("inferix.media.VideoWriter.close", closing_then(small_disk.fill))
     assert generate(weights, small_disk.folder / "v.mp4", "--seconds", 0.5) == 2
     said = "contact sheet" if beside == "png" else "--out"

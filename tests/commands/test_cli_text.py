@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.media import LatentWriter
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export

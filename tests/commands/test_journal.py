@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inferix.journal import Journal, _checksum, refuse_unfinished
+from inferix.media.journal import Journal, _checksum, refuse_unfinished
 
 SETTINGS = {"model": "x", "seed": 5, "prompts": [[0.0, "a fox"]]}
 FRAME = (4, 2, 3)
@@ -71,7 +71,7 @@ def test_a_damaged_journal_is_refused_or_taken_up_right(tmp_path: Path, seed: in
         try:
             journal = Journal(path, FRAME, SETTINGS, resume=True)
         except ValueError as error:
-            assert str(error).startswith("--resume: ") and "\n" not in str(error)
+            assert str(error).startswith("resume: ") and "\n" not in str(error)
             outcomes.add("refused")
             continue
         assert is_start(journal.blocks, made)
@@ -88,7 +88,7 @@ def test_a_damaged_journal_is_refused_or_taken_up_right(tmp_path: Path, seed: in
 def test_a_first_line_of_another_kind_is_refused_and_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "j"
     path.write_bytes(line)
-    with pytest.raises(ValueError, match=r"^--resume: ([^\n]* is damaged: its first line is not JSON|journal must be)"):
+    with pytest.raises(ValueError, match=r"^resume: ([^\n]* is damaged: its first line is not JSON|journal must be)"):
         Journal(path, FRAME, SETTINGS, resume=True)
     with pytest.raises(ValueError, match="an unfinished video has its journal there"):
         Journal(path, FRAME, SETTINGS, resume=False)
@@ -149,11 +149,11 @@ def test_one_run_writes_a_journal(tmp_path: Path) -> None:
     first = Journal(path, FRAME, SETTINGS, resume=False)
     first.append(blocks(1)[0])
     for resume in (True, False):
-        with pytest.raises(ValueError, match=r"^--out: '.*j' is being written by another run$"):
+        with pytest.raises(ValueError, match=r"^path: '.*j' is being written by another run$"):
             Journal(path, FRAME, SETTINGS, resume)
     first.append(blocks(2)[1])
     first.close(done=False)
-    with pytest.raises(ValueError, match="--resume goes on"):
+    with pytest.raises(ValueError, match="`resume` goes on"):
         refuse_unfinished(path)
     second = Journal(path, FRAME, SETTINGS, resume=True)
     assert second.count == 2
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_the_blocks_before(small_disk) -> None:
     path = small_disk.folder / "j"
     journal = Journal(path, FRAME, SETTINGS, resume=False)
     block = torch.randn(417, *FRAME)
-    with pytest.raises(ValueError, match=r"^--out: no space left: '.*j'$"):
+    with pytest.raises(ValueError, match=r"^path: no space left: '.*j'$"):
         for _ in range(20):
             journal.append(block)
     kept = journal.count

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import inferix.media
-from inferix.media import GAP, STRIP, LatentWriter, VideoWriter, contact_sheet, read_picture, require_writable
+from inferix.media import LatentWriter, VideoWriter, contact_sheet, output_file, read_picture
+from inferix.media.contact_sheets import GAP, STRIP
 from inferix.models.tiny.simulator import SIZE, Simulator, play
 from inferix.stream.video import Encoder
+from inferix_kernels.files import require_writable
 
 if TYPE_CHECKING:
     from conftest import SmallDisk
@@ -100,7 +101,7 @@ def test_latents_that_end_early_hold_what_was_written(tmp_path: Path, written: i
 
 
 def test_latents_that_are_too_many_are_named_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--out: no space left: '.*x\.npy' needs 4,000"):
+    with pytest.raises(ValueError, match=r"path: no space left: '.*x\.npy' needs 4,000"):
         LatentWriter(tmp_path / "x.npy", 10**15, (1000,))
     assert os.listdir(tmp_path) == []
 
@@ -149,7 +150,7 @@ def test_an_unwritable_video_is_named_and_leaves_nothing(tmp_path: Path, out: st
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=rf"--out: cannot write '.*{out}': (No such|Is a|Not a)"):
+    with pytest.raises(ValueError, match=rf"path: cannot write '.*{out}': (No such|Is a|Not a)"):
         VideoWriter(tmp_path / out, 16, (SIZE, SIZE))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -163,7 +164,7 @@ def test_a_disk_that_fills_up_leaves_what_was_whole(small_disk: SmallDisk) -> No
     path = small_disk.folder / "v.mp4"
     path.write_bytes(b"earlier")
     with (
-        pytest.raises(ValueError, match=rf"^--out: no space left: '{path}'$"),
+        pytest.raises(ValueError, match=rf"^path: no space left: '{path}'$"),
         VideoWriter(path, 16, (96, 96), scale=1) as video,
     ):
         for frame in noise(160):
@@ -175,12 +176,12 @@ def test_a_disk_that_fills_up_leaves_what_was_whole(small_disk: SmallDisk) -> No
 def test_a_full_disk_is_said_before_the_first_frame(small_disk: SmallDisk) -> None:
     small_disk.fill()
     for make in (lambda out: VideoWriter(out, 16, (96, 96)), lambda out: LatentWriter(out, 9, (3, 2))):
-        with pytest.raises(ValueError, match=r"^--out: no space left: '.*v\.(mp4|npy)'"):
+        with pytest.raises(ValueError, match=r"^path: no space left: '.*v\.(mp4|npy)'"):
             make(small_disk.folder / "v.mp4")
     assert os.listdir(small_disk.folder) == ["fill"]
     small_disk.fill(leave=8 << 10)
     with (
-        pytest.raises(ValueError, match=r"^--out: no space left: '.*v\.npy'"),
+        pytest.raises(ValueError, match=r"^path: no space left: '.*v\.npy'"),
         LatentWriter(small_disk.folder / "v.npy", 1, (9,)) as file,
     ):
         for _ in range(1000):
@@ -204,7 +205,7 @@ def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             real(file, data)
 
-        monkeypatch.setattr(inferix.media, "write_all", write)
+        monkeypatch.setattr(output_file, "write_all", write)
         video = VideoWriter(tmp_path / "v.mp4", 16, (96, 96), scale=1)
         try:
             video.write(frames[:30])
@@ -213,12 +214,12 @@ def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch
             video.close()
         return video
 
-    real = inferix.media.write_all
+    real = output_file.write_all
     run(0)
     whole = (tmp_path / "v.mp4").read_bytes()
     assert calls > 5
     for failing in range(1, calls + 1):
-        with pytest.raises(ValueError, match=r"^--out: no space left: '.*v\.mp4'$"):
+        with pytest.raises(ValueError, match=r"^path: no space left: '.*v\.mp4'$"):
             run(failing)
         part = tmp_path / ".v.mp4.part"
         assert (tmp_path / "v.mp4").read_bytes() == whole
@@ -228,14 +229,14 @@ def test_a_write_that_fails_at_any_point_is_one_line(tmp_path: Path, monkeypatch
 
 def test_ctrl_c_waits_for_the_file(tmp_path: Path, frames: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """While libavformat writes through Python no exception may come up: it would lose a part of the file."""
-    real, sent = inferix.media.write_all, []
+    real, sent = output_file.write_all, []
 
     def write(file: object, data: bytes) -> None:
         if not sent:
             sent.append(signal.raise_signal(signal.SIGINT))
         real(file, data)
 
-    monkeypatch.setattr(inferix.media, "write_all", write)
+    monkeypatch.setattr(output_file, "write_all", write)
     path = tmp_path / "v.mp4"
     with pytest.raises(KeyboardInterrupt), VideoWriter(path, 16, (SIZE, SIZE)) as video:
         for frame in [*frames, *frames]:
@@ -247,7 +248,7 @@ def test_an_encoder_that_is_not_there_leaves_nothing(tmp_path: Path, monkeypatch
     def missing(*_: object, **__: object) -> None:
         raise ValueError("no codec")
 
-    monkeypatch.setattr("inferix.media.Fraction", missing)
+    monkeypatch.setattr("inferix.media.video_writer.Fraction", missing)
     with pytest.raises(ValueError, match="no codec"):
         VideoWriter(tmp_path / "v.mp4", 16, (SIZE, SIZE))
     assert os.listdir(tmp_path) == []
@@ -262,7 +263,7 @@ def test_a_second_writer_of_a_file_is_refused(tmp_path: Path, kind: type) -> Non
     }[kind]
     with kind(path, *options) as first:
         first.write(frames)
-        with pytest.raises(ValueError, match=rf"^--out: '{path}' is being written by another run$"):
+        with pytest.raises(ValueError, match=rf"^path: '{path}' is being written by another run$"):
             kind(path, *options)
         first.write(frames)
     assert first.frames == 2 and os.listdir(tmp_path) == [path.name]
@@ -273,7 +274,7 @@ def test_a_second_writer_of_a_file_is_refused(tmp_path: Path, kind: type) -> Non
 @pytest.mark.parametrize("name", ["v.mp4", ".v.mp4.part"])
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"--out must be a file, got '.*{name}', which is a device or a pipe"):
+    with pytest.raises(ValueError, match=rf"path must be a file, got '.*{name}', which is a device or a pipe"):
         VideoWriter(tmp_path / "v.mp4", 16, (SIZE, SIZE))
     assert os.listdir(tmp_path) == [name]
 
@@ -308,13 +309,11 @@ def test_live_video_says_what_its_colours_are(size: tuple[int, int], codec: str,
 
 
 def test_bad_arguments_of_a_video_are_named(tmp_path: Path, frames: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"--out must end in \.mp4, got '.*world\.avi'"):
+    with pytest.raises(ValueError, match=r"path must end in \.mp4, got '.*world\.avi'"):
         VideoWriter(tmp_path / "world.avi", 16, (SIZE, SIZE))
-    with pytest.raises(
-        ValueError, match="--scale must make 96 x 96 pixels at most 16,384 a side and 35,651,584 in all"
-    ):
+    with pytest.raises(ValueError, match="scale must make 96 x 96 pixels at most 16,384 a side and 35,651,584 in all"):
         VideoWriter(tmp_path / "large.mp4", 16, (SIZE, SIZE), scale=63)
-    with pytest.raises(ValueError, match="--scale must make 3 x 4 pixels an even height and width, got 1"):
+    with pytest.raises(ValueError, match="scale must make 3 x 4 pixels an even height and width, got 1"):
         VideoWriter(tmp_path / "odd.mp4", 16, (3, 4), scale=1)
     with (
         pytest.raises(ValueError, match=r"frames must be uint8 \[n, 96, 96, 3\], got uint8 \[40, 96, 96\]"),

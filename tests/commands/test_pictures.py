@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from inferix.pictures import MOST_PIXELS, read_picture, read_video
+from inferix.media.pictures import MOST_PIXELS, read_picture, read_video
 
 SIZE = (32, 48)
 RAMP = np.linspace(0, 1, SIZE[0] * SIZE[1]).reshape(SIZE)
@@ -44,7 +44,7 @@ def test_sixteen_bits_become_eight(tmp_path: Path, name: str) -> None:
 )
 def test_numbers_of_unknown_range_are_refused(tmp_path: Path, numbers: np.ndarray, said: str) -> None:
     Image.fromarray(numbers).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=rf"^--image: cannot read '.*x\.tif' \({said}\)$"):
+    with pytest.raises(ValueError, match=rf"^path: cannot read '.*x\.tif' \({said}\)$"):
         picture(tmp_path / "x.tif")
 
 
@@ -93,7 +93,7 @@ def test_a_colour_profile_is_applied(tmp_path: Path) -> None:
 def test_a_profile_that_does_not_belong_is_refused(tmp_path: Path) -> None:
     for name, profile, said in (("a", b"no profile", "profile"), ("b", swapped_profile(), "is for RGB, not CMYK")):
         flat("CMYK", (0, 0, 0, 0)).save(tmp_path / f"{name}.tif", icc_profile=profile)
-        with pytest.raises(ValueError, match=rf"^--image: cannot read '.*{name}\.tif' \([^\n]*{said}[^\n]*\)$"):
+        with pytest.raises(ValueError, match=rf"^path: cannot read '.*{name}\.tif' \([^\n]*{said}[^\n]*\)$"):
             picture(tmp_path / f"{name}.tif")
 
 
@@ -107,7 +107,7 @@ def test_of_several_pictures_the_first_is_taken(tmp_path: Path) -> None:
 
 def test_too_many_pixels_are_one_line(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "x.png")
-    said = rf"^--image must have at most {MOST_PIXELS:,} pixels, '.*x\.png' has more$"
+    said = rf"^path must have at most {MOST_PIXELS:,} pixels, '.*x\.png' has more$"
     with pytest.raises(ValueError, match=said):
         picture(tmp_path / "x.png")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "y.png")
@@ -130,7 +130,7 @@ def test_damaged_pictures_are_one_line(tmp_path: Path) -> None:
             try:
                 picture(tmp_path / "x")
             except ValueError as error:
-                assert str(error).startswith("--image") and "\n" not in str(error)
+                assert str(error).startswith("path") and "\n" not in str(error)
                 refused += 1
     assert refused > 50
 
@@ -184,7 +184,7 @@ def test_a_clip_is_turned_as_it_says(tmp_path: Path, turn: str) -> None:
 def test_a_clip_that_lies_askew_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "x.mp4", QUARTERS)
     set_matrix(tmp_path / "x.mp4", 0.7071, 0.7071, -0.7071, 0.7071)
-    with pytest.raises(ValueError, match=r"^--video: cannot read '.*' \(it is turned by an angle that is no multiple"):
+    with pytest.raises(ValueError, match=r"^path: cannot read '.*' \(it is turned by an angle that is no multiple"):
         read_video(tmp_path / "x.mp4", (64, 96), 16, 2)
 
 
@@ -228,12 +228,12 @@ def test_a_clip_is_brought_to_the_rate_and_cut(tmp_path: Path) -> None:
 def test_files_that_are_no_clips_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text").write_text("no video")
     write(tmp_path / "x.mp4", QUARTERS)
-    with pytest.raises(ValueError, match=r"^--video: cannot read '.*text' \([^\n]*\)$"):
+    with pytest.raises(ValueError, match=r"^path: cannot read '.*text' \([^\n]*\)$"):
         read_video(tmp_path / "text", SIZE, 16, 1)
-    monkeypatch.setattr("inferix.pictures.MOST_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"^--video: cannot read '.*' \(its pictures have more than 1,000 pixels\)$"):
+    monkeypatch.setattr("inferix.media.pictures.MOST_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"^path: cannot read '.*' \(its pictures have more than 1,000 pixels\)$"):
         read_video(tmp_path / "x.mp4", SIZE, 16, 1)
     monkeypatch.undo()
-    monkeypatch.setattr("inferix.pictures.MOST_CLIP_BYTES", 1000)
-    with pytest.raises(ValueError, match=r"^--video: cannot read '.*' \(its first 0 s are more than"):
+    monkeypatch.setattr("inferix.media.pictures.MOST_CLIP_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"^path: cannot read '.*' \(its first 0 s are more than"):
         read_video(tmp_path / "x.mp4", SIZE, 16, 1)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from inferix.cli import main
+from inferix.commands.cli import main
+from inferix.commands.terminal import picture
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
-from inferix.terminal import picture
 
 
 def test_a_picture_holds_every_pixel():
@@ -65,7 +65,7 @@ def test_options_are_followed_or_refused_by_name(options, says, capsys):
 
 def test_the_world_is_the_one_that_was_asked_for(monkeypatch):
     played = []
-    monkeypatch.setattr("inferix.terminal.play", lambda world, prompts, keys: played.append(world))
+    monkeypatch.setattr("inferix.commands.terminal.play", lambda world, prompts, keys: played.append(world))
     assert main(["play", "--terminal", "--window", "6", "--sink", "3", "--kv", "fp32", "--backend", "reference"]) == 0
     (world,) = played
     policy = world.table.policy
@@ -75,7 +75,7 @@ def test_the_world_is_the_one_that_was_asked_for(monkeypatch):
 
 WORDS_ALONE = """
 from inferix.stream.testing import BarWorld
-from inferix.terminal import play
+from inferix.commands.terminal import play
 play(BarWorld(size=(16, 384), actions=()), ("calm", "storm"), {})
 """
 

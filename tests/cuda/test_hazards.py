@@ -36,7 +36,7 @@ def listing(*lines, name="_ZN7inferix6kernelILi64EEEv"):
 
 
 def found(*lines):
-    (kernel,) = hazards.look_at(listing(*lines))
+    (kernel,) = hazards.inspect_listing(listing(*lines))
     return [(hazard.product[:4], hazard.other[:4], hazard.what, hazard.registers) for hazard in kernel.hazards]
 
 
@@ -126,7 +126,7 @@ def test_sound_code_is_left_alone(lines):
 
 def test_kernels_without_products_are_not_counted_and_others_by_name():
     two = listing(f"{QK}, gsb0", WAIT) + "\n" + listing(READ, name="_Z5otherv")
-    (kernel,) = hazards.look_at(two)
+    (kernel,) = hazards.inspect_listing(two)
     assert (kernel.kernel, kernel.products, kernel.hazards) == ("kernel<64>", 1, ())
 
 
@@ -136,7 +136,7 @@ def test_a_listing_without_life_ranges_is_refused(change):
     with pytest.raises(
         ValueError, match="a listing must have nvdisasm's narrow life ranges, got none that fit: 0000: HGMMA"
     ):
-        hazards.look_at("\n".join(lines))
+        hazards.inspect_listing("\n".join(lines))
 
 
 # Every kernel that is built
@@ -164,7 +164,7 @@ def attention(built):
 
 @with_nvcc
 def test_no_kernel_that_is_built_has_a_hazard(built):
-    seen = [kernel for text in built for kernel in hazards.look_at(text)]
+    seen = [kernel for text in built for kernel in hazards.inspect_listing(text)]
     assert [str(hazard) for kernel in seen for hazard in kernel.hazards] == []
     # 8 kinds of pages at 2 widths: attention, and a probe of each product.
     assert len(seen) == 48 and {kernel.kernel.split("<")[0] for kernel in seen} == {
@@ -187,7 +187,7 @@ def test_registers_are_read_where_nvdisasm_marks_them(attention):
 
 @with_nvcc
 def test_a_mistake_in_a_real_kernel_is_found(attention):
-    (sound,) = hazards.look_at(attention)
+    (sound,) = hazards.inspect_listing(attention)
     assert sound.products == 8 and not sound.hazards
     waits = [i for i, line in enumerate(attention.splitlines()) if "WARPGROUP.DEPBAR" in line]
     ends = [i for i, line in enumerate(attention.splitlines()) if "GMMA" in line and "gsb0" in line]
@@ -195,15 +195,18 @@ def test_a_mistake_in_a_real_kernel_is_found(attention):
         damaged = attention.splitlines()
         for i in lines:
             damaged[i] = re.sub(r"WARPGROUP\.DEPBAR\S* gsb0, \w+|, gsb0", mistake, damaged[i])
-        (kernel,) = hazards.look_at("\n".join(damaged))
+        (kernel,) = hazards.inspect_listing("\n".join(damaged))
         # Every sum is read, so every product is caught: by itself or by one that reads what it made.
         assert len({hazard.product for hazard in kernel.hazards}) == sound.products
         assert {hazard.what for hazard in kernel.hazards} >= {"reads D", "writes D"}
 
 
 def test_the_command_says_what_it_looked_at(capsys, monkeypatch):
-    seen = [hazards.Seen("a", 2, ()), hazards.Seen("b", 4, (hazards.Hazard("b", "10: P", "20: Q", "reads D", (3,)),))]
-    monkeypatch.setattr(hazards, "look_into", lambda binary, arch: seen if arch == "90a" else [])
+    seen = [
+        hazards.KernelHazards("a", 2, ()),
+        hazards.KernelHazards("b", 4, (hazards.Hazard("b", "10: P", "20: Q", "reads D", (3,)),)),
+    ]
+    monkeypatch.setattr(hazards, "inspect_binary", lambda binary, arch: seen if arch == "90a" else [])
     assert main(["hazards"]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "    20: Q | reads D (R3) of | 10: P",

@@ -1,4 +1,4 @@
-"""The Hopper attention kernels without a GPU: acted out on the host, and what the compiler made of them."""
+"""The Hopper attention kernels without a GPU: emulated on the CPU, and their SASS inspected."""
 
 import functools
 import importlib.util

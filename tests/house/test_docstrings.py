@@ -19,6 +19,7 @@ import inferix
 import inferix_kernels
 from inferix.models import load_model
 from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy
+from inferix_kernels.quantize import Linear8, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
 from inferix_kernels.store.snapshot import save
 
@@ -27,7 +28,16 @@ PUBLIC = {name: getattr(inferix_kernels, name) for name in inferix_kernels.__all
 # Public methods that are there for other modules of ours, or that nobody needs an example of.
 PLAIN = {"check_held", "check_open", "resident", "seen", "gone", "check_room", "converted"}
 PLAIN |= {"keeps", "last_picture", "kv_read", "kv_bytes"}
-ALONE = [*(x for x in PUBLIC.values() if not isinstance(x, dict | str)), load_model, plan_memory, frame_tokens, save]
+ALONE = [
+    *(x for x in PUBLIC.values() if callable(x)),
+    load_model,
+    plan_memory,
+    frame_tokens,
+    save,
+    Linear8,
+    quantize_linears,
+]
+ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
 
 
 def example(thing: object) -> str:
@@ -40,13 +50,13 @@ def example(thing: object) -> str:
 
 
 def methods(kind: type) -> list[str]:
-    """Its own and those it inherits, in the order of the source."""
-    found = {name: x for each in reversed(kind.__mro__) for name, x in vars(each).items()}
+    """In the order of the source, those of base classes first."""
+    found = {name: x for base in reversed(kind.__mro__) for name, x in vars(base).items()}
     return [n for n, x in found.items() if inspect.isfunction(x) and not n.startswith("_") and n not in PLAIN]
 
 
 METHODS = [(kind, name) for kind in (PageTable, Pass, Policy) for name in methods(kind)]
-METHODS += [(KVStore, "open"), (KVStore, "plan"), (KVPages, "empty"), (PageList, "of")]
+METHODS += [(KVStore, "open"), (KVPages, "empty"), (PageList, "of")]
 
 
 def follow(*things: object) -> None:

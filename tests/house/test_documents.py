@@ -1,6 +1,7 @@
 """The documents are short, link to what is there, and their code runs."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ DOCS = sorted(
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]+`")
+OF_OTHERS = {"self_forcing_dmd.pt"}  # names in other projects
 
 
 def named(path: Path) -> str:
@@ -28,11 +30,14 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def sources() -> str:
-    folders = ("inferix_kernels", "python", "csrc")
-    return "\n".join(
-        path.read_text() for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h")
-    )
+@functools.cache
+def words() -> set[str]:
+    """All names in the sources, and those of their files."""
+    folders = ("inferix_kernels", "python", "csrc", "benchmarks", "tests")
+    kinds = {".py", ".pyi", ".h", ".cpp", ".cuh", ".cu", ".js", ".json", ".sh"}
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    text = " ".join(path.read_text() for path in [*files, ROOT / "pyproject.toml"])
+    return {*re.findall(r"\w+", text), *(path.name for path in files)}
 
 
 @pytest.mark.parametrize("name", ["README.md", "DESIGN.md"])
@@ -57,7 +62,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCS, ids=named)
 def test_files_and_modules_that_are_named_exist(path):
-    if path.name == "CHANGELOG.md":  # says what was there once
+    if path.name == "CHANGELOG.md":  # says what there was once
         return
     said = path.read_text()
     for name in re.findall(r"\b(?:tests|docs|examples|csrc|benchmarks|inferix_kernels|inferix)/[\w/.]+\.\w+", said):
@@ -79,7 +84,7 @@ def test_every_document_can_be_found_from_the_first_pages():
         reached.add(path)
         links = re.findall(r"\]\(([^)\s#]+)", CODE.sub("", prose(path)))
         todo += [(path.parent / link).resolve() for link in links if not link.startswith("http")]
-    assert {path for path in DOCS if path.parent.name == "docs"} <= reached
+    assert {path for path in DOCS if path.parent in (ROOT, ROOT / "docs")} <= reached
 
 
 @pytest.mark.parametrize("path", [path for path in DOCS if "```python" in path.read_text()], ids=named)
@@ -92,14 +97,26 @@ def test_the_code_in_a_document_runs(path, tmp_path, monkeypatch):
             exec(compile(code, named(path), "exec"), names)
 
 
-def test_the_glossarys_names_exist():
-    text = sources()
-    rows = [line.split("|") for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
-    terms = [row[1].strip() for row in rows]
-    assert sorted(set(terms) - {"term"}) == sorted(term for term in terms if term != "term"), "a term stands twice"
-    for row in rows:
-        for name in re.findall(r"`([^`]+)`", row[3]):
-            assert re.search(rf"\b{re.escape(name)}\b", text), f"{row[1].strip()}: nothing is called {name}"
+@pytest.mark.parametrize("path", DOCS, ids=named)
+def test_names_in_code_type_exist(path):
+    if path.name == "CHANGELOG.md":  # says what there was once
+        return
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\))?`", prose(path)):
+        known = name in words() or all(part in words() for part in name.split("."))
+        assert known or name in OF_OTHERS, f"nothing is called {name}"
+
+
+def test_the_house_in_design_stands():
+    (house,) = [code for _, code in FENCE.findall((ROOT / "DESIGN.md").read_text()) if "csrc/" in code]
+    files = [name for name in re.findall(r"\b\w+\.(?:py|h|cpp)\b", house) if name in words()]
+    folders = [name for name in re.findall(r"\b(\w+)/", house) if any(ROOT.glob(f"**/{name}"))]
+    assert files == re.findall(r"\b\w+\.(?:py|h|cpp)\b", house) and folders == re.findall(r"\b(\w+)/", house)
+
+
+def test_the_glossary_says_each_term_once():
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
+    terms = [term for row in rows if row != "term" for term in row.split(", ")]
+    assert len(terms) > 50 and len(set(terms)) == len(terms)
 
 
 def defined(path: Path) -> set[str]:
@@ -123,9 +140,8 @@ def defined(path: Path) -> set[str]:
 
 
 def test_what_how_a_block_is_made_cites_exists():
-    cited = re.findall(
-        r"`([\w/.]+\.(?:py|cpp|h|cuh|cu|js|json)):([\w.]+)`", (ROOT / "docs/how-a-block-is-made.md").read_text()
-    )
+    said = (ROOT / "docs/how-a-block-is-made.md").read_text()
+    cited = re.findall(r"`([\w/.]+\.(?:py|cpp|h|cuh|cu|js|json)):([\w.]+)`", said)
     assert len(cited) > 30
     for file, name in cited:
         path = ROOT / file

@@ -3,18 +3,21 @@
 import ast
 import inspect
 import re
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from inferix_kernels import compiled, ops, reference
 from inferix_kernels.__main__ import OPS
+from tests import conftest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("inferix_kernels/**/*.py", "python/**/*.py", "tests/**/*.py", "benchmarks/**/*.py")
 PYTHON = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
 NATIVE = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
-MAX_FILE, MAX_FUNCTION = 400, 60
+MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 400, 120, 60
 
 
 def names(paths):
@@ -58,13 +61,48 @@ def test_a_file_is_short_or_says_why_not(path):
     assert len(lines) <= MAX_FILE or any("long because" in line.lower() for line in lines[:10])
 
 
-@pytest.mark.parametrize("path", **names([p for p in PYTHON if {"inferix_kernels", "benchmarks"} & {*p.parts}]))
-def test_functions_are_short(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
+def long_functions(path: Path) -> dict[str, int]:
+    """Lines besides the docstring of each function that is too long and does not say why, in its first lines."""
+    text, found = path.read_text(), {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             doc = ast.get_docstring(node, clean=False) or ""
-            length = node.end_lineno - node.lineno + 1 - len(doc.splitlines())
-            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines besides its docstring"
+            lines = node.end_lineno - node.lineno + 1 - len(doc.splitlines())
+            top = text.splitlines()[node.lineno - 1 : node.body[0].end_lineno]
+            if lines > MAX_FUNCTION and not any("long because" in line.lower() for line in top):
+                found[node.name] = lines
+    return found
+
+
+TO_BE_SPLIT = {"_parser", "generate"}  # one that is short must leave the list
+
+
+def test_functions_are_short_or_say_why_not():
+    found = {path: long_functions(path) for path in PYTHON}
+    assert not {path: functions for path, functions in found.items() if functions.keys() - TO_BE_SPLIT}
+    assert not TO_BE_SPLIT - {name for functions in found.values() for name in functions}
+
+
+@pytest.mark.parametrize(
+    "body, short",
+    [
+        ("    x = 1\n" * 59, True),
+        ("    x = 1\n" * 60, False),
+        ('    """' + "words\n" * 30 + '    """\n' + "    x = 1\n" * 59, True),
+        ("    # Long because the table is one.\n" + "    x = 1\n" * 80, True),
+        ("    x = 1\n" * 80 + "    # Long because nobody reads this far.\n", False),
+    ],
+)
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+def test_a_long_function_is_found(tmp_path, keyword, body, short):
+    (tmp_path / "a.py").write_text(f"{keyword} f():\n{body}")
+    assert bool(long_functions(tmp_path / "a.py")) == (not short)
+
+
+@pytest.mark.xfail(strict=True, reason="to be mended: the median file is longer")
+def test_the_median_file_is_short():
+    lines = [len(path.read_text().splitlines()) for path in PYTHON]
+    assert statistics.median(lines) <= MEDIAN_FILE
 
 
 @pytest.mark.parametrize("path", **names([path for path in PYTHON if path.parent.name == "inferix_kernels"]))
@@ -79,3 +117,13 @@ def test_native_code_knows_neither_torch_nor_the_environment(path):
     text = path.read_text()
     assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', text) and "getenv" not in text
     assert path.name == "bindings.cpp" or not re.search(r"#include\s*[<\"](Python\.h|pybind11)", text)
+
+
+def test_the_longest_files_of_tests_come_first_and_are_there():
+    longest = [ROOT / "tests" / name for name in conftest.LONGEST]
+    assert all(path.exists() for path in longest)
+    other = Path(__file__)
+    items = [SimpleNamespace(path=path, name=i) for i, path in enumerate([other, *longest[::-1], other])]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path for item in items] == [*longest, other, other]
+    assert [item.name for item in items[-2:]] == [0, len(items) - 1]

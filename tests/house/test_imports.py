@@ -33,7 +33,7 @@ SCRIPTS = {"inferix.models.tiny.evaluate", "inferix.models.tiny.train"}
 
 # Who never imports whom, with all that lies below the names. No star stands for a part: these are prefixes.
 FAMILIES = ("attention", "block", "e2e", "formats", "kv_pages", "linear", "page_table", "qkv", "stream", "wan_block")
-COMMANDS = ("inferix.commands", "inferix.cli", "inferix.generate", "inferix.doctor", "inferix.terminal")
+COMMANDS = ("inferix.commands",)
 NEVER = {
     "inferix_kernels": ("inferix", "benchmarks", "tests"),
     "inferix": ("benchmarks", "tests"),
@@ -45,6 +45,7 @@ NEVER = {
     "inferix.stream": ("inferix.models", *COMMANDS),
     "inferix.models": ("inferix.stream", "inferix.world", *COMMANDS),
     "inferix.world": ("inferix.stream", *COMMANDS),
+    "inferix.media": ("inferix.stream", "inferix.models", "inferix.world", *COMMANDS),
     "inferix.decode": ("inferix.stream", "inferix.world", *COMMANDS),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inferix import cli, doctor
+from inferix.commands import cli, doctor
 from inferix_kernels._install import DISTRIBUTION, DRIVER, explained, install, require
 
 tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
@@ -93,7 +93,7 @@ def test_the_kernels_run_with_torch_and_numpy_alone():
 
 @pytest.mark.parametrize("command", ["generate", "doctor", "play --terminal"])
 def test_the_driver_names_its_extra(command):
-    result = run_without(f"from inferix.cli import main; sys.exit(main({command.split()}))")
+    result = run_without(f"from inferix.commands.cli import main; sys.exit(main({command.split()}))")
     said = result.stdout + result.stderr
     assert result.returncode != 0 and install("driver") in said and "Traceback" not in said, said
 

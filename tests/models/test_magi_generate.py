@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.media import VideoWriter, read_video
 from inferix.models import load_model
 from inferix.models.magi.text import CaptionEncoder, clean, find_encoder

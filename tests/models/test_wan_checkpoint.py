@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.models import load_model
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.checkpoint import find_checkpoint, load_network, save_network

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.media import VideoWriter
 from inferix.world import World
 from tests.models.test_wan_generate import SIZE, frames_of, options

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.models import load_model
 from inferix.models.wan.text import PromptEncoder, clean, published_encoder
 from inferix.models.wan.vae import VAE, load_vae

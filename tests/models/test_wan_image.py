@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.image import MEAN, PUBLISHED, STD, load_image_encoder
 from inferix.models.wan.vae import VAE

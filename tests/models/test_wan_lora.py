@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from inferix.models import load_model
 from inferix.models.wan.checkpoint import load_network, save_network
 from inferix.models.wan.lora import find_lora, named
@@ -313,7 +313,7 @@ def test_the_commands_take_several(network, base, tmp_path, capsys):
     changed = added(network, load_network(out))
     assert torch.allclose(changed.pop("blocks.0.ffn.2.weight"), 2.5 * product, atol=1e-5) and not changed
     assert main(["convert", str(base), str(out), "--lora", f"{lora}=x"]) == 2
-    assert capsys.readouterr().err.startswith("inferix convert: lora: the strength of ")
+    assert capsys.readouterr().err.startswith("inferix convert: --lora: the strength of ")
     before = out.read_bytes()
     assert main(["convert", str(out), str(out), "--lora", str(lora)]) == 0  # over the file it is read from
     assert out.read_bytes() != before and out.stat().st_mode & 0o777 == base.parent.stat().st_mode & 0o666

@@ -142,7 +142,7 @@ def test_rows_of_a_linear_layer_show_it(dtype, where):
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory):
-    """The page ops for GPUs from their own source, acted out on the host."""
+    """The page ops for GPUs from their own source, emulated on the CPU."""
     return machine.PageOps(tmp_path_factory.mktemp("pages"))
 
 

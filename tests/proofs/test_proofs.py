@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from inferix import World, cli
+from inferix import World
+from inferix.commands import cli
 from inferix.models import MODELS
 from inferix.models.magi.adapters import adapter_for, scheduled
 from inferix.models.wan.adapters import ADAPTERS

@@ -33,11 +33,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-from inferix.cli import main as inferix
+from inferix.commands.cli import main as inferix
 
 GENERATE = ["generate", "--threads", "1"]
 SAVES, LOADS, PICTURES = 6, 60, 64
-IMPORTS = ["inferix.generate", "inferix.saved", "inferix.stream.recorder", "inferix.models.tiny"]
+IMPORTS = ["inferix.commands.generate", "inferix.saved", "inferix.stream.recorder", "inferix.models.tiny"]
 LARGE_IMPORTS = [  # of the kinds that need packages
     "inferix.models.wan",
     "inferix.models.magi",

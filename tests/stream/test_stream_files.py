@@ -42,7 +42,7 @@ async def test_recordings_and_saves_get_names_from_the_server(server, tmp_path):
 @asynchronous
 async def test_a_recording_that_can_not_begin_is_refused_even_if_it_had_to_wait(server, monkeypatch):
     def refuse(*arguments):
-        raise ValueError("--out: cannot write there")
+        raise ValueError("path: cannot write there")
 
     monkeypatch.setattr(commands, "Recorder", refuse)
     viewer = await Viewer.join(server)

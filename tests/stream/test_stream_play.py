@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
-from inferix.cli import main
+from inferix.commands.cli import main
 from tests.stream.stream_client import PATIENCE, Viewer, asynchronous
 
 
@@ -87,6 +87,6 @@ def test_a_world_that_can_not_be_opened_is_one_line_and_not_served(options, says
 
 
 def test_without_the_extra_play_names_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "inferix.stream.play", None)
+    monkeypatch.setitem(sys.modules, "inferix.stream.server", None)
     assert main(["play"]) == 2
     assert "pip install 'inferix-kernels[stream]'" in capsys.readouterr().err

@@ -156,12 +156,12 @@ def test_files_hold_every_picture(name, tmp_path):
 
 @pytest.mark.parametrize("target", ["http://x/y", "out.avi", "rtmp:", ""])
 def test_an_address_that_is_none_is_refused(target):
-    with pytest.raises(ValueError, match="--push must be an rtmp://"):
+    with pytest.raises(ValueError, match="push must be an rtmp://"):
         Sink(target)
 
 
 def test_a_file_that_can_not_be_written_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"--push: cannot write .*No such file or directory"):
+    with pytest.raises(ValueError, match=r"push: cannot write .*No such file or directory"):
         Sink(str(tmp_path / "nowhere" / "out.ts"))
     (tmp_path / "soon gone").mkdir()
     sink = Sink(str(tmp_path / "soon gone" / "out.ts"))

@@ -26,7 +26,7 @@ def inputs(device, queries=(3, 18), lens=(16, 5, 0), query_heads=2, heads=2, hea
 def attend(q, pools, plan, scale=0.2, out=None, lse=None, accumulate=False, eight_bit=False, tiles=TILES, splits=None):
     out = torch.full(q.shape[-3:], 7.0, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.full(q.shape[-3:-1], 7.0, device=q.device) if lse is None else lse
-    return attention.attend(q, pools, plan, scale, out, lse, accumulate, eight_bit, tiles, splits)
+    return attention.run_paged_attention(q, pools, plan, scale, out, lse, accumulate, eight_bit, tiles, splits)
 
 
 def check(q, pools, plan, terms=64, **kwargs):
@@ -76,8 +76,8 @@ def test_formats_that_lie_in_runs_or_mixed(device):
 @triton_mode.IN_INTERPRETER
 def test_a_pass_for_each_pool_walks_over_its_own_pages(device, monkeypatch):
     seen = []
-    whole = attention.attend_run
-    monkeypatch.setattr(attention, "attend_run", lambda *args: seen.append(args[5:7]) or whole(*args))
+    whole = attention.attend_pages
+    monkeypatch.setattr(attention, "attend_pages", lambda *args: seen.append(args[5:7]) or whole(*args))
     q, pools, plan = inputs(device, queries=(5,), lens=(16, 5), heads=1, query_heads=1, formats=("bf16", "int8"))
     order = plan.page_ids.argsort()
     attend(q, pools, make_plan([(5, plan.page_ids[order].tolist(), plan.page_lens[order].tolist())], device))
@@ -289,7 +289,7 @@ def test_8_bit_products_mix_with_others(device):
 def test_8_bits_are_asked_for(device, monkeypatch):
     """Only half queries on keys with a scale for each token are multiplied so, and only if the caller allows it."""
     seen = []
-    monkeypatch.setattr(attention, "attend", lambda q, pools, plan, *rest: seen.append(rest[4]))
+    monkeypatch.setattr(attention, "run_paged_attention", lambda q, pools, plan, *rest: seen.append(rest[4]))
     for allowed in (False, True):
         monkeypatch.setattr(attention, "ALLOW_8_BIT", allowed)
         for formats, dtype in ((("i8f8",), torch.bfloat16), (("i8f8",), torch.float32), (("int4",), torch.bfloat16)):

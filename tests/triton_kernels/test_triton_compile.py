@@ -49,7 +49,7 @@ def test_the_richest_kernels_compile_and_spill_nothing(architecture, compiled):
         assert products.tensor_core.split()[0] == instruction and products.shared > 0
     else:
         assert rows.pop("").unsupported == "linear: e4m3 codes need sm_89 or later, this is sm_80; int8 codes run here"
-    assert set(rows) == {"row_sums_kernel", "prologue_kernel"}
+    assert set(rows) == {"norm_stats_kernel", "prologue_kernel"}
     for row in compiled:
         assert row.sound and row.spilled == 0 and row.registers <= 255
         assert bool(row.followed) == row.tensor_core.startswith("wgmma")
@@ -81,7 +81,7 @@ def test_attention_compiles_and_spills_nothing(architecture):
     assert all(row.sound and row.shared <= (232448 if architecture == 90 else 101376) for row in rows)
     assert all(bool(row.followed) == row.tensor_core.startswith("wgmma") for row in rows)
     assert {re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in kernels} == INSTRUCTIONS[architecture]
-    assert (architecture == 90) == any(row.kernel == "sum_kernel" for row in rows)  # where lists are split
+    assert (architecture == 90) == any(row.kernel == "combine_kernel" for row in rows)  # where lists are split
 
 
 def test_merging_in_place_reads_everything_before_it_writes():

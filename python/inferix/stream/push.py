@@ -27,7 +27,10 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 
-from ..media import LEAST_BYTES, OutputFile, require_writable
+from inferix_kernels.files import require_writable
+
+from ..media.output_file import OutputFile
+from ..media.video_writer import LEAST_BYTES
 from .video import choose, configure, convert
 
 DEPTH = 64  # pictures that may wait
@@ -54,7 +57,7 @@ class Sink:
         parts = urlsplit(target)
         self.streams = bool(parts.scheme)
         if not self.streams:
-            self.target = str(require_writable(target, "--push"))
+            self.target = str(require_writable(target, "push"))
         # What is shown to people: not the key of a channel, which is the last part of the path.
         self.label = f"{parts.scheme}://{parts.hostname}" if self.streams else Path(target).name
         self.state, self.connections, self.frames, self.dropped = "waiting", 0, 0, 0
@@ -192,7 +195,7 @@ def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int
     options = {"hls_time": "2", "hls_list_size": "0", "hls_flags": "append_list"} if format == "hls" else {}
     try:
         # HLS is many files, which libavformat opens itself, and about whose errors it says nothing.
-        file = OutputFile(target, "--push") if format != "hls" and not urlsplit(target).scheme else None
+        file = OutputFile(target, "push") if format != "hls" and not urlsplit(target).scheme else None
         with av.open(file or target, "w", format=format, options=options) as container:
             name, settings = choose("h264")
             stream: Any = container.add_stream(name)
@@ -217,7 +220,7 @@ def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int
         pass  # the server is gone
     except (av.error.FFmpegError, OSError, RuntimeError, ValueError) as error:
         # Everyone is shown this: without the target, which str(error) ends with and which may hold a channel's key.
-        text = str(error).removeprefix("--push: ").replace(repr(target), Path(target).name)
+        text = str(error).removeprefix("push: ").replace(repr(target), Path(target).name)
         pipe.send((getattr(error, "strerror", None) or text)[:200])
 
 
@@ -230,5 +233,5 @@ def _format_of(target: str) -> str:
     if not scheme and suffix in suffixes:
         return suffixes[suffix]
     raise ValueError(
-        f"--push must be an rtmp://, rtmps:// or srt:// address or end in {', '.join(suffixes)}, got {target!r}"
+        f"push must be an rtmp://, rtmps:// or srt:// address or end in {', '.join(suffixes)}, got {target!r}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..media import VideoWriter
+from ..media.video_writer import VideoWriter
 
 DEPTH = 64  # pictures that may wait for the disk
 
@@ -78,5 +78,5 @@ class Recorder:
             self.error = f"{self.name} ends here: there is no room for more recordings, see play --max-gb"
 
     def _words(self, error: Exception) -> str:
-        text = str(error).removeprefix("--out: ") or type(error).__name__
+        text = str(error).removeprefix("path: ") or type(error).__name__
         return text.replace(repr(str(self._path)), self.name)

@@ -106,7 +106,7 @@ class Server:
             await self._door.open(self.host, self.port)
         except (OSError, OverflowError, UnicodeError) as error:
             await self._runner.cleanup()
-            raise ValueError(f"--host, --port: cannot listen at {self.host}:{self.port} ({error})") from None
+            raise ValueError(f"host, port: cannot listen at {self.host}:{self.port} ({error})") from None
         self.port = self._door.port
         await self.session.start()
 

@@ -244,7 +244,7 @@ def open_world(
             if adapter.at_once
             else "several blocks at a time, the next ones begun before one is shown,"
         )
-        raise ValueError(f"--model: {model} makes {how} and can't be steered: use `inferix generate`")
+        raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
     if wanted := threads or adapter.threads:
         torch.set_num_threads(wanted)
     if undo_seconds is None:

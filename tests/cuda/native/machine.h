@@ -6,6 +6,8 @@
 // pending, that is reported as a deadlock. Tensor maps, swizzles, descriptors and fragments follow the PTX ISA and
 // share no code with layouts.h.
 #pragma once
+#undef _FORTIFY_SOURCE  // its longjmp refuses to jump to another stack
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -59,7 +61,9 @@ struct Product {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t begin;  // then it goes on at `place`: swapcontext asks the kernel for signal masks, setjmp does not
+  jmp_buf place;
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   std::function<bool()> ready;  // or empty
   bool done = false;
@@ -76,13 +80,12 @@ class Machine {
   void run(int block_x, int block_y, const std::function<void()>& kernel) {
     x = block_x, y = block_y, body = &kernel;
     for (Fiber& fiber : fibers) {
-      fiber.done = false;
+      fiber.done = fiber.begun = false;
       fiber.stack.reset(new char[kStack]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler;
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Machine::enter), 0);
+      getcontext(&fiber.begin);
+      fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+      fiber.begin.uc_stack.ss_size = kStack;
+      makecontext(&fiber.begin, reinterpret_cast<void (*)()>(&Machine::enter), 0);
     }
     while (sweep()) {
     }
@@ -93,7 +96,7 @@ class Machine {
     if (ready()) return;
     Fiber& fiber = fibers[current];
     fiber.ready = std::move(ready);
-    swapcontext(&fiber.context, &scheduler);
+    leave(fiber);
   }
 
   // A barrier of n threads that pass the same key: returns after all have arrived.
@@ -124,6 +127,17 @@ class Machine {
   };
   static void enter();
 
+  // From the scheduler to a fiber, until that leaves.
+  [[gnu::noinline]] void go_on(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.begin);
+  }
+  [[gnu::noinline]] void leave(Fiber& fiber) {
+    if (!_setjmp(fiber.place)) _longjmp(scheduler, 1);
+  }
+
   bool sweep() {
     bool moved = false, left = false, skipped = false;
     const int warps = int(fibers.size()) / 32, first = int(random() % warps);
@@ -141,7 +155,7 @@ class Machine {
         left = true;
         if (fiber.ready && !fiber.ready()) continue;
         fiber.ready = nullptr;
-        swapcontext(&scheduler, &fiber.context);
+        go_on(fiber);
         moved = true;
       }
     }
@@ -156,7 +170,7 @@ class Machine {
     return left;
   }
 
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const std::function<void()>* body = nullptr;
   std::map<int, Meeting> meetings;
   std::mt19937 random;
@@ -166,6 +180,7 @@ inline Machine* machine = nullptr;
 inline void Machine::enter() {
   (*machine->body)();
   machine->self().done = true;
+  machine->leave(machine->self());
 }
 
 inline int thread_index() { return machine->current; }

@@ -146,7 +146,7 @@ class Magi:
         if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
             raise ValueError(f"frames must be uint8 [n, {height}, {width}, 3], got {frames.dtype} {list(frames.shape)}")
         if self.encode_video is None:
-            raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them; see --decoder")
+            raise ValueError(f"frames: this {self.adapter.name} has no VAE to encode them; see `decoder`")
         return self.encode_video(frames)
 
     @property

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from inferix.cli import MOST_THREADS
+from inferix.commands.options import MOST_THREADS
 from inferix.media import contact_sheet
 from inferix_kernels._printing import while_read
 from inferix_kernels.files import atomic_write, require_writable

@@ -155,7 +155,7 @@ class Wan:
     def condition_on(self, embedding: Tensor) -> Cross:
         """The same from a prompt embedding [tokens, text_dim]."""
         if self.needs_picture and self.beside is None:
-            raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video, --image")
+            raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video")
         return self.network.cross(embedding.to(self.device), self.tokens)
 
     def predict(

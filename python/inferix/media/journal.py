@@ -29,9 +29,9 @@ FORMAT = 2
 MOST_HEADER = 1 << 20  # bytes of the first line that are read; a block's line is shorter still
 
 
-def journal_path(out: Path) -> Path:
-    """Beside the video, also if `out` is a link to it: whoever writes that one finds the same journal."""
-    out = destination(out, "--out")
+def journal_path(path: Path, argument: str = "path") -> Path:
+    """Beside the video, also if `path` is a link to it: whoever writes that one finds the same journal."""
+    out = destination(path, argument)
     return out.with_name(f".{out.name}.journal")
 
 
@@ -45,10 +45,10 @@ def is_unfinished(path: Path) -> bool:
         return False
 
 
-def refuse_unfinished(path: Path) -> None:
-    """Raise ValueError if a new run would write over the journal of an unfinished one."""
+def refuse_unfinished(path: Path, argument: str = "path") -> None:
+    """Raise ValueError, naming the argument, if a new run would write over the journal of an unfinished one."""
     if is_unfinished(path):
-        raise ValueError(f"--out: an unfinished video has its journal there: --resume goes on; or delete {path}")
+        raise ValueError(f"{argument}: an unfinished video has its journal there: `resume` goes on; or delete {path}")
 
 
 class Journal:
@@ -59,22 +59,25 @@ class Journal:
         frame: shape of one frame of latents; every block is [frames, *frame].
         settings: what the latents depend on; JSON.
         resume: take up the journal that is there; otherwise it is begun anew.
+        argument: of the caller, that errors name for `path`.
 
     Raises:
         ValueError: there is no journal to resume, or it is of a run with other settings; says which differ. Or another
             run is writing it, or it can not be written.
     """
 
-    def __init__(self, path: Path, frame: Sequence[int], settings: Mapping[str, Any], resume: bool):
-        self.path, self.frame = path, list(frame)
+    def __init__(
+        self, path: Path, frame: Sequence[int], settings: Mapping[str, Any], resume: bool, argument: str = "path"
+    ):
+        self.path, self.frame, self._argument = path, list(frame), argument
         self.blocks: list[Tensor] = []  # of the run that is taken up
         if resume and not path.exists():
-            raise ValueError(f"--resume: there is nothing to resume: no file {path}")
+            raise ValueError(f"resume: there is nothing to resume: no file {path}")
         settings = {"journal": FORMAT, **json.loads(json.dumps(settings))}
-        self._file = open_locked(path, "--out")
+        self._file = open_locked(path, argument)
         try:
             if not resume:
-                refuse_unfinished(path)
+                refuse_unfinished(path, argument)
             self._end = self._read(settings) if resume and is_unfinished(path) else 0
             self.count = len(self.blocks)  # blocks in the file
             if not self._end:
@@ -112,7 +115,7 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
-            raise unwritable(self.path, error, "--out") from None
+            raise unwritable(self.path, error, self._argument) from None
         self._end += len(data)
 
     def _read(self, now: Mapping[str, Any]) -> int:
@@ -124,10 +127,10 @@ class Journal:
                 if not isinstance(before, dict):
                     raise ValueError
             except (ValueError, RecursionError):
-                raise ValueError(f"--resume: {self.path} is damaged: its first line is not JSON") from None
+                raise ValueError(f"resume: {self.path} is damaged: its first line is not JSON") from None
             if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 name = other[0]
-                raise ValueError(f"--resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
+                raise ValueError(f"resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
             whole, self._checksum, size = file.tell(), zlib.crc32(line), self.path.stat().st_size
             while (read := _read_block(file, size, self.frame, self._checksum)) is not None:
                 block, self._checksum = read

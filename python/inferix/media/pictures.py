@@ -29,11 +29,12 @@ HDR = {16: "PQ", 18: "HLG"}  # transfers whose numbers are not brightness as sRG
 HD_ROWS = 720  # of a video that does not say its colours: from here on players take BT.709, below BT.601
 
 
-def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_picture(path: str | Path, size: tuple[int, int], argument: str = "path") -> np.ndarray:
     """A picture file, or the first picture of one that holds several.
 
     Args:
         size: pixels (height, width) that it is scaled to cover.
+        argument: of the caller, that errors name for `path`.
 
     Returns:
         uint8 [1, height, width, 3]: sRGB, turned as it says; what is transparent lies on white.
@@ -49,9 +50,9 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
                     raise Image.DecompressionBombError
                 picture = ImageOps.fit(_in_srgb(image), (size[1], size[0]), Image.Resampling.LANCZOS)
     except Image.DecompressionBombError:
-        raise ValueError(f"--image must have at most {MOST_PIXELS:,} pixels, {str(path)!r} has more") from None
+        raise ValueError(f"{argument} must have at most {MOST_PIXELS:,} pixels, {str(path)!r} has more") from None
     except Exception as error:  # what a damaged picture raises is anyone's guess
-        raise ValueError(f"--image: cannot read {str(path)!r} ({_first_line(error)})") from None
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({_first_line(error)})") from None
     return np.asarray(picture)[None]
 
 
@@ -86,12 +87,13 @@ def _managed(image: Image.Image, profile: bytes) -> Image.Image:
     return managed
 
 
-def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.ndarray:
+def read_video(path: str | Path, size: tuple[int, int], fps: int, most: int, argument: str = "path") -> np.ndarray:
     """The first pictures of a video file, at this rate.
 
     Args:
         size: pixels (height, width) that each is scaled to cover.
         most: pictures.
+        argument: of the caller, that errors name for `path`.
 
     Returns:
         uint8 [n, height, width, 3], turned as the file says, pixels made square.
@@ -117,7 +119,7 @@ def read_video(path: Path, size: tuple[int, int], fps: int, most: int) -> np.nda
                 if len(frames) == most:
                     break
     except (OSError, IndexError, ValueError, MemoryError, av.FFmpegError) as error:
-        raise ValueError(f"--video: cannot read {str(path)!r} ({_first_line(error)})") from None
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({_first_line(error)})") from None
     return np.stack(frames)
 
 

@@ -14,28 +14,28 @@ from pathlib import Path
 
 import numpy as np
 
-from .models import Adapter
+from ..models import Adapter
 
 MOST_TEXT = 1 << 24  # characters of a file
 
 
-def actions_from(source: str, adapter: Adapter, seed: int) -> Iterator[str]:
+def actions_from(actions: str | Path, adapter: Adapter, seed: int) -> Iterator[str]:
     """One action name per frame, without end.
 
     Args:
-        source: "random" (holds an action and changes it now and then), "scripted" (laps in both directions), or the
+        actions: "random" (holds an action and changes it now and then), "scripted" (laps in both directions), or the
             path of a file with one `ACTION [FRAMES]` per line, repeated from the start when it ends; '#' begins a
             comment.
     """
-    if source == "random":
+    if actions == "random":
         return _wander(adapter.actions, np.random.default_rng(seed))
-    if source == "scripted":
+    if actions == "scripted":
         lap = adapter.actions[1:]
         return itertools.chain.from_iterable(
             itertools.repeat(action, 9) for action in itertools.cycle((*lap, *lap[::-1], adapter.actions[0]))
         )
-    actions = _read_actions(Path(source), adapter)
-    return itertools.chain.from_iterable(itertools.repeat(*action) for action in itertools.cycle(actions))
+    held = _read_actions(Path(actions), adapter)
+    return itertools.chain.from_iterable(itertools.repeat(*action) for action in itertools.cycle(held))
 
 
 def _wander(actions: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
@@ -46,17 +46,17 @@ def _wander(actions: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
         yield held
 
 
-def _read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path, argument: str) -> Iterator[tuple[int, str]]:
     """The lines that say something, numbered from 1; one that begins with '#' is a comment."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MOST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option}: cannot read {str(path)!r} ({error})") from None
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({error})") from None
     if len(text) > MOST_TEXT:
-        raise ValueError(f"{option}: {str(path)!r} must be at most {MOST_TEXT:,} characters long")
+        raise ValueError(f"{argument}: {str(path)!r} must be at most {MOST_TEXT:,} characters long")
     if "\0" in text:
-        raise ValueError(f"{option}: {str(path)!r} must be text, and holds a NUL character")
+        raise ValueError(f"{argument}: {str(path)!r} must be text, and holds a NUL character")
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, line
@@ -65,20 +65,20 @@ def _read_lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
 def _read_actions(path: Path, adapter: Adapter) -> list[tuple[str, int]]:
     """(action, how many frames), in turn."""
     actions: list[tuple[str, int]] = []
-    for number, line in _read_lines(path, "--actions"):
+    for number, line in _read_lines(path, "actions"):
         name, *count = line.partition("#")[0].split()
         if name not in adapter.actions:
             raise ValueError(
-                f"--actions: {path}:{number}: action must be one of {', '.join(adapter.actions)}, got {name!r}"
+                f"actions: {path}:{number}: action must be one of {', '.join(adapter.actions)}, got {name!r}"
             )
         if len(count) > 1 or (count and not re.fullmatch("0*[1-9][0-9]{0,8}", count[0], re.ASCII)):
             said = " ".join(count)[:40]
             raise ValueError(
-                f"--actions: {path}:{number}: frames must be one positive number of at most 9 digits, got {said!r}"
+                f"actions: {path}:{number}: frames must be one positive number of at most 9 digits, got {said!r}"
             )
         actions.append((name, int(count[0]) if count else 1))
     if not actions:
-        raise ValueError(f"--actions: {str(path)!r} holds no action")
+        raise ValueError(f"actions: {str(path)!r} holds no action")
     return actions
 
 
@@ -92,11 +92,11 @@ class Prompts:
         return [prompt for start, prompt in self.starts if start <= seconds][-1]
 
     @staticmethod
-    def read(path: Path) -> Prompts:
+    def read(path: str | Path, argument: str = "path") -> Prompts:
         """From a file with one `SECOND PROMPT` per line, ascending, the first at 0. A '#' is part of a prompt, but for
         one that begins a line: that is a comment."""
         starts: list[tuple[float, str]] = []
-        for number, line in _read_lines(path, "--prompt-file"):
+        for number, line in _read_lines(Path(path), argument):
             second, *words = line.split()
             try:
                 start = float(second)
@@ -104,10 +104,10 @@ class Prompts:
                 start = -1.0
             if not words or not math.isfinite(start) or (start <= starts[-1][0] if starts else start != 0):
                 raise ValueError(
-                    f"--prompt-file: {path}:{number}: each line must be SECOND PROMPT, from 0 upwards, got "
+                    f"{argument}: {path}:{number}: each line must be SECOND PROMPT, from 0 upwards, got "
                     f"{' '.join([second, *words])!r}"
                 )
             starts.append((start, " ".join(words)))
         if not starts:
-            raise ValueError(f"--prompt-file: {str(path)!r} holds no prompt")
+            raise ValueError(f"{argument}: {str(path)!r} holds no prompt")
         return Prompts(tuple(starts))

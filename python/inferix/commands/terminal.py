@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .world import World
+from ..world import World
 
 HELP = "WASD move · space stop · 1-8 look · q quit"
 

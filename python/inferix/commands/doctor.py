@@ -9,20 +9,25 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from inferix_kernels._install import DISTRIBUTION, DRIVER, explained, install
 
-Finding = tuple[bool, str]
+from .configs import DoctorConfig
+from .options import configured
+
+Found = tuple[bool, str]  # well or not, and what was found
 
 
-def _python() -> Finding:
+def _python() -> Found:
     return True, f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
 
 
-def _names() -> Finding:
+def _names() -> Found:
     """PyPI's `inferix` is another project: it would lie over ours, or in front of it."""
-    import inferix
-
+    inferix = importlib.import_module("inferix")  # whichever package of that name there is
     foreign = [
         f"{found.version} in {found.locate_file('')}"
         for found in importlib.metadata.distributions(name="inferix")
@@ -32,19 +37,19 @@ def _names() -> Finding:
         remedy = f"pip uninstall inferix, then install {DISTRIBUTION} again"
         return False, f"another project's distribution `inferix` is installed ({', '.join(foreign)}): {remedy}"
     loaded = str(inferix.__file__)
-    if os.path.dirname(loaded) != os.path.dirname(__file__) or "World" not in getattr(inferix, "__all__", ()):
+    if Path(loaded).parent != Path(__file__).parents[1] or "World" not in getattr(inferix, "__all__", ()):
         return False, f"the package inferix is another project's: {loaded}; install {DISTRIBUTION} again"
     return True, f"inferix and inferix_kernels are of {DISTRIBUTION}, in {os.path.dirname(loaded)}"
 
 
-def _torch() -> Finding:
+def _torch() -> Found:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return True, f"{torch.__version__}, {torch.get_num_threads()} threads, {gpu}"
 
 
-def _extension() -> Finding:
+def _extension() -> Found:
     try:
         extension = importlib.import_module("inferix_kernels._C")
     except ImportError as error:
@@ -54,7 +59,7 @@ def _extension() -> Finding:
     return True, "built, C++ and CUDA" if extension.has_cuda else "built, C++ only (no nvcc was found)"
 
 
-def _attention() -> Finding:
+def _attention() -> Found:
     import torch
 
     from inferix_kernels import chosen
@@ -67,22 +72,22 @@ def _attention() -> Finding:
     return True, "; ".join([f"a world on {on.name} uses {choice.backend}", *choice.reasons])
 
 
-def _driver() -> Finding:
+def _driver() -> Found:
     missing = [name for name in DRIVER if importlib.util.find_spec(name) is None]
     if missing:
         return False, f"no {' and no '.join(missing)}, which worlds and videos need: {install('driver')}"
     return True, f"{', '.join(DRIVER[:-1])} and {DRIVER[-1]} found"
 
 
-def _video() -> Finding:
+def _video() -> Found:
     import av
 
     has = "libx264" in av.codecs_available
     return has, f"PyAV {av.__version__}, " + ("H.264" if has else "without libx264: MP4 cannot be written")
 
 
-def _tiny() -> Finding:
-    from .models import load_model
+def _tiny() -> Found:
+    from ..models import load_model
 
     try:
         load_model("tiny")
@@ -91,14 +96,14 @@ def _tiny() -> Finding:
     return True, "weights found"
 
 
-def _wan() -> Finding:
+def _wan() -> Found:
     missing = [name for name in ("diffusers", "transformers", "ftfy") if importlib.util.find_spec(name) is None]
     if missing:
         return True, f"no {' and no '.join(missing)}, which prompts and pictures of Wan models need: extra `wan`"
     return True, "diffusers, transformers and ftfy found"
 
 
-def _magi() -> Finding:
+def _magi() -> Found:
     wanted = ("diffusers", "transformers", "ftfy", "bs4", "zstandard")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
@@ -106,14 +111,14 @@ def _magi() -> Finding:
     return True, f"{', '.join(wanted[:-1])} and {wanted[-1]} found"
 
 
-def _stream() -> Finding:
+def _stream() -> Found:
     missing = [name for name in ("aiohttp", "aiortc", "jsonschema") if importlib.util.find_spec(name) is None]
     if missing:
         return True, f"no {' and no '.join(missing)}, which `inferix play` needs for its page: extra `stream`"
     return True, "aiohttp, aiortc and jsonschema found"
 
 
-CHECKS: dict[str, Callable[[], Finding]] = {
+CHECKS: dict[str, Callable[[], Found]] = {
     "python": _python,
     "packages": _names,
     "torch": _torch,
@@ -128,15 +133,85 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 }
 
 
-def examine() -> int:
-    """Print one line per check and the table of kernels; 0 if everything is well, 1 if not."""
-    well = True
+@dataclass(frozen=True)
+class Finding:
+    """What one look gave: `good`, or what to do about it in `text`."""
+
+    name: str
+    good: bool
+    text: str
+
+
+def doctor(config: DoctorConfig | None = None, /, **options: Any) -> list[Finding]:
+    """What this machine can run, and what to do about what it can't.
+
+    Args:
+        config: what to look at; without one, all of this machine.
+        options: fields of DoctorConfig, in place of those of `config`. `device`: by `kv` format, the kernel that a
+            world's attention would use there, and why. `prove`: one finding on the kernels of this GPU (or of
+            `device`), each of which is tried, which takes a minute, prints, and stores what came out.
+
+    Raises:
+        ValueError: there is no such device.
+
+    Example:
+        >>> for found in inferix.doctor(device="H200"):
+        ...     print(found.name, "well" if found.good else found.text)  # doctest: +ELLIPSIS
+        kv fp32 ...
+        kv fp16 ...
+        kv bf16 ...
+        kv int8 ...
+        kv i8f8 ...
+        kv fp8 ...
+        kv int4 ...
+    """
+    config = configured(DoctorConfig, config, options)
+    if config.prove:
+        code, device = _prove(config), config.device or "cuda"
+        said = ("none is wrong", "one is wrong", "nothing is proved or kept")[code]
+        return [Finding(f"kernels of {device}", code == 0, said)]
+    if config.device:
+        return _kernels(config.device)
+    return [_examine(name, check) for name, check in CHECKS.items()]
+
+
+def run(config: DoctorConfig) -> int:
+    """Print one line per finding; 0 if everything is well."""
+    if config.prove:
+        return _prove(config)
+    if config.device:
+        from inferix_kernels import chosen
+
+        print(chosen.table(chosen.target(config.device)))
+        return 0
+    findings = []
     for name, check in CHECKS.items():
-        try:
-            good, text = check()
-        except ImportError as error:
-            good, text = False, f"{explained(error)}; from source: `make build`"
-        well &= good
-        print(f"{'ok ' if good else '!! '} {name}: {text}")
+        findings.append(found := _examine(name, check))
+        print(f"{'ok ' if found.good else '!! '} {name}: {found.text}")
     print("\nkernels: python -m inferix_kernels · of a world elsewhere: --device H200 · tried on this GPU: --prove")
-    return 0 if well else 1
+    return 0 if all(found.good for found in findings) else 1
+
+
+def _examine(name: str, check: Callable[[], Found]) -> Finding:
+    try:
+        return Finding(name, *check())
+    except ImportError as error:
+        return Finding(name, False, f"{explained(error)}; from source: `make build`")
+
+
+def _kernels(device: str) -> list[Finding]:
+    from inferix_kernels import chosen
+    from inferix_kernels.layout import KV_FORMATS, scratch_format
+
+    on = chosen.target(device)
+    choices = {format: chosen.attention((format, scratch_format(on.kind)), on) for format in KV_FORMATS}
+    return [
+        Finding(f"kv {format}", bool(choice.backend), "; ".join([choice.backend or "none", *choice.reasons]))
+        for format, choice in choices.items()
+    ]
+
+
+def _prove(config: DoctorConfig) -> int:
+    from inferix_kernels.proofs import prove
+
+    return prove.command(config.device or "cuda")

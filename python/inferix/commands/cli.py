@@ -1,0 +1,120 @@
+"""The command line: `inferix generate`, `inferix play`, `inferix convert`, `inferix doctor`.
+
+Built from the declarations in configs.py; a command is the module of its name and has `run(config) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
+from .options import KINDS, Declared, Options, declared
+
+USAGE, INTERRUPTED = 2, 130
+COMMANDS: dict[str, tuple[type[Options], str]] = {
+    "generate": (GenerateConfig, "make a video of a world"),
+    "play": (PlayConfig, "steer a world in the browser, or in this terminal"),
+    "convert": (ConvertConfig, "write a Wan checkpoint as one safetensors file that needs no other"),
+    "doctor": (DoctorConfig, "what this machine can run, and what is missing"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Bad input is one line on stderr and exit code 2."""
+    given = vars(_parser().parse_args(argv))
+    command = given.pop("command")
+    from inferix_kernels._printing import while_read  # brings torch, for which --help need not wait
+
+    return while_read(lambda: _run(command, given))
+
+
+def _run(command: str, given: dict[str, Any]) -> int:
+    options = COMMANDS[command][0]
+
+    def fail(text: str, code: int) -> int:
+        print(f"inferix {command}: {text}", file=sys.stderr)
+        return code
+
+    try:
+        return int(importlib.import_module(f".{command}", __package__).run(options(**given)))
+    except ValueError as error:
+        return fail(as_typed(str(error), options), USAGE)
+    except ImportError as error:
+        from inferix_kernels._install import explained
+
+        return fail(as_typed(explained(error), options), USAGE)
+    except KeyboardInterrupt:
+        return fail("interrupted", INTERRUPTED)
+
+
+def as_typed(text: str, options: type[Options]) -> str:
+    """A message with the options as they are typed.
+
+    A message of this project begins with the arguments it is about, `seconds must be ...` or `host, port: ...`, and
+    puts others that it mentions between backquotes.
+    """
+    typed = {each.name: _typed(each.name) for each in declared(options) if not each.option.positional}
+    text = re.sub(r"`(\w+)`", lambda match: typed.get(match[1], match[0]), text)
+    head = re.match(r"\w+(?:, \w+)*(?=:| must )", text)
+    names = head[0].split(", ") if head else []
+    if head is None or not typed.keys() >= set(names):
+        return text
+    return ", ".join(typed[name] for name in names) + text[head.end() :]
+
+
+def _typed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="inferix", description="Run and steer block-diffusion video world models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (options, help) in COMMANDS.items():
+        _add_options(commands.add_parser(name, help=help), declared(options))
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, options: Sequence[Declared]) -> None:
+    """What is not given is left to the dataclass; options instead of each other share a group."""
+    replaced = {each.option.instead_of for each in options if each.option.instead_of}
+    groups = {name: parser.add_mutually_exclusive_group() for name in replaced}
+    for each in options:
+        group = groups.get(each.option.instead_of or each.name, parser)
+        if each.option.positional:
+            group.add_argument(each.name, **_settings(each))
+        else:
+            names = [_typed(name) for name in (each.name, *each.option.other_names)]
+            group.add_argument(*names, dest=each.name, default=argparse.SUPPRESS, **_settings(each))
+
+
+def _settings(each: Declared) -> dict[str, Any]:
+    """What `add_argument` is told of an option besides its names."""
+    option, kind = each.option, KINDS[each.type]
+    default = f"{each.default:g}" if isinstance(each.default, float) else each.default
+    shown = isinstance(default, (int, str)) and not isinstance(default, bool)
+    help = f"{option.help} (default: {default})" if shown else option.help
+    if kind.parse is None:
+        return {"help": help, "action": "store_true"}
+    parse = option.parse or kind.parse
+    settings: dict[str, Any] = {"help": help, "type": parse if isinstance(parse, type) else _explained(parse)}
+    if each.type == Sequence[str] and option.parse is None:
+        settings["action"] = "append"
+    more = {"choices": option.choices, "metavar": option.metavar}
+    return settings | {name: value for name, value in more.items() if value}
+
+
+def _explained(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse`, whose errors argparse shows as they are."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed

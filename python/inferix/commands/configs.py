@@ -1,0 +1,155 @@
+"""Every option of every command, declared once: what `inferix COMMAND --help` lists and `inferix.COMMAND(...)` takes.
+
+None as a default says that the model, or the machine, knows best; what that is stands in the help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..stream import MAX_FILES, MAX_GB
+from .options import MOST_THREADS, POSITIVE, Options, at_least, at_most, between, comma_separated, option
+
+KV_FORMATS = "fp32, fp16, bf16, int8, i8f8, fp8, int4"  # written out: --help need not wait for torch
+MOST_SECONDS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """Which weights."""
+
+    model: str = option("which model", "tiny")
+    lora: Sequence[str] | None = option(
+        "low-rank updates to merge into the weights; may be repeated (default: the *lora* file in the folder)",
+        None,
+        to="model",
+        metavar="FILE[=STRENGTH]",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldOptions(ModelOptions):
+    """A world, and where it runs."""
+
+    weights: str | Path | None = option(
+        "checkpoint file or its folder, for models that do not ship one", None, to="model"
+    )
+    size: tuple[int, int] | None = option("pixels of a picture (default: the model's)", None, to="model", metavar="HxW")
+    seed: int = option("of all noise", 0, to="world", must=(between(0, 2**64 - 1, "from 0 to 2^64 - 1"),))
+    kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
+    window: int | None = option("frames a block sees, its own included (default: the model's)", None, to="world")
+    sink: int | None = option("first frames that are never forgotten (default: the model's)", None, to="world")
+    device: str | None = option(
+        "where the network runs: cpu or cuda (default: a GPU, if there is one)", None, to="model"
+    )
+    backend: str = option("kernels: auto, compiled, triton or reference", "auto", to="world")
+    threads: int | None = option("CPU threads (default: the model's)", None, must=(between(1, MOST_THREADS),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(WorldOptions):
+    """A video of a world, and the files it is written to."""
+
+    out: str | Path = option("MP4 to write; a PNG sheet and a JSON summary go beside it", "world.mp4")
+    seconds: float = option("length of the video", 10.0, must=(POSITIVE, at_most(MOST_SECONDS, "about 11 days")))
+    actions: str | Path = option("a file has one ACTION [FRAMES] a line", "random", metavar="FILE|random|scripted")
+    prompt: str | None = option('words for the whole video, for example "desert night"', None)
+    prompt_file: str | Path | None = option(
+        "one SECOND PROMPT a line; a line that begins with # says nothing", None, instead_of="prompt"
+    )
+    steps: int | None = option("denoising steps, for models not distilled to their own", None, to="model")
+    stages: int | None = option("blocks in flight, for models that run in a pipeline", None, to="model")
+    guidance: float | None = option("away from the negative prompt, for models not distilled", None, to="model")
+    negative_prompt: str | None = option(
+        "words to be guided away from (default: none, the empty prompt)", None, to="model"
+    )
+    scale: int | None = option(
+        "pixels of the video per pixel of the world (default: the model's)", None, must=(at_least(1),)
+    )
+    image: str | Path | None = option(
+        "picture that the video begins with, for models that take one; white where it is transparent", None
+    )
+    video: str | Path | None = option(
+        "video whose start the video goes on from, as long as makes whole blocks, for models that take one",
+        None,
+        instead_of="image",
+    )
+    decoder: str | None = option(
+        "who makes pictures, for models that bring no VAE", None, to="model", metavar="MODULE:NAME"
+    )
+    fp8: str | None = option(
+        "weights that are in 8 bits (default: keep)", None, to="model", choices=("keep", "dequantize")
+    )
+    special_tokens: Sequence[str] | None = option(
+        "rows before the caption, for models that know them", None, to="model", metavar="A,B", parse=comma_separated
+    )
+    resume: bool = option("go on with the video that a kill or Ctrl-C ended", False)
+    prompt_cache: str | Path | None = option(
+        "folder for prompt embeddings (default: ~/.cache/inferix/prompts)", None, to="model"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig(WorldOptions):
+    """A world that is steered, on a page or in the terminal."""
+
+    host: str = option(
+        "address to listen at; others than this machine need the token",
+        "127.0.0.1",
+        to="server",
+        page_only=True,
+    )
+    port: int = option("0: any that is free", 8000, to="server", page_only=True)
+    token: str | None = option(
+        "what others must know to come in (default: a new one, printed)", None, to="server", page_only=True
+    )
+    folder: str | Path = option("for saved worlds and recordings", "inferix-worlds", to="server", page_only=True)
+    max_files: int = option(
+        "worlds and recordings there",
+        MAX_FILES,
+        to="server",
+        page_only=True,
+        must=(at_least(0),),
+    )
+    max_gb: float = option(
+        "and what they take, in 10^9 bytes",
+        MAX_GB,
+        to="server",
+        page_only=True,
+        must=(at_least(0),),
+    )
+    push: Sequence[str] = option(
+        "also to rtmp://, srt://, .m3u8, .mp4; may be repeated",
+        (),
+        to="server",
+        page_only=True,
+        metavar="URL|FILE",
+        other_names=("rtmp",),
+    )
+    undo: float | None = option(
+        "seconds that can be rewound (default: 15, or 0 if a VAE looks back)", None, page_only=True, must=(at_least(0),)
+    )
+    worlds: int = option("room for a fork beside the world: 1 does without", 2, page_only=True, must=(at_least(1),))
+    terminal: bool = option("play in this terminal instead", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(ModelOptions):
+    """A Wan checkpoint, and the file it becomes."""
+
+    model: str = option("whose weights to take if the file holds several", "self-forcing")
+    source: str | Path = option("checkpoint file, or the folder that holds it", positional=True)
+    out: str | Path = option(".safetensors to write", positional=True)
+    dtype: str = option("of the weights", "fp32", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Options):
+    """What to look at."""
+
+    prove: bool = option("try every kernel on this GPU; which ones run goes by it", False)
+    device: str | None = option(
+        "say which kernels a world would use on it: cuda, sm_90, H200, A100, ...", None, metavar="NAME"
+    )

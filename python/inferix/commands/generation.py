@@ -1,0 +1,200 @@
+"""One video asked for: everything is checked before the first frame is made, then it is made and written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from inferix_kernels._check import check_device
+from inferix_kernels.files import destination, open_locked, require_writable
+
+from ..media import LatentWriter, VideoWriter, read_picture, read_video
+from ..media.journal import Journal, journal_path, refuse_unfinished
+from ..media.output_file import partial_path
+from ..models import MODELS, BlockModel, load_model, whole_start
+from ..world import World
+from .configs import GenerateConfig
+from .controls import Prompts, actions_from
+from .maker import Maker
+
+
+class Generation:
+    """A video that a config asks for. When this is opened nothing has been written, and all that is to be can be.
+
+    Attributes:
+        total: frames that were asked for.
+        frames: that were made.
+        video: the file, once `run` has begun it.
+        journal: of the run; None for a live world.
+    """
+
+    def __init__(self, config: GenerateConfig):
+        self.config = config
+        if config.device is not None and check_device("device", config.device).type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {config.device!r}")
+        model = load_model(config.model, **config.arguments("model"))
+        adapter = model.adapter
+        if config.resume and adapter.live:
+            raise ValueError(
+                f"resume: the {adapter.name} world is made in real time and keeps no journal to resume from"
+            )
+        self.total = round(config.seconds * adapter.fps)
+        if self.total < 1:
+            raise ValueError(f"seconds must be at least one frame, 1/{adapter.fps}, got {config.seconds:g}")
+        _check_outputs(config, model)
+        given = _given(config, model, self.total)
+        self.digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
+        if adapter.at_once:
+            model, given = model.for_video(self.total, None if given is None else given[0]), None
+        self.given = given
+        # A pipeline begins no block that nobody will see.
+        blocks = -(-self.total // (adapter.block_frames * adapter.pictures)) if adapter.stages else None
+        self.world = World(model, blocks=blocks, **config.arguments("world"))
+        if threads := config.threads or adapter.threads:
+            torch.set_num_threads(threads)
+        self.prompts = _prompts(config, model)
+        self.actions = actions_from(config.actions, adapter, config.seed) if adapter.actions else None
+        self.video: VideoWriter | LatentWriter | None = None
+        self.journal: Journal | None = None
+
+    @property
+    def frames(self) -> int:
+        return 0 if self.video is None else self.video.frames
+
+    def run(self, progress: bool = False) -> bool:
+        """Make and write the video; False if Ctrl-C ended it at the last whole block. A second Ctrl-C ends it at once.
+
+        Args:
+            progress: draw a bar on the terminal.
+        """
+        self.journal, whole = None if self.world.model.adapter.live else self._open_journal(), False
+        try:
+            with self._writer() as self.video:
+                self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
+                with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
+                    self.maker.run(self.given, progress)
+            whole = self.frames == self.total
+        finally:  # once the video is closed: until then the journal is all there is
+            if self.journal is not None:
+                self.journal.close(done=whole or not self.journal.count)
+        return whole
+
+    def _writer(self) -> VideoWriter | LatentWriter:
+        config, model = self.config, self.world.model
+        if getattr(model, "only_latents", False):
+            return LatentWriter(config.out, self.total, model.latent_shape, argument="out")
+        scale = model.adapter.scale if config.scale is None else config.scale
+        return VideoWriter(config.out, model.adapter.fps, model.adapter.size, scale=scale, argument="out")
+
+    def _open_journal(self) -> Journal:
+        config, adapter = self.config, self.world.model.adapter
+        settings = {
+            "model": adapter.name,
+            "weights": _absolute(config.weights),
+            "lora": config.lora,
+            "size": adapter.size,
+            "seed": config.seed,
+            "kv": config.kv,
+            "window": config.window,
+            "sink": config.sink,
+            "backend": config.backend,
+            "steps": config.steps,
+            "guidance": config.guidance,
+            "negative_prompt": config.negative_prompt,
+            "image": _absolute(config.image),
+            "video": _absolute(config.video),
+            "what --image or --video shows (its SHA-256)": self.digest,  # the name in journals, also earlier ones
+            "seconds": config.seconds if adapter.stages else None,
+            "stages": config.stages,
+            "fp8": config.fp8,
+            "decoder": config.decoder,
+            "special_tokens": config.special_tokens,
+            "prompts": self.prompts.starts,
+        }
+        path = journal_path(Path(config.out), "out")
+        return Journal(path, self.world.model.latent_shape, settings, config.resume, argument="out")
+
+
+def _absolute(path: str | Path | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def _prompts(config: GenerateConfig, model: BlockModel) -> Prompts:
+    """Every word of them is checked before the first frame is made."""
+    adapter = model.adapter
+    prompts = Prompts(((0.0, adapter.example_prompts[0] if config.prompt is None else config.prompt),))
+    if config.prompt_file is not None:
+        prompts = Prompts.read(config.prompt_file, "prompt_file")
+    if adapter.at_once and len(prompts.starts) > 1:
+        raise ValueError(f"prompt_file must hold one prompt for {adapter.name}, which makes a video at once")
+    for _, prompt in prompts.starts:
+        try:
+            model.condition(prompt, [adapter.actions[0]] * adapter.block_frames if adapter.actions else [])
+        except ValueError as error:
+            raise error if config.prompt_file is None else ValueError(f"prompt_file: {error}") from None
+    return prompts
+
+
+def _outputs(config: GenerateConfig, model: BlockModel) -> list[Path]:
+    """Every file that may be written."""
+    out = Path(config.out)
+    if not out.name:
+        raise ValueError(f"out must be the name of a file, got {str(config.out)!r}")
+    latents = getattr(model, "only_latents", False)
+    video = out.with_suffix(".npy") if latents else out
+    sheet = [] if latents else [out.with_suffix(".png")]
+    journal = [] if model.adapter.live else [journal_path(out, "out")]
+    return [video, partial_path(destination(video, "out")), out.with_suffix(".json"), *sheet, *journal]
+
+
+def _check_outputs(config: GenerateConfig, model: BlockModel) -> None:
+    """All that is to be written can be, each to a file of its own, and none of it is what the video is made from."""
+    written: dict[Path, Path] = {}
+    for path in _outputs(config, model):
+        place = require_writable(path, "out").resolve()
+        if (other := written.setdefault(place, path)) is not path:
+            raise ValueError(f"out: {str(other)!r} and {str(path)!r} must be two files, got links to one")
+        for option in ("weights", "image", "video", "actions", "prompt_file"):
+            read = getattr(config, option)
+            if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+                raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")
+    journal = journal_path(Path(config.out), "out")
+    if journal.exists() and not model.adapter.live:
+        with open_locked(journal, "out", config.out):  # no other run is at it
+            if not config.resume:
+                refuse_unfinished(journal, "out")
+
+
+def _given(config: GenerateConfig, model: BlockModel, total: int) -> np.ndarray | None:
+    """What the video begins with; of a clip the longest start that makes whole blocks."""
+    adapter = model.adapter
+    for option in ("image", "video"):
+        if getattr(config, option) is not None and adapter.actions:
+            raise ValueError(f"{option} must not be given: {adapter.name} begins with words and actions alone")
+    if config.image is not None:
+        picture = read_picture(config.image, adapter.size, "image")
+        if not adapter.at_once and not whole_start(model, 1):
+            raise ValueError(f"image: {adapter.name} begins with several pictures{_beginning_with_one(config)}")
+        return picture
+    if config.video is not None:
+        if adapter.at_once:
+            raise ValueError(f"video must not be given: {adapter.name} makes a video at once, from no past")
+        clip = read_video(config.video, adapter.size, adapter.fps, total, "video")
+        if not (most := whole_start(model, len(clip))):
+            least = next(n for n in itertools.count(len(clip)) if whole_start(model, n))
+            raise ValueError(f"video: {adapter.name} goes on from at least {least} pictures, got {len(clip)}")
+        return clip[:most]
+    return None
+
+
+def _beginning_with_one(config: GenerateConfig) -> str:
+    """Names the models of the same family that take one picture."""
+    rows = getattr(importlib.import_module(MODELS[config.model]), "ADAPTERS", {})
+    names = [name for name, row in rows.items() if row.frames(first=True) == 1 and not row.at_once]
+    return f": {' and '.join(names)} take one picture" if names else ""

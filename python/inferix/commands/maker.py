@@ -1,0 +1,157 @@
+"""The making of a video: the loop over its blocks, and what is written beside it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from inferix_kernels.files import atomic_write
+
+from ..media import LatentWriter, VideoWriter, contact_sheet
+from ..media.journal import Journal
+from ..world import World
+from .controls import Prompts
+
+SHEET_COLUMNS, SHEET_ROWS = 8, 4
+
+
+class Maker:
+    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block, a second one at once.
+
+    What is kept in memory does not grow with the video, but for a number per step and a live world's frames, which are
+    small and measured.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        actions: Iterator[str] | None,
+        prompts: Prompts,
+        total: int,
+        video: VideoWriter | LatentWriter,
+        journal: Journal | None,
+    ):
+        self.world, self.actions, self.prompts, self.total = world, actions, prompts, total
+        self.video, self.journal = video, journal
+        self.all: list[np.ndarray] = []
+        self.seconds: list[float] = []  # that each step took
+        self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
+        self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
+
+    @property
+    def made(self) -> int:
+        return self.video.frames
+
+    def run(self, given: np.ndarray | None, progress: bool) -> None:
+        adapter = self.world.model.adapter
+        known = iter(self.journal.blocks if self.journal else [])
+        memory = sum(self.world.kv_bytes().values()) / 2**20
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[fps]:.1f} FPS · KV {task.fields[memory]:.1f} MiB ·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=_Bar(),
+            disable=not progress,
+        )
+        with bar, _Interrupt() as interrupt:
+            task = bar.add_task(f"{adapter.name} world", total=self.total, fps=0.0, memory=memory)
+            started = time.perf_counter()
+            if given is not None:
+                self._take(self.world.observe(given, prompt=self.prompts.at(0.0)))
+            while self.made < self.total and not interrupt.asked:
+                chosen = None if self.actions is None else [next(self.actions) for _ in range(adapter.block_frames)]
+                again = next(known, None)
+                begins = self.made + self.world.ahead * adapter.pictures
+                prompt = self.prompts.at(begins / adapter.fps)
+                frames = self.world.step(chosen, prompt=prompt, known=again)
+                self.seconds.append(self.world.denoising)
+                self._take(frames)
+                if self.journal is not None and again is None:
+                    self.journal.append(self.world.latents)
+                bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
+
+    def _take(self, frames: np.ndarray) -> None:
+        frames = frames[: self.total - self.made]
+        self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
+        if self.world.model.adapter.live:
+            self.all.append(frames)
+        self.video.write(frames)
+
+    def summary(self) -> dict[str, Any]:
+        adapter = self.world.model.adapter
+        seconds = np.array(self.seconds)
+        blocks = seconds[1:] if len(seconds) > 1 else seconds
+        per_block = adapter.block_frames
+        asked = [self.prompts.at(i // per_block * per_block / adapter.fps) for i in range(self.made)]
+        read = {"kv_read_per_layer_and_step": self.world.kv_read()} if adapter.stages else {}
+        times: dict[str, float] = {}
+        if len(seconds):  # none if what was given fills the video
+            times = {
+                "fps": self.made / seconds.sum(),
+                "first_block_seconds": seconds[0],
+                "block_seconds_p50": float(np.percentile(blocks, 50)),
+                "block_seconds_p95": float(np.percentile(blocks, 95)),
+            }
+        return read | {
+            "model": adapter.name,
+            "frames": self.made,
+            "seconds_of_video": self.made / adapter.fps,
+            **times,
+            "kv_bytes": self.world.kv_bytes(),
+            "measures": self.world.model.measures(np.concatenate(self.all)[: self.made], asked) if adapter.live else {},
+        }
+
+    def write_sheet(self, path: Path) -> Path | None:
+        """The contact sheet; None if what was made are latents, which can't be seen."""
+        fps = self.world.model.adapter.fps
+        shown = {i: frame for i, frame in self.shown.items() if i < self.made}  # Ctrl-C may come while one is written
+        rows = -(-len(shown) // SHEET_COLUMNS)
+        pictures, labels = np.stack(list(shown.values())), [f"{i / fps:.1f} s" for i in shown]
+        if pictures.dtype != np.uint8:
+            return None
+        contact_sheet(pictures, rows, SHEET_COLUMNS, path, labels=labels, scale=2 if self.all else 1)
+        return path
+
+    def write_summary(self, path: Path, summary: dict[str, Any]) -> Path:
+        with atomic_write(path, "out") as part:
+            part.write_text(json.dumps(summary, indent=2) + "\n")
+        return path
+
+
+class _Bar(Console):
+    """Where the bar is drawn. That nobody reads it any more is no reason to stop."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class _Interrupt:
+    """Ctrl-C as a flag: the block in the making is finished and the file closed. A second Ctrl-C ends at once."""
+
+    asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self._here = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
+        if self._here:
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._here:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._previous)

@@ -1,0 +1,95 @@
+"""`inferix play`: a world that is steered, on a page or in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..stream.worker import open_world
+from .configs import PlayConfig
+from .options import configured, declared
+
+if TYPE_CHECKING:
+    from ..stream.server import Server
+
+
+def play(config: PlayConfig | None = None, /, **options: Any) -> None:
+    """Serve a world, whose address is printed, until Ctrl-C; or play it in this terminal until q.
+
+    Args:
+        config: what to play; without one, the defaults.
+        options: fields of PlayConfig, in place of those of `config`.
+
+    Raises:
+        ValueError: an option is not what it must be, or the world can't be opened.
+
+    Example:
+        >>> inferix.play(model="tiny", port=8001, undo=30)  # doctest: +SKIP
+        The tiny world is at http://127.0.0.1:8001/
+        Ctrl-C ends it.
+    """
+    config = configured(PlayConfig, config, options)
+    settings = {"threads": config.threads} | config.arguments("model") | config.arguments("world")
+    if config.terminal:
+        _in_terminal(config, settings)
+    else:
+        _on_page(config, settings)
+
+
+def run(config: PlayConfig) -> int:
+    play(config)
+    return 0
+
+
+def _in_terminal(config: PlayConfig, settings: dict[str, Any]) -> None:
+    from . import terminal
+
+    page_only = [each for each in declared(PlayConfig) if each.option.page_only]
+    if given := [each.name for each in page_only if getattr(config, each.name) != each.default]:
+        raise ValueError(f"{', '.join(given)}: for the page only, not with `terminal`")
+    world = open_world(config.model, undo_seconds=0, worlds=1, **settings)
+    terminal.play(world, world.model.adapter.example_prompts, world.model.adapter.keys)
+
+
+def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:
+    try:
+        from ..stream.server import Server
+    except ModuleNotFoundError as error:
+        from inferix_kernels._install import install
+
+        raise ImportError(f"the page needs {error.name}: {install('stream')}, or play in the `terminal`") from None
+    from ..stream import log
+
+    opener = functools.partial(open_world, config.model, undo_seconds=config.undo, worlds=config.worlds, **settings)
+    log.configure()
+    asyncio.run(_until_interrupted(Server(opener, seed=config.seed, **config.arguments("server")), config.model))
+
+
+async def _until_interrupted(server: Server, model: str) -> None:
+    from ..stream.remote import last_line
+    from ..stream.server import serve
+
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+    def announce(address: str) -> None:
+        print(f"The {model} world is at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
+
+    running, stopped = asyncio.create_task(serve(server, announce)), asyncio.create_task(stop.wait())
+    tried = asyncio.create_task(server.session.tried.wait())
+    await asyncio.wait((running, stopped, tried), return_when=asyncio.FIRST_COMPLETED)
+    crash = server.session.crash  # of a world that has never run: there is nothing to serve
+    if not crash:
+        await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for task in (running, stopped, tried):
+        task.cancel()
+    try:
+        await running
+    except asyncio.CancelledError:
+        if crash:
+            raise ValueError(last_line(crash)) from None
+        print("ended", file=sys.stderr)
