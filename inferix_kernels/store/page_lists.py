@@ -27,9 +27,9 @@ class PageLists:
         self._lens_of: dict[int, Tensor] = {}  # views of it
         self._steps = np.arange(self.pages_per_frame, dtype=np.int32)
 
-    def of(self, first_pages: Iterable[int]) -> PageList:
-        """The tokens of whole frames."""
-        frames = list(first_pages)
+    def of(self, starts: Iterable[int]) -> PageList:
+        """The tokens of whole frames, given by the first page of each."""
+        frames = list(starts)
         (ids,) = self.upload([frames])
         return PageList(ids, self.lens(len(frames)))
 

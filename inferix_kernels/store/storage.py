@@ -266,7 +266,7 @@ class Storage:
         """Pages of slots of one pool in every layer, for the pool of all layers."""
         pool = slots[0].pool
         layers = range(0, self.num_layers * pool.num_pages, pool.num_pages)
-        return self.lists.of(first_page + slot.pool_page for first_page in layers for slot in slots)
+        return self.lists.of(start + slot.pool_page for start in layers for slot in slots)
 
     # Host memory
 
