@@ -1,6 +1,6 @@
 """The KV store: where keys and values lie, who holds them, and the passes that write and read them.
 
-A frame is in one of three places at once, which have three names:
+Where a frame lies is counted in three ways, which have three names:
 
 | name | counts | used by |
 |---|---|---|
