@@ -115,10 +115,7 @@ class Inputs:
             pool = KVPages.empty(key[0], len(where.ids), heads, self.page_size, dim, self.k.device)
             kv_append(self.k[tokens], self.v[tokens], pool, where, backend="reference")
             self.written[key] = pool
-        copies: dict[str, Any] = {
-            name: x if x is None else x.clone() for name, x in self.written[key]._asdict().items()
-        }
-        return KVPages(**copies)
+        return self.written[key].map(torch.clone)
 
 
 def make_inputs(shape: Shape, device: torch.device, listed: float = 1.0, worlds: int = 1) -> Inputs:

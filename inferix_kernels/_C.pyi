@@ -1,12 +1,13 @@
-"""Compiled kernels, as functions over raw addresses: see csrc/bindings.cpp, of which this file is made.
+"""Compiled kernels, as functions over raw addresses: see csrc/bindings.cpp.
 
-Made by `python -m tests.house.extension_stub`; a test compares the two. An address is a tensor's data_ptr(), 0 where
-the tensor is optional and absent.
+Made by `python -m tests.house.extension_stub`; a test compares the two. `arguments` has a value for every field of the
+op's struct in csrc/, and nothing else; a struct within it is a dict in turn. An address is a tensor's data_ptr(), 0
+where the tensor is optional and absent.
 """
 
-from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+cuda_ops: set
 has_cuda: bool
 max_pools: int
 
@@ -42,14 +43,6 @@ class Codec:
     @property
     def value(self) -> int: ...
 
-class Cpu:
-    def __init__(
-        self,
-        arg0: int,
-        arg1: Isa,
-        /,
-    ) -> None: ...
-
 class DType:
     float32: ClassVar[DType]
     bfloat16: ClassVar[DType]
@@ -62,14 +55,6 @@ class DType:
     def name(self) -> str: ...
     @property
     def value(self) -> int: ...
-
-class Groups:
-    def __init__(
-        self,
-        arg0: int,
-        arg1: int,
-        /,
-    ) -> None: ...
 
 class Isa:
     portable: ClassVar[Isa]
@@ -103,222 +88,78 @@ class Norm:
     @property
     def value(self) -> int: ...
 
-class PageList:
-    def __init__(
-        self,
-        arg0: int,
-        arg1: int,
-        arg2: int,
-        /,
-    ) -> None: ...
-
-class PageShape:
-    def __init__(
-        self,
-        arg0: int,
-        arg1: int,
-        /,
-    ) -> None: ...
-
-class Plane:
-    def __init__(
-        self,
-        arg0: int,
-        arg1: int,
-        arg2: int,
-        arg3: int,
-        arg4: Codec,
-        /,
-    ) -> None: ...
-
-class Pool:
-    def __init__(
-        self,
-        arg0: Plane,
-        arg1: Plane,
-        arg2: int,
-        /,
-    ) -> None: ...
-
-class Rows:
-    def __init__(
-        self,
-        arg0: int,
-        arg1: int,
-        arg2: int,
-        /,
-    ) -> None: ...
-
 class Unsupported(Exception): ...
 
 def best_isa() -> Isa: ...
 def kv_append(
+    arguments: dict,
     *,
-    k: Rows,
-    v: Rows,
-    pages: Pool,
-    where: PageList,
-    shape: PageShape,
-    T: int,
-    x_dtype: DType,
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def kv_commit(
+    arguments: dict,
     *,
-    source: Pool,
-    source_list: PageList,
-    target: Pool,
-    target_list: PageList,
-    k_mean: int,
-    shape: PageShape,
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def kv_gather(
+    arguments: dict,
     *,
-    pools: Sequence[Pool],
-    where: PageList,
-    shape: PageShape,
-    k: Rows,
-    v: Rows,
-    T: int,
-    out_dtype: DType,
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def linear(
+    arguments: dict,
     *,
-    x: int,
-    weight: int,
-    x_scales: int,
-    weight_scales: int,
-    bias: int,
-    gate: Groups,
-    residual: int,
-    out: int,
-    M: int,
-    N: int,
-    K: int,
-    activation: Activation,
-    codec: Codec,
-    residual_dtype: DType,
-    out_dtype: DType,
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def merge_attention(
+    arguments: dict,
     *,
-    out_a: int,
-    lse_a: int,
-    out_b: int,
-    lse_b: int,
-    out: int,
-    lse: int,
-    rows: int,
-    D: int,
-    in_dtype: DType,
-    out_dtype: DType,
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def paged_attention(
+    arguments: dict,
     *,
-    q: Rows,
-    out: Rows,
-    lse: int,
-    pools: Sequence[Pool],
-    q_indptr: int,
-    page_indptr: int,
-    entries: PageList,
-    page_bias: int,
-    page_variants: int,
-    shape: PageShape,
-    q_variant_stride: int,
-    variants: int,
-    T: int,
-    query_heads: int,
-    segments: int,
-    lists_per_segment: int,
-    scale: float,
-    accumulate: bool,
-    eight_bit: bool,
-    q_dtype: DType,
-    out_dtype: DType,
-    workspace: Callable[[int], int],
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def qkv_prologue(
+    arguments: dict,
     *,
-    qkv: int,
-    qkv_stride: int,
-    q: int,
-    bias: int,
-    norm_q: int,
-    norm_q_bias: int,
-    norm_q_size: int,
-    norm_k: int,
-    norm_k_bias: int,
-    norm_k_size: int,
-    rope: int,
-    rope_pairs: int,
-    k_mean: int,
-    interleaved: bool,
-    eps: float,
-    pages: Pool,
-    where: PageList,
-    shape: PageShape,
-    T: int,
-    query_heads: int,
-    dtype: DType,
-    workspace: Callable[[int], int],
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def quantize_rows(
+    arguments: dict,
     *,
-    x: int,
-    x_stride: int,
-    weight: int,
-    bias: int,
-    scale: Groups,
-    shift: Groups,
-    codes: int,
-    scales: int,
-    M: int,
-    K: int,
-    eps: float,
-    norm: Norm,
-    activation: Activation,
-    codec: Codec,
-    x_dtype: DType,
-    stream: int | None,
-    cpu: Cpu,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 
 # Only in a build with CUDA.
 def probe_load(
+    arguments: dict,
     *,
-    pages: Pool,
-    shape: PageShape,
-    eight_bit: bool,
-    first_row: int,
-    second_row: int,
-    head: int,
-    keys: int,
-    values: int,
-    key_scales: int,
-    value_scales: int,
-    stream: int,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...
 def probe_multiply(
+    arguments: dict,
     *,
-    like: Pool,
-    eight_bit: bool,
-    values: bool,
-    a: int,
-    b: int,
-    out: int,
-    stream: int,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
 ) -> None: ...

@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from .layout import FORMAT_OF, FORMATS, KVPages, PageList, Plan, Quantized, Side
+from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Side
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix
@@ -140,6 +140,11 @@ def device_of(name: str, tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def shown(x: object) -> str:
+    """For a message: what x is, short where it is a tensor."""
+    return f"a {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
+
+
 def check_is(name: str, x: object, kind: type) -> None:
     """Whether x is one of layout's tuples."""
     if not isinstance(x, kind):
@@ -149,13 +154,8 @@ def check_is(name: str, x: object, kind: type) -> None:
 def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.device) -> None:
     """Shapes, dtypes and scales of one pool. Sets sizes H, page_size, D and Dv, or holds the pool against them."""
     check_is(name, pages, KVPages)
-    device_of(f"{name}.k", pages.k)
-    device_of(f"{name}.v", pages.v)
-    if (pages.k.dtype, pages.v.dtype) not in FORMAT_OF:
-        raise TypeError(
-            f"{name}.k and {name}.v must have the dtypes of a format ({', '.join(FORMATS)}),"
-            f" got {pages.k.dtype} and {pages.v.dtype}"
-        )
+    if not isinstance(pages.format, str) or pages.format not in FORMATS:
+        raise ValueError(f"{name}.format must be one of {', '.join(FORMATS)}, got {shown(pages.format)}")
     sizes.pop("P", None)  # each pool has its own
     for letter, width, side in (("k", "D", pages.sides[0]), ("v", "Dv", pages.sides[1])):
         _check_side(f"{name}.{letter}", width, side, pages.format, sizes, device)
@@ -193,7 +193,7 @@ def check_same_width(name: str, sizes: dict[str, int]) -> None:
 
 
 def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.device) -> None:
-    # A KVPages is itself a tuple: without this line a lone pool would be read as a list of pools, its tensors.
+    # A KVPages is itself a tuple: without this line a lone pool would be read as a list of its fields.
     if isinstance(pools, KVPages) or not isinstance(pools, Sequence) or not pools:
         got = "an empty list" if isinstance(pools, Sequence) and not pools else f"a single {type(pools).__name__}"
         raise ValueError(f"pools must be a list of one or more KVPages, got {got}")
@@ -246,12 +246,16 @@ def check_attention(
         raise ValueError(f"q must have a multiple of the pools' H={sizes['H']} heads, got {sizes['Hq']}")
 
 
+def check_given(why: str, **outputs: Tensor | None) -> None:
+    """why: "with accumulate=True: they are what is added to"."""
+    if any(tensor is None for tensor in outputs.values()):
+        raise ValueError(f"{' and '.join(outputs)} must be given {why}, got None")
+
+
 def attention_outputs(
-    q: Tensor, out: Tensor | None, lse: Tensor | None, accumulate: bool, sizes: dict[str, int]
+    q: Tensor, out: Tensor | None, lse: Tensor | None, sizes: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]: as given, checked, or new."""
-    if accumulate and (out is None or lse is None):
-        raise ValueError("out and lse must be given with accumulate=True: they are what is added to, got None")
     if out is None:
         out = torch.empty(sizes["T"], sizes["Hq"], sizes["D"], dtype=q.dtype, device=q.device)
     if lse is None:

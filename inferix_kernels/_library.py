@@ -22,7 +22,7 @@ from .layout import KVPages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SCALARS = {bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"}
-_WIDTH = len(KVPages._fields)
+_WIDTH = len(KVPages._fields) - 1  # a pool's tensors
 
 
 class Argument(NamedTuple):
@@ -107,9 +107,9 @@ def _flat(
     kind, mark = union[0], lambda: f"({next(letters)}!)" if written else ""
     none = "?" if types.NoneType in union and not written else ""
     if kind is KVPages:
-        return [f"Tensor{mark()}[] {name}"], lambda pages: [pool_tensors(pages)], lambda x: pools_of(x)[0]
+        return _pools(name, mark()), lambda pages: flat_pools(pages), lambda *flat: pools_of(*flat)[0]
     if typing.get_origin(kind) is not None and typing.get_args(kind) == (KVPages,):
-        return [f"Tensor{mark()}[] {name}"], lambda pools: [pool_tensors(*pools)], pools_of
+        return _pools(name, mark()), lambda pools: flat_pools(*pools), pools_of
     if kind is Tensor or kind in SCALARS:
         return [f"{SCALARS.get(kind, 'Tensor')}{mark()}{none} {name}"], lambda x: [x], lambda x: x
     if hasattr(kind, "_fields"):  # a tuple of tensors: PageList, Plan, Quantized
@@ -122,12 +122,17 @@ def _flat(
     return [schema for part in parts for schema in part[0]], list, make
 
 
-def pool_tensors(*pools: KVPages) -> list[Tensor]:
-    """The tensors of one pool after the other, empty where a pool has None."""
+def _pools(name: str, mark: str) -> list[str]:
+    return [f"Tensor{mark}[] {name}", f"str[] {name}_formats"]
+
+
+def flat_pools(*pools: KVPages) -> list[Any]:
+    """The tensors of one pool after the other, empty where a pool has None; and the pools' formats."""
     # A new tensor for each None: a mutated argument must not alias another.
-    return [pages.k.new_empty(0, dtype=torch.float32) if x is None else x for pages in pools for x in pages]
+    tensors = [pages.k.new_empty(0, dtype=torch.float32) if x is None else x for pages in pools for x in pages[1:]]
+    return [tensors, [pages.format for pages in pools]]
 
 
-def pools_of(tensors: list[Tensor]) -> list[KVPages]:
+def pools_of(tensors: list[Tensor], formats: list[str]) -> list[KVPages]:
     optional = [x if x.ndim > 1 else None for x in tensors]
-    return [KVPages(*optional[i : i + _WIDTH]) for i in range(0, len(tensors), _WIDTH)]  # type: ignore[arg-type]
+    return [KVPages(format, *optional[i * _WIDTH : (i + 1) * _WIDTH]) for i, format in enumerate(formats)]  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ Plain tuples of tensors, so that they pass through torch.compile and cost nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -43,6 +43,11 @@ class Format(NamedTuple):
     def quantized(self) -> bool:
         return self.k.scaled_by is not None
 
+    @property
+    def eight_bit(self) -> bool:
+        """Can tensor cores multiply both sides' codes as they are?"""
+        return self.k.scaled_by == "token" and not self.k.packed and self.v.transposed
+
 
 _E4M3 = torch.float8_e4m3fn
 FORMATS = {
@@ -57,7 +62,6 @@ FORMATS = {
     "latent8": Format(Codec(torch.int8, "token"), Codec(torch.bfloat16)),
 }
 KV_FORMATS = tuple(name for name in FORMATS if name != "latent8")  # those that attention reads
-FORMAT_OF = {(format.k.dtype, format.v.dtype): name for name, format in FORMATS.items()}
 
 
 def scratch_format(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -98,6 +102,7 @@ class KVPages(NamedTuple):
         ('int4', 2, 4, 16, 32, 5632)
     """
 
+    format: str  # a name in FORMATS; two may store the same dtypes
     k: Tensor  # [P, H, page_size, D] codes
     v: Tensor  # [P, H, page_size, Dv] codes
     k_scales: Tensor | None = None  # float32, float16 for 4-bit codes; None for floats
@@ -148,11 +153,16 @@ class KVPages(NamedTuple):
                     )
                 ]
             )
-        return cls(*(tensor for both in zip(*sides, strict=True) for tensor in both))
+        return cls(format, *(tensor for both in zip(*sides, strict=True) for tensor in both))
 
     @property
-    def format(self) -> str:
-        return FORMAT_OF[self.k.dtype, self.v.dtype]
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that the format has, by name."""
+        return {name: x for name, x in zip(self._fields[1:], self[1:], strict=True) if x is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> KVPages:
+        """A pool of what `function` makes of each tensor: pages.map(torch.clone)."""
+        return KVPages(self.format, **{name: function(x) for name, x in self.tensors.items()})
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -188,11 +198,11 @@ class KVPages(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes held, scales included."""
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def part(self, start: int, stop: int) -> KVPages:
         """Pages start .. stop - 1 as a pool of their own, in the same memory."""
-        return KVPages(*(None if tensor is None else tensor[start:stop] for tensor in self))  # type: ignore[arg-type]
+        return self.map(lambda tensor: tensor[start:stop])
 
 
 def tile_shapes(codec: Codec, page_size: int, width: int) -> tuple[tuple[int, int], tuple[int]]:

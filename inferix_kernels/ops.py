@@ -29,6 +29,7 @@ from ._check import (
     FLOATS,
     attention_outputs,
     check_attention,
+    check_given,
     check_groups,
     check_is,
     check_norm,
@@ -59,6 +60,8 @@ __all__ = [
     "quantize_rows",
     "select_pages",
 ]
+
+ADDED_TO = "with accumulate=True: they are what is added to"
 
 
 @op(writes=["pages"])
@@ -222,7 +225,9 @@ def paged_attention(
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D", pools, plan, sizes, same_width=True)
-    out, lse = attention_outputs(q, out, lse, accumulate, sizes)
+    if accumulate:
+        check_given(ADDED_TO, out=out, lse=lse)
+    out, lse = attention_outputs(q, out, lse, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
     call("paged_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
@@ -271,7 +276,9 @@ def latent_attention(
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
-    out, lse = attention_outputs(q, out, lse, accumulate, sizes)
+    if accumulate:
+        check_given(ADDED_TO, out=out, lse=lse)
+    out, lse = attention_outputs(q, out, lse, sizes)
     call("latent_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
     return out, lse
 

@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 # Tensor-core instructions by type, TMA loads, and local memory, of which there should be none.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
-_KINDS = ("bf16", "f16", "i8f8", "fp8", "wide int8", "wide i8f8", "wide fp8", "wide int4")  # sm90::Kind
+# How the Hopper kernel multiplies, in the order of sm90::Kind: format of the pages, and whether in 8 bits; else codes
+# become bf16.
+KINDS = {
+    "bf16": ("bf16", False),
+    "f16": ("fp16", False),
+    **{name: (name, True) for name in ("i8f8", "fp8")},
+    **{f"wide {name}": (name, False) for name in ("int8", "i8f8", "fp8", "int4")},
+}
 _TYPES = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 _FUNCTION = re.compile(r"\s*Function : (\S+)|\.text\.(\S+):")
 _LABEL = re.compile(r"([.$]\w\S*):\s*$")
@@ -177,7 +184,7 @@ def readable(mangled: str) -> str:
         stop = len(match[1]) + int(match[1])
         names.append(rest[len(match[1]) : stop])
         rest = rest[stop:]
-    arguments = [_KINDS[int(kind)] for kind in re.findall(r"4KindE(\d)", rest.split("EEv")[0])]
+    arguments = [list(KINDS)[int(kind)] for kind in re.findall(r"4KindE(\d)", rest.split("EEv")[0])]
     arguments += re.findall(r"Li(\d+)E", rest.split("EEv")[0])
     if not arguments and (types := re.match(r"I(\w+?)E+v", rest)):  # of a merge: element types
         for word in re.findall(r"13__nv_bfloat16|6__half|S\d*_|f", types[1]):

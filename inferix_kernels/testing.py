@@ -24,9 +24,8 @@ def poisoned_pool(
 ) -> KVPages:
     """A pool that nobody has written: whoever reads a slot of it gets NaN, if only from its scale."""
     pool = KVPages.empty(format, pages, heads, page_size, head_dim, device)
-    for tensor in pool:
-        if tensor is not None:
-            _poison(tensor)
+    for tensor in pool.tensors.values():
+        _poison(tensor)
     return pool
 
 

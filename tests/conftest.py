@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 
 from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and with them every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this once, when it is imported, and diffusers
@@ -26,6 +30,10 @@ LONGEST = (
     "cuda/test_hopper.py",
     "benchmarks/test_benchmarks.py",
     "soak/test_soak_kills.py",
+    "models/test_tiny_train.py",
+    "stream/test_stream_play.py",
+    "stream/test_stream_failures.py",
+    "stream/test_stream_browser.py",
     "cuda/test_hazards.py",
 )
 

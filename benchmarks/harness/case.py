@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inferix_kernels.layout import FORMATS, KV_FORMATS
+
 Result = Tensor | tuple[Tensor, ...]
 
 
@@ -43,15 +45,23 @@ EXACT = Limit(0.0, 0.0)
 # Of an op that reads or writes K and V of unit variance in this format. What a number's rounding costs, in the mean
 # over random data, with half as much again for the sums: bf16 keeps 8 bits, int8 steps are 1/127 of a row's largest
 # number (3 to 4 sigma), e4m3 keeps 4 bits, 4-bit steps are 1/15 of a row's range.
-LIMITS = {
-    "fp32": Limit.of(1e-5),
-    "fp16": Limit.of(1e-3),
-    "bf16": Limit.of(6e-3),
-    "int8": Limit.of(2e-2),
-    "i8f8": Limit.of(4.5e-2),
-    "fp8": Limit.of(6e-2),
-    "int4": Limit.of(2e-1),
+_ROUNDING = {
+    torch.float32: 1e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 6e-3,
+    torch.int8: 2e-2,
+    torch.float8_e4m3fn: 6e-2,
+    torch.uint8: 2e-1,
 }
+
+
+def limit_of(format: str) -> Limit:
+    """Errors of keys and of values are independent: the root of the mean square of the two."""
+    k, v = (_ROUNDING[codec.dtype] for codec in FORMATS[format])
+    return Limit.of(k if k == v else round(((k * k + v * v) / 2) ** 0.5, 3))
+
+
+LIMITS = {format: limit_of(format) for format in KV_FORMATS}
 # The same where products are of 8 bits: q is rounded to the codes of the keys, and the weights to e4m3.
 LIMITS_8_BIT = {"i8f8": Limit.of(6e-2), "fp8": Limit.of(8e-2)}
 

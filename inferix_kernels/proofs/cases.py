@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import compiled, ops, reference, testing
-from ..layout import KVPages, PageList, Plan
+from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, Plan
 from .stored import kernel
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RUNS = 3  # of each attention case: a race gives other bits sooner or later
 HEADS, PAGE = 2, 64
-EIGHT_BIT = ("i8f8", "fp8")  # formats whose pages tensor cores multiply as they are
+EIGHT_BIT = tuple(name for name in KV_FORMATS if FORMATS[name].eight_bit)
 
 
 def tolerance(format: str, eight_bit: bool) -> float:
@@ -23,7 +23,7 @@ def tolerance(format: str, eight_bit: bool) -> float:
     Weights and widened values are bfloat16, 4-bit keys are rounded to it too. In 8 bits q and the weights are rounded
     as well: rounding q is in the result that is compared with, the weights' three bits of mantissa are not.
     """
-    return 1e-5 if format == "fp32" else 4e-2 if eight_bit else 2e-2 if format == "int4" else 1e-2
+    return 1e-5 if format == "fp32" else 4e-2 if eight_bit else 2e-2 if FORMATS[format].k.packed else 1e-2
 
 
 class Wrong(Exception):
@@ -59,16 +59,15 @@ def require_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> Non
 
 
 def require_same(name: str, got: KVPages, want: KVPages) -> None:
-    for field, a, b in zip(KVPages._fields, got, want):
-        if a is not None and b is not None and not torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)):
+    for field, a in got.tensors.items():
+        if not torch.equal(a.cpu().view(torch.uint8), want.tensors[field].view(torch.uint8)):
             raise Wrong(f"{name}: {field} is not, bit for bit, the reference's")
 
 
 def _zeros(format: str, pages: int, width: int, device: str) -> KVPages:
     pool = KVPages.empty(format, pages, HEADS, PAGE, width, device)
-    for tensor in pool:
-        if tensor is not None:
-            tensor.view(torch.uint8).zero_()
+    for tensor in pool.tensors.values():
+        tensor.view(torch.uint8).zero_()
     return pool
 
 
@@ -200,7 +199,7 @@ def _to(tensors: Sequence[Tensor | None], device: str) -> list[Tensor]:
 
 
 def _pool(pool: KVPages, device: str) -> KVPages:
-    return KVPages(*_to(pool, device))
+    return pool.map(lambda tensor: tensor.to(device))
 
 
 def _list(where: PageList, device: str) -> PageList:

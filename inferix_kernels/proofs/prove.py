@@ -77,7 +77,7 @@ def jobs(device: str) -> Iterator[Job]:
     """Most wanted first: our own kernels before Triton's, what a world on a GPU keeps by default before the rest."""
     order = ("bf16", "int8", "i8f8", "fp8", "int4", "fp16", "fp32")
     for backend in BACKENDS[torch.device(device).type]:
-        for format in sorted(KV_FORMATS, key=order.index):
+        for format in sorted(KV_FORMATS, key=lambda name: order.index(name) if name in order else len(order)):
             yield Job(backend, format, tuple(kernels_of(format)))
 
 

@@ -51,9 +51,9 @@ class Copies:
             for device, host in pairs:
                 for layer in range(len(device.pool.layers)):
                     ends = device.pool.slot(layer, device.index), host.pool.slot(layer, host.index)
-                    for source, target in zip(*(ends if to_host else ends[::-1])):
-                        if source is not None and target is not None:
-                            as_bytes(target).copy_(as_bytes(source), non_blocking=True)
+                    source, target = ends if to_host else ends[::-1]
+                    for field, tensor in source.tensors.items():
+                        as_bytes(target.tensors[field]).copy_(as_bytes(tensor), non_blocking=True)
 
     def _wait(self) -> None:
         """What is launched from here on comes after the copies that were started."""

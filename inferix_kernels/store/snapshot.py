@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._install import require
 from ..files import atomic_write
-from ..layout import KVPages, as_bytes
+from ..layout import as_bytes
 from .extent import Extent
 from .kv_store import KVStore
 from .page_table import PageTable
@@ -72,10 +72,9 @@ def _tensors(table: TableView) -> dict[str, Tensor]:
     for format in dict.fromkeys(extent.format for extent in held):
         places = [_place(extent) for extent in held if extent.format == format]
         layers = [[place.pool.slot(layer, place.index) for place in places] for layer in range(store.num_layers)]
-        for i, field in enumerate(KVPages._fields):
-            parts = [[as_bytes(x).cpu() for pages in frames if (x := pages[i]) is not None] for frames in layers]
-            if parts[0]:
-                tensors[f"{format}.{field}"] = torch.stack([torch.cat(frames) for frames in parts])
+        for field in store.pools[format].pages.tensors:
+            parts = [torch.cat([as_bytes(getattr(pages, field)).cpu() for pages in frames]) for frames in layers]
+            tensors[f"{format}.{field}"] = torch.stack(parts)
     means = [mean for mean in table.state.k_means if mean is not None]
     if means:
         tensors["k_means"] = torch.stack(means).cpu()
@@ -274,8 +273,7 @@ def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor
     wanted = {
         f"{format}.{field}": (store.num_layers, formats.count(format) * store.pages_per_frame, as_bytes(page[0]))
         for format in dict.fromkeys(formats)
-        for field, page in zip(KVPages._fields, store.pools[format].pages)
-        if page is not None
+        for field, page in store.pools[format].pages.tensors.items()
     }
     shapes = {name: ((layers, pages, *page.shape), page.dtype) for name, (layers, pages, page) in wanted.items()}
     if "k_means" in tensors:
@@ -292,12 +290,9 @@ def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor
 
 def _fill(store: Storage, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
     n = store.pages_per_frame
-    for i, field in enumerate(KVPages._fields):
-        if store.pools[format].pages[i] is None:
-            continue
+    for field in store.pools[format].pages.tensors:
         tensor = tensors[f"{format}.{field}"]  # [layers, frames * n, ...]
         for layer in range(store.num_layers):
             for j, place in enumerate(places):
-                target = place.pool.slot(layer, place.index)[i]
-                assert target is not None, "the format has this field"
+                target = place.pool.slot(layer, place.index).tensors[field]
                 as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n])

@@ -37,7 +37,7 @@ from .codecs import (
     to_e4m3,
 )
 from .config import Config, config
-from .launch import Case, architecture, check_device
+from .launch import Call, Case, architecture, check_device
 from .online import (
     LN2,
     LOG2E,
@@ -71,28 +71,29 @@ def paged_attention(
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
     eight_bit = ALLOW_8_BIT and q.dtype != torch.float32 and any(codec.scaled_by == "token" for codec in keys_of(pools))
-    return run_paged_attention(q, pools, plan, scale, out, lse, accumulate, eight_bit)
+    return run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate), eight_bit)
 
 
 def run_paged_attention(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
-    eight_bit: bool = False, chosen: Config | None = None, splits: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call: Call, eight_bit: bool = False, chosen: Config | None = None, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
     """paged_attention, in floats or in 8 bits; tiles and splits as given, or as the configuration and the GPU ask."""
+    q, pools = call.q, call.pools
     if pools[0].head_dim > _WIDEST:
         raise Unsupported(f"paged_attention: heads must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
     target = architecture(q.device) or 90
     if eight_bit and target < 89 and any(multiplies_e4m3(pages) for pages in pools):
         raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
     online.launch_attention(
-        attention_kernel, q, pools, plan, scale, out, lse, accumulate,
+        attention_kernel,
+        call,
         chosen=chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
         splits=splits,
         least=32 if eight_bit else 16,
         EIGHT_BIT=eight_bit,
         E4M3=target >= 89,
-    )  # fmt: skip
-    return out, lse
+    )
+    return call.out, call.lse
 
 
 def shape_class(q: Tensor, pools: Sequence[KVPages], eight_bit: bool) -> str:
@@ -140,11 +141,9 @@ def _case(
     pages = sum(pool.pages for pool in pools)
     plan = make_plan([(len(q), range(pages), [64 if page % 25 < 24 else 24 for page in range(pages)])], device)
     what = f"{str(dtype).removeprefix('torch.')} q, D {width}{', 8 bits' * eight_bit}{', split' * (splits is not None)}"
-    call = partial(
-        run_paged_attention, q, pools, plan, width**-0.5, torch.empty_like(q),
-        q.new_empty(q.shape[:2], dtype=torch.float32), eight_bit=eight_bit, splits=splits,
-    )  # fmt: skip
-    return Case("paged_attention", "+".join(formats), what, call, shape_class(q, pools, eight_bit))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    run = partial(run_paged_attention, Call(q, pools, plan, width**-0.5, out, lse), eight_bit, splits=splits)
+    return Case("paged_attention", "+".join(formats), what, run, shape_class(q, pools, eight_bit))
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])

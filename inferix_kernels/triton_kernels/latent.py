@@ -25,7 +25,7 @@ from . import online
 from .attention import read_keys, read_scales, read_values
 from .codecs import round_to
 from .config import Config, config
-from .launch import Case, architecture, check_device
+from .launch import Call, Case, architecture, check_device
 from .online import (
     LN2,
     LOG2E,
@@ -53,21 +53,20 @@ def latent_attention(
     check_device("latent_attention", q)
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
-    return run_latent_attention(q, pools, plan, scale, out, lse, accumulate)
+    return run_latent_attention(Call(q, pools, plan, scale, out, lse, accumulate))
 
 
-def run_latent_attention(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False,
-    chosen: Config | None = None, splits: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def run_latent_attention(call: Call, chosen: Config | None = None, splits: int | None = None) -> tuple[Tensor, Tensor]:
     """latent_attention; tiles and splits as given, or as the configuration and the GPU ask."""
+    q, pools = call.q, call.pools
     if pools[0].head_dim > _WIDEST:
         raise Unsupported(f"latent_attention: latents must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
     width = triton.next_power_of_2(pools[0].head_dim)
     chosen = chosen or config("latent_attention", shape_class(q), q.device)
     parts = triton.cdiv(width, chosen["part"])
     online.launch_attention(
-        latent_kernel, q, pools, plan, scale, out, lse, accumulate,
+        latent_kernel,
+        call,
         chosen=chosen,
         splits=splits,
         least=16,
@@ -75,8 +74,8 @@ def run_latent_attention(
         PART=max(16, width // parts),
         BLOCK_ROTARY=max(16, triton.next_power_of_2(pools[0].value_dim)),
         E4M3=(architecture(q.device) or 90) >= 89,
-    )  # fmt: skip
-    return out, lse
+    )
+    return call.out, call.lse
 
 
 def shape_class(q: Tensor) -> str:
@@ -92,8 +91,8 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
         plan = make_plan([(len(q), range(75), [64] * 75)], device)
         out, lse = q.new_empty(1560, 16, 512), q.new_empty(1560, 16, dtype=torch.float32)
         what = f"{str(dtype).removeprefix('torch.')} q, latent 512"
-        call = partial(run_latent_attention, q, [pool], plan, 0.1, out, lse)
-        yield Case("latent_attention", format, what, call, shape_class(q))
+        run = partial(run_latent_attention, Call(q, [pool], plan, 0.1, out, lse))
+        yield Case("latent_attention", format, what, run, shape_class(q))
 
 
 @triton.jit(do_not_specialize=["tokens", "segments", "entries", "splits", "tiles"])

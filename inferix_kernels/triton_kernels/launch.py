@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .._dispatch import Unsupported
+from ..layout import KVPages, Plan
 
 
 @triton.jit
@@ -38,6 +39,18 @@ class Case(NamedTuple):
     what: str  # the rest
     call: Callable[[], object]
     shape: str = "any"  # the class of shapes that it asks the op's configuration for
+
+
+class Call(NamedTuple):
+    """What an attention op was asked for: the arguments of ops.paged_attention."""
+
+    q: Tensor
+    pools: Sequence[KVPages]
+    plan: Plan
+    scale: float
+    out: Tensor
+    lse: Tensor
+    accumulate: bool = False
 
 
 def check_device(op: str, like: Tensor) -> None:

@@ -20,7 +20,7 @@ from .._dispatch import Unsupported
 from ..layout import KVPages, Plan
 from .codecs import INTERPRETED, Plane, Tile, planes_of, round_to, tile_of
 from .config import Config
-from .launch import launch
+from .launch import Call, launch
 
 NEG_INF = tl.constexpr(float("-inf"))  # score of a masked key, lse of no keys
 LOG2E = tl.constexpr(1.4426950408889634)  # kernels use exp2, the instruction that a GPU has, for exp
@@ -95,14 +95,14 @@ def tiles_of_pools(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Ti
 
 
 def launch_attention(
-    kernel: object, q: Tensor, pools: Sequence[KVPages], plan: Plan, scale: float, out: Tensor, lse: Tensor,
-    accumulate: bool, chosen: Config, splits: int | None, least: int, parts: int = 1, **options: object,
-) -> None:  # fmt: skip
+    kernel: object, call: Call, chosen: Config, splits: int | None, least: int, parts: int = 1, **options: object
+) -> None:
     """Launch an attention kernel and, if lists are split, the kernel that combines their results in the list's order.
 
     chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
     GPU. least: the smallest side that tl.dot takes. parts: programs that share the width of the output.
     """
+    q, pools, plan, scale, out, lse, accumulate = call
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
     if scale < 0:
@@ -146,7 +146,7 @@ def launch_attention(
         fma=True,
     )  # fmt: skip
     if combined:
-        combine_splits(outs, lses, out, lse, accumulate)
+        combine_splits(outs, lses, call)
 
 
 def fit_tile_to_pages(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Config:
@@ -163,21 +163,21 @@ def tile_rows(most: int, rows: int, segments: int) -> int:
     return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
 
 
-def combine_splits(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor, accumulate: bool) -> None:
+def combine_splits(outs: Tensor, lses: Tensor, call: Call) -> None:
     splits, tokens, heads, width = outs.shape
     cols = triton.next_power_of_2(width)
     block = max(1, _COMBINED // cols)
     launch(
         combine_kernel,
         triton.cdiv(tokens * heads, block),
-        out.device,
-        outs, lses, strided(out[None]), strided(lse[None]), tokens * heads, splits,
+        outs.device,
+        outs, lses, strided(call.out[None]), strided(call.lse[None]), tokens * heads, splits,
         HEADS=heads,
         WIDTH=width,
         ROWS=block,
         COLS=cols,
         SPLITS=triton.next_power_of_2(splits),
-        ACCUMULATE=accumulate,
+        ACCUMULATE=call.accumulate,
         num_warps=4,
         fma=True,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from benchmarks.harness.gpu import AGAIN, Run
 from benchmarks.harness.ledger import ROOT
 from benchmarks.harness.measure import Settings
 from benchmarks.harness.rows import Document, Row
+from inferix_kernels.sass import KINDS
 from tests.benchmarks.rented import HEADER, NEVER, Machine, a_row
-from tests.cuda import machine
 
 
 @pytest.fixture
@@ -88,16 +88,16 @@ def test_every_contender_that_was_asked_for_is_in_the_first_call(h200, tmp_path)
     assert (plan.SHAPE, "flex", "bf16") in wanted and len(plan.OTHERS) == 4
 
 
-@pytest.mark.parametrize("kind", machine.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_probe_takes_its_kind_of_page_and_no_other(kind):
-    assert list(plan.PROBES) == list(machine.KINDS)
+    assert list(plan.PROBES) == list(KINDS)
 
     def chosen(name):
         words = re.sub(r"\b(?!and\b|not\b|or\b)(\w+)", lambda word: repr(word[0] in name), plan.PROBES[kind])
         return eval(words)
 
-    assert [other for other in machine.KINDS if chosen(f"test_3_accumulate[{other}]")] == [kind]
-    assert [other for other in machine.KINDS if chosen(f"test_1_tma_brings_a_key_tile[gpu-{other}-64-128]")] == [kind]
+    assert [other for other in KINDS if chosen(f"test_3_accumulate[{other}]")] == [kind]
+    assert [other for other in KINDS if chosen(f"test_1_tma_brings_a_key_tile[gpu-{other}-64-128]")] == [kind]
 
 
 def test_probes_that_hang_and_a_contender_that_hangs_leave_time_for_the_block(h200, tmp_path):

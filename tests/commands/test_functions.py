@@ -1,7 +1,6 @@
 """The commands as functions of a program: what they give back, and errors that speak of arguments."""
 
 import dataclasses
-import doctest
 import subprocess
 import sys
 import threading
@@ -103,13 +102,6 @@ def test_errors_speak_of_arguments(command, options, says):
     with pytest.raises(ValueError) as error:
         command(**options)
     assert str(error.value).startswith(says) and "--" not in str(error.value)
-
-
-@pytest.mark.parametrize("command", [inferix.generate, inferix.doctor], ids=["generate", "doctor"])
-def test_the_examples_run(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    test = doctest.DocTestParser().get_doctest(command.__doc__, {"inferix": inferix}, command.__name__, None, 0)
-    assert test.examples and not doctest.DocTestRunner(verbose=False).run(test).failed
 
 
 def test_what_is_no_option_is_a_type_error():

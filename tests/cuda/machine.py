@@ -17,17 +17,6 @@ from inferix_kernels import compiled
 from inferix_kernels.layout import KVPages
 
 NATIVE = Path(__file__).parent / "native"
-# How the Hopper kernel multiplies (sm90::Kind): format of the pages, and whether in 8 bits; else codes become bf16.
-KINDS = {
-    "bf16": ("bf16", False),
-    "f16": ("fp16", False),
-    "i8f8": ("i8f8", True),
-    "fp8": ("fp8", True),
-    "wide int8": ("int8", False),
-    "wide i8f8": ("i8f8", False),
-    "wide fp8": ("fp8", False),
-    "wide int4": ("int4", False),
-}
 
 
 def build(source: str, folder: Path, *options: str) -> Path:

@@ -20,9 +20,9 @@ from inferix_kernels import (
     quantize_rows,
     sass,
 )
+from inferix_kernels.sass import KINDS
 from inferix_kernels.testing import attention_inputs
 from tests.cuda import machine
-from tests.cuda.machine import KINDS
 
 EXTENSION = importlib.util.find_spec("inferix_kernels._C")
 with_nvcc = pytest.mark.skipif(not compiled.HAS_CUDA, reason="the extension was built without nvcc")

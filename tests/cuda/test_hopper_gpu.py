@@ -5,8 +5,8 @@ import torch
 
 from inferix_kernels import KVPages, compiled, make_plan, paged_attention, quantize_rows, reference
 from inferix_kernels.proofs.cases import tolerance
+from inferix_kernels.sass import KINDS
 from inferix_kernels.testing import attention_inputs, filled_pool
-from tests.cuda.machine import KINDS
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [
@@ -157,10 +157,9 @@ def test_4_page_ops_store_what_the_reference_stores(format):
     pools = []
     for which in (compiled, reference):
         pool = KVPages.empty(format, len(lens) + 2, heads, page_size, D, "cuda")
-        for tensor in pool:
-            if tensor is not None:
-                tensor.view(torch.uint8).zero_()
+        for tensor in pool.tensors.values():
+            tensor.view(torch.uint8).zero_()
         which.kv_append(x, x, pool, where)
         pools.append(pool)
-    for a, b in zip(*pools):
-        assert a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    for a, b in zip(*(pool.tensors.values() for pool in pools)):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -6,9 +6,9 @@ import torch
 
 from inferix_kernels import KVPages, PageList, compiled, reference
 from inferix_kernels.layout import FORMATS
+from inferix_kernels.sass import KINDS
 from inferix_kernels.testing import filled_pool
 from tests.cuda import machine
-from tests.cuda.machine import KINDS
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_gpu = pytest.mark.skipif(

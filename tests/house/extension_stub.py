@@ -12,13 +12,13 @@ from pathlib import Path
 from inferix_kernels import _C
 
 STUB = Path(__file__).parents[2] / "inferix_kernels" / "_C.pyi"
-HEAD = '''"""Compiled kernels, as functions over raw addresses: see csrc/bindings.cpp, of which this file is made.
+HEAD = '''"""Compiled kernels, as functions over raw addresses: see csrc/bindings.cpp.
 
-Made by `python -m tests.house.extension_stub`; a test compares the two. An address is a tensor's data_ptr(), 0 where
-the tensor is optional and absent.
+Made by `python -m tests.house.extension_stub`; a test compares the two. `arguments` has a value for every field of the
+op's struct in csrc/, and nothing else; a struct within it is a dict in turn. An address is a tensor's data_ptr(), 0
+where the tensor is optional and absent.
 """
 
-from collections.abc import Callable, Sequence
 from typing import ClassVar
 '''
 CUDA = "\n# Only in a build with CUDA.\n"
@@ -28,7 +28,6 @@ WORDS = [
     (r"SupportsInt \| SupportsIndex", "int"),
     (r"SupportsFloat \| SupportsIndex", "float"),
     (r"Optional\[(\w+)\]", r"\1 | None"),
-    (r"\blist\[(\w+)\]", r"Sequence[\1]"),
 ]
 KINDS = (type, types.BuiltinFunctionType)
 ENUM = """\
@@ -51,7 +50,7 @@ def written(signature: str, indent: str = "") -> str:
     name, arguments, result = re.fullmatch(r"(\w+)\((.*)\) -> (.+)", signature).groups()
     if not arguments:
         return f"{indent}def {name}() -> {result}: ...\n"
-    lines = re.split(r", (?=\w+: )", arguments)
+    lines = re.split(r", (?=\w+: |\*)", arguments)
     if any(line.startswith("arg0:") for line in lines):  # pybind11's name for what has none
         lines.append("/")
     inside = "".join(f"{indent}    {line},\n" for line in lines)

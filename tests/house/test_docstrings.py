@@ -1,6 +1,7 @@
 """Every public name has an example in its docstring, and the examples run.
 
-`torch` and the public names are there; all else an example makes itself. A method's goes on from its class's.
+`torch`, `inferix` and the kernels' public names are there; all else an example makes itself. A method's goes on from
+its class's.
 """
 
 import doctest
@@ -60,7 +61,7 @@ METHODS += [(KVStore, "open"), (KVPages, "empty"), (PageList, "of")]
 
 
 def follow(*things: object) -> None:
-    names = {"torch": torch, **PUBLIC}
+    names = {"torch": torch, "inferix": inferix, **PUBLIC}
     failures = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
     for thing in things:
@@ -71,7 +72,8 @@ def follow(*things: object) -> None:
 
 
 @pytest.mark.parametrize("thing", ALONE, ids=lambda thing: thing.__qualname__)
-def test_an_example_runs(thing):
+def test_an_example_runs(thing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     follow(thing)
 
 
@@ -103,6 +105,7 @@ def test_the_reference_is_built_of_all_public_names(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc is not installed: pip install -e '.[docs]'")
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     modules = re.search(r"^REFERENCE := (.*)$", makefile, re.MULTILINE)[1]
+    modules = re.sub(r"\$\(addprefix (\S+),(.*)\)", lambda m: " ".join(m[1] + name for name in m[2].split()), modules)
     command = re.search(r"^docs:.*\n\t\$\(BIN\)/python (.*) -o build/docs \$\(REFERENCE\)$", makefile, re.MULTILINE)[1]
     made = subprocess.run(
         [sys.executable, *shlex.split(command), "-o", str(tmp_path), *shlex.split(modules)],
@@ -112,4 +115,5 @@ def test_the_reference_is_built_of_all_public_names(tmp_path):
     assert made.returncode == 0 and "Warn" not in made.stderr, made.stderr
     page = (tmp_path / "inferix_kernels.html").read_text()
     assert not [name for name in PUBLIC if f'id="{name}"' not in page]
+    assert 'id="generate"' in (tmp_path / "inferix/commands/generate.html").read_text()
     assert 'id="World.step"' in (tmp_path / "inferix/world.html").read_text()

@@ -30,15 +30,26 @@ def run(out, steps, *options):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_both_stages_learn_and_the_result_loads(tmp_path):
-    log = run(tmp_path, 75, "--own-from", "0.67")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder and the log of a run through both stages: 50 steps, then 25."""
+    folder, threads = tmp_path_factory.mktemp("trained"), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "TinyConfig", lambda: SMALL)
+        log = run(folder, 75, "--own-from", "0.67")
+    torch.set_num_threads(threads)
+    return folder, log
+
+
+def test_both_stages_learn_and_the_result_loads(trained):
+    folder, log = trained
     assert log[1]["next"] < 0.8 * log[0]["next"]
     assert "own_sprites0" in log[2] and "own_sprites0" not in log[1]
-    world = load(tmp_path / "tiny_world.safetensors")
-    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    world = load(folder / "tiny_world.safetensors")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     # float16 keeps 11 bits of weights that are below 4.
     for name, value in world.network.state_dict().items():
-        assert torch.allclose(value, trained["average"][name], atol=2e-3)
+        assert torch.allclose(value, checkpoint["average"][name], atol=2e-3)
 
 
 def test_a_run_resumes_with_all_its_state(tmp_path):
@@ -56,11 +67,10 @@ def test_a_run_resumes_with_all_its_state(tmp_path):
     assert run(tmp_path, 50, "--resume")[-1]["step"] == 50
 
 
-def test_a_run_starts_from_shipped_weights(tmp_path):
-    run(tmp_path / "first", 50)
-    log = run(tmp_path / "second", 25, "--init", str(tmp_path / "first" / "tiny_world.safetensors"))
-    fresh = run(tmp_path / "third", 25)
-    assert log[0]["next"] < 0.8 * fresh[0]["next"]
+def test_a_run_starts_from_shipped_weights(trained, tmp_path):
+    folder, fresh = trained
+    log = run(tmp_path, 25, "--own-from", "1", "--init", str(folder / "tiny_world.safetensors"))
+    assert log[0]["next"] < 0.8 * fresh[0]["next"]  # 25 steps of the first stage, both
 
 
 def frames_of(stream):

@@ -267,7 +267,7 @@ def test_long_prompts_are_cut_and_damaged_entries_made_again(folder, tmp_path):
 def test_a_cache_that_can_not_be_written_is_one_line(cache, folder, tmp_path, capsys):
     assert main(options(folder, tmp_path / "v.mp4", cache)) == 2
     error = capsys.readouterr().err.split("inferix generate: ")[1]
-    assert error.startswith(f"prompt_cache: cannot keep embeddings in '{cache}' ") and error.count("\n") == 1
+    assert error.startswith(f"--prompt-cache: cannot keep embeddings in '{cache}' ") and error.count("\n") == 1
     assert not os.listdir(tmp_path)
 
 

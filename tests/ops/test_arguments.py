@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import inferix_kernels
-from inferix_kernels import PageList
+from inferix_kernels import PageList, compiled
 from inferix_kernels.layout import KVPages, Plan, Quantized
 from inferix_kernels.testing import attention_inputs, filled_pool, rope_table
 
@@ -191,3 +191,37 @@ def test_strides_are_followed_or_refused(place):
 def test_the_types_that_are_walked_through():
     """If one of them gets a field, the tests above reach it."""
     assert all(issubclass(kind, tuple) for kind in (KVPages, PageList, Plan, Quantized))
+
+
+FIELDS = {
+    "one missing": (lambda fields: fields.pop("rows"), "rows is missing"),
+    "one too many": (lambda fields: fields.update(row=1), "there is no field row"),
+    "a fraction": (lambda fields: fields.update(rows=1.5), "rows cannot be 1.5"),
+    "a part of a struct": (lambda fields: fields.update(in_dtype={}), "in_dtype cannot be {}"),
+}
+
+
+@pytest.mark.parametrize("wrong", FIELDS)
+def test_a_struct_is_filled_by_name(wrong):
+    """What compiled.py hands to a kernel has a value for every field of csrc's struct, and nothing else."""
+    fields, message = dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b", "out", "lse", "rows"), 0), FIELDS[wrong][1]
+    fields |= {"D": 16, **dict.fromkeys(("in_dtype", "out_dtype"), compiled._C.DType.float32)}
+    how = {"cpu": {"threads": 1, "isa": compiled.ISA}}
+    compiled._C.merge_attention(dict(fields), **how)
+    FIELDS[wrong][0](fields)
+    with pytest.raises(TypeError, match=message):
+        compiled._C.merge_attention(fields, **how)
+
+
+def test_a_struct_within_a_struct_names_its_field():
+    with pytest.raises(TypeError, match="k: head_stride is missing"):
+        compiled._C.kv_append({"k": {"data": 0, "token_stride": 1}}, cpu={"threads": 1, "isa": compiled.ISA})
+
+
+def test_scratch_memory_is_not_the_callers_to_give(monkeypatch):
+    monkeypatch.setattr(compiled, "_run", lambda op, like, **fields: seen.append(fields))
+    seen = []
+    q, pools, plan = attention_inputs([1], [1], query_heads=1, heads=1, head_dim=16, page_size=8)
+    inferix_kernels.paged_attention(q, pools, plan, backend="compiled")
+    with pytest.raises(TypeError, match="workspace is not the caller's to give"):
+        compiled._C.paged_attention({**seen[0], "workspace": 0}, cpu={"threads": 1, "isa": compiled.ISA})

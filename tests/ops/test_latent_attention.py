@@ -8,6 +8,7 @@ import torch
 from inferix_kernels import KVPages, kv_append, kv_gather, latent_attention, make_plan, paged_attention, reference
 from inferix_kernels.testing import assert_close, mixed_pools
 from inferix_kernels.triton_kernels import latent
+from inferix_kernels.triton_kernels.launch import Call
 from tests.triton_kernels import triton_mode
 
 device = triton_mode.device
@@ -26,7 +27,7 @@ def inputs(device, formats=("latent8",), queries=(3, 2), lens=(16, 5, 0), heads=
 def check(q, pools, plan, **kwargs):
     out = torch.full((*q.shape[-3:-1], pools[0].head_dim), 7.0, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[-3:-1], 7.0, device=q.device)
-    latent.run_latent_attention(q, pools, plan, SCALE, out, lse, False, **{"chosen": TILES, **kwargs})
+    latent.run_latent_attention(Call(q, pools, plan, SCALE, out, lse), **{"chosen": TILES, **kwargs})
     want_out, want_lse = latent_attention(q, pools, plan, scale=SCALE, out=torch.empty_like(out), backend="reference")
     assert not out.isnan().any()
     assert_close("out", out, want_out, 64)

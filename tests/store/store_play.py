@@ -399,9 +399,8 @@ class Play:
             assert self.taken(pool) == ours, f"{pool.format} slots leaked"
             for slot in pool.free:
                 for layer in range(LAYERS):
-                    for tensor in pool.slot(layer, slot):
-                        if tensor is not None:
-                            tensor.view(torch.uint8).fill_(POISON)  # NaN in every float format
+                    for tensor in pool.slot(layer, slot).tensors.values():
+                        tensor.view(torch.uint8).fill_(POISON)  # NaN in every float format
 
     @staticmethod
     def taken(pool):

@@ -120,9 +120,8 @@ def test_garbage_in_free_pages_and_scratch_is_never_seen(format):
         if poison:
             for pages in (store.pools[format].pages, store.scratch):
                 garbage = poisoned_pool(pages.format, pages.pages, HEADS, PAGE_SIZE, HEAD_DIM)
-                for tensor, bad in zip(pages, garbage):
-                    if tensor is not None:
-                        tensor.view(torch.uint8).copy_(bad.view(torch.uint8))
+                for tensor, bad in zip(pages.tensors.values(), garbage.tensors.values()):
+                    tensor.view(torch.uint8).copy_(bad.view(torch.uint8))
         table = store.open(Policy(6))
         return [out for seed in range(4) for out in add_block(table, 3, seed)]
 

@@ -30,9 +30,8 @@ TOKENS = 3 * FRAME_TOKENS  # of a block
 def poison(pages):
     """NaN in every float, and the worst code in every code."""
     garbage = poisoned_pool(pages.format, pages.pages, HEADS, PAGE_SIZE, HEAD_DIM)
-    for tensor, bad in zip(pages, garbage):
-        if tensor is not None:
-            tensor.view(torch.uint8).copy_(bad.view(torch.uint8))
+    for field, tensor in pages.tensors.items():
+        tensor.view(torch.uint8).copy_(garbage.tensors[field].view(torch.uint8))
 
 
 def inputs(blocks, seed, layers=2):

@@ -12,6 +12,7 @@ from inferix_kernels import PageList, Unsupported, kv_append, kv_gather, make_pl
 from inferix_kernels.layout import FORMATS, KV_FORMATS, Codec
 from inferix_kernels.testing import assert_close, attention_inputs, clustered_keys_and_values, filled_pool
 from inferix_kernels.triton_kernels import attention, online
+from inferix_kernels.triton_kernels.launch import Call
 from tests.triton_kernels import triton_mode
 
 device = triton_mode.device
@@ -26,7 +27,7 @@ def inputs(device, queries=(3, 18), lens=(16, 5, 0), query_heads=2, heads=2, hea
 def attend(q, pools, plan, scale=0.2, out=None, lse=None, accumulate=False, eight_bit=False, tiles=TILES, splits=None):
     out = torch.full(q.shape[-3:], 7.0, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.full(q.shape[-3:-1], 7.0, device=q.device) if lse is None else lse
-    return attention.run_paged_attention(q, pools, plan, scale, out, lse, accumulate, eight_bit, tiles, splits)
+    return attention.run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate), eight_bit, tiles, splits)
 
 
 def check(q, pools, plan, terms=64, **kwargs):

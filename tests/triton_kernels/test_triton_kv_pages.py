@@ -30,10 +30,9 @@ def tokens(count, heads, widths=WIDTHS, dtype=torch.float32, seed=1):
 
 
 def assert_same_bits(got: KVPages, want: KVPages):
-    for name, a, b in zip(KVPages._fields, got, want):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)), name
+    assert got.tensors.keys() == want.tensors.keys()
+    for name, x in got.tensors.items():
+        assert torch.equal(x.cpu().view(torch.uint8), want.tensors[name].view(torch.uint8)), name
 
 
 def check_append(format, k, v, where, device, pages=4, page_size=8):
@@ -234,16 +233,16 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 
 
 def test_every_op_has_a_kernel_and_what_is_none_is_named():
-    assert set(triton_kernels.__all__) == set(OPS)
+    assert all(callable(getattr(triton_kernels, op)) for op in OPS)
     with pytest.raises(Unsupported, match="kv_transpose: no Triton kernel yet"):
         implementation("kv_transpose", "triton")
 
 
 def test_the_backend_says_where_it_runs():
-    got = {(op, try_op(op, "triton", "cpu")) for op in triton_kernels.__all__}
+    got = {(op, try_op(op, "triton", "cpu")) for op in OPS}
     assert {answer for _, answer in got} == {"runs, in Triton's interpreter"} or not launch.INTERPRETED
 
 
-@pytest.mark.parametrize("op", triton_kernels.__all__)
+@pytest.mark.parametrize("op", OPS)
 def test_parameters_are_the_references(op):
     assert inspect.signature(getattr(triton_kernels, op)) == inspect.signature(getattr(reference, op))

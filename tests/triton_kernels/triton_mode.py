@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'triton>=3.5'")
 
+from inferix_kernels.layout import KVPages
 from inferix_kernels.triton_kernels.launch import INTERPRETED
 
 IN_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter's page lists are checked on the host")
@@ -20,4 +21,6 @@ def device(request):
 def on(device, pages):
     if isinstance(pages, torch.Tensor):
         return pages.to(device)
+    if isinstance(pages, KVPages):
+        return pages.map(lambda x: x.to(device))
     return type(pages)(*(None if x is None else x.to(device) for x in pages))

@@ -50,7 +50,13 @@ class WorldOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(WorldOptions):
-    """A video of a world, and the files it is written to."""
+    """A video of a world, and the files it is written to.
+
+    Example:
+        >>> config = inferix.GenerateConfig(prompt="desert night", seconds=0.5, kv="int4")
+        >>> config.model, config.kv, config.seed
+        ('tiny', 'int4', 0)
+    """
 
     out: str | Path = option("MP4 to write; a PNG sheet and a JSON summary go beside it", "world.mp4")
     seconds: float = option("length of the video", 10.0, must=(POSITIVE, at_most(MOST_SECONDS, "about 11 days")))
@@ -93,7 +99,13 @@ class GenerateConfig(WorldOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PlayConfig(WorldOptions):
-    """A world that is steered, on a page or in the terminal."""
+    """A world that is steered, on a page or in the terminal.
+
+    Example:
+        >>> config = inferix.PlayConfig(port=8001, undo=30)
+        >>> config.host, config.port, config.worlds
+        ('127.0.0.1', 8001, 2)
+    """
 
     host: str = option(
         "address to listen at; others than this machine need the token",
@@ -137,7 +149,12 @@ class PlayConfig(WorldOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(ModelOptions):
-    """A Wan checkpoint, and the file it becomes."""
+    """A Wan checkpoint, and the file it becomes.
+
+    Example:
+        >>> inferix.ConvertConfig(source="Wan2.1-T2V-1.3B", out="wan.safetensors").dtype
+        'fp32'
+    """
 
     model: str = option("whose weights to take if the file holds several", "self-forcing")
     source: str | Path = option("checkpoint file, or the folder that holds it", positional=True)
@@ -147,7 +164,12 @@ class ConvertConfig(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Options):
-    """What to look at."""
+    """What to look at.
+
+    Example:
+        >>> inferix.DoctorConfig(device="H200").prove
+        False
+    """
 
     prove: bool = option("try every kernel on this GPU; which ones run goes by it", False)
     device: str | None = option(
