@@ -44,8 +44,8 @@ lint: .venv/tools
 	$(BIN)/mypy
 
 # The API reference from the docstrings, as HTML: build/docs/index.html.
-REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.memory inferix_kernels.snapshot \
-    inferix_kernels.quantize inferix.world inferix.models '!inferix[.]models[.].*' \
+REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.store.memory \
+    inferix_kernels.store.snapshot inferix_kernels.quantize inferix.world inferix.models '!inferix[.]models[.].*' \
     $(addprefix inferix.commands.,configs generate play convert doctor)
 docs: .venv/docs
 	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs $(REFERENCE)

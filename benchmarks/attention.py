@@ -27,7 +27,7 @@ from inferix_kernels import (
     paged_attention,
 )
 from inferix_kernels.layout import KV_FORMATS
-from inferix_kernels.memory import page_bytes
+from inferix_kernels.store.memory import page_bytes
 
 from . import peers
 from .harness.case import DTYPES, LIMITS, LIMITS_8_BIT, Case, Contender, Limit, Prepared

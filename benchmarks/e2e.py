@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather, passes
+from inferix_kernels import KVStore, PageList, Plan, Policy, Unsupported, kv_gather
 from inferix_kernels.layout import scratch_format
+from inferix_kernels.store import attention as strategies
 
 from .harness.case import error_of
 from .harness.ledger import ROOT
@@ -181,7 +182,9 @@ def open_loop(
     except ValueError:  # no VAE next to the weights
         pictures = None
     gather = GatherAttention()
-    attention = (lambda: mock.patch.object(passes, "paged_attention", gather)) if name == "gather-sdpa" else nullcontext
+    attention = (
+        (lambda: mock.patch.object(strategies, "paged_attention", gather)) if name == "gather-sdpa" else nullcontext
+    )
     clock = time.process_time if settings.timer == "cpu" else time.perf_counter
     return Loop(name, decoder, conditioning, pictures, attention, settings.device, clock)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inferix_kernels import KVPages, PageList, kv_append, make_plan, paged_attention
 from inferix_kernels.layout import FORMATS, KV_FORMATS
-from inferix_kernels.memory import page_bytes
+from inferix_kernels.store.memory import page_bytes
 from inferix_kernels.testing import clustered_keys_and_values
 
 from .harness.measure import Settings

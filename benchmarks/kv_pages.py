@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inferix_kernels import KVPages, PageList, kv_append, kv_commit, kv_gather
 from inferix_kernels.layout import KV_FORMATS
-from inferix_kernels.memory import page_bytes
+from inferix_kernels.store.memory import page_bytes
 
 from . import peers
 from .harness.case import EXACT, Case, Contender, Prepared, Result

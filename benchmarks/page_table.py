@@ -41,7 +41,7 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
         "a block us": block,
         "fork us": lambda: forks.append(table.fork()),
         "release us": lambda: forks.pop().release(),
-        "page list us": lambda: table.window(FRAMES - 3, 3),
+        "page list us": lambda: table.select(table.held),
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(10 * max(1, settings.rounds)):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inferix_kernels import KVPages, PageList, kv_gather, qkv_prologue
 from inferix_kernels.layout import KV_FORMATS
-from inferix_kernels.memory import page_bytes
+from inferix_kernels.store.memory import page_bytes
 from inferix_kernels.testing import rope_table
 
 from . import peers

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from inferix_kernels import KVStore, Policy
-from inferix_kernels.memory import page_bytes
+from inferix_kernels.store.memory import page_bytes
 from inferix_kernels.testing import rope_table
 
 from . import attention, peers

@@ -11,22 +11,21 @@ from . import ops
 from ._dispatch import Unsupported
 from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, even_plan, make_plan
 from .ops import *
-from .page_table import PageTable
-from .paged_kv import KVStore
-from .passes import Pass, TopK
-from .policy import Policy
-from .slots import NotResident, OutOfPages
+from .store import Attention, KVStore, Local, NotResident, OutOfPages, PageTable, Part, Pass, Policy, TopK
 
 __version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
 
 __all__ = [
     "FORMATS",
+    "Attention",
     "KVPages",
     "KVStore",
+    "Local",
     "NotResident",
     "OutOfPages",
     "PageList",
     "PageTable",
+    "Part",
     "Pass",
     "Plan",
     "Policy",

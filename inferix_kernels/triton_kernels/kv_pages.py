@@ -83,7 +83,7 @@ def kv_gather(
     check_device("kv_gather", k)
     if not k.is_cuda:
         reference.spans("where", where, *pools, tokens=k.shape[0])
-    first_page = 0
+    first_page_id = 0
     for pages in pools:  # a launch for each, which leaves the entries of other pools alone
         key, value = tiles_of(pages, split=0)  # by tokens, as they are written, however the scales run
         launch(
@@ -93,7 +93,7 @@ def kv_gather(
             k, *k.stride(), v, *v.stride(), k.shape[0],
             *list_tensors(where),
             *planes_of(pages),
-            first_page,
+            first_page_id,
             pages.pages,
             ENTRIES=entries(where),
             HEADS=pages.heads,
@@ -101,7 +101,7 @@ def kv_gather(
             VALUE=value,
             num_warps=max(key.warps, value.warps),
         )  # fmt: skip
-        first_page += pages.pages
+        first_page_id += pages.pages
     return out
 
 
@@ -253,7 +253,7 @@ def less_mean(x, mean, row, col, length, tile: tl.constexpr):
     return tl.where((rows < length)[:, None], x, 0.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "first_page", "pages"])
+@triton.jit(do_not_specialize=["tokens", "first_page_id", "pages"])
 def gather_kernel(
     k,  # [tokens, HEADS, D], written
     k_token_stride,
@@ -268,7 +268,7 @@ def gather_kernel(
     lens,
     k_plane,  # Plane, and v_plane
     v_plane,
-    first_page,  # of this pool, in the count through all of them
+    first_page_id,  # of this pool, in the count through all of them
     pages,
     ENTRIES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -276,7 +276,7 @@ def gather_kernel(
     VALUE: tl.constexpr,
 ):
     entry, head, part = this_program(HEADS, KEY, VALUE)
-    page, length = tl.load(ids + entry) - first_page, tl.load(lens + entry)
+    page, length = tl.load(ids + entry) - first_page_id, tl.load(lens + entry)
     if fits(page, length, pages, KEY):
         first = first_token(lens, entry, ENTRIES)
         if first + length <= tokens:

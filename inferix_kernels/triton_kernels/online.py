@@ -72,7 +72,7 @@ class Pool(NamedTuple):
 
     k: Plane
     v: Plane
-    first_page: int  # in the count through all pools
+    first_page_id: int  # in the count through all pools
     pages: int
 
 
@@ -81,10 +81,10 @@ def strided(x: Tensor) -> Strided:
 
 
 def pools_of(pools: Sequence[KVPages]) -> tuple[Pool, ...]:
-    found, first_page = [], 0
+    found, first_page_id = [], 0
     for pages in pools:
-        found.append(Pool(*planes_of(pages), first_page, pages.pages))
-        first_page += pages.pages
+        found.append(Pool(*planes_of(pages), first_page_id, pages.pages))
+        first_page_id += pages.pages
     return tuple(found)
 
 
@@ -331,7 +331,7 @@ def run_in_pool(first, last, plan, variant, pool):
     begin, end = last, first
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
-        page = tl.load(plan.page_ids + i, mask=i < last, other=-1) - pool.first_page
+        page = tl.load(plan.page_ids + i, mask=i < last, other=-1) - pool.first_page_id
         in_pool = (i < last) & (page >= 0) & (page < pool.pages)
         if plan.page_variants is not None:
             in_pool &= tl.load(plan.page_variants + i, mask=i < last, other=-1) == variant
@@ -360,7 +360,7 @@ def max_bias(first, last, plan):
 def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
     """(page in its pool, valid tokens, (bias - base) * log2(e)) of entry i; no tokens if of another pool or variant."""
     there = i < last
-    page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page
+    page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page_id
     length = tl.load(plan.page_lens + i, mask=there, other=0)
     fits = (page >= 0) & (page < pool.pages) & (length <= PAGE_SIZE)
     if plan.page_variants is not None:

@@ -32,7 +32,7 @@ def page_summaries(pools: Sequence[KVPages], where: PageList, bounds: bool = Fal
     check_device("page_summaries", out)
     if not out.is_cuda:
         reference.spans("where", where, *pools)
-    first_page = 0
+    first_page_id = 0
     for pages in pools:  # a launch for each, which leaves the entries of other pools alone
         key, _ = tiles_of(pages, split=1)  # whole columns of tokens
         launch(
@@ -41,13 +41,13 @@ def page_summaries(pools: Sequence[KVPages], where: PageList, bounds: bool = Fal
             out.device,
             *list_tensors(where),
             planes_of(pages)[0],
-            first_page, pages.pages, out, *out.stride(),
+            first_page_id, pages.pages, out, *out.stride(),
             HEADS=pages.heads,
             KEY=key,
             BOUNDS=bounds,
             num_warps=key.warps,
         )  # fmt: skip
-        first_page += pages.pages
+        first_page_id += pages.pages
     return out
 
 
@@ -134,12 +134,12 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
         yield Case("select_pages", "fp32", "pages" if frames is None else "frames, then pages", select)
 
 
-@triton.jit(do_not_specialize=["first_page", "pages"])
+@triton.jit(do_not_specialize=["first_page_id", "pages"])
 def summaries_kernel(
     ids,
     lens,
     k_plane,
-    first_page,  # of this pool, in the count through all of them
+    first_page_id,  # of this pool, in the count through all of them
     pages,
     out,  # [all pages, HEADS, 1 or 2, width], written
     page_stride,
@@ -154,7 +154,7 @@ def summaries_kernel(
     entry, head = program // KEY.parts // HEADS, program // KEY.parts % HEADS
     row, col = part_of(KEY, program % KEY.parts)
     global_page, length = tl.load(ids + entry), tl.load(lens + entry)
-    page = global_page - first_page
+    page = global_page - first_page_id
     if fits(page, length, pages, KEY):
         at = page.to(tl.int64) * HEADS + head
         x = read_part(k_plane, at, row, col, length, KEY, KEY.rows, KEY.cols)

@@ -1,6 +1,6 @@
 """Worlds on disk: `save` a running world into a folder, `load` it, and it goes on bit for bit.
 
-The folder holds past0.safetensors, what attention remembers (inferix_kernels.snapshot; a guided world remembers two
+The folder holds past0.safetensors, what attention remembers (inferix_kernels.store; a guided world remembers two
 pasts), and world.pt, what else the next block depends on: the state of the noise, the last latents, the words, and what
 the decoder of pictures carries along; of world.pt, which torch reads without a look at its own checksums, there is a
 checksum beside it, as `sha256sum` writes it. Folders of earlier versions have none and are read as they are.
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from inferix_kernels import PageTable, snapshot
+from inferix_kernels import PageTable
 from inferix_kernels.files import atomic_write, locked_folder, unwritable
+from inferix_kernels.store import snapshot
 
 from .decode.contract import Model
 from .history import Pictures

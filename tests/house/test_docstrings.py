@@ -20,14 +20,15 @@ import inferix
 import inferix_kernels
 from inferix.models import load_model
 from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy
-from inferix_kernels.memory import frame_tokens, plan_memory
 from inferix_kernels.quantize import Linear8, quantize_linears
-from inferix_kernels.snapshot import save
+from inferix_kernels.store.memory import frame_tokens, plan_memory
+from inferix_kernels.store.snapshot import save
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {name: getattr(inferix_kernels, name) for name in inferix_kernels.__all__}
 # Public methods that are there for other modules of ours, or that nobody needs an example of.
-PLAIN = {"range", "window", "gone", "check_room", "converted", "keeps", "last_picture", "kv_read", "kv_bytes"}
+PLAIN = {"check_held", "check_open", "resident", "seen", "gone", "check_room", "converted"}
+PLAIN |= {"keeps", "last_picture", "kv_read", "kv_bytes"}
 ALONE = [
     *(x for x in PUBLIC.values() if callable(x)),
     load_model,

@@ -17,15 +17,13 @@ FILES = modules(
 )
 IMPORTS = graph(FILES)
 
-FLAT = ["boundary", "memory", "page_table", "paged_kv", "passes", "past", "policy", "slots", "snapshot"]  # of the store
-
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
     ("layout", "files", "sass", "hazards", "_install", "_printing", "proofs.stored"),
     ("_check", "_dispatch", "reference"),
     ("compiled", "triton_kernels", "testing", "_library"),
     ("ops", "chosen"),
-    ("quantize", "store", *FLAT),
+    ("quantize", "store"),
     ("proofs",),
     ("", "__main__"),
 )
@@ -55,12 +53,7 @@ NEVER = {
 UPWARD = {
     ("inferix.stream.worker", "inferix.models"),  # open_world
 }
-CLOSING = {
-    ("inferix_kernels.boundary", "inferix_kernels.page_table"),
-    ("inferix_kernels.paged_kv", "inferix_kernels.page_table"),
-    ("inferix_kernels.passes", "inferix_kernels.page_table"),
-    ("inferix_kernels.slots", "inferix_kernels.paged_kv"),
-}
+CLOSING: set[tuple[str, str]] = set()
 
 
 def inside(name: str, prefix: str) -> bool:

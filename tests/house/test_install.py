@@ -77,10 +77,10 @@ def run_without(code):
 
 def test_the_kernels_run_with_torch_and_numpy_alone():
     result = run_without(
-        "import torch, inferix_kernels as ik, inferix_kernels.memory, inferix_kernels.files\n"
+        "import torch, inferix_kernels as ik, inferix_kernels.store.memory, inferix_kernels.files\n"
         "store = ik.KVStore(layers=1, heads=1, head_dim=16, frame_tokens=4, block_frames=1, pools={'int8': 2})\n"
         "table = store.open(ik.Policy(window=2, format='int8'))\n"
-        "from inferix_kernels import snapshot\n"
+        "from inferix_kernels.store import snapshot\n"
         "for call in (lambda: snapshot.save(table, 'nowhere'), lambda: snapshot.load(store, 'nowhere')):\n"
         "    try: call()\n"
         "    except ImportError as error: print(error)"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from inferix_kernels import OutOfPages, Policy
-from inferix_kernels.snapshot import load, save
+from inferix_kernels.store.snapshot import load, save
 from tests.store.stores import add_blocks, equal, open_store
 
 # What a member of a header may be in place of what it is.

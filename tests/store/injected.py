@@ -5,23 +5,24 @@ import dis
 import sys
 from pathlib import Path
 
-import inferix_kernels
-from inferix_kernels import KVStore, page_table, paged_kv, passes
-from inferix_kernels.slots import Pool
+from inferix_kernels.store import page_table, passes, storage
+from inferix_kernels.store.copies import Copies
+from inferix_kernels.store.page_lists import PageLists
+from inferix_kernels.store.slots import Pool
 
 # Where the store hands on what can fail: (who has the name, the name).
 SEAMS = (
-    (paged_kv, "kv_commit"),
-    (paged_kv, "kv_gather"),
+    (storage, "kv_commit"),
+    (storage, "kv_gather"),
     (passes, "kv_append"),
     (passes, "kv_commit"),
     (page_table, "kv_append"),
-    (KVStore, "_transfer"),
-    (KVStore, "upload"),
+    (Copies, "_transfer"),
+    (PageLists, "upload"),
     (Pool, "take"),
 )
-FOLDER = Path(inferix_kernels.__file__).parent
-FILES = {str(FOLDER / f"{name}.py") for name in ("paged_kv", "page_table", "boundary", "past", "passes", "slots")}
+NOT_OURS = ("snapshot", "memory", "policy", "turns")
+FILES = {str(path) for path in Path(storage.__file__).parent.glob("*.py") if path.stem not in NOT_OURS}
 
 
 class Injected(BaseException):

@@ -8,27 +8,34 @@ import torch
 from inferix_kernels import KVPages, KVStore, PageList, Policy
 from inferix_kernels.layout import KV_FORMATS
 from inferix_kernels.reference import kv_append, kv_gather
+from inferix_kernels.store.copies import Copies
 from tests.store.injected import SEAMS
 
 LAYERS, HEADS, HEAD_DIM, TOKENS, PAGE = 2, 1, 4, 11, 8  # two pages per frame, the second holds three tokens
 
 
-class LateStore(KVStore):
+class LateCopies(Copies):
     """Copies between the device and host memory happen when they are waited for, as late as a GPU may have them."""
 
-    late: list
+    late = ()
 
     def _transfer(self, pairs, to_host):
-        self.late = [*getattr(self, "late", []), (list(pairs), to_host)]
+        self.late = [*self.late, (list(pairs), to_host)]
 
     def _wait(self):
-        for pairs, to_host in getattr(self, "late", []):
+        for pairs, to_host in self.late:
             TRANSFER(self, pairs, to_host)
-        self.late = []  # only now: waiting may be interrupted, and is done again
+        self.late = ()  # only now: waiting may be interrupted, and is done again
 
 
-TRANSFER = KVStore._transfer  # what is under way by then can't be made to fail
-STORE_SEAMS = [(LateStore if owner is KVStore else owner, name) for owner, name in SEAMS]
+class LateStore(KVStore):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.copies = LateCopies(self.device)
+
+
+TRANSFER = Copies._transfer  # what is under way by then can't be made to fail
+STORE_SEAMS = [(LateCopies if owner is Copies else owner, name) for owner, name in SEAMS]
 
 
 def through(format, k, v):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from inferix_kernels import NotResident, OutOfPages, PageList
-from inferix_kernels.snapshot import load, save
+from inferix_kernels.store.snapshot import load, save
 from inferix_kernels.testing import POISON
 from tests.store.injected import Injected, at_call, at_instruction
 from tests.store.store_model import (
@@ -379,7 +379,7 @@ class Play:
         for table, world in self.worlds:
             assert self.agrees(table, world)
         for table, made, where, want in list(self.plans):
-            if made._edits != table.state.edits:
+            if made.stale:
                 self.plans.remove((table, made, where, want))
             elif want:
                 self.counts["plans read"] += 1
@@ -389,7 +389,7 @@ class Play:
 
     def check_owners(self):
         """Every slot that is taken has an owner, and no two slots are one."""
-        owners = list(self.store._moving)
+        owners = list(self.store.copies.moving)
         for table, _ in self.worlds:
             owners += table.state.all_slots()
             extents = [*table.held.values(), *(extent for extent, _ in table.state.target)]

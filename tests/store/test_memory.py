@@ -6,7 +6,7 @@ import pytest
 
 from inferix_kernels import KVStore, Policy
 from inferix_kernels.layout import FORMATS
-from inferix_kernels.memory import GIB, frame_tokens, page_bytes, plan_memory
+from inferix_kernels.store.memory import GIB, frame_tokens, page_bytes, plan_memory
 
 WAN = {"layers": 30, "heads": 12, "head_dim": 128, "frame_tokens": frame_tokens(480, 832), "block_frames": 3}
 SMALL = {"layers": 3, "heads": 2, "head_dim": 16, "frame_tokens": 21, "block_frames": 3, "page_size": 8}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from inferix_kernels import NotResident, OutOfPages, Policy, TopK, passes
+from inferix_kernels import NotResident, OutOfPages, Policy, TopK
+from inferix_kernels.store import attention as strategies
 from tests.store.stores import (
     FRAME_TOKENS,
     HEAD_DIM,
@@ -51,7 +52,7 @@ def test_a_dropped_block_leaves_the_others_as_they_are():
     table.plan([first], rope(3), commit=first)
     table.drop(third)
     again = table.open_block(3)
-    assert (again.first, again.scratch) == (third.first, third.scratch) and table.state.target
+    assert again.frames == third.frames and table.state.target
     table.drop(first)
     assert free_slots(store) == {"fp32": 6} and table.open_blocks == [second, again]
     table.abandon(keep=[second])
@@ -206,9 +207,8 @@ def test_fetched_pages_are_those_of_the_frames_named():
     add_blocks(table, 3)
     table.convert([4], "int4")
     for where, frames in (
-        (table.range(2, 5), [2, 3, 4, 5]),
+        (table.select(range(2, 6)), [2, 3, 4, 5]),
         (table.select([7, 0, 4]), [7, 0, 4]),
-        (table.window(2, sink=1), [0, 7, 8]),
     ):
         assert torch.equal(where.ids, table.select(frames).ids)
         assert where.lens.tolist() == [8, 8, 5] * len(frames)
@@ -236,19 +236,19 @@ def test_a_block_may_attend_to_the_best_pages_of_its_past(monkeypatch):
     table = open_store("int8").open(Policy(window=9))
     add_blocks(table, 2)
     block = table.open_block(3)
-    plans, attention = [], passes.paged_attention
+    plans, attention = [], strategies.paged_attention
 
     def watched(q, pools, plan, **options):
         plans.append(plan)
         return attention(q, pools, plan, **options)
 
-    monkeypatch.setattr(passes, "paged_attention", watched)
+    monkeypatch.setattr(strategies, "paged_attention", watched)
     dense = run(table.plan([block], rope(3)), 63)
-    everything = run(table.plan([block], rope(3), top_k=TopK(pages=100, queries=8)), 63)
+    everything = run(table.plan([block], rope(3), attention=TopK(pages=100, queries=8)), 63)
     for got, want in zip(everything, dense):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     plans.clear()
-    few = table.plan([block], rope(3), top_k=TopK(pages=2, frames=2, queries=8))
+    few = table.plan([block], rope(3), attention=TopK(pages=2, frames=2, queries=8))
     sparse = run(few, 63)
     assert len(plans) == 2 and few.plan.page_indptr.tolist() == [0, 27]
     past, own = few.plan.page_ids.tolist()[:18], few.plan.page_ids.tolist()[18:]
@@ -259,8 +259,8 @@ def test_a_block_may_attend_to_the_best_pages_of_its_past(monkeypatch):
         assert len({tuple(pages) for pages in lists}) > 1  # every run and head for itself
     assert not torch.equal(plans[0].page_ids, plans[1].page_ids)  # and every layer
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(sparse, dense))
-    with pytest.raises(ValueError, match="top_k needs a pass over one block, got 2"):
-        table.plan([block, table.open_block(3)], rope(6), top_k=TopK(pages=2))
+    with pytest.raises(ValueError, match="TopK needs a pass over one block of each world, got 2 blocks of one"):
+        table.plan([block, table.open_block(3)], rope(6), attention=TopK(pages=2))
 
 
 def test_frames_wait_in_host_memory_and_come_back_bit_for_bit():
@@ -354,7 +354,7 @@ def test_frames_that_are_not_held_or_named_twice_are_refused():
     table = open_store().open(Policy(6))
     add_block(table, 3)
     with pytest.raises(KeyError, match=r"frames must be held \(now \[0, 1, 2\]\), got \[3\]"):
-        table.range(2, 3)
+        table.select([2, 3])
     with pytest.raises(ValueError, match=r"frames must be named once, got \[1\] again"):
         table.select([1, 0, 1])
     add_blocks(table, 3)

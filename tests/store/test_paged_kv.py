@@ -16,9 +16,9 @@ from inferix_kernels import (
     kv_append,
     make_plan,
     paged_attention,
-    paged_kv,
 )
-from inferix_kernels.snapshot import load, save
+from inferix_kernels.store import storage
+from inferix_kernels.store.snapshot import load, save
 from inferix_kernels.testing import clustered_keys_and_values, poisoned_pool
 from tests.store.stores import (
     FRAME_TOKENS,
@@ -264,7 +264,7 @@ def test_a_conversion_that_fails_leaves_nothing_to_share(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(paged_kv, "kv_commit", fail)
+        patch.setattr(storage, "kv_commit", fail)
         with pytest.raises(KeyboardInterrupt):
             table.convert([0, 1], "int4")
     assert free_slots(store) == free

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from inferix_kernels import KVStore, OutOfPages, Policy
-from inferix_kernels.snapshot import load, save
+from inferix_kernels.store.snapshot import load, save
 from tests.soak import soak_snapshots
 
 ROOT = str(Path(__file__).parents[2])
@@ -53,7 +53,7 @@ CHILD = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.store.test_snapshot import add_block, digest, open_store
-from inferix_kernels.snapshot import load
+from inferix_kernels.store.snapshot import load
 table = load(open_store(), {path!r})
 print(digest(table))
 add_block(table, 99)
@@ -149,7 +149,7 @@ import os, signal, sys
 sys.path.insert(0, {ROOT!r})
 import safetensors.torch
 from tests.store.test_snapshot import video
-from inferix_kernels.snapshot import save
+from inferix_kernels.store.snapshot import save
 def die(*args):
     if {moment!r} == "while writing":
         open(args[1], "wb").write(b"half")

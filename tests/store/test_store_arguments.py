@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from inferix import World
-from inferix_kernels import Policy, TopK, snapshot
+from inferix_kernels import Policy, TopK
+from inferix_kernels.store import snapshot
 from tests.store.stores import HEAD_DIM, HEADS, add_block, add_blocks, open_store, rope
 
 POLICY = Policy(window=6, sink=1, format="int8", undo=3)
@@ -40,10 +41,6 @@ NAMED = {  # argument of each call, and the call with 1 in its place
     "frame rewrite": lambda table, n: table.rewrite(n, lambda layer, k, v: (k, v)),
     "end truncate": lambda table, n: table.truncate(n),
     "end gone": lambda table, n: table.gone(n),
-    "first range": lambda table, n: table.range(n, 2),
-    "last range": lambda table, n: table.range(0, n),
-    "recent window": lambda table, n: table.window(n),
-    "sink window": lambda table, n: table.window(1, n),
     "layer gather": lambda table, n: table.gather(n, [0]),
     "layer attend": lambda table, n: open_pass(table).attend(n, QKV, None, None),
     "layer append": lambda table, n: open_pass(table).append(n, KV, KV),

@@ -86,7 +86,7 @@ OPERATIONS = {
 
 def shown(table):
     """All that can be seen of a world and its store, contents too, once copies have landed."""
-    table.store._land()
+    table.store.copies.land()
     frames = [frame for frame in table.held if table.state.slot(frame) is not None]
     return (
         {frame: extent.format for frame, extent in table.held.items()},

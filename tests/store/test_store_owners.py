@@ -9,7 +9,8 @@ import torch
 
 from inferix import World
 from inferix_kernels import KVStore, NotResident, OutOfPages, PageList, Policy
-from inferix_kernels.slots import StreamTurns
+from inferix_kernels.store.copies import Copies
+from inferix_kernels.store.turns import StreamTurns
 from tests.store.stores import FRAME_TOKENS, add_block, add_blocks, contents, equal, free_slots, open_store, rope, run
 
 
@@ -264,7 +265,7 @@ def test_an_interrupted_copy_is_made_again(monkeypatch):
 
     for action in (table.offload, table.prefetch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(KVStore, "_copy", interrupted)
+            patch.setattr(Copies, "start", interrupted)
             action([0])
         action([0])
         store.settle()

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'trit
 
 from inferix.decode.pipeline import PipelineDecoder
 from inferix.models.magi import Magi, MagiSchedule, adapter_for
-from inferix_kernels import passes
+from inferix_kernels.store import attention
 from inferix_kernels.triton_kernels import launch
 from tests.models.magi_folder import random_network, tiny_config
 from tests.models.magi_golden import table_for
@@ -19,7 +19,7 @@ from tests.models.magi_golden import table_for
 def test_one_layer_of_a_forward_over_six_segments(monkeypatch):
     if not launch.INTERPRETED:
         pytest.skip("the kernels run on a GPU here, and the model on the CPU")
-    attend, compared = passes.paged_attention, []
+    attend, compared = attention.paged_attention, []
 
     def both(q, pools, plan, *, out, lse, backend):
         wanted, _ = attend(q, pools, plan, out=out, lse=lse, backend=backend)
@@ -29,7 +29,7 @@ def test_one_layer_of_a_forward_over_six_segments(monkeypatch):
             compared.append(((got - wanted).abs().max().item(), (got_lse - lse).abs().max().item()))
         return wanted, lse
 
-    monkeypatch.setattr(passes, "paged_attention", both)
+    monkeypatch.setattr(attention, "paged_attention", both)
     schedule = MagiSchedule(8, distilled=True)
     model = Magi(
         random_network(tiny_config(layers=1, heads=3, kv_heads=1)),

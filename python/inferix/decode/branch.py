@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from inferix_kernels import PageTable, Pass
-from inferix_kernels.passes import Block
+from inferix_kernels.store import Block
 
 from .contract import BlockInput, Model
 
@@ -143,7 +143,7 @@ class Branch:
         """Begin again over this table; None: at frame 0, without a past."""
         self.table.release()
         self.pending = None
-        self.table = self.table.store.open(self.table.policy) if table is None else table
+        self.table = PageTable(self.table.store, self.table.policy) if table is None else table
 
     def _seal(self) -> None:
         assert self.pending is not None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import PageTable, Pass
-from inferix_kernels.passes import Block
+from inferix_kernels.store import Block
 
 from .contract import BlockInput, Forward, Model
 from .decoder import Decoder

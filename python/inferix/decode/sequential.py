@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import OutOfPages, PageTable
-from inferix_kernels.passes import Block
+from inferix_kernels.store import Block
 
 from .branch import Branch, CleanBlock
 from .contract import Model
@@ -195,7 +195,7 @@ class SequentialDecoder(Decoder):
         self.generator.set_state(state["generator"])
         self.frames, self.released = state["frames"], False
         self.recent = [
-            CleanBlock(Block(first, end, []), latents.to(device), None) for first, end, latents in state["recent"]
+            CleanBlock(Block(first, end), latents.to(device), None) for first, end, latents in state["recent"]
         ]
 
     def _new_rollout(self, conditioning: Any) -> None:

@@ -5,7 +5,7 @@
     prompt ─────────┘
 
 It denoises blocks of latent frames. It does not know how self-attention is carried out: `forward` is handed an `attend`
-that takes the packed projection and does norm, rotation, cache and softmax (inferix_kernels.passes.Pass.attend, or
+that takes the packed projection and does norm, rotation, cache and softmax (inferix_kernels.Pass.attend, or
 anything of that signature). Every size comes from a WanConfig; resolutions and frame counts are free.
 
 Source: formulas and key names of Wan2.1 (github.com/Wan-Video/Wan2.1) as Self Forcing and CausVid use it.

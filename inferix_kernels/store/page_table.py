@@ -1,6 +1,6 @@
 """One world's page table, and the passes that read and write through it. Long because half of it is docstrings.
 
-    block = table.open_block(frames=3)                     # evicts by table edit, hands out scratch pages
+    block = table.open_block(frames=3)                     # evicts by table edit
     noisy = table.plan([block], rope=...)                  # once per block: page lists for all layers and steps
     for t in steps:
         x = update(x, model(x, t, attend=noisy.attend))    # every layer writes scratch, attends to past + scratch
@@ -17,25 +17,24 @@ An edit puts another `Past` in place with one assignment (past.py): an exception
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-from ._check import check_counts, check_index, whole
-from .boundary import fitted, turn_page
-from .layout import PageList
-from .ops import kv_append
-from .paged_kv import KVStore
-from .passes import Block, Pass, TopK
-from .past import NOTHING, Past
-from .policy import Policy
-from .slots import Extent, NotResident, Slot, in_turn
+from .._check import whole
+from ..ops import kv_append
+from .attention import Attention, Local
+from .boundary import turn_page
+from .extent import Extent
+from .passes import Pass
+from .past import NOTHING, Block
+from .planning import Part, plan_pass
+from .table_view import TableView
+from .turns import in_turn
 
 
-class PageTable:
+class PageTable(TableView):
     """Which extents hold which frames of one world. All of it lives on the host; attention sees only page lists.
 
     Example:
@@ -54,50 +53,12 @@ class PageTable:
         [0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     """
 
-    evicting = False  # is the policy's on_evict being called?
-
-    def __init__(self, store: KVStore, policy: Policy):
-        policy = fitted(policy, store)
-        self.store, self.policy, self.turn = store, policy, store.turn
-        self.state = Past.empty(store.num_layers)  # replaced by every edit, changed by none
-        store.register(self)
-
-    @property
-    def held(self) -> Mapping[int, Extent]:
-        """Frame -> extent, in the order of the frames."""
-        return MappingProxyType(self.state.held)
-
-    @property
-    def cold(self) -> set[int]:
-        """Held frames that this world does not want on the device."""
-        return self.state.held.keys() - self.state.slots.keys()
-
-    @property
-    def pinned(self) -> frozenset[int]:
-        """Held frames that stay and are seen whatever the policy says."""
-        return self.state.pinned
-
-    @property
-    def next_frame(self) -> int:
-        return self.state.next_frame
-
-    @property
-    def open_blocks(self) -> list[Block]:
-        """Oldest first."""
-        return list(self.state.open_blocks)
-
-    @property
-    def k_means(self) -> list[Tensor | None]:
-        """One mean key [heads, D] per layer, frozen after the first block and taken off every key since: softmax does
-        not change, and what is left is smaller to quantize. None until then, and in stores that do not quantize."""
-        return list(self.state.k_means)
-
     # A block's life
 
     @in_turn
     def open_block(self, frames: int) -> Block:
-        """The next `frames` frames, with scratch pages: for a block to commit and one to denoise or, where the store's
-        `scratch_blocks` say so, for more that are denoised together.
+        """The next `frames` frames. One block may be open to be committed and one to be denoised or, where the store's
+        `scratch_blocks` say so, more that are denoised together.
 
         Raises:
             OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
@@ -111,16 +72,13 @@ class PageTable:
         store, blocks, frames = self.store, self.state.open_blocks, whole("frames", frames)
         if not 1 <= frames <= store.block_frames:
             raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
-        # The scratch pool is cut into places for one block each.
-        size = store.block_frames * store.pages_per_frame
-        free = set(range(store.scratch_blocks)) - {block.scratch[0] // size for block in blocks}
-        if not free:
+        if len(blocks) >= store.scratch_blocks:
             raise RuntimeError(
                 f"{store.scratch_blocks} blocks are open, and scratch holds no more: seal the first one before opening "
                 "another, or give the store more scratch_blocks"
             )
         first = blocks[-1].end if blocks else self.state.next_frame
-        block = Block(first, first + frames, [min(free) * size + i * store.pages_per_frame for i in range(frames)])
+        block = Block(first, first + frames)
         past = self.state if blocks else turn_page(self, first + frames)
         self.state = past._replace(open_blocks=(*blocks, block))
         return block
@@ -175,62 +133,8 @@ class PageTable:
             >>> block = table.open_block(frames=3)
             >>> table.drop(block)
         """
-        self._check_open([block])
+        self.check_open([block])
         self.state = self.state.only_blocks([other for other in self.state.open_blocks if other is not block])
-
-    # Reading
-
-    def range(self, first: int, last: int) -> PageList:
-        """Pages of the held frames first .. last, both included, for attention over `store.layers[layer]`."""
-        return self.select(range(whole("first", first), whole("last", last) + 1))
-
-    def window(self, recent: int, sink: int = 0) -> PageList:
-        """Pages of the first `sink` frames and of the `recent` last ones, as far as they are held."""
-        check_counts({"recent": recent, "sink": sink}, least=0)
-        return self.select([f for f in self.held if f < sink or f >= self.next_frame - recent])
-
-    @in_turn
-    def select(self, frames: Iterable[int]) -> PageList:
-        """Pages of these held frames, in this order.
-
-        Raises:
-            KeyError: a frame is not held. ValueError: a frame is named twice. NotResident: see `prefetch`.
-
-        Example:
-            >>> table.select([0, 14]).lens.tolist()  # a frame has 10 tokens, and a page 16 places
-            [10, 10]
-        """
-        return self.store.page_list(slot.page for slot in self._resident(frames))
-
-    @in_turn
-    def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """K (rotated, frozen mean removed) and V of held frames: [tokens, heads, D] and [tokens, heads, Dv].
-
-        Example:
-            >>> k, v = table.gather(0, [13, 14])
-            >>> list(k.shape)
-            [20, 2, 16]
-        """
-        layer = check_index("layer", layer, self.store.num_layers)
-        return self.store.gather(self.store.layers[layer], self.select(frames), dtype)
-
-    def _held(self, frames: Iterable[int]) -> list[int]:
-        """These frames, each of them held and named once."""
-        frames, held = [whole("frames", frame) for frame in frames], self.state.held
-        missing = [frame for frame in frames if frame not in held]
-        if missing:
-            raise KeyError(f"frames must be held (now {list(held)}), got {missing}")
-        if len(set(frames)) < len(frames):
-            raise ValueError(f"frames must be named once, got {[f for f in set(frames) if frames.count(f) > 1]} again")
-        return frames
-
-    def _resident(self, frames: Iterable[int]) -> list[Slot]:
-        frames, here = self._held(frames), {**self.state.kept, **self.state.slots}
-        slots = [here[frame] for frame in frames if frame in here]
-        if len(slots) < len(frames) or any([slot.arriving for slot in slots]):
-            away = [frame for frame in frames if self.state.slot(frame) is None]
-            raise NotResident(f"frames {away} are in host memory: call prefetch({away}) before the block is opened")
-        return slots
 
     @in_turn
     def plan(
@@ -240,7 +144,7 @@ class PageTable:
         commit: Block | None = None,
         predict: bool = True,
         see: Sequence[Sequence[int]] | None = None,
-        top_k: TopK | None = None,
+        attention: Attention = Local(),
     ) -> Pass:
         """Everything that all layers of a pass over `blocks` share.
 
@@ -253,62 +157,20 @@ class PageTable:
             predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
             see: for each block, the frames before it that it attends to, instead of what the policy says: held ones,
                 and those of other blocks of the pass. A block always attends to itself.
-            top_k: of these, attend only to the pages that suit each run of queries best. For a pass over one block.
+            attention: how queries attend to what they see: to all of it, or as TopK does.
+
+        Raises:
+            ValueError: a block is not open, or an argument does not fit the others.
+            NotResident: a frame to be seen lies in host memory alone.
+            OutOfPages: there is no room for the block to commit. Whatever is raised, nothing was changed.
 
         Example:
             >>> block = table.open_block(frames=3)
             >>> noisy = table.plan([block])  # what the policy lets the block see
             >>> some = table.plan([block], see=[[0, 14]])  # these frames and the block itself
-            >>> best = table.plan([block], top_k=TopK(pages=4, queries=10))  # the best pages for each run of 10 queries
+            >>> best = table.plan([block], attention=TopK(pages=4, queries=10))  # the best pages for each 10 queries
         """
-        if not blocks:
-            raise ValueError("blocks must be at least one open block, got none")
-        self._check_open(blocks)
-        if commit is not None and (commit is not self.state.open_blocks[0] or commit is not blocks[0]):
-            raise ValueError("commit must be the oldest open block and the first of the pass")
-        if commit is not None and len(blocks) > 1 and not self.can_fuse:
-            raise ValueError(
-                "commit must be alone in the pass that freezes the mean key: the first clean pass is separate"
-            )
-        if top_k is not None and len(blocks) != 1:
-            raise ValueError(f"top_k needs a pass over one block, got {len(blocks)}")
-        seen = [self._seen(block, blocks, see[i] if see else None) for i, block in enumerate(blocks)]
-        if commit is None or self.state.target:
-            return Pass(self, blocks, seen, rope, commit, self.state.target, predict, top_k)
-        with self.store.take([self.policy.format_of(f, commit.end) for f in commit.frames]) as slots:
-            target = tuple((Extent(slot.pool.format, slot), slot) for slot in slots)
-            made = Pass(self, blocks, seen, rope, commit, target, predict, top_k)
-        self.state = self.state._replace(target=target)
-        return made
-
-    def _check_open(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            if block not in self.state.open_blocks:
-                raise ValueError(f"blocks must be open in this table; frames {block.first}..{block.end - 1} are not")
-
-    def past(self, block: Block) -> list[int]:
-        """Held frames that the policy lets a block see.
-
-        Example:
-            >>> block = table.open_block(frames=3)
-            >>> table.past(block)
-            [0, 9, 10, 11, 12, 13, 14]
-        """
-        past, sees = self.state, self.policy.sees
-        return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
-
-    def _seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
-        """Frames that a block of a pass sees besides its own, of the other blocks of the pass too; all can be read."""
-        others = [frame for other in blocks if other is not block for frame in other.frames]
-        before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
-        frames = self.past(block) + before if see is None else [whole("see", frame) for frame in see]
-        self._resident([frame for frame in frames if frame not in others])
-        return frames
-
-    @property
-    def can_fuse(self) -> bool:
-        """May a clean pass share its forward with the next block? Not the first one of a world that quantizes."""
-        return not self.store.freezes_mean or self.state.k_means[0] is not None
+        return plan_pass([Part(self, blocks, commit, see)], rope, predict, attention)
 
     # Changing the past
 
@@ -386,7 +248,7 @@ class PageTable:
             >>> 4 in table.held
             False
         """
-        frames = self._held(frames)
+        frames = self.check_held(frames)
         self.state = self.state.without(frames)
 
     @in_turn
@@ -396,7 +258,7 @@ class PageTable:
         Raises:
             OutOfPages: not so.
         """
-        leaving, slots = self._held(leaving), self.state.slots
+        leaving, slots = self.check_held(leaving), self.state.slots
         formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
         self.store.check_room(self, formats, [slots[frame] for frame in leaving if frame in slots])
 
@@ -420,7 +282,7 @@ class PageTable:
             >>> make_block(), make_block(), 4 in table.held
             (None, None, True)
         """
-        frames = self._held(frames)
+        frames = self.check_held(frames)
         self.state = self.state._replace(pinned=self.state.pinned.union(frames))
 
     @in_turn
@@ -448,16 +310,11 @@ class PageTable:
             >>> table.held[3].format
             'int4'
         """
-        self._check_sink("convert", frames := self._held(frames), sink)
-        slots = self._resident(frames)
+        self._check_sink("convert", frames := self.check_held(frames), sink)
+        slots = self.resident(frames)
         changing = [frame for frame, slot in zip(frames, slots) if slot.pool.format != format]
         if changing:
             self.state = self.converted(self.state, changing, format)
-
-    def converted(self, past: Past, frames: Sequence[int], format: str) -> Past:
-        pairs = [(past.held[frame], past.slot(frame)) for frame in frames]
-        made = self.store.converted([(extent, slot) for extent, slot in pairs if slot is not None], format)
-        return past.replaced(dict(zip(frames, made, strict=True)))
 
     @in_turn
     def rewrite(
@@ -473,13 +330,13 @@ class PageTable:
             >>> table.rewrite(4, lambda layer, k, v: (k, 2 * v))
         """
         self._check_sink("rewrite", [frame := whole("frame", frame)], sink)
-        (old,) = self._resident([frame])
+        (old,) = self.resident([frame])
         with self.store.take([old.pool.format]) as (slot,):
-            where = self.store.page_list([slot.index * self.store.pages_per_frame])
+            where = self.store.lists.of([slot.pool_page])
             for layer in range(self.store.num_layers):
                 k, v = change(layer, *self.gather(layer, [frame]))
                 kv_append(k, v, slot.pool.layers[layer], where, backend=self.store.backend)
-        self._held([frame])  # still, whatever `change` did
+        self.check_held([frame])  # still, whatever `change` did
         self.state = self.state.replaced({frame: (Extent(old.pool.format, slot), slot)})
 
     def _check_sink(self, what: str, frames: Sequence[int], sink: bool) -> None:
@@ -502,7 +359,7 @@ class PageTable:
             >>> sorted(table.cold)
             [3, 4]
         """
-        frames, past = self._held(frames), self.state
+        frames, past = self.check_held(frames), self.state
         going = [frame for frame in frames if frame in past.slots]
         self.store.to_host([(past.held[frame], past.slots[frame]) for frame in going])
         self.store.keeping(self)
@@ -521,6 +378,6 @@ class PageTable:
             >>> sorted(table.cold)
             [4]
         """
-        frames, past = self._held(frames), self.state
+        frames, past = self.check_held(frames), self.state
         coming = [frame for frame in frames if frame not in past.slots]
         self.state = past.back(dict(zip(coming, self.store.to_device([past.held[frame] for frame in coming]))))

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import torch
 
-from . import layout
-from ._check import check_counts, check_page_size
-from .layout import FORMATS, tile_shapes
+from .. import layout
+from .._check import check_counts, check_page_size
+from ..layout import FORMATS, tile_shapes
 from .policy import Policy
 
 GIB = 1 << 30
@@ -23,7 +23,7 @@ def frame_tokens(height: int, width: int, stride: int = 16) -> int:
     """Tokens of a latent frame of this many pixels: Wan's VAE shrinks by 8 and its patches by 2.
 
     Example:
-        >>> from inferix_kernels.memory import frame_tokens
+        >>> from inferix_kernels.store.memory import frame_tokens
         >>> frame_tokens(480, 832)
         1560
     """
@@ -104,7 +104,7 @@ def plan_memory(
         Others: as for KVStore, but that `device` need not be there.
 
     Example:
-        >>> from inferix_kernels.memory import GIB, frame_tokens, plan_memory
+        >>> from inferix_kernels.store.memory import GIB, frame_tokens, plan_memory
         >>> plan = plan_memory(layers=30, heads=12, head_dim=128, frame_tokens=frame_tokens(480, 832), block_frames=3,
         ...     policy=Policy(window=18, sink=3, format="int8"), budget=8 * GIB)
         >>> plan.fits, plan.largest_window

@@ -15,26 +15,27 @@ import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._install import require
-from .files import atomic_write
-from .layout import as_bytes
-from .paged_kv import KVStore
+from .._install import require
+from ..files import atomic_write
+from ..layout import as_bytes
+from .extent import Extent
+from .kv_store import KVStore
+from .page_table import PageTable
 from .past import Past
 from .policy import Policy
-from .slots import Extent, Slot
-
-if TYPE_CHECKING:
-    from .page_table import PageTable
+from .slots import Slot
+from .storage import Storage
+from .table_view import TableView
 
 VERSION = 2  # 1 had no checksums
 
 
-def save(table: PageTable, path: str | os.PathLike[str]) -> None:
+def save(table: TableView, path: str | os.PathLike[str]) -> None:
     """Write the table's past to `path`. A crash in the middle leaves what was there before.
 
     A policy's `on_evict` is code and not saved: give it again to `load`.
@@ -44,7 +45,7 @@ def save(table: PageTable, path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import tempfile
-        >>> from inferix_kernels.snapshot import load, save
+        >>> from inferix_kernels.store.snapshot import load, save
         >>> store = KVStore(layers=1, heads=1, head_dim=16, frame_tokens=8, block_frames=1, page_size=8,
         ...     pools={"int8": 2})
         >>> table = store.open(Policy(window=2))
@@ -66,7 +67,7 @@ def save(table: PageTable, path: str | os.PathLike[str]) -> None:
         save_file(tensors, part, {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
 
 
-def _tensors(table: PageTable) -> dict[str, Tensor]:
+def _tensors(table: TableView) -> dict[str, Tensor]:
     store, tensors, held = table.store, {}, table.state.held.values()
     for format in dict.fromkeys(extent.format for extent in held):
         places = [_place(extent) for extent in held if extent.format == format]
@@ -80,7 +81,7 @@ def _tensors(table: PageTable) -> dict[str, Tensor]:
     return tensors
 
 
-def _state(table: PageTable) -> dict[str, Any]:
+def _state(table: TableView) -> dict[str, Any]:
     return {
         "version": VERSION,
         "geometry": table.store.geometry,
@@ -152,7 +153,7 @@ class _Header:
     checksums: Mapping[str, object] | None  # of each tensor; None: the file has none
 
 
-def _checked(store: KVStore, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> _Header:
+def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> _Header:
     if not metadata or "inferix" not in metadata:
         raise _Damaged("it has no such header")
     state = _parsed(metadata["inferix"])
@@ -233,7 +234,7 @@ def _policy(saved: dict[str, Any]) -> Policy:
         raise _Damaged(f"its header is damaged: {str(error)[:100]}") from None
 
 
-def _restored(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> Past:
+def _restored(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) -> Past:
     """The past that a file's header and tensors describe, in slots of its own."""
     formats = header.formats
     if unknown := sorted(set(formats.values()) - store.pools.keys()):
@@ -266,7 +267,7 @@ def _restored(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) ->
     )
 
 
-def _check_tensors(store: KVStore, header: _Header, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Raises _Damaged unless they are the tensors of these frames, of the right shapes, and have the right sums."""
     formats = list(header.formats.values())
     wanted = {
@@ -287,7 +288,7 @@ def _check_tensors(store: KVStore, header: _Header, tensors: Mapping[str, Tensor
             raise _Damaged(f"{name} is damaged: its checksum is of other contents")
 
 
-def _fill(store: KVStore, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
+def _fill(store: Storage, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
     n = store.pages_per_frame
     for field in store.pools[format].pages.tensors:
         tensor = tensors[f"{format}.{field}"]  # [layers, frames * n, ...]

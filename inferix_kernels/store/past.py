@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .slots import Extent, Slot
-
-if TYPE_CHECKING:
-    from .passes import Block
+from .extent import Extent
+from .slots import Slot
 
 NOTHING: Mapping[int, Slot] = MappingProxyType({})
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """Frames [first, end) while they are denoised together."""
+
+    first: int
+    end: int
+
+    @property
+    def frames(self) -> range:
+        return range(self.first, self.end)
 
 
 class Past(NamedTuple):
@@ -125,3 +136,9 @@ class Past(NamedTuple):
 
     def all_slots(self) -> list[Slot]:
         return [*self.slots.values(), *self.kept.values(), *(slot for _, slot in self.target)]
+
+
+class Holder(Protocol):
+    """Whoever has a past, and slots by it: a page table."""
+
+    state: Past

@@ -1,7 +1,4 @@
-"""The KV store: pools of pages for all layers, shared by any number of worlds.
-
-    store = KVStore(layers=30, heads=12, head_dim=128, frame_tokens=1560, block_frames=3, pools={"int8": 21})
-    table = store.open(Policy(window=18, sink=3))          # one world: see page_table.py
+"""Where frames lie: pools of pages for all layers, on the device and in host memory, shared by any number of worlds.
 
 The unit that is allocated, shared, moved and freed is the *extent*: the pages of one frame, in one format, in every
 layer. A committed extent never changes, so worlds share it, and whoever wants it otherwise (another format, other
@@ -16,23 +13,23 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import layout
-from ._check import check_counts, check_device, check_page_size
-from .layout import FORMATS, KVPages, PageList, as_bytes
-from .ops import kv_commit, kv_gather
-from .slots import Extent, OutOfPages, Pool, Slot, StreamTurns, in_turn
-
-if TYPE_CHECKING:
-    from .page_table import PageTable
-    from .policy import Policy
+from .. import layout
+from .._check import check_counts, check_device, check_page_size
+from ..layout import FORMATS, KVPages, PageList
+from ..ops import kv_commit, kv_gather
+from .copies import Copies
+from .extent import Extent
+from .page_lists import PageLists
+from .past import Holder
+from .slots import OutOfPages, Pool, Slot
+from .turns import StreamTurns, in_turn
 
 
 def _check_formats(pools: Mapping[str, int], host: Mapping[str, int], scratch_format: str) -> None:
@@ -44,39 +41,16 @@ def _check_formats(pools: Mapping[str, int], host: Mapping[str, int], scratch_fo
         raise ValueError(f"scratch_format must not quantize, got {scratch_format!r}: noise is never quantized")
 
 
-class KVStore:
-    """Pools of pages, and who holds them.
+class Storage:
+    """Pools of pages, and who holds them: a KVStore, which says what the arguments mean, without its worlds.
 
-    A page id means the same page in every layer. Ids count through the pools in their order, then through scratch.
-    A frame's tokens begin on a page boundary; its last page may be partly valid. Scratch is one layer deep: a layer's
-    noisy keys are read only by its own attention, and the clean pass commits each layer as it goes by.
-
-    Threads: the worlds of a store share its pools and scratch. They may be stepped by several threads, a world by one
-    at a time: every operation, and every layer of a pass, has the store to itself (`turn`), so each world computes what
-    it would alone. On a GPU the streams of the threads are put in order too; see slots.StreamTurns.
-
-    Args:
-        layers, heads, head_dim: of the keys and values (heads is the number of KV heads). head_dim may be the widths
-            of keys and values, (D, Dv), for rows of latents (MLA, with heads=1).
-        frame_tokens: tokens per latent frame; any count.
-        block_frames: frames per block, at most.
-        scratch_blocks: blocks that can be open at once. Two are enough to denoise one block at a time: it, and the one
-            before it, whose clean pass shares its first forward.
-        pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
-        host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
-        scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V; None: as
-            layout.scratch_format has it for a bfloat16 network on this device.
-        page_size: token slots per page, a multiple of 8.
-        model: any name; a snapshot is refused by a store of another one.
-
-    Raises:
-        ValueError: an argument is not what it must be; nothing was allocated.
-
-    Example:
-        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
-        >>> table = store.open(Policy(window=9))
-        >>> store.nbytes["int8"] // 12  # bytes of a frame: two layers of one page of 64 tokens
-        9472
+    Attributes:
+        pools, host: format -> Pool, on the device and in host memory.
+        scratch: KVPages of the blocks that are being made, one layer deep.
+        layers: of each layer the pools that a page id counts through, scratch last.
+        scratch_page_id: the page id of the first page of scratch.
+        turn: context in which no other thread uses the store.
+        lists: makes page lists of whole frames.
     """
 
     def __init__(
@@ -119,54 +93,50 @@ class KVStore:
         self.page_size, self.model, self.backend = page_size, model, backend
         on_gpu = device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
-        self.pages_per_frame = -(-frame_tokens // page_size)
-        lens = [page_size] * (self.pages_per_frame - 1)
-        lens += [frame_tokens - sum(lens)]
-        self._lens = torch.tensor([lens], dtype=torch.int32, device=device)  # of each frame, as many as were asked for
-        self._steps = np.arange(self.pages_per_frame, dtype=np.int32)
+        self.lists = PageLists(frame_tokens, page_size, self.device)
+        self.pages_per_frame = self.lists.pages_per_frame
         self.pools: dict[str, Pool] = {}
-        self.scratch_base = 0  # page ids count through the pools, then through scratch
+        self.scratch_page_id = 0  # page ids count through the pools, then through scratch
         for format, frames in pools.items():
-            self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_base, False)
-            self.scratch_base += self.pools[format].num_pages
+            self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_page_id, False)
+            self.scratch_page_id += self.pools[format].num_pages
         self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
         pages = scratch_blocks * block_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
+        self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
+        self._scratch_lists: dict[tuple[int, int], PageList] = {}  # those that were asked for, which are few
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
-        self._moving: list[Slot] = []  # slots of both sides with a copy under way: no one else's until it has landed
-        self._keeping: list[weakref.ref[PageTable]] = []  # of these `settle` takes what they kept
-        self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
-        self._copies = torch.cuda.Stream(self.device) if on_gpu else None
+        self.copies = Copies(self.device)
+        self._keeping: list[weakref.ref[Holder]] = []  # of these `settle` takes what they kept
+        self._tables: weakref.WeakSet[Holder] = weakref.WeakSet()
 
-    def _pool(self, name: str, format: str, frames: int, device: torch.device | str, base: int, pin: bool) -> Pool:
+    def _pool(
+        self, name: str, format: str, frames: int, device: torch.device | str, first_page_id: int, pin: bool
+    ) -> Pool:
         pages = self.num_layers * frames * self.pages_per_frame
-        if max(pages, base + frames * self.pages_per_frame) >= 1 << 31:
+        if max(pages, first_page_id + frames * self.pages_per_frame) >= 1 << 31:
             raise ValueError(
                 f"{name}[{format!r}] must be under 2^31 pages in all layers together, as ids are int32, "
                 f"got {frames} frames, {pages:,} pages"
             )
         try:
-            return Pool(self, format, frames, device, base, pin)
+            return Pool(
+                format,
+                frames,
+                layers=self.num_layers,
+                pages_per_frame=self.pages_per_frame,
+                tile=(self.heads, self.page_size, self.head_dim),
+                device=device,
+                first_page_id=first_page_id,
+                pin=pin,
+            )
         except (RuntimeError, MemoryError):  # what torch raises where memory is short, on any device
             raise ValueError(
                 f"{name}[{format!r}] must fit in the memory of {device}, got {frames} frames, {pages:,} pages of "
                 f"{self.page_size} tokens"
             ) from None
-
-    @in_turn
-    def open(self, policy: Policy) -> PageTable:
-        """A new, empty world over this store.
-
-        Example:
-            >>> other = store.open(Policy(window=6))  # in the store's first format, int8
-            >>> other.next_frame
-            0
-        """
-        from .page_table import PageTable
-
-        return PageTable(self, policy)
 
     @property
     def geometry(self) -> dict[str, object]:
@@ -180,28 +150,6 @@ class KVStore:
         sizes = {format: pool.pages.nbytes for format, pool in self.pools.items()} | {"scratch": self.scratch.nbytes}
         return sizes | ({"host": sum(pool.pages.nbytes for pool in self.host.values())} if self.host else {})
 
-    # Page lists
-
-    def page_list(self, first_pages: Iterable[int]) -> PageList:
-        """The tokens of whole frames, given by the first page of each."""
-        frames = list(first_pages)
-        (ids,) = self.upload([frames])
-        return PageList(ids, self.page_lens(len(frames)))
-
-    def upload(self, frames: Sequence[Sequence[int]], others: Sequence[Sequence[int]] = ()) -> tuple[Tensor, ...]:
-        """int32 tensors on the device, in one copy: page ids of frames given by their first pages, and plain lists."""
-        firsts = np.fromiter(chain(*frames), np.int32)
-        ids = (firsts[:, None] + self._steps).ravel()
-        packed = np.concatenate([ids, np.fromiter(chain(*others), np.int32)])
-        sizes = [len(group) * self.pages_per_frame for group in frames] + [len(group) for group in others]
-        return torch.from_numpy(packed).to(self.device).split(sizes)
-
-    def page_lens(self, frames: int) -> Tensor:
-        """Valid tokens of each page of so many frames, [frames * pages_per_frame] int32 on the device."""
-        if frames > self._lens.shape[0]:
-            self._lens = self._lens[:1].repeat(2 * frames, 1)
-        return self._lens[:frames].flatten()
-
     @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_gather of whole frames. How many tokens that makes is known here: nothing is read from the device."""
@@ -210,9 +158,16 @@ class KVStore:
         k, v = (torch.empty(tokens, self.heads, width, dtype=dtype, device=self.device) for width in widths)
         return kv_gather(pools, where, out=(k, v), backend=self.backend)
 
+    def scratch_list(self, first: int, end: int) -> PageList:
+        """Pool pages of frames first .. end - 1 of scratch."""
+        if (first, end) not in self._scratch_lists:
+            pages = self._scratch_pages[first * self.pages_per_frame : end * self.pages_per_frame]
+            self._scratch_lists[first, end] = PageList(pages, self.lists.lens(end - first))
+        return self._scratch_lists[first, end]
+
     # Taking slots
 
-    def register(self, table: PageTable) -> None:
+    def register(self, table: Holder) -> None:
         """Of whose slots `check_room` must know."""
         self._tables.add(table)
 
@@ -239,7 +194,7 @@ class KVStore:
                 taken[:] = [next(groups[format]) for format in formats]
             yield taken
         except BaseException:
-            self._land()  # no copy may still write to what others may have now
+            self.copies.land()  # no copy may still write to what others may have now
             for slot in taken:  # even while a traceback refers to it
                 slot.pool.give_back(slot)
             raise
@@ -248,7 +203,7 @@ class KVStore:
         slots = pool.take(count)
         if len(slots) < count:
             del slots  # to be counted as free
-            self._land()
+            self.copies.land()
             slots = pool.take(count)
         if len(slots) < count:
             del slots
@@ -267,13 +222,13 @@ class KVStore:
             f"{free} free"
         )
 
-    def check_room(self, table: PageTable, formats: Sequence[str], leaving: Collection[Slot] = ()) -> None:
+    def check_room(self, table: Holder, formats: Sequence[str], leaving: Collection[Slot] = ()) -> None:
         """Could slots of these formats be taken, once `table` has let go of the slots `leaving`?
 
         Raises:
             OutOfPages: not so.
         """
-        self._land()
+        self.copies.land()
         elsewhere: set[Slot] | None = None
         for format in dict.fromkeys(formats):
             pool, count = self.pools[format], formats.count(format)
@@ -310,9 +265,8 @@ class KVStore:
     def _all_layers(self, slots: Sequence[Slot]) -> PageList:
         """Pages of slots of one pool in every layer, for the pool of all layers."""
         pool = slots[0].pool
-        offsets = range(0, self.num_layers * pool.num_pages, pool.num_pages)
-        firsts = [slot.index * self.pages_per_frame for slot in slots]
-        return self.page_list(offset + first for offset in offsets for first in firsts)
+        layers = range(0, self.num_layers * pool.num_pages, pool.num_pages)
+        return self.lists.of(start + slot.pool_page for start in layers for slot in slots)
 
     # Host memory
 
@@ -324,7 +278,7 @@ class KVStore:
         """
         new = [(extent, slot) for extent, slot in frames if extent.host is None]
         with self.take([extent.format for extent, _ in new], in_host=True) as places:
-            self._copy([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
+            self.copies.start([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
         for (extent, _), place in zip(new, places):
             extent.host = place
 
@@ -340,13 +294,13 @@ class KVStore:
         with self.take([extent.format for extent in new]) as places:
             pairs = [(place, extent.host) for extent, place in zip(new, places) if extent.host is not None]
             assert len(pairs) == len(new), "a frame that is nowhere on the device is in host memory"
-            self._copy(pairs, to_host=False)
+            self.copies.start(pairs, to_host=False)
         for extent, place in zip(new, places):
             extent.device = weakref.ref(place)
         rest = iter(places)
         return [next(rest) if slot is None else slot for slot in found]
 
-    def keeping(self, table: PageTable) -> None:
+    def keeping(self, table: Holder) -> None:
         """This world may read some frames that it has sent away, until a block is opened."""
         self._keeping.append(weakref.ref(table))
 
@@ -357,43 +311,9 @@ class KVStore:
 
         On a GPU the current stream waits for the copies; the host does not.
         """
-        self._land()
+        self.copies.land()
         for reference in self._keeping:
             table = reference()
             if table is not None and not table.state.open_blocks:
                 table.state = table.state.let_go()
         self._keeping.clear()
-
-    def _land(self) -> None:
-        """The copies under way are waited for. This moves nothing: a slot in a copy is free after it if no one else
-        has it, and what has arrived can be read."""
-        if not self._moving:
-            return
-        self._wait()
-        for slot in self._moving:
-            slot.arriving = False
-        self._moving.clear()
-
-    def _copy(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
-        """Start to copy whole frames between slots on the device and in host memory."""
-        for device, host in pairs:
-            device.arriving = device.arriving or not to_host
-            self._moving += [device, host]
-        self._transfer(pairs, to_host)
-
-    def _transfer(self, pairs: Sequence[tuple[Slot, Slot]], to_host: bool) -> None:
-        """The copies, on the copy stream where there is one."""
-        if self._copies is not None and pairs:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies) if self._copies is not None else contextlib.nullcontext():
-            for device, host in pairs:
-                for layer in range(self.num_layers):
-                    ends = device.pool.slot(layer, device.index), host.pool.slot(layer, host.index)
-                    source, target = ends if to_host else ends[::-1]
-                    for field, tensor in source.tensors.items():
-                        as_bytes(target.tensors[field]).copy_(as_bytes(tensor), non_blocking=True)
-
-    def _wait(self) -> None:
-        """What is launched from here on comes after the copies that were started."""
-        if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 from .past import Past
-from .policy import Policy
-
-if TYPE_CHECKING:
-    from .page_table import PageTable
-    from .paged_kv import KVStore
+from .table_view import TableView
 
 
-def fitted(policy: Policy, store: KVStore) -> Policy:
-    """The policy, with its format named, for a world of this store.
-
-    Raises:
-        ValueError: the store has no pool for one of its formats, or holds no such world.
-    """
-    if policy.window is not None and policy.window < store.block_frames:
-        raise ValueError(
-            f"window must be at least one block of {store.block_frames} frames, as it counts the block "
-            f"being made, got {policy.window}"
-        )
-    if policy.format is None:
-        policy = dataclasses.replace(policy, format=next(iter(store.pools)))
-    for format in (policy.format, policy.sink_format, policy.older and policy.older[1]):
-        if format is not None and format not in store.pools:
-            pools = ", ".join(store.pools)
-            raise ValueError(f"the policy's format {format!r:.60} has no pool in this store ({pools})")
-    if policy.archive and not store.host:
-        raise ValueError("archive needs host memory in the store: KVStore(host={format: frames})")
-    return policy
-
-
-def turn_page(table: PageTable, block_end: int, seal: bool = False) -> Past:
+def turn_page(table: TableView, block_end: int, seal: bool = False) -> Past:
     """What the past is after a block boundary: what was fetched has arrived, old frames are gone, and those that grew
     old are in another format. For the caller to put in place.
 
@@ -81,7 +53,7 @@ def turn_page(table: PageTable, block_end: int, seal: bool = False) -> Past:
     return table.converted(past, ageing, policy.older[1])
 
 
-def _ageing(table: PageTable, past: Past, block_end: int, leaving: Collection[int] = ()) -> list[int]:
+def _ageing(table: TableView, past: Past, block_end: int, leaving: Collection[int] = ()) -> list[int]:
     """Frames on the device that are to change format at this boundary."""
     policy = table.policy
     if policy.older is None or policy.older[1] == policy.format:
@@ -90,7 +62,7 @@ def _ageing(table: PageTable, past: Past, block_end: int, leaving: Collection[in
     return [f for f in young if f not in leaving and policy.format_of(f, block_end) == policy.older[1]]
 
 
-def _check_ageing(table: PageTable, past: Past, leaving: Sequence[int], block_end: int) -> None:
+def _check_ageing(table: TableView, past: Past, leaving: Sequence[int], block_end: int) -> None:
     """Raises OutOfPages if frames that grew old can't change format once those that leave have left."""
     if ageing := _ageing(table, past, block_end, set(leaving)):
         assert table.policy.older is not None
@@ -100,7 +72,7 @@ def _check_ageing(table: PageTable, past: Past, leaving: Sequence[int], block_en
         table.store.check_room(table, [format] * len(fresh), slots)
 
 
-def _say_goodbye(table: PageTable, past: Past, leaving: Sequence[int]) -> Past:
+def _say_goodbye(table: TableView, past: Past, leaving: Sequence[int]) -> Past:
     """`past` after the policy's on_evict was called with each frame. The table's own state is what it was.
 
     Raises:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ._check import check_counts, is_whole
+from .._check import check_counts, is_whole
 
 
 @dataclasses.dataclass(frozen=True)

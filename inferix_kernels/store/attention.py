@@ -1,0 +1,183 @@
+"""How the queries of a pass attend, once their keys and values are written: a strategy that the caller chooses.
+
+`Attention` is the choice, the same for any number of passes; `bind` makes it one pass's. Another strategy (in a ring of
+devices, over gathered pages) is another class with `bind`: passes know no more of it than this file declares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .._check import check_counts
+from ..layout import PageList, Plan, even_plan
+from ..ops import page_scores, page_summaries, paged_attention, select_pages
+from .storage import Storage
+
+
+class BlockReads(NamedTuple):
+    """What one block of a pass reads, on the host."""
+
+    world: int  # which of the pass's worlds it belongs to
+    queries: int
+    past: int  # pages of other frames, first in its page list
+    own: int  # pages of itself, in scratch
+
+
+class Reads(NamedTuple):
+    """What the queries of a pass read, the same in all layers.
+
+    Attributes:
+        store: its `layers[layer]` are the pools that page ids count through.
+        plan: a segment of queries and a page list for each block.
+        blocks: the same on the host.
+    """
+
+    store: Storage
+    plan: Plan
+    blocks: tuple[BlockReads, ...]
+
+
+class Attend(Protocol):
+    """Attention in one pass. Called once per layer, when the layer's keys and values are written and committed."""
+
+    def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
+        """q [T, Hq, D], out to write to, the same -> [T, Hq, Dv]: `out`, if it is given."""
+
+
+class Attention(Protocol):
+    """A way to attend.
+
+    Example:
+        >>> class Noting:  # attends as Local does, and notes the layers
+        ...     def bind(self, reads):
+        ...         attend, self.layers = Local().bind(reads), []
+        ...         return lambda layer, q, out: self.layers.append(layer) or attend(layer, q, out)
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table, noting = store.open(Policy(window=9)), Noting()
+        >>> noisy = table.plan([table.open_block(frames=3)], attention=noting)
+        >>> y = noisy.attend(0, torch.randn(30, 3 * 2 * 16), None, None)
+        >>> noting.layers
+        [0]
+    """
+
+    def bind(self, reads: Reads) -> Attend:
+        """This way, for one pass. Raises ValueError for a pass that it can not serve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Attend to all that the page lists name, on the store's device.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> noisy = table.plan([table.open_block(frames=3)], attention=Local())  # what plan does unless it is told
+        >>> list(noisy.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
+        [30, 32]
+    """
+
+    def bind(self, reads: Reads) -> Attend:
+        return _Local(reads)
+
+
+class _Local:
+    def __init__(self, reads: Reads):
+        self.reads = reads
+        self._lse: Tensor | None = None  # of every layer in turn
+
+    def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
+        store, plan = self.reads.store, self.reads.plan
+        if self._lse is None:
+            self._lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        return paged_attention(q, store.layers[layer], plan, out=out, lse=self._lse, backend=store.backend)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Attend to the pages of the past that look best, for each run of queries and KV head, and to all of the block.
+
+    A pass may have one block of each world: what a block reads of another one in scratch changes from pass to pass.
+
+    Attributes:
+        pages: of the past, for each run and head.
+        frames: choose them in the so many best frames of the past; None, in all.
+        queries: of a run.
+        bounds: judge a page by the least and largest of its keys in place of their mean; see ops.page_scores.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> best = table.plan([block], attention=TopK(pages=4, queries=10))
+        >>> list(best.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
+        [30, 32]
+    """
+
+    pages: int
+    frames: int | None = None
+    queries: int = 64
+    bounds: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts({"pages": self.pages, "frames": 0 if self.frames is None else self.frames}, least=0)
+        check_counts({"queries": self.queries})
+
+    def bind(self, reads: Reads) -> Attend:
+        worlds = [block.world for block in reads.blocks]
+        if len(set(worlds)) < len(worlds):
+            most = max(worlds.count(world) for world in worlds)
+            raise ValueError(f"attention: TopK needs a pass over one block of each world, got {most} blocks of one")
+        return _TopK(self, reads)
+
+
+class _TopK:
+    """Committed pages do not change, so a layer's are summarised when it first comes by."""
+
+    def __init__(self, top: TopK, reads: Reads):
+        self.store, self.chosen = reads.store, []
+        row = page = 0
+        for block in reads.blocks:
+            pages = slice(page, page := page + block.past + block.own)
+            seen = PageList(reads.plan.page_ids[pages], reads.plan.page_lens[pages])
+            self.chosen.append((slice(row, row := row + block.queries), _Chosen(reads.store, top, block, seen)))
+
+    def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
+        store, out = self.store, torch.empty_like(q) if out is None else out
+        for rows, chosen in self.chosen:
+            plan = chosen.plan(layer, q[rows])
+            paged_attention(q[rows], store.layers[layer], plan, out=out[rows], backend=store.backend)
+        return out
+
+
+class _Chosen:
+    """The pages that one block's queries attend to."""
+
+    def __init__(self, store: Storage, top: TopK, block: BlockReads, seen: PageList):
+        self.store, self.top, self.seen, device = store, top, seen, seen.ids.device
+        self.past = PageList(*(x[: block.past] for x in seen))
+        self.keep = torch.arange(block.past + block.own, device=device) >= block.past
+        self.q_indptr = torch.arange(0, block.queries + top.queries, top.queries, dtype=torch.int32, device=device)
+        self.q_indptr.clamp_(max=block.queries)
+        self.k = block.own + min(top.pages, block.past)
+        self.frames = None if top.frames is None else block.own // store.pages_per_frame + top.frames
+        self.summaries: dict[int, Tensor] = {}
+
+    def plan(self, layer: int, q: Tensor) -> Plan:
+        store, backend = self.store, self.store.backend
+        if layer not in self.summaries:
+            pools = store.layers[layer]
+            self.summaries[layer] = page_summaries(pools, self.past, self.top.bounds, backend=backend)
+        scores = page_scores(q, self.q_indptr, self.summaries[layer], self.seen, backend=backend)
+        pages = select_pages(
+            *(scores, self.seen, self.k),
+            keep=self.keep,
+            frames=self.frames,
+            pages_per_frame=store.pages_per_frame,
+            backend=backend,
+        )
+        return even_plan(self.q_indptr, pages, scores.shape[0] * scores.shape[1])

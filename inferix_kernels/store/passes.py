@@ -1,0 +1,228 @@
+"""One forward over open blocks: what each layer does with its q, K and V.
+
+A pass has a part for each world in it (planning.py). The parts' queries follow each other; each reads its own world's
+pages alone, and its keys are written with its own world's mean key taken off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._check import check_index
+from ..layout import PageList
+from ..ops import kv_append, kv_commit, qkv_prologue
+from .attention import Attention, Reads
+from .table_view import TableView, replace_states
+from .turns import in_turn
+
+
+@dataclasses.dataclass
+class Share:
+    """Rows of a pass that are written by one call: their keys have the same mean taken off, or none.
+
+    Attributes:
+        tables: of the worlds.
+        rows: of the pass's tokens.
+        rope: of these rows.
+        written: pool pages in scratch.
+        commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed.
+        fresh: mean keys of the layers committed so far, in the pass that freezes them; it is one world's then.
+    """
+
+    tables: Sequence[TableView]
+    rows: slice
+    rope: Tensor | None
+    written: PageList
+    commits: Sequence[tuple[str, PageList, PageList]]
+    fresh: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its rows of a tensor that has one for each token of the pass."""
+        return x if self.rows == slice(0, len(x)) else x[self.rows]
+
+    def k_mean(self, layer: int) -> Tensor | None:
+        """[heads, D], frozen; None: these worlds have none."""
+        return self.tables[0].state.k_means[layer]
+
+
+class Pass:
+    """One forward over open blocks: its `attend` is all that a layer needs to know of the store.
+
+    It is good for as long as its tables hold what they held: after an edit (a seal, a block dropped, a frame forgotten
+    or given other contents) another one is to be planned, and this one refuses to run.
+
+    PageTable.plan and KVStore.plan make it.
+
+    Attributes:
+        plan: the page lists of the queries, one segment per block.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
+        ...     pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> noisy = table.plan([block])
+        >>> noisy.plan.page_ids.tolist()  # three frames of one page each: scratch, which comes after the pools
+        [12, 13, 14]
+    """
+
+    def __init__(self, reads: Reads, shares: Sequence[Share], predict: bool, attention: Attention):
+        self.store, self.turn = reads.store, reads.store.turn
+        self.plan, self.predict = reads.plan, predict
+        self._shares, self._attend = shares, attention.bind(reads)
+        self._tokens = sum(block.queries for block in reads.blocks)
+        self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
+        self._q: Tensor | None = None  # of every layer in turn
+
+    @in_turn
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norm_q: Tensor | None,
+        norm_k: Tensor | None,
+        eps: float = 1e-6,
+        *,
+        norm_q_bias: Tensor | None = None,
+        norm_k_bias: Tensor | None = None,
+        interleaved: bool = True,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """Normalise, rotate, write, commit what this pass commits, and attend.
+
+        Args:
+            qkv: [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation.
+            norm_q, norm_k, eps, norm_q_bias, norm_k_bias, interleaved: as for `qkv_prologue`.
+            out: [T, Hq, D] to write to.
+
+        Returns:
+            [T, Hq * D], or None from the last layer of a pass that predicts nothing.
+
+        Raises:
+            RuntimeError: a table was edited since the pass was planned.
+            ValueError: qkv has not a row for each token of the pass.
+
+        Example:
+            >>> qkv = torch.randn(30, (4 + 2 * 2) * 16)  # 4 query heads, 2 KV heads
+            >>> list(noisy.attend(0, qkv, torch.ones(16), torch.ones(16)).shape)
+            [30, 64]
+        """
+        norms = {"norm_q_bias": norm_q_bias, "norm_k_bias": norm_k_bias}
+        q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
+        if not self.predict and layer == self.store.num_layers - 1:
+            return None
+        return self._attend(layer, q, out).flatten(1)
+
+    @in_turn
+    def write(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norm_q: Tensor | None,
+        norm_k: Tensor | None,
+        eps: float = 1e-6,
+        *,
+        norm_q_bias: Tensor | None = None,
+        norm_k_bias: Tensor | None = None,
+        interleaved: bool = True,
+    ) -> Tensor:
+        """The first half of `attend`: normalise, rotate, write K and V to scratch, commit.
+
+        What lies in scratch is this layer's until another layer, or another pass, writes: who attends to it later than
+        this call must hold the store's `turn` over both.
+
+        Returns:
+            q [T, Hq, D], normalised and rotated, which the next layer overwrites.
+
+        Example:
+            >>> list(noisy.write(1, torch.randn(30, (4 + 2 * 2) * 16), None, None).shape)
+            [30, 4, 16]
+        """
+        layer = check_index("layer", layer, self.store.num_layers)
+        self._check("qkv", qkv)
+        store, q = self.store, self._queries(qkv)
+        for share in self._shares:
+            qkv_prologue(
+                share.of(qkv),
+                norm_q,
+                norm_k,
+                share.rope,
+                store.scratch,
+                share.written,
+                norm_q_bias=norm_q_bias,
+                norm_k_bias=norm_k_bias,
+                k_mean=share.k_mean(layer),
+                eps=eps,
+                interleaved=interleaved,
+                out=share.of(q),
+                backend=store.backend,
+            )
+        self._commit(layer)
+        return q
+
+    @in_turn
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write keys and values that are ready, [T, heads, D] and [T, heads, Dv], and commit what this pass commits.
+
+        Example:
+            >>> noisy.append(0, torch.randn(30, 2, 16), torch.randn(30, 2, 16))
+        """
+        layer = check_index("layer", layer, self.store.num_layers)
+        self._check("k", k)
+        self._check("v", v)
+        for share in self._shares:
+            keys, mean = share.of(k), share.k_mean(layer)
+            keys = keys if mean is None else keys - mean
+            kv_append(keys, share.of(v), self.store.scratch, share.written, backend=self.store.backend)
+        self._commit(layer)
+
+    @property
+    def stale(self) -> bool:
+        """Was a table edited since the pass was planned? It refuses to run then."""
+        return any([table.state.edits != edits for table, edits in self._edits])
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if self.stale:
+            raise RuntimeError("this pass was planned before its table was edited: plan another one")
+        if len(x) != self._tokens:
+            raise ValueError(f"{name} must have {self._tokens} rows, one for each token of the pass, got {len(x)}")
+
+    def _commit(self, layer: int) -> None:
+        store = self.store
+        freezing = False
+        for share in self._shares:
+            fresh = None  # scratch keys had their mean removed, if there is one
+            if share.commits and store.freezes_mean and share.k_mean(layer) is None:
+                keys = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
+                fresh = share.fresh[layer] = torch.cat(keys).mean(0)
+                freezing = freezing or len(share.fresh) == store.num_layers
+            for format, source, target in share.commits:
+                kv_commit(
+                    store.scratch, source, store.pools[format].layers[layer], target, fresh, backend=store.backend
+                )
+        if freezing:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Worlds whose first block is committed in all layers have mean keys from here on."""
+        done = [share for share in self._shares if len(share.fresh) == self.store.num_layers]
+        means = [tuple(share.fresh[layer] for layer in range(self.store.num_layers)) for share in done]
+        tables = [table for share in done for table in share.tables]
+        for share in done:
+            share.fresh.clear()
+        replace_states([(table, table.state._replace(k_means=mean)) for table, mean in zip(tables, means, strict=True)])
+
+    def _queries(self, qkv: Tensor) -> Tensor:
+        if self._q is None:
+            width = self.store.scratch.head_dim
+            heads = qkv.shape[1] // width - 2 * self.store.heads
+            if heads < 1:
+                raise ValueError(
+                    f"qkv must be (Hq + 2H) * D wide with H={self.store.heads} and D={width}, got {qkv.shape[1]}"
+                )
+            self._q = torch.empty(len(qkv), heads, width, dtype=qkv.dtype, device=qkv.device)
+        return self._q

@@ -1,0 +1,215 @@
+"""Plans a pass: which frames its blocks read, where they are written, and what is committed to which slots.
+
+All of it is worked out on the host and goes to the device in one copy. A plan is made whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, count, groupby
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..layout import PageList, Plan
+from .attention import Attention, BlockReads, Reads
+from .extent import Extent
+from .passes import Pass, Share
+from .past import Block
+from .slots import Slot
+from .storage import Storage
+from .table_view import TableView, replace_states
+
+Target = Sequence[tuple[Extent, Slot]]  # what a committed block becomes, frame by frame
+
+
+class Part(NamedTuple):
+    """One world's part of a pass.
+
+    Attributes:
+        table: the world's PageTable.
+        blocks: open blocks of it, oldest first; each is one segment of the queries.
+        commit: the block whose K and V this pass makes final; see PageTable.plan.
+        see: for each block, the frames before it that it attends to; None: as the policy says.
+
+    Example:
+        >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
+        >>> table = store.open(Policy(window=9))
+        >>> block = table.open_block(frames=3)
+        >>> clean = store.plan([Part(table, [block], commit=block)])  # one world's; other worlds' parts may follow
+    """
+
+    table: TableView
+    blocks: Sequence[Block]
+    commit: Block | None = None
+    see: Sequence[Sequence[int]] | None = None
+
+    @property
+    def frames(self) -> list[int]:
+        """Of its blocks, in the order of the queries."""
+        return [frame for block in self.blocks for frame in block.frames]
+
+
+def plan_pass(parts: Sequence[Part], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
+    """One pass over blocks of several worlds of one store. Arguments and errors: as for KVStore.plan."""
+    if not parts:
+        raise ValueError("parts must be at least one world's, got none")
+    store = parts[0].table.store
+    with store.turn:
+        _check_parts(store, parts, rope)
+        seen = [_seen(part) for part in parts]
+        new = {part.table: _formats(part) for part in parts if part.commit is not None and not part.table.state.target}
+        if not new:
+            return _pass(store, _placed(store, parts, seen, {}), rope, predict, attention)
+        with store.take(list(chain(*new.values()))) as slots:
+            free = iter(slots)
+            targets = {
+                table: tuple((Extent(format, slot), slot) for format, slot in zip(formats, free))
+                for table, formats in new.items()
+            }
+            planned = _pass(store, _placed(store, parts, seen, targets), rope, predict, attention)
+        replace_states([(table, table.state._replace(target=target)) for table, target in targets.items()])
+    return planned
+
+
+def _check_parts(store: Storage, parts: Sequence[Part], rope: Tensor | None) -> None:
+    """Raises ValueError, naming the argument, unless these parts make a pass."""
+    for part in parts:
+        if part.table.store is not store:
+            raise ValueError("parts must be of worlds of one store, got two stores'")
+        _check_part(part)
+    if len({id(part.table) for part in parts}) < len(parts):
+        raise ValueError("parts must be of different worlds, got one world twice: name its blocks in one part")
+    frames = sum(block.end - block.first for part in parts for block in part.blocks)
+    most = store.scratch_blocks * store.block_frames
+    if frames > most:
+        raise ValueError(
+            f"blocks must be {most} frames at most in one pass, as scratch holds {store.scratch_blocks} blocks of "
+            f"{store.block_frames}, got {frames}: give the store more scratch_blocks"
+        )
+    if rope is not None and len(rope) != frames * store.frame_tokens:
+        raise ValueError(
+            f"rope must have {frames * store.frame_tokens} rows, one for each token of the pass, got {len(rope)}"
+        )
+
+
+def _check_part(part: Part) -> None:
+    table, blocks, commit, see = part
+    if not blocks:
+        raise ValueError("blocks must be at least one open block, got none")
+    table.check_open(blocks)
+    if commit is not None and (commit is not table.state.open_blocks[0] or commit is not blocks[0]):
+        raise ValueError("commit must be the oldest open block and the first of the pass")
+    if commit is not None and len(blocks) > 1 and not table.can_fuse:
+        raise ValueError("commit must be alone in the pass that freezes the mean key: the first clean pass is separate")
+    if see is not None and len(see) != len(blocks):
+        raise ValueError(f"see must be the frames of each of the {len(blocks)} blocks, got {len(see)} lists")
+
+
+def _seen(part: Part) -> list[Sequence[Slot | int]]:
+    """What each block reads besides itself: see TableView.seen."""
+    see: Sequence[Sequence[int] | None] = part.see or [None] * len(part.blocks)
+    return [part.table.seen(block, part.blocks, frames) for block, frames in zip(part.blocks, see)]
+
+
+def _formats(part: Part) -> list[str]:
+    """In which the frames of its committed block are held."""
+    assert part.commit is not None
+    return [part.table.policy.format_of(frame, part.commit.end) for frame in part.commit.frames]
+
+
+# Where a pass reads and writes
+
+
+class _Placed(NamedTuple):
+    """One part on the host; frames are given by the first page of each.
+
+    Attributes:
+        reads: page ids for one block after another, each block's own last.
+        pairs: (pool page in scratch, slot) of each frame that is committed.
+    """
+
+    table: TableView
+    blocks: list[BlockReads]
+    reads: list[int]
+    pairs: list[tuple[int, Slot]]
+
+
+def _placed(
+    store: Storage,
+    parts: Sequence[Part],
+    seen: Sequence[Sequence[Sequence[Slot | int]]],
+    targets: Mapping[TableView, Target],
+) -> list[_Placed]:
+    """Frames of the pass lie in scratch one after another, in the order of the queries."""
+    placed, first = [], 0
+    for world, (part, reads) in enumerate(zip(parts, seen)):
+        target = targets.get(part.table, part.table.state.target)
+        scratch = dict(zip(part.frames, count(first, store.pages_per_frame)))
+        placed.append(_place(part, reads, target, scratch, world))
+        first += len(scratch) * store.pages_per_frame
+    return placed
+
+
+def _place(
+    part: Part, seen: Sequence[Sequence[Slot | int]], target: Target, scratch: Mapping[int, int], world: int
+) -> _Placed:
+    """Args: scratch: the first pool page in scratch of each frame of the part's blocks."""
+    store = part.table.store
+    own = {frame: store.scratch_page_id + page for frame, page in scratch.items()}
+    made, pairs = own, []  # what a block sees of another one: what the pass writes to scratch or, committed, that
+    if part.commit is not None:
+        slots = dict(zip(part.commit.frames, (slot for _, slot in target)))
+        made = {**own, **{frame: slot.page_id for frame, slot in slots.items()}}
+        pairs = [(scratch[frame], slot) for frame, slot in slots.items()]
+    blocks, reads, size = [], [], store.pages_per_frame
+    for block, past in zip(part.blocks, seen):
+        reads += [frame.page_id if isinstance(frame, Slot) else made[frame] for frame in past]
+        reads += [own[frame] for frame in block.frames]
+        frames = block.end - block.first
+        blocks.append(BlockReads(world, frames * store.frame_tokens, len(past) * size, frames * size))
+    return _Placed(part.table, blocks, reads, pairs)
+
+
+def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
+    groups = [list(group) for _, group in groupby(placed, lambda each: _mean_of(each.table))]
+    commits = [_by_format(group) for group in groups]
+    blocks = tuple(block for each in placed for block in each.blocks)
+    # One copy to the device for all lists.
+    frames = [[page for each in placed for page in each.reads], *(p for c in commits for _, *pair in c for p in pair)]
+    sizes = [block.queries for block in blocks], [block.past + block.own for block in blocks]
+    ids, *lists, q_indptr, page_indptr = store.lists.upload(frames, [list(accumulate(n, initial=0)) for n in sizes])
+    plan = Plan(q_indptr, page_indptr, ids, store.lists.lens(len(frames[0])))
+    rest = iter([PageList(pages, store.lists.lens(len(group))) for pages, group in zip(lists, frames[1:])])
+    shares, row = [], 0
+    for group, commit in zip(groups, commits):
+        rows = slice(row, row + sum(block.queries for each in group for block in each.blocks))
+        row = rows.stop
+        shares.append(
+            Share(
+                tables=[each.table for each in group],
+                rows=rows,
+                rope=None if rope is None else rope[rows],
+                written=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
+                commits=[(format, next(rest), next(rest)) for format, *_ in commit],
+            )
+        )
+    return Pass(Reads(store, plan, blocks), shares, predict, attention)
+
+
+def _mean_of(table: TableView) -> int:
+    """Neighbours of which this is the same are written by one call: forks, with the mean of their first block, and
+    worlds that never have one. A world whose mean is still to be frozen, or may thaw, is written by itself."""
+    mean = table.state.k_means[0]
+    settled = not table.store.freezes_mean if mean is None else table.next_frame > 0
+    return id(mean) if settled else id(table)
+
+
+def _by_format(group: Sequence[_Placed]) -> list[tuple[str, list[int], list[int]]]:
+    """(format, pool pages in scratch, pool pages of its pool) of what is committed, by the first page of each frame."""
+    pairs = [pair for each in group for pair in each.pairs]
+    found = []
+    for format in dict.fromkeys(slot.pool.format for _, slot in pairs):
+        of = [(page, slot.pool_page) for page, slot in pairs if slot.pool.format == format]
+        found.append((format, [page for page, _ in of], [page for _, page in of]))
+    return found
