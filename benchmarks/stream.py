@@ -163,9 +163,9 @@ def _server(world: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def _serve(world: str) -> None:
+    from inferix.commands.interactive import open_world
     from inferix.stream.server import Server, serve
     from inferix.stream.testing import open_bars
-    from inferix.stream.worker import open_world
 
     if world == "tiny":
         settings: dict[str, Any] = {"kv": "int8", "window": None, "sink": None, "seed": 6, "backend": "auto"}

@@ -19,9 +19,9 @@ import aioice.ice
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
+from inferix.commands.interactive import open_world
 from inferix.stream.server import Server
 from inferix.stream.testing import ACTIONS, BITS, CELL, WORDS, open_bars
-from inferix.stream.worker import open_world
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

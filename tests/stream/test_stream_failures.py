@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
+from inferix.commands.interactive import open_world
 from inferix.finite import NotFinite
 from inferix.stream import commands, recorder, remote, session
 from inferix.stream.server import Server
 from inferix.stream.testing import BarWorld
 from inferix.stream.video import JpegEncoder
-from inferix.stream.worker import open_world
 from tests.stream.stream_client import Viewer, asynchronous, running, until
 
 

@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra `stream`")
 
+from inferix.commands.interactive import open_world
 from inferix.stream.remote import Broken, Refused, Remote
 from inferix.stream.testing import BarWorld, open_bars
-from inferix.stream.worker import Order, open_world
+from inferix.stream.worker import Order
 from tests.stream.stream_client import PATIENCE, asynchronous, until
 
 

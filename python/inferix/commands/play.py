@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..stream.worker import open_world
 from .configs import PlayConfig
+from .interactive import open_world
 from .options import configured, declared
 
 if TYPE_CHECKING:

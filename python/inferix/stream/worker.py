@@ -22,7 +22,6 @@ from typing import Any
 
 REFUSED, BROKEN = "refused", "broken"
 HEARTBEAT = 1.0  # seconds
-UNDO_SECONDS = 15.0
 # Requests that leave the worlds as they were if they fail, for whatever reason: a full disk, a store without room.
 HARMLESS = frozenset({"prepare", "fork", "save", "load"})
 
@@ -54,11 +53,11 @@ class Stage:
     """Worlds by name over one store: "a", and "b" while there is a fork.
 
     Args:
-        open_world: opens the first one; see `open_world` below.
+        opener: opens the first one: a `World`, with room for a second one if there may be a fork.
     """
 
-    def __init__(self, open_world: Callable[[], Any]):
-        self.worlds = {"a": Running(open_world())}
+    def __init__(self, opener: Callable[[], Any]):
+        self.worlds = {"a": Running(opener())}
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to know of the model."""
@@ -212,40 +211,6 @@ class Stage:
         reach = running.world.undo
         while sum(latents for _, latents in running.blocks) > reach:
             running.blocks.pop(0)
-
-
-def open_world(
-    model: str, *, undo_seconds: float | None, worlds: int, threads: int | None = None, **options: Any
-) -> Any:
-    """A World with room for forks and to rewind. Runs in the worker.
-
-    Args:
-        undo_seconds: how far; None: UNDO_SECONDS, but nothing for a model that would have to keep the state of a VAE,
-            gigabytes, for every block.
-        threads: of the CPU; None: what suits the model.
-        options: of World and of the model's loader.
-    """
-    import torch
-
-    from inferix.models import load_model
-    from inferix.world import World
-
-    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend")}
-    loaded = load_model(model, **options)
-    adapter = loaded.adapter
-    if adapter.at_once or adapter.stages:
-        how = (
-            "its video at once"
-            if adapter.at_once
-            else "several blocks at a time, the next ones begun before one is shown,"
-        )
-        raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
-    if wanted := threads or loaded.presentation.threads:
-        torch.set_num_threads(wanted)
-    if undo_seconds is None:
-        undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
-    blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
-    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
 
 
 def serve(connection: Connection, opener: Callable[[], Any]) -> None:

@@ -1,0 +1,50 @@
+"""Opens a world to be steered: for a page, in the worker's process, or for this terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..world import World
+
+UNDO_SECONDS = 15.0
+
+
+def open_world(
+    model: str, *, undo_seconds: float | None, worlds: int, threads: int | None = None, **options: Any
+) -> World:
+    """A world with room for forks and to rewind.
+
+    Args:
+        model: its name in `inferix.models.MODELS`.
+        undo_seconds: how far; None: UNDO_SECONDS, but nothing for a model that would have to keep the state of a VAE,
+            gigabytes, for every block.
+        worlds: that the store has room for.
+        threads: of the CPU; None: what suits the model.
+        options: of World (kv, window, sink, seed, backend: all of them) and of the model's loader.
+
+    Raises:
+        ValueError: an argument is not what it must be, or the model can't be steered.
+    """
+    # Only here: the process of the page names this function and opens no world, so it needs no torch.
+    import torch
+
+    from ..models import load_model
+    from ..world import World
+
+    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend")}
+    loaded = load_model(model, **options)
+    adapter = loaded.adapter
+    if adapter.at_once or adapter.stages:
+        how = (
+            "its video at once"
+            if adapter.at_once
+            else "several blocks at a time, the next ones begun before one is shown,"
+        )
+        raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
+    if wanted := threads or loaded.presentation.threads:
+        torch.set_num_threads(wanted)
+    if undo_seconds is None:
+        undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
+    blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
+    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
