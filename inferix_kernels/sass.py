@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 # Tensor-core instructions by type, TMA loads, and local memory, of which there should be none.
 SHOWN = ("HGMMA", "IGMMA", "QGMMA", "UTMALDG", "UBLKCP", "LDG.128", "LDL", "STL")
-# How the Hopper kernel multiplies, in the order of sm90::Kind: format of the pages, and whether in 8 bits; else codes
-# become bf16.
+# How the Hopper kernel multiplies: sm90::traits_of of csrc/cuda/attention_sm90.h, in its order. Format of the pages,
+# and whether in 8 bits; else codes become bf16.
 KINDS = {
     "bf16": ("bf16", False),
     "f16": ("fp16", False),

@@ -24,24 +24,15 @@ void require(bool fits, const std::string& what) {
   if (!fits) throw Unsupported("paged_attention: the Hopper kernel " + what);
 }
 
-// Calls function(kind, head_dim) with the first kind that reads such pages.
-template <Kind kKind, Kind... kOthers, typename Function>
-void with_kind(const Pool& pool, bool eight_bit, Function&& function) {
-  constexpr Codecs kCodecs = codecs_of(kKind);
-  if (pool.k.codec == kCodecs.k && pool.v.codec == kCodecs.v && (eight_bit || !is_eight_bit(kKind))) {
-    if (pool.k.width == 128 && pool.v.width == 128)
-      return function(std::integral_constant<Kind, kKind>{}, std::integral_constant<int, 128>{});
-    if (pool.k.width == 64 && pool.v.width == 64)
-      return function(std::integral_constant<Kind, kKind>{}, std::integral_constant<int, 64>{});
-    return require(false, "needs head_dim 64 or 128, got " + std::to_string(pool.k.width));
-  }
-  if constexpr (sizeof...(kOthers) > 0) with_kind<kOthers...>(pool, eight_bit, function);
-  else require(false, "reads bf16, fp16, int8, i8f8, fp8 and int4 pages only");
-}
+// Calls function(kind, head_dim), both constants, for the kernels that read such pages.
 template <typename Function>
-void with_kernel(const Pool& pool, bool eight_bit, Function&& function) {
-  with_kind<Kind::bf16, Kind::f16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
-      pool, eight_bit, function);
+void with_kernel(const Pool& pool, bool eight_bit, const Function& function) {
+  const bool found = with_kind(pool, eight_bit, [&](auto kind) {
+    if (pool.k.width == 128 && pool.v.width == 128) function(kind, std::integral_constant<int, 128>{});
+    else if (pool.k.width == 64 && pool.v.width == 64) function(kind, std::integral_constant<int, 64>{});
+    else require(false, "needs head_dim 64 or 128, got " + std::to_string(pool.k.width));
+  });
+  require(found, "reads bf16, fp16, int8, i8f8, fp8 and int4 pages only");
 }
 
 bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }

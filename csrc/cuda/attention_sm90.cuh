@@ -55,9 +55,9 @@ INFERIX_DEVICE void qk_product(SharedStorage<kKind, kD>& shared, int stage, int 
 #pragma unroll
   for (int step = 0; step < S::kWidth / kWgmmaKBytes; ++step) {
     const uint64_t right = k + k_major_offset(step, kBlockN, S::kWidth) / kChunk;
-    if constexpr (kKind == Kind::i8f8) wgmma_rs_s8(raw, queries.word[step], right, step > 0);
-    else if constexpr (kKind == Kind::fp8) wgmma_rs_e4m3(raw, queries.word[step], right, step > 0);
-    else if constexpr (kKind == Kind::f16)
+    if constexpr (is_int8(kKind)) wgmma_rs_s8(raw, queries.word[step], right, step > 0);
+    else if constexpr (S::kEightBit) wgmma_rs_e4m3(raw, queries.word[step], right, step > 0);
+    else if constexpr (query_type(kKind) == DType::f16)
       wgmma_ss_f16(raw, q + k_major_offset(step, kWgmmaM, S::kWidth) / kChunk, right, step > 0);
     else wgmma_ss_bf16(raw, q + k_major_offset(step, kWgmmaM, S::kWidth) / kChunk, right, step > 0);
   }
@@ -207,7 +207,7 @@ INFERIX_DEVICE void pv_product(SharedStorage<kKind, kD>& shared, int stage, int 
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t offset = S::kTransposed ? k_major_offset(step, kD, kUnitKeys * 2) : mn_major_offset(step);
       const uint64_t right = v + offset / kChunk;
-      if constexpr (kKind == Kind::f16) wgmma_rs_f16<S::kTransposed>(out, weights[step], right, true);
+      if constexpr (query_type(kKind) == DType::f16) wgmma_rs_f16<S::kTransposed>(out, weights[step], right, true);
       else wgmma_rs_bf16<S::kTransposed>(out, weights[step], right, true);
     }
     wgmma_commit_group();

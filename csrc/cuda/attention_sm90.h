@@ -1,43 +1,65 @@
 // Parameters of the Hopper attention kernels: one pool of pages, its part of the plan, and where results go.
 #pragma once
+#include <type_traits>
+
 #include "../kv_pages.h"
 #include "work.h"
 
 namespace inferix::sm90 {
 
-// What pages hold and how they are multiplied.
-enum class Kind {
-  bf16,  // bf16 keys and values
-  f16,   // float16 keys and values
-  i8f8,  // int8 keys by token, int8 products; e4m3 transposed values by channel, e4m3 products
-  fp8,   // e4m3 keys by token, e4m3 products; values as i8f8
-  // Codes become bf16 on their way to the tensor cores, all products are of bf16: q and weights lose no bits to 8-bit
-  // types.
-  wide_int8,
-  wide_i8f8,
-  wide_fp8,
-  wide_int4,
-};
+// What pages hold and how they are multiplied: a place in the table below. Each is compiled as a kernel of its own.
+enum class Kind : int {};
 
-struct Codecs {
-  Codec k, v;
+struct KindTraits {
+  const char* name;
+  Codec k, v;      // of the pages
+  bool eight_bit;  // 8-bit products: int8 or e4m3 of q and keys, as the keys are; e4m3 of weights and values
 };
-INFERIX_BOTH constexpr Codecs codecs_of(Kind kind) {
-  switch (kind) {
-    case Kind::bf16: return {Codec::bf16, Codec::bf16};
-    case Kind::f16: return {Codec::f16, Codec::f16};
-    case Kind::wide_int8: return {Codec::i8_token, Codec::i8_channel};
-    case Kind::i8f8:
-    case Kind::wide_i8f8: return {Codec::i8_token, Codec::e4m3_channel};
-    case Kind::fp8:
-    case Kind::wide_fp8: return {Codec::e4m3_token, Codec::e4m3_channel};
-    case Kind::wide_int4: return {Codec::u4_channel, Codec::u4_token};
-  }
-  return {};
+constexpr int kKinds = 8;
+INFERIX_BOTH constexpr KindTraits traits_of(Kind kind) {
+  constexpr KindTraits kTable[kKinds] = {
+      // With 8-bit products before the same pages without: the first that fits is taken.
+      {"bf16", Codec::bf16, Codec::bf16, false},
+      {"f16", Codec::f16, Codec::f16, false},
+      {"i8f8", Codec::i8_token, Codec::e4m3_channel, true},
+      {"fp8", Codec::e4m3_token, Codec::e4m3_channel, true},
+      // Codes become bf16 on their way to the tensor cores, all products are of bf16: q and weights lose no bits to
+      // 8-bit types.
+      {"wide int8", Codec::i8_token, Codec::i8_channel, false},
+      {"wide i8f8", Codec::i8_token, Codec::e4m3_channel, false},
+      {"wide fp8", Codec::e4m3_token, Codec::e4m3_channel, false},
+      {"wide int4", Codec::u4_channel, Codec::u4_token, false},
+  };
+  return kTable[int(kind)];
 }
-INFERIX_BOTH constexpr bool is_eight_bit(Kind kind) { return kind == Kind::i8f8 || kind == Kind::fp8; }
-INFERIX_BOTH constexpr bool is_wide(Kind kind) { return kind >= Kind::wide_int8; }
-INFERIX_BOTH constexpr DType query_type(Kind kind) { return kind == Kind::f16 ? DType::f16 : DType::bf16; }
+INFERIX_BOTH constexpr bool is_eight_bit(Kind kind) { return traits_of(kind).eight_bit; }
+INFERIX_BOTH constexpr bool is_int8(Kind kind) { return is_eight_bit(kind) && traits_of(kind).k == Codec::i8_token; }
+INFERIX_BOTH constexpr bool is_wide(Kind kind) { return !is_eight_bit(kind) && !is_float(traits_of(kind).k); }
+INFERIX_BOTH constexpr DType query_type(Kind kind) {
+  return traits_of(kind).k == Codec::f16 ? DType::f16 : DType::bf16;
+}
+
+// Calls function(kind), with the kind as a constant, for each in turn.
+template <int kFirst = 0, typename Function>
+void for_each_kind(const Function& function) {
+  if constexpr (kFirst < kKinds) {
+    function(std::integral_constant<Kind, Kind(kFirst)>{});
+    for_each_kind<kFirst + 1>(function);
+  }
+}
+
+// The same for the first that reads such pages, with 8-bit products only where they are allowed. False if none does.
+template <typename Function>
+bool with_kind(const Pool& pool, bool eight_bit, const Function& function) {
+  bool found = false;
+  for_each_kind([&](auto kind) {
+    constexpr KindTraits kTraits = traits_of(decltype(kind)::value);
+    if (found || pool.k.codec != kTraits.k || pool.v.codec != kTraits.v || (kTraits.eight_bit && !eight_bit)) return;
+    found = true;
+    function(kind);
+  });
+  return found;
+}
 
 // The plan as prepare reads it, and what it makes of it for one pool.
 struct PrepareArgs {

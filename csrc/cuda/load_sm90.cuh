@@ -108,7 +108,7 @@ INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, SharedStorag
         largest = other > largest ? other : largest;
       }
       const float amax = float_of(largest < bits_of(kAmaxFloor) ? bits_of(kAmaxFloor) : largest);
-      constexpr float kTop = kKind == Kind::i8f8 ? kInt8Max : kE4m3Max;
+      constexpr float kTop = is_int8(kKind) ? kInt8Max : kE4m3Max;
       const float inverse = div_rn(kTop, amax);
       if (chunk == 0) shared.query_scales[warpgroup][r] = amax * (1.f / kTop);
       for (int n = 0; n < 8; ++n) values[n] *= inverse;

@@ -133,17 +133,17 @@ struct RawSide {
 };
 template <Kind kKind, int kD>
 struct Raw {
-  RawSide<codecs_of(kKind).k, kD> keys;
-  RawSide<codecs_of(kKind).v, kD> values;
+  RawSide<traits_of(kKind).k, kD> keys;
+  RawSide<traits_of(kKind).v, kD> values;
 };
 struct Empty {};
 
 template <Kind kKind, int kD>
 struct SharedStorage {
-  static constexpr Codecs kCodecs = codecs_of(kKind);
+  static constexpr Codec kKeyCodec = traits_of(kKind).k, kValueCodec = traits_of(kKind).v;
   static constexpr bool kEightBit = is_eight_bit(kKind), kWide = is_wide(kKind);
-  static constexpr bool kTransposed = is_transposed(kCodecs.v);
-  static constexpr bool kKeyScales = is_by_token(kCodecs.k);  // multiply scores
+  static constexpr bool kTransposed = is_transposed(kValueCodec);
+  static constexpr bool kKeyScales = is_by_token(kKeyCodec);  // multiply scores
   static constexpr bool kKeyMap = !kWide, kValueMap = !kWide || kTransposed;  // what TMA needs a tensor map for
   static constexpr int kElementBytes = kEightBit ? 1 : 2;     // bytes of a number that is multiplied
   static constexpr int kWidth = kD * kElementBytes;           // bytes of a row of keys or queries
@@ -160,7 +160,7 @@ struct SharedStorage {
   static constexpr int kScores = kStepUnits * kUnitKeys / 2;            // of a thread
   static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
   static constexpr int kPerRegister = kEightBit ? 4 : 2;                // weights in a register
-  using Score = std::conditional_t<kKind == Kind::i8f8, int32_t, float>;
+  using Score = std::conditional_t<is_int8(kKind), int32_t, float>;
 
   // Swizzled tiles first: their pattern repeats every 1024 bytes, to which all of this is aligned.
   char queries[kConsumers][kWgmmaM * kWidth];
@@ -180,12 +180,12 @@ struct SharedStorage {
   }
   INFERIX_DEVICE static uint32_t pack_weights(const float* w) {
     if constexpr (kEightBit) return pack_e4m3x4(w[0], w[1], w[2], w[3]);
-    else if constexpr (kKind == Kind::f16) return pack_f16x2(w[0], w[1]);
+    else if constexpr (query_type(kKind) == DType::f16) return pack_f16x2(w[0], w[1]);
     else return pack_bf16x2(w[0], w[1]);
   }
-  // Four codes of a query.
+  // Four codes of a query, of 8 bits.
   INFERIX_DEVICE static uint32_t pack_codes(const float* x) {
-    if constexpr (kKind == Kind::fp8) return pack_e4m3x4(x[0], x[1], x[2], x[3]);
+    if constexpr (!is_int8(kKind)) return pack_e4m3x4(x[0], x[1], x[2], x[3]);
     uint32_t word = 0;
     for (int n = 0; n < 4; ++n) word |= uint32_t(float_to_int_rn(x[n]) & 0xff) << 8 * n;
     return word;

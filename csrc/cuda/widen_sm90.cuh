@@ -75,14 +75,14 @@ INFERIX_DEVICE void widen_keys(SharedStorage<kKind, kD>& shared, int stage, int 
   using S = SharedStorage<kKind, kD>;
 #pragma unroll 1
   for (int u = 0; u < kUnits; ++u)
-    widen_unit<S::kCodecs.k, kD, !S::kKeyScales, false>(shared.raw.keys, shared.keys[stage], u, kUnitKeys, t);
+    widen_unit<S::kKeyCodec, kD, !S::kKeyScales, false>(shared.raw.keys, shared.keys[stage], u, kUnitKeys, t);
   if constexpr (S::kKeyScales) shared.key_scales[stage][t] = shared.raw.keys.scales[t / kUnitKeys][t % kUnitKeys];
   fence_proxy_async();
 }
 
 template <Kind kKind, int kD>
 INFERIX_DEVICE void widen_values(SharedStorage<kKind, kD>& shared, int stage, const int (&length)[kUnits], int t) {
-  constexpr Codec kCodec = SharedStorage<kKind, kD>::kCodecs.v;
+  constexpr Codec kCodec = SharedStorage<kKind, kD>::kValueCodec;
   char* tile = shared.values[stage];
 #pragma unroll 1
   for (int u = 0; u < kUnits; ++u) {

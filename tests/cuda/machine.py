@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: tests/cuda/native acts them out on the host, from their own source."""
+"""CUDA kernels without a GPU: tests/cuda/native emulates one on the CPU and runs the kernels' own source there."""
 
 from __future__ import annotations
 
@@ -88,6 +88,12 @@ class Probes(Library):
 
     def __init__(self, folder: Path):
         super().__init__("probes.cpp", folder)
+        self.library.kinds.restype = ctypes.c_char_p
+
+    def kinds(self) -> dict[str, tuple[tuple[int, int], bool]]:
+        """Name -> codecs of keys and values, whether it multiplies in 8 bits: sm90::traits_of, in order."""
+        rows = [line.split(" ", 3) for line in self.library.kinds().decode().splitlines()]
+        return {name: ((int(k), int(v)), eight_bit == "1") for k, v, eight_bit, name in rows}
 
     def load(self, pages: KVPages, eight_bit: bool, rows: tuple[int, int], head: int, *written: Tensor) -> None:
         names = ("keys", "values", "key_scales", "value_scales")
@@ -109,8 +115,8 @@ class PageOps(Library):
         super().__init__("pages.cpp", folder)
 
     def __getattr__(self, op: str):
-        def act(*args, **kwargs):
+        def emulated(*args, **kwargs):
             with mock.patch.object(compiled, "_run", self.run):
                 return getattr(compiled, op)(*args, **kwargs)
 
-        return act
+        return emulated

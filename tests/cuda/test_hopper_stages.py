@@ -1,5 +1,5 @@
-"""The Hopper attention kernel in parts, in the order of a first meeting with a GPU: a load, a product. Acted out on the
-host, and on a GPU if there is one."""
+"""The Hopper attention kernel in parts, in the order of a first meeting with a GPU: a load, a product. Emulated on the
+CPU, and on a GPU if there is one."""
 
 import pytest
 import torch
@@ -29,9 +29,23 @@ class Gpu(machine.Probes):
         torch.cuda.synchronize()
 
 
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return machine.Probes(tmp_path_factory.mktemp("probes"))
+
+
 @pytest.fixture(scope="module", params=["host", pytest.param("gpu", marks=[pytest.mark.gpu, on_gpu])])
-def gpu(request, tmp_path_factory):
-    return Gpu() if request.param == "gpu" else machine.Probes(tmp_path_factory.mktemp("probes"))
+def gpu(request):
+    return Gpu() if request.param == "gpu" else request.getfixturevalue("emulated")
+
+
+def test_the_kinds_are_those_of_the_kernels(emulated):
+    """In their order, which is how `readable` names a kernel."""
+    ours = {
+        name: (tuple(int(compiled._CODECS[codec]) for codec in FORMATS[format]), eight_bit)
+        for name, (format, eight_bit) in KINDS.items()
+    }
+    assert list(emulated.kinds().items()) == list(ours.items())
 
 
 def tile_offsets(rows: int, width: int) -> torch.Tensor:

@@ -93,7 +93,7 @@ struct Numbers {
 template <Kind kKind, int kD>
 struct Pages {
   Numbers<kD> k, v;
-  explicit Pages(const Case& c) : k(codecs_of(kKind).k, c), v(codecs_of(kKind).v, c) {}
+  explicit Pages(const Case& c) : k(traits_of(kKind).k, c), v(traits_of(kKind).v, c) {}
   void fill(int page, int length, bool flat) {
     k.fill(page, length, false, flat);
     v.fill(page, length, true, false);
@@ -105,9 +105,9 @@ template <Kind kKind, int kD>
 void fill_queries(std::vector<uint16_t>& q) {
   for (size_t i = 0; i < q.size(); ++i) {
     float x = normal();
-    if (kKind == Kind::i8f8) x = i % kD == 0 ? 127 / 64.f : std::fmax(-127.f, std::fmin(127.f, std::nearbyint(x * 64))) / 64;
-    if (kKind == Kind::fp8) x = i % kD == 0 ? 448 / 128.f : to_float(E4m3{uint8_t(e4m3_bits(x * 128))}) / 128;
-    q[i] = kKind == Kind::f16 ? from_float<Half>(x).bits : from_float<Bf16>(x).bits;
+    if (is_int8(kKind)) x = i % kD == 0 ? 127 / 64.f : std::fmax(-127.f, std::fmin(127.f, std::nearbyint(x * 64))) / 64;
+    else if (is_eight_bit(kKind)) x = i % kD == 0 ? 448 / 128.f : to_float(E4m3{uint8_t(e4m3_bits(x * 128))}) / 128;
+    q[i] = query_type(kKind) == DType::f16 ? from_float<Half>(x).bits : from_float<Bf16>(x).bits;
   }
 }
 
@@ -179,7 +179,7 @@ Error run(const Case& c, uint32_t seed) {
                      units.data(), list_start.data(), work, T, c.heads, c.group, c.lists_per_segment, c.page_size,
                      scale * kLog2E, partial_out.data(), partial_lse.data()};
   const uint64_t slots = uint64_t(c.pages) * c.heads * c.page_size;
-  const bool floats = is_float(codecs_of(kKind).k);
+  const bool floats = is_float(traits_of(kKind).k);
   const TensorMap k_map{reinterpret_cast<char*>(pages.k.codes.data()),
                         floats ? box_of_16_bit_rows(slots, kD) : box_of_8_bit_keys(slots, kD), floats ? 2 : 1};
   const TensorMap v_map{
@@ -234,9 +234,9 @@ Error run(const Case& c, uint32_t seed) {
           // Weights are rounded to 8 bits of mantissa (bf16), to 11 and in steps of 2^-24 at least (f16), or to 4 and
           // in steps of 2^-17 (e4m3, scaled by 2^8): by half of that, in proportion to the value they belong to. So are
           // values that were widened.
-          const double rounding = is_eight_bit(kKind)    ? w * 0x1p-4 + 0x1p-18
-                                  : kKind == Kind::f16 ? w * 0x1p-11 + 0x1p-25
-                                                       : w * 0x1p-8;
+          const double rounding = is_eight_bit(kKind)                ? w * 0x1p-4 + 0x1p-18
+                                  : query_type(kKind) == DType::f16 ? w * 0x1p-11 + 0x1p-25
+                                                                    : w * 0x1p-8;
           const double widening = is_wide(kKind) ? w * 0x1p-8 : 0;
           for (int d = 0; d < kD && w > 0; ++d) {
             sum[d] += w * values[i][d];
@@ -262,7 +262,7 @@ template <Kind kKind, int kD>
 void check_probes(const char* kind, uint32_t seed) {
   rng.seed(seed);
   constexpr int kSize = is_eight_bit(kKind) ? 1 : 2;
-  constexpr Type kKeys = !is_eight_bit(kKind) ? type_of_queries(kKind) : kKind == Kind::i8f8 ? Type::s8 : Type::e4m3;
+  constexpr Type kKeys = !is_eight_bit(kKind) ? type_of_queries(kKind) : is_int8(kKind) ? Type::s8 : Type::e4m3;
   constexpr Type kValues = !is_eight_bit(kKind) ? type_of_queries(kKind) : Type::e4m3;
   const auto random_codes = [](int count, Type type) {
     std::vector<char> bytes(count * bytes_of(type));
@@ -293,7 +293,7 @@ void check_probes(const char* kind, uint32_t seed) {
     for (int d = 0; d < kD; ++d) {
       float want = 0;
       for (int n = 0; n < kBlockN; ++n) {
-        const bool transposed = is_transposed(codecs_of(kKind).v);
+        const bool transposed = is_transposed(traits_of(kKind).v);
         const int at = transposed ? (n / kUnitKeys * kD + d) * kUnitKeys + n % kUnitKeys : n * kD + d;
         want += weights[r * kBlockN + n] * decode(&v[at * kSize], kValues);
       }
@@ -314,7 +314,8 @@ void check(const char* kind, const Case& c, uint32_t seed) {
 }
 
 template <Kind kKind>
-void check_all(const char* kind, const std::vector<Case>& cases, uint32_t seed) {
+void check_all(const std::vector<Case>& cases, uint32_t seed) {
+  constexpr const char* kind = traits_of(kKind).name;
   for (const Case& c : cases) {
     check<kKind, 128>(kind, c, seed);
     check<kKind, 64>(kind, c, seed);
@@ -340,15 +341,10 @@ int main(int argc, char** argv) {
       {"odd pages", {70}, 2, 1, 93, 9, 1, 2, 2, 6, false, false, false},
   };
   const uint32_t seed = argc > 1 ? uint32_t(std::atoi(argv[1])) : 0;
-  check_all<Kind::bf16>("bf16", cases, seed);
-  check_all<Kind::f16>("f16", cases, seed);
-  check_all<Kind::bf16>("bf16", any_page_size, seed);
-  check_all<Kind::f16>("f16", any_page_size, seed);
-  check_all<Kind::i8f8>("i8f8", cases, seed);
-  check_all<Kind::fp8>("fp8", cases, seed);
-  check_all<Kind::wide_int8>("wide int8", cases, seed);
-  check_all<Kind::wide_i8f8>("wide i8f8", cases, seed);
-  check_all<Kind::wide_fp8>("wide fp8", cases, seed);
-  check_all<Kind::wide_int4>("wide int4", cases, seed);
+  for_each_kind([&](auto kind) {
+    constexpr Kind kKind = decltype(kind)::value;
+    check_all<kKind>(cases, seed);
+    if (is_float(traits_of(kKind).k)) check_all<kKind>(any_page_size, seed);
+  });
   return failures != 0;
 }

@@ -37,27 +37,17 @@ void multiply(const ProbeMultiplyParams& p) {
     probe_scores_kernel<kKind, kD>(static_cast<const char*>(p.a), static_cast<const char*>(p.b), p.out);
 }
 
-template <Kind... kKinds, typename Function>
-void with_kind(const Pool& pool, bool eight_bit, const Function& function) {
-  bool found = false;
-  const auto try_kind = [&](auto kind) {
-    constexpr Kind kKind = decltype(kind)::value;
-    const Codecs codecs = codecs_of(kKind);
-    if (found || codecs.k != pool.k.codec || codecs.v != pool.v.codec || (is_eight_bit(kKind) && !eight_bit)) return;
-    found = true;
-    if (pool.k.width == 128) function(kind, std::integral_constant<int, 128>{});
-    else function(kind, std::integral_constant<int, 64>{});
-  };
-  (try_kind(std::integral_constant<Kind, kKinds>{}), ...);
-  if (!found) fail("no kernel reads such pages");
-}
-
 template <typename Function>
-void act(const Pool& pool, bool eight_bit, const Function& function) {
+void emulate(const Pool& pool, bool eight_bit, const Function& function) {
   Machine m(kWarpgroup, 0);
   machine = &m;
-  with_kind<Kind::bf16, Kind::f16, Kind::i8f8, Kind::fp8, Kind::wide_int8, Kind::wide_i8f8, Kind::wide_fp8, Kind::wide_int4>(
-      pool, eight_bit, [&](auto kind, auto width) { m.run(0, 0, [&] { function(kind, width); }); });
+  const bool found = with_kind(pool, eight_bit, [&](auto kind) {
+    m.run(0, 0, [&] {
+      if (pool.k.width == 128) function(kind, std::integral_constant<int, 128>{});
+      else function(kind, std::integral_constant<int, 64>{});
+    });
+  });
+  if (!found) fail("no kernel reads such pages");
 }
 
 }  // namespace
@@ -69,10 +59,21 @@ const char* describe() {
       Description().op<ProbeLoadParams>("probe_load").op<ProbeMultiplyParams>("probe_multiply");
   return description.text();
 }
+// A line for each kind in order: codecs of keys and values, whether it multiplies in 8 bits, its name.
+const char* kinds() {
+  static std::string text;
+  text.clear();
+  for_each_kind([](auto kind) {
+    constexpr KindTraits kTraits = traits_of(decltype(kind)::value);
+    for (int number : {int(kTraits.k), int(kTraits.v), int(kTraits.eight_bit)}) text += std::to_string(number) + " ";
+    text += std::string(kTraits.name) + "\n";
+  });
+  return text.c_str();
+}
 void probe_load(const ProbeLoadParams* p) {
-  act(p->pages, p->eight_bit, [=](auto kind, auto width) { load<decltype(kind)::value, decltype(width)::value>(*p); });
+  emulate(p->pages, p->eight_bit, [=](auto kind, auto width) { load<decltype(kind)::value, decltype(width)::value>(*p); });
 }
 void probe_multiply(const ProbeMultiplyParams* p) {
-  act(p->like, p->eight_bit, [=](auto kind, auto width) { multiply<decltype(kind)::value, decltype(width)::value>(*p); });
+  emulate(p->like, p->eight_bit, [=](auto kind, auto width) { multiply<decltype(kind)::value, decltype(width)::value>(*p); });
 }
 }
