@@ -3,7 +3,7 @@
     python -m benchmarks run stream [--seconds 60] [--json FILE]
 
 Needs the extra `stream`, selenium, and Debian's chromium and chromium-driver. The server runs in a process of its own
-and its worlds in another, so that what encoding and transport cost can be told from what the world costs.
+and its worlds in another, so that what encoding and transport cost can be separated from what the world costs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 `--arch 90a` it says so of the CUDA kernels that are built.
 `python -m inferix_kernels hazards` checks that those leave the registers of an asynchronous product alone.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
-`python -m inferix_kernels prove` holds every kernel's results on that GPU against the reference's; `auto` goes by it.
+`python -m inferix_kernels prove` compares every kernel's results on that GPU with the reference's; `auto` goes by it.
 `python -m inferix_kernels --device H200` says which kernel a world's attention would take there, and why.
 """
 
@@ -151,9 +151,9 @@ def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: 
         raise Unsupported(f"Triton's architectures are numbers, as 90: no {', '.join(others)}")
     from .triton_kernels import aot
 
-    rows: list[aot.Row] = []
+    rows: list[aot.Compilation] = []
 
-    def seen() -> Iterator[aot.Row]:
+    def seen() -> Iterator[aot.Compilation]:
         for row in aot.compile_ahead([int(name) for name in names or aot.ARCHITECTURES], cases):
             rows.append(row)
             yield row

@@ -152,7 +152,7 @@ def check_is(name: str, x: object, kind: type) -> None:
 
 
 def check_pages(name: str, pages: KVPages, sizes: dict[str, int], device: torch.device) -> None:
-    """Shapes, dtypes and scales of one pool. Sets sizes H, page_size, D and Dv, or holds the pool against them."""
+    """Shapes, dtypes and scales of one pool. Sets sizes H, page_size, D and Dv, or checks the pool's."""
     check_is(name, pages, KVPages)
     if not isinstance(pages.format, str) or pages.format not in FORMATS:
         raise ValueError(f"{name}.format must be one of {', '.join(FORMATS)}, got {shown(pages.format)}")

@@ -19,7 +19,7 @@ BACKENDS = {
 }
 # What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. There
 # AUTO is the order of kernels that are unproved on the device, those whose instructions a compiler chose before those
-# that we wrote ourselves; PROVED that of kernels whose results were held against the reference's there (proofs/).
+# that we wrote ourselves; PROVED that of kernels whose results were compared with the reference's there (proofs/).
 AUTO = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled")}
 PROVED = ("compiled", "triton")
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name beside the target, then renamed over it.
+"""Files that are whole or absent: written under a temporary name in the target's folder, then renamed over it.
 
 A file that grows for as long as a program runs has a fixed temporary name instead, so that what a kill leaves can be
 found, and a lock (`open_locked`), so that no second run writes to it. Files of lines grow by whole lines.
@@ -35,7 +35,7 @@ def unwritable(path: str | os.PathLike[str], error: Exception, argument: str = "
 
 
 def temporary_path(path: str | os.PathLike[str]) -> Path:
-    """A name beside `path` that no other writer has, hidden and ending in .part."""
+    """A name next to `path` that no other writer has, hidden and ending in .part."""
     path = Path(path)
     return path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}.part")
 

@@ -65,7 +65,7 @@ KV_FORMATS = tuple(name for name in FORMATS if name != "latent8")  # those that 
 
 
 def scratch_format(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
-    """How a store keeps the keys and values of blocks that are not clean yet, unless it is told otherwise.
+    """How a store keeps the keys and values of blocks that are not clean yet, unless its caller says otherwise.
 
     On a GPU, in the precision of the network that computes them, since its 16-bit kernels read no other: with float32
     scratch no call of a bfloat16 network reaches the Hopper kernel. On a CPU in float32, where bfloat16 gains nothing.
@@ -288,7 +288,7 @@ def make_plan(
 
     Raises:
         ValueError: a negative count, id or length; fields of a segment that differ in length; bias or variants in some
-            segments only; entries that make no whole segments. Ids and lengths are held against the pools when the
+            segments only; entries that make no whole segments. Ids and lengths are checked with the pools when the
             plan is used, since one plan may serve pools of several layers.
 
     Example:

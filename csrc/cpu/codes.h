@@ -28,14 +28,14 @@ struct E4m3Code {
   INFERIX_INLINE static float decode(Stored code) { return to_float(E4m3{code}); }
 };
 
-// Room that a thread keeps between tiles.
-struct Scratch {
+// Memory that a thread keeps between tiles.
+struct ThreadBuffers {
   Buffer floats, bytes;
   uint8_t* codes(int64_t count) { return reinterpret_cast<uint8_t*>(bytes.floats((count + 3) / 4)); }
 };
 
-inline Scratch& scratch() {
-  thread_local Scratch mine;
+inline ThreadBuffers& thread_buffers() {
+  thread_local ThreadBuffers mine;
   return mine;
 }
 

@@ -30,7 +30,7 @@ INFERIX_INLINE void decode_channels(const Tile& from, const typename Code::Store
 }
 
 INFERIX_INLINE void decode_transposed(const Tile& from, int64_t first, int64_t count, float* to, int64_t stride) {
-  uint8_t* codes = scratch().codes(count * from.width);
+  uint8_t* codes = thread_buffers().codes(count * from.width);
   transpose(reinterpret_cast<const uint8_t*>(from.codes) + first, from.page_size, from.width, count, codes, from.width);
   decode_channels<E4m3Code>(from, codes, count, to, stride);
 }
@@ -38,8 +38,8 @@ INFERIX_INLINE void decode_transposed(const Tile& from, int64_t first, int64_t c
 template <bool kByToken>
 INFERIX_INLINE void decode_u4(const Tile& from, int64_t first, int64_t count, float* to, int64_t stride) {
   const int64_t width = from.width;
-  uint8_t* __restrict codes = scratch().codes(width);
-  float *__restrict scales = scratch().floats.floats(2 * width), *__restrict offsets = scales + width;
+  uint8_t* __restrict codes = thread_buffers().codes(width);
+  float *__restrict scales = thread_buffers().floats.floats(2 * width), *__restrict offsets = scales + width;
   const Half *stored_scales = reinterpret_cast<const Half*>(from.scales) + (kByToken ? first : 0),
              *stored_offsets = reinterpret_cast<const Half*>(from.offsets) + (kByToken ? first : 0);
   if constexpr (!kByToken) {

@@ -39,7 +39,7 @@ template <typename Code, bool kFma>
 INFERIX_INLINE void encode_tokens(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
   const int64_t width = to.width;  // a local: codes may alias `to`
   float* scales = reinterpret_cast<float*>(to.scales);
-  float* inverse = scratch().floats.floats(2 * length);
+  float* inverse = thread_buffers().floats.floats(2 * length);
   int32_t* largest = reinterpret_cast<int32_t*>(inverse + length);
   for (int64_t t = 0; t < length; ++t) {
     const float* row = x + t * stride;
@@ -63,7 +63,7 @@ INFERIX_INLINE void encode_channels(const Tile& to, const float* x, int64_t stri
                                     const Ahead& ahead, typename Code::Stored* codes) {
   const int64_t width = to.width;
   float* __restrict scales = reinterpret_cast<float*>(to.scales);
-  float* __restrict inverse = scratch().floats.floats(2 * width);
+  float* __restrict inverse = thread_buffers().floats.floats(2 * width);
   int32_t* __restrict largest = reinterpret_cast<int32_t*>(inverse + width);
   std::fill_n(largest, width, 0);
   for (int64_t t = 0; t < length; ++t) {
@@ -146,7 +146,7 @@ template <bool kFma, bool kHold>
 INFERIX_INLINE void store_u4_tokens(const Tile& to, const float* x, int64_t stride, int64_t length, const U4Rows& rows,
                                     const Ahead& ahead) {
   const int64_t width = to.width;
-  uint8_t* codes = scratch().codes(length * width);
+  uint8_t* codes = thread_buffers().codes(length * width);
   for (int64_t t = 0; t < length; ++t) {
     ahead.fetch(t);
     const float* __restrict row = x + t * stride;
@@ -162,7 +162,7 @@ INFERIX_INLINE void store_u4_channels(const Tile& to, const float* x, int64_t st
                                       const U4Rows& rows, const Ahead& ahead) {
   const int64_t width = to.width;
   const float *__restrict offset = rows.offset, *__restrict scale = rows.scale, *__restrict inverse = rows.inverse;
-  uint8_t* codes = scratch().codes(length * width);
+  uint8_t* codes = thread_buffers().codes(length * width);
   for (int64_t t = 0; t < length; ++t) {
     ahead.fetch(t);
     const float* __restrict row = x + t * stride;
@@ -176,7 +176,7 @@ template <bool kFma>
 INFERIX_INLINE void encode_u4_tokens(const Tile& to, const float* x, int64_t stride, int64_t length,
                                      const Ahead& ahead) {
   const int64_t width = to.width;
-  const U4Rows rows(scratch().floats.floats(5 * length), length);
+  const U4Rows rows(thread_buffers().floats.floats(5 * length), length);
   for (int64_t t = 0; t < length; ++t) {
     const float* row = x + t * stride;
     int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
@@ -214,7 +214,7 @@ template <bool kFma, int kBlock>
 INFERIX_INLINE void encode_u4_channels(const Tile& to, const float* x, int64_t stride, int64_t length,
                                        const Ahead& ahead) {
   const int64_t width = to.width;
-  const U4Rows rows(scratch().floats.floats(5 * width), width);
+  const U4Rows rows(thread_buffers().floats.floats(5 * width), width);
   std::fill_n(rows.low, 2 * width, 0.f);  // of no tokens
   if (length > 0) {
     int64_t d = 0;
@@ -230,7 +230,7 @@ INFERIX_INLINE void encode_u4_channels(const Tile& to, const float* x, int64_t s
 template <bool kFma>
 INFERIX_INLINE void encode_transposed(const Tile& to, const float* x, int64_t stride, int64_t length,
                                       const Ahead& ahead) {
-  uint8_t* codes = scratch().codes(to.page_size * to.width);
+  uint8_t* codes = thread_buffers().codes(to.page_size * to.width);
   encode_channels<E4m3Code, kFma>(to, x, stride, length, ahead, codes);
   std::fill(codes + length * to.width, codes + to.page_size * to.width, uint8_t{0});
   transpose(codes, to.width, to.page_size, to.width, reinterpret_cast<uint8_t*>(to.codes), to.page_size);

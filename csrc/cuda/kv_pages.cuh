@@ -8,7 +8,7 @@
 
 namespace inferix {
 
-// Sources of octets beside a Tile: rows of a [T, H, D] tensor, and a tile less its mean.
+// Sources of octets other than a Tile: rows of a [T, H, D] tensor, and a tile less its mean.
 struct TensorRows {
   const Rows& x;
   DType dtype;

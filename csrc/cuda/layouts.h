@@ -93,7 +93,8 @@ INFERIX_BOTH constexpr int key_of(int t, int i, bool eight_bit) {
   return eight_bit ? key_of_column_8(column) : column;
 }
 
-// What TMA is told of a pool: dimensions, strides of all but the first in bytes, box. Fastest dimension first.
+// A pool as a tensor map describes it to TMA: dimensions, strides of all but the first in bytes, box; the fastest
+// dimension first.
 struct TensorBox {
   int rank;
   uint64_t size[5], stride[4];

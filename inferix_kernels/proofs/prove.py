@@ -92,7 +92,7 @@ def prove(
     Args:
         device: "cuda", "cuda:1", or "cpu" for the CPU kernels.
         seconds: of all; what it leaves no time for is "not reached".
-        said: told a line for every outcome.
+        said: called with a line for every outcome.
         program: that runs a job; see `main`.
     """
     ends = time.monotonic() + seconds

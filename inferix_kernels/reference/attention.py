@@ -18,7 +18,7 @@ __all__ = ["check_plan", "latent_attention", "merge_attention", "paged_attention
 def paged_attention(
     q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, pools, plan, scale, out, lse, accumulate, lambda keys, values: (keys, values))
+    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, lambda keys, values: (keys, values))
 
 
 def latent_attention(
@@ -27,10 +27,10 @@ def latent_attention(
     def keys_and_values(latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat((latent, rotary), -1), latent
 
-    return attend(q, pools, plan, scale, out, lse, accumulate, keys_and_values)
+    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, keys_and_values)
 
 
-def attend(
+def attention_over_pages(
     q: Tensor,
     pools: Sequence[KVPages],
     plan: Plan,
@@ -50,7 +50,7 @@ def attend(
         s, first = divmod(i * shared, H)
         mine = range(lists[i], lists[i + 1])
         pages = [keys_and_values(*read_page(*locate(pools, entries[j][0]), length_of(entries[j]))) for j in mine]
-        # Beside a bias of 1e9 a float32 has no room for a score: biases count from the largest of the list.
+        # Added to a bias of 1e9 a score is lost in float32's rounding: biases count from the largest of the list.
         base = largest_bias(bias[j] for j in mine if length_of(entries[j]))
         # Head by head, so that a head's bits do not depend on how many heads share its list.
         for head in range(first, first + shared):

@@ -75,7 +75,7 @@ class Local:
     Example:
         >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})
         >>> table = store.open(Policy(window=9))
-        >>> noisy = table.plan([table.open_block(frames=3)], attention=Local())  # what plan does unless it is told
+        >>> noisy = table.plan([table.open_block(frames=3)], attention=Local())  # which is plan's default
         >>> list(noisy.attend(0, torch.randn(30, 3 * 2 * 16), None, None).shape)
         [30, 32]
     """

@@ -24,7 +24,7 @@ def turn_page(table: TableView, block_end: int, seal: bool = False) -> Past:
         OutOfPages: no room in host memory for what leaves, or for what changes format; nothing was changed.
     """
     store, policy = table.store, table.policy
-    store.settle()
+    store.sync_copies()
     past = table.state.sealed() if seal else table.state
     fetched, past = past.fetched, past.turned()
     stay = past.pinned | (past.held.keys() - past.slots.keys()) if policy.archive else past.pinned

@@ -38,7 +38,7 @@ class KVStore(Storage):
             enough to denoise one block of one world at a time: it, and the one before it, whose clean pass shares its
             first forward.
         pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
-        host: the same for host memory (pinned beside a GPU), where frames wait that no block attends to.
+        host: the same for host memory (pinned if the device is a GPU), where frames wait that no block attends to.
         scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V; None: as
             layout.scratch_format has it for a bfloat16 network on this device.
         page_size: token slots per page, a multiple of 8.

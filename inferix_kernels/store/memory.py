@@ -35,7 +35,7 @@ def frame_tokens(height: int, width: int, stride: int = 16) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, held against a budget.
+    """Bytes by part, and the budget that they must fit.
 
     Attributes:
         parts: name -> bytes: pools by format, scratch, key means, host memory.

@@ -349,7 +349,7 @@ class PageTable(TableView):
     def offload(self, frames: Sequence[int]) -> None:
         """Let these frames wait in host memory. They stay held, and can be read until this world's next block boundary,
         where a block is opened after all others were sealed, or the oldest of several is sealed. Without an open block,
-        another world's boundary and `KVStore.settle` end that too.
+        another world's boundary and `KVStore.sync_copies` end that too.
 
         Raises:
             OutOfPages: host memory has no room for all of them; nothing was changed.

@@ -2,7 +2,7 @@
 
 Nothing counts references, and nothing has to be given back. What is dropped, by whomever and however, an exception or
 the garbage collector included, is free; what is held can't be taken away. A store's operations rest on that: they build
-what is to be beside what is, and put it in place with one assignment.
+a new value next to the old one, and put it in place with one assignment.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NotResident(RuntimeError):
         >>> table.plan([block := table.open_block(1)], commit=block).append(0, *torch.randn(2, 8, 1, 16))
         >>> table.seal(block)
         >>> table.offload([0])
-        >>> store.settle()  # the copy has landed
+        >>> store.sync_copies()  # the copy has landed
         >>> table.gather(0, [0])
         Traceback (most recent call last):
         inferix_kernels...NotResident: frames [0] are in host memory: ...

@@ -109,7 +109,7 @@ class Storage:
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
         self.copies = Copies(self.device)
-        self._keeping: list[weakref.ref[Holder]] = []  # of these `settle` takes what they kept
+        self._keeping: list[weakref.ref[Holder]] = []  # of these `sync_copies` takes what they kept
         self._tables: weakref.WeakSet[Holder] = weakref.WeakSet()
 
     def _pool(
@@ -284,7 +284,7 @@ class Storage:
 
     def to_device(self, extents: Sequence[Extent]) -> list[Slot]:
         """The slots of these extents on the device, where copies of what was not there are started. They are to be
-        read once `settle` was called.
+        read once `sync_copies` was called.
 
         Raises:
             OutOfPages: the device has no room; nothing was started.
@@ -305,7 +305,7 @@ class Storage:
         self._keeping.append(weakref.ref(table))
 
     @in_turn
-    def settle(self) -> None:
+    def sync_copies(self) -> None:
         """A block boundary: what was being copied has arrived, and what worlds without an open block have sent to host
         memory is theirs on the device no longer.
 

@@ -35,7 +35,7 @@ MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 22
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
 
-class Row(NamedTuple):
+class Compilation(NamedTuple):
     """One kernel of one case on one architecture; no kernel where the architecture can't."""
 
     op: str
@@ -60,7 +60,7 @@ def all_cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     return chain.from_iterable(cases(device) for cases in CASES)
 
 
-def compile_ahead(architectures: Sequence[int], wanted: Sequence[str] = ()) -> Iterator[Row]:
+def compile_ahead(architectures: Sequence[int], wanted: Sequence[str] = ()) -> Iterator[Compilation]:
     """Every case on each architecture; if anything is wanted, those that begin with it: "linear" or "linear int8"."""
     for case in all_cases():
         name = f"{case.op} {case.format} {case.what}"
@@ -69,8 +69,8 @@ def compile_ahead(architectures: Sequence[int], wanted: Sequence[str] = ()) -> I
                 yield from _compile(case, architecture)
 
 
-def _compile(case: Case, architecture: int) -> Iterator[Row]:
-    row = Row(*case[:3], architecture)
+def _compile(case: Case, architecture: int) -> Iterator[Compilation]:
+    row = Compilation(*case[:3], architecture)
     with compile_only(architecture) as kernels:
         try:
             case.call()
@@ -142,7 +142,7 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def table(rows: Iterable[Row]) -> Iterator[str]:
+def table(rows: Iterable[Compilation]) -> Iterator[str]:
     """As text, line by line while the kernels are compiled."""
     layout = "{:14} {:8} {:34} {:>6} {:18} {:>9} {:>7} {:>7}  {}"
     yield layout.format("op", "format", "", "", "kernel", "registers", "spilled", "shared", "")
@@ -152,7 +152,7 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
         yield layout.format(row.op, row.format, row.what, f"sm_{row.architecture}", row.kernel, *numbers, said).rstrip()
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Compilation]) -> str:
     """A line for each op: the formats it was compiled for and, by architecture, registers and tensor-core types."""
     architectures = sorted({row.architecture for row in rows})
     lines = [
@@ -167,7 +167,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def _cell(rows: Sequence[Compilation]) -> str:
     compiled = [row for row in rows if row.kernel]
     if not compiled:
         return "none"

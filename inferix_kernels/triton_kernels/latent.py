@@ -4,7 +4,7 @@ Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, nev
 is read and converted once for both products. A scale by token multiplies the row's scores, and then its probability,
 so that codes are exact.
 
-The sum over a latent of 512 does not fit into the registers beside all else, so two programs share its width: each
+The sum over a latent of 512 does not fit into the registers with all else, so two programs share its width: each
 computes all scores and sums its half of the values ("part" of a configuration is how much of it one program takes).
 """
 

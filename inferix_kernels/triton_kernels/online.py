@@ -343,7 +343,7 @@ def run_in_pool(first, last, plan, variant, pool):
 @triton.jit
 def max_bias(first, last, plan):
     """The largest bias of the entries [first, last) that have tokens, or 0. Biases are taken relative to it: in float32
-    a score vanishes beside a bias of 1e9, and one of -3e38 overflows when it is multiplied with log2(e).
+    a score added to a bias of 1e9 is lost to rounding, and one of -3e38 overflows when it is multiplied with log2(e).
     """
     largest = 0.0
     if plan.page_bias is not None:

@@ -3,7 +3,7 @@
 The folder holds past0.safetensors, what attention remembers (inferix_kernels.store; a guided world remembers two
 pasts), and world.pt, what else the next block depends on: the state of the noise, the last latents, the words, and what
 the decoder of pictures carries along; of world.pt, which torch reads without a look at its own checksums, there is a
-checksum beside it, as `sha256sum` writes it. Folders of earlier versions have none and are read as they are.
+checksum next to it, as `sha256sum` writes it. Folders of earlier versions have none and are read as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rented machine, acted out: time is a number that fake commands move on, so that nothing waits or is in a hurry."""
+"""A rented machine, simulated: time is a number that fake commands move on, so that nothing waits or is in a hurry."""
 
 from benchmarks.harness import plan, processes
 from benchmarks.harness.gpu import Job, Run, Stage

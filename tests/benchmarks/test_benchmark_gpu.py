@@ -1,4 +1,4 @@
-"""Minutes of a rented GPU, acted out: stages that hang, processes that can't be ended, disks that are full."""
+"""Minutes of a rented GPU, simulated: stages that hang, processes that can't be ended, disks that are full."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a rented GPU's minutes are spent on, acted out on machines that lack something; and what the summary says."""
+"""What a rented GPU's minutes are spent on, simulated on machines that lack something; and what the summary says."""
 
 import os
 import re

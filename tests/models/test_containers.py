@@ -121,7 +121,7 @@ OUTSIDE = [
 @pytest.mark.parametrize("name", [*OUTSIDE, "absolute", "/dev/zero"])
 def test_an_index_names_files_beside_it_alone(name, tmp_path):
     name = str(tmp_path / "bait.safetensors") if name == "absolute" else name
-    refused(write_index(tmp_path, name), "weights: .*index.json must name files beside it, got ")
+    refused(write_index(tmp_path, name), "weights: .*index.json must name files next to it, got ")
 
 
 def test_an_index_does_not_name_itself_or_a_pickle(tmp_path):
@@ -168,7 +168,7 @@ def test_libraries_are_given_no_index_that_leads_elsewhere(tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "bait.safetensors")
     names = dict.fromkeys(tensors, "../bait.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    with pytest.raises(ValueError, match=r"index.json must name files beside it, got '../bait.safetensors'"):
+    with pytest.raises(ValueError, match=r"index.json must name files next to it, got '../bait.safetensors'"):
         containers.pretrained(kind, folder, "a tower")
     (folder / "model.safetensors.index.json").unlink()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -218,7 +218,7 @@ def test_damaged_and_absent_files_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is damaged or no checkpoint: .* it begins with b'not zstd'"):
         load_network(tmp_path / INDEX, "magi-4.5b")
     shard.unlink()
-    with pytest.raises(ValueError, match=r"names the shard model-00002-of-00002.safetensors, which is not beside it"):
+    with pytest.raises(ValueError, match=r"names the shard model-00002-of-00002.safetensors, which is not next to it"):
         load_network(tmp_path / INDEX, "magi-4.5b")
     shard.write_bytes(whole)
     monkeypatch.setitem(sys.modules, "zstandard", None)
@@ -240,7 +240,7 @@ def test_options_that_a_model_does_not_have_are_named(tmp_path):
     with pytest.raises(ValueError, match="decoder must be module:name of something importable, got 'nowhere:open'"):
         load_model("magi-4.5b", str(tmp_path), decoder="nowhere:open")
     model = load_model("magi-4.5b", str(tmp_path), size=SIZE)
-    with pytest.raises(ValueError, match="have no text encoder beside them"):
+    with pytest.raises(ValueError, match="have no text encoder next to them"):
         model.conditioning("fog", [])
     with pytest.raises(ValueError, match="actions must be none"):
         model.conditioning("fog", ["left"])

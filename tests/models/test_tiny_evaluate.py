@@ -39,7 +39,7 @@ class Oracle:
         self.seed, self.at, self.prompt = seed, 0, ""
 
     def observe(self, frames: np.ndarray, actions: Sequence[int | str], prompt: str | None = None) -> None:
-        self.truth = true_video(self.seed, CONTEXT + 90, change_every=CHANGE_EVERY, settle=CONTEXT)
+        self.truth = true_video(self.seed, CONTEXT + 90, change_every=CHANGE_EVERY, start=CONTEXT)
         self.at, self.prompt = len(frames), prompt or self.prompt
         assert self.at == CONTEXT == 6 and (frames == self.truth.frames[:6]).all()
         assert list(actions) == self.truth.actions[:6].tolist()

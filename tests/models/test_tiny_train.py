@@ -9,7 +9,7 @@ import torch
 
 from inferix.models.tiny import load, train
 from inferix.models.tiny.checker import look
-from inferix.models.tiny.clips import PLAYER_WEIGHT, Stream, hard_futures, settle, simulate, simulate_doubled
+from inferix.models.tiny.clips import PLAYER_WEIGHT, Stream, hard_futures, place_sprites, simulate, simulate_doubled
 from inferix.models.tiny.model import TinyConfig, unpatchify
 from inferix.models.tiny.simulator import MOVES, PLAYER_COLOR, PLAYER_SPRITES, TILE, UNIT, Simulator
 
@@ -106,7 +106,7 @@ def test_of_two_players_the_more_solid_one_stays_and_of_equals_the_upper():
         for place, share in ((upper, solid), (lower, 1.0)):
             y, x = place * 4
             image[y : y + 8, x : x + 8] += share * (PLAYER_SPRITES[0] - image[y : y + 8, x : x + 8])
-        settle(world, image)
+        place_sprites(world, image)
         assert world.player[0].tolist() == stays.tolist()
 
 

@@ -87,7 +87,7 @@ def test_safetensors_whole_and_in_shards(network, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     same(load_network(find_checkpoint(folder)), network)
     (folder / "b.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"names the shard b\.safetensors, which is not beside it"):
+    with pytest.raises(ValueError, match=r"names the shard b\.safetensors, which is not next to it"):
         load_network(find_checkpoint(folder))
 
 
@@ -210,7 +210,7 @@ def test_another_architecture_says_what_differs(changes, message, network, folde
         ({"num_attention_heads": 40, "attention_head_dim": 128}, "dim must be 5120, as its config says, got 96"),
         ({"num_heads": 3, "num_layers": 30}, "layers must be 30, as its config says, got 2"),
         ({"num_heads": 7}, "heads must divide dim=96, got 7"),
-        ({}, "heads must divide dim=96, got 0.75; a config.json beside it with num_heads"),
+        ({}, "heads must divide dim=96, got 0.75; a config.json next to it with num_heads"),
     ],
 )
 def test_a_config_that_disagrees_is_named(config, message, network, folder):

@@ -343,7 +343,7 @@ def test_absent_parts_are_one_line(folder, prompt_cache, tmp_path, capsys, monke
     for name in ("m.pt", "config.json"):
         (bare / name).write_bytes((folder / name).read_bytes())
     cases = [
-        (options(bare, tmp_path / "v.mp4", prompt_cache), "have no VAE beside them"),
+        (options(bare, tmp_path / "v.mp4", prompt_cache), "have no VAE next to them"),
         (options(folder, tmp_path / "v.mp4", prompt_cache, "--resume"), "--resume: there is nothing to resume"),
         (options(folder, tmp_path / "v.mp4", prompt_cache, "--size", "30x48"), "size must be multiples of 16 x 16"),
         (options(folder, tmp_path / "v.mp4", prompt_cache, "--image", "nowhere.png"), "--image: cannot read"),

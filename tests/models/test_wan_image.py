@@ -153,9 +153,8 @@ def test_one_command_makes_a_video_from_a_picture(tmp_path, capsys):
     command += ["--size", "32x48", "--prompt", "the fox runs", "--prompt-cache", tmp_path / "prompts", "--steps", "2"]
     command = [str(word) for word in [*command, "--negative-prompt", "fog", "--device", "cpu"]]
     assert main(command) == 2
-    assert (
-        "image must be given: this network is told how a video begins" in capsys.readouterr().err and not out.exists()
-    )
+    assert "image must be given: this network is conditioned on the first picture" in capsys.readouterr().err
+    assert not out.exists()
     assert main([*command, "--image", str(tmp_path / "first.png")]) == 0
     assert "11 frames" in capsys.readouterr().out and out.exists()
     (tmp_path / "words").write_text("0 the fox runs\n0.3 the fox walks\n")
@@ -169,9 +168,9 @@ def test_bad_input_says_what_it_must_be():
     network, adapter = random_network(image_config()), adapter_for("euler", "wan-i2v-480p")
     with pytest.raises(ValueError, match="takes 36 channels and gives 16, which causvid can't be: image-to-video"):
         Wan(network, dataclasses.replace(ADAPTERS["causvid"], size=SIZE))
-    with pytest.raises(ValueError, match="need a VAE beside them and, to look at it, image_encoder/"):
+    with pytest.raises(ValueError, match="need a VAE next to them and, to look at it, image_encoder/"):
         Wan(network, adapter).for_video(9, picture())
     with pytest.raises(ValueError, match=r"image must be uint8 \[48, 80, 3\], got uint8 \[8, 8, 3\]"):
         Wan(network, adapter).for_video(9, np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="image: wan-i2v-480p is told how its video begins: see for_video"):
+    with pytest.raises(ValueError, match="image: wan-i2v-480p is conditioned on the first picture: see for_video"):
         Wan(network, adapter).conditioning_from(torch.zeros(2, 40))

@@ -321,7 +321,7 @@ def test_the_published_tables():
             lambda: Wan(random_network(tiny_config()), adapter_for("euler")).for_video(
                 9, np.zeros((*SIZE, 3), np.uint8)
             ),
-            "image must not be given: this network is told none",
+            "image must not be given: this network takes none",
         ),
     ],
 )

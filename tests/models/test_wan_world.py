@@ -290,9 +290,9 @@ def test_memory_does_not_grow_with_the_video():
         (lambda: wan().conditioning("fog", ["up"]), "actions must be none: self-forcing is steered by words alone"),
         (
             lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).conditioning("fog", []),
-            "no text encoder beside",
+            "no text encoder next to",
         ),
-        (lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).stream(), "have no VAE beside them"),
+        (lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).stream(), "have no VAE next to them"),
         (
             lambda: Wan(random_network(tiny_config()), dataclasses.replace(ADAPTERS["causvid"], size=(50, 80))),
             r"size must be multiples of 16 x 16 pixels, got \(50, 80\)",

@@ -73,7 +73,7 @@ class Play:
                 self.rewind,
                 self.unpin,
                 self.forget,
-                self.settle,
+                self.sync_copies,
                 self.save,
                 self.load,
                 self.release,
@@ -347,9 +347,9 @@ class Play:
             after.pinned.difference_update(frames)
             self.attempt(entry, lambda: entry[0].unpin(frames), after)
 
-    def settle(self):
+    def sync_copies(self):
         entry = self.pick()
-        self.attempt(entry, self.store.settle, entry[1])
+        self.attempt(entry, self.store.sync_copies, entry[1])
 
     def save(self):
         entry = self.pick()
@@ -411,7 +411,7 @@ class Play:
         while self.worlds:
             self.release()
         self.plans.clear()
-        self.store.settle()
+        self.store.sync_copies()
         gc.collect()
         for pools, sizes in ((self.store.pools, self.sizes), (self.store.host, self.host_sizes)):
             for format, pool in pools.items():

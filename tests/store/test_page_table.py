@@ -324,18 +324,18 @@ def test_a_conversion_that_a_fork_sent_away_is_made_again(way_back):
     fork.convert([1], "int4")
     want = fork.gather(1, [1])
     fork.offload([1])
-    store.settle()
+    store.sync_copies()
     if way_back:
         fork.prefetch([1])
     table.convert([1], "int4")
     assert equal([table.gather(1, [1])], [want])
     if not way_back:
         fork.prefetch([1])
-    store.settle()
+    store.sync_copies()
     assert equal([fork.gather(1, [1])], [want])
     for each in (fork, table):
         each.release()
-    store.settle()
+    store.sync_copies()
     assert free_slots(store) == {"int8": 9, "int4": 9, "bf16": 2}
 
 

@@ -133,20 +133,20 @@ def test_the_fused_clean_pass_equals_the_separate_one_bit_for_bit(format):
     def second_block(fused):
         table = open_store(format, frames=9).open(Policy(9))
         add_block(table, 3, seed=1)
-        owed = table.open_block(3)
+        pending = table.open_block(3)
         generator = torch.Generator().manual_seed(2)
         qkv = [torch.randn(6 * FRAME_TOKENS, 3 * HEADS * HEAD_DIM, generator=generator) for _ in range(2)]
         half = 3 * FRAME_TOKENS
         if fused:
             block = table.open_block(3)
-            both = table.plan([owed, block], rope(6), commit=owed)
+            both = table.plan([pending, block], rope(6), commit=pending)
             outs = [both.attend(layer, qkv[layer], None, None)[half:] for layer in range(2)]
-            table.seal(owed)
+            table.seal(pending)
         else:
-            clean = table.plan([owed], rope(3), commit=owed)
+            clean = table.plan([pending], rope(3), commit=pending)
             for layer in range(2):
                 clean.attend(layer, qkv[layer][:half], None, None)
-            table.seal(owed)
+            table.seal(pending)
             block = table.open_block(3)
             noisy = table.plan([block], rope(3))
             outs = [noisy.attend(layer, qkv[layer][half:], None, None) for layer in range(2)]

@@ -131,7 +131,7 @@ def test_an_archive_is_taken_up_by_a_store_of_the_same_kind(tmp_path):
         each.open_block(3)
     assert digest(again) == digest(table)
     again.release()
-    store.settle()
+    store.sync_copies()
     assert len(store.pools["int8"].free) == 9 and len(store.host["int8"].free) == 30
     full = open_store(pools={"int8": 9}, host={"int8": 11})
     with pytest.raises(OutOfPages, match="int8 pool in host memory: 12 frames"):

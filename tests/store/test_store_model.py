@@ -55,7 +55,7 @@ def fused(table):
 
 def away(table):
     table.offload([1, 2])
-    table.store.settle()
+    table.store.sync_copies()
 
 
 STRIDE = 7  # of the points for interruptions, which are hundreds; `make soak` takes them at random
@@ -99,7 +99,7 @@ def shown(table):
 
 
 def empty(store):
-    store.settle()
+    store.sync_copies()
     pools = {"int8": 12, "int4": 6}, {"int8": 8, "int4": 4}
     return all(
         {format: len(pool.free) for format, pool in have.items()} == want

@@ -168,7 +168,7 @@ def test_a_prefetch_takes_no_slot_that_it_counts_on():
     for value in (1.0, 2.0):
         add(table, value)
     table.offload([0])
-    store.settle()
+    store.sync_copies()
     add(other, 9.0)
     table.offload([1])  # on both sides until a boundary
     with pytest.raises(OutOfPages, match=r"fp32 pool on the device: 1 frames .* 2 of 2 are held"):
@@ -176,7 +176,7 @@ def test_a_prefetch_takes_no_slot_that_it_counts_on():
     assert table.cold == {0, 1} and value_of(table, 1) == 2.0
     other.release()
     table.prefetch([0, 1])
-    store.settle()
+    store.sync_copies()
     assert (value_of(table, 0), value_of(table, 1)) == (1.0, 2.0)
 
 
@@ -209,7 +209,7 @@ def test_what_only_another_world_has_on_the_device_is_not_read():
     add(table, 1.0)
     fork = table.fork()
     fork.offload([0])
-    store.settle()
+    store.sync_copies()
     with pytest.raises(NotResident):
         fork.select([0])
     fork.prefetch([0])
@@ -236,7 +236,7 @@ def test_a_conversion_shares_only_what_it_holds():
     assert (value_of(table, 0), value_of(table, 1), value_of(other, 0)) == (1.0, 2.0, 9.0)
     for each in (table, other):
         each.release()
-    store.settle()
+    store.sync_copies()
     assert free_slots(store) == {"fp32": 3, "bf16": 2} and len(store.host["bf16"].free) == 4
 
 
@@ -268,7 +268,7 @@ def test_an_interrupted_copy_is_made_again(monkeypatch):
             patch.setattr(Copies, "start", interrupted)
             action([0])
         action([0])
-        store.settle()
+        store.sync_copies()
     assert value_of(table, 0) == 5.0
 
 

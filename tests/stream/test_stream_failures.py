@@ -18,7 +18,7 @@ from inferix.stream.video import JpegEncoder
 from tests.stream.stream_client import Viewer, asynchronous, running, until
 
 
-@pytest.mark.parametrize("word, says", [("crash", "told to crash"), ("exit", "exit code 3")])
+@pytest.mark.parametrize("word, says", [("crash", "asked to crash"), ("exit", "exit code 3")])
 @asynchronous
 async def test_a_crash_shows_and_a_reset_starts_anew(word, says, server):
     viewer = await Viewer.join(server)

@@ -22,9 +22,9 @@ async def test_errors_cross_the_process_and_a_broken_worker_stays_broken():
     with pytest.raises(Refused, match="prompt: must be one of calm"):
         await remote.call("prepare", text="nonsense")
     await remote.call("step", orders={"a": Order("up", "calm")})
-    with pytest.raises(Broken, match="told to crash"):
+    with pytest.raises(Broken, match="asked to crash"):
         await remote.call("step", orders={"a": Order("up", "crash")})
-    with pytest.raises(Broken, match="told to crash"):
+    with pytest.raises(Broken, match="asked to crash"):
         await remote.call("fork")
     await remote.close()
 

@@ -121,7 +121,7 @@ async def test_words_that_a_broken_world_was_reading_are_answered(tmp_path):
         await viewer.until("state", lambda state: state["phase"] == "crashed")
         assert (await viewer.request("reset", seed=1))["type"] == "done"
         answer = await viewer.answer("words")
-        assert answer["code"] == "internal" and answer["text"].startswith("RuntimeError: told to crash")
+        assert answer["code"] == "internal" and answer["text"].startswith("RuntimeError: asked to crash")
         await until(lambda: server.session.phase == "running")
         assert (await viewer.request("prompt", text="calm"))["type"] == "done"
         await viewer.leave()

@@ -31,7 +31,7 @@ def compile_ahead(architectures, cases):
     command = [sys.executable, "-m", "inferix_kernels", "compile", *cases, "--json", "--arch", *map(str, architectures)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr  # nothing spills, ptxas has nothing to say
-    return [aot.Row(**row) for row in json.loads(done.stdout)]
+    return [aot.Compilation(**row) for row in json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +153,10 @@ def test_the_tensor_core_instruction_is_read_off_the_ptx(instruction):
 
 
 ROWS = [
-    aot.Row("linear", "int8", "many rows", 80, "linear_kernel", 200, 0, 4096, "mma m16n8k32 s8"),
-    aot.Row("linear", "int8", "few rows", 80, "linear_kernel", 90, 0, 4096, "mma m16n8k32 s8"),
-    aot.Row("linear", "e4m3", "many rows", 80, unsupported="needs sm_89"),
-    aot.Row("linear", "e4m3", "many rows", 90, "linear_kernel", 255, 16, 4096, "wgmma m64n128k32 e4m3"),
+    aot.Compilation("linear", "int8", "many rows", 80, "linear_kernel", 200, 0, 4096, "mma m16n8k32 s8"),
+    aot.Compilation("linear", "int8", "few rows", 80, "linear_kernel", 90, 0, 4096, "mma m16n8k32 s8"),
+    aot.Compilation("linear", "e4m3", "many rows", 80, unsupported="needs sm_89"),
+    aot.Compilation("linear", "e4m3", "many rows", 90, "linear_kernel", 255, 16, 4096, "wgmma m64n128k32 e4m3"),
 ]
 
 

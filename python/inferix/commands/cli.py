@@ -93,7 +93,7 @@ def _add_options(parser: argparse.ArgumentParser, options: Sequence[Declared]) -
 
 
 def _settings(each: Declared) -> dict[str, Any]:
-    """What `add_argument` is told of an option besides its names."""
+    """The keyword arguments of `add_argument` for an option."""
     option, kind = each.option, KINDS[each.type]
     default = f"{each.default:g}" if isinstance(each.default, float) else each.default
     shown = isinstance(default, (int, str)) and not isinstance(default, bool)

@@ -58,7 +58,7 @@ class GenerateConfig(WorldOptions):
         ('tiny', 'int4', 0)
     """
 
-    out: str | Path = option("MP4 to write; a PNG sheet and a JSON summary go beside it", "world.mp4")
+    out: str | Path = option("MP4 to write; a PNG sheet and a JSON summary go next to it", "world.mp4")
     seconds: float = option("length of the video", 10.0, must=(POSITIVE, at_most(MOST_SECONDS, "about 11 days")))
     actions: str | Path = option("a file has one ACTION [FRAMES] a line", "random", metavar="FILE|random|scripted")
     prompt: str | None = option('words for the whole video, for example "desert night"', None)
@@ -143,7 +143,7 @@ class PlayConfig(WorldOptions):
     undo: float | None = option(
         "seconds that can be rewound (default: 15, or 0 if a VAE looks back)", None, page_only=True, must=(at_least(0),)
     )
-    worlds: int = option("room for a fork beside the world: 1 does without", 2, page_only=True, must=(at_least(1),))
+    worlds: int = option("how many worlds there is room for: a fork needs 2", 2, page_only=True, must=(at_least(1),))
     terminal: bool = option("play in this terminal instead", False)
 
 

@@ -53,7 +53,7 @@ def convert(config: ConvertConfig | None = None, /, **options: Any) -> Converted
     from ..models.wan.checkpoint import save_network
 
     out = Path(config.out)
-    if out.suffix != ".safetensors":  # which is how a checkpoint's format is told
+    if out.suffix != ".safetensors":  # by which a checkpoint's format is recognised
         raise ValueError(f"out must end in .safetensors, got {str(out)!r}")
     require_writable(out, "out")
     model = load_model(config.model, str(config.source), dtype=DTYPES[config.dtype], **config.arguments("model"))

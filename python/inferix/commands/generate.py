@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class GeneratedVideo:
-    """A video that was made, and what lies beside it.
+    """A video that was made, and what lies next to it.
 
     Attributes:
         path: of the MP4, or of the .npy of latents if the model has no decoder.
@@ -48,8 +48,8 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
     """Make a video of a world.
 
     Ctrl-C ends it at the last whole block, a second one at once: it is closed, the summary is written, and
-    KeyboardInterrupt raised. After any other error the frames until then are in `.NAME.part` beside `out`. What a model
-    that is not live has made is taken up again by `resume=True`.
+    KeyboardInterrupt raised. After any other error the frames until then are in `.NAME.part` next to `out`. What a
+    model that is not live has made is taken up again by `resume=True`.
 
     Args:
         config: what to make; without one, the defaults.
@@ -105,7 +105,7 @@ def _say(text: str) -> None:
 
 
 def _write_beside(generation: Generation) -> GeneratedVideo:
-    """The contact sheet and the summary, beside the video."""
+    """The contact sheet and the summary, next to the video."""
     assert generation.video is not None
     path, maker, config = generation.video.path, generation.maker, generation.config
     summary = maker.summary() | {"seed": config.seed, "kv": config.kv}

@@ -1,4 +1,4 @@
-"""The making of a video: the loop over its blocks, and what is written beside it."""
+"""The making of a video: the loop over its blocks, and what is written next to it."""
 
 from __future__ import annotations
 

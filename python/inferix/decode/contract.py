@@ -95,7 +95,7 @@ class Presentation:
         pictures: per latent frame, where they are as many for each.
         scale: edge of the square that each pixel becomes in a video, unless asked for otherwise.
         live: made in real time and small. Its pictures are kept to be measured; a video of any other model is written
-            with a journal beside it, so that what was made before a kill need not be made again.
+            with a journal next to it, so that what was made before a kill need not be made again.
         threads: CPU threads that serve it best; None: all cores.
         keys: keyboard key -> action.
         example_prompts: show what may be said; the first is the default.

@@ -30,7 +30,7 @@ MOST_HEADER = 1 << 20  # bytes of the first line that are read; a block's line i
 
 
 def journal_path(path: Path, argument: str = "path") -> Path:
-    """Beside the video, also if `path` is a link to it: whoever writes that one finds the same journal."""
+    """Next to the video, also if `path` is a link to it: whoever writes that one finds the same journal."""
     out = destination(path, argument)
     return out.with_name(f".{out.name}.journal")
 

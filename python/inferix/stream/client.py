@@ -210,8 +210,8 @@ class Client:
             self._complain(id, "internal", error.line)
         except Exception as error:  # a mistake of ours must show, and who asked must not wait for ever
             self._complain(id, "internal", f"{kind}: {type(error).__name__}: {error}")
-            told = {"message": f"{kind} of {self.name} could not be followed", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(told)
+            context = {"message": f"{kind} of {self.name} could not be followed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
         else:
             self._done(message, result)
 
@@ -220,7 +220,7 @@ class Client:
             self.tell({"type": "done", "id": message["id"], "result": result})
 
     def _complain(self, id: str | None, code: str, text: str) -> None:
-        """Whoever gave an id waits for its answer; the others, who may be sending rubbish, are told now and then."""
+        """Whoever gave an id waits for its answer; the others, who may be sending rubbish, get one now and then."""
         if id is not None or self._complaints.take():
             self.tell({"type": "error", "id": id, "code": code, "text": text[:500]})
 
@@ -264,8 +264,8 @@ class Client:
         except ConnectionError:
             pass
         except Exception as error:  # a mistake of ours must show
-            told = {"message": f"nothing can be sent to {self.name} any more", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(told)
+            context = {"message": f"nothing can be sent to {self.name} any more", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
             self._leaving = asyncio.ensure_future(self.socket.close(code=1011, message=b"nothing can be sent"))
 
     async def _send_all(self) -> None:

@@ -64,16 +64,16 @@ class Sink:
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(DEPTH)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._told: Callable[[], None] = lambda: None
+        self._notify: Callable[[], None] = lambda: None
 
     def start(self, changed: Callable[[], None]) -> None:
         """`changed` is called, on the loop that runs now, when `state` has."""
         loop = asyncio.get_running_loop()
 
-        def told() -> None:
+        def notify() -> None:
             loop.call_soon_threadsafe(changed)
 
-        self._told = told
+        self._notify = notify
 
     def open(self, fps: float, size: tuple[int, int], scale: int) -> None:
         """The world is there: fps pictures per second of size (height, width), enlarged by `scale`."""
@@ -184,7 +184,7 @@ class Sink:
     def _say(self, state: str) -> None:
         self.state = state
         with contextlib.suppress(RuntimeError):  # the loop may have ended
-            self._told()
+            self._notify()
 
 
 def push(pipe: Connection, target: str, format: str, fps: float, size: tuple[int, int]) -> None:

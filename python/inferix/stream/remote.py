@@ -48,7 +48,7 @@ class Remote:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {0: self._loop.create_future()}
         self._reason: str | None = None
-        self._asked: dict[int, float] = {}  # when; without `prepare`, which runs beside the rest
+        self._asked: dict[int, float] = {}  # when; without `prepare`, which runs at the same time as the rest
         self._heard = time.monotonic() + START  # of the process
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._connection, theirs = context.Pipe()
@@ -127,7 +127,7 @@ class Remote:
                 message = self._connection.recv()
                 self._heard = time.monotonic()
                 if message is not None:
-                    self._loop.call_soon_threadsafe(self._settle, *message)
+                    self._loop.call_soon_threadsafe(self._answer, *message)
         except (EOFError, OSError):
             self._process.join(1.0)
             code = self._process.exitcode
@@ -135,7 +135,7 @@ class Remote:
             with contextlib.suppress(RuntimeError):  # the loop may be closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._fail, f"the worker process {how}")
 
-    def _settle(self, number: int, result: Any, error: tuple[str, str] | None) -> None:
+    def _answer(self, number: int, result: Any, error: tuple[str, str] | None) -> None:
         self._asked.pop(number, None)
         future = self._waiting.pop(number, None) if number else self._waiting[0]
         if future is None or future.done():

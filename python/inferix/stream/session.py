@@ -101,11 +101,11 @@ class Session(Commands):
             await self.remote.close()
         await self.player.close()
 
-    # What viewers are told
+    # What viewers get
 
     def welcome(self) -> Message:
-        told = {name: value for name, value in self.model.items() if name != "kv_bytes"}
-        return {"type": "welcome", "version": 1, **told}
+        model = {name: value for name, value in self.model.items() if name != "kv_bytes"}
+        return {"type": "welcome", "version": 1, **model}
 
     def state(self) -> Message:
         return {
@@ -167,8 +167,8 @@ class Session(Commands):
                 self.remote.kill(f"{why}, and was replaced")
 
     async def prompt(self, text: str, recache: bool | None, id: str | None) -> None:
-        """Words for the steered worlds, from the next block on. They are encoded beside the making of blocks, and one
-        after the other: those said last come into force last, however long each takes."""
+        """Words for the steered worlds, from the next block on. They are encoded while blocks are made, one after
+        the other: those said last come into force last, however long each takes."""
         if self.phase != "running" or self.remote is None:
             raise Refused("prompt: there is no world to hear it")
         if recache and not self.model["can_recache"]:

@@ -128,7 +128,7 @@ class Steering:
         self.worlds = ["a"]
 
     def begin(self, text: str | None, known: str | None = None) -> None:
-        """One world from its start, told `text`; or one that is loaded and knows its words."""
+        """One world from its start, under the prompt `text`; or one that is loaded and knows its words."""
         self._waiting, self.worlds, self.prompts = [], ["a"], {"a": known}
         if text is not None:
             self.say(["a"], text, None, None)

@@ -69,7 +69,7 @@ class BarWorld:
         started = time.perf_counter()
         self.prompt = self.prompt if prompt is None else prompt
         if self.prompt == "crash":
-            raise RuntimeError("told to crash")
+            raise RuntimeError("asked to crash")
         if self.prompt == "exit":
             os._exit(3)
         time.sleep(60 if self.prompt == "hang" else self.seconds)

@@ -177,7 +177,7 @@ class Broadcast:
         self.encode_seconds = 0.0  # of the last picture
         self._subscriptions: set[Subscription] = set()
         self._encoders: dict[str, Encoder | JpegEncoder] = {}
-        # One thread: a fork is shown at once, beside the clock's next picture, and a cancelled `show` leaves its work
+        # One thread: a fork is shown at once, perhaps during the next tick, and a cancelled `show` leaves its work
         # behind, but two pictures at a time in one encoder crash the process. And one core's caches hold the encoder.
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._thread.submit(int)  # it begins now: if it could not begin later, that would end the show

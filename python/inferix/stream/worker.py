@@ -2,8 +2,8 @@
 
 The parent sends (id, name, arguments) and gets (id, result, error) for each. It decides when a block is made and
 under which controls; here it is only made. Requests are done one by one, but for `prepare`, which may take seconds for
-a large text encoder and runs beside them. A heartbeat, None, says every second that the process lives. All threads are
-there before the first request: one that can't be started later ends nothing.
+a large text encoder and runs at the same time. A heartbeat, None, says every second that the process lives. All threads
+are there before the first request: one that can't be started later ends nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HARMLESS = frozenset({"prepare", "fork", "save", "load"})
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What one world is told for its next block; None: no actions, the prompt it has, the model's own way."""
+    """The controls of one world's next block; None: no actions, the prompt it has, the model's own way."""
 
     action: str | None = None
     prompt: str | None = None
@@ -186,13 +186,13 @@ class Stage:
 
         old = [running.world for running in self.worlds.values()]
         if old[0].worlds < 2:
-            raise ValueError("load: there is no room beside this world for one more: play --worlds 2")
+            raise ValueError("load: there is no room for a second world: play --worlds 2")
         try:
             world = load(old[0], folder)
         except OutOfPages as error:
             if len(old) < 2:
                 raise
-            raise ValueError(f"load: there is no room beside two worlds, close one first ({error})") from None
+            raise ValueError(f"load: there is no room for a third world, close one first ({error})") from None
         self.worlds = {"a": Running(world)}
         for one in old:
             one.release()

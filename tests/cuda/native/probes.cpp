@@ -71,9 +71,11 @@ const char* kinds() {
   return text.c_str();
 }
 void probe_load(const ProbeLoadParams* p) {
-  emulate(p->pages, p->eight_bit, [=](auto kind, auto width) { load<decltype(kind)::value, decltype(width)::value>(*p); });
+  emulate(p->pages, p->eight_bit,
+          [=](auto kind, auto width) { load<decltype(kind)::value, decltype(width)::value>(*p); });
 }
 void probe_multiply(const ProbeMultiplyParams* p) {
-  emulate(p->like, p->eight_bit, [=](auto kind, auto width) { multiply<decltype(kind)::value, decltype(width)::value>(*p); });
+  emulate(p->like, p->eight_bit,
+          [=](auto kind, auto width) { multiply<decltype(kind)::value, decltype(width)::value>(*p); });
 }
 }

@@ -116,7 +116,7 @@ class Magi(Model):
         if made is None:
             if self.text is None:
                 raise ValueError(
-                    f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
+                    f"prompt: the weights of {self.adapter.name} have no text encoder next to them: its folder needs "
                     "text_encoder/ and tokenizer/ (T5 v1.1 XXL), or t5_pretrained/t5-v1_1-xxl as MAGI-1 has it"
                 )
             made = self.conditioning_from(self.text(prompt))

@@ -1,7 +1,7 @@
 """Rows of text embedding that MAGI-1 puts before a caption: quality, style, and how many chunks are still to come.
 
 Source: inference/pipeline/prompt_process.py of github.com/SandAI-org/MAGI-1 (6ff822e); the rows themselves are in its
-example/assets/special_tokens.npz, which goes beside the weights.
+example/assets/special_tokens.npz, which goes next to the weights.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class MagiLayer(nn.Module):
 
     @staticmethod
     def _add(x: Tensor, added: Tensor, gate: Tensor, norm: LayerNorm1p, segments: Segments) -> Tensor:
-        added = added.to(norm.weight.dtype)  # float32 beside bfloat16 layers
+        added = added.to(norm.weight.dtype)  # float32 among bfloat16 layers
         gated = torch.cat([added[rows] * gate[i] for i, (rows, _) in enumerate(segments)])
         return (x + norm(gated)).to(x.dtype)
 
@@ -293,7 +293,7 @@ class MagiNetwork(nn.Module):
     """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed.
 
     `dtype` is that of the layers' products. Embeddings, norms of added terms and the final linear may be held in
-    float32 beside bfloat16 layers, as the source holds them; see `checkpoint.PRECISE`.
+    float32 among bfloat16 layers, as the source holds them; see `checkpoint.PRECISE`.
     """
 
     def __init__(self, config: MagiConfig):

@@ -5,7 +5,7 @@ noisier a chunk, the further back it sees. A chunk that is done is prepended to 
 of it stay.
 
 Source: github.com/SandAI-org/MAGI-1 (6ff822e), inference/pipeline/video_generate.py and model/dit/dit_model.py, and the
-configs beside them; arXiv:2505.13211.
+configs next to them; arXiv:2505.13211.
 """
 
 from __future__ import annotations

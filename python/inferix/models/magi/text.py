@@ -36,7 +36,7 @@ class CaptionEncoder(PromptEncoder):
     """Caption -> [tokens, caption_dim] float32, padding left out.
 
     Args:
-        folder: the one of the encoder; its tokenizer is in it, or in tokenizer/ beside it.
+        folder: the one of the encoder; its tokenizer is in it, or in tokenizer/ next to it.
         text_len, cache: as for PromptEncoder.
     """
 
@@ -47,6 +47,6 @@ class CaptionEncoder(PromptEncoder):
 
     def _load(self) -> tuple[Any, Any]:
         transformers = require("transformers", "magi", "prompt: encoding it")
-        beside = self.folder.parent / "tokenizer"
+        tokenizer = self.folder.parent / "tokenizer"
         encoder = pretrained(transformers.T5EncoderModel, self.folder, "a text encoder", dtype="auto")
-        return read_tokenizer(transformers, beside if beside.is_dir() else self.folder), encoder.eval()
+        return read_tokenizer(transformers, tokenizer if tokenizer.is_dir() else self.folder), encoder.eval()

@@ -137,7 +137,7 @@ def _cover(tiles: np.ndarray, corners: np.ndarray, weight: float) -> None:
 
 
 class Stream:
-    """One video of the model's own making, beside a simulator that goes on from whatever the last frame shows.
+    """One video of the model's own making, and a simulator that goes on from whatever the last frame shows.
 
     Attributes:
         tokens [2, L, patch], actions [2, frames], themes [2, 2]: the last blocks, as the model sees them.
@@ -180,7 +180,7 @@ class Stream:
             _blend(frames[i], place, room.scenery()[0][_window(place)], 1 - player)
             _blend(frames[i], appears, PLAYER_SPRITES[(other_way or facing) - 1], ghost)
         self.tokens = patchify(torch.from_numpy(frames) / 127.5 - 1).unflatten(0, self.tokens.shape[:2])
-        settle(self.world, frames[-1])
+        place_sprites(self.world, frames[-1])
 
     def _offset(self) -> np.ndarray:
         """[2] units from the player to where another could stand now, mostly near."""
@@ -198,7 +198,7 @@ class Stream:
             setattr(self, name, torch.cat([getattr(self, name)[1:], new]))
         frame = unpatchify(tokens[0])[-1].clamp(-1, 1).numpy()
         expected = world.sprite_corners()
-        settle(world, (frame + 1) * 127.5)
+        place_sprites(world, (frame + 1) * 127.5)
         self.doubt = float(np.square(world.render()[0] / 127.5 - 1 - frame).mean())
         self.world, self.age = world, self.age + 1
         return bool((world.sprite_corners() != expected).any())
@@ -221,7 +221,7 @@ def _blend(image: np.ndarray, place: np.ndarray, sprite: np.ndarray, share: floa
     image[there] += share * (sprite - image[there])
 
 
-def settle(world: Simulator, image: np.ndarray) -> None:
+def place_sprites(world: Simulator, image: np.ndarray) -> None:
     """Put the sprites of one room where `image` [96, 96, 3], 0 .. 255, shows them best.
 
     What a smeared or doubled sprite should become next must follow from the picture alone, or it cannot be learned:

@@ -86,9 +86,9 @@ class Stream:
 
 
 def run_stream(opened: OpenWorld, seed: int, frames: int, tick: Callable[[int], None] = lambda done: None) -> Stream:
-    """Generate `frames` frames after CONTEXT true ones and measure them. `tick` is told of frames as they are made."""
+    """Generate `frames` frames after CONTEXT true ones and measure them. `tick` gets the number of new frames."""
     whole = -(-frames // BLOCK) * BLOCK
-    video = true_video(seed, CONTEXT + whole, change_every=CHANGE_EVERY, settle=CONTEXT)
+    video = true_video(seed, CONTEXT + whole, change_every=CHANGE_EVERY, start=CONTEXT)
     past, truth = video.part(0, CONTEXT), video.part(CONTEXT, CONTEXT + whole)
     prompts = [THEMES[theme] for theme in truth.themes @ [len(TIMES), 1]]
     world = opened(seed)
@@ -128,7 +128,7 @@ def _processes(jobs: int) -> ProcessPoolExecutor:
 
 
 def start_from_nothing(opened: OpenWorld) -> dict[str, Summary]:
-    """First blocks from noise and prompt alone, STARTS in every theme: what can be told without a truth."""
+    """First blocks from noise and prompt alone, STARTS in every theme: what can be measured without a truth."""
     frames = [opened(seed).step(["none"] * BLOCK, prompt=theme) for theme in THEMES for seed in range(STARTS)]
     seen = look(np.concatenate(frames))
     asked = np.repeat(np.arange(len(THEMES)), STARTS * BLOCK)

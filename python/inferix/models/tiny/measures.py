@@ -52,20 +52,20 @@ class Truth:
         return dataclasses.replace(self, **series)
 
 
-def true_video(seed: int, frames: int, change_every: int = 60, settle: int = 0) -> Truth:
+def true_video(seed: int, frames: int, change_every: int = 60, start: int = 0) -> Truth:
     """What the simulator does in a room of its own, under a wandering player.
 
     Args:
         seed: decides the room, the actions and the themes.
         frames: N.
         change_every: frames after which the theme changes to another one, time and again.
-        settle: frames before the first of these periods begins.
+        start: frames before the first of these periods begins.
     """
     rng = np.random.default_rng(seed)
     world = Simulator(1, rng)
     series: dict[str, list[np.ndarray]] = {"actions": [], "themes": [], "corners": [], "frames": []}
     for frame in range(frames):
-        if frame > settle and (frame - settle) % change_every == 0:
+        if frame > start and (frame - start) % change_every == 0:
             theme = world.theme @ [len(TIMES), 1] + rng.integers(1, len(THEMES))
             world.theme = np.stack(np.divmod(theme % len(THEMES), len(TIMES)), 1)
         action = world.wander()

@@ -27,7 +27,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of the model; saved beside its weights."""
+    """Sizes of the model; saved next to its weights."""
 
     dim: int = 128
     layers: int = 6

@@ -4,7 +4,7 @@ Two stages in one run, under one warm-up / hold / decay schedule:
 
 1. Teacher forcing (until --own-from): clips of two blocks, each denoised given the true, lightly noised one before.
 2. Self-rollout with few-step distillation (two steps in three; the third is for blocks without a past): streams of
-   the model's own video run beside the simulator under the same actions. The context is what the model generated,
+   the model's own video and the simulator run under the same actions. The context is what the model generated,
    the noisy input its own previous estimate, noised again as its few-step sampler does; the target stays the true
    block. The model learns to heal its own errors, at the noise levels at which it will be sampled. After every block
    the simulator goes on from what the last frame shows, so a player gone astray has a right next place as well: one.

@@ -70,7 +70,7 @@ class Wan(Model):
         step = [LATENT_STRIDE * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
-        more = config.channels_in - config.channels_out  # of an image beside each latent, a whole video of them
+        more = config.channels_in - config.channels_out  # of images concatenated to the latents, a whole video of them
         if more not in ((0, MASK + config.channels_out) if adapter.at_once else (0,)):
             raise ValueError(
                 f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}, which "
@@ -102,10 +102,8 @@ class Wan(Model):
         if frames < 1:
             raise ValueError(f"frames must be at least 1, got {frames}")
         if (picture is not None) != self.needs_picture:
-            wanted = "be given: this network is told how a video begins"
-            raise ValueError(
-                f"image must {wanted if self.needs_picture else 'not be given: this network is told none'}"
-            )
+            wanted = "be given: this network is conditioned on the first picture"
+            raise ValueError(f"image must {wanted if self.needs_picture else 'not be given: this network takes none'}")
         count = 1 - (1 - frames) // PICTURES
         other = copy.copy(self)
         other.adapter, other._conditionings = dataclasses.replace(adapter, block_frames=count, window=count), {}
@@ -115,7 +113,7 @@ class Wan(Model):
                 raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
             if self.encode_start is None or (config.image_dim and self.look is None):
                 raise ValueError(
-                    f"image: the weights of {adapter.name} need a VAE beside them and, to look at it, image_encoder/ "
+                    f"image: the weights of {adapter.name} need a VAE next to them and, to look at it, image_encoder/ "
                     "or the file that Wan published"
                 )
             latents = self.encode_start(picture, count).to(self.device)
@@ -144,7 +142,7 @@ class Wan(Model):
         """A prompt's embedding [tokens, text_dim]."""
         if self.text is None:
             raise ValueError(
-                f"prompt: the weights of {self.adapter.name} have no text encoder beside them: its folder needs "
+                f"prompt: the weights of {self.adapter.name} have no text encoder next to them: its folder needs "
                 "text_encoder/ and tokenizer/, or the files that Wan published"
             )
         return self.text(prompt)
@@ -153,7 +151,7 @@ class Wan(Model):
     def conditioning_from(self, embedding: Tensor) -> CrossCache:
         """The same from a prompt's embedding [tokens, text_dim]."""
         if self.needs_picture and self.concat_latents is None:
-            raise ValueError(f"image: {self.adapter.name} is told how its video begins: see for_video")
+            raise ValueError(f"image: {self.adapter.name} is conditioned on the first picture: see for_video")
         return self.network.cross_cache(embedding.to(self.device), self.tokens)
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
@@ -183,7 +181,7 @@ class Wan(Model):
     def stream(self) -> PictureStream:
         if self.open_video is None:
             raise ValueError(
-                f"weights of {self.adapter.name} have no VAE beside them to make pictures: its folder needs vae/, or "
+                f"weights of {self.adapter.name} have no VAE next to them to make pictures: its folder needs vae/, or "
                 "the file that Wan published"
             )
         return self.open_video()
@@ -205,7 +203,7 @@ def load(
     """A model of ADAPTERS from its checkpoint.
 
     Args:
-        weights: a folder with the network and, to be told prompts and to make pictures, text_encoder/, tokenizer/ and
+        weights: a folder with the network and, to encode prompts and make pictures, text_encoder/, tokenizer/ and
             vae/ or the files that Wan published; its *lora* file is merged. Or the network's file alone.
         size: pixels (height, width); by default what the model was trained at.
         lora: other low-rank updates: a file, or PEFT's folder; one or several. "FILE=0.8": at that strength.

@@ -29,7 +29,7 @@ from .network import WanConfig, WanNetwork
 
 FORMAT = "inferix-wan/1"
 HEAD_DIM = 128  # of every published Wan: the one size that no tensor's shape shows
-NOT_THE_NETWORK = ("vae", "models_t5", "models_clip")  # files that lie beside a network's
+NOT_THE_NETWORK = ("vae", "models_t5", "models_clip")  # files that lie next to a network's
 MOST_TEXT = 1 << 16  # tokens, padded to which a prompt is attended to
 # What config files, Wan's and diffusers', call the fields of WanConfig.
 HINTS = {
@@ -153,7 +153,7 @@ def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: s
     heads = hints.get("heads") or found["dim"] / HEAD_DIM
     if heads != int(heads) or found["dim"] % int(heads):
         raise ValueError(
-            f"weights: {source}: heads must divide dim={found['dim']}, got {heads:g}; a config.json beside "
+            f"weights: {source}: heads must divide dim={found['dim']}, got {heads:g}; a config.json next to "
             f"it with num_heads says how many there are where a head has not {HEAD_DIM} channels"
         )
     given = {name: hints[name] for name in ("text_len", "eps") if name in hints}
@@ -161,12 +161,12 @@ def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: s
 
 
 def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What our own metadata, or a config.json beside the file, says about sizes: whole numbers, and eps."""
-    beside, ours = path.parent / "config.json", metadata.get("format") == FORMAT
+    """What our own metadata, or a config.json next to the file, says about sizes: whole numbers, and eps."""
+    config_file, ours = path.parent / "config.json", metadata.get("format") == FORMAT
     if ours:
         source, config = f"{path}: its header", json.loads(metadata["config"])
-    elif beside.exists():
-        source, config = str(beside), read_json(beside)
+    elif config_file.exists():
+        source, config = str(config_file), read_json(config_file)
     else:
         return {}
 

@@ -262,7 +262,7 @@ def _read_shards(path: Path, argument: str) -> dict[str, Tensor]:
     for shard in sorted(set(where.values())):
         found = [file for file in (path.parent / shard, path.parent / (shard + ZSTD)) if file.exists()]
         if not found:
-            raise ValueError(f"{argument}: {path} names the shard {shard}, which is not beside it")
+            raise ValueError(f"{argument}: {path} names the shard {shard}, which is not next to it")
         with reading(found[0], "a safetensors file", argument):
             kind = _kind(found[0], argument)
             if kind not in ("safetensors", "zstd"):
@@ -279,14 +279,14 @@ def _read_shards(path: Path, argument: str) -> dict[str, Tensor]:
 
 
 def _shards(path: Path, argument: str) -> dict[str, str]:
-    """Tensor -> the file that holds it, of an index. Only files beside it are named; links there may lead anywhere, as
+    """Tensor -> the file that holds it, of an index. Only files next to it are named; links there may lead anywhere, as
     they do in the cache of the Hugging Face hub."""
     where = read_json(path, argument).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{argument}: {path} is not an index of shards: it has no 'weight_map'")
     for shard in where.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+", shard) or shard in (".", ".."):
-            raise ValueError(f"{argument}: {path} must name files beside it, got {reprlib.repr(shard)}")
+            raise ValueError(f"{argument}: {path} must name files next to it, got {reprlib.repr(shard)}")
     return where
 
 

@@ -1,4 +1,4 @@
-"""What an image-to-video network is told of its first picture: the tokens of CLIP's image tower, from transformers."""
+"""What an image-to-video network gets of its first picture: the tokens of CLIP's image tower, from transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inferix_kernels._install import require
 
 from .containers import check_floating, count_layers, pretrained, read_tensors, reading, shape_of, shown
 
-# Wan's own file: the tower of OpenCLIP's ViT-H/14 beside a text tower that nothing needs.
+# Wan's own file: the tower of OpenCLIP's ViT-H/14, with a text tower that nothing needs.
 PUBLISHED = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 HEAD_DIM = 80  # of ViT-H: the one size that no tensor's shape shows
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures

@@ -3,7 +3,7 @@
     W + strength * scale * B A        scale = alpha / rank, or alpha / sqrt(rank) of rank-stabilised ones
 
 Read: the names of PEFT (lora_A, lora_B), of kohya's trainers (lora_down, lora_up; in musubi-tuner's own files a
-module's dots are underscores) and of diffusers; whole differences beside them (diff of a weight, diff_b of a bias). The
+module's dots are underscores) and of diffusers; whole differences as well (diff of a weight, diff_b of a bias). The
 alpha is a module's own tensor or, for all modules, in the header (PEFT's settings as diffusers writes them, lora_alpha,
 ss_network_alpha) or in PEFT's adapter_config.json. Where nothing says it, it is the rank.
 
@@ -30,7 +30,7 @@ from .containers import read_json, read_tensors, shown
 from .names import PACKED, published, thirds
 
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin")
-ADAPTER = "adapter_model"  # PEFT's name for the file of updates; its settings lie beside it
+ADAPTER = "adapter_model"  # PEFT's name for the file of updates; its settings lie next to it
 CONFIG, HEADER = "adapter_config.json", "lora_adapter_metadata"
 UPDATE = re.compile(
     r"^(?P<module>.+?)\.(lora_(?P<side>A|B|down|up)(\.(?!weight$|bias$)\w+)?(\.(?P<leaf>weight|bias))?"
@@ -58,7 +58,7 @@ class Settings:
     fields: Mapping[str, Any]
 
     def scale(self, module: str, rank: int, own: float | None = None) -> float:
-        """Of the module with this name, as the file has it; `own` is the alpha that lies beside its matrices."""
+        """Of the module with this name, as the file has it; `own` is the alpha that lies next to its matrices."""
         wanted = self._of("rank_pattern", "r", module)
         if wanted is not None and wanted != rank:
             raise ValueError(f"lora: {self.source} says that {module} has rank {wanted:g}, got {rank}")
@@ -179,7 +179,7 @@ def merge(tensors: dict[str, Tensor], lora: Lora, dtype: torch.dtype, parts: Seq
 
 
 def settings_of(path: Path, header: Mapping[str, str], updates: Mapping[str, Tensor]) -> Iterator[Settings]:
-    """What the header of a file, and a file beside it, say about all its updates."""
+    """What the header of a file, and a file next to it, say about all its updates."""
     if HEADER in header:
         try:
             packed = json.loads(header[HEADER])
@@ -192,9 +192,9 @@ def settings_of(path: Path, header: Mapping[str, str], updates: Mapping[str, Ten
         yield _checked(f"{path}: its header", fields)
     elif "ss_network_alpha" in header:
         yield _checked(f"{path}: its header", {"lora_alpha": header["ss_network_alpha"]})
-    beside = path.parent / CONFIG
-    if beside.exists() and (path.stem == ADAPTER or any(name.startswith("base_model.model.") for name in updates)):
-        yield _checked(str(beside), read_json(beside, "lora"))
+    settings = path.parent / CONFIG
+    if settings.exists() and (path.stem == ADAPTER or any(name.startswith("base_model.model.") for name in updates)):
+        yield _checked(str(settings), read_json(settings, "lora"))
 
 
 def _checked(source: str, fields: Mapping[str, Any]) -> Settings:

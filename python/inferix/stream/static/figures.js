@@ -1,4 +1,4 @@
-// The figures beside the picture. All are measured: in this browser, or by the server and sent with each block.
+// The figures next to the picture. All are measured: in this browser, or by the server and sent with each block.
 
 const PARTS = { denoise: "denoise", pictures: "to pictures", transfer: "hand over", encode: "encode" };
 const KEEP = 200; // samples that the percentiles are of

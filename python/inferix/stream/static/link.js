@@ -148,7 +148,7 @@ export class Link extends EventTarget {
     }
   }
 
-  // The server's timestamp, modulo 2^32, of a picture with RTP's; null if that can't be told (yet).
+  // The server's timestamp, modulo 2^32, of a picture with RTP's; null if it isn't known (yet).
   time(rtp) {
     return this.origin === null || rtp === undefined ? null : (rtp - this.origin + 2 ** 32) % 2 ** 32;
   }
