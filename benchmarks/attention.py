@@ -2,13 +2,12 @@
 
 Peers get K and V contiguous for free, as no cache of pages could hand them over; "gather-sdpa" pays for it. "int8+bf16"
 are two pools in one plan, as a world has them: the past in int8, the block's own keys and values in bf16 scratch.
-"ours-...-8bit" multiplies in 8 bits, where the other contenders widen the same pages.
+Names of ours say the precision of products: "ours-..." is "auto", "ours-...-8bit" and "ours-...-exact" what they say.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -36,13 +35,12 @@ from .shapes import Shape
 
 # Queries are in the precision that a model with pages of this format would have.
 QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
-# Variants of ours: format of the pages, whether products are in 8 bits, and the relative error allowed.
-OURS = {format: (format, False, LIMITS[format].relative) for format in KV_FORMATS} | {
-    f"{format}, products of 8 bits": (format, True, limit.relative) for format, limit in LIMITS_8_BIT.items()
+# Ours beside precision="auto", where it makes a difference: (format, precision) -> the relative error allowed.
+OTHERS = {
+    "cuda": {(format, "8bit"): limit.relative for format, limit in LIMITS_8_BIT.items()},
+    "cpu": {("int8", precision): LIMITS["int8"].relative for precision in ("8bit", "exact")},
 }
 WORLD_FORMATS = ("int8+bf16", "int8+fp32")  # of the past, and of the block's own keys and values
-# Modules in which products of 8 bits are allowed by a switch.
-SWITCHES = {"compiled": "inferix_kernels.compiled", "triton": "inferix_kernels.triton_kernels.attention"}
 SCORES = 1 << 30  # bytes of scores that the reference may hold, which limits its queries per call
 
 
@@ -142,20 +140,19 @@ def expected(inputs: Inputs) -> Tensor:
     return paged_attention(q, [inputs.pool("fp32")], inputs.plan(inputs.every), backend="reference")[0]
 
 
-def ours(inputs: Inputs, format: str, backend: str, eight_bit: bool = False) -> Prepared:
+def limits_of(device: str) -> dict[tuple[str, str], float]:
+    """(format, precision) of ours on a device -> the relative error allowed."""
+    formats = (*KV_FORMATS, *WORLD_FORMATS)
+    return {(format, "auto"): LIMITS[format.split("+")[0]].relative for format in formats} | OTHERS[device]
+
+
+def ours(inputs: Inputs, format: str, backend: str, precision: str = "auto") -> Prepared:
     pools, plan = inputs.pools(format)
     q = inputs.q.to(QUERY_DTYPE.get(format, torch.bfloat16))
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
 
     def run() -> Tensor:
-        if not eight_bit:
-            return paged_attention(q, pools, plan, out=out, lse=lse, backend=backend)[0]
-        switch: Any = importlib.import_module(SWITCHES[backend])
-        before, switch.ALLOW_8_BIT = switch.ALLOW_8_BIT, True
-        try:
-            return paged_attention(q, pools, plan, out=out, lse=lse, backend=backend)[0]
-        finally:
-            switch.ALLOW_8_BIT = before
+        return paged_attention(q, pools, plan, out=out, lse=lse, precision=precision, backend=backend)[0]
 
     return Prepared(run, lambda result: sampled(result, inputs))
 
@@ -216,20 +213,18 @@ def merged(halves: Halves) -> tuple[Tensor, ...]:
 
 
 def cases(shape: Shape, device: str) -> Iterator[Case]:
-    tried = [tried for tried in OURS.values() if not tried[1] or device == "cuda"]  # a CPU multiplies as a page asks
-    tried += [(format, False, LIMITS[format.split("+")[0]].relative) for format in WORLD_FORMATS]
     mine = [
         Contender(
-            f"ours-{backend}{'-8bit' * eight_bit}",
+            f"ours-{backend}" if precision == "auto" else f"ours-{backend}-{precision}",
             format,
-            partial(ours, format=format, backend=backend, eight_bit=eight_bit),
+            partial(ours, format=format, backend=backend, precision=precision),
             flops_of(shape),
             bytes_of(shape, format),
             Limit.of(limit),
             kernel_of(backend, device, "attention"),
         )
         for backend in BACKENDS[device]
-        for format, eight_bit, limit in tried
+        for (format, precision), limit in limits_of(device).items()
     ]
     theirs = peers.contenders("attention", device, flops_of(shape), partial(bytes_of, shape), op="paged_attention")
     yield Case("attention", "paged_attention", shape.name, partial(make_inputs, shape), expected, [*mine, *theirs])

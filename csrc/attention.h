@@ -4,6 +4,13 @@
 
 namespace inferix {
 
+// Of the products of q and keys, and of weights and values, over pages that are quantized.
+enum class Precision : int32_t {
+  exact,      // q and weights have at least 16 bits
+  eight_bit,  // they are rounded to 8 bits where the hardware is faster so
+  automatic   // 8 bits where that costs little whatever q holds: on a CPU q in two bytes and weights in one, on a GPU never
+};
+
 struct PagedAttentionParams {
   Rows q;    // [variants, T, query_heads, D]  q_dtype
   int64_t q_variant_stride;  // in elements
@@ -19,11 +26,11 @@ struct PagedAttentionParams {
   int64_t variants, T, query_heads, segments, lists_per_segment;  // 1 list, or H
   float scale;
   bool accumulate;  // out and lse hold a result over other keys: merge into it
-  bool eight_bit;   // on a GPU: pages that allow it are multiplied in 8 bits, q and weights rounded to them
+  Precision precision;
   DType q_dtype, out_dtype;
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
   INFERIX_FIELDS(q, q_variant_stride, out, lse, pools, q_indptr, page_indptr, entries, page_bias, page_variants,
-                 shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, eight_bit, q_dtype,
+                 shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, precision, q_dtype,
                  out_dtype, workspace)
 };
 

@@ -137,6 +137,10 @@ void define_types(py::module_& m) {
       .value("float32", DType::f32)
       .value("bfloat16", DType::bf16)
       .value("float16", DType::f16);
+  py::enum_<Precision>(m, "Precision")
+      .value("exact", Precision::exact)
+      .value("eight_bit", Precision::eight_bit)
+      .value("automatic", Precision::automatic);
   py::enum_<Codec>(m, "Codec")
       .value("float32", Codec::f32)
       .value("bfloat16", Codec::bf16)

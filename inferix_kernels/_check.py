@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Side
+from .layout import FORMATS, PRECISIONS, KVPages, PageList, Plan, Quantized, Side
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix
@@ -280,6 +280,11 @@ def check_norm(
             f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
         )
     check_optional(f"{name}_bias", bias, FLOATS, size, sizes, device)
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_word(name: str, word: str | None, words: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
-    for name, refusal in candidates(op, device, args):
+    for name, refusal in candidates(op, device, args, kwargs.get("precision") == "8bit"):
         try:
             if refusal:
                 raise Unsupported(refusal)
@@ -51,11 +51,13 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
 
 
-def candidates(op: str, device: torch.device, args: Sequence[Any]) -> Sequence[tuple[str, str]]:
+def candidates(
+    op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False
+) -> Sequence[tuple[str, str]]:
     """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
     if device.type != "cuda":
         return [(name, "") for name in AUTO[device.type]]
-    return stored.candidates(op, device, formats_of(args), AUTO["cuda"], PROVED)
+    return stored.candidates(op, device, formats_of(args), eight_bit, AUTO["cuda"], PROVED)
 
 
 def formats_of(args: Sequence[Any]) -> tuple[str, ...]:

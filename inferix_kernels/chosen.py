@@ -77,20 +77,22 @@ def attention(
     query_heads: int | None = None,
     head_dim: int = 128,
     page_size: int = 64,
+    precision: str = "auto",
 ) -> Choice:
     """What runs paged_attention over pools of these formats.
 
     Args:
         formats: of the pools, in order, scratch last.
         dtype: of q.
+        precision: as for ops.paged_attention.
     """
     pools = [KVPages.empty(format, 1, heads, page_size, head_dim) for format in formats]
     q = torch.zeros(1, query_heads or heads, head_dim, dtype=dtype)
     order = [(name, "") for name in AUTO[on.kind]]
     if on.kind == "cuda":
-        eight_bit = {name: stored.multiplies_in_8_bits(name) for name in AUTO["cuda"]}
+        eight_bit = precision == "8bit"
         order = [*stored.rank(on.proof, "paged_attention", formats, eight_bit, AUTO["cuda"], PROVED)]
-    said = {name: wrong or refusal(name, on, q, pools) for name, wrong in order}
+    said = {name: wrong or refusal(name, on, q, pools, precision) for name, wrong in order}
     taken = next((name for name, why in said.items() if not why), "")
     reasons = [f"{name}: {why}" for name, why in said.items() if why]
     if on.kind == "cuda" and taken != "compiled" and not said["compiled"]:
@@ -98,7 +100,7 @@ def attention(
     return Choice(taken, tuple(reasons))
 
 
-def refusal(backend: str, on: Target, q: torch.Tensor, pools: Sequence[KVPages]) -> str:
+def refusal(backend: str, on: Target, q: torch.Tensor, pools: Sequence[KVPages], precision: str = "auto") -> str:
     """Why a backend's paged_attention can not take this on the device; "" if it can."""
     try:
         implementation("paged_attention", backend)
@@ -106,7 +108,7 @@ def refusal(backend: str, on: Target, q: torch.Tensor, pools: Sequence[KVPages])
             from . import compiled
 
             plan = make_plan([(len(q), [], [])])
-            compiled.require_attention(q, pools, plan)
+            compiled.require_attention(q, pools, plan, precision)
             if on.capability != HOPPER:
                 raise Unsupported(f"needs sm_90, a Hopper GPU, and this is sm_{on.capability}")
         if backend == "triton" and on.capability < 80:

@@ -2,6 +2,8 @@
 
 This file turns tensors into addresses, sizes and strides, and calls the extension with them; on a GPU also with the
 current stream and room to work in. Layouts that a kernel does not take are Unsupported.
+
+Long because the fields of every op's struct are filled here, each by its name.
 """
 
 from __future__ import annotations
@@ -23,10 +25,6 @@ except ImportError as error:
 HAS_CUDA: bool = _C.has_cuda
 Isa = _C.Isa
 ISA: Any = _C.best_isa()  # the instructions that CPU kernels use; tests set others
-# Whether paged_attention on a GPU multiplies pages whose format allows it, i8f8 and fp8, in 8 bits: faster, and further
-# from the reference, as q and the weights are rounded too. Set by who calls, as torch's allow_tf32 is; Triton has the
-# same. On a CPU the page's own precision is taken.
-ALLOW_8_BIT = False
 CUDA_OPS = frozenset(_C.cuda_ops)
 Struct = dict[str, Any]  # one of csrc/'s, with a value for each field
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
@@ -41,6 +39,7 @@ _CODECS = {
     Codec(torch.uint8, "token"): _C.Codec.u4_token,
     Codec(torch.uint8, "channel"): _C.Codec.u4_channel,
 }
+_PRECISIONS = {"exact": _C.Precision.exact, "8bit": _C.Precision.eight_bit, "auto": _C.Precision.automatic}
 _NORMS = {None: _C.Norm.none, "layer": _C.Norm.layer, "rms": _C.Norm.rms}
 _ACTIVATIONS = {
     None: _C.Activation.none,
@@ -97,7 +96,15 @@ def kv_gather(
 
 
 def paged_attention(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    *,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool = False,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     _run(
         "paged_attention",
@@ -105,12 +112,12 @@ def paged_attention(
         **_attention(q, pools, plan, out, lse),
         scale=scale,
         accumulate=accumulate,
-        eight_bit=ALLOW_8_BIT,
+        precision=_PRECISIONS[precision],
     )
     return out, lse
 
 
-def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> None:
+def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, precision: str = "auto") -> None:
     """Raise Unsupported unless the CUDA kernel takes such arguments. They may lie anywhere: nothing of them is read."""
 
     class Taken(Exception):
@@ -122,9 +129,9 @@ def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> None:
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     tensors = _attention(q, pools, plan, torch.empty_like(q), q.new_empty(q.shape[:2]))
-    arguments = {**tensors, "scale": q.shape[-1] ** -0.5, "accumulate": False, "eight_bit": ALLOW_8_BIT}
+    options = {"scale": q.shape[-1] ** -0.5, "accumulate": False, "precision": _PRECISIONS[precision]}
     try:
-        _C.paged_attention(arguments, stream=0, workspace=taken)
+        _C.paged_attention({**tensors, **options}, stream=0, workspace=taken)
     except Taken:
         return
     except _C.Unsupported as error:

@@ -35,6 +35,9 @@ class Codec(NamedTuple):
         return torch.float16 if self.packed else torch.float32
 
 
+PRECISIONS = ("auto", "exact", "8bit")  # of attention's products: see ops.paged_attention
+
+
 class Format(NamedTuple):
     k: Codec
     v: Codec

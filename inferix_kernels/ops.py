@@ -37,6 +37,7 @@ from ._check import (
     check_page_list,
     check_pages,
     check_pools,
+    check_precision,
     check_quantized,
     check_same_width,
     check_tensor,
@@ -190,6 +191,7 @@ def paged_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     accumulate: bool = False,
+    precision: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of ragged segments of queries over lists of pages: (out, lse).
@@ -211,6 +213,11 @@ def paged_attention(
         lse: [T, Hq] float32, to write to: log of the sum of exp(scale * q . k), natural.
         accumulate: out and lse hold the result over other keys; merge these into it. Give a float32 out, or every
             call rounds.
+        precision: of the products over quantized pages. "exact": q and the softmax's weights have at least 16 bits.
+            "8bit": both are rounded to 8 bits where that is faster: int8 pages on a CPU with VNNI, pages with a scale
+            for each token on a GPU. Large channels in q cost the others their bits then. "auto": 8 bits where the error
+            stays near the exact one whatever q holds: on a CPU q in two terms of 8 bits and weights in one, on a GPU
+            not at all. Nothing is looked up in q to choose.
 
     Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135.
 
@@ -225,11 +232,13 @@ def paged_attention(
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D", pools, plan, sizes, same_width=True)
+    check_precision(precision)
     if accumulate:
         check_given(ADDED_TO, out=out, lse=lse)
     out, lse = attention_outputs(q, out, lse, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    call("paged_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
+    options = {"scale": scale, "accumulate": accumulate, "precision": precision}
+    call("paged_attention", backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
 

@@ -38,6 +38,12 @@ RowAddress address(const PagedAttentionParams& p, const Task& task, int64_t row)
 
 int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
 
+// Two terms of a query make sums 255 times as large: wider heads are multiplied as if the call were exact.
+Arithmetic key_arithmetic(const PagedAttentionParams& p, Codec codec, Isa isa) {
+  const bool too_wide = p.precision == Precision::automatic && width(p) > kMostTwoTerms;
+  return arithmetic_of(codec, isa, too_wide ? Precision::exact : p.precision);
+}
+
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Loads the queries, scaled so that scores are in units of log 2, and initialises the online softmax.
@@ -46,7 +52,7 @@ INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const T
                                  Workspace& w) {
   const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes, stride = round_up(D, kLanes);
   bool wanted[kArithmetics] = {};
-  for (int i = 0; i < p.pools.count; ++i) wanted[arithmetic_of(p.pools.pool[i].k.codec, isa)] = true;
+  for (int i = 0; i < p.pools.count; ++i) wanted[key_arithmetic(p, p.pools.pool[i].k.codec, isa)] = true;
   Column lowest;
   std::fill_n(lowest.lane, kLanes, -kInfinity);
   w.running.assign(groups, OnlineSoftmax{lowest, Column{}});
@@ -55,7 +61,8 @@ INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const T
   float *x = w.row.floats((kLanes + 1) * stride), *words = x + stride;  // a row; the words of sixteen
   std::fill_n(x, (kLanes + 1) * stride, 0.f);
   for (int arithmetic = 0; arithmetic < kArithmetics; ++arithmetic) {  // kInt8 last: the scales are its
-    const int64_t count = words_of(D, static_cast<Arithmetic>(arithmetic));
+    const int64_t terms = terms_of(static_cast<Arithmetic>(arithmetic), p.precision);
+    const int64_t count = terms * words_of(D, static_cast<Arithmetic>(arithmetic));
     w.q[arithmetic].resize(wanted[arithmetic] ? p.variants * groups * count : 0);
     for (int64_t group = 0; wanted[arithmetic] && group < p.variants * groups; ++group) {
       const int64_t variant = group / groups, first = group % groups * kLanes;
@@ -64,7 +71,7 @@ INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const T
         to_floats(isa, p.q_dtype, static_cast<const char*>(p.q.data) + at * element_bytes(p.q_dtype), D, 1, D, x, D);
         for (int64_t d = 0; d < D; ++d) x[d] *= p.scale * kLog2E;
         int32_t* row_words = reinterpret_cast<int32_t*>(words + (row - first) * stride);
-        w.q_scale[group].lane[row - first] = to_words(static_cast<Arithmetic>(arithmetic), x, D, row_words);
+        w.q_scale[group].lane[row - first] = to_words(static_cast<Arithmetic>(arithmetic), x, D, terms, row_words);
       }
       alignas(64) Column block[kLanes];
       for (int64_t n = 0; n < count; n += kLanes) {
@@ -158,17 +165,20 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
     const Tile v_tile = tile_of(page.pool->v, p.shape, page.page, task.head);
-    const Arithmetic k_arithmetic = arithmetic_of(k_tile.codec, isa), v_arithmetic = arithmetic_of(v_tile.codec, isa);
+    const Arithmetic k_arithmetic = key_arithmetic(p, k_tile.codec, isa),
+                     v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
+    const int64_t terms = terms_of(k_arithmetic, p.precision);
     const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
     for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
       const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
-      const TileKeys keys = pack_keys<S>(isa, k_tile, first, count, bias, kBlock, w);
-      const TileValues values = pack_values(isa, v_tile, first, count, w);
+      const TileKeys keys = pack_keys<S>(isa, k_arithmetic, k_tile, first, count, bias, kBlock, w);
+      const TileValues values = pack_values(isa, v_arithmetic, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
-        const Column* q = &w.q[k_arithmetic][(first_group + group) * keys.words];
+        const Column* q = &w.q[k_arithmetic][(first_group + group) * terms * keys.words];
+        const Column* q_low = terms == 2 ? q + keys.words : nullptr;
         Column row_max, *out = &w.out[group * out_columns];
         with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          row_max = kernels.qk_product(keys, q, w.q_scale[first_group + group], scores);
+          row_max = kernels.qk_product(keys, q, q_low, w.q_scale[first_group + group], scores);
         });
         rescale<S>(row_max, w.running[group], out, out_columns);
         with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {

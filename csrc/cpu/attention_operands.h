@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "../attention.h"
 #include "attention_tile.h"
 #include "codes.h"
 
@@ -11,13 +12,20 @@ namespace inferix {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The precision of products: that of the page, where the CPU has the instructions.
+// What words hold. Products are taken in the precision of the page, where the CPU has the instructions and the call
+// allows it.
 enum Arithmetic { kFloats, kBf16, kInt8, kArithmetics };
 
-inline Arithmetic arithmetic_of(Codec codec, Isa isa) {
+inline Arithmetic arithmetic_of(Codec codec, Isa isa, Precision precision) {
   if (codec == Codec::f32 || codec == Codec::f16) return kFloats;
-  if (codec == Codec::i8_token || codec == Codec::i8_channel) return isa >= Isa::avx512_vnni ? kInt8 : kFloats;
+  const bool int8 = codec == Codec::i8_token || codec == Codec::i8_channel;
+  if (int8 && precision != Precision::exact && isa >= Isa::avx512_vnni) return kInt8;
   return isa >= Isa::avx512_bf16 ? kBf16 : kFloats;
+}
+
+// Terms of a query in bytes: x = scale * (high + low / kLowSteps), of which the second is left out in 8 bits.
+inline int64_t terms_of(Arithmetic arithmetic, Precision precision) {
+  return arithmetic == kInt8 && precision == Precision::automatic ? 2 : 1;
 }
 
 constexpr int64_t kElements[kArithmetics] = {1, 2, 4};  // of a word
@@ -30,7 +38,7 @@ inline int64_t words_of(int64_t D, Arithmetic arithmetic) {
 
 // A thread's buffers for a task; kept between calls, since a task is short.
 struct Workspace {
-  std::vector<Column> q[kArithmetics];  // [variants][groups][words of a row]; none if no pool wants it
+  std::vector<Column> q[kArithmetics];  // [variants][groups][terms][words of a row]; none if no pool wants it
   std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
   std::vector<Column> out;              // [groups][D rounded up to 16]
   std::vector<OnlineSoftmax> running;   // [groups]
@@ -41,9 +49,9 @@ struct Workspace {
   Buffer v_scales;
 };
 
-// x[D], zeros up to a whole word, as the words of one arithmetic; bytes are 128 more than what they stand for. Returns
-// the scale of bytes.
-INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, int32_t* words) {
+// x[D], zeros up to a whole word, as the words of one arithmetic, for bytes those of one term after the other; bytes are
+// 128 more than what they stand for. Returns the scale of the last term's bytes.
+INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, int64_t terms, int32_t* words) {
   if (arithmetic == kFloats) {
     std::memcpy(words, x, D * 4);
   } else if (arithmetic == kBf16) {
@@ -55,9 +63,16 @@ INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, 
     const float scale = std::max(float_of(static_cast<uint32_t>(largest)), kAmaxFloor) / kInt8Max;
     const float inverse = 1.f / scale;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(words);
-    for (int64_t d = 0; d < round_up(D, 4); ++d) bytes[d] = static_cast<uint8_t>(rounded(x[d] * inverse) + 128);
+    for (int64_t d = 0; d < round_up(D, 4); ++d) {
+      const float steps = x[d] * inverse;
+      const int32_t high = rounded(steps);
+      bytes[d] = static_cast<uint8_t>(high + 128);
+      if (terms == 2)
+        bytes[round_up(D, 4) + d] = static_cast<uint8_t>(rounded((steps - static_cast<float>(high)) * kLowSteps) + 128);
+    }
     // A NaN or an infinity has made every byte meaningless: the scale carries it on.
-    return largest >= 0x7f800000 ? std::numeric_limits<float>::quiet_NaN() : scale;
+    if (largest >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
+    return terms == 2 ? scale / kLowSteps : scale;
   }
   return 1.f;
 }
@@ -73,9 +88,8 @@ inline void copy_rows(const char* from, int64_t from_stride, int64_t count, char
 
 // Tokens first : first + count of a tile of keys.
 template <typename S>
-INFERIX_INLINE TileKeys pack_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
-                                   Workspace& w) {
-  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
+INFERIX_INLINE TileKeys pack_keys(Isa isa, Arithmetic arithmetic, const Tile& tile, int64_t first, int64_t count,
+                                  float bias, int64_t block, Workspace& w) {
   const int64_t D = tile.width, rows = round_up(count, block), words = words_of(D, arithmetic);
   const bool in_place = count == rows && D % kElements[arithmetic] == 0;
   std::fill_n(w.bias, count, bias);
@@ -136,8 +150,8 @@ INFERIX_INLINE void interleave(int64_t count, int64_t width, int64_t stride, con
   }
 }
 
-INFERIX_INLINE TileValues pack_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w) {
-  const Arithmetic arithmetic = arithmetic_of(tile.codec, isa);
+INFERIX_INLINE TileValues pack_values(Isa isa, Arithmetic arithmetic, const Tile& tile, int64_t first, int64_t count,
+                                      Workspace& w) {
   const int64_t D = tile.width, columns = round_up(D, kLanes);
   const int64_t steps = words_of(count, arithmetic);
   const char* codes = tile.codes + first * row_bytes(tile.codec, D);

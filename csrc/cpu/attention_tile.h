@@ -12,6 +12,10 @@
 
 namespace inferix {
 
+// The low byte of a query counts in steps of one 254th of the high one's: between -127 and 127 for what it rounded off.
+constexpr float kLowSteps = 254.f;
+constexpr int64_t kMostTwoTerms = 512;
+
 // Keys whose scores are held at once. A tile has that many at most.
 constexpr int64_t kTileKeys = 64;
 
@@ -120,11 +124,13 @@ struct MicroKernels {
   }
 
   // scores[key] = k[key] . q + bias for each of sixteen queries; returns the largest of each.
-  INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column& q_scale, Column* scores) {
+  // q_low, if it is not null, are the low bytes of int8 queries. Sums stay below 2^31 up to kMostTwoTerms channels.
+  INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column* q_low, const Column& q_scale,
+                                          Column* scores) {
     Column row_max;
     for (int part = 0; part < S::kParts; ++part) S::part(row_max, part) = Lanes{} - __builtin_inff();
     for (int64_t first = 0; first < k.count; first += kBlock) {
-      Sums sums;
+      Sums sums{};
       each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
         if constexpr (kInteger)
           sums.of[j] = Sum{} + k.compensation[first + row];
@@ -140,6 +146,14 @@ struct MicroKernels {
         return base + (row % 4 == 0 ? 0 : row % 4 == 1 ? stride : row % 4 == 2 ? 2 * stride : three);
       };
       multiply_add(at, 4, q, k.words, sums);
+      if constexpr (kInteger) {
+        if (q_low) {
+          each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
+            sums.of[j] = sums.of[j] * static_cast<int32_t>(kLowSteps) + k.compensation[first + row];
+          });
+          multiply_add(at, 4, q_low, k.words, sums);
+        }
+      }
       each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
         Lanes result;
         if constexpr (kInteger) {

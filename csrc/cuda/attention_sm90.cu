@@ -43,7 +43,7 @@ void check(const PagedAttentionParams& p) {
   require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
-    with_kernel(pool, p.eight_bit, [&](auto kind, auto) {
+    with_kernel(pool, p.precision == Precision::eight_bit, [&](auto kind, auto) {
       constexpr Kind kKind = decltype(kind)::value;
       constexpr DType type = query_type(kKind);
       // What a box of 16-bit rows reads past the end of its page is another's, and masked like slots not yet written.
@@ -189,7 +189,7 @@ void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
     const AttentionArgs args = attention_args(p, workspace, i);
     prepare_kernel<<<1, kPrepareThreads, 0, s>>>(prepare_args(p, workspace, i, first_page));
     check_launch("paged_attention");
-    with_kernel(pool, p.eight_bit, [&](auto kind, auto width) {
+    with_kernel(pool, p.precision == Precision::eight_bit, [&](auto kind, auto width) {
       constexpr Kind kKind = decltype(kind)::value;
       constexpr int kD = decltype(width)::value;
       const Maps maps = maps_of<kKind, kD>(pool, p.shape);

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import compiled, ops, reference, testing
+from .. import ops, reference, testing
 from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, Plan
 from .stored import kernel
 
@@ -136,8 +136,7 @@ def _merge(format: str, backend: str, device: str) -> None:
 def _attention(format: str, eight_bit: bool, backend: str, device: str) -> None:
     """Ragged segments and pages, grouped heads; alone and beside scratch in bfloat16, as a World has them."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(format, torch.bfloat16)
-    on_cpu = torch.device(device).type == "cpu"  # where int8 pages are multiplied in 8 bits, whoever asks
-    allowed = tolerance(format, eight_bit or (on_cpu and format == "int8"))
+    allowed, precision = tolerance(format, eight_bit), "8bit" if eight_bit else "exact"
     for width in (128,) if backend == "triton" else (64, 128):  # Triton compiles each for seconds
         for formats in [(format,)] if dtype != torch.bfloat16 else [(format,), (format, "bf16")]:
             q, pools, plan = testing.attention_inputs(
@@ -146,8 +145,7 @@ def _attention(format: str, eight_bit: bool, backend: str, device: str) -> None:
             )  # fmt: skip
             want = ops.paged_attention(_rounded(q, pools) if eight_bit else q, pools, plan, backend="reference")
             given = q.to(device), [_pool(pool, device) for pool in pools], Plan(*_to(plan, device))
-            with _products(backend, eight_bit):
-                out, lse = _same_in_every_run(*given, backend)
+            out, lse = _same_in_every_run(*given, precision, backend)
             # Beside other pages: q is rounded to each pool's codes in turn, which one rounding of q can't say.
             most = 1.5 * allowed if eight_bit and len(formats) > 1 else allowed
             what = f"{' + '.join(formats)}, head_dim {width}: "
@@ -155,33 +153,15 @@ def _attention(format: str, eight_bit: bool, backend: str, device: str) -> None:
             require_close(what + "lse", lse, want[1], max(most, 1e-4))
 
 
-def _same_in_every_run(q: Tensor, pools: list[KVPages], plan: Plan, backend: str) -> tuple[Tensor, Tensor]:
-    first = ops.paged_attention(q, pools, plan, backend=backend)
+def _same_in_every_run(
+    q: Tensor, pools: list[KVPages], plan: Plan, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    first = ops.paged_attention(q, pools, plan, precision=precision, backend=backend)
     for _ in range(RUNS - 1):
-        again = ops.paged_attention(q, pools, plan, backend=backend)
+        again = ops.paged_attention(q, pools, plan, precision=precision, backend=backend)
         if not all(torch.equal(a, b) for a, b in zip(first, again)):
             raise Wrong("not the same bits in every run")
     return first
-
-
-class _products:
-    """Products in 8 bits or not, of whichever backend is tried; as before afterwards."""
-
-    def __init__(self, backend: str, eight_bit: bool):
-        if backend == "triton":
-            from ..triton_kernels import attention
-
-            self.module: object = attention
-        else:
-            self.module = compiled
-        self.wanted = eight_bit
-
-    def __enter__(self) -> None:
-        self.before = self.module.ALLOW_8_BIT  # type: ignore[attr-defined]
-        self.module.ALLOW_8_BIT = self.wanted  # type: ignore[attr-defined]
-
-    def __exit__(self, *_: object) -> None:
-        self.module.ALLOW_8_BIT = self.before  # type: ignore[attr-defined]
 
 
 def _rounded(q: Tensor, pools: Sequence[KVPages]) -> Tensor:

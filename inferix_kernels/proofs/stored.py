@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +27,6 @@ FOLDER = Path("~/.cache/inferix/proofs")
 RIGHT = "right"
 # Outcomes that say nothing against a kernel: it refuses such arguments, or the proof did not come to it.
 NEUTRAL = ("unsupported", "not reached")
-# Modules whose ALLOW_8_BIT says how their paged_attention multiplies: 8-bit products are kernels of their own.
-_PRODUCTS = {"compiled": "inferix_kernels.compiled", "triton": "inferix_kernels.triton_kernels.attention"}
 _ROOT = Path(__file__).parent.parent
 
 
@@ -182,15 +179,16 @@ def forget() -> None:
 
 
 def candidates(
-    op: str, device: torch.device, formats: Sequence[str], given: Sequence[str], proved: Sequence[str]
+    op: str, device: torch.device, formats: Sequence[str], eight_bit: bool, given: Sequence[str], proved: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
     """Backends for a call on a GPU that is here, in order, each with "" or why it must not run.
 
     Args:
         formats: of the pages that the call reads or writes.
+        eight_bit: it allows products of 8 bits, which are kernels of their own.
         given: backends in the order for what is unproved; proved: for what was proved right.
     """
-    return _ranked(op, device, tuple(formats), tuple(map(multiplies_in_8_bits, given)), tuple(given), tuple(proved))
+    return _ranked(op, device, tuple(formats), eight_bit, tuple(given), tuple(proved))
 
 
 @functools.lru_cache(4096)
@@ -198,18 +196,18 @@ def _ranked(
     op: str,
     device: torch.device,
     formats: tuple[str, ...],
-    eight_bit: tuple[bool, ...],
+    eight_bit: bool,
     given: tuple[str, ...],
     proved: tuple[str, ...],
 ) -> tuple[tuple[str, str], ...]:
-    return rank(of_device(device), op, formats, dict(zip(given, eight_bit)), given, proved)
+    return rank(of_device(device), op, formats, eight_bit, given, proved)
 
 
 def rank(
     proof: Proof | None,
     op: str,
     formats: Sequence[str],
-    eight_bit: Mapping[str, bool],
+    eight_bit: bool,
     given: Sequence[str],
     proved: Sequence[str],
 ) -> tuple[tuple[str, str], ...]:
@@ -218,13 +216,8 @@ def rank(
     said = {name: "" for name in given}
     if proof is not None:
         for name in given:
-            said[name] = proof.outcome(name, [kernel(op, f, eight_bit.get(name, False)) for f in formats])
+            said[name] = proof.outcome(name, [kernel(op, f, eight_bit) for f in formats])
     right = [(name, "") for name in proved if said[name] == RIGHT]
     unproved = [(name, "") for name in given if not said[name]]
     wrong = [(name, f"{said[name]} (proved on this GPU)") for name in given if said[name].startswith("wrong")]
     return (*right, *unproved, *wrong)
-
-
-def multiplies_in_8_bits(backend: str) -> bool:
-    """Is this backend's paged_attention allowed 8-bit products now?"""
-    return bool(getattr(sys.modules.get(_PRODUCTS.get(backend, "")), "ALLOW_8_BIT", False))

@@ -16,8 +16,17 @@ __all__ = ["check_plan", "latent_attention", "merge_attention", "paged_attention
 
 
 def paged_attention(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    *,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool = False,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
+    """Exact whatever `precision` allows: it is what the others are compared with."""
     return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, lambda keys, values: (keys, values))
 
 

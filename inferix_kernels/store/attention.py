@@ -7,6 +7,9 @@ devices, over gathered pages) is another class with `bind`: passes know no more 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,11 +37,23 @@ class Reads(NamedTuple):
         store: its `layers[layer]` are the pools that page ids count through.
         plan: a segment of queries and a page list for each block.
         blocks: the same on the host.
+        precision: of attention's products, for each world and layer; see ops.paged_attention.
     """
 
     store: Storage
     plan: Plan
     blocks: tuple[BlockReads, ...]
+    precision: Sequence[Sequence[str]]
+
+    def part(self, first: int, end: int) -> tuple[slice, Plan]:
+        """Of blocks first .. end - 1: their rows of q, and the plan of these rows."""
+        start = sum(block.queries for block in self.blocks[:first])
+        rows = slice(start, start + sum(block.queries for block in self.blocks[first:end]))
+        begin = sum(block.past + block.own for block in self.blocks[:first])
+        pages = slice(begin, begin + sum(block.past + block.own for block in self.blocks[first:end]))
+        q_indptr, page_indptr, ids, lens, *_ = self.plan
+        ends = slice(first, end + 1)
+        return rows, Plan(q_indptr[ends] - start, page_indptr[ends] - begin, ids[pages], lens[pages])
 
 
 class Attend(Protocol):
@@ -90,10 +105,20 @@ class _Local:
         self._lse: Tensor | None = None  # of every layer in turn
 
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
-        store, plan = self.reads.store, self.reads.plan
+        store, reads = self.reads.store, self.reads
         if self._lse is None:
             self._lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        return paged_attention(q, store.layers[layer], plan, out=out, lse=self._lse, backend=store.backend)[0]
+        attend = partial(paged_attention, pools=store.layers[layer], backend=store.backend)
+        wanted = [reads.precision[block.world][layer] for block in reads.blocks]
+        if len(set(wanted)) == 1:
+            return attend(q, plan=reads.plan, out=out, lse=self._lse, precision=wanted[0])[0]
+        # Worlds that differ in it get what each would get alone.
+        out, first = torch.empty_like(q) if out is None else out, 0
+        for precision, run in groupby(wanted):
+            rows, plan = reads.part(first, end := first + len(list(run)))
+            attend(q[rows], plan=plan, out=out[rows], lse=self._lse[rows], precision=precision)
+            first = end
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +169,26 @@ class _TopK:
         for block in reads.blocks:
             pages = slice(page, page := page + block.past + block.own)
             seen = PageList(reads.plan.page_ids[pages], reads.plan.page_lens[pages])
-            self.chosen.append((slice(row, row := row + block.queries), _Chosen(reads.store, top, block, seen)))
+            self.chosen.append(
+                (
+                    slice(row, row := row + block.queries),
+                    _Chosen(reads.store, top, block, seen, reads.precision[block.world]),
+                )
+            )
 
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
         store, out = self.store, torch.empty_like(q) if out is None else out
         for rows, chosen in self.chosen:
-            plan = chosen.plan(layer, q[rows])
-            paged_attention(q[rows], store.layers[layer], plan, out=out[rows], backend=store.backend)
+            plan, precision, pools = chosen.plan(layer, q[rows]), chosen.precision[layer], store.layers[layer]
+            paged_attention(q[rows], pools, plan, out=out[rows], precision=precision, backend=store.backend)
         return out
 
 
 class _Chosen:
     """The pages that one block's queries attend to."""
 
-    def __init__(self, store: Storage, top: TopK, block: BlockReads, seen: PageList):
+    def __init__(self, store: Storage, top: TopK, block: BlockReads, seen: PageList, precision: Sequence[str]):
+        self.precision = precision  # of each layer
         self.store, self.top, self.seen, device = store, top, seen, seen.ids.device
         self.past = PageList(*(x[: block.past] for x in seen))
         self.keep = torch.arange(block.past + block.own, device=device) >= block.past

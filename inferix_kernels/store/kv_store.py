@@ -43,6 +43,9 @@ class KVStore(Storage):
             layout.scratch_format has it for a bfloat16 network on this device.
         page_size: token slots per page, a multiple of 8.
         model: any name; a snapshot is refused by a store of another one.
+        precision: of attention's products over quantized pages: "exact", "8bit" or "auto", as for paged_attention.
+            On a CPU "auto" becomes "8bit" in the layers of a world whose first block showed that rounding q costs
+            hardly more than the rounding of its keys.
 
     Raises:
         ValueError: an argument is not what it must be; nothing was allocated.

@@ -19,6 +19,9 @@ from .attention import Attention, Reads
 from .table_view import TableView, replace_states
 from .turns import in_turn
 
+# Of the queries' rounding to the keys': at 1.1 attention's error is sqrt(1 + 1.1^2) = 1.49 times the keys' alone.
+MOST_ROUNDING = 1.1
+
 
 @dataclasses.dataclass
 class Share:
@@ -30,7 +33,8 @@ class Share:
         rope: of these rows.
         written: pool pages in scratch.
         commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed.
-        fresh: mean keys of the layers committed so far, in the pass that freezes them; it is one world's then.
+        fresh: of the layers committed so far, in the pass that freezes them: the mean key, and whether queries may be
+            rounded to 8 bits. It is one world's then.
     """
 
     tables: Sequence[TableView]
@@ -38,7 +42,7 @@ class Share:
     rope: Tensor | None
     written: PageList
     commits: Sequence[tuple[str, PageList, PageList]]
-    fresh: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    fresh: dict[int, tuple[Tensor, bool]] = dataclasses.field(default_factory=dict)
 
     def of(self, x: Tensor) -> Tensor:
         """Its rows of a tensor that has one for each token of the pass."""
@@ -161,7 +165,7 @@ class Pass:
                 out=share.of(q),
                 backend=store.backend,
             )
-        self._commit(layer)
+        self._commit(layer, q)
         return q
 
     @in_turn
@@ -191,14 +195,15 @@ class Pass:
         if len(x) != self._tokens:
             raise ValueError(f"{name} must have {self._tokens} rows, one for each token of the pass, got {len(x)}")
 
-    def _commit(self, layer: int) -> None:
+    def _commit(self, layer: int, q: Tensor | None = None) -> None:
         store = self.store
         freezing = False
         for share in self._shares:
             fresh = None  # scratch keys had their mean removed, if there is one
             if share.commits and store.freezes_mean and share.k_mean(layer) is None:
                 keys = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
-                fresh = share.fresh[layer] = torch.cat(keys).mean(0)
+                fresh = torch.cat(keys).mean(0)
+                share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), torch.cat(keys) - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:
                 kv_commit(
@@ -210,11 +215,12 @@ class Pass:
     def _freeze(self) -> None:
         """Worlds whose first block is committed in all layers have mean keys from here on."""
         done = [share for share in self._shares if len(share.fresh) == self.store.num_layers]
-        means = [tuple(share.fresh[layer] for layer in range(self.store.num_layers)) for share in done]
+        frozen = [zip(*(share.fresh[layer] for layer in range(self.store.num_layers))) for share in done]
         tables = [table for share in done for table in share.tables]
         for share in done:
             share.fresh.clear()
-        replace_states([(table, table.state._replace(k_means=mean)) for table, mean in zip(tables, means, strict=True)])
+        states = [table.state._replace(k_means=mean, eight_bit=bits) for table, (mean, bits) in zip(tables, frozen)]
+        replace_states(list(zip(tables, states, strict=True)))
 
     def _queries(self, qkv: Tensor) -> Tensor:
         if self._q is None:
@@ -226,3 +232,18 @@ class Pass:
                 )
             self._q = torch.empty(len(qkv), heads, width, dtype=qkv.dtype, device=qkv.device)
         return self._q
+
+
+def rounds_like_keys(q: Tensor, keys: Tensor) -> bool:
+    """Would 8-bit codes with a scale per row cost scores hardly more by rounding q than they cost by rounding keys?
+
+    A row's step is a 127th of its largest number, so the error of a score is as the largest number of the one side
+    times the length of the other. On a GPU the answer is no, as looking would cost a wait.
+
+    Args:
+        q: [T, Hq, D]; keys: [T, H, D], with their mean removed.
+    """
+    if q.device.type != "cpu":
+        return False
+    peak = [(x.float().square().amax(-1).mean() / x.float().square().sum(-1).mean()).sqrt() for x in (q, keys)]
+    return bool(peak[0] <= MOST_ROUNDING * peak[1])

@@ -40,6 +40,7 @@ class Past(NamedTuple):
         open_blocks: oldest first.
         target: what a planned clean pass of the oldest open block writes to.
         k_means: one mean key per layer, or None.
+        eight_bit: by layer, may queries be rounded to 8 bits? Decided with the mean keys; see passes.rounds_like_keys.
         edits: how often a slot was let go that an earlier plan may name.
     """
 
@@ -52,11 +53,12 @@ class Past(NamedTuple):
     open_blocks: tuple[Block, ...]
     target: tuple[tuple[Extent, Slot], ...]
     k_means: tuple[Tensor | None, ...]
+    eight_bit: tuple[bool, ...]
     edits: int
 
     @classmethod
     def empty(cls, layers: int) -> Past:
-        return cls({}, {}, NOTHING, frozenset(), frozenset(), 0, (), (), (None,) * layers, 0)
+        return cls({}, {}, NOTHING, frozenset(), frozenset(), 0, (), (), (None,) * layers, (False,) * layers, 0)
 
     def replaced(self, frames: Mapping[int, tuple[Extent, Slot]]) -> Past:
         """These held frames are other extents, which this world wants on the device."""
@@ -117,7 +119,8 @@ class Past(NamedTuple):
 
     def thawed(self) -> Past:
         """A world without a first block has no mean key, even if a clean pass has frozen one."""
-        return self if self.next_frame else self._replace(k_means=(None,) * len(self.k_means))
+        layers = len(self.k_means)
+        return self if self.next_frame else self._replace(k_means=(None,) * layers, eight_bit=(False,) * layers)
 
     def slot(self, frame: int) -> Slot | None:
         """Where this world may read a frame now."""

@@ -194,7 +194,14 @@ def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predic
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],
             )
         )
-    return Pass(Reads(store, plan, blocks), shares, predict, attention)
+    return Pass(Reads(store, plan, blocks, _precision(store, placed)), shares, predict, attention)
+
+
+def _precision(store: Storage, placed: Sequence[_Placed]) -> Sequence[Sequence[str]]:
+    """Of each world and layer: "auto" is 8 bits where the world's first block has shown that q allows it."""
+    if store.precision != "auto":
+        return [(store.precision,) * store.num_layers] * len(placed)
+    return [["8bit" if allowed else "auto" for allowed in each.table.state.eight_bit] for each in placed]
 
 
 def _mean_of(table: TableView) -> int:

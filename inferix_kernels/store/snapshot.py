@@ -90,6 +90,7 @@ def _state(table: TableView) -> dict[str, Any]:
         "frames": [[frame, extent.format] for frame, extent in table.held.items()],
         "pinned": sorted(table.pinned),
         "cold": sorted(table.cold),
+        "eight_bit": list(table.state.eight_bit),
     }
 
 
@@ -150,6 +151,7 @@ class _Header:
     cold: Sequence[int]
     pinned: Sequence[int]
     next_frame: int
+    eight_bit: tuple[bool, ...]  # of each layer
     checksums: Mapping[str, object] | None  # of each tensor; None: the file has none
 
 
@@ -182,6 +184,7 @@ def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.Pat
         cold=[frame for frame in _frames("cold", cold, formats) if formats[frame] in store.host],
         pinned=_frames("pinned", state.get("pinned"), formats),
         next_frame=next_frame,
+        eight_bit=_by_layer(state.get("eight_bit", [False] * store.num_layers), store.num_layers),
         checksums=_member(state, "checksums", dict) if version > 1 else None,
     )
 
@@ -221,6 +224,12 @@ def _frames(name: str, frames: object, held: Mapping[int, str]) -> list[int]:
     if not isinstance(frames, list) or any(type(frame) is not int or frame not in held for frame in frames):
         raise _Damaged(f"its header is damaged: {name} is {_short(frames)}")
     return sorted(set(frames))
+
+
+def _by_layer(eight_bit: object, layers: int) -> tuple[bool, ...]:
+    if not isinstance(eight_bit, list) or [type(x) for x in eight_bit] != [bool] * layers:
+        raise _Damaged(f"its header is damaged: eight_bit is {_short(eight_bit)}")
+    return tuple(eight_bit)
 
 
 def _policy(saved: dict[str, Any]) -> Policy:
@@ -264,6 +273,7 @@ def _restored(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) ->
         pinned=frozenset(header.pinned),
         next_frame=header.next_frame,
         k_means=k_means,
+        eight_bit=header.eight_bit,
     )
 
 

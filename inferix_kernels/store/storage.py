@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from .._check import check_counts, check_device, check_page_size
+from .._check import check_counts, check_device, check_page_size, check_precision
 from ..layout import FORMATS, KVPages, PageList
 from ..ops import kv_commit, kv_gather
 from .copies import Copies
@@ -69,8 +69,10 @@ class Storage:
         model: str = "",
         device: torch.device | str = "cpu",
         backend: str = "auto",
+        precision: str = "auto",
     ):
         self.device = device = check_device("device", device)
+        check_precision(precision)
         host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
         if isinstance(head_dim, Sequence) and len(head_dim) != 2:
             raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
@@ -90,7 +92,7 @@ class Storage:
             raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
         self.block_frames, self.scratch_blocks = int(block_frames), int(scratch_blocks)
-        self.page_size, self.model, self.backend = page_size, model, backend
+        self.page_size, self.model, self.backend, self.precision = page_size, model, backend, precision
         on_gpu = device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
         self.lists = PageLists(frame_tokens, page_size, self.device)

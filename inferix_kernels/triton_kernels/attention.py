@@ -4,11 +4,10 @@ Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, nev
 are not checked on the host, which would wait for the device: an entry that does not fit is skipped.
 
 Two ways to multiply. In floats, of q's type: a tile of keys and values is dequantized once for all rows of the program;
-a scale by token multiplies the key's scores instead, so that its codes are exact. In 8 bits, when
-ALLOW_8_BIT is set: q is quantized row by row to the type of the keys' codes and multiplied with them;
-weights are rounded to e4m3 and multiplied with e4m3 values, and the sum over each tile of at most 128 keys goes to
-float32, which Hopper's e4m3 units do not keep, in the step that applies the channels' scales. Sides that are neither,
-bf16 keys or int8 values say, stay with floats.
+a scale by token multiplies the key's scores instead, so that its codes are exact. In 8 bits, for precision "8bit": q is
+quantized row by row to the type of the keys' codes and multiplied with them; weights are rounded to e4m3 and multiplied
+with e4m3 values, and the sum over each tile of at most 128 keys goes to float32, which Hopper's e4m3 units do not keep,
+in the step that applies the channels' scales. Sides that are neither, bf16 keys or int8 values say, stay with floats.
 """
 
 from __future__ import annotations
@@ -57,20 +56,26 @@ from .online import (
 __all__ = ["paged_attention"]
 
 _WIDEST = 256
-# Whether bfloat16 and float16 queries on 8-bit keys are multiplied in 8 bits: faster, and further from the reference
-# (tests/triton_kernels/test_triton_attention.py states how far). Set by who calls, as torch's allow_tf32 is.
-ALLOW_8_BIT = False
 # e4m3 weights are stored times this: at most 256 of 448, and down to 2^-17 of the largest.
 WEIGHT_SCALE = tl.constexpr(256.0)
 
 
 def paged_attention(
-    q: Tensor, pools: Sequence[KVPages], plan: Plan, *, scale: float, out: Tensor, lse: Tensor, accumulate: bool = False
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    *,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    accumulate: bool = False,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_device("paged_attention", q)
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)
-    eight_bit = ALLOW_8_BIT and q.dtype != torch.float32 and any(codec.scaled_by == "token" for codec in keys_of(pools))
+    codes = any(codec.scaled_by == "token" for codec in keys_of(pools))
+    eight_bit = precision == "8bit" and codes and q.dtype != torch.float32
     return run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate), eight_bit)
 
 

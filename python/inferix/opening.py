@@ -53,7 +53,7 @@ def policy_for(adapter: Adapter, kv: str, window: int | None, sink: int | None, 
     return policy
 
 
-def open_store(model: Model, policy: Policy, worlds: int, backend: str) -> KVStore:
+def open_store(model: Model, policy: Policy, worlds: int, backend: str, precision: str) -> KVStore:
     """A store with room for so many worlds under this policy, on the model's device."""
     adapter, device = model.adapter, torch.device(model.device)
     # A guided world has two pasts; where nothing sees a past, nothing is ever committed.
@@ -70,6 +70,7 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str) -> KVSto
         pools={format: max(1, pasts * frames) for format, frames in policy.capacity().items()},
         device=device,
         backend=backend,
+        precision=precision,
     )
     if backend == "auto" and (unproved := stored.notice(device)):
         logging.getLogger("inferix").warning(unproved)

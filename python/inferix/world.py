@@ -45,6 +45,7 @@ class World(Facts):
         seed: of all noise. The same seed, actions and prompts give the same frames.
         weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
+        precision: of attention's products over quantized pages: "exact", "8bit" or "auto"; see inferix_kernels.KVStore.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
 
     Raises:
@@ -71,6 +72,7 @@ class World(Facts):
         seed: int = 0,
         weights: str | None = None,
         backend: str = "auto",
+        precision: str = "auto",
         **options: Any,
     ):
         check_format(kv)
@@ -81,7 +83,7 @@ class World(Facts):
         check_counts(adapter, blocks, worlds)
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
-        self.store = open_store(self.model, policy, worlds, backend)
+        self.store = open_store(self.model, policy, worlds, backend, precision)
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:

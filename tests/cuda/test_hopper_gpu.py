@@ -20,14 +20,9 @@ TOLERANCE = {kind: tolerance(*how) for kind, how in KINDS.items()}
 LSE_TOLERANCE = {kind: 2e-3 for kind in KINDS} | {"i8f8": 3e-2, "fp8": 3e-2, "wide int4": 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def precision_as_before(monkeypatch):
-    monkeypatch.setattr(compiled, "ALLOW_8_BIT", False)
-
-
 def attend(kind: str, *arguments, **options):
-    compiled.ALLOW_8_BIT = KINDS[kind][1]
-    return paged_attention(*arguments, **options, backend="compiled")
+    precision = "8bit" if KINDS[kind][1] else "exact"
+    return paged_attention(*arguments, **options, precision=precision, backend="compiled")
 
 
 def wanted(kind: str, q: torch.Tensor, pools, plan) -> tuple[torch.Tensor, torch.Tensor]:

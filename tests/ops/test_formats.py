@@ -88,7 +88,8 @@ from inferix_kernels.proofs import prove
 from benchmarks import attention, formats, kv_pages, qkv
 from benchmarks.harness.plan import FORMATS
 assert "swapped" in {job.format for job in prove.jobs("cpu")}
-assert "swapped" in attention.OURS and attention.OURS["swapped"] == ("swapped", *attention.OURS["int4"][1:])
+limits = attention.limits_of("cpu")
+assert limits["swapped", "auto"] == limits["int4", "auto"]
 assert "kv swapped" in chosen.table(chosen.target("cpu"))
 for case in prove.kernels_of("swapped").values():
     case("compiled", "cpu")

@@ -57,9 +57,9 @@ def tried(cache, monkeypatch):
     return calls
 
 
-def auto(formats=("int8", "bf16")):
+def auto(formats=("int8", "bf16"), **options):
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16, formats=formats)
-    return _dispatch.run("paged_attention", "auto", GPU, q, pools, plan)
+    return _dispatch.run("paged_attention", "auto", GPU, q, pools, plan, **options)
 
 
 def test_without_a_proof_triton_runs_first_and_ours_where_it_can_not(tried):
@@ -102,10 +102,9 @@ def test_every_format_of_a_call_must_be_right(tried):
     assert auto(("int8", "fp8")) == "triton"  # fp8 pages were not tried
 
 
-def test_products_in_8_bits_are_kernels_of_their_own(tried, monkeypatch):
+def test_products_in_8_bits_are_kernels_of_their_own(tried):
     stored.save(proof(compiled=RIGHT))
-    monkeypatch.setattr(compiled, "ALLOW_8_BIT", True)
-    assert auto() == "triton"
+    assert auto(precision="exact") == "compiled" and auto(precision="8bit") == "triton"
 
 
 def test_a_backend_asked_for_by_name_needs_no_proof(tried):
@@ -217,6 +216,7 @@ def stand_in(name: str) -> SimpleNamespace:
         dtype=torch.bfloat16,
         device=torch.device("meta"),
         stream=lambda: None,
+        schedule=None,
     )
 
 

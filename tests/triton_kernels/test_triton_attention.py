@@ -288,15 +288,14 @@ def test_8_bit_products_mix_with_others(device):
 
 
 def test_8_bits_are_asked_for(device, monkeypatch):
-    """Only half queries on keys with a scale for each token are multiplied so, and only if the caller allows it."""
+    """Only half queries on keys with a scale for each token are multiplied so, and only if the caller asks for it."""
     seen = []
-    monkeypatch.setattr(attention, "run_paged_attention", lambda q, pools, plan, *rest: seen.append(rest[4]))
-    for allowed in (False, True):
-        monkeypatch.setattr(attention, "ALLOW_8_BIT", allowed)
+    monkeypatch.setattr(attention, "run_paged_attention", lambda call, eight_bit: seen.append(eight_bit))
+    for precision in ("exact", "auto", "8bit"):
         for formats, dtype in ((("i8f8",), torch.bfloat16), (("i8f8",), torch.float32), (("int4",), torch.bfloat16)):
             q, pools, plan = inputs(device, queries=(1,), lens=(1,), formats=formats, dtype=dtype)
-            paged_attention(q, pools, plan, backend="triton")
-    assert seen == [False, False, False, True, False, False]
+            paged_attention(q, pools, plan, precision=precision, backend="triton")
+    assert seen == [False] * 6 + [True, False, False]
 
 
 def test_what_an_architecture_cannot_do_is_said(device, monkeypatch):

@@ -45,6 +45,7 @@ class WorldOptions(ModelOptions):
         "where the network runs: cpu or cuda (default: a GPU, if there is one)", None, to="model"
     )
     backend: str = option("kernels: auto, compiled, triton or reference", "auto", to="world")
+    precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
     threads: int | None = option("CPU threads (default: the model's)", None, must=(between(1, MOST_THREADS),))
 
 

@@ -104,6 +104,7 @@ class Generation:
             "window": config.window,
             "sink": config.sink,
             "backend": config.backend,
+            "precision": config.precision,
             "steps": config.steps,
             "guidance": config.guidance,
             "negative_prompt": config.negative_prompt,

@@ -32,7 +32,7 @@ def open_world(
     from ..models import load_model
     from ..world import World
 
-    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend")}
+    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend", "precision")}
     loaded = load_model(model, **options)
     adapter = loaded.adapter
     if adapter.at_once or adapter.stages:
