@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ._check import CODES, FLOATS, check_optional, check_quantized
+from ._check import CODES, FLOATS, check_is, check_optional, check_quantized, check_tensor
 from .layout import Quantized
 from .ops import linear, quantize_rows
 
@@ -66,6 +66,7 @@ class Linear8(nn.Module):
             TypeError, ValueError: a tensor has another dtype, shape or device, or `smooth` holds 0, NaN or infinity.
         """
         super().__init__()
+        check_is("weight", weight, Quantized)
         sizes: dict[str, int] = {}
         check_quantized("weight", weight, CODES, "N K", sizes, weight.codes.device)
         check_optional("bias", bias, FLOATS, "N", sizes, weight.codes.device)
@@ -93,6 +94,9 @@ class Linear8(nn.Module):
             smooth: as in Linear8; the weight is multiplied by it here.
         """
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone()
+        check_tensor("layer.weight", weight, FLOATS, "N K", {}, weight.device)
+        if dtype not in CODES:
+            raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype!r}")
         if smooth is not None:
             _smoothing(smooth, {"K": layer.in_features}, weight.device)  # refused before it is multiplied by
             weight = weight.float() * smooth
@@ -133,10 +137,13 @@ def quantize_linears(
     Args:
         dtype: of the codes, int8 or float8_e4m3fn.
         names: of the layers, as `named_modules` gives them; None is every layer whose class is `nn.Linear`. The first
-            and the last layers of a network are often left out: they are small, and errors there weigh most.
+            and the last layers of a network are often left out: they are small, and errors there weigh most. A layer
+            that has several names is replaced under those that are given, by one `Linear8`.
 
     Raises:
-        ValueError: a name is of no linear layer of the model; nothing is replaced.
+        ValueError: a name is of no linear layer of the model, or the model is itself one, which has no place in
+            another: see Linear8.from_linear. Nothing is replaced.
+        TypeError: a layer, or `dtype`, is not what Linear8.from_linear takes. Nothing is replaced.
 
     Example:
         >>> from inferix_kernels.quantize import quantize_linears
@@ -144,19 +151,25 @@ def quantize_linears(
         >>> quantize_linears(model, names=["0"])[0]
         Linear8(in_features=64, out_features=128, codes=torch.int8)
     """
-    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
+    if type(model) is nn.Linear:
+        raise ValueError("model must have its linear layers within it, got one: use Linear8.from_linear")
+    if isinstance(names, str):
+        raise ValueError(f"names must be a list of names, got {names!r}")
+    modules = model.named_modules(remove_duplicate=False)  # a layer may be in several places
+    layers = {name: module for name, module in modules if type(module) is nn.Linear}
     chosen = list(layers if names is None else names)
     if unknown := [name for name in chosen if name not in layers]:
         raise ValueError(f"names must be linear layers of the model, got {unknown[0]!r}")
-    made = {name: Linear8.from_linear(layers[name], dtype, backend=backend) for name in chosen}
-    for name, layer in made.items():
-        model.set_submodule(name, layer.train(layers[name].training))
+    made = {layer: Linear8.from_linear(layer, dtype, backend=backend) for layer in map(layers.__getitem__, chosen)}
+    for name in chosen:
+        model.set_submodule(name, made[layers[name]].train(layers[name].training))
     return model
 
 
 def _smoothing(smooth: Tensor, sizes: dict[str, int], device: torch.device) -> Tensor:
     """[K] -> [1, K], checked: x * (1 + smoothing) is x / smooth."""
     check_optional("smooth", smooth, (torch.float32,), "K", sizes, device)
-    if not (smooth.isfinite() & (smooth != 0)).all():
-        raise ValueError("smooth must hold finite numbers other than 0")
-    return (1 / smooth - 1)[None]
+    inverse = 1 / smooth
+    if not (smooth.isfinite() & inverse.isfinite()).all():
+        raise ValueError("smooth must hold finite numbers other than 0, whose inverses are finite as well")
+    return (inverse - 1)[None]

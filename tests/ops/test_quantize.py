@@ -110,6 +110,28 @@ def test_layers_are_chosen_by_name():
     with pytest.raises(ValueError, match="names must be linear layers of the model, got '3'"):
         quantize_linears(model, names=["0", "3"])
     assert type(model[0]) is nn.Linear  # nothing was replaced
+    with pytest.raises(ValueError, match="names must be a list of names, got '0'"):
+        quantize_linears(model, names="0")
+    with pytest.raises(ValueError, match="model must have its linear layers within it, got one"):
+        quantize_linears(layer_of())
+
+
+def test_a_layer_in_two_places_becomes_one_in_both():
+    shared = layer_of(40, 40)
+    model = quantize_linears(nn.Sequential(shared, nn.GELU(), shared))
+    assert type(model[0]) is Linear8 and model[0] is model[2]
+    named = quantize_linears(nn.Sequential(shared, nn.GELU(), shared), names=["2"])
+    assert named[0] is shared and type(named[2]) is Linear8
+
+
+def test_a_layer_that_can_not_be_rounded_is_named_and_nothing_is_replaced():
+    model = nn.Sequential(layer_of(8, 8), layer_of(8, 8).double())
+    with pytest.raises(TypeError, match=r"layer\.weight must be float32 or bfloat16 or float16, got float64"):
+        quantize_linears(model)
+    assert type(model[0]) is nn.Linear
+    for dtype in (torch.float16, "int8"):
+        with pytest.raises(TypeError, match=r"dtype must be torch\.int8 or torch\.float8_e4m3fn, got "):
+            Linear8.from_linear(layer_of(), dtype)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +143,7 @@ def test_layers_are_chosen_by_name():
         ({"smooth": torch.ones(8)}, ValueError, r"smooth must be \[K=16\], got \[8\]"),
         ({"smooth": torch.zeros(16)}, ValueError, "smooth must hold finite numbers other than 0"),
         ({"smooth": torch.full((16,), torch.nan)}, ValueError, "smooth must hold finite numbers other than 0"),
+        ({"smooth": torch.full((16,), 1e-40)}, ValueError, "whose inverses are finite as well"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, said):
@@ -128,6 +151,12 @@ def test_what_does_not_fit_is_refused(change, error, said):
     given |= change
     with pytest.raises(error, match=said):
         Linear8(Quantized(given["codes"], given["scales"]), bias=given["bias"], smooth=given["smooth"])
+
+
+def test_a_weight_that_is_no_quantized_matrix_is_refused():
+    for weight in (None, (torch.zeros(8, 16, dtype=torch.int8), torch.ones(8))):
+        with pytest.raises(TypeError, match="weight must be a Quantized, got "):
+            Linear8(weight)
 
 
 def test_smoothing_is_refused_before_the_weight_is_touched():
