@@ -96,4 +96,4 @@ class KVStore(Storage):
             >>> list(both.attend(0, torch.randn(2 * 30, 3 * 2 * 16), None, None).shape)  # tokens of both
             [60, 32]
         """
-        return plan_pass(parts, rope, predict, attention)
+        return plan_pass(self, parts, rope, predict, attention)

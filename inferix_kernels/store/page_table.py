@@ -170,7 +170,7 @@ class PageTable(TableView):
             >>> some = table.plan([block], see=[[0, 14]])  # these frames and the block itself
             >>> best = table.plan([block], attention=TopK(pages=4, queries=10))  # the best pages for each 10 queries
         """
-        return plan_pass([Part(self, blocks, commit, see)], rope, predict, attention)
+        return plan_pass(self.store, [Part(self, blocks, commit, see)], rope, predict, attention)
 
     # Changing the past
 

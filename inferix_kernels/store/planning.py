@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._check import shown
 from ..layout import PageList, Plan
 from .attention import Attention, BlockReads, Reads
 from .extent import Extent
@@ -50,11 +51,13 @@ class Part(NamedTuple):
         return [frame for block in self.blocks for frame in block.frames]
 
 
-def plan_pass(parts: Sequence[Part], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
-    """One pass over blocks of several worlds of one store. Arguments and errors: as for KVStore.plan."""
+def plan_pass(store: Storage, parts: Sequence[Part], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
+    """One pass over blocks of several worlds of a store. Arguments and errors: as for KVStore.plan."""
+    # A Part is itself a tuple: without this line a lone one would be read as a list of its fields.
+    if isinstance(parts, Part) or not isinstance(parts, Sequence) or not all(isinstance(each, Part) for each in parts):
+        raise ValueError(f"parts must be a list of Part, got {shown(parts):.80}")
     if not parts:
         raise ValueError("parts must be at least one world's, got none")
-    store = parts[0].table.store
     with store.turn:
         _check_parts(store, parts, rope)
         seen = [_seen(part) for part in parts]
@@ -76,7 +79,7 @@ def _check_parts(store: Storage, parts: Sequence[Part], rope: Tensor | None) -> 
     """Raises ValueError, naming the argument, unless these parts make a pass."""
     for part in parts:
         if part.table.store is not store:
-            raise ValueError("parts must be of worlds of one store, got two stores'")
+            raise ValueError("parts must be of worlds of this store, got one of another")
         _check_part(part)
     if len({id(part.table) for part in parts}) < len(parts):
         raise ValueError("parts must be of different worlds, got one world twice: name its blocks in one part")
@@ -98,6 +101,8 @@ def _check_part(part: Part) -> None:
     if not blocks:
         raise ValueError("blocks must be at least one open block, got none")
     table.check_open(blocks)
+    if len({block.first for block in blocks}) < len(blocks):
+        raise ValueError("blocks must be different ones, got one twice")
     if commit is not None and (commit is not table.state.open_blocks[0] or commit is not blocks[0]):
         raise ValueError("commit must be the oldest open block and the first of the pass")
     if commit is not None and len(blocks) > 1 and not table.can_fuse:

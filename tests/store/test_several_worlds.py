@@ -295,7 +295,12 @@ def test_states_are_replaced_in_all_worlds_or_in_none():
     [
         (lambda a, b, other: [], "parts must be at least one world's, got none"),
         (lambda a, b, other: [a, a], "parts must be of different worlds, got one world twice"),
-        (lambda a, b, other: [a, other], "parts must be of worlds of one store, got two stores'"),
+        (lambda a, b, other: [a, other], "parts must be of worlds of this store, got one of another"),
+        (lambda a, b, other: [other], "parts must be of worlds of this store, got one of another"),
+        (lambda a, b, other: a, r"parts must be a list of Part, got Part\(table="),
+        (lambda a, b, other: [tuple(a)], "parts must be a list of Part, got "),
+        (lambda a, b, other: (part for part in (a, b)), "parts must be a list of Part, got <generator"),
+        (lambda a, b, other: [a, b._replace(blocks=b.blocks * 2)], "blocks must be different ones, got one twice"),
         (lambda a, b, other: [a, b._replace(blocks=[])], "blocks must be at least one open block, got none"),
         (lambda a, b, other: [a, b._replace(blocks=a.blocks)], r"blocks must be open in this table; frames 0\.\.2"),
         (lambda a, b, other: [a, b._replace(commit=a.blocks[0])], "commit must be the oldest open block and the first"),
