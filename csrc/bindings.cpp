@@ -47,6 +47,7 @@ template <typename Field>
 void read(py::handle value, Field& field);
 
 void read(py::handle value, Pools& pools) {
+  if (!py::isinstance<py::sequence>(value)) throw py::type_error("must be a sequence of pools");
   const auto list = py::reinterpret_borrow<py::sequence>(value);
   if (list.size() < 1 || list.size() > kMaxPools)
     throw std::invalid_argument("pools must be 1 to " + std::to_string(kMaxPools) + ", got " +
@@ -69,6 +70,8 @@ void read_fields(py::handle given, Struct& object) {
       read(value, field);
     } catch (const py::cast_error&) {
       throw py::type_error(std::string(name) + " cannot be " + std::string(py::repr(value)));
+    } catch (const py::reference_cast_error&) {  // None, of an enumeration
+      throw py::type_error(std::string(name) + " cannot be None");
     } catch (const py::type_error& error) {
       throw py::type_error(std::string(name) + ": " + error.what());
     }

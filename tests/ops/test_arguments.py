@@ -197,6 +197,7 @@ FIELDS = {
     "one missing": (lambda fields: fields.pop("rows"), "rows is missing"),
     "one too many": (lambda fields: fields.update(row=1), "there is no field row"),
     "a fraction": (lambda fields: fields.update(rows=1.5), "rows cannot be 1.5"),
+    "none of an enumeration": (lambda fields: fields.update(in_dtype=None), "in_dtype cannot be None"),
     "a part of a struct": (lambda fields: fields.update(in_dtype={}), "in_dtype cannot be {}"),
 }
 
@@ -225,3 +226,6 @@ def test_scratch_memory_is_not_the_callers_to_give(monkeypatch):
     inferix_kernels.paged_attention(q, pools, plan, backend="compiled")
     with pytest.raises(TypeError, match="workspace is not the caller's to give"):
         compiled._C.paged_attention({**seen[0], "workspace": 0}, cpu={"threads": 1, "isa": compiled.ISA})
+    for pools in (None, 3, {}):
+        with pytest.raises(TypeError, match=r"^pools: must be a sequence of pools$"):
+            compiled._C.paged_attention({**seen[0], "pools": pools}, cpu={"threads": 1, "isa": compiled.ISA})
