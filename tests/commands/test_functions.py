@@ -35,6 +35,7 @@ def test_generate_gives_what_it_made_and_prints_nothing(weights, tmp_path, capsy
     assert capsys.readouterr() == ("", "")
     assert (video.path, video.frames, video.seconds) == (tmp_path / "v.mp4", 8, 0.5)
     assert video.contact_sheet.exists() and video.summary_path.exists()
+    assert {type(video.summary[name]) for name in ("fps", "first_block_seconds")} == {float}, "Python's, not NumPy's"
     assert video.measures == video.summary["measures"] and set(video.measures) >= {"player exactly once"}
     words = ["--weights", weights, "--seconds", "0.5", "--seed", "3", "--out", tmp_path / "typed.mp4"]
     assert cli.main(["generate", *map(str, words)]) == 0
@@ -80,6 +81,10 @@ BAD = [
     (inferix.generate, {"seconds": -1}, "seconds must be a positive number, got -1"),
     (inferix.generate, {"seconds": "4"}, "seconds must be a finite number, got '4'"),
     (inferix.generate, {"seconds": float("nan")}, "seconds must be a finite number, got nan"),
+    (inferix.generate, {"seconds": 10**400}, "seconds must be a finite number, got 1000"),
+    (inferix.generate, {"out": "v.json"}, "out must end in .mp4, got 'v.json'"),
+    (inferix.generate, {"weights": ""}, "weights: "),
+    (inferix.generate, {"precision": "16bit"}, "precision must be one of auto, exact, 8bit, got '16bit'"),
     (inferix.generate, {"seed": 1.5}, "seed must be a whole number, got 1.5"),
     (inferix.generate, {"seed": True}, "seed must be a whole number, got True"),
     (inferix.generate, {"lora": "a.safetensors"}, "lora must be a list of texts, got 'a.safetensors'"),
@@ -107,6 +112,29 @@ def test_errors_speak_of_arguments(command, options, says):
 def test_what_is_no_option_is_a_type_error():
     with pytest.raises(TypeError, match="length"):
         inferix.generate(length=3)
+
+
+@pytest.mark.parametrize("config", ["v.mp4", {"seconds": 1}, PlayConfig()], ids=["text", "dict", "of another command"])
+def test_what_is_no_config_is_a_type_error(config):
+    with pytest.raises(TypeError, match=r"^config must be a GenerateConfig, got "):
+        inferix.generate(config)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["generate", "--seconds", "x"], "inferix generate: argument --seconds: "),
+        (["generate", "--length", "3"], "inferix: unrecognized arguments: --length 3"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "inferix generate: argument --prompt-file: not allowed"),
+        (["convert", "a"], "inferix convert: the following arguments are required: out"),
+        ([], "inferix: the following arguments are required: command"),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line_and_exit_code_2(words, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(says) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
 from .options import KINDS, Declared, Options, declared
@@ -71,11 +71,19 @@ def _typed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as the commands themselves do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (options: {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="inferix", description="Run and steer block-diffusion video world models.")
+    parser = _Parser(prog="inferix", description="Run and steer block-diffusion video world models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (options, help) in COMMANDS.items():
-        _add_options(commands.add_parser(name, help=help), declared(options))
+        described = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        _add_options(described, declared(options))
     return parser
 
 

@@ -148,6 +148,8 @@ def _outputs(config: GenerateConfig, model: Model) -> list[Path]:
     if not out.name:
         raise ValueError(f"out must be the name of a file, got {str(config.out)!r}")
     latents = model.only_latents
+    if not latents and out.suffix.lower() != ".mp4":
+        raise ValueError(f"out must end in .mp4, got {str(out)!r}")
     video = out.with_suffix(".npy") if latents else out
     sheet = [] if latents else [out.with_suffix(".png")]
     journal = [] if model.presentation.live else [journal_path(out, "out")]

@@ -102,8 +102,8 @@ class Maker:
         times: dict[str, float] = {}
         if len(seconds):  # none if what was given fills the video
             times = {
-                "fps": self.made / seconds.sum(),
-                "first_block_seconds": seconds[0],
+                "fps": self.made / float(seconds.sum()),
+                "first_block_seconds": float(seconds[0]),
                 "block_seconds_p50": float(np.percentile(blocks, 50)),
                 "block_seconds_p95": float(np.percentile(blocks, 95)),
             }

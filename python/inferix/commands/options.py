@@ -75,7 +75,12 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
 
 
 def _is_sequence(value: object, holds: Callable[[Any], bool]) -> bool:
@@ -202,4 +207,6 @@ def _check_text(name: str, text: object) -> None:
 
 def configured(options: type[T], config: T | None, given: dict[str, Any]) -> T:
     """The options of a call `command(config, **given)`: those of `config`, if there is one, but for what is given."""
+    if config is not None and not isinstance(config, options):
+        raise TypeError(f"config must be a {options.__name__}, got {config!r:.80}")
     return options(**given) if config is None else dataclasses.replace(config, **given)

@@ -133,7 +133,7 @@ def load(weights: str | Path | None = None, name: str = "tiny", **options: objec
     """
     if options:
         raise ValueError(f"{next(iter(options))}: the tiny world has one size and one schedule, and runs on the CPU")
-    path = Path(weights) if weights else Path(str(resources.files(__package__) / "tiny_world.safetensors"))
+    path = Path(weights) if weights is not None else Path(str(resources.files(__package__) / "tiny_world.safetensors"))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
