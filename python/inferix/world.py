@@ -150,7 +150,8 @@ class World(Facts):
             As `step`.
 
         Raises:
-            ValueError: the latents are not of the next step's shape; nothing has changed. And as `step`.
+            ValueError, TypeError: the latents are not of the next step's shape, or not float32 (float64 for a float64
+                network); nothing has changed. And as `step`.
 
         Example:
             >>> first, again = (World("tiny", seed=5) for _ in range(2))
@@ -160,7 +161,7 @@ class World(Facts):
         """
         self.decoder.check_replay(latents)
         conditioning = self._steer("replay", actions, action, prompt, recache)
-        self.latents = self.decoder.replay(conditioning, latents.to(self.store.device))
+        self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
         return shown(self, conditioning)
 
     @one_at_a_time

@@ -88,6 +88,9 @@ def test_latents_of_another_step_are_refused_and_nothing_has_changed(make):
         said = re.escape(f"latents must be {wanted}, what the next step returns, got {list(wrong.shape)}")
         with pytest.raises(ValueError, match=f"^{said}$"):
             world.replay(wrong, prompt="sun")
+    for wrong in (again.double(), again.half(), again.to(torch.int32), again.to("meta"), again.to_sparse(), None):
+        with pytest.raises((ValueError, TypeError), match=r"^latents must be "):
+            world.replay(wrong, prompt="sun")
     assert world.prompt == "fog"
     world.step(prompt="sun")
     assert torch.equal(world.latents, straight.latents)

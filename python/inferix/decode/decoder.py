@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import PageTable
+from inferix_kernels._check import check_tensor, device_of
 
 from .contract import Model
 
@@ -80,10 +81,13 @@ class Decoder(abc.ABC):
         return self._timed(self._replay, conditioning, latents)
 
     def check_replay(self, latents: Tensor) -> None:
-        """Raise ValueError unless the next step could have returned these latents."""
+        """Raise ValueError, or TypeError, unless the next step could have returned these latents."""
+        device = device_of("latents", latents)
         wanted, got = [self.at_work, *self.model.latent_shape], list(latents.shape)
         if got != wanted:
             raise ValueError(f"latents must be {wanted}, what the next step returns, got {got}")
+        dtypes = dict.fromkeys((torch.float32, torch.promote_types(self.model.dtype, torch.float32)))
+        check_tensor("latents", latents.detach(), tuple(dtypes), " ".join(map(str, wanted)), {}, device)
 
     @property
     @abc.abstractmethod
