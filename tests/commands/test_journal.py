@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def damaged(whole: bytes, chance: random.Random) -> bytes:
     return whole[:at] + middle + whole[at + length :]
 
 
+@pytest.mark.parametrize(
+    "before, now, says",
+    [
+        ({"precision": "auto"}, {"precision": "exact"}, "`precision` must be 'auto' as before, got 'exact'"),
+        ({}, {"precision": "auto"}, "`precision` must be left to the version that began the video, got 'auto'"),
+        ({"what it shows": 1}, {"what it shows": 2}, "what it shows must be 1 as before, got 2"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_taken_up(tmp_path: Path, before: dict, now: dict, says: str) -> None:
+    """An option is between backquotes, by which the command line knows it."""
+    Journal(tmp_path / "j", FRAME, SETTINGS | before, resume=False).close(done=False)
+    written = (tmp_path / "j").read_bytes()
+    with pytest.raises(ValueError, match=f"^resume: {re.escape(says)}$"):
+        Journal(tmp_path / "j", FRAME, SETTINGS | now, resume=True)
+    assert (tmp_path / "j").read_bytes() == written
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_journal_is_refused_or_taken_up_right(tmp_path: Path, seed: int) -> None:
     path, chance, made = tmp_path / "j", random.Random(seed), blocks(4)
@@ -88,7 +106,7 @@ def test_a_damaged_journal_is_refused_or_taken_up_right(tmp_path: Path, seed: in
 def test_a_first_line_of_another_kind_is_refused_and_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "j"
     path.write_bytes(line)
-    with pytest.raises(ValueError, match=r"^resume: ([^\n]* is damaged: its first line is not JSON|journal must be)"):
+    with pytest.raises(ValueError, match=r"^resume: ([^\n]* is damaged: its first line is not JSON|`journal` must be)"):
         Journal(path, FRAME, SETTINGS, resume=True)
     with pytest.raises(ValueError, match="an unfinished video has its journal there"):
         Journal(path, FRAME, SETTINGS, resume=False)

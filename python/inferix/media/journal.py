@@ -130,7 +130,9 @@ class Journal:
                 raise ValueError(f"resume: {self.path} is damaged: its first line is not JSON") from None
             if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 name = other[0]
-                raise ValueError(f"resume: {name} must be {before.get(name)!r} as before, got {now.get(name)!r}")
+                wanted = f"{before[name]!r} as before" if name in before else "left to the version that began the video"
+                typed = f"`{name}`" if name.isidentifier() else name  # an option, or what one stands for
+                raise ValueError(f"resume: {typed} must be {wanted}, got {now.get(name)!r}")
             whole, self._checksum, size = file.tell(), zlib.crc32(line), self.path.stat().st_size
             while (read := _read_block(file, size, self.frame, self._checksum)) is not None:
                 block, self._checksum = read
