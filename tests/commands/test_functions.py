@@ -120,6 +120,14 @@ def test_what_is_no_config_is_a_type_error(config):
         inferix.generate(config)
 
 
+def test_a_script_that_plays_as_it_is_imported_is_told_so(tmp_path):
+    """Its worlds' process imports it."""
+    (tmp_path / "script.py").write_text("import inferix\ninferix.play(port=0)\n")
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout.count("The tiny world is at") == 1
+    assert 'RuntimeError: in a script, call play under `if __name__ == "__main__":`' in done.stderr
+
+
 @pytest.mark.parametrize(
     "words, says",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import multiprocessing
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ def play(config: PlayConfig | None = None, /, **options: Any) -> None:
     Args:
         config: what to play; without one, the defaults.
         options: fields of PlayConfig, in place of those of `config`.
+
+    The worlds of a page run in a process of their own, which imports the script that calls this: there the call stands
+    under `if __name__ == "__main__":`.
 
     Raises:
         ValueError: an option is not what it must be, or the world can't be opened.
@@ -63,7 +67,12 @@ def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:
 
         raise ImportError(f"the page needs {error.name}: {install('stream')}, or play in the `terminal`") from None
     from ..stream import log
+    from ..stream.worker import PROCESS
 
+    if multiprocessing.current_process().name == PROCESS:
+        raise RuntimeError(
+            'in a script, call play under `if __name__ == "__main__":`, as its worlds\' process imports it'
+        )
     opener = functools.partial(open_world, config.model, undo_seconds=config.undo, worlds=config.worlds, **settings)
     log.configure()
     asyncio.run(_until_interrupted(Server(opener, seed=config.seed, **config.arguments("server")), config.model))

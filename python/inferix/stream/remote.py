@@ -52,7 +52,7 @@ class Remote:
         self._heard = time.monotonic() + START  # of the process
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=worker.serve, args=(theirs, opener), daemon=True, name="inferix-worlds")
+        self._process = context.Process(target=worker.serve, args=(theirs, opener), daemon=True, name=worker.PROCESS)
         # Inherited: Ctrl-C must not end the worker in the middle of its imports, with a traceback.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

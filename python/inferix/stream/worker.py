@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PROCESS = "inferix-worlds"  # its name
 REFUSED, BROKEN = "refused", "broken"
 HEARTBEAT = 1.0  # seconds
 # Requests that leave the worlds as they were if they fail, for whatever reason: a full disk, a store without room.
