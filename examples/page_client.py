@@ -39,7 +39,7 @@ async def steer(page: str, prompt: str, action: str) -> bytes:
     ):
         await socket.send_json({"type": "hello", "drive": True})
         await socket.send_json({"type": "video", "codec": "jpeg"})
-        holding, asked, first, acted = asyncio.create_task(hold(socket, action)), False, None, None
+        holding, first, acted = None, None, None
         try:
             async for message in socket:
                 if message.type == aiohttp.WSMsgType.BINARY:
@@ -50,15 +50,16 @@ async def steer(page: str, prompt: str, action: str) -> bytes:
                 event = message.json()
                 if event["type"] == "error":
                     raise SystemExit(f"page_client: {event['text']}")
-                if event["type"] == "state" and event["phase"] == "running" and not asked:
-                    asked = True
+                if event["type"] == "state" and event["phase"] == "running" and holding is None:
+                    holding = asyncio.create_task(hold(socket, action))
                     await socket.send_json({"type": "prompt", "id": "look", "text": prompt})
                 if event["type"] == "prompt" and event["id"] == "look" and event["state"] == "applied":
                     first = event["frame"]
                 if event["type"] == "block" and event["actions"]["a"] == action and acted is None:
                     acted = event["first"]
         finally:
-            holding.cancel()
+            if holding is not None:
+                holding.cancel()
     raise SystemExit("page_client: the server closed the connection")
 
 

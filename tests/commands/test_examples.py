@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inferix.stream.testing import ACTIONS, WORDS, read_bars
+from inferix.stream.server import Server
+from inferix.stream.testing import ACTIONS, WORDS, open_bars, read_bars
 from tests.stream.stream_client import asynchronous, running
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -71,6 +72,20 @@ async def test_a_client_steers_a_running_world_and_keeps_a_picture(tmp_path):
         assert (ACTIONS[action], WORDS[words]) == ("left", "storm")
         with pytest.raises(SystemExit, match="prompt: must be one of calm"):
             await client.steer(server.address, "a herd of elephants", "left")
+
+
+@asynchronous
+async def test_a_client_that_comes_before_the_world_is_open_waits_for_it(tmp_path):
+    """`inferix play` prints its address before."""
+    server = Server(open_bars, port=0, folder=str(tmp_path / "worlds"))
+    await server.start()
+    try:
+        assert server.session.phase == "opening"
+        with pytest.raises(ValueError, match="keys: the world is still being opened"):
+            server.session.steering.press(0, ["left"])
+        assert await load("page_client").steer(server.address, "storm", "left")
+    finally:
+        await server.close()
 
 
 def test_a_clients_address_keeps_the_token():

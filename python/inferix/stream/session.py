@@ -69,7 +69,7 @@ class Session(Commands):
         self.made: dict[str, int] = {"a": 0}
         self.undo: dict[str, int] = {"a": 0}
         self.kv_bytes: dict[str, int] = {}
-        self.steering = Steering(())
+        self.steering = Steering(None)
         self.lead = Lead(0.5)
         self._commands: deque[Command] = deque()
         self._blocks = self._frames = 0  # made so far; never counted back

@@ -25,12 +25,13 @@ class Steering:
     """Turns keys and prompts into one order per world and block.
 
     Args:
-        actions: what can be done, the first being nothing; empty for a model that is steered by words alone.
+        actions: what can be done, the first being nothing; empty for a model that is steered by words alone; None as
+            long as no world is open.
         keys: key -> action.
     """
 
-    def __init__(self, actions: Sequence[str], keys: Mapping[str, str] | None = None):
-        self.actions = tuple(actions)
+    def __init__(self, actions: Sequence[str] | None, keys: Mapping[str, str] | None = None):
+        self.opened, self.actions = actions is not None, tuple(actions or ())
         self._names = dict(keys or {}) | {action: action for action in self.actions}
         self.worlds = ["a"]  # that follow
         self.prompts: dict[str, str | None] = {}  # in force
@@ -47,6 +48,8 @@ class Steering:
             ValueError: a name that the model does not know; nothing has changed.
         """
         unknown = [name for name in pressed if name not in self._names]
+        if unknown and not self.opened:
+            raise ValueError("keys: the world is still being opened")
         if unknown:
             known = ", ".join(self.actions) or "none: this model is steered by words alone"
             raise ValueError(f"keys.pressed must be of {known}, got {unknown[0]!r}")
