@@ -7,15 +7,16 @@
 
 namespace inferix::sm90 {
 
-// What pages hold and how they are multiplied: a place in the table below. Each is compiled as a kernel of its own.
-enum class Kind : int {};
+// What pages hold and how they are multiplied: a row of the table below. Each is compiled as a kernel of its own, and
+// nvcc can only name a kernel for a value that has a name.
+enum class Kind : int { bf16, f16, i8f8, fp8, wide_int8, wide_i8f8, wide_fp8, wide_int4 };
 
 struct KindTraits {
   const char* name;
   Codec k, v;      // of the pages
   bool eight_bit;  // 8-bit products: int8 or e4m3 of q and keys, as the keys are; e4m3 of weights and values
 };
-constexpr int kKinds = 8;
+constexpr int kKinds = int(Kind::wide_int4) + 1;
 INFERIX_BOTH constexpr KindTraits traits_of(Kind kind) {
   constexpr KindTraits kTable[kKinds] = {
       // With 8-bit products before the same pages without: the first that fits is taken.

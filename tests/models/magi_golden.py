@@ -108,7 +108,7 @@ class Replay(PipelineDecoder):
 
     def _plan(self, forward, blocks):
         passed = super()._plan(forward, blocks)
-        self.forwards[-1].append((forward, blocks, [list(frames) for frames in self.table.seen]))
+        self.forwards[-1].append((forward, blocks, [list(frames) for frames in self.table.noted_see]))
         return passed
 
 
@@ -117,14 +117,14 @@ def noted(table, layers):
     plan, seal = table.plan, table.seal
 
     def noting(blocks, *args, see=None, **options):
-        table.seen = see
+        table.noted_see = see
         return plan(blocks, *args, see=see, **options)
 
     def sealing(block, horizon=None):
         seal(block, horizon)
         table.committed[block.first // CHUNK] = [table.gather(layer, block.frames) for layer in range(layers)]
 
-    table.plan, table.seal, table.seen, table.committed = noting, sealing, [], {}
+    table.plan, table.seal, table.noted_see, table.committed = noting, sealing, [], {}
     return table
 
 
