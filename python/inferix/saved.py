@@ -134,7 +134,7 @@ def load(world: World, folder: str | Path) -> World:
 
 def read(world: World, folder: str | Path) -> dict[str, Any]:
     """What `folder` says of itself, if a world saved there can go on over this one's model and store: of the same
-    weights, format, window and sink.
+    weights, format, window, sink and precision.
 
     Raises:
         ValueError: as for `load`.
@@ -189,6 +189,7 @@ def _identity(world: World) -> dict[str, Any]:
         "format": policy.format,
         "window": policy.window,
         "sink": policy.sink,
+        "precision": world.store.precision,
         "pasts": 1 if adapter.guidance == 1 else 2,
     }
 
@@ -217,6 +218,6 @@ def _read(folder: Path) -> dict[str, Any]:
         if checksum.exists() and checksum.read_text().split() != [_sha256(folder / STATE), STATE]:
             raise ValueError(f"{STATE} is not what was saved")
         state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)  # tensors and plain values, no code
-        return {"version": state["version"], **state}
+        return {"version": state["version"], "precision": "auto", **state}  # earlier ones name none
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         raise ValueError(f"folder must hold a saved world, got {str(folder)!r} ({error})") from None

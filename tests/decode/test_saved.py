@@ -42,6 +42,15 @@ def test_a_saved_world_can_be_read_by_others(world: World, tmp_path: Path) -> No
         assert (tmp_path / "deeper" / "w" / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_saved_world_goes_on_in_its_own_precision(world: World, tmp_path: Path) -> None:
+    """In another one its next block would have other bits."""
+    saved.save(world, tmp_path / "w")
+    exact = World("tiny", kv="bf16", window=3, worlds=2, precision="exact")
+    with pytest.raises(ValueError, match=r"a world that goes on here, got precision 'auto' \(here 'exact'\)"):
+        saved.load(exact, tmp_path / "w")
+    assert np.array_equal(loaded(world, tmp_path / "w"), world.fork().step(action="left"))
+
+
 def test_what_a_kill_left_is_written_over_and_what_someone_writes_is_not(world: World, tmp_path: Path) -> None:
     part = tmp_path / ".w.part"
     part.mkdir()
