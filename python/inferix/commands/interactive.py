@@ -32,7 +32,8 @@ def open_world(
     from ..models import load_model
     from ..world import World
 
-    settings = {name: options.pop(name) for name in ("kv", "window", "sink", "seed", "backend", "precision")}
+    of_world = ("kv", "window", "sink", "seed", "backend", "precision")
+    settings = {name: options.pop(name) for name in of_world if name in options}
     loaded = load_model(model, **options)
     adapter = loaded.adapter
     if adapter.at_once or adapter.stages:
