@@ -149,7 +149,8 @@ def test_what_is_in_the_record_is_not_measured_again(tmp_path, monkeypatch, caps
     words = ["run", "attention", "--isolate", "--resume", "--shapes", "smoke", "--ops", "paged_attention"]
     words += ["--backends", "ours,sdpa", "--formats", "int8,bf16", "--device", "cpu"]
     assert cli.main([*words, "--json", str(path)]) == 0
-    assert asked == [[("sdpa", "bf16"), ("ours-compiled", "bf16")]]
+    others = [("ours-compiled-8bit", "int8"), ("ours-compiled-exact", "int8")]
+    assert asked == [[("sdpa", "bf16"), ("ours-compiled", "bf16"), *others]]
     assert cli.main(words) == 2 and "--resume must come with --isolate and --json" in capsys.readouterr().err
     Document({"kernels": fingerprints(), "device": "NVIDIA H100"}, [done]).save(path)
     assert cli.main([*words, "--json", str(path)]) == 2

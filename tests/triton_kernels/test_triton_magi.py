@@ -21,11 +21,11 @@ def test_one_layer_of_a_forward_over_six_segments(monkeypatch):
         pytest.skip("the kernels run on a GPU here, and the model on the CPU")
     attend, compared = attention.paged_attention, []
 
-    def both(q, pools, plan, *, out, lse, backend):
-        wanted, _ = attend(q, pools, plan, out=out, lse=lse, backend=backend)
+    def both(q, pools, plan, *, out, lse, precision, backend):
+        wanted, _ = attend(q, pools, plan, out=out, lse=lse, precision=precision, backend=backend)
         if len(plan.q_indptr) - 1 == 6 and not compared:
             got, got_lse = torch.empty_like(q), torch.empty_like(lse)
-            attend(q, pools, plan, out=got, lse=got_lse, backend="triton")
+            attend(q, pools, plan, out=got, lse=got_lse, precision=precision, backend="triton")
             compared.append(((got - wanted).abs().max().item(), (got_lse - lse).abs().max().item()))
         return wanted, lse
 
