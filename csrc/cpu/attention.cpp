@@ -178,7 +178,9 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
         const Column* q_low = terms == 2 ? q + keys.words : nullptr;
         Column row_max, *out = &w.out[group * out_columns];
         with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          row_max = kernels.qk_product(keys, q, q_low, w.q_scale[first_group + group], scores);
+          const Column& q_scale = w.q_scale[first_group + group];
+          row_max = q_low ? kernels.template qk_product<true>(keys, q, q_low, q_scale, scores)
+                          : kernels.qk_product(keys, q, nullptr, q_scale, scores);
         });
         rescale<S>(row_max, w.running[group], out, out_columns);
         with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {

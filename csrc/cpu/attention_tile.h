@@ -124,13 +124,14 @@ struct MicroKernels {
   }
 
   // scores[key] = k[key] . q + bias for each of sixteen queries; returns the largest of each.
-  // q_low, if it is not null, are the low bytes of int8 queries. Sums stay below 2^31 up to kMostTwoTerms channels.
+  // kTwoTerms: int8 queries have low bytes, q_low. A kernel of its own, for the registers. Sums stay below 2^31 up to kMostTwoTerms channels.
+  template <bool kTwoTerms = false>
   INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column* q_low, const Column& q_scale,
                                           Column* scores) {
     Column row_max;
     for (int part = 0; part < S::kParts; ++part) S::part(row_max, part) = Lanes{} - __builtin_inff();
     for (int64_t first = 0; first < k.count; first += kBlock) {
-      Sums sums{};
+      Sums sums;
       each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
         if constexpr (kInteger)
           sums.of[j] = Sum{} + k.compensation[first + row];
@@ -146,13 +147,11 @@ struct MicroKernels {
         return base + (row % 4 == 0 ? 0 : row % 4 == 1 ? stride : row % 4 == 2 ? 2 * stride : three);
       };
       multiply_add(at, 4, q, k.words, sums);
-      if constexpr (kInteger) {
-        if (q_low) {
-          each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
-            sums.of[j] = sums.of[j] * static_cast<int32_t>(kLowSteps) + k.compensation[first + row];
-          });
-          multiply_add(at, 4, q_low, k.words, sums);
-        }
+      if constexpr (kInteger && kTwoTerms) {
+        each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
+          sums.of[j] = sums.of[j] * static_cast<int32_t>(kLowSteps) + k.compensation[first + row];
+        });
+        multiply_add(at, 4, q_low, k.words, sums);
       }
       each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
         Lanes result;
