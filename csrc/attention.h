@@ -8,7 +8,8 @@ namespace inferix {
 enum class Precision : int32_t {
   exact,      // q and weights have at least 16 bits
   eight_bit,  // they are rounded to 8 bits where the hardware is faster so
-  automatic   // 8 bits where that costs little whatever q holds: on a CPU q in two bytes and weights in one, on a GPU never
+  automatic   // 8 bits where that costs little whatever q holds: on a CPU q in two bytes and weights in one; on a GPU
+              // never
 };
 
 struct PagedAttentionParams {

@@ -2,7 +2,7 @@
 // The micro-kernels are in attention_tile.h.
 //
 // Products are in the precision of the pages: floats in float32, bfloat16 and coarser formats in bfloat16, int8 in int8
-// with queries and weights rounded to 8 bits too, where the CPU has the instructions. Otherwise all of it is float32.
+// as far as the call's `precision` allows it, where the CPU has the instructions. Otherwise all of it is float32.
 #include "../attention.h"
 
 #include <algorithm>
@@ -175,12 +175,11 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
       const TileValues values = pack_values(isa, v_arithmetic, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
         const Column* q = &w.q[k_arithmetic][(first_group + group) * terms * keys.words];
-        const Column* q_low = terms == 2 ? q + keys.words : nullptr;
         Column row_max, *out = &w.out[group * out_columns];
         with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
           const Column& q_scale = w.q_scale[first_group + group];
-          row_max = q_low ? kernels.template qk_product<true>(keys, q, q_low, q_scale, scores)
-                          : kernels.qk_product(keys, q, nullptr, q_scale, scores);
+          row_max = terms == 2 ? kernels.template qk_product<true>(keys, q, q_scale, scores)
+                               : kernels.qk_product(keys, q, q_scale, scores);
         });
         rescale<S>(row_max, w.running[group], out, out_columns);
         with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {

@@ -124,10 +124,10 @@ struct MicroKernels {
   }
 
   // scores[key] = k[key] . q + bias for each of sixteen queries; returns the largest of each.
-  // kTwoTerms: int8 queries have low bytes, q_low. A kernel of its own, for the registers. Sums stay below 2^31 up to kMostTwoTerms channels.
+  // kTwoTerms: the low bytes of int8 queries follow the high ones. A kernel of its own, for the registers. Sums stay
+  // below 2^31 up to kMostTwoTerms channels.
   template <bool kTwoTerms = false>
-  INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column* q_low, const Column& q_scale,
-                                          Column* scores) {
+  INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column& q_scale, Column* scores) {
     Column row_max;
     for (int part = 0; part < S::kParts; ++part) S::part(row_max, part) = Lanes{} - __builtin_inff();
     for (int64_t first = 0; first < k.count; first += kBlock) {
@@ -151,7 +151,7 @@ struct MicroKernels {
         each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
           sums.of[j] = sums.of[j] * static_cast<int32_t>(kLowSteps) + k.compensation[first + row];
         });
-        multiply_add(at, 4, q_low, k.words, sums);
+        multiply_add(at, 4, q + k.words, k.words, sums);
       }
       each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
         Lanes result;

@@ -165,7 +165,7 @@ INFERIX_INLINE void dot_products(const LinearParams& p, const Operands& o, int64
     const TileKeys keys{rows + k * 4, o.row_words * 4, std::min(step, o.row_words - k), count, zeros, ones,
                         o.compensation.data() + first};
     with_micro_kernels<S, kBlock>(o.words, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-      kernels.qk_product(keys, x + k, nullptr, unit, split ? part : sums);
+      kernels.qk_product(keys, x + k, unit, split ? part : sums);
     });
     for (int64_t n = 0; split && n < count; ++n)
       for (int lane = 0; lane < kLanes; ++lane) exact_sums[n][lane] += static_cast<int32_t>(part[n].lane[lane]);

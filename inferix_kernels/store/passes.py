@@ -201,9 +201,10 @@ class Pass:
         for share in self._shares:
             fresh = None  # scratch keys had their mean removed, if there is one
             if share.commits and store.freezes_mean and share.k_mean(layer) is None:
-                keys = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
-                fresh = torch.cat(keys).mean(0)
-                share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), torch.cat(keys) - fresh)
+                parts = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
+                keys = torch.cat(parts)
+                fresh = keys.mean(0)
+                share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:
                 kv_commit(
@@ -219,8 +220,8 @@ class Pass:
         tables = [table for share in done for table in share.tables]
         for share in done:
             share.fresh.clear()
-        states = [table.state._replace(k_means=mean, eight_bit=bits) for table, (mean, bits) in zip(tables, frozen)]
-        replace_states(list(zip(tables, states, strict=True)))
+        pairs = zip(tables, frozen, strict=True)
+        replace_states([(table, table.state._replace(k_means=mean, eight_bit=bits)) for table, (mean, bits) in pairs])
 
     def _queries(self, qkv: Tensor) -> Tensor:
         if self._q is None:

@@ -17,6 +17,7 @@ from inferix.models.magi import Magi, MagiConfig, MagiNetwork, MagiSchedule, ada
 from inferix.models.magi.network import time_rates
 from inferix_kernels import KVStore, Policy
 from inferix_kernels.reference import rotate
+from inferix_kernels.store import Block
 
 GOLDEN = Path(__file__).parent / "golden"
 CHUNKS, CHUNK, FRAME_TOKENS, CAPTION = 5, 6, 15, 17
@@ -141,22 +142,12 @@ def replay(model, tensors, table):
     return pipeline, torch.cat(done)
 
 
-@dataclasses.dataclass(eq=False)
-class DenseBlock:
-    first: int
-    end: int
-
-    @property
-    def frames(self):
-        return range(self.first, self.end)
-
-
 @dataclasses.dataclass
 class DensePass:
     table: "DenseTable"
     blocks: list
     rope: torch.Tensor
-    commit: DenseBlock | None
+    commit: Block | None
     predict: bool
     see: list
 
@@ -198,7 +189,7 @@ class DenseTable:
 
     def open_block(self, frames):
         first = self.open_blocks[-1].end if self.open_blocks else self.next_frame
-        self.open_blocks.append(DenseBlock(first, first + frames))
+        self.open_blocks.append(Block(first, first + frames))
         return self.open_blocks[-1]
 
     def plan(self, blocks, rope, commit=None, predict=True, see=None):

@@ -19,6 +19,7 @@ from inferix.models.wan.names import canonical
 from inferix.models.wan.network import WanConfig, WanNetwork
 from inferix_kernels import KVStore, Policy
 from inferix_kernels.reference.qkv import normalise, rotate
+from inferix_kernels.store import Block
 
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = {"heads": 3, "text_len": 24}  # what the shapes of the recorded weights do not show
@@ -136,21 +137,11 @@ def run(model, tensors, table, blocks):
 
 
 @dataclasses.dataclass
-class DenseBlock:
-    first: int
-    end: int
-
-    @property
-    def frames(self):
-        return range(self.first, self.end)
-
-
-@dataclasses.dataclass
 class DensePass:
     table: "DenseTable"
     blocks: list
     rope: torch.Tensor
-    commit: DenseBlock | None
+    commit: Block | None
     predict: bool = True
 
     def attend(self, layer, qkv, norm_q, norm_k, eps):
@@ -190,7 +181,7 @@ class DenseTable:
 
     def open_block(self, frames):
         first = self.open[-1].end if self.open else self.next_frame
-        self.open.append(DenseBlock(first, first + frames))
+        self.open.append(Block(first, first + frames))
         return self.open[-1]
 
     def plan(self, blocks, rope, commit=None, predict=True):
