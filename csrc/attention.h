@@ -23,16 +23,19 @@ struct PagedAttentionParams {
   PageList entries;            // pages of all lists
   const float* page_bias;      // [entries]  added to the scaled scores, finite or -inf; or null
   const int32_t* page_variants;  // [entries]  in [0, variants); or null: all 0
+  const int32_t* windows;  // [segments, 2]  (left, right): query i sees positions i - left to i + right; or null: all
+  const int32_t* page_positions;  // [entries]  of each page's first valid token; or null
   PageShape shape;
   int64_t variants, T, query_heads, segments, lists_per_segment;  // 1 list, or H
   float scale;
+  float softcap;    // scores become softcap * tanh(score / softcap); 0: they stay
   bool accumulate;  // out and lse hold a result over other keys: merge into it
   Precision precision;
   DType q_dtype, out_dtype;
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
   INFERIX_FIELDS(q, q_variant_stride, out, lse, pools, q_indptr, page_indptr, entries, page_bias, page_variants,
-                 shape, variants, T, query_heads, segments, lists_per_segment, scale, accumulate, precision, q_dtype,
-                 out_dtype, workspace)
+                 windows, page_positions, shape, variants, T, query_heads, segments, lists_per_segment, scale, softcap,
+                 accumulate, precision, q_dtype, out_dtype, workspace)
 };
 
 struct MergeAttentionParams {

@@ -12,11 +12,12 @@ namespace inferix {
 // The keys or the values of a pool: tiles of page_size tokens, one for each page and head.
 struct Plane {
   void* codes;    // [pages, H, page_size, width]; width / 2 bytes if u4; [pages, H, width, page_size] if transposed
+  int64_t page_stride, head_stride, row_stride;  // of codes, in elements; only floats may be other than contiguous
   void* scales;   // [pages, H, page_size or width]  float, float16 if u4; null for floats. x = code * scale + offset
   void* offsets;  // [pages, H, page_size or width]  float16; u4 only, else null
   int64_t width;
   Codec codec;
-  INFERIX_FIELDS(codes, scales, offsets, width, codec)
+  INFERIX_FIELDS(codes, page_stride, head_stride, row_stride, scales, offsets, width, codec)
 };
 
 struct Pool {
@@ -30,6 +31,17 @@ struct PageShape {
   INFERIX_FIELDS(H, page_size)
 };
 
+// Do the codes lie as a pool of our own has them? Strides of a single page, head or token say nothing.
+inline bool is_contiguous(const Plane& plane, const PageShape& shape, int64_t pages) {
+  const auto is = [](int64_t count, int64_t stride, int64_t dense) { return count == 1 || stride == dense; };
+  return !is_float(plane.codec) || (is(shape.page_size, plane.row_stride, plane.width) &&
+                                    is(shape.H, plane.head_stride, shape.page_size * plane.width) &&
+                                    is(pages, plane.page_stride, shape.H * shape.page_size * plane.width));
+}
+inline bool is_contiguous(const Pool& pool, const PageShape& shape) {
+  return is_contiguous(pool.k, shape, pool.pages) && is_contiguous(pool.v, shape, pool.pages);
+}
+
 // Rows of a [T, H, D] tensor; the last dimension is contiguous.
 struct Rows {
   void* data;
@@ -39,10 +51,11 @@ struct Rows {
 
 // Tokens fill, or are read from, these pages in order.
 struct PageList {
-  const int32_t* ids;   // [n]
-  const int32_t* lens;  // [n]  valid tokens of each page
+  const int32_t* ids;     // [n]
+  const int32_t* lens;    // [n]  valid tokens of each page
+  const int32_t* starts;  // [n]  the slot of the first of them; or null: all 0
   int64_t n;
-  INFERIX_FIELDS(ids, lens, n)
+  INFERIX_FIELDS(ids, lens, starts, n)
 };
 
 constexpr int kMaxPools = 8;

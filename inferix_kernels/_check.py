@@ -182,9 +182,13 @@ def _check_side(name: str, width: str, side: Side, format: str, sizes: dict[str,
             )
         if tensor is not None:
             check_tensor(f"{name}_{field}", tensor, (codec.scale_dtype,), f"P H {row}", sizes, device)
+    if codec.scaled_by is None:  # floats may lie in another's cache
+        if side.codes.stride(3) != 1 and side.codes.shape[3] != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {side.codes.stride()}")
+        return
     for field, tensor in ((name, side.codes), (f"{name}_scales", side.scales), (f"{name}_offsets", side.offsets)):
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{field} must be contiguous, got strides {tensor.stride()}")
+            raise ValueError(f"{field} must be contiguous for {format} pages, got strides {tensor.stride()}")
 
 
 def check_same_width(name: str, sizes: dict[str, int]) -> None:
@@ -201,11 +205,19 @@ def check_pools(pools: Sequence[KVPages], sizes: dict[str, int], device: torch.d
         check_pages(f"pools[{i}]", pages, sizes, device)
 
 
-def check_page_list(name: str, where: PageList, sizes: dict[str, int], device: torch.device) -> None:
-    """Shapes and dtypes. What the numbers say is checked by the backend, where it costs no host sync."""
+def check_page_list(
+    name: str, where: PageList, sizes: dict[str, int], device: torch.device, *, starts: bool = False
+) -> None:
+    """Shapes and dtypes. What the numbers say is checked by the backend, where it costs no host sync.
+
+    starts: may tokens begin within a page?
+    """
     check_is(name, where, PageList)
     for field, tensor in (("ids", where.ids), ("lens", where.lens)):
         check_tensor(f"{name}.{field}", tensor, (torch.int32,), f"len({name})", sizes, device)
+    if where.starts is not None and not starts:
+        raise ValueError(f"{name}.starts must be None here: only kv_append to pages of floats begins within a page")
+    check_optional(f"{name}.starts", where.starts, (torch.int32,), f"len({name})", sizes, device)
 
 
 def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
@@ -224,7 +236,12 @@ def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
             f" of its KV heads), got [{lists + 1}]"
         )
     check_optional("plan.page_bias", plan.page_bias, (torch.float32,), "N", sizes, device)
-    check_optional("plan.page_variants", plan.page_variants, (torch.int32,), "N", sizes, device)
+    for field in ("page_variants", "page_starts", "page_positions"):
+        check_optional(f"plan.{field}", getattr(plan, field), (torch.int32,), "N", sizes, device)
+    sizes["S"] = segments
+    check_optional("plan.windows", plan.windows, (torch.int32,), "S 2", sizes, device)
+    if (plan.windows is None) != (plan.page_positions is None):
+        raise ValueError("plan.windows and plan.page_positions must be given together, or neither, got one of them")
     if (plan.page_variants is None) != (q.ndim == 3):
         raise ValueError(
             f"plan.page_variants must be given for q [V, T, Hq, D] and None for q [T, Hq, D],"
@@ -280,6 +297,11 @@ def check_norm(
             f"{name} must be [{heads * D}] (all heads together) or [{D}] (each head), got {list(weight.shape)}"
         )
     check_optional(f"{name}_bias", bias, FLOATS, size, sizes, device)
+
+
+def check_softcap(softcap: float) -> None:
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be 0, for none, or a positive number, got {softcap!r}")
 
 
 def check_precision(precision: str) -> None:

@@ -99,13 +99,13 @@ def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any)
 
 
 def _flat(
-    name: str, kind: Any, letters: Iterator[str], written: bool
+    name: str, kind: Any, letters: Iterator[str], written: bool, field: bool = False
 ) -> tuple[list[str], Callable[[Any], list[Any]], Callable[..., Any]]:
-    """Of an argument by its annotation: Argument's last three fields. Of a union the first counts, and whether None is
-    in it."""
+    """Of an argument, or a field of one, by its annotation: Argument's last three fields. Of a union the first counts,
+    and whether None is in it."""
     union = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     kind, mark = union[0], lambda: f"({next(letters)}!)" if written else ""
-    none = "?" if types.NoneType in union and not written else ""
+    none = "?" if types.NoneType in union and (field or not written) else ""
     if kind is KVPages:
         return _pools(name, mark()), lambda pages: flat_pools(pages), lambda *flat: pools_of(*flat)[0]
     if typing.get_origin(kind) is not None and typing.get_args(kind) == (KVPages,):
@@ -118,7 +118,7 @@ def _flat(
         fields, make = {str(i): field for i, field in enumerate(typing.get_args(kind))}, lambda *parts: parts
     else:
         raise TypeError(f"{name} must be of a type that torch.library knows or of layout's, got {kind}")
-    parts = [_flat(f"{name}_{field}", hint, letters, written) for field, hint in fields.items()]
+    parts = [_flat(f"{name}_{field}", hint, letters, written, True) for field, hint in fields.items()]
     return [schema for part in parts for schema in part[0]], list, make
 
 

@@ -104,6 +104,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor,
     accumulate: bool = False,
+    softcap: float = 0.0,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     _run(
@@ -112,6 +113,7 @@ def paged_attention(
         **_attention(q, pools, plan, out, lse),
         scale=scale,
         accumulate=accumulate,
+        softcap=softcap,
         precision=_PRECISIONS[precision],
     )
     return out, lse
@@ -129,7 +131,12 @@ def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, precision
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     tensors = _attention(q, pools, plan, torch.empty_like(q), q.new_empty(q.shape[:2]))
-    options = {"scale": q.shape[-1] ** -0.5, "accumulate": False, "precision": _PRECISIONS[precision]}
+    options = {
+        "scale": q.shape[-1] ** -0.5,
+        "accumulate": False,
+        "softcap": 0.0,
+        "precision": _PRECISIONS[precision],
+    }
     try:
         _C.paged_attention({**tensors, **options}, stream=0, workspace=taken)
     except Taken:
@@ -151,9 +158,11 @@ def _attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, out: Tensor, lse
         "pools": _pools(pools),
         "q_indptr": _address("plan.q_indptr", plan.q_indptr),
         "page_indptr": _address("plan.page_indptr", plan.page_indptr),
-        "entries": _page_list(plan.page_ids, plan.page_lens),
+        "entries": _page_list(plan.page_ids, plan.page_lens, plan.page_starts),
         "page_bias": _address("plan.page_bias", plan.page_bias),
         "page_variants": _address("plan.page_variants", plan.page_variants),
+        "windows": _address("plan.windows", plan.windows),
+        "page_positions": _address("plan.page_positions", plan.page_positions),
         "shape": _shape(pools[0]),
         "variants": variants,
         "T": tokens,
@@ -372,8 +381,13 @@ def _rows(name: str, tensor: Tensor) -> Struct:
     return {"data": _pointer(name, tensor), "token_stride": token_stride, "head_stride": head_stride}
 
 
-def _page_list(ids: Tensor, lens: Tensor) -> Struct:
-    return {"ids": _address("page ids", ids), "lens": _address("page lens", lens), "n": len(ids)}
+def _page_list(ids: Tensor, lens: Tensor, starts: Tensor | None = None) -> Struct:
+    return {
+        "ids": _address("page ids", ids),
+        "lens": _address("page lens", lens),
+        "starts": _address("page starts", starts),
+        "n": len(ids),
+    }
 
 
 def _shape(pages: KVPages) -> Struct:
@@ -381,8 +395,12 @@ def _shape(pages: KVPages) -> Struct:
 
 
 def _plane(name: str, side: Side, width: int) -> Struct:
+    page_stride, head_stride, row_stride, _ = side.codes.stride()
     return {
-        "codes": _address(name, side.codes),
+        "codes": _pointer(name, side.codes),
+        "page_stride": page_stride,
+        "head_stride": head_stride,
+        "row_stride": row_stride,
         "scales": _address(f"{name}_scales", side.scales),
         "offsets": _address(f"{name}_offsets", side.offsets),
         "width": width,

@@ -99,6 +99,9 @@ class KVPages(NamedTuple):
 
     Dv differs from D in stores of latent rows (MLA): H = 1, the latent as keys and its rotary part as values.
 
+    Floats may also lie as somebody else's cache has them, anyhow strided but for the last dimension: a cache
+    [P, page_size, H, D] is a pool by k.transpose(1, 2), and stays where it is.
+
     Example:
         >>> pages = KVPages.empty("int4", pages=2, heads=4, page_size=16, head_dim=32)
         >>> pages.format, pages.pages, pages.heads, pages.page_size, pages.head_dim, pages.nbytes
@@ -221,7 +224,8 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 class PageList(NamedTuple):
-    """Tokens fill, or are read from, these pages in order: lens[i] tokens in the first slots of page ids[i].
+    """Tokens fill, or are read from, these pages in order: lens[i] tokens in the first slots of page ids[i], or from
+    slot starts[i] on.
 
     Example:
         >>> where = PageList.of([3, 1], [16, 9])  # 16 tokens in page 3, then 9 in page 1
@@ -231,6 +235,7 @@ class PageList(NamedTuple):
 
     ids: Tensor  # [n] int32
     lens: Tensor  # [n] int32, each in [0, page_size]
+    starts: Tensor | None = None  # [n] int32, the slot of each page's first token; None: 0. starts + lens <= page_size
 
     @classmethod
     def of(cls, ids: Sequence[int], lens: Sequence[int], device: torch.device | str = "cpu") -> PageList:
@@ -244,12 +249,18 @@ class PageList(NamedTuple):
         return cls(_int32(ids, device), _int32(lens, device))
 
 
+UNLIMITED = 2**30  # in a plan's windows: further than any key
+
+
 class Plan(NamedTuple):
     """Which pages each query attends to. One plan serves all layers and all passes over a block.
 
     Segment s is the queries q_indptr[s] : q_indptr[s+1]. It has one page list for all KV heads, or one for each: list
     l is the pages page_indptr[l] : page_indptr[l+1], with l = s or l = s * H + head. A query attends to every valid
     token of its list's pages and to nothing else. The page list is the mask.
+
+    Where that is too coarse, among tokens that see only what came before them, a segment has a window too: query i of
+    it sees the tokens at positions i - left to i + right, of those that its list holds.
 
     Example:
         >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])
@@ -263,6 +274,9 @@ class Plan(NamedTuple):
     page_lens: Tensor  # [N] int32, valid tokens of each page
     page_bias: Tensor | None = None  # [N] float32, added to the scaled scores of a page's keys; -inf leaves it out
     page_variants: Tensor | None = None  # [N] int32 in [0, V): which of q's variants meets the page
+    page_starts: Tensor | None = None  # [N] int32, the slot of each page's first valid token; None: 0
+    windows: Tensor | None = None  # [S, 2] int32, (left, right) in tokens, at most UNLIMITED
+    page_positions: Tensor | None = None  # [N] int32, of each page's first valid token; with windows. 0 is query 0's own
 
 
 class Segment(NamedTuple):
@@ -279,20 +293,26 @@ class Segment(NamedTuple):
     lens: Sequence[int]  # valid tokens of each page
     bias: Sequence[float] | None = None
     variants: Sequence[int] | None = None
+    starts: Sequence[int] | None = None  # slot of the first of them
+    window: tuple[int, int] | None = None  # (left, right) in tokens, -1 for any number: (-1, 0) is causal
 
 
 def make_plan(
     segments: Sequence[Segment | tuple], device: torch.device | str = "cpu", *, lists_per_segment: int = 1
 ) -> Plan:
-    """Build a plan from segments, or plain tuples (queries, ids, lens[, bias[, variants]]), in query order.
+    """Build a plan from segments, or plain tuples of a Segment's fields, (queries, ids, lens[, bias[, ...]]), in query
+    order.
 
     An empty page list is allowed: its queries get out = 0 and lse = -inf. With lists_per_segment = H every H entries
-    in a row are one segment: the same number of queries, and the page list of KV head 0, 1, ...
+    in a row are one segment: the same number of queries and window, and the page list of KV head 0, 1, ...
+
+    Windows are aligned bottom-right, as FlashAttention means them: a segment's last query stands at the last token of
+    its list, whatever their numbers.
 
     Raises:
-        ValueError: a negative count, id or length; fields of a segment that differ in length; bias or variants in some
-            segments only; entries that make no whole segments. Ids and lengths are checked with the pools when the
-            plan is used, since one plan may serve pools of several layers.
+        ValueError: a negative count, id or length; fields of a segment that differ in length; bias, variants or starts
+            in some segments only; entries that make no whole segments. Ids and lengths are checked with the pools when
+            the plan is used, since one plan may serve pools of several layers.
 
     Example:
         >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])  # two segments: (queries, page ids, lens)
@@ -302,18 +322,33 @@ def make_plan(
     lists = [Segment(*segment) for segment in segments]
     _check_segments(lists, lists_per_segment)
 
-    def flat(field: str) -> list:
-        return [x for segment in lists for x in getattr(segment, field)]
+    def flat(field: str, dtype: torch.dtype = torch.int32) -> Tensor | None:
+        if not lists or getattr(lists[0], field) is None:
+            return None
+        numbers = [x for segment in lists for x in getattr(segment, field)]
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
-    bias, variants = (bool(lists) and getattr(lists[0], field) is not None for field in ("bias", "variants"))
+    windows = positions = None
+    if any(segment.window is not None for segment in lists):
+        limits = [UNLIMITED if side == -1 else side for x in lists[::lists_per_segment] for side in x.window or (-1, -1)]
+        windows = _int32(limits, device).view(-1, 2)
+        positions = _int32([position for segment in lists for position in _positions(segment)], device)
     return Plan(
         _int32(list(accumulate((segment.queries for segment in lists[::lists_per_segment]), initial=0)), device),
         _int32(list(accumulate((len(segment.ids) for segment in lists), initial=0)), device),
-        _int32(flat("ids"), device),
-        _int32(flat("lens"), device),
-        torch.tensor(flat("bias"), dtype=torch.float32, device=device) if bias else None,
-        _int32(flat("variants"), device) if variants else None,
+        _int32([x for segment in lists for x in segment.ids], device),
+        _int32([x for segment in lists for x in segment.lens], device),
+        flat("bias", torch.float32),
+        flat("variants"),
+        flat("starts"),
+        windows,
+        positions,
     )
+
+
+def _positions(segment: Segment) -> list[int]:
+    """Of each page's first valid token, counted from the segment's first query: its last query is at the last token."""
+    return list(accumulate(segment.lens[:-1], initial=segment.queries - sum(segment.lens))) if segment.lens else []
 
 
 def even_plan(q_indptr: Tensor, pages: PageList, lists: int) -> Plan:
@@ -327,7 +362,7 @@ def even_plan(q_indptr: Tensor, pages: PageList, lists: int) -> Plan:
     if lists < 1 or len(pages.ids) % lists:
         raise ValueError(f"lists must be a divisor of the {len(pages.ids)} pages, got {lists}")
     steps = torch.arange(lists + 1, dtype=torch.int32, device=pages.ids.device)
-    return Plan(q_indptr, steps * (len(pages.ids) // lists), *pages)
+    return Plan(q_indptr, steps * (len(pages.ids) // lists), pages.ids, pages.lens, page_starts=pages.starts)
 
 
 def _check_segments(lists: list[Segment], lists_per_segment: int) -> None:
@@ -336,13 +371,14 @@ def _check_segments(lists: list[Segment], lists_per_segment: int) -> None:
     for s, segment in enumerate(lists):
         if segment.queries < 0:
             raise ValueError(f"segments[{s}]: the number of queries must not be negative, got {segment.queries}")
-        want = lists[s - s % lists_per_segment].queries
-        if segment.queries != want:
-            raise ValueError(
-                f"segments[{s}]: queries must be {want} in all lists of one segment, got {segment.queries}"
-            )
+        for field in ("queries", "window"):
+            want, got = (getattr(x, field) for x in (lists[s - s % lists_per_segment], segment))
+            if got != want:
+                raise ValueError(f"segments[{s}]: {field} must be {want} in all lists of one segment, got {got}")
+        if segment.window is not None and not all(-1 <= side <= UNLIMITED for side in segment.window):
+            raise ValueError(f"segments[{s}]: window must be two numbers of tokens, or -1, got {segment.window}")
         _check_list(f"segments[{s}]: page ids", segment.ids, segment.lens)
-        for field in ("bias", "variants"):
+        for field in ("bias", "variants", "starts"):
             numbers = getattr(segment, field)
             if (numbers is None) != (getattr(lists[0], field) is None):
                 raise ValueError(f"segments[{s}]: {field} must be given for all segments or for none")

@@ -40,6 +40,7 @@ from ._check import (
     check_precision,
     check_quantized,
     check_same_width,
+    check_softcap,
     check_tensor,
     check_word,
     device_of,
@@ -70,7 +71,8 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     """Write T tokens into pages, from the first slot of each page on.
 
     Slots past lens[i] store code 0, so that no NaN can hide there (0 * NaN is NaN). How a format quantizes is written
-    in reference.encode; scales are taken over a page's valid tokens.
+    in reference.encode; scales are taken over a page's valid tokens. With where.starts tokens go to slots starts[i] :
+    starts[i] + lens[i], and the other slots keep what they hold: for pages of floats, such as another's cache.
 
     Args:
         k, v: [T, H, D] and [T, H, Dv] float32, bfloat16 or float16, same dtype.
@@ -87,7 +89,7 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     check_tensor("k", k, FLOATS, "T H D", sizes, device)
     check_tensor("v", v, (k.dtype,), "T H Dv", sizes, device)
     check_pages("pages", pages, sizes, device)
-    check_page_list("where", where, sizes, device)
+    check_page_list("where", where, sizes, device, starts=not FORMATS[pages.format].quantized)
     call("kv_append", backend, device, k, v, pages, where)
 
 
@@ -191,13 +193,14 @@ def paged_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     accumulate: bool = False,
+    softcap: float = 0.0,
     precision: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of ragged segments of queries over lists of pages: (out, lse).
 
-    One softmax runs across all pages of a list, whatever their formats. Where a list is empty, or the bias of all its
-    pages is -inf, out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
+    One softmax runs across all pages of a list, whatever their formats. Where a list is empty, its window holds no key,
+    or the bias of all its pages is -inf, out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
 
     Args:
         q: [T, Hq, D] float32, bfloat16 or float16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).
@@ -213,13 +216,15 @@ def paged_attention(
         lse: [T, Hq] float32, to write to: log of the sum of exp(scale * q . k), natural.
         accumulate: out and lse hold the result over other keys; merge these into it. Give a float32 out, or every
             call rounds.
+        softcap: scores become softcap * tanh(score / softcap), before a page's bias is added; 0 leaves them as they
+            are.
         precision: of the products over quantized pages. "exact": q and the softmax's weights have at least 16 bits.
             "8bit": both are rounded to 8 bits where that is faster: int8 pages on a CPU with VNNI, pages with a scale
             for each token on a GPU. Large channels in q cost the others their bits then. "auto": 8 bits where the error
             stays near the exact one whatever q holds: on a CPU q in two terms of 8 bits and weights in one, on a GPU
             not at all. Nothing is looked up in q to choose.
 
-    Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135.
+    Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135; softcap, arXiv:2408.00118.
 
     Example:
         >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
@@ -233,11 +238,12 @@ def paged_attention(
     sizes: dict[str, int] = {}
     check_attention(q, "D", pools, plan, sizes, same_width=True)
     check_precision(precision)
+    check_softcap(softcap)
     if accumulate:
         check_given(ADDED_TO, out=out, lse=lse)
     out, lse = attention_outputs(q, out, lse, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    options = {"scale": scale, "accumulate": accumulate, "precision": precision}
+    options = {"scale": scale, "accumulate": accumulate, "softcap": softcap, "precision": precision}
     call("paged_attention", backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
@@ -285,6 +291,9 @@ def latent_attention(
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
+    for field in ("page_starts", "windows"):
+        if getattr(plan, field) is not None:
+            raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
     if accumulate:
         check_given(ADDED_TO, out=out, lse=lse)
     out, lse = attention_outputs(q, out, lse, sizes)

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention_limits.h"
 #include "attention_operands.h"
 #include "pages.h"
 #include "parallel.h"
@@ -125,9 +126,10 @@ INFERIX_INLINE void store_rows(Isa isa, const PagedAttentionParams& p, const Tas
     const int64_t group = row / kLanes, lane = row % kLanes;
     for (int64_t d = 0; lane == 0 && d < out_columns; d += kLanes)
       S::transpose(w.out[group * out_columns + d].lane, kLanes, x + d, out_columns);
-    const float sum = w.running[group].sum.lane[lane], inverse = sum == 0.f ? 0.f : 1.f / sum;
-    const float lse = (w.running[group].base.lane[lane] + std::log2(sum)) * kLn2 + w.max_bias;
-    store_row(isa, p, address(p, task, row), sum == 0.f ? -kInfinity : lse, inverse, x + lane * out_columns, before);
+    const float sum = w.running[group].sum.lane[lane], base = w.running[group].base.lane[lane];
+    const bool nothing = sum == 0.f || base == kNothing;
+    const float lse = nothing ? -kInfinity : (base + std::log2(sum)) * kLn2 + w.max_bias;
+    store_row(isa, p, address(p, task, row), lse, nothing ? 0.f : 1.f / sum, x + lane * out_columns, before);
   }
 }
 
@@ -151,6 +153,13 @@ float max_bias(const PagedAttentionParams& p, int64_t list) {
   return largest == -kInfinity ? 0.f : largest;
 }
 
+// Without one it holds all keys: they are then at position 0.
+Window window_of(const PagedAttentionParams& p, int64_t segment) {
+  constexpr int64_t kUnlimited = int64_t{1} << 40;
+  if (!p.windows) return {kUnlimited, kUnlimited};
+  return {p.windows[2 * segment], p.windows[2 * segment + 1]};
+}
+
 template <typename S, int kBlock>
 INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   const int64_t out_columns = round_up(width(p), kLanes);
@@ -158,10 +167,15 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
   alignas(64) Column scores[kTileKeys];
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
   const int64_t groups = static_cast<int64_t>(w.running.size());
+  const int64_t group_size = p.query_heads / p.shape.H;
+  const int64_t first_query = task.first_row / group_size, last_query = (task.first_row + task.rows - 1) / group_size;
+  const Window window = window_of(p, task.segment);
+  const float cap = p.softcap * kLog2E;
   w.max_bias = max_bias(p, list);
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
     const float bias = p.page_bias ? (p.page_bias[i] - w.max_bias) * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
+    const int64_t start = p.entries.starts ? p.entries.starts[i] : 0, end = start + p.entries.lens[i];
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
     const Tile v_tile = tile_of(page.pool->v, p.shape, page.page, task.head);
@@ -169,11 +183,17 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
                      v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
     const int64_t terms = terms_of(k_arithmetic, p.precision);
     const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
-    for (int64_t first = 0; first < p.entries.lens[i]; first += kTileKeys) {
-      const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[i] - first);
-      const TileKeys keys = pack_keys<S>(isa, k_arithmetic, k_tile, first, count, bias, kBlock, w);
+    for (int64_t first = start; first < end; first += kTileKeys) {
+      const int64_t count = std::min<int64_t>(kTileKeys, end - first);
+      const int64_t position = p.page_positions ? p.page_positions[i] + first - start : 0;
+      if (window.of(first_query, last_query, position, count) == View::none) continue;
+      const float before_cap = cap == 0.f ? bias : 0.f;
+      const TileKeys keys = pack_keys<S>(isa, k_arithmetic, k_tile, first, count, before_cap, kBlock, w);
       const TileValues values = pack_values(isa, v_arithmetic, v_tile, first, count, w);
       for (int64_t group = 0; group < groups; ++group) {
+        const int64_t row = task.first_row + group * kLanes;
+        const View view = window.of(row / group_size, (row + kLanes - 1) / group_size, position, count);
+        if (view == View::none) continue;
         const Column* q = &w.q[k_arithmetic][(first_group + group) * terms * keys.words];
         Column row_max, *out = &w.out[group * out_columns];
         with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
@@ -181,6 +201,11 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
           row_max = terms == 2 ? kernels.template qk_product<true>(keys, q, q_scale, scores)
                                : kernels.qk_product(keys, q, q_scale, scores);
         });
+        if (cap != 0.f || view == View::some) {
+          const WindowRows rows(window, row, group_size);
+          row_max = limit_scores<S>(scores, count, cap, bias, view == View::some ? &rows : nullptr, position);
+          floor_base<S>(w.running[group]);
+        }
         rescale<S>(row_max, w.running[group], out, out_columns);
         with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
           const Column factor = kernels.exponentiate(scores, keys.count, row_max, w.running[group]);

@@ -77,10 +77,11 @@ INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, 
   return 1.f;
 }
 
-// Rows of count tokens from codes that lie `from_stride` bytes apart, zeros up to `rows` and `stride`.
-inline void copy_rows(const char* from, int64_t from_stride, int64_t count, char* to, int64_t stride, int64_t rows) {
+// Rows of `width` bytes of count tokens that lie `from_stride` bytes apart, zeros up to `rows` and `stride`.
+inline void copy_rows(const char* from, int64_t from_stride, int64_t width, int64_t count, char* to, int64_t stride,
+                      int64_t rows) {
   for (int64_t t = 0; t < rows; ++t) {
-    const int64_t bytes = t < count ? from_stride : 0;
+    const int64_t bytes = t < count ? width : 0;
     if (bytes) std::memcpy(to + t * stride, from + t * from_stride, bytes);
     std::memset(to + t * stride + bytes, 0, stride - bytes);
   }
@@ -96,19 +97,19 @@ INFERIX_INLINE TileKeys pack_keys(Isa isa, Arithmetic arithmetic, const Tile& ti
   std::fill(w.bias + count, w.bias + rows, -kInfinity);
   TileKeys keys{nullptr, words * 4, words, rows, w.bias, nullptr, nullptr};
   const int64_t bytes = row_bytes(tile.codec, D);
-  const char* codes = tile.codes + first * bytes;
+  const char* codes = tile.codes + first * tile.row;
   const bool stored =
       tile.codec == Codec::f32 || (tile.codec == Codec::bf16 && arithmetic == kBf16) || arithmetic == kInt8;
   char* to = reinterpret_cast<char*>(w.k.floats(rows * words));
   if (stored && in_place) {
-    keys.rows = codes;
+    keys.rows = codes, keys.stride = tile.row;
   } else if (stored) {
-    copy_rows(codes, bytes, count, to, words * 4, rows);
+    copy_rows(codes, tile.row, bytes, count, to, words * 4, rows);
     keys.rows = to;
   } else {
     const float* x = floats_of(isa, tile, first, count, w.floats);
     if (arithmetic == kFloats) {
-      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, to, D * 4, rows);
+      copy_rows(reinterpret_cast<const char*>(x), D * 4, D * 4, count, to, D * 4, rows);
     } else {
       from_floats(isa, DType::bf16, x, D, count, D, to, words * 2);
       for (int64_t t = 0; t < count && D % 2; ++t) std::memset(to + t * words * 4 + D * 2, 0, 2);
@@ -154,10 +155,10 @@ INFERIX_INLINE TileValues pack_values(Isa isa, Arithmetic arithmetic, const Tile
                                       Workspace& w) {
   const int64_t D = tile.width, columns = round_up(D, kLanes);
   const int64_t steps = words_of(count, arithmetic);
-  const char* codes = tile.codes + first * row_bytes(tile.codec, D);
+  const char* codes = tile.codes + first * tile.row;
   TileValues values{nullptr, columns * 4, steps, columns, nullptr};
   if (tile.codec == Codec::f32 && D == columns) {
-    values.rows = codes;
+    values.rows = codes, values.stride = tile.row;
     return values;
   }
   float* to = w.v.floats(steps * columns);
@@ -170,12 +171,12 @@ INFERIX_INLINE TileValues pack_values(Isa isa, Arithmetic arithmetic, const Tile
     std::fill(scales + D, scales + columns, 0.f);
     values.scales = scales;
   } else if (tile.codec == Codec::bf16 && arithmetic == kBf16) {
-    const auto row = [&](int64_t t) { return reinterpret_cast<const Pair*>(codes) + t * D; };
+    const auto row = [&](int64_t t) { return reinterpret_cast<const Pair*>(codes + t * tile.row); };
     interleave<Pair, 2>(count, D, columns, row, reinterpret_cast<uint32_t*>(to));
   } else {
     const float* x = floats_of(isa, tile, first, count, w.floats);
     if (arithmetic == kFloats) {
-      copy_rows(reinterpret_cast<const char*>(x), D * 4, count, reinterpret_cast<char*>(to), columns * 4, count);
+      copy_rows(reinterpret_cast<const char*>(x), D * 4, D * 4, count, reinterpret_cast<char*>(to), columns * 4, count);
     } else {
       Pair* halves = reinterpret_cast<Pair*>(w.halves.floats(count * D));
       from_floats(isa, DType::bf16, x, D, count, D, halves, D);

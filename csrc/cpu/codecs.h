@@ -23,16 +23,19 @@ class Buffer {
 // Addresses of one tile; what lies there is written at Plane.
 struct Tile {
   Codec codec;
-  int64_t page_size, width;
+  int64_t page_size, width, row;  // row: bytes from one token's codes to the next, unless they lie transposed
   char *codes, *scales, *offsets;
 };
 
 inline Tile tile_of(const Plane& plane, const PageShape& s, int64_t page, int64_t head) {
   const Codec codec = plane.codec;
   const int64_t index = page * s.H + head, scales = is_by_token(codec) ? s.page_size : plane.width;
-  const auto at = [index](void* base, int64_t bytes) { return static_cast<char*>(base) + index * bytes; };
-  return {codec, s.page_size, plane.width, at(plane.codes, s.page_size * row_bytes(codec, plane.width)),
-          at(plane.scales, scales * scale_bytes(codec)), at(plane.offsets, is_packed(codec) ? scales * 2 : 0)};
+  const auto at = [](void* base, int64_t count, int64_t bytes) { return static_cast<char*>(base) + count * bytes; };
+  const int64_t element = element_bytes(codec);
+  return {codec, s.page_size, plane.width, plane.row_stride * element,
+          at(plane.codes, page * plane.page_stride + head * plane.head_stride, element),
+          at(plane.scales, index, scales * scale_bytes(codec)),
+          at(plane.offsets, index, is_packed(codec) ? scales * 2 : 0)};
 }
 
 // Tiles that are read and written next, asked for while this one is computed: half of a tile's time is otherwise spent
@@ -59,9 +62,10 @@ void to_floats(Isa isa, DType dtype, const void* from, int64_t from_stride, int6
 void from_floats(Isa isa, DType dtype, const float* from, int64_t stride, int64_t count, int64_t width, void* to,
                  int64_t to_stride);
 
-// As decode, dense, but float32 tokens stay where they are.
+// As decode, dense, but float32 tokens that lie so stay where they are.
 inline const float* floats_of(Isa isa, const Tile& from, int64_t first, int64_t count, Buffer& buffer) {
-  if (from.codec == Codec::f32) return reinterpret_cast<const float*>(from.codes) + first * from.width;
+  if (from.codec == Codec::f32 && from.row == row_bytes(from.codec, from.width))
+    return reinterpret_cast<const float*>(from.codes + first * from.row);
   float* to = buffer.floats(count * from.width);
   decode(isa, from, first, count, to, from.width);
   return to;

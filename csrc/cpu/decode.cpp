@@ -59,13 +59,14 @@ INFERIX_INLINE void decode_u4(const Tile& from, int64_t first, int64_t count, fl
 }
 
 INFERIX_INLINE void decode_any(const Tile& from, int64_t first, int64_t count, float* to, int64_t stride) {
-  const char* codes = from.codes + first * row_bytes(from.codec, from.width);
+  const char* codes = from.codes + first * from.row;
+  const int64_t row = from.row / element_bytes(from.codec);
   const auto *i8 = reinterpret_cast<const int8_t*>(codes);
   const auto *u8 = reinterpret_cast<const uint8_t*>(codes);
   switch (from.codec) {
-    case Codec::f32: return load<float>(codes, from.width, count, from.width, to, stride);
-    case Codec::bf16: return load<Bf16>(codes, from.width, count, from.width, to, stride);
-    case Codec::f16: return load<Half>(codes, from.width, count, from.width, to, stride);
+    case Codec::f32: return load<float>(codes, row, count, from.width, to, stride);
+    case Codec::bf16: return load<Bf16>(codes, row, count, from.width, to, stride);
+    case Codec::f16: return load<Half>(codes, row, count, from.width, to, stride);
     case Codec::i8_token: return decode_tokens<Int8Code>(from, i8, first, count, to, stride);
     case Codec::i8_channel: return decode_channels<Int8Code>(from, i8, count, to, stride);
     case Codec::e4m3_token: return decode_tokens<E4m3Code>(from, u8, first, count, to, stride);

@@ -239,10 +239,11 @@ INFERIX_INLINE void encode_transposed(const Tile& to, const float* x, int64_t st
 // kBlock: channels whose ranges fit the registers.
 template <bool kFma, int kBlock>
 INFERIX_INLINE void encode_any(const Tile& to, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
+  const int64_t row = to.row / element_bytes(to.codec);
   switch (to.codec) {
-    case Codec::f32: return store<float>(x, stride, length, to.width, to.codes, to.width);
-    case Codec::bf16: return store<Bf16>(x, stride, length, to.width, to.codes, to.width);
-    case Codec::f16: return store<Half>(x, stride, length, to.width, to.codes, to.width);
+    case Codec::f32: return store<float>(x, stride, length, to.width, to.codes, row);
+    case Codec::bf16: return store<Bf16>(x, stride, length, to.width, to.codes, row);
+    case Codec::f16: return store<Half>(x, stride, length, to.width, to.codes, row);
     case Codec::i8_token: return encode_tokens<Int8Code, kFma>(to, x, stride, length, ahead);
     case Codec::i8_channel:
       return encode_channels<Int8Code, kFma>(to, x, stride, length, ahead, reinterpret_cast<int8_t*>(to.codes));

@@ -22,12 +22,20 @@ Buffer& buffer() {
   return mine;
 }
 
-void append(Isa isa, const Rows& rows, DType dtype, int64_t first, int64_t head, int64_t length, const Tile& to) {
+// start: null, or the slot of the first token, a float's; the others keep what they hold.
+void append(Isa isa, const Rows& rows, DType dtype, int64_t first, int64_t head, int64_t length, const int32_t* start,
+            Tile to) {
   const char* from = row_of(rows, dtype, first, head);
-  if (dtype == DType::f32) return write_tile(isa, to, reinterpret_cast<const float*>(from), rows.token_stride, length);
-  float* x = buffer().floats(length * to.width);
-  to_floats(isa, dtype, from, rows.token_stride, length, to.width, x, to.width);
-  write_tile(isa, to, x, to.width, length);
+  const float* x = reinterpret_cast<const float*>(from);
+  int64_t stride = rows.token_stride;
+  if (dtype != DType::f32) {
+    float* converted = buffer().floats(length * to.width);
+    to_floats(isa, dtype, from, stride, length, to.width, converted, to.width);
+    x = converted, stride = to.width;
+  }
+  if (!start) return write_tile(isa, to, x, stride, length);
+  to.codes += *start * to.row;
+  encode(isa, to, x, stride, length);
 }
 
 void gather(Isa isa, const Tile& from, int64_t length, const Rows& rows, DType dtype, int64_t first, int64_t head) {
@@ -83,8 +91,9 @@ void kv_append_cpu(const KvAppendParams& p, const Cpu& cpu) {
   const auto starts = entry_starts("where.ids", "where.lens", p.where, p.pages.pages, s.page_size, p.T, true);
   parallel_for(cpu.threads, p.where.n * s.H, [&](int64_t task) {
     const int64_t entry = task / s.H, head = task % s.H, page = p.where.ids[entry], length = p.where.lens[entry];
-    append(cpu.isa, p.k, p.x_dtype, starts[entry], head, length, tile_of(p.pages.k, s, page, head));
-    append(cpu.isa, p.v, p.x_dtype, starts[entry], head, length, tile_of(p.pages.v, s, page, head));
+    const int32_t* start = p.where.starts ? p.where.starts + entry : nullptr;
+    append(cpu.isa, p.k, p.x_dtype, starts[entry], head, length, start, tile_of(p.pages.k, s, page, head));
+    append(cpu.isa, p.v, p.x_dtype, starts[entry], head, length, start, tile_of(p.pages.v, s, page, head));
   });
 }
 

@@ -109,7 +109,7 @@ INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const 
   }
   thread_local Buffer buffer;
   float one = 1.f, *x = buffer.floats(K);
-  decode(isa, Tile{codec, 1, K, const_cast<char*>(codes), reinterpret_cast<char*>(&one), nullptr}, 0, 1, x, K);
+  decode(isa, Tile{codec, 1, K, K, const_cast<char*>(codes), reinterpret_cast<char*>(&one), nullptr}, 0, 1, x, K);
   from_floats(isa, o.words == Words::bf16 ? DType::bf16 : DType::f32, x, K, 1, K, words, K);
 }
 
@@ -271,7 +271,7 @@ void quantize_rows_cpu(const QuantizeRowsParams& p, const Cpu& cpu) {
       to_floats(cpu.isa, p.x_dtype, x, p.K, 1, p.K, y.data(), p.K);
       prepare_row(p, row, y.data());
       char* codes = static_cast<char*>(p.codes) + row * p.K;
-      encode(cpu.isa, Tile{p.codec, 1, p.K, codes, reinterpret_cast<char*>(p.scales + row), nullptr}, y.data(), p.K, 1);
+      encode(cpu.isa, Tile{p.codec, 1, p.K, p.K, codes, reinterpret_cast<char*>(p.scales + row), nullptr}, y.data(), p.K, 1);
     }
   });
 }

@@ -13,6 +13,9 @@ namespace {
 
 std::string entry(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
+// "where.ids" -> "where.starts"
+std::string starts_name(const std::string& ids) { return ids.substr(0, ids.size() - 3) + "starts"; }
+
 // Scales and offsets of the slots past length, where they are kept by token.
 void fill_scales(const Tile& tile, int64_t length) {
   if (!is_by_token(tile.codec)) return;
@@ -38,12 +41,17 @@ std::vector<int64_t> entry_starts(const char* ids, const char* lens, const PageL
       refuse(entry(ids, i) + " must be in [0, " + std::to_string(num_pages) + "), got " + std::to_string(page));
     if (length < 0 || length > page_size)
       refuse(entry(lens, i) + " must be in [0, " + std::to_string(page_size) + "], got " + std::to_string(length));
+    if (list.starts && (list.starts[i] < 0 || list.starts[i] > page_size - length))
+      refuse(entry(starts_name(ids).c_str(), i) + " must be in [0, " + std::to_string(page_size - length) + "], got " +
+             std::to_string(list.starts[i]));
     starts[i + 1] = starts[i] + length;
   }
   if (tokens >= 0 && starts[list.n] != tokens)
     refuse(std::string(lens) + " must sum to T=" + std::to_string(tokens) + ", got " + std::to_string(starts[list.n]));
   if (written) {
-    std::vector<int32_t> sorted(list.ids, list.ids + list.n);
+    std::vector<int32_t> sorted;
+    for (int64_t i = 0; i < list.n; ++i)
+      if (!list.starts || list.lens[i] > 0) sorted.push_back(list.ids[i]);  // no tokens within a page: nothing written
     std::sort(sorted.begin(), sorted.end());
     const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
     if (twice != sorted.end())
@@ -58,10 +66,23 @@ int64_t total_pages(const Pools& pools) {
   return total;
 }
 
+namespace {
+
+// Slots length and up of codes that do not lie transposed.
+void clear_codes(const Tile& tile, int64_t length) {
+  const int64_t bytes = row_bytes(tile.codec, tile.width);
+  if (tile.row == bytes) {
+    std::memset(tile.codes + length * bytes, 0, (tile.page_size - length) * bytes);
+  } else {
+    for (int64_t t = length; t < tile.page_size; ++t) std::memset(tile.codes + t * tile.row, 0, bytes);
+  }
+}
+
+}  // namespace
+
 void write_tile(Isa isa, const Tile& tile, const float* x, int64_t stride, int64_t length, const Ahead& ahead) {
   encode(isa, tile, x, stride, length, ahead);
-  const int64_t row = row_bytes(tile.codec, tile.width);
-  if (!is_transposed(tile.codec)) std::memset(tile.codes + length * row, 0, (tile.page_size - length) * row);
+  if (!is_transposed(tile.codec)) clear_codes(tile, length);
   fill_scales(tile, length);
 }
 
@@ -73,9 +94,13 @@ void copy_tile(const Tile& from, const Tile& to, int64_t length) {
       std::memset(to.codes + i + length, 0, page_size - length);
     }
   } else {
-    const int64_t row = row_bytes(to.codec, to.width);
-    std::memcpy(to.codes, from.codes, length * row);
-    std::memset(to.codes + length * row, 0, (page_size - length) * row);
+    const int64_t bytes = row_bytes(to.codec, to.width);
+    if (from.row == bytes && to.row == bytes) {
+      std::memcpy(to.codes, from.codes, length * bytes);
+    } else {
+      for (int64_t t = 0; t < length; ++t) std::memcpy(to.codes + t * to.row, from.codes + t * from.row, bytes);
+    }
+    clear_codes(to, length);
   }
   if (is_float(to.codec)) return;
   const int64_t scales = scale_bytes(to.codec) * (is_by_token(to.codec) ? length : to.width);

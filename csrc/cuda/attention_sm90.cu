@@ -41,8 +41,12 @@ void check(const PagedAttentionParams& p) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   const int64_t group = p.query_heads / p.shape.H;
   require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
+  require(p.softcap == 0.f, "has no softcap, got " + std::to_string(p.softcap));
+  require(!p.windows, "has no windows: plan.windows must be None");
+  require(!p.entries.starts, "reads pages from their first slot on: plan.page_starts must be None");
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];
+    require(is_contiguous(pool, p.shape), "takes contiguous pages only");
     with_kernel(pool, p.precision == Precision::eight_bit, [&](auto kind, auto) {
       constexpr Kind kKind = decltype(kind)::value;
       constexpr DType type = query_type(kKind);

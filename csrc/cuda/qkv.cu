@@ -14,6 +14,8 @@ void qkv_prologue_cuda(const QkvPrologueParams& p, void* stream) {
   if (p.pages.k.width > kMaxWidth)
     throw Unsupported("qkv_prologue: the CUDA kernel takes at most " + std::to_string(kMaxWidth) + " channels, got " +
                       std::to_string(p.pages.k.width));
+  if (!is_contiguous(p.pages, p.shape))
+    throw Unsupported("qkv_prologue: the CUDA kernel takes contiguous pages only");
   if (p.where.n == 0 || p.T == 0) return;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t q_groups = p.norm_q ? p.query_heads * p.pages.k.width / p.norm_q_size : 0;

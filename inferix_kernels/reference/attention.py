@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import KVPages, PageList, Plan
-from .kv_pages import locate, read_page, spans
+from .kv_pages import locate, read_page, spans, starts_of
 
 __all__ = ["check_plan", "latent_attention", "merge_attention", "paged_attention"]
 
@@ -24,10 +24,15 @@ def paged_attention(
     out: Tensor,
     lse: Tensor,
     accumulate: bool = False,
+    softcap: float = 0.0,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Exact whatever `precision` allows: it is what the others are compared with."""
-    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, lambda keys, values: (keys, values))
+
+    def keys_and_values(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, keys_and_values, softcap)
 
 
 def latent_attention(
@@ -48,9 +53,11 @@ def attention_over_pages(
     lse: Tensor,
     accumulate: bool,
     keys_and_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """keys_and_values: of the two sides of a page, [length, heads, D] and [length, heads, Dv]."""
     starts, lists, entries, bias, variants = check_plan(q, pools, plan)
+    slots = starts_of("plan.page", PageList(plan.page_ids, plan.page_lens, plan.page_starts), pools[0].page_size)
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
     H = pools[0].heads
     group = queries.shape[2] // H  # query head j reads KV head j // group
@@ -58,7 +65,9 @@ def attention_over_pages(
     for i in range(len(lists) - 1):
         s, first = divmod(i * shared, H)
         mine = range(lists[i], lists[i + 1])
-        pages = [keys_and_values(*read_page(*locate(pools, entries[j][0]), length_of(entries[j]))) for j in mine]
+        pages = [
+            keys_and_values(*read_page(*locate(pools, entries[j][0]), length_of(entries[j]), slots[j])) for j in mine
+        ]
         # Added to a bias of 1e9 a score is lost in float32's rounding: biases count from the largest of the list.
         base = largest_bias(bias[j] for j in mine if length_of(entries[j]))
         # Head by head, so that a head's bits do not depend on how many heads share its list.
@@ -67,7 +76,8 @@ def attention_over_pages(
             x = queries[:, at[0], at[1]].float()  # [V, t, group, D]
             scores, values = [x.new_empty(x[0, ..., 0].numel(), 0)], [x.new_empty(0, out.shape[2])]
             for j, (k, v) in zip(mine, pages, strict=True):
-                scores.append(x[variants[j]].flatten(0, 1) @ k[:, head].T * scale + (bias[j] - base))
+                page_scores = capped(x[variants[j]].flatten(0, 1) @ k[:, head].T * scale, softcap) + (bias[j] - base)
+                scores.append(page_scores.masked_fill(~visible(plan, s, j, x.shape[1], group, len(k)), -torch.inf))
                 values.append(v[:, head])
             list_out, list_lse = softmax_sum(torch.cat(scores, -1), torch.cat(values))
             list_out, list_lse = list_out.unflatten(0, x.shape[1:3]), (list_lse + base).unflatten(0, x.shape[1:3])
@@ -75,6 +85,20 @@ def attention_over_pages(
                 list_out, list_lse = merge(out[at].float(), lse[at], list_out, list_lse)
             out[at], lse[at] = list_out, list_lse
     return out, lse
+
+
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * (scores / softcap).tanh() if softcap else scores
+
+
+def visible(plan: Plan, segment: int, entry: int, queries: int, group: int, length: int) -> Tensor:
+    """[queries * group, length]: which tokens of a page lie within the window of each of a segment's rows."""
+    if plan.windows is None or plan.page_positions is None:
+        return torch.ones(1, length, dtype=torch.bool, device=plan.page_ids.device)
+    left, right = plan.windows[segment].tolist()
+    keys = plan.page_positions[entry] + torch.arange(length, device=plan.page_ids.device)
+    distance = keys - torch.arange(queries, device=keys.device)[:, None]
+    return ((distance >= -left) & (distance <= right)).repeat_interleave(group, 0)
 
 
 def check_plan(

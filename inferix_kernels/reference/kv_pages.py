@@ -10,12 +10,17 @@ from torch import Tensor
 from ..layout import KVPages, PageList, Side, as_bytes
 from .codecs import AMAX_FLOOR, LARGEST, STEP_FLOOR, decode, encode
 
-__all__ = ["kv_append", "kv_commit", "kv_gather", "read_page", "read_side", "spans", "write_page"]
+__all__ = ["kv_append", "kv_commit", "kv_gather", "read_page", "read_side", "spans", "starts_of", "write_page"]
 
 
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
-    for page, start, stop in spans("where", where, pages, tokens=k.shape[0], written=True):
-        write_page(pages, page, k[start:stop].float(), v[start:stop].float())
+    first_slots = starts_of("where", where, pages.page_size)
+    for i, (page, start, stop) in enumerate(spans("where", where, pages, tokens=k.shape[0], written=True)):
+        if where.starts is None:
+            write_page(pages, page, k[start:stop].float(), v[start:stop].float())
+        else:
+            slots = slice(first_slots[i], first_slots[i] + stop - start)
+            pages.k[page, :, slots], pages.v[page, :, slots] = (x[start:stop].transpose(0, 1) for x in (k, v))
 
 
 def kv_commit(
@@ -80,9 +85,9 @@ def read_side(side: Side, page: int, length: int) -> tuple[Tensor, Tensor | None
     return codes, scales, offsets
 
 
-def read_page(pages: KVPages, page: int, length: int) -> tuple[Tensor, Tensor]:
-    """The first tokens of a page, dequantized: k [length, H, D], v [length, H, Dv] float32."""
-    k, v = (decode(*read_side(side, page, length), side.codec).transpose(0, 1) for side in pages.sides)
+def read_page(pages: KVPages, page: int, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens from slot `start` of a page on, dequantized: k [length, H, D], v [length, H, Dv] float32."""
+    k, v = (decode(*read_side(side, page, start + length), side.codec)[:, start:].transpose(0, 1) for side in pages.sides)
     return k, v
 
 
@@ -115,9 +120,23 @@ def spans(
             raise ValueError(f"{lens_name}[{i}] must be in [0, {page_size}], got {length}")
     if tokens is not None and sum(lens) != tokens:
         raise ValueError(f"{lens_name} must sum to T={tokens}, got {sum(lens)}")
-    if written and len(set(ids)) != len(ids):
-        raise ValueError(f"{ids_name} must name each written page once, got {max(ids, key=ids.count)} twice")
+    # No tokens from some slot on: nothing is written.
+    targets = [page for page, length in zip(ids, lens, strict=True) if length or where.starts is None]
+    if written and len(set(targets)) != len(targets):
+        raise ValueError(f"{ids_name} must name each written page once, got {max(targets, key=targets.count)} twice")
     return list(_spans(ids, lens))
+
+
+def starts_of(name: str, where: PageList, page_size: int) -> list[int]:
+    """The slot of every entry's first token, checked."""
+    if where.starts is None:
+        return [0] * len(where.ids)
+    starts: list[int] = where.starts.tolist()
+    field = f"{name}_starts" if name == "plan.page" else f"{name}.starts"
+    for i, (start, length) in enumerate(zip(starts, where.lens.tolist(), strict=True)):
+        if not 0 <= start <= page_size - length:
+            raise ValueError(f"{field}[{i}] must be in [0, {page_size - length}], got {start}")
+    return starts
 
 
 def check_ids(name: str, ids: Sequence[int], num_pages: int) -> None:

@@ -111,7 +111,7 @@ def main(folder):
             return before, after
 
     before, after = LOOP.run_until_complete(minute())
-    assert after[0] <= before[0], "tasks"
+    assert after[0] <= before[0], f"tasks: {[task.get_stack() for task in asyncio.all_tasks(LOOP)]}"
     assert after[1] <= before[1], f"threads: {[thread.name for thread in threading.enumerate()]}"
     assert after[2] <= before[2], "file handles"
     # The allocator keeps a little of what a hundred connections have used; one connection leaked is megabytes.

@@ -1,8 +1,8 @@
 """WebRTC through aiortc, which is handed packets that are coded already: any rate and preset, one encoder for all.
 
-Two of aiortc's private names are used, each for want of a public one, and a test notices if they go: a browser's
-request for a keyframe (`RTCRtpSender._send_keyframe`), and the random start of RTP's clock, without which a browser
-can't say which picture it shows.
+Three of aiortc's private names are used, each for want of a public one, and a test notices if they go: a browser's
+request for a keyframe (`RTCRtpSender._send_keyframe`); the random start of RTP's clock, without which a browser can't
+say which picture it shows; and the task in which a connection is made, which may be under way when it is closed.
 """
 
 from __future__ import annotations
@@ -65,6 +65,31 @@ class PacketTrack(MediaStreamTrack):
         self._arrived.set()
 
 
+class Connection(RTCPeerConnection):
+    """aiortc's, which may be closed at any moment. aiortc itself would go on to connect, and start to send and receive
+    what nobody ends any more."""
+
+    def __init__(self, configuration: RTCConfiguration | None = None):
+        super().__init__(configuration)
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    async def _RTCPeerConnection__connect(self) -> None:  # noqa: N802
+        task = asyncio.current_task()
+        assert task is not None
+        self._connecting.add(task)
+        try:
+            await super()._RTCPeerConnection__connect()  # type: ignore[misc]
+        finally:
+            self._connecting.discard(task)
+
+    async def close(self) -> None:
+        connecting = list(self._connecting)
+        for task in connecting:
+            task.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
+        await super().close()
+
+
 class Peer:
     """One browser's connection.
 
@@ -76,7 +101,7 @@ class Peer:
     def __init__(self, broadcast: Broadcast, on_keys: Callable[[str | bytes], None], tell: Callable[[Message], None]):
         self._broadcast, self._tell = broadcast, tell
         # No servers: the addresses of this machine, and no word to anyone else. Left out, aiortc would ask Google's.
-        self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self.connection = Connection(RTCConfiguration(iceServers=[]))
         self._track: PacketTrack | None = None
         self._sender: RTCRtpSender | None = None
 
