@@ -43,7 +43,7 @@ def empty_cache(kind, dtype, pages, page=PAGE):
 def test_tokens_are_appended_in_place_bit_for_bit(kind, dtype):
     indices, indptr, last = lists()
     key, value, batch, positions = new_tokens(dtype)
-    cache, kv_layout, views = empty_cache(kind, dtype, len(indices) + 4)
+    cache, kv_layout, views = empty_cache(kind, dtype, len(indices) + 100)
     wanted = [view.clone() for view in views]
     for t, (b, at) in enumerate(zip(batch.tolist(), positions.tolist())):
         page = indices[indptr[b] + at // PAGE]
@@ -53,7 +53,7 @@ def test_tokens_are_appended_in_place_bit_for_bit(kind, dtype):
     with Allocations() as made:
         flashinfer.append_paged_kv_cache(*given, cache, indices, indptr, last, kv_layout)
     assert all(torch.equal(*pair) for pair in zip(views, wanted))
-    assert made.nbytes < 100 * 8 * len(batch)  # a few numbers for each token, whatever its width
+    assert made.nbytes < views[0].nbytes / 4
 
 
 def test_pages_of_one_token_may_have_no_dimension_of_their_own():
@@ -84,7 +84,7 @@ def test_a_token_that_is_in_no_page_is_an_error_and_nothing_is_written(batch, po
     batches[3], positions[3] = batch, position
     cache, kv_layout, _ = empty_cache("NHD", torch.float16, len(indices) + 4)
     before = cache.clone()
-    with pytest.raises(ValueError, match=r"where\.ids"):
+    with pytest.raises(ValueError, match=r"must name tokens of the listed pages, got token -?\d+ of sequence"):
         flashinfer.append_paged_kv_cache(key, value, batches, positions, cache, indices, indptr, last, kv_layout)
     assert torch.equal(cache, before)
 
@@ -96,18 +96,22 @@ def test_pages_with_scales_are_written_whole():
         flashinfer.append_paged_kv_cache(key, value, batch, positions, pages, *lists())
 
 
-def test_an_append_compiles_to_one_graph():
+def test_an_append_compiles_to_one_graph_that_serves_every_layer():
+    """And leaves out a token that has no page."""
     indices, indptr, last = lists()
     key, value, batch, positions = new_tokens(torch.float16)
-    caches = [empty_cache("NHD", torch.float16, len(indices) + 4)[0] for _ in range(2)]
+    caches = [torch.stack([empty_cache("NHD", torch.float16, len(indices) + 4)[0]] * 3) for _ in range(2)]
 
     def append(cache, key, value, lens):
         ends = torch.tensor(NEW).cumsum(0)
         where = flashinfer.get_batch_indices_positions(torch.cat((ends[:1] * 0, ends)), lens, len(key))
         flashinfer.append_paged_kv_cache(key, value, *where, cache, indices, indptr, last)
 
-    torch.compile(append, fullgraph=True, backend="aot_eager")(caches[0], key, value, torch.tensor(LENS))
-    flashinfer.append_paged_kv_cache(key, value, batch, positions, caches[1], indices, indptr, last)
+    compiled = torch.compile(append, fullgraph=True, backend="aot_eager")
+    more = [torch.cat((x, x[:1])) for x in (key, value)]
+    for layer in range(3):
+        compiled(caches[0][layer], *more, torch.tensor(LENS))
+        flashinfer.append_paged_kv_cache(key, value, batch, positions, caches[1][layer], indices, indptr, last)
     assert torch.equal(*caches)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from ..._check import check_shape
 from ..._dispatch import Unsupported
-from ...layout import FORMATS, KVPages, PageList
-from ...ops import kv_append
+from ...layout import FORMATS, KVPages
 from .._sequences import format_of
 
 KV_LAYOUTS = ("NHD", "HND")
@@ -68,50 +66,54 @@ def append_paged_kv_cache(
 
     Args:
         append_key, append_value: [T, H, D] float32, bfloat16 or float16; rounded to the cache's dtype.
-        batch_indices, positions: [T] integers: token t becomes token positions[t] of sequence batch_indices[t]. One
-            that is in no page is an error on a CPU and left out on a GPU, such as the -1 that
-            get_batch_indices_positions fills up with.
+        batch_indices, positions: [T] integers: token t becomes token positions[t] of sequence batch_indices[t], and no
+            two the same. One that is in no page, such as the -1 that get_batch_indices_positions fills up with, is an
+            error on a CPU; on a GPU, and in a compiled graph, it is left out.
         paged_kv_cache: of floats; see the wrappers.
         kv_indices, kv_indptr: [N] and [B + 1] integers: the pages of each sequence.
         kv_last_page_len: [B]; not needed.
 
     Raises:
-        Unsupported: pages with scales, which are written whole, by kv_append or kv_commit; keys and values of different
-            strides.
+        Unsupported: pages with scales, which are written whole, by kv_append or kv_commit.
     """
     check_kv_layout(kv_layout)
     pool = pool_of(paged_kv_cache, kv_layout)
     if FORMATS[pool.format].quantized:
         raise Unsupported(f"paged_kv_cache must hold floats, got {pool.format} pages: write whole pages with kv_append")
-    if pool.k.stride() != pool.v.stride():
-        raise Unsupported(
-            f"paged_kv_cache must have keys and values of the same strides, got {pool.k.stride()} and {pool.v.stride()}"
+    sizes = {"H": pool.heads, "D": pool.head_dim, "B": len(kv_last_page_len), "B+1": len(kv_last_page_len) + 1}
+    for name, x, layout in (("append_key", append_key, "T H D"), ("append_value", append_value, "T H D"),
+                            ("batch_indices", batch_indices, "T"), ("positions", positions, "T"),
+                            ("kv_indptr", kv_indptr, "B+1"), ("kv_indices", kv_indices, "N")):  # fmt: skip
+        check_shape(name, x, layout, sizes)
+    if not (sizes["T"] and sizes["B"] and sizes["N"] and pool.pages):
+        if sizes["T"]:
+            raise ValueError(f"kv_indices must name pages for {sizes['T']} tokens, got none")
+        return
+    page, slot, there = _place(pool, batch_indices.long(), positions.long(), kv_indices.long(), kv_indptr.long())
+    if there.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(there.all()):
+        t = int((~there).int().argmax())
+        raise ValueError(
+            "batch_indices and positions must name tokens of the listed pages, got token"
+            f" {positions[t].item()} of sequence {batch_indices[t].item()}"
         )
-    sizes = {"T": append_key.shape[0]}
-    check_shape("batch_indices", batch_indices, "T", sizes)
-    check_shape("positions", positions, "T", sizes)
-    check_shape("kv_last_page_len", kv_last_page_len, "B", sizes)
-    check_shape("kv_indptr", kv_indptr, "B+1", sizes | {"B+1": sizes["B"] + 1})
-    batch, at = batch_indices.long(), positions.long()
-    begin, end = kv_indptr.long()[:-1], kv_indptr.long()[1:]
-    sequence = batch.clamp(0, max(len(begin) - 1, 0))
-    entry = begin[sequence] + at.div(pool.page_size, rounding_mode="floor")
-    there = (batch >= 0) & (batch < len(begin)) & (at >= 0) & (entry < end[sequence])
-    page = kv_indices.long()[entry.clamp(0, max(len(kv_indices) - 1, 0))]
-    slots, ids = _slots(pool, page, at.remainder(pool.page_size))
-    ids = torch.where(there & (page >= 0) & (page < pool.pages), ids, -1).int()
-    kv_append(append_key, append_value, slots, PageList(ids, torch.ones_like(ids)))
+    # One that is in no page writes what the first that is in one writes, or, without such, what is there.
+    source = torch.where(there, torch.arange(len(there), device=there.device), there.int().argmax())
+    at = page[source], slot[source]
+    for new, codes in ((append_key, pool.k), (append_value, pool.v)):
+        tokens = codes.transpose(1, 2)  # [P, page_size, H, D]
+        tokens[at] = torch.where(there.any(), new.to(codes.dtype)[source], tokens[at])
 
 
-def _slots(pool: KVPages, page: Tensor, slot: Tensor) -> tuple[KVPages, Tensor]:
-    """The pool as one with a page for each token, in the same memory, and the page there of every given slot: then
-    tokens need no order, and no page is written twice."""
-    page_stride, head_stride, token_stride, width_stride = pool.k.stride()
-    step = math.gcd(page_stride, token_stride) or 1  # every slot begins at a multiple of it
-    count = ((pool.pages - 1) * page_stride + (pool.page_size - 1) * token_stride) // step + 1
-    shape, strides = (count, pool.heads, 1, pool.head_dim), (step, head_stride, token_stride, width_stride)
-    k, v = (x.as_strided(shape, strides) for x in (pool.k, pool.v))
-    return KVPages(pool.format, k, v), page * (page_stride // step) + slot * (token_stride // step)
+def _place(
+    pool: KVPages, batch: Tensor, position: Tensor, indices: Tensor, indptr: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token its page and its slot, some if it has none, and whether it has."""
+    entry = indptr[batch.clamp(0, len(indptr) - 2)] + position.div(pool.page_size, rounding_mode="floor")
+    inside = (batch >= 0) & (batch < len(indptr) - 1) & (position >= 0)
+    there = inside & (entry < indptr[batch.clamp(0, len(indptr) - 2) + 1]) & (entry < len(indices))
+    page = indices[entry.clamp(0, len(indices) - 1)]
+    there &= (page >= 0) & (page < pool.pages)
+    return page.clamp(0, pool.pages - 1), position.remainder(pool.page_size), there
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
