@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._check import check_shape
+from .._check import check_shape, device_of
 from ..layout import UNLIMITED
 
 FULL, CAUSAL, INVERSE, BOTH = range(4)  # bit 0 bounds the keys of a query on the right, bit 1 on the left
@@ -77,13 +77,20 @@ def disjoint_plan(
 
 
 def plan_ranges(
-    q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None = None, *, queries: int, keys: int
+    q_ranges: Tensor,
+    k_ranges: Tensor,
+    attn_type_map: Tensor | None = None,
+    *,
+    queries: int,
+    keys: int,
+    device: torch.device | str | None = None,
 ) -> RangePlan:
     """Read the ranges, which may overlap, and lay them out for flex_flash_attn_func(q, k, v, plan=...).
 
     Args:
         q_ranges, k_ranges, attn_type_map: as flex_flash_attn_func takes them.
         queries, keys: how many there are, T and S.
+        device: of the plan; q_ranges' own by default.
 
     Example:
         >>> q_ranges, k_ranges = torch.tensor([[0, 4], [2, 6]]), torch.tensor([[0, 3], [3, 6]])
@@ -106,12 +113,13 @@ def plan_ranges(
     rows = [row for some in runs for row in some]
     counts = torch.tensor([0, *map(len, runs)]).cumsum(0)
     columns = torch.tensor(rows, dtype=torch.int32).view(-1, 3).unbind(1)
+    device = q_ranges.device if device is None else device
     q_indptr, row_indptr, begins, lens, positions = (
-        x.to(q_ranges.device, torch.int32).contiguous() for x in (torch.tensor(edges), counts, *columns)
+        x.to(device, torch.int32).contiguous() for x in (torch.tensor(edges), counts, *columns)
     )
     windows = None
     if any(range_[-1] != FULL for range_ in ranges):
-        windows = torch.tensor([[0, RIGHT]] * len(runs), dtype=torch.int32, device=q_ranges.device)
+        windows = torch.tensor([[0, RIGHT]] * len(runs), dtype=torch.int32, device=device)
     longest = max((row[1] for row in rows), default=0)
     return RangePlan(q_indptr, row_indptr, begins, lens, positions, windows, longest, queries, keys)
 
@@ -141,6 +149,8 @@ def _check_shapes(q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | No
         ("attn_type_map", attn_type_map, "n"),
     ):
         if x is not None:
+            if device_of(name, x) != q_ranges.device:
+                raise ValueError(f"{name} must be on {q_ranges.device} like q_ranges, got {x.device}")
             if x.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
             check_shape(name, x, layout, sizes)

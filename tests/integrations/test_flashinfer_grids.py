@@ -73,3 +73,5 @@ def test_decode(page_size, q_len_per_req):
     wanted = x.wanted(right=0)
     torch.testing.assert_close(out.double(), wanted[0], **CLOSE)
     torch.testing.assert_close(lse.double(), wanted[1] * LOG2_E, **CLOSE)
+    narrow = x.wanted(6, 0, scale=0.1)[0]
+    torch.testing.assert_close(wrapper.forward(x.q, x.cache, window_left=6, sm_scale=0.1).double(), narrow, **CLOSE)

@@ -99,8 +99,9 @@ def test_windows_softcap_and_scale(make, left, causal, softcap, scale, x):
     sides = (x.cache,) if make is planned else (torch.cat(x.k), torch.cat(x.v))
     wanted = x.wanted(left, 0 if causal else -1, softcap=softcap, scale=scale)
     torch.testing.assert_close(wrapper.run(x.q, *sides).double(), wanted[0], **CLOSE)
-    old = wrapper.forward(x.q, *sides, causal=True)  # which says all of it anew
+    old, lse = wrapper.forward_return_lse(x.q, *sides, causal=True)  # which says all of it anew
     torch.testing.assert_close(old.double(), x.wanted(right=0)[0], **CLOSE)
+    torch.testing.assert_close(lse.double(), x.wanted(right=0)[1] * LOG2_E, **CLOSE)
 
 
 def test_a_window_may_be_another_for_one_run(x):
@@ -214,7 +215,13 @@ def test_a_plan_that_makes_no_sense_is_refused(x):
         (4, 6, "num_qo_heads must be a multiple"),
     ]:
         with pytest.raises(ValueError, match=said):
-            wrapper.plan(*[bad if i == j else argument for j, argument in enumerate(good)])
+            wrapper.plan(*[bad if i == j else argument for j, argument in enumerate(good)], causal=True)
+    for name, bad in [("window_left", -2), ("logits_soft_cap", -1.0), ("q_data_type", "half precision")]:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            wrapper.plan(
+                x.qo_indptr[:2], x.indptr[:2], x.indices, x.last_page_len[:1], *good[4:], **{"causal": True, name: bad}
+            )
+    torch.testing.assert_close(wrapper.run(x.q, x.cache).double(), x.wanted()[0], **CLOSE)  # the plan of before
 
 
 UNSUPPORTED = {

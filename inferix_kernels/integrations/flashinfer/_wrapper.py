@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,15 @@ class Planned(NamedTuple):
             raise ValueError(f"the cache must have the {what} of plan, {wanted}, got {found}")
 
 
+class Scores(NamedTuple):
+    """What plan, or the deprecated forward, says of scores."""
+
+    causal: bool
+    window_left: int
+    softcap: float
+    scale: float | None
+
+
 class Wrapper:
     """plan() once for all layers, run() for each."""
 
@@ -54,24 +64,14 @@ class Wrapper:
         self._kv_layout, self._backend = kv_layout, backend
         self._planned: Planned | None = None
 
+    _scores: Scores
+
     @property
     def is_cuda_graph_enabled(self) -> bool:
         return False
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
         """Taken, and not needed; the device stays."""
-
-    def _scores(
-        self, causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None,
-        pos_encoding_mode: str, use_fp16_qk_reduction: bool, rope_scale: float | None, rope_theta: float | None,
-    ) -> None:  # fmt: skip
-        """What plan, or the deprecated forward, says of scores."""
-        refuse_but("NONE", pos_encoding_mode=pos_encoding_mode)
-        refuse(use_fp16_qk_reduction=use_fp16_qk_reduction, rope_scale=rope_scale, rope_theta=rope_theta)
-        if not -1 <= window_left <= UNLIMITED:
-            raise ValueError(f"window_left must be a number of tokens, or -1 for any, got {window_left}")
-        self._causal, self._window_left = causal, window_left
-        self._softcap, self._scale = logits_soft_cap or 0.0, sm_scale
 
     def _attend(
         self, q: Tensor, pool: KVPages, plan: Plan, out: Tensor | None, lse: Tensor | None, return_lse: bool,
@@ -86,8 +86,8 @@ class Wrapper:
             out = torch.empty(q.shape, dtype=planned.o_dtype, device=q.device)
         elif out.dtype != planned.o_dtype:
             raise ValueError(f"out must be {planned.o_dtype}, the o_data_type of plan, got {out.dtype}")
-        direct = lse if lse_layout == "NH" else None
-        out, natural = paged_attention(q, [pool], plan, scale=self._scale, softcap=self._softcap, out=out, lse=direct,
+        direct, scores = (lse if lse_layout == "NH" else None), self._scores
+        out, natural = paged_attention(q, [pool], plan, scale=scores.scale, softcap=scores.softcap, out=out, lse=direct,
                                        backend=self._backend)  # fmt: skip
         return (out, deliver_lse(natural, lse_base, lse_layout, lse)) if return_lse else out
 
@@ -95,6 +95,23 @@ class Wrapper:
         if self._planned is None:
             raise RuntimeError("run needs a plan: call plan() first")
         return self._planned
+
+
+def scores_of(
+    causal: bool, window_left: int, logits_soft_cap: float | None, sm_scale: float | None,
+    pos_encoding_mode: str, use_fp16_qk_reduction: bool, rope_scale: float | None, rope_theta: float | None,
+) -> Scores:  # fmt: skip
+    refuse_but("NONE", pos_encoding_mode=pos_encoding_mode)
+    refuse(use_fp16_qk_reduction=use_fp16_qk_reduction, rope_scale=rope_scale, rope_theta=rope_theta)
+    check_window_left(window_left)
+    if not 0 <= (logits_soft_cap or 0.0) < math.inf:
+        raise ValueError(f"logits_soft_cap must be None, or 0 for none, or a positive number, got {logits_soft_cap}")
+    return Scores(causal, window_left, logits_soft_cap or 0.0, sm_scale)
+
+
+def check_window_left(window_left: int) -> None:
+    if not -1 <= window_left <= UNLIMITED:
+        raise ValueError(f"window_left must be a number of tokens, or -1 for any, got {window_left}")
 
 
 def check_lse_words(lse_base: str, lse_layout: str) -> None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..._check import check_shape
 from ...ops import merge_attention
 
 LOG2_E = math.log2(math.e)
@@ -20,6 +21,9 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
         v_a, v_b: [T, H, D] float32, bfloat16 or float16, same dtype, which v has too.
         s_a, s_b: [T, H] any float dtype: log2 of the sum of exp(score). -inf saw no key and contributes nothing.
     """
+    sizes: dict[str, int] = {}
+    for name, x, layout in (("v_a", v_a, "T H D"), ("s_a", s_a, "T H"), ("v_b", v_b, "T H D"), ("s_b", s_b, "T H")):
+        check_shape(name, x, layout, sizes)
     v, natural = merge_attention(v_a, s_a.float() * LN_2, v_b, s_b.float() * LN_2)
     return v, natural.mul_(LOG2_E)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...layout import KVPages
 from .._arguments import refuse, refuse_but
-from ._paged import PagedWrapper
-from ._wrapper import planned_of
+from ._paged import PagedWrapper, lists_of
+from ._wrapper import planned_of, scores_of
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
@@ -84,14 +84,13 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
                fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv,
                use_token_head_sf=use_token_head_sf)  # fmt: skip
         refuse_but(q_len_per_req > 1, is_causal=is_causal)
-        scores = (logits_soft_cap, sm_scale, pos_encoding_mode, False, rope_scale, rope_theta)
-        self._scores(q_len_per_req > 1, window_left, *scores)
-        queries = torch.arange(len(indptr)) * q_len_per_req
-        names = ("indptr", "indices", "last_page_len")
-        tokens = self._plan_pages(queries, indptr, indices, last_page_len, page_size, names)
-        q_dtype = q_data_type or data_type or "float16"
-        dtypes = q_dtype, kv_data_type or data_type, o_data_type
-        self._planned = planned_of(tokens, num_qo_heads, num_kv_heads, head_dim, page_size, *dtypes)
+        rest = (logits_soft_cap, sm_scale, pos_encoding_mode, False, rope_scale, rope_theta)
+        scores = scores_of(q_len_per_req > 1, window_left, *rest)
+        queries, names = torch.arange(len(indptr)) * q_len_per_req, ("indptr", "indices", "last_page_len")
+        lists = lists_of(queries, indptr, indices, last_page_len, page_size, names, self.device)
+        shape = num_qo_heads, num_kv_heads, head_dim, page_size
+        dtypes = q_data_type or data_type or "float16", kv_data_type or data_type, o_data_type
+        self._settle(planned_of(int(queries[-1]), *shape, *dtypes), scores, lists)
 
     begin_forward = plan
 
@@ -121,3 +120,26 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         return self._run_pages(q, paged_kv_cache, scales, window_left, out, lse, return_lse)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: Tensor,
+        paged_kv_cache: Tensor | Sequence[Tensor] | KVPages,
+        pos_encoding_mode: str = "NONE",
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Deprecated by FlashInfer: run, with what it says of scores in place of plan's, from here on."""
+        planned = self._settled()
+        rest = (logits_soft_cap, sm_scale, pos_encoding_mode, False, rope_scale, rope_theta)
+        self._settle(planned, scores_of(self._scores.causal, window_left, *rest), self._lists)
+        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+    forward_return_lse = functools.partialmethod(forward, return_lse=True)

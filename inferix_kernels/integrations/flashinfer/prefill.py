@@ -15,8 +15,8 @@ from torch import Tensor
 from ...layout import KVPages
 from .._arguments import refuse, refuse_but
 from .._sequences import dense, flat
-from ._paged import PagedWrapper
-from ._wrapper import Wrapper, check_same_batch, host_indptr, planned_of
+from ._paged import PagedWrapper, lists_of
+from ._wrapper import Wrapper, check_same_batch, host_indptr, planned_of, scores_of
 from .page import check_kv_layout
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -121,13 +121,14 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
                fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv, uniform_q_len=uniform_q_len,
                use_token_head_sf=use_token_head_sf)  # fmt: skip
         refuse_but(head_dim_qk, head_dim_vo=head_dim_vo)
-        scores = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        self._scores(causal, window_left, *scores)
+        rest = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        scores = scores_of(causal, window_left, *rest)
         names = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
         pages = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        tokens = self._plan_pages(host_indptr("qo_indptr", qo_indptr), *pages, page_size, names)
-        dtypes = q_data_type, kv_data_type, o_data_type
-        self._planned = planned_of(tokens, num_qo_heads, num_kv_heads, head_dim_qk, page_size, *dtypes)
+        queries = host_indptr("qo_indptr", qo_indptr)
+        lists = lists_of(queries, *pages, page_size, names, self.device)
+        shape, dtypes = (num_kv_heads, head_dim_qk, page_size), (q_data_type, kv_data_type, o_data_type)
+        self._settle(planned_of(int(queries[-1]), num_qo_heads, *shape, *dtypes), scores, lists)
 
     begin_forward = plan
 
@@ -189,13 +190,15 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
+        return_lse: bool = False,
     ) -> Result:
         """Deprecated by FlashInfer: run, with what it says of scores in place of plan's, from here on."""
-        scores = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        self._scores(causal, window_left, *scores)
-        self._settled()
-        self._limited = self._within(window_left)
-        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale)
+        rest = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        scores = scores_of(causal, window_left, *rest)
+        self._settle(self._settled(), scores, self._lists)
+        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+    forward_return_lse = functools.partialmethod(forward, return_lse=True)
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
@@ -279,17 +282,16 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
                max_sequence_kv=max_sequence_kv, v_indptr=v_indptr, o_indptr=o_indptr, uniform_q_len=uniform_q_len,
                use_token_head_sf=use_token_head_sf)  # fmt: skip
         refuse_but(head_dim_qk, head_dim_vo=head_dim_vo)
-        scores = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        self._scores(causal, window_left, *scores)
+        rest = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        scores = scores_of(causal, window_left, *rest)
         queries = host_indptr("qo_indptr", qo_indptr if qo_indptr_cpu is None else qo_indptr_cpu)
         keys = host_indptr("kv_indptr", kv_indptr if kv_indptr_cpu is None else kv_indptr_cpu)
         check_same_batch("kv_indptr", keys, queries)
-        self._q_indptr, self._begins, self._lens = (
-            x.to(self.device, torch.int32) for x in (queries, keys[:-1], keys.diff())
-        )
-        self._keys, self._longest = int(keys[-1]), int(keys.diff().max()) if len(keys) > 1 else 0
         dtypes = q_data_type, kv_data_type, o_data_type
-        self._planned = planned_of(int(queries[-1]), num_qo_heads, num_kv_heads, head_dim_qk, None, *dtypes)
+        planned = planned_of(int(queries[-1]), num_qo_heads, num_kv_heads, head_dim_qk, None, *dtypes)
+        numbers = [x.to(self.device, torch.int32) for x in (queries, keys[:-1], keys.diff())]
+        self._planned, self._scores, (self._q_indptr, self._begins, self._lens) = planned, scores, numbers
+        self._keys, self._longest = int(keys[-1]), int(keys.diff().max()) if len(keys) > 1 else 0
 
     begin_forward = plan
 
@@ -328,7 +330,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
                 f"k and v must be alike, of kv_indptr[-1] = {self._keys} tokens, got {len(k)} and {len(v)}"
             )
         sequences = flat(k, v, self._begins, self._lens, self._longest)
-        plan = sequences.plan(self._q_indptr, (self._window_left, 0 if self._causal else -1))
+        plan = sequences.plan(self._q_indptr, (self._scores.window_left, 0 if self._scores.causal else -1))
         return self._attend(q, sequences.pool, plan, out, lse, return_lse, lse_base, lse_layout)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
@@ -346,11 +348,15 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
+        return_lse: bool = False,
     ) -> Result:
         """Deprecated by FlashInfer: run, with what it says of scores in place of plan's, from here on."""
-        scores = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-        self._scores(causal, window_left, *scores)
-        return self.run(q, k, v)
+        rest = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+        self._settled()
+        self._scores = scores_of(causal, window_left, *rest)
+        return self.run(q, k, v, return_lse=return_lse)
+
+    forward_return_lse = functools.partialmethod(forward, return_lse=True)
 
 
 def single_prefill_with_kv_cache(
@@ -389,8 +395,8 @@ def single_prefill_with_kv_cache(
     refuse_but(1.0, k_scale=k_scale, v_scale=v_scale)
     check_kv_layout(kv_layout)
     wrapper = Wrapper(q, kv_layout, backend)
-    scores = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
-    wrapper._scores(causal, window_left, *scores)
+    rest = (logits_soft_cap, sm_scale, pos_encoding_mode, use_fp16_qk_reduction, rope_scale, rope_theta)
+    wrapper._scores = scores_of(causal, window_left, *rest)
     if kv_layout == "HND":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     sequences = dense(k[None], v[None])
