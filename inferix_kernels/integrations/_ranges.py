@@ -64,7 +64,8 @@ def disjoint_plan(
         found[1::2] = x
         return found
 
-    edges = torch.stack((q_begin, q_end), 1).flatten()
+    edges = torch.stack((q_begin, q_end), 1).flatten().clamp(0, queries)
+    edges = edges.cummax(0).values  # whatever the ranges are: a plan of queries that are not there would be written to
     q_indptr = torch.cat((edges.new_zeros(1), edges, edges.new_full((1,), queries)))
     lens = between(k_end - k_begin, 0)
     windows = None

@@ -188,12 +188,14 @@ def test_what_does_not_fit_the_plan_is_refused(x):
     for said, q, cache, options in [
         ("q must have qo_indptr", x.q[:-1], x.cache, {}),
         ("q must be torch.float16, the q_data_type", x.q.float(), x.cache, {}),
-        ("kv must be torch.float16, the kv_data_type", x.q, x.cache.bfloat16(), {}),
+        ("paged_kv_cache must be torch.float16, the kv_data_type", x.q, x.cache.bfloat16(), {}),
         (r"q must be \[16, 8, 64\]", x.q[:, :4], x.cache, {}),
-        ("the cache must have the KV heads, page_size, head_dim", x.q, x.cache[:, :, :4], {}),
+        (r"paged_kv_cache must have the \(KV heads, head_dim, page_size\)", x.q, x.cache[:, :, :4], {}),
         ("paged_kv_cache must be", x.q, x.cache[:, :1], {}),
         ("out must be torch.float16, the o_data_type", x.q, x.cache, {"out": torch.empty(x.q.shape)}),
         ("lse must be None without return_lse", x.q, x.cache, {"lse": torch.empty(16, HEADS)}),
+        ("lse must be", x.q, x.cache, {"lse": torch.empty(16, HEADS), "return_lse": True, "lse_layout": "HN"}),
+        ("lse must be", x.q, x.cache, {"lse": torch.empty(HEADS, 16), "return_lse": True}),
         ("lse_base must be", x.q, x.cache, {"lse_base": "e", "return_lse": True}),
         ("lse_layout must be", x.q, x.cache, {"lse_layout": "TH", "return_lse": True}),
     ]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import device_of
+from ..._check import check_tensor, device_of
 from ..._dispatch import BACKENDS, Unsupported
 from ...layout import UNLIMITED, KVPages, Plan
 from ...ops import paged_attention
@@ -30,18 +30,21 @@ class Planned(NamedTuple):
     o_dtype: torch.dtype
 
     def check(self, q: Tensor, pool: KVPages) -> None:
-        for name, x, of in (("q", q, self.q_dtype), ("kv", pool.k, self.kv_dtype)):
-            if x.dtype != of:
-                raise ValueError(f"{name} must be {of}, the {name}_data_type of plan, got {x.dtype}")
+        cache = "k and v" if self.page_size is None else "paged_kv_cache"
+        for name, x, planned, of in (
+            ("q", q, self.q_dtype, "q_data_type"),
+            (cache, pool.k, self.kv_dtype, "kv_data_type"),
+        ):
+            if x.dtype != planned:
+                raise ValueError(f"{name} must be {planned}, the {of} of plan, got {x.dtype}")
         if q.shape[0] != self.tokens:
             raise ValueError(f"q must have qo_indptr[-1] = {self.tokens} rows, got {q.shape[0]}")
         if q.shape[1:] != (self.query_heads, self.head_dim):
             raise ValueError(f"q must be [{self.tokens}, {self.query_heads}, {self.head_dim}], got {list(q.shape)}")
-        found = (pool.heads, pool.head_dim) if self.page_size is None else (pool.heads, pool.page_size, pool.head_dim)
-        wanted = (self.heads, self.head_dim) if self.page_size is None else (self.heads, self.page_size, self.head_dim)
-        if found != wanted:
-            what = "KV heads, head_dim" if self.page_size is None else "KV heads, page_size, head_dim"
-            raise ValueError(f"the cache must have the {what} of plan, {wanted}, got {found}")
+        page_size = pool.page_size if self.page_size is None else self.page_size
+        wanted, found = (self.heads, self.head_dim, page_size), (pool.heads, pool.head_dim, pool.page_size)
+        if wanted != found:
+            raise ValueError(f"{cache} must have the (KV heads, head_dim, page_size) of plan, {wanted}, got {found}")
 
 
 class Scores(NamedTuple):
@@ -86,6 +89,8 @@ class Wrapper:
             out = torch.empty(q.shape, dtype=planned.o_dtype, device=q.device)
         elif out.dtype != planned.o_dtype:
             raise ValueError(f"out must be {planned.o_dtype}, the o_data_type of plan, got {out.dtype}")
+        if lse is not None and lse_layout == "HN":
+            check_tensor("lse", lse, (torch.float32,), "Hq T", {"Hq": q.shape[1], "T": q.shape[0]}, q.device)
         direct, scores = (lse if lse_layout == "NH" else None), self._scores
         out, natural = paged_attention(q, [pool], plan, scale=scores.scale, softcap=scores.softcap, out=out, lse=direct,
                                        backend=self._backend)  # fmt: skip
@@ -126,13 +131,7 @@ def deliver_lse(natural: Tensor, lse_base: str, lse_layout: str, lse: Tensor | N
         natural.mul_(LOG2_E)
     if lse_layout == "NH":
         return natural
-    if lse is None:
-        return natural.t().contiguous()
-    if lse.shape != natural.t().shape or lse.dtype != torch.float32:
-        raise ValueError(
-            f"lse must be {list(natural.t().shape)} float32 for lse_layout='HN', got {list(lse.shape)} {lse.dtype}"
-        )
-    return lse.copy_(natural.t())
+    return natural.t().contiguous() if lse is None else lse.copy_(natural.t())
 
 
 def planned_of(
