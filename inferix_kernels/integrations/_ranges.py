@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_shape, device_of
-from ..layout import UNLIMITED
+from ..plans import UNLIMITED
 
 FULL, CAUSAL, INVERSE, BOTH = range(4)  # bit 0 bounds the keys of a query on the right, bit 1 on the left
 

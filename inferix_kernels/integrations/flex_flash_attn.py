@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._check import check_shape
 from .._dispatch import Unsupported
-from ..layout import Plan
 from ..ops import paged_attention
+from ..plans import Plan
 from ._arguments import refuse, refuse_but
 from ._ranges import RangePlan, disjoint_plan, plan_ranges
 from ._sequences import Sequences, flat

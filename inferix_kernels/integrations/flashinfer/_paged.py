@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...layout import UNLIMITED, KVPages, Plan
+from ...layout import KVPages
+from ...plans import UNLIMITED, Plan
 from .._arguments import refuse_but
 from ._wrapper import Planned, Scores, Wrapper, check_same_batch, check_window_left, host_indptr
 from .page import pool_of

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..._check import check_tensor, device_of
 from ..._dispatch import BACKENDS, Unsupported
-from ...layout import UNLIMITED, KVPages, Plan
+from ...layout import KVPages
 from ...ops import paged_attention
+from ...plans import UNLIMITED, Plan
 from .._arguments import refuse, refuse_but
 from .cascade import LOG2_E
 from .page import check_kv_layout
