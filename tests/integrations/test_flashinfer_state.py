@@ -96,11 +96,14 @@ def test_pages_with_scales_are_written_whole():
         flashinfer.append_paged_kv_cache(key, value, batch, positions, pages, *lists())
 
 
-def test_an_append_compiles_to_one_graph_that_serves_every_layer():
-    """And leaves out a token that has no page."""
+@pytest.mark.parametrize("two", [False, True])
+def test_an_append_compiles_to_one_graph_that_serves_every_layer(two):
+    """Also where layers are one tensor, at offsets of which the first call knows nothing. A token that has no page is
+    left out."""
     indices, indptr, last = lists()
     key, value, batch, positions = new_tokens(torch.float16)
-    caches = [torch.stack([empty_cache("NHD", torch.float16, len(indices) + 4)[0]] * 3) for _ in range(2)]
+    one = torch.stack([empty_cache("NHD", torch.float16, len(indices) + 4)[0]] * 3)  # [layer, page, 2, ...]
+    sides = one.transpose(0, 2).contiguous().transpose(1, 2)  # [2, layer, page, ...]
 
     def append(cache, key, value, lens):
         ends = torch.tensor(NEW).cumsum(0)
@@ -110,9 +113,13 @@ def test_an_append_compiles_to_one_graph_that_serves_every_layer():
     compiled = torch.compile(append, fullgraph=True, backend="aot_eager")
     more = [torch.cat((x, x[:1])) for x in (key, value)]
     for layer in range(3):
-        compiled(caches[0][layer], *more, torch.tensor(LENS))
-        flashinfer.append_paged_kv_cache(key, value, batch, positions, caches[1][layer], indices, indptr, last)
-    assert torch.equal(*caches)
+        pair = sides[0][layer].clone(), sides[1][layer].clone()
+        compiled(pair if two else one[layer], *more, torch.tensor(LENS))
+        flashinfer.append_paged_kv_cache(key, value, batch, positions, tuple(sides[:, layer]), indices, indptr, last)
+        got = pair if two else one[layer].unbind(1)
+        assert all(torch.equal(*x) for x in zip(got, sides[:, layer]))
+    with pytest.raises(Exception, match=r"must be one tensor \[pages, 2, ...\] in a compiled graph"):
+        compiled(tuple(one[0].unbind(1)), *more, torch.tensor(LENS))
 
 
 def test_where_new_tokens_go():

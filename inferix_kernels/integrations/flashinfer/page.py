@@ -96,12 +96,46 @@ def append_paged_kv_cache(
             "batch_indices and positions must name tokens of the listed pages, got token"
             f" {positions[t].item()} of sequence {batch_indices[t].item()}"
         )
-    # One that is in no page writes what the first that is in one writes, or, without such, what is there.
+    write = torch.ops.inferix_kernels.write_tokens.default if torch.compiler.is_compiling() else _write_tokens
+    if isinstance(paged_kv_cache, KVPages):
+        caches, kv_layout = [pool.k, pool.v], "HND"
+    else:
+        caches = [paged_kv_cache] if isinstance(paged_kv_cache, Tensor) else list(paged_kv_cache)
+    write(append_key, append_value, caches, kv_layout, page, slot, there)
+
+
+def _write_tokens(
+    k: Tensor, v: Tensor, caches: list[Tensor], kv_layout: str, page: Tensor, slot: Tensor, there: Tensor
+) -> None:
+    """k, v: [T, H, D]; token t goes into a slot of a page, if it is `there`. caches: one, of both, or two.
+
+    One that is not there writes what the first that is writes, or, without such, what the cache holds.
+    """
+    pool = pool_of(caches[0] if len(caches) == 1 else caches, kv_layout)
     source = torch.where(there, torch.arange(len(there), device=there.device), there.int().argmax())
     at = page[source], slot[source]
-    for new, codes in ((append_key, pool.k), (append_value, pool.v)):
+    for new, codes in ((k, pool.k), (v, pool.v)):
         tokens = codes.transpose(1, 2)  # [P, page_size, H, D]
         tokens[at] = torch.where(there.any(), new.to(codes.dtype)[source], tokens[at])
+
+
+# An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
+torch.library.define(
+    "inferix_kernels::write_tokens",
+    "(Tensor k, Tensor v, Tensor(a!)[] caches, str kv_layout, Tensor page, Tensor slot, Tensor there) -> ()",
+)
+torch.library.impl("inferix_kernels::write_tokens", "CompositeExplicitAutograd", _write_tokens)
+
+
+@torch.library.register_fake("inferix_kernels::write_tokens")
+def _check_storage(
+    k: Tensor, v: Tensor, caches: list[Tensor], kv_layout: str, page: Tensor, slot: Tensor, there: Tensor
+) -> None:
+    if len({cache.untyped_storage()._cdata for cache in caches}) < len(caches):
+        raise Unsupported(
+            "paged_kv_cache must be one tensor [pages, 2, ...] in a compiled graph, not two views of it: torch would"
+            " write to where the first call's views began"
+        )
 
 
 def _place(
