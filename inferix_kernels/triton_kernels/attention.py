@@ -222,30 +222,15 @@ def attention_kernel(
 
 @triton.jit
 def attend_pages(
-    queries,
-    qk_scale,  # of q . k, including log2(e): probabilities are powers of two
-    running_max,
-    running_sum,
-    acc,
-    first,
-    last,
-    plan,
-    variant,
-    pool,
-    base,  # the largest bias: biases are relative to it
-    head,
-    low,  # [rows]: the first and the last position that each sees, where the plan has windows
-    high,
-    cap,
-    HEADS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr,
-    EIGHT_BIT: tl.constexpr,
-    E4M3: tl.constexpr,
-):
-    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant."""
+    queries, qk_scale, running_max, running_sum, acc, first, last, plan, variant, pool, base, head, low, high, cap,
+    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr,
+):  # fmt: skip
+    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant.
+
+    qk_scale: of q . k, including log2(e): probabilities are powers of two. base: the largest bias, to which the others
+    are relative. low, high: [rows], the first and the last position that each sees, where the plan has windows.
+    """
     BLOCK_D: tl.constexpr = queries.shape[1]
     DTYPE: tl.constexpr = queries.dtype
     PARTS: tl.constexpr = (KEY.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page
