@@ -83,7 +83,7 @@ def told(*lists):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_ranges(overlap, data):
     queries, keys, q_ranges, k_ranges, kinds = data.draw(ranges(overlap))
