@@ -108,6 +108,8 @@ def flex_flash_attn_func(
     sizes: dict[str, int] = {}
     for name, x, layout in (("q", q, "T Hq D"), ("k", k, "S H D"), ("v", v, "S H D")):
         check_shape(name, x, layout, sizes)
+    if v.dtype != k.dtype:
+        raise ValueError(f"v must be {k.dtype} like k, got {v.dtype}")
     if plan is None:
         if q_ranges is None or k_ranges is None:
             raise ValueError("q_ranges and k_ranges must be given, or a plan, got None")

@@ -174,6 +174,10 @@ def test_bad_ranges_are_refused():
     ]:
         with pytest.raises(ValueError, match=said):
             flex_flash_attn_func(q, k, v, *arguments, **options)
+    with pytest.raises(ValueError, match=r"v must be torch.float32 like k"):
+        flex_flash_attn_func(q, k, v.half(), good, good)
+    with pytest.raises(TypeError, match="attn_type_map must be a tensor, got int"):  # positionally: give it by its name
+        flex_flash_attn_func(q, k, v, good, good, 6, max_seqlen_k=20)
 
 
 @pytest.mark.parametrize(
