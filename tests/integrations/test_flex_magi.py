@@ -9,7 +9,12 @@ import torch
 from inferix.models.magi import network
 from inferix_kernels.integrations.flex_flash_attn import flex_flash_attn_func
 from tests.models.magi_golden import DensePass, DenseTable, golden, model_for, recorded_rates, replay, table_for, trace
-from tests.models.test_magi import SINGLE, furthest
+
+SINGLE = 2e-5  # of float32 code; see tests/models/golden/README.md
+
+
+def furthest(got, wanted):
+    return (got - wanted).abs().max()
 
 
 class FlexPass(DensePass):
