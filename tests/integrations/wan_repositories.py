@@ -32,10 +32,6 @@ class Layout(NamedTuple):
     pipeline_class: str
     absent: tuple[str, ...]
 
-    @property
-    def model(self):
-        return self.attention.replace("wan_base.modules.causal_model", "causal_model")
-
 
 def _wan(folder, pipeline="causal_inference", kind="CausalInferencePipeline"):
     absent = "wan.modules.t5 wan.modules.vae wan.modules.tokenizers utils.memory demo_utils.memory"
@@ -129,14 +125,9 @@ class Repository:
         self.module = load(layout.attention)
         self.attentions = [m for m in map(sys.modules.get, list(sys.modules)) if hasattr(m, "flash_attention")]
         options = {} if "CausVid" in layout.folder else {"local_attn_size": window, "sink_size": sink}
-        with contextlib.redirect_stdout(None):
-            self.model = self.module.CausalWanModel(
-                **{"dim": 96, "ffn_dim": 160, "freq_dim": 64, "text_dim": 40, "text_len": 24},
-                **{"num_heads": 3, "num_layers": 2, "in_dim": 16, "out_dim": 16, **options},
-            )
+        self.model = tiny_model(self.module, **options)
         state = {name.removeprefix("model."): x for name, x in weights.items() if name.startswith("model.")}
         self.model.load_state_dict(state)
-        self.model.eval().requires_grad_(False)
         wrapper = load(layout.wrapper)
         kind = getattr(wrapper, layout.wrapper_class)
         self.wrapper = kind.__new__(kind)
@@ -164,6 +155,17 @@ class Repository:
             made = kind(args, "cpu", **parts)
         made.num_transformer_blocks, made.frame_seq_length = 2, self.size
         return made
+
+
+def tiny_model(module, **options):
+    """Of the recordings' size, with random weights; its head's are not zero, as they were when training began."""
+    torch.manual_seed(0)
+    sizes = {"dim": 96, "ffn_dim": 160, "freq_dim": 64, "text_dim": 40, "text_len": 24}
+    sizes |= {"num_heads": 3, "num_layers": 2, "in_dim": 16, "out_dim": 16}
+    with contextlib.redirect_stdout(None):
+        model = module.CausalWanModel(**sizes, **options)
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    return model.eval().requires_grad_(False)
 
 
 class Decoded:

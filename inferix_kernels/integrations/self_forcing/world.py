@@ -56,6 +56,7 @@ class World:
         self.slots: list[int] = []
         self.span: Span | None = None
         self.newest: dict[int, tuple[Tensor, Tensor]] = {}
+        self._opened: tuple[int, int, int, int] | None = None  # with what the block was begun
         self._planned: tuple[Rules, Pass] | None = None
 
     def begin(self, made: int, held: int, start: int, tokens: int, frame_tokens: int, rules: Rules | None) -> Span:
@@ -73,10 +74,15 @@ class World:
             if number % frame_tokens:
                 raise ValueError(f"{name} must be whole frames of {frame_tokens} tokens, got {number}")
         made, held, start, frames = (number // frame_tokens for number in given.values())
-        span, evicted = place(made, held, start, frames, self.shape[1] // frame_tokens, rules or Rules())
+        opened = (made, held, start, frames)
+        if self.span is not None and opened == self._opened:  # the very pass again, as it was broken off
+            span, evicted = self.span, 0
+        else:
+            span, evicted = place(*opened, self.shape[1] // frame_tokens, rules or Rules())
         places = read(span, rules) if rules else []
         if span != self.span or evicted or not rules:
             self._turn(span, held, evicted, rules.sink if rules else 0, places)
+            self._opened = opened
         if rules and (self._planned is None or self._planned[0] != rules):
             self._planned = rules, self._plan(span, places, rules)
         return span
@@ -176,7 +182,7 @@ class World:
             raise ValueError(f"local_end_index must be at most {len(slots)} frames, which were written, got {held}")
         del slots[sink : sink + evicted]
         slots[span.first : span.end] = [OPEN] * (span.end - span.first)
-        _check_written([slots[place] for place in places])
+        _check_written([slots[place] for place in places if slots[place] != OPEN])
         self._set(slots, span)
 
     def _set(self, slots: list[int], span: Span | None) -> None:
