@@ -1,15 +1,23 @@
 """Patched models make what they made before: each relative's attention, over several blocks, rolling and rewritten."""
 
+import doctest
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
 from inferix_kernels import KVPages
 from inferix_kernels.integrations import self_forcing
+from inferix_kernels.integrations.self_forcing import caches as caches_module
+from inferix_kernels.integrations.self_forcing import functions, patching
 from tests.integrations import wan_stand_ins as stand_ins
 from tests.integrations.bytes import Allocations
 from tests.integrations.wan_stand_ins import FRAME, caches, tokens
 
 RELATIVES = {name: getattr(stand_ins, name)() for name in ("self_forcing", "causvid", "longlive1", "longlive2", "krea")}
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # Two layers in float32: what other orders of summation cost.
 FLOAT32 = {"atol": 2e-5, "rtol": 0}
 
@@ -237,3 +245,20 @@ def test_no_dense_cache_is_left_or_made():
         with made:
             cache["k"].world.attend(layer, q, k, v)
     assert 0 < made.nbytes < dense
+
+
+def test_the_example_says_what_pages_cost(capsys):
+    runpy.run_path(str(EXAMPLES / "self_forcing_patch.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    rows = re.findall(r"(\w+ \w+): +([\d,]+) bytes(?:, (\S+) away)?", said)
+    sizes, away = ({row[0]: float(row[i].replace(",", "") or 0) for row in rows} for i in (1, 2))
+    assert sizes["fp32 pages"] == sizes["dense fp32"] == 2 * sizes["bf16 pages"]
+    assert sizes["int8 pages"] < 0.3 * sizes["dense fp32"]
+    assert away["fp32 pages"] < 2e-5 < away["bf16 pages"] < 2e-2 and away["int8 pages"] < 5e-2
+    assert "patched was causal_model (Self-Forcing, Causal-Forcing)" in said
+
+
+def test_docstrings_say_what_happens():
+    for module in (caches_module, functions, patching):
+        results = doctest.testmod(module, extraglobs={"torch": torch})
+        assert results.attempted and not results.failed

@@ -38,6 +38,11 @@ class CacheView:
     def device(self) -> torch.device:
         return self.world.device
 
+    @property
+    def nbytes(self) -> int:
+        """Of the pages of k and v of all layers, which are allocated together."""
+        return self.world.nbytes
+
     def zero_(self) -> CacheView:
         """What was held is gone, in k and v of all layers: it must be written before it is read again."""
         self.world.erase()
@@ -123,9 +128,12 @@ def fork(kv_cache: Sequence[Cache]) -> list[dict[str, Any]]:
         ValueError: kv_cache is another one.
 
     Example:
-        >>> before = fork(kv_cache)
-        >>> before[0]["k"].shape == kv_cache[0]["k"].shape
-        True
+        >>> kv_cache = [{"k": torch.zeros(1, 60, 2, 16), "v": torch.zeros(1, 60, 2, 16)}]
+        >>> try:
+        ...     fork(kv_cache)
+        ... except ValueError as error:
+        ...     print(error)
+        kv_cache must be one that a patched model has been called with, got dense tensors
     """
     views = [cache["k"] for cache in kv_cache]
     if not views or not all(isinstance(view, CacheView) for view in views):

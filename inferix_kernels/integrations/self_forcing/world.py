@@ -59,6 +59,11 @@ class World:
         self._opened: tuple[int, int, int, int] | None = None  # with what the block was begun
         self._planned: tuple[Rules, Pass] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the pages, without scratch."""
+        return sum(pool.pages.nbytes for pool in self.store.pools.values()) if self.frame_tokens else 0
+
     def begin(self, made: int, held: int, start: int, tokens: int, frame_tokens: int, rules: Rules | None) -> Span:
         """A pass over `tokens` tokens from `start` on; it and the ends (made, held) are in tokens.
 
