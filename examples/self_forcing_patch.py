@@ -1,6 +1,6 @@
 """A Wan-family repository over pages, its code unchanged: `python examples/self_forcing_patch.py`.
 
-In a checkout of Self-Forcing the module is wan.modules.causal_model. Here a few lines of the same contract stand for it.
+In a checkout of Self-Forcing the module is wan.modules.causal_model. Here a few lines with its contract stand for it.
 """
 
 import types
