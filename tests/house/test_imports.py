@@ -24,7 +24,7 @@ LAYERS = (
     ("compiled", "triton_kernels", "testing", "_library"),
     ("ops", "chosen"),
     ("quantize", "store"),
-    ("proofs",),
+    ("integrations", "proofs"),
     ("", "__main__"),
 )
 

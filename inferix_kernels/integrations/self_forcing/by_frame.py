@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from ...layout import Plan
+from ...plans import Plan
 from ...store.attention import Attend, Local, Reads
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Unsupported
-from ...layout import Plan
 from ...ops import paged_attention
+from ...plans import Plan
 from .._sequences import dense
 
 HALVES = (torch.float16, torch.bfloat16)
