@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inferix_kernels.integrations import self_forcing
 
-LAYERS, HEADS, WIDTH, FRAME, WINDOW, SINK = 4, 4, 64, 64, 12, 3  # a frame is 64 tokens; the window, 12 frames
+LAYERS, HEADS, WIDTH, FRAME, WINDOW, SINK = 2, 4, 64, 64, 12, 3  # a frame is 64 tokens; the window, 12 frames
 
 
 def causal_rope_apply(x, grid_sizes, freqs, start_frame=0):

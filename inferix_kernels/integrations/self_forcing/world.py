@@ -71,7 +71,8 @@ class World:
             rules: None: the pass begins the cache anew and attends by itself.
 
         Raises:
-            ValueError, Unsupported: it cannot be; nothing was changed.
+            ValueError, Unsupported: it cannot be.
+            OutOfPages: forks hold what the block before needs. Whatever is raised, what was held is held.
         """
         self._size(frame_tokens)
         given = {"global_end_index": made, "local_end_index": held, "current_start": start, "new tokens": tokens}
@@ -84,11 +85,11 @@ class World:
             span, evicted = self.span, 0
         else:
             span, evicted = place(*opened, self.shape[1] // frame_tokens, rules or Rules())
-        places = read(span, rules) if rules else []
-        if span != self.span or evicted or not rules:
-            self._turn(span, held, evicted, rules.sink if rules else 0, places)
+        places = [] if rules is None else read(span, rules)
+        if span != self.span or evicted or rules is None:
+            self._turn(span, held, evicted, 0 if rules is None else rules.sink, places)
             self._opened = opened
-        if rules and (self._planned is None or self._planned[0] != rules):
+        if rules is not None and (self._planned is None or self._planned[0] != rules):
             self._planned = rules, self._plan(span, places, rules)
         return span
 
@@ -128,7 +129,7 @@ class World:
             for table, block in zip(self.tables, blocks):
                 table.seal(block)
         slots[span.first : span.end] = [first + i if whole else UNWRITTEN for i in range(span.end - span.first)]
-        self.slots, self.span, self._planned = slots, None, None
+        self.slots, self.span = slots, None
         self.newest.clear()
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -204,6 +205,7 @@ class World:
         self.newest.clear()
 
     def _open(self, frames: int) -> list[Block]:
+        self._planned = None  # it was for the blocks that are abandoned
         for table in self.tables:
             table.abandon()
         return [table.open_block(frames) for table in self.tables]
