@@ -126,6 +126,30 @@ def test_less_is_read_than_held():
         self_forcing.unpatch()
 
 
+@pytest.mark.parametrize("first", [0, 2, 3])
+@pytest.mark.parametrize("limit", [12, 9])
+def test_a_scene_cut_pins_a_sink_that_rolls_to_the_front(first, limit):
+    """LongLive 2: what is pinned rolls with the rest until it lies behind the first frames, and stays there."""
+
+    def play(rollout):
+        for layer in rollout.model.layers:
+            layer.global_sink_size, layer.max_attention_size = first, limit * FRAME
+        for cache in rollout.caches:
+            cache |= {"pinned_start": torch.tensor([-1]), "pinned_len": torch.tensor([0])}
+        made, pins = [], []
+        for i in range(8):
+            if i in (2, 5):
+                for cache in rollout.caches:
+                    cache["pinned_start"].fill_(int(cache["local_end_index"]) - 3 * FRAME)
+                    cache["pinned_len"].fill_(2 * FRAME)
+            made.append(rollout.block())
+            pins.append(int(rollout.caches[1]["pinned_start"]))
+        return torch.cat([*(x.flatten() for x in made), torch.tensor(pins)])
+
+    expected, got, *_ = both(play, "longlive2", window=12, sink=2, frames=12)
+    torch.testing.assert_close(got, expected, **FLOAT32)
+
+
 @pytest.mark.parametrize("fresh_sink", [False, True])
 @pytest.mark.parametrize("before", [1, 2, 4])
 def test_a_prompt_switch_writes_the_window_anew(before, fresh_sink):

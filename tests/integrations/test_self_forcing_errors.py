@@ -199,9 +199,11 @@ def test_options_that_we_do_not_have():
     model = model_of(module)
     with pytest.raises(Unsupported, match="use_relative_rope must be False, got True"):
         model(tokens(3, 0), kv_cache=caches(9), use_relative_rope=True)
-    for name, value in (("pinned_len", torch.tensor([6])), ("quantized", True)):
-        with pytest.raises(Unsupported, match=rf"kv_cache\['{name}'\] must be 0, got"):
-            model(tokens(3, 0), kv_cache=[cache | {name: value} for cache in caches(9)])
+    with pytest.raises(Unsupported, match=r"kv_cache\['quantized'\] must be 0, got 1"):
+        model(tokens(3, 0), kv_cache=[cache | {"quantized": True} for cache in caches(9)])
+    with pytest.raises(Unsupported, match="pinned_start and pinned_len must be whole frames of 6 tokens, got 6 and 7"):
+        pinned = {"pinned_start": torch.tensor([6]), "pinned_len": torch.tensor([7])}
+        model(tokens(3, 0), kv_cache=[cache | pinned for cache in caches(9)])
     model.layers[0].max_attention_size = 40
     with pytest.raises(Unsupported, match="max_attention_size must be whole frames of 6 tokens, got 40"):
         model(tokens(3, 0), kv_cache=caches(9))

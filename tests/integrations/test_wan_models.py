@@ -94,6 +94,32 @@ def test_longlive_2(opened, monkeypatch):
     torch.testing.assert_close(got, expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("first, limit", [(0, 8), (2, 8), (2, 6)])
+@torch.no_grad()
+def test_longlive_2_pins_a_chunk_at_a_scene_cut(opened, monkeypatch, first, limit):
+    monkeypatch.setattr("transformers.models.x_clip.modeling_x_clip.x_clip_loss", None, raising=False)
+    module, model = opened(LONGLIVE2, local_attn_size=8, sink_size=2, num_frame_per_block=2)
+    for layer in model.blocks:
+        layer.self_attn.max_attention_size, layer.self_attn.global_sink_size = limit * FRAME, first
+
+    def play(run):
+        for cache in run.caches:
+            cache |= {"pinned_start": torch.tensor([-1]), "pinned_len": torch.tensor([0])}
+        made, pins = [], []
+        for i in range(9):
+            made.append(run.blocks(2 * i, 1))
+            if i in (3, 6):
+                for cache in run.caches:
+                    cache["pinned_start"].fill_(int(cache["local_end_index"]) - 2 * FRAME)
+                    cache["pinned_len"].fill_(2 * FRAME)
+            pins.append(int(run.caches[0]["pinned_start"]))
+        return torch.cat([torch.tensor(pins).double(), *(x.flatten().double() for x in made)])
+
+    expected, got = both(module, model, 8, play)
+    assert len(set(expected[:9].tolist())) > 3
+    torch.testing.assert_close(got, expected, **FLOAT32)
+
+
 @torch.no_grad()
 def test_longlive_1_in_scope(opened):
     module, model = opened(LONGLIVE1, local_attn_size=6, sink_size=2)

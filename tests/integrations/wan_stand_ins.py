@@ -12,6 +12,7 @@ from torch import nn
 HEADS, WIDTH, GRID, LAYERS = 2, 16, (2, 3), 2
 FRAME = GRID[0] * GRID[1]  # tokens
 ENDS = ("global_end_index", "local_end_index")
+PINS = ("pinned_start", "pinned_len")
 
 
 def causal_rope_apply(x, grid_sizes, freqs, start_frame=0, t_scale=1.0, method="linear", original_seq_len=None,
@@ -67,10 +68,13 @@ class Attention(nn.Module):
     def result(self, q, k, v, bias=None):
         return self.o(softmax_attention(q, k, v, bias).to(q.dtype).flatten(2))
 
-    def newest(self, cache, end, sink=0):
-        """What of slots 0 .. end - 1 is read: the sink and the newest."""
-        first = max(sink, end - (self.max_attention_size - sink))
-        return [torch.cat([cache[name][:, :sink], cache[name][:, first:end]], 1) for name in "kv"]
+    def newest(self, cache, end, sink=0, pinned=(0, 0)):
+        """What of slots 0 .. end - 1 is read: the sink, what is pinned, and the newest."""
+        pin, count = pinned
+        count = count if sink <= pin < end - self.max_attention_size else 0
+        first = max(sink, end - (self.max_attention_size - sink - count))
+        parts = slice(0, min(sink, end)), slice(pin, pin + count), slice(first, end)
+        return [torch.cat([cache[name][:, part] for part in parts], 1) for name in "kv"]
 
 
 def self_forcing():
@@ -110,7 +114,7 @@ def causvid():
     return _module("stand_in.causvid", CausalWanSelfAttention)
 
 
-def _written_by_model(self, x, grid_sizes, freqs, kv_cache, current_start, protected, **options):
+def _written_by_model(self, x, grid_sizes, freqs, kv_cache, current_start, protected=False, pinned=None, **options):
     """Attends to a copy, and tells the model what to write."""
     q, k, v = self.turned(x, grid_sizes, freqs, current_start, **options)
     if kv_cache is None:
@@ -118,16 +122,17 @@ def _written_by_model(self, x, grid_sizes, freqs, kv_cache, current_start, prote
     evicted, begin, end = self.placed(kv_cache, x.shape[1], current_start)
     made, held = (int(kv_cache[name]) for name in ENDS)
     again = current_start + x.shape[1] <= made and current_start > 0
-    sink = self.sink_size * FRAME
+    sink, pinned = (self.sink_size * FRAME, (0, 0)) if pinned is None else pinned
     first = max(begin, sink) if again and protected else begin
     update = {
         "action": "roll_and_insert" if evicted else "direct_insert",
         **{"sink": sink, "evicted": evicted, "held": held, "first": first, "end": end, "is_recompute": again},
+        "rolled": evicted if pinned[1] and pinned[0] >= sink else 0,
         **{"k": k[:, first - begin :], "v": v[:, first - begin :]},
     }
     seen = {name: kv_cache[name].clone() for name in "kv"}
     _write(seen, update)
-    out = self.result(q, *self.newest(seen, end, sink))
+    out = self.result(q, *self.newest(seen, end, sink, pinned))
     return out, (current_start + x.shape[1], end, update)
 
 
@@ -138,6 +143,8 @@ def _write(cache, update):
         roll(cache, update["sink"], update["evicted"], update["held"])
     for name in "kv":
         cache[name][:, update["first"] : update["end"]] = update[name]
+    if update["rolled"] and "pinned_start" in cache:
+        cache["pinned_start"].sub_(update["rolled"])
 
 
 def longlive1():
@@ -152,11 +159,19 @@ def longlive1():
 
 def longlive2():
     class CausalWanSelfAttention(Attention):
+        global_sink_size = 0
+
         def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None,
                     t_scale=1.0, use_relative_rope=False, method="linear", original_seq_len=None,
                     temporal_offset=0.0):  # fmt: skip
             options = {"t_scale": t_scale, "temporal_offset": temporal_offset}
-            return _written_by_model(self, x, grid_sizes, freqs, kv_cache, current_start, False, **options)
+            pinned = None
+            if kv_cache is not None and "pinned_start" in kv_cache:
+                first, at, count = self.global_sink_size * FRAME, *(int(kv_cache[n]) for n in PINS)
+                count = count if at >= 0 else 0
+                sink = max(first, self.sink_size * FRAME) if count == 0 else first + count * (at == first)
+                pinned = sink, ((at, count) if count and at != first else (0, 0))
+            return _written_by_model(self, x, grid_sizes, freqs, kv_cache, current_start, pinned=pinned, **options)
 
     return _module("stand_in.longlive2", CausalWanSelfAttention)
 

@@ -15,6 +15,7 @@ from .world import DTYPES, Options, World
 
 Cache = MutableMapping[str, Any]  # of one layer
 ENDS = ("global_end_index", "local_end_index")
+PINS = ("pinned_start", "pinned_len")
 
 
 class CacheView:
@@ -98,14 +99,23 @@ def _check_dict(cache: Mapping[str, Any], contract: Contract) -> None:
 
 
 def ends_of(cache: Cache, contract: Contract, start: int) -> tuple[int, int]:
-    """(made, held), in tokens. They move to host memory, so that reading them waits for no device."""
-    if contract.ends is None:
-        return start, start
-    for name in ENDS:
+    """(made, held), in tokens."""
+    return _numbers(cache, ENDS) if contract.ends else (start, start)
+
+
+def pins_of(cache: Cache, contract: Contract) -> tuple[int, int]:
+    """(first token, how many) of what is pinned; none are if that is (0, 0)."""
+    first, count = _numbers(cache, PINS) if contract.pins and PINS[0] in cache else (0, 0)
+    return (first, count) if first >= 0 and count > 0 else (0, 0)
+
+
+def _numbers(cache: Cache, names: tuple[str, str]) -> tuple[int, int]:
+    """They move to host memory, so that reading them waits for no device."""
+    for name in names:
         if isinstance(cache[name], Tensor) and cache[name].device.type != "cpu":
             cache[name] = cache[name].cpu()
-    made, held = (int(cache[name]) for name in ENDS)
-    return made, held
+    first, second = (int(cache[name]) for name in names)
+    return first, second
 
 
 def set_ends(cache: Cache, contract: Contract, ends: tuple[int, int]) -> None:

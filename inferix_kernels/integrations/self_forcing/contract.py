@@ -34,6 +34,8 @@ class Contract:
         model_writes: the attention returns (out, (current_end, local_end, update)), and the model writes the ends.
         sink_unless: passes over tokens that were made before leave the sink as it is, unless this argument is true.
         sink_first: attention reads the sink and the newest tokens, max_attention_size together, not the newest alone.
+        pins: pinned_start and pinned_len in a dict, in tokens, name slots that are the sink behind the first
+            global_sink_size frames: if they lie there, or wherever rolling has brought them until then.
         past_bias: the argument whose logarithm is added to the scores of past keys, but for the first frame read.
         mask_fills: a call with a block_mask attends by that mask, and fills the cache from its first slot on.
         frame_tokens: the attention's attribute that says how many tokens a frame has; None: grid_sizes says it.
@@ -49,6 +51,7 @@ class Contract:
     model_writes: bool = False
     sink_unless: str | None = None
     sink_first: bool = False
+    pins: bool = False
     past_bias: str | None = None
     mask_fills: bool = False
     frame_tokens: str | None = None
@@ -74,9 +77,10 @@ CONTRACTS = (
         ends=Tensor,
         model_writes=True,
         sink_first=True,
+        pins=True,
         rope=("t_scale", "method", "original_seq_len", "temporal_offset"),
         only={"use_relative_rope": False},
-        cache_only={"quantized": 0, "pinned_len": 0},
+        cache_only={"quantized": 0},
     ),
     Contract(
         "Krea Realtime in scope",

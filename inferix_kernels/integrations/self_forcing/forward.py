@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import Unsupported
-from .caches import ENDS, Cache, CacheView, adopt, ends_of, set_ends
+from .caches import ENDS, PINS, Cache, CacheView, adopt, ends_of, pins_of, set_ends
 from .contract import ROPE, Contract
 from .slots import Rules
 from .world import Options
@@ -80,6 +80,8 @@ def _attended(self: Any, given: Mapping[str, Any], contract: Contract, module: M
         raise ValueError(f"kv_cache[{view.layer}] must follow kv_cache[0] in each pass, got another pass's tokens")
     out = self.o(view.world.attend(view.layer, q, k, v).flatten(2))
     ends = start + tokens, span.end * frame_tokens
+    if view.world.rolled:
+        cache[PINS[0]].sub_(view.world.rolled * frame_tokens)
     if contract.model_writes:  # its update moves the ends, and writes nothing for an action that it does not know
         again = bool(contract.sink_unless) and ends[0] <= made and start > 0
         return out, (*ends, {"action": "in pages", "is_recompute": again})
@@ -127,8 +129,15 @@ def _rules(self: Any, given: Mapping[str, Any], contract: Contract, frame_tokens
     bias = given.get(contract.past_bias or "", 1.0)
     if not bias > 0:
         raise ValueError(f"{contract.past_bias} must be more than 0, got {bias}")
+    sink, first = getattr(self, "sink_size", 0), getattr(self, "global_sink_size", 0)
+    at, count = pins_of(given["kv_cache"], contract)
+    if at % frame_tokens or count % frame_tokens:
+        raise Unsupported(f"{' and '.join(PINS)} must be whole frames of {frame_tokens} tokens, got {at} and {count}")
+    at, count = at // frame_tokens, count // frame_tokens
+    behind = at == first  # the first frames and what is pinned are one sink
     return Rules(
-        sink=max(getattr(self, "sink_size", 0), getattr(self, "global_sink_size", 0)),
+        sink=max(sink, first) if not count else first + count if behind else first,
+        pinned=(0, 0) if behind else (at, count),
         rolls=getattr(self, "local_attn_size", -1) != -1,
         keeps_sink=contract.sink_unless is not None and not given[contract.sink_unless],
         limit=limit,

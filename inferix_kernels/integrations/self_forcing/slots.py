@@ -15,7 +15,8 @@ class Rules(NamedTuple):
         rolls: does the window move, once the cache is full?
         keeps_sink: do passes over frames that were made before leave the sink as it is?
         limit: frames that are read at most.
-        sink_first: is the sink among them, whatever the newest are?
+        sink_first: are the sink and the pinned frames among them, whatever the newest are?
+        pinned: (first slot, how many) of frames that roll as all others do.
         bias, unbiased: added to the scores of what is read, but for its first frame and its newest `unbiased` frames.
     """
 
@@ -24,6 +25,7 @@ class Rules(NamedTuple):
     keeps_sink: bool = False
     limit: int = 1 << 31
     sink_first: bool = False
+    pinned: tuple[int, int] = (0, 0)
     bias: float = 0.0
     unbiased: int = 0
 
@@ -74,13 +76,16 @@ def read(span: Span, rules: Rules) -> list[int]:
     if span.end <= rules.limit:
         return list(range(span.end))
     sink = rules.sink if rules.sink_first else 0
-    newest = max(sink, span.end - (rules.limit - sink))
+    kept, (pin, count) = list(range(sink)), rules.pinned
+    if sink <= pin < span.end - rules.limit:
+        kept += range(pin, pin + count)
+    newest = max(sink, span.end - (rules.limit - len(kept)))
     if newest > span.first:
         raise Unsupported(
             f"max_attention_size must hold the sink and the block that is made, got {rules.limit} frames for "
-            f"a sink of {sink} and {span.frames} new ones"
+            f"a sink of {len(kept)} and {span.frames} new ones"
         )
-    return [*range(sink), *range(newest, span.end)]
+    return [*kept, *range(newest, span.end)]
 
 
 def biases(slots: int, rules: Rules) -> list[float]:

@@ -46,6 +46,7 @@ class World:
         shape: [B, S, H, D], of k and v in each dict.
         slots: frame of the page tables, OPEN or UNWRITTEN.
         span: of the block that is being made; None before the first pass.
+        rolled: by how many slots the newest pass moved what is pinned.
         newest: layer -> (k, v) [B, tokens, H, D] of that block, of its newest pass.
         tables: one for each of B sequences, all with the same frames.
     """
@@ -55,6 +56,7 @@ class World:
         self.frame_tokens = 0  # until the first pass tells
         self.slots: list[int] = []
         self.span: Span | None = None
+        self.rolled = 0
         self.newest: dict[int, tuple[Tensor, Tensor]] = {}
         self._opened: tuple[int, int, int, int] | None = None  # with what the block was begun
         self._planned: tuple[Rules, Pass] | None = None
@@ -89,6 +91,7 @@ class World:
         if span != self.span or evicted or rules is None:
             self._turn(span, held, evicted, 0 if rules is None else rules.sink, places)
             self._opened = opened
+        self.rolled = evicted if rules is not None and rules.pinned[1] and rules.pinned[0] >= rules.sink else 0
         if rules is not None and (self._planned is None or self._planned[0] != rules):
             self._planned = rules, self._plan(span, places, rules)
         return span
