@@ -164,6 +164,8 @@ def test_caches_are_used_together_and_as_their_repository_says(module):
     for mixed in ([made[0], caches(9)[1]], [made[1], made[0]]):
         with pytest.raises(ValueError, match="kv_cache must be dicts that were made together"):
             call(module, mixed)
+    with pytest.raises(ValueError, match=r"with B, H, D = \(1, 2, 16\), got \[2, 54, 2, 16\]"):
+        call(module, caches(9, batch=2))
     with pytest.raises(ValueError, match="kv_cache must have come through the patched model"):
         model_of(module).layers[0](tokens(3, 0), None, torch.tensor([[3, 2, 3]]), torch.ones(8), None, caches(9)[0])
     causvid = stand_ins.causvid()

@@ -71,6 +71,9 @@ def _attended(self: Any, given: Mapping[str, Any], contract: Contract, module: M
     tokens, view = x.shape[1], cache["k"]
     if given.get("current_end", start + tokens) != start + tokens:
         raise ValueError(f"current_end must be {start + tokens}, got {given['current_end']}")
+    wanted = (len(x), self.num_heads, self.head_dim)
+    if (view.shape[0], *view.shape[2:]) != wanted:
+        raise ValueError(f"kv_cache must be [B, S, H, D] with B, H, D = {wanted}, got {list(view.shape)}")
     made, held = ends_of(cache, contract, start)
     if view.layer == 0:
         rules = _rules(self, given, contract, frame_tokens)
