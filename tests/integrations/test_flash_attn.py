@@ -332,12 +332,30 @@ def test_torch_compile_sees_one_graph_and_gives_the_same(name):
         assert x not in arguments or torch.equal(copies[x], arguments[x])
 
 
-def test_a_compiled_call_reads_other_parts_of_a_tensor_than_the_first():
-    both = torch.randn(40, 2, 2, 32)
-    arguments = given("varlen")
-    function = flash_attn.flash_attn_varlen_func
+def test_a_compiled_call_reads_and_writes_other_parts_of_a_tensor_than_the_first():
+    torch.manual_seed(0)
+    for function, new, count in ((flash_attn.flash_attn_varlen_func, {}, 16),
+                                 (flash_attn.flash_attn_with_kvcache, appended(cache_seqlens=3), 2)):  # fmt: skip
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for begin in (0, 5, 24):
+            arguments = given(function.__name__, **new)
+            names = [name for name in ("k_cache", "v_cache") if name in arguments] or ["k", "v"]
+            wholes = torch.randn(2, 40, *arguments[names[0]].shape[1:])
+            copies = wholes.clone()
+            want, got = (
+                call(**arguments | dict(zip(names, both[:, begin : begin + count], strict=True)))
+                for call, both in ((function, wholes), (compiled, copies))
+            )
+            assert torch.equal(got, want) and torch.equal(copies, wholes)
+
+
+def test_a_compiled_call_writes_nothing_past_a_table():
+    """It can not look at cache_seqlens before; the kernel does."""
+    arguments = given("kvcache", **appended(rotary_cos=None, rotary_sin=None), **paged("block_table"))
+    arguments |= {"cache_seqlens": int32(3, 7)}
+    before = arguments["k_cache"].clone()
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for begin in (0, 5, 24):
-        arguments |= dict(zip("kv", both[begin : begin + 16].unbind(1), strict=True))
-        assert torch.equal(compiled(**arguments), function(**arguments))
+    with pytest.raises(ValueError, match=r"where.* must"):
+        torch.compile(flash_attn.flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")(**arguments)
+    assert torch.equal(arguments["k_cache"], before)
