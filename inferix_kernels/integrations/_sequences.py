@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Unsupported
-from ..layout import FORMATS, UNLIMITED, KVPages, PageList, Plan
+from ..layout import FORMATS, KVPages, PageList
 from ..ops import kv_append
+from ..plans import UNLIMITED, Plan
 
 FLAT_PAGE = 128  # tokens of the pages that a run of tokens is cut into: fixed, as kernels are compiled for it
 _FORMATS = {format.k.dtype: name for name, format in FORMATS.items() if not format.quantized and name != "latent8"}
