@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._check import FLOATS, check_optional, check_softcap, check_tensor, device_of
+from .._check import FLOATS, check_optional, check_softcap, check_tensor, device_of, whole
 from .._dispatch import Unsupported
 from ._sequences import format_of
 
@@ -126,7 +126,7 @@ def check_cache(
         table = None if table is None else table.index_select(0, rows)
     seqlens = capacity if cache.seqlens is None else cache.seqlens
     if not isinstance(seqlens, Tensor):
-        seqlens = torch.full((batch,), seqlens, dtype=torch.int32, device=device)
+        seqlens = torch.full((batch,), whole("cache_seqlens", seqlens), dtype=torch.int32, device=device)
     check_tensor("cache_seqlens", seqlens, INT, "B", sizes, device)
     check_range("cache_leftpad", cache.leftpad, 0, seqlens, "cache_seqlens")
     return seqlens, rows, table, capacity

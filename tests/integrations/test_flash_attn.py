@@ -127,6 +127,7 @@ WRONG = [  # function's end, changed arguments, what the message begins with
     ("interface.flash_attn_varlen_func", {"seqused_q": int32(4, 5)}, "seqused_q must be from 0 to 4, got 5"),
     ("interface.flash_attn_varlen_func", {"seqused_k": int32(-1, 5)}, "seqused_k must be from 0 to 8, got -1"),
     ("kvcache", {"cache_seqlens": int32(5, 9)}, "cache_seqlens must be from 0 to 8, the room in k_cache"),
+    ("kvcache", {"cache_seqlens": 2.5}, "cache_seqlens must be a whole number, got 2.5"),
     ("kvcache", {"cache_seqlens": 9}, "cache_seqlens must be from 0 to 8"),
     ("kvcache", {"cache_leftpad": int32(6, 0)}, "cache_leftpad must be from 0 to 5, the room in cache_seqlens, got 6"),
     ("kvcache", {"cache_batch_idx": int32(0, 2)}, "cache_batch_idx must be from 0 to 1, got 2"),
@@ -245,6 +246,27 @@ def test_packed_sequences_read_pages_by_a_block_table():
     arguments = given("varlen", q=q.flatten(0, 1), k=k_cache, v=v_cache, cu_seqlens_k=int32(0, 5, 13))
     out = flash_attn.flash_attn_varlen_func(**arguments, block_table=table, causal=True, window_size=(2, 9))
     torch.testing.assert_close(out.view(q.shape).double(), want, atol=1e-6, rtol=1e-5)
+
+
+NOTHING = {  # no keys, no queries, no sequences
+    "_func": [{"k": torch.empty(2, 0, 2, 32), "v": torch.empty(2, 0, 2, 32)}, {"q": torch.empty(2, 0, 4, 32)},
+              {x: torch.empty(0, 4, 4, 32) for x in ("q", "k", "v")}],
+    "varlen_func": [{"k": torch.empty(0, 2, 32), "v": torch.empty(0, 2, 32), "cu_seqlens_k": int32(0, 0, 0)},
+                    {"q": torch.empty(0, 4, 32), "cu_seqlens_q": int32(0, 0, 0)}],
+    "kvcache": [{"cache_seqlens": 0}, {"k_cache": torch.empty(2, 0, 2, 32), "v_cache": torch.empty(2, 0, 2, 32),
+                                       "cache_seqlens": None}, appended(k=torch.empty(2, 0, 2, 32), cache_seqlens=0,
+                                                                        v=torch.empty(2, 0, 2, 32))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_to_attend_to_is_zero(name):
+    kind = max((end for end in NOTHING if name.endswith(end)), key=len)
+    more = {"return_softmax_lse" if kind == "kvcache" else "return_attn_probs": True}
+    for changes in NOTHING[kind]:
+        arguments = given(name, **changes)
+        out, lse, *_ = FUNCTIONS[name](**arguments, **more)
+        assert out.shape == arguments["q"].shape and not out.any() and lse.isinf().all()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
