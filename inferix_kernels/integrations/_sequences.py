@@ -142,4 +142,23 @@ torch.library.define(
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens, Tensor starts) -> ()",
 )
 torch.library.impl("inferix_kernels::append_to_cache", "CompositeExplicitAutograd", _append_to_cache)
-torch.library.register_fake("inferix_kernels::append_to_cache", lambda *arguments: None)
+
+
+@torch.library.register_fake("inferix_kernels::append_to_cache")
+def _check_caches(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor
+) -> None:
+    """Nor does that help where one cache lies between parts of the other: both are views of what lies around them."""
+    begins, ends = zip(*(_extent(x) for x in (k_cache, v_cache)), strict=True)
+    shared = k_cache.untyped_storage()._cdata == v_cache.untyped_storage()._cdata
+    if shared and max(begins) < min(ends):
+        raise Unsupported(
+            "k_cache and v_cache must lie apart in a compiled graph, not between one another in one tensor: torch would"
+            " write to where the first call's began"
+        )
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """In its storage, from its first element to the one after its last."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.storage_offset(), x.storage_offset() + span + 1
