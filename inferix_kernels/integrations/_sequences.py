@@ -158,7 +158,7 @@ def _check_caches(
         )
 
 
-def _extent(x: Tensor) -> tuple[int, int]:
+def _extent(x: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """In its storage, from its first element to the one after its last."""
     span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.storage_offset(), x.storage_offset() + span + 1
