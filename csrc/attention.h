@@ -29,13 +29,15 @@ struct PagedAttentionParams {
   int64_t variants, T, query_heads, segments, lists_per_segment;  // 1 list, or H
   float scale;
   float softcap;    // scores become softcap * tanh(score / softcap); 0: they stay
+  const float* alibi_slopes;  // [query_heads], alibi_stride apart for each segment: times the distance of a key, they
+  int64_t alibi_stride;       // are taken from scores after softcap; or null
   bool accumulate;  // out and lse hold a result over other keys: merge into it
   Precision precision;
   DType q_dtype, out_dtype;
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
   INFERIX_FIELDS(q, q_variant_stride, out, lse, pools, q_indptr, page_indptr, entries, page_bias, page_variants,
                  windows, page_positions, shape, variants, T, query_heads, segments, lists_per_segment, scale, softcap,
-                 accumulate, precision, q_dtype, out_dtype, workspace)
+                 alibi_slopes, alibi_stride, accumulate, precision, q_dtype, out_dtype, workspace)
 };
 
 struct MergeAttentionParams {

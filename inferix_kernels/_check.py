@@ -305,6 +305,18 @@ def check_softcap(softcap: float) -> None:
         raise ValueError(f"softcap must be 0, for none, or a positive number, got {softcap!r}")
 
 
+def check_alibi(slopes: Tensor | None, plan: Plan, sizes: dict[str, int], device: torch.device) -> None:
+    if slopes is None:
+        return
+    if plan.page_positions is None:
+        raise ValueError(
+            "plan.page_positions must be given with alibi_slopes: make_plan makes them where it has windows"
+        )
+    known = {"S": len(plan.q_indptr) - 1, "Hq": sizes["Hq"]}
+    layout = "S Hq" if isinstance(slopes, Tensor) and slopes.ndim == 2 else "Hq"
+    check_tensor("alibi_slopes", slopes, (torch.float32,), layout, known, device)
+
+
 def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")

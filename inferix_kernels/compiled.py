@@ -106,6 +106,7 @@ def paged_attention(
     lse: Tensor,
     accumulate: bool = False,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     _run(
@@ -115,6 +116,8 @@ def paged_attention(
         scale=scale,
         accumulate=accumulate,
         softcap=softcap,
+        alibi_slopes=_address("alibi_slopes", alibi_slopes),
+        alibi_stride=0 if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes.shape[1],
         precision=_PRECISIONS[precision],
     )
     return out, lse
@@ -136,6 +139,8 @@ def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, precision
         "scale": q.shape[-1] ** -0.5,
         "accumulate": False,
         "softcap": 0.0,
+        "alibi_slopes": 0,
+        "alibi_stride": 0,
         "precision": _PRECISIONS[precision],
     }
     try:

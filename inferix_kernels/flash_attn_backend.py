@@ -97,8 +97,11 @@ def paged_attention(
     lse: Tensor,
     accumulate: bool = False,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
+    if alibi_slopes is not None:
+        raise Unsupported("flash-attn is not asked for alibi_slopes, which its versions 3 and 4 have not")
     version, module = installed()
     check_pools(q, pools, version)
     call = sequences(q, pools[0], plan)._replace(scale=scale, softcap=softcap)

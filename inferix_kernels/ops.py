@@ -29,6 +29,7 @@ from ._check import (
     CODES,
     FLOATS,
     attention_outputs,
+    check_alibi,
     check_attention,
     check_given,
     check_groups,
@@ -196,6 +197,7 @@ def paged_attention(
     lse: Tensor | None = None,
     accumulate: bool = False,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     precision: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -220,13 +222,16 @@ def paged_attention(
             call rounds.
         softcap: scores become softcap * tanh(score / softcap), before a page's bias is added; 0 leaves them as they
             are.
+        alibi_slopes: [Hq] or [S, Hq] float32, of all segments or of each: from a head's scores its slope is taken
+            times the distance in tokens between query and key, after softcap. Needs plan.page_positions.
         precision: of the products over quantized pages. "exact": q and the softmax's weights have at least 16 bits.
             "8bit": both are rounded to 8 bits where that is faster: int8 pages on a CPU with VNNI, pages with a scale
             for each token on a GPU. Large channels in q cost the others their bits then. "auto": 8 bits where the error
             stays near the exact one whatever q holds: on a CPU q in two terms of 8 bits and weights in one, on a GPU
             not at all. Nothing is looked up in q to choose.
 
-    Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135; softcap, arXiv:2408.00118.
+    Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135; softcap, arXiv:2408.00118;
+    ALiBi, arXiv:2108.12409.
 
     Example:
         >>> pages = KVPages.empty("int8", pages=4, heads=2, page_size=16, head_dim=32)
@@ -241,11 +246,13 @@ def paged_attention(
     check_attention(q, "D", pools, plan, sizes, same_width=True)
     check_precision(precision)
     check_softcap(softcap)
+    check_alibi(alibi_slopes, plan, sizes, q.device)
     if accumulate:
         check_given(ADDED_TO, out=out, lse=lse)
     out, lse = attention_outputs(q, out, lse, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    options = {"scale": scale, "accumulate": accumulate, "softcap": softcap, "precision": precision}
+    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    options = {"scale": scale, "accumulate": accumulate, **limits, "precision": precision}
     call("paged_attention", backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 

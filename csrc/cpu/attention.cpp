@@ -171,6 +171,8 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
   const int64_t first_query = task.first_row / group_size, last_query = (task.first_row + task.rows - 1) / group_size;
   const Window window = window_of(p, task.segment);
   const float cap = p.softcap * kLog2E;
+  const float* slopes =
+      p.alibi_slopes ? p.alibi_slopes + task.segment * p.alibi_stride + task.head * group_size : nullptr;
   w.max_bias = max_bias(p, list);
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
     const float bias = p.page_bias ? (p.page_bias[i] - w.max_bias) * kLog2E : 0.f;
@@ -201,9 +203,10 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
           row_max = terms == 2 ? kernels.template qk_product<true>(keys, q, q_scale, scores)
                                : kernels.qk_product(keys, q, q_scale, scores);
         });
-        if (cap != 0.f || view == View::some) {
-          const WindowRows rows(window, row, group_size);
-          row_max = limit_scores<S>(scores, count, cap, bias, view == View::some ? &rows : nullptr, position);
+        if (cap != 0.f || slopes || view == View::some) {
+          const LimitedRows rows(window, row, group_size, slopes, kLog2E);
+          const bool differ = slopes || view == View::some;
+          row_max = limit_scores<S>(scores, count, cap, bias, differ ? &rows : nullptr, position);
           floor_base<S>(w.running[group]);
         }
         rescale<S>(row_max, w.running[group], out, out_columns);

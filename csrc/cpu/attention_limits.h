@@ -1,4 +1,4 @@
-// Softcap, and windows: what happens to a tile's scores between the product with keys and the softmax.
+// Softcap, ALiBi and windows: what happens to a tile's scores between the product with keys and the softmax.
 #pragma once
 #include <algorithm>
 
@@ -24,14 +24,17 @@ struct Window {
   }
 };
 
-// The bounds of sixteen rows: row r sees positions low[r] to high[r].
-struct WindowRows {
-  alignas(4 * kLanes) int32_t low[kLanes], high[kLanes];
-  // first_row of a segment whose queries have `group` rows each.
-  WindowRows(const Window& window, int64_t first_row, int64_t group) {
+// Sixteen rows: row r is at position at[r] and sees positions low[r] to high[r]; slope[r] in units of log 2.
+struct LimitedRows {
+  alignas(4 * kLanes) int32_t at[kLanes], low[kLanes], high[kLanes];
+  Column slope;
+  // first_row of a segment whose queries have `group` rows each. slopes: of the heads that read this KV head; or null.
+  LimitedRows(const Window& window, int64_t first_row, int64_t group, const float* slopes, float log2_e) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t query = (first_row + lane) / group;
+      at[lane] = static_cast<int32_t>(query);
       low[lane] = static_cast<int32_t>(query - window.left), high[lane] = static_cast<int32_t>(query + window.right);
+      slope.lane[lane] = slopes ? slopes[(first_row + lane) % group] * log2_e : 0.f;
     }
   }
 };
@@ -52,22 +55,26 @@ INFERIX_INLINE typename S::Lanes soft_cap(const typename S::Lanes& x, float cap)
 }
 
 // What cap and rows leave of the scores of `count` keys, the first at `position`; bias is added to them after the cap.
-// rows: null where all keys are seen. Returns the largest score of each row, kNothing at least.
+// rows: null where all keys are seen, as they are. Returns the largest score of each row, kNothing at least.
 template <typename S>
-INFERIX_INLINE Column limit_scores(Column* scores, int64_t count, float cap, float bias, const WindowRows* rows,
+INFERIX_INLINE Column limit_scores(Column* scores, int64_t count, float cap, float bias, const LimitedRows* rows,
                                    int64_t position) {
   using Lanes = typename S::Lanes;
   using IntLanes = typename S::IntLanes;
   Column row_max;
   for (int part = 0; part < S::kParts; ++part) {
+    const auto ints = [part](const int32_t* x) INFERIX_INLINE_LAMBDA {
+      return *reinterpret_cast<const IntLanes*>(x + part * S::kWidth);
+    };
     Lanes largest = Lanes{} + kNothing;
     for (int64_t key = 0; key < count; ++key) {
       Lanes score = S::part(scores[key], part);
       if (cap != 0.f) score = soft_cap<S>(score, cap) + bias;
       if (rows) {
-        const IntLanes low = *reinterpret_cast<const IntLanes*>(rows->low + part * S::kWidth),
-                       high = *reinterpret_cast<const IntLanes*>(rows->high + part * S::kWidth),
-                       at = IntLanes{} + static_cast<int32_t>(position + key);
+        const IntLanes at = IntLanes{} + static_cast<int32_t>(position + key), mine = ints(rows->at),
+                       low = ints(rows->low), high = ints(rows->high);
+        const IntLanes distance = at > mine ? at - mine : mine - at;
+        score -= S::part(rows->slope, part) * __builtin_convertvector(distance, Lanes);
         score = (at >= low) & (at <= high) ? score : Lanes{} - __builtin_inff();
       }
       S::part(scores[key], part) = score;

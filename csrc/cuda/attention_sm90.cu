@@ -42,6 +42,7 @@ void check(const PagedAttentionParams& p) {
   const int64_t group = p.query_heads / p.shape.H;
   require(p.scale > 0.f, "needs a scale above 0, got " + std::to_string(p.scale));
   require(p.softcap == 0.f, "has no softcap, got " + std::to_string(p.softcap));
+  require(!p.alibi_slopes, "has no alibi_slopes");
   require(!p.windows, "has no windows: plan.windows must be None");
   require(!p.entries.starts, "reads pages from their first slot on: plan.page_starts must be None");
   for (int i = 0; i < p.pools.count; ++i) {

@@ -37,7 +37,7 @@ def batched(q: Tensor, k: Tensor, v: Tensor, options: Options, convention: Conve
     q, k, v = _with_rows("q", q), _with_rows("k", k), _with_rows("v", v)
     check_keys("", q, k, v, "B Sk H", sizes)
     check_tensor("q", q, (k.dtype,), "B Sq Hq D", sizes, q.device)
-    check_options(options, sizes)
+    check_options(options, sizes, q.device)
     return _shaped(q, *_attend(q.flatten(0, 1), even_indptr(q), dense(k, v), options), convention)
 
 
@@ -53,11 +53,11 @@ def packed(
         k, v = _with_rows("k", k), _with_rows("v", v)
     check_keys("", q, k, v, "Tk H" if table is None else "P page_size H", sizes)
     check_tensor("q", q, (k.dtype,), "T Hq D", sizes, q.device)
-    check_options(options, sizes)
     for name, indptr, end in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, sizes.get("Tk"))):
         check_tensor(name, indptr, INT, "B+1", sizes, q.device)
         check_indptr(name, indptr, end)
     sizes["B"] = sizes["B+1"] - 1
+    check_options(options, sizes, q.device)
     used = {"seqused_q": (seqused_q, cu_seqlens_q), "seqused_k": (seqused_k, cu_seqlens_k)}
     for name, (count, indptr) in used.items():
         check_optional(name, count, INT, "B", sizes, q.device)
@@ -84,7 +84,6 @@ def cached(
     q = _with_rows("q", q)
     check_keys("_cache", q, cache.k, cache.v, "R S H" if cache.table is None else "P page_size H", sizes)
     check_tensor("q", q, (cache.k.dtype,), "T Hq D" if cu_seqlens_q is not None else "B Sq Hq D", sizes, q.device)
-    check_options(options, sizes)
     if cu_seqlens_q is None:
         indptr = even_indptr(q)
         max_seqlen_q = q.shape[1]
@@ -95,6 +94,7 @@ def cached(
         sizes["B"] = sizes["B+1"] - 1
         if max_seqlen_q is None:
             raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
+    check_options(options, sizes, q.device)
     seqlens, rows, table, capacity = check_cache(cache, sizes, convention)
     new_k, new_v, new_indptr, longest = check_new(new, cache, sizes)
     new_k, new_v, counts = _with_rows("k", new_k), _with_rows("v", new_v), new_indptr.diff()
@@ -123,8 +123,10 @@ def cached(
 
 
 def _attend(q: Tensor, indptr: Tensor, sequences: Sequences, options: Options) -> tuple[Tensor, Tensor]:
-    plan = sequences.plan(indptr, options.window)
-    return paged_attention(q, [sequences.pool], plan, scale=options.softmax_scale, softcap=options.softcap)
+    slopes = None if options.alibi_slopes is None else options.alibi_slopes.contiguous()
+    plan = sequences.plan(indptr, options.window, positions=slopes is not None)
+    scale, softcap = options.softmax_scale, options.softcap
+    return paged_attention(q, [sequences.pool], plan, scale=scale, softcap=softcap, alibi_slopes=slopes)
 
 
 def _shaped(q: Tensor, out: Tensor, lse: Tensor, convention: Convention) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class Options(NamedTuple):
     window_size: Sequence[int]
     softcap: float
     softmax_scale: float | None
+    alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq] float32
 
     @property
     def window(self) -> tuple[int, int]:
@@ -88,12 +89,15 @@ def check_keys(suffix: str, q: Tensor, k: Tensor, v: Tensor, layout: str, sizes:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
 
 
-def check_options(options: Options, sizes: dict[str, int]) -> None:
+def check_options(options: Options, sizes: dict[str, int], device: torch.device) -> None:
     if sizes["Hq"] % sizes["H"]:
         raise ValueError(f"q must have a multiple of the keys' H={sizes['H']} heads, got {sizes['Hq']}")
     if len(options.window_size) != 2:
         raise ValueError(f"window_size must be two numbers (left, right), got {options.window_size}")
     check_softcap(options.softcap)
+    if (slopes := options.alibi_slopes) is not None:
+        layout = "B Hq" if isinstance(slopes, Tensor) and slopes.ndim == 2 else "Hq"
+        check_tensor("alibi_slopes", slopes, (torch.float32,), layout, sizes, device)
 
 
 def check_cache(

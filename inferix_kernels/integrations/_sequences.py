@@ -27,20 +27,20 @@ class Sequences(NamedTuple):
     lens: Tensor  # [B, n] int32
     starts: Tensor | None  # [B, n] int32, the first token's slot
 
-    def plan(self, q_indptr: Tensor, window: tuple[int, int] = (-1, -1)) -> Plan:
+    def plan(self, q_indptr: Tensor, window: tuple[int, int] = (-1, -1), positions: bool = False) -> Plan:
         """Sequence b for queries q_indptr[b] : q_indptr[b + 1], [B + 1] int32; window (left, right) aligned
-        bottom-right, -1 for no limit."""
+        bottom-right, -1 for no limit. positions: of the keys, even if there is no limit."""
         batch, runs = self.ids.shape
         steps = torch.arange(batch + 1, dtype=torch.int32, device=self.ids.device)
         starts = None if self.starts is None else self.starts.flatten()
         plan = Plan(q_indptr, steps * runs, self.ids.flatten(), self.lens.flatten(), page_starts=starts)
-        if window == (-1, -1):
+        if window == (-1, -1) and not positions:
             return plan
         limits = [UNLIMITED if side == -1 else side for side in window]
         before = self.lens.cumsum(1, dtype=torch.int32) - self.lens
-        positions = before + (q_indptr.diff() - self.lens.sum(1, dtype=torch.int32))[:, None]
+        places = before + (q_indptr.diff() - self.lens.sum(1, dtype=torch.int32))[:, None]
         windows = torch.stack([torch.full_like(self.ids[:, 0], side) for side in limits], 1)
-        return plan._replace(windows=windows, page_positions=positions.flatten())
+        return plan._replace(windows=windows, page_positions=places.flatten())
 
 
 def format_of(name: str, cache: Tensor) -> str:

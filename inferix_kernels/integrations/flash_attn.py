@@ -4,8 +4,8 @@
 Signatures, layouts and results are flash_attn's, and a log-sum-exp of +inf where a row sees no key. Beyond it they run
 on CPUs, take float32, any head width, any page size, and cache_leftpad and cache_batch_idx along with a block_table.
 
-There is no dropout, no ALiBi and no backward: dropout_p and alibi_slopes are Unsupported, and a tensor that requires a
-gradient is an error. num_splits and deterministic change no result here and are not used; nor is max_seqlen_q.
+There is no dropout and no backward: dropout_p is Unsupported, and a tensor that requires a gradient is an error.
+num_splits and deterministic change no result here and are not used; nor is max_seqlen_q.
 
 What a table or a length holds is looked at on a CPU only. On a GPU that would cost a wait: there what does not fit is
 skipped.
@@ -48,13 +48,14 @@ def flash_attn_func(
         causal: the last query stands at the last key, and none sees what comes after it.
         window_size: (left, right), how many keys before and after its own a query sees; -1 for any number.
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them.
+        alibi_slopes: [Hq] or [B, Hq] float32: from scores a head's slope is taken times the distance of query and key.
         return_attn_probs: return more than out.
 
     Returns:
         out as q, or (out, softmax_lse, S_dmask): [B, Hq, Sq] float32, natural; and an empty tensor, as without dropout.
 
     Raises:
-        Unsupported: dropout_p, alibi_slopes, another dtype, v of another width.
+        Unsupported: dropout_p, another dtype, v of another width.
         ValueError: sizes that do not fit.
 
     Example:
@@ -63,8 +64,8 @@ def flash_attn_func(
         >>> list(flash_attn_func(q, k, k, causal=True).shape)
         [2, 10, 4, 64]
     """
-    refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
-    out, lse = batched(q, k, v, Options(causal, window_size, softcap, softmax_scale), FA2)
+    refuse(dropout_p=dropout_p)
+    out, lse = batched(q, k, v, Options(causal, window_size, softcap, softmax_scale, alibi_slopes), FA2)
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -106,8 +107,8 @@ def flash_attn_varlen_func(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 64], [4, 10])
     """
-    refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
-    options = Options(causal, window_size, softcap, softmax_scale)
+    refuse(dropout_p=dropout_p)
+    options = Options(causal, window_size, softcap, softmax_scale, alibi_slopes)
     out, lse = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, options, FA2, table=block_table)
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
@@ -161,8 +162,7 @@ def flash_attn_with_kvcache(
         >>> torch.equal(k_cache[5], k[0, :16]) and torch.equal(k_cache[1, :4], k[0, 16:])
         True
     """
-    refuse(alibi_slopes=alibi_slopes)
     cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     new = New(k, v, None, rotary_cos, rotary_sin, rotary_interleaved, None)
-    out, lse = cached(q, cache, new, Options(causal, window_size, softcap, softmax_scale), FA2)
+    out, lse = cached(q, cache, new, Options(causal, window_size, softcap, softmax_scale, alibi_slopes), FA2)
     return (out, lse) if return_softmax_lse else out

@@ -26,6 +26,7 @@ def paged_attention(
     lse: Tensor,
     accumulate: bool = False,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Exact whatever `precision` allows: it is what the others are compared with."""
@@ -33,7 +34,7 @@ def paged_attention(
     def keys_and_values(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
 
-    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, keys_and_values, softcap)
+    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, keys_and_values, softcap, alibi_slopes)
 
 
 def latent_attention(
@@ -55,6 +56,7 @@ def attention_over_pages(
     accumulate: bool,
     keys_and_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """keys_and_values: of the two sides of a page, [length, heads, D] and [length, heads, Dv]."""
     starts, lists, entries, slots, bias, variants = check_plan(q, pools, plan)
@@ -77,7 +79,7 @@ def attention_over_pages(
             scores, values = [x.new_empty(x[0, ..., 0].numel(), 0)], [x.new_empty(0, out.shape[2])]
             for j, (k, v) in zip(mine, pages, strict=True):
                 page_scores = capped(x[variants[j]].flatten(0, 1) @ k[:, head].T * scale, softcap) + (bias[j] - base)
-                scores.append(page_scores.masked_fill(~visible(plan, s, j, x.shape[1], group, len(k)), -torch.inf))
+                scores.append(limited(page_scores, plan, s, j, group, alibi_slopes, at[1]))
                 values.append(v[:, head])
             list_out, list_lse = softmax_sum(torch.cat(scores, -1), torch.cat(values))
             list_out, list_lse = list_out.unflatten(0, x.shape[1:3]), (list_lse + base).unflatten(0, x.shape[1:3])
@@ -91,14 +93,19 @@ def capped(scores: Tensor, softcap: float) -> Tensor:
     return softcap * (scores / softcap).tanh() if softcap else scores
 
 
-def visible(plan: Plan, segment: int, entry: int, queries: int, group: int, length: int) -> Tensor:
-    """[queries * group, length]: which tokens of a page lie within the window of each of a segment's rows."""
+def limited(
+    scores: Tensor, plan: Plan, segment: int, entry: int, group: int, alibi_slopes: Tensor | None, heads: slice
+) -> Tensor:
+    """What ALiBi and a segment's window make of the scores [queries * group, length] of its rows and a page."""
     if plan.windows is None or plan.page_positions is None:
-        return torch.ones(1, length, dtype=torch.bool, device=plan.page_ids.device)
+        return scores
+    row, slot = (torch.arange(size, device=scores.device) for size in scores.shape)
+    distance = plan.page_positions[entry] + slot - (row // group)[:, None]
+    if alibi_slopes is not None:
+        slopes = alibi_slopes if alibi_slopes.ndim == 1 else alibi_slopes[segment]
+        scores = scores - slopes[heads][row % group][:, None] * distance.abs()
     left, right = plan.windows[segment].tolist()
-    keys = plan.page_positions[entry] + torch.arange(length, device=plan.page_ids.device)
-    distance = keys - torch.arange(queries, device=keys.device)[:, None]
-    return ((distance >= -left) & (distance <= right)).repeat_interleave(group, 0)
+    return scores.masked_fill((distance < -left) | (distance > right), -torch.inf)
 
 
 def check_plan(

@@ -74,6 +74,7 @@ def paged_attention(
     lse: Tensor,
     accumulate: bool = False,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_device("paged_attention", q)
@@ -81,7 +82,7 @@ def paged_attention(
         reference.check_plan(q, pools, plan)
     codes = any(codec.scaled_by == "token" for codec in keys_of(pools))
     eight_bit = precision == "8bit" and codes and q.dtype != torch.float32
-    return run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate, softcap), eight_bit)
+    return run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate, softcap, alibi_slopes), eight_bit)
 
 
 def run_paged_attention(
@@ -101,6 +102,9 @@ def run_paged_attention(
         splits=splits,
         least=32 if eight_bit else 16,
         cap=call.softcap * LOG2E.value,
+        slopes=None
+        if call.alibi_slopes is None
+        else call.alibi_slopes.expand(len(call.plan.q_indptr) - 1, -1).contiguous(),
         CAPPED=call.softcap != 0,
         EIGHT_BIT=eight_bit,
         E4M3=target >= 89,
@@ -179,6 +183,7 @@ def attention_kernel(
     splits,
     tiles,  # of queries, for each head and split
     cap,  # softcap, times log2(e)
+    slopes,  # [segments, HEADS * GROUP] of ALiBi, or None
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     KEYS: tl.constexpr,
@@ -202,12 +207,14 @@ def attention_kernel(
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
     base = max_bias(first, last, plan)
-    low, high = 0, 0
+    at, low, high, slope = 0, 0, 0, None
     if plan.windows is not None:
-        low, high = window_of(plan, segment, token)
+        at, low, high = window_of(plan, segment, token)
         # Rows past the segment's end are copies of none: they count neither for the first nor for the last.
         lowest, highest = tl.where(row_mask, low, MOST), tl.where(row_mask, high, -MOST)
         first, last = run_in_window(first, last, plan, tl.min(lowest, 0), tl.max(highest, 0))
+        if slopes is not None:
+            slope = tl.load(slopes + segment * (HEADS * GROUP) + query_head) * LOG2E
     running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -219,7 +226,8 @@ def attention_kernel(
             queries = load_rows(q, variant, token, query_head, row_mask, 0, WIDTH, BLOCK_D)
             running_max, running_sum, acc = attend_pages(
                 queries, scale * LOG2E, running_max, running_sum, acc, begin, end, plan, variant, pools[n], base, head,
-                low, high, cap, HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, CAPPED, EIGHT_BIT, E4M3,
+                at, low, high, cap, slope, HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N,
+                CAPPED, EIGHT_BIT, E4M3,
             )  # fmt: skip
     store_output(
         acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, 0,
@@ -229,14 +237,16 @@ def attention_kernel(
 
 @triton.jit
 def attend_pages(
-    queries, qk_scale, running_max, running_sum, acc, first, last, plan, variant, pool, base, head, low, high, cap,
+    queries, qk_scale, running_max, running_sum, acc, first, last, plan, variant, pool, base, head,
+    at_row, low, high, cap, slope,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
     """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant.
 
     qk_scale: of q . k, including log2(e): probabilities are powers of two. base: the largest bias, to which the others
-    are relative. low, high: [rows], the first and the last position that each sees, where the plan has windows.
+    are relative. at_row, low, high, slope: [rows], the position of each, the first and the last that it sees, and
+    its slope of ALiBi, where the plan has windows.
     """
     BLOCK_D: tl.constexpr = queries.shape[1]
     DTYPE: tl.constexpr = queries.dtype
@@ -263,9 +273,9 @@ def attend_pages(
         if KEY.kind == "int8" or KEY.kind == "e4m3":
             qk *= read_scales(pool.k.scales, at, row, length, KEY, BLOCK_N, BLOCK_D)[None, :]
         step_scales = qk_scales
-        if CAPPED:
+        if CAPPED or slope is not None:
             qk, step_scales = qk * qk_scales[:, None], tl.full([queries.shape[0]], 1.0, tl.float32)
-        qk = limit_scores(qk, row, length, start, position, low, high, cap, plan, CAPPED)
+        qk = limit_scores(qk, row, length, start, position, at_row, low, high, cap, slope, plan, CAPPED)
         p, alpha, running_max, running_sum = online_softmax_step(qk, step_scales, bias, running_max, running_sum)
         if EIGHT_BIT and VALUE.kind == "e4m3":
             codes = read_codes(pool.v.codes, v_at, row, 0, length, VALUE, BLOCK_N, BLOCK_D)

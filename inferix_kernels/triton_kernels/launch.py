@@ -53,6 +53,7 @@ class Call(NamedTuple):
     lse: Tensor
     accumulate: bool = False
     softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
 
 
 def check_device(op: str, like: Tensor) -> None:

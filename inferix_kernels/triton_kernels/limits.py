@@ -1,4 +1,4 @@
-"""Softcap, and windows within a page list: which keys each query row sees beyond what the list says."""
+"""Softcap, ALiBi, and windows within a page list: what each query row sees beyond what the list says, and how far."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def place_of(i, last, plan):
 
 @triton.jit
 def window_of(plan, segment, token):
-    """The first and the last position that each row sees."""
+    """The position of each row, and the first and the last that it sees."""
     query = (token - tl.load(plan.q_indptr + segment)).to(tl.int32)
     window = plan.windows + 2 * segment
-    return query - tl.load(window), query + tl.load(window + 1)
+    return query, query - tl.load(window), query + tl.load(window + 1)
 
 
 @triton.jit
@@ -53,14 +53,16 @@ def soft_cap(x, cap):
 
 @triton.jit
 def limit_scores(
-    qk,  # [rows, keys], scaled if CAPPED: what softcap and windows make of it
+    qk,  # [rows, keys], scaled if CAPPED or with a slope: what softcap, ALiBi and windows make of it
     row,  # slot of the first key
     end,  # one past the last valid slot
     start,  # slot and position of the page's first valid token
     position,
-    low,  # [rows]: the first and the last position that each sees, where the plan has windows
+    at_row,  # [rows], where the plan has windows: the position of each, the first and the last that it sees
+    low,
     high,
     cap,
+    slope,  # [rows] of ALiBi, or None
     plan,
     CAPPED: tl.constexpr,
 ):
@@ -71,5 +73,7 @@ def limit_scores(
         qk = tl.where((rows < end)[None, :], qk, NEG_INF)
     if plan.windows is not None:
         at = (position - start + rows)[None, :]
+        if slope is not None:
+            qk -= slope[:, None] * tl.abs(at - at_row[:, None]).to(tl.float32)
         qk = tl.where((at >= low[:, None]) & (at <= high[:, None]), qk, NEG_INF)
     return qk

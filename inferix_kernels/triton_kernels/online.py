@@ -102,7 +102,7 @@ def launch_attention(
     chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
     GPU. least: the smallest side that tl.dot takes. parts: programs that share the width of the output.
     """
-    q, pools, plan, scale, out, lse, accumulate, _ = call
+    q, pools, plan, scale, out, lse, accumulate, *_ = call
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
     if scale < 0:

@@ -15,9 +15,10 @@ def visible(queries, keys, begin, end, q_lens, window):
     return (key >= begin) & (key < end) & (distance >= -left) & (distance <= right) & (query < q_lens)
 
 
-def attention(q, k, v, mask, scale=None, softcap=0.0, rounded=None):
+def attention(q, k, v, mask, scale=None, softcap=0.0, rounded=None, bias=0.0):
     """q [B, Sq, Hq, D], k, v [B, Sk, H, D], mask [B, Sq, Sk]: out [B, Sq, Hq, D], lse [B, Hq, Sq]; rows that see
-    nothing are 0 and -inf. rounded: a dtype that every step's result is rounded to, computed in float32; None: float64.
+    nothing are 0 and -inf. bias: [B, Hq, Sq, Sk], added to scores. rounded: a dtype that every step's result is rounded
+    to, computed in float32; None: float64.
     """
     wide = torch.float64 if rounded is None else torch.float32
     near = (lambda x: x) if rounded is None else (lambda x: x.to(rounded).to(wide))
@@ -27,7 +28,7 @@ def attention(q, k, v, mask, scale=None, softcap=0.0, rounded=None):
     scores = near(q @ near(k * scale).transpose(-1, -2))
     if softcap:
         scores = near(near(near(scores / softcap).tanh()) * softcap)
-    scores = scores.masked_fill(~mask[:, None], -math.inf)
+    scores = near(scores + bias).masked_fill(~mask[:, None], -math.inf)
     lse = scores.logsumexp(-1)
     weights = near(torch.exp(scores - lse.where(lse != -math.inf, 0)[..., None]))
     return near(weights @ v).transpose(1, 2), lse

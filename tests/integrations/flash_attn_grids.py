@@ -4,8 +4,8 @@ rules, over our functions of these names.
 `python -m tests.integrations.flash_attn_grids --all` runs every case (days on two cores; --sample N: so many of each
 grid, chosen by --seed). The tests run a sample without SLOW sizes.
 
-Left out, as they are refused by name: ALiBi and dropout; in 3 also 8-bit tensors, attention_chunk, qv and values of
-another width than keys.
+Left out, as they are refused by name: dropout; in 3 also 8-bit tensors, attention_chunk, qv and values of another width
+than keys.
 """
 
 import argparse
@@ -34,6 +34,7 @@ KVCACHE = {
 }
 FA2_KVCACHE = KVCACHE | {
     "library": ["fa2"],
+    "alibi": FLAGS,
     "num_splits": [1, 0],
     "page": [None, 256],
     "d": [32, 59, 64, 80, 128, 256],
@@ -136,7 +137,7 @@ def output(kv_heads, causal, local, d, sizes, softcap, dtype, deterministic):
 
 
 def kvcache(library, sizes, d, page, kv_heads, new_kv, causal, local, seqlen_new_eq_seqlen_q, rotary_interleaved,
-            rotary_fraction, leftpad, batch_idx, num_splits, varlen_q=False):  # fmt: skip
+            rotary_fraction, leftpad, batch_idx, num_splits, varlen_q=False, alibi=False):  # fmt: skip
     fa2 = library == "fa2"
     (queries, keys), batch, dtype = sizes, 2 if fa2 else 5, torch.float16 if fa2 else torch.bfloat16
     rows, rotary = batch * (1 + batch_idx), int(rotary_fraction * d) // 16 * 16
@@ -153,6 +154,9 @@ def kvcache(library, sizes, d, page, kv_heads, new_kv, causal, local, seqlen_new
                "cache_leftpad": begins if leftpad else None, "cache_batch_idx": index if batch_idx else None,
                "rotary_interleaved": rotary_interleaved,
                "block_table" if fa2 else "page_table": table}  # fmt: skip
+    slopes = torch.rand(*((batch,) if int(seqlens[0]) % 2 else ()), HEADS) * 0.3
+    if alibi:
+        options["alibi_slopes"] = slopes
     k_want, v_want = (x[index.long()] for x in read())
     turned, ends = q, seqlens
     if new_kv:
@@ -180,9 +184,15 @@ def kvcache(library, sizes, d, page, kv_heads, new_kv, causal, local, seqlen_new
     torch.testing.assert_close(k_got, k_want, atol=1e-3, rtol=1e-3 if rotary else 0)
     assert torch.equal(v_got, v_want)
     mask = visible(queries, keys, begins, ends, q_lens, (window[0], 0) if causal else window)
-    want, _ = attention(turned, k_want, v_want, mask)
-    plain, _ = attention(turned, k_want, v_want, mask, rounded=dtype)
-    close(out, want, plain, 3 if fa2 else 2, None if fa2 else 1.5)
+    bias = -slopes.double().view(-1, HEADS, 1, 1) * away(queries, keys, ends)[:, None] if alibi else 0.0
+    want, _ = attention(turned, k_want, v_want, mask, bias=bias)
+    plain, _ = attention(turned, k_want, v_want, mask, rounded=dtype, bias=bias)
+    close(out, want, plain, (5 if alibi else 3) if fa2 else 2, None if fa2 else 1.5)
+
+
+def away(queries, keys, ends):
+    """[B, Sq, Sk]: the distance of each key from each query, the last one at the last key."""
+    return (torch.arange(keys) - (torch.arange(queries)[:, None] + ends.view(-1, 1, 1) - queries)).abs()
 
 
 def make_cache(rows, keys, kv_heads, d, page, dtype):

@@ -49,7 +49,7 @@ def test_its_example_runs(name):
 
 
 REFUSED = {
-    "flash_attn": {"dropout_p": 0.1, "alibi_slopes": torch.ones(4)},
+    "flash_attn": {"dropout_p": 0.1},
     "flash_attn_interface": {
         "qv": torch.ones(1), "q_descale": torch.ones(1), "k_descale": torch.ones(1), "v_descale": torch.ones(1),
         "attention_chunk": 4,

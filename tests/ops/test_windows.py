@@ -38,10 +38,10 @@ def tokens_of(pool, segment):
     return k[rows].double(), v[rows].double(), torch.tensor(bias, dtype=torch.float64)
 
 
-def defined(q, pool, segments, softcap=0.0):
+def defined(q, pool, segments, softcap=0.0, alibi_slopes=None):
     """(out, lse) from the words of make_plan's docstring: the last query stands at the last token of its list."""
     outs, lses, first = [], [], 0
-    for segment in segments:
+    for s, segment in enumerate(segments):
         k, v, bias = tokens_of(pool, segment)
         rows = q[first : first + segment.queries].double()
         first += segment.queries
@@ -52,6 +52,9 @@ def defined(q, pool, segments, softcap=0.0):
         left, right = (math.inf if side == -1 else side for side in segment.window or (-1, -1))
         place = torch.arange(segment.queries)[:, None] + k.shape[1] - segment.queries
         distance = torch.arange(k.shape[1]) - place
+        if alibi_slopes is not None:
+            slopes = alibi_slopes if alibi_slopes.ndim == 1 else alibi_slopes[s]
+            scores = scores - slopes.double()[:, None, None] * distance.abs()
         scores = (scores + bias).masked_fill((distance < -left) | (distance > right), -torch.inf)
         outs.append((scores.softmax(-1).nan_to_num(0.0) @ v).transpose(0, 1))
         lses.append(scores.logsumexp(-1).T)
@@ -60,7 +63,7 @@ def defined(q, pool, segments, softcap=0.0):
 
 def check(q, pool, segments, where, bound, **options):
     out, lse = paged_attention(q, [pool], make_plan(segments), backend=where, **options)
-    want, want_lse = defined(q, pool, segments, options.get("softcap", 0.0))
+    want, want_lse = defined(q, pool, segments, options.get("softcap", 0.0), options.get("alibi_slopes"))
     assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
     assert (out[want_lse == -torch.inf] == 0).all()
     torch.testing.assert_close(out.double(), want, rtol=0, atol=bound)
@@ -87,6 +90,31 @@ def test_softcap_comes_before_a_pages_bias(softcap, where):
         Segment(5, [2], [13], [-5.0], window=(-1, 0)),
     ]
     check(q, filled("fp32"), segments, where, 3e-6 + 4e-7 * min(softcap, 30.0), softcap=softcap)
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["of a head", "of a segment's head"])
+def test_alibi_takes_off_the_distance(shape, format, where):
+    """In both directions, by a slope for each query head."""
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(20, 4, 32, generator=generator)
+    segments = [
+        Segment(13, [0, 1], [24, 9], [0.0, 3.0], window=(-1, -1)),
+        Segment(7, [2], [13], [0.0], window=(-1, 0)),
+    ]
+    slopes = torch.rand(shape, generator=generator)
+    check(q, filled(format), segments, where, 4 * BOUNDS[format] / 3, softcap=5.0, alibi_slopes=slopes)
+
+
+def test_alibi_needs_positions():
+    q, pool = torch.zeros(1, 2, 32), filled("fp32")
+    with pytest.raises(ValueError, match=r"plan.page_positions must be given with alibi_slopes"):
+        paged_attention(q, [pool], make_plan([(1, [0], [1])]), alibi_slopes=torch.ones(2))
+    plan = make_plan([Segment(1, [0], [1], window=(-1, -1))])
+    with pytest.raises(ValueError, match=r"alibi_slopes must be \[S=1, Hq=2\], got \[2, 2\]"):
+        paged_attention(q, [pool], plan, alibi_slopes=torch.ones(2, 2))
+    with pytest.raises(TypeError, match="alibi_slopes must be float32, got float64"):
+        paged_attention(q, [pool], plan, alibi_slopes=torch.ones(2, dtype=torch.float64))
 
 
 def test_softcap_bounds_what_would_be_infinite(where):
