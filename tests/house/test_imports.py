@@ -24,6 +24,7 @@ LAYERS = (
     ("compiled", "triton_kernels", "testing", "_library"),
     ("ops", "chosen"),
     ("quantize", "store"),
+    ("integrations",),
     ("proofs",),
     ("", "__main__"),
 )
