@@ -17,8 +17,9 @@ import pytest
 
 pytest.importorskip("aiortc", reason="needs the extra `stream`")
 
-from aiortc import RTCPeerConnection, RTCSessionDescription
+from aiortc import RTCSessionDescription
 
+from inferix.stream.webrtc import Connection
 from tests.stream.stream_client import LOOP, PATIENCE, Viewer, running, until
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ async def watch(server, kind, seconds):
     viewer = await Viewer.join(server, drive=kind == "jpeg")
     peer = None
     if kind == "webrtc":
-        peer = RTCPeerConnection()
+        peer = Connection()
         peer.addTransceiver("video", direction="recvonly")
         peer.createDataChannel("keys", ordered=False, maxRetransmits=0)
         await peer.setLocalDescription(await peer.createOffer())

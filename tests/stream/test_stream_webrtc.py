@@ -1,6 +1,8 @@
 """WebRTC against aiortc's other half: packets of ours, host addresses alone, keyframes for who lost one."""
 
 import asyncio
+import gc
+import random
 import re
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 pytest.importorskip("aiortc", reason="needs the extra `stream`")
 
 import aioice.ice
-from aiortc import RTCPeerConnection, RTCRtpReceiver, RTCRtpSender, RTCSessionDescription
+from aiortc import RTCRtpReceiver, RTCRtpSender, RTCSessionDescription
 
 from inferix.stream import webrtc
 from inferix.stream.testing import ACTIONS, read_bars
@@ -28,7 +30,7 @@ def server(tmp_path_factory):
 
 async def connect(server, codec):
     """A viewer that only knows one codec: (viewer, peer, its track, its channel for keys)."""
-    viewer, peer, tracks = await Viewer.join(server), RTCPeerConnection(), []
+    viewer, peer, tracks = await Viewer.join(server), webrtc.Connection(), []
     peer.on("track", tracks.append)
     video = peer.addTransceiver("video", direction="recvonly")
     kinds = RTCRtpReceiver.getCapabilities("video").codecs
@@ -122,3 +124,29 @@ async def test_an_offer_that_makes_no_sense_is_refused(server, sdp):
     assert refused["code"] == "refused" and refused["text"].startswith("offer:")
     assert not server.session.player.broadcast.codecs
     await viewer.leave()
+
+
+@asynchronous
+async def test_a_connection_that_is_closed_while_it_is_made_leaves_nothing_behind(server):
+    """At any moment of it, by either side first."""
+    failed, generator = [], random.Random(0)
+    LOOP.set_exception_handler(lambda loop, context: failed.append(context))
+    before = asyncio.all_tasks(LOOP)
+
+    async def join_and_leave(moment):
+        viewer, peer, *_ = await connect(server, "video/H264")
+        await asyncio.sleep(moment)
+        first, second = generator.sample([peer.close, viewer.leave], 2)
+        await first()
+        await second()
+
+    try:
+        for _ in range(4):
+            await asyncio.gather(*(join_and_leave(generator.uniform(0.0, 0.3)) for _ in range(8)))
+        await until(lambda: not server.lobby.clients)
+        # The world goes on: a block under way has a task of its own.
+        await until(lambda: not {task for task in asyncio.all_tasks(LOOP) - before if "aio" in str(task.get_coro().cr_code)})
+        gc.collect()  # of a task whose exception nobody takes asyncio speaks when it is collected
+    finally:
+        LOOP.set_exception_handler(None)
+    assert not failed
