@@ -13,9 +13,9 @@ from .layout import FORMATS, Codec, KVPages
 from .proofs import stored
 
 BACKENDS = {
-    "compiled": "inferix_kernels.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
-    "triton": "inferix_kernels.triton_kernels",
-    "reference": "inferix_kernels.reference",
+    "compiled": f"{__package__}.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
+    "triton": f"{__package__}.triton_kernels",
+    "reference": f"{__package__}.reference",
 }
 # What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. There
 # AUTO is the order of kernels that are unproved on the device, those whose instructions a compiler chose before those

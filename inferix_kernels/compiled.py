@@ -18,7 +18,7 @@ from ._dispatch import Unsupported
 from .layout import Codec, KVPages, PageList, Plan, Quantized, Side
 
 try:
-    import inferix_kernels._C as _C
+    from . import _C
 except ImportError as error:
     raise ImportError(f"the extension inferix_kernels._C is not built ({error}): pip install -e .") from error
 
