@@ -17,6 +17,8 @@ BACKENDS = {
     "triton": f"{__package__}.triton_kernels",
     "reference": f"{__package__}.reference",
 }
+# Other libraries' kernels under our ops' names: only where they are installed, and only when they are asked for.
+PEERS = {"flash-attn": f"{__package__}.flash_attn_backend"}
 # What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. There
 # AUTO is the order of kernels that are unproved on the device, those whose instructions a compiler chose before those
 # that we wrote ourselves; PROVED that of kernels whose results were compared with the reference's there (proofs/).
@@ -75,10 +77,11 @@ def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function of this name in a backend's module, or Unsupported with the reason."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    modules = BACKENDS | PEERS
+    if backend not in modules:
+        raise ValueError(f"backend must be auto or one of {', '.join(modules)}, got {backend!r}")
     try:
-        module = sys.modules.get(BACKENDS[backend]) or importlib.import_module(BACKENDS[backend])
+        module = sys.modules.get(modules[backend]) or importlib.import_module(modules[backend])
     except ImportError as error:
         raise Unsupported(str(error)) from error
     function: Callable[..., Any] | None = getattr(module, op, None)

@@ -69,13 +69,12 @@ def flat(k: Tensor, v: Tensor, begins: Tensor, lens: Tensor, longest: int,
     Every token begins a page of a fixed size, whose tokens other pages hold too: so a sequence is cut into pages
     wherever it begins. A page that would end after the last token begins earlier, and its first slots are passed over.
     """
-    tokens, heads, width = k.shape
+    tokens = len(k)
     page = min(FLAT_PAGE, 1 << (max(tokens, 1).bit_length() - 1))
     last = max(tokens - page, 0)
 
-    def pages(x: Tensor) -> Tensor:
-        token, head, channel = x.stride()
-        return x.as_strided((last + 1, x.shape[1], page, x.shape[2]), (token, head, token, channel), x.storage_offset())
+    def pages(x: Tensor) -> Tensor:  # not as_strided: a compiled graph would keep the offset of the first call's tensor
+        return x.unfold(0, page, 1).transpose(2, 3)
 
     if tokens == 0:
         k, v = (torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device) for x in (k, v))

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._flash import FA3, Cache, New, Options, batched, cached, packed, refuse
+from ._flash import batched, cached, packed
+from ._flash_arguments import FA3, Cache, New, Options, refuse
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 

@@ -21,11 +21,10 @@ IMPORTS = graph(FILES)
 LAYERS = (
     ("layout", "files", "sass", "hazards", "_install", "_printing", "proofs.stored"),
     ("_check", "_dispatch", "reference"),
-    ("compiled", "triton_kernels", "testing", "_library"),
+    ("compiled", "triton_kernels", "flash_attn_backend", "testing", "_library"),
     ("ops", "chosen"),
     ("quantize", "store"),
-    ("integrations",),
-    ("proofs",),
+    ("integrations", "proofs"),
     ("", "__main__"),
 )
 

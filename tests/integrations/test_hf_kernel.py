@@ -65,8 +65,9 @@ def test_the_examples_run(tmp_path, monkeypatch):
 def test_a_copy_stands_beside_the_package(loaded):
     copy = sys.modules[f"{loaded.__name__}.inferix_kernels"]
     assert copy is not inferix_kernels and copy.KVPages is not inferix_kernels.KVPages
-    compiled = sys.modules[f"{loaded.__name__}.inferix_kernels.compiled"]
+    compiled, dispatch = (sys.modules[f"{copy.__name__}.{name}"] for name in ("compiled", "_dispatch"))
     assert str(loaded.__path__[0]) in compiled._C.__file__
+    assert all(name.startswith(copy.__name__) for name in (dispatch.BACKENDS | dispatch.PEERS).values())
     q, k, v = qkv()
     assert torch.equal(loaded.flash_attn_func(q=q, k=k, v=v)[0], flash_attn_func(q, k, v)[0])
     graph = torch.compile(lambda q: loaded.flash_attn_func(q, k, v)[0], backend="eager", fullgraph=True)
