@@ -9,8 +9,9 @@ why the rest does not. Every public name has an example; those of the ops assume
 
 from . import ops
 from ._dispatch import Unsupported
-from .layout import FORMATS, KVPages, PageList, Plan, Quantized, Segment, even_plan, make_plan
+from .layout import FORMATS, KVPages, PageList, Quantized
 from .ops import *
+from .plans import Plan, Segment, even_plan, make_plan
 from .store import Attention, KVStore, Local, NotResident, OutOfPages, PageTable, Part, Pass, Policy, TopK
 
 __version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here

@@ -21,7 +21,8 @@ import torch
 from . import _library, chosen, hazards, ops, sass, testing
 from ._dispatch import AUTO, BACKENDS, PROVED, Unsupported, implementation
 from ._printing import while_read
-from .layout import Quantized, make_plan
+from .layout import Quantized
+from .plans import make_plan
 
 OPS = tuple(_library.OPS)
 DEVICES = tuple(AUTO)

@@ -9,7 +9,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from .layout import FORMATS, PRECISIONS, KVPages, PageList, Plan, Quantized, Side
+from .layout import FORMATS, PRECISIONS, KVPages, PageList, Quantized, Side
+from .plans import Plan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix

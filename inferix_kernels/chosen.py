@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from ._dispatch import AUTO, PROVED, Unsupported, implementation
-from .layout import KV_FORMATS, KVPages, make_plan, scratch_format
+from .layout import KV_FORMATS, KVPages, scratch_format
+from .plans import make_plan
 from .proofs import stored
 
 # GPUs by the names people know, and their compute capability.

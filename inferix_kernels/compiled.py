@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Unsupported
-from .layout import Codec, KVPages, PageList, Plan, Quantized, Side
+from .layout import Codec, KVPages, PageList, Quantized, Side
+from .plans import Plan
 
 try:
     from . import _C

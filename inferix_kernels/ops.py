@@ -47,7 +47,8 @@ from ._check import (
     device_of,
 )
 from ._library import call, op
-from .layout import FORMATS, KVPages, PageList, Plan, Quantized
+from .layout import FORMATS, KVPages, PageList, Quantized
+from .plans import Plan
 
 __all__ = [
     "kv_append",

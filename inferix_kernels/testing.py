@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import KVPages, PageList, Plan, as_bytes, make_plan
+from .layout import KVPages, PageList, as_bytes
+from .plans import Plan, make_plan
 from .reference import kv_append, spans
 
 # Bytes that are NaN in every float format, a large code as int8 and a pair of them as 4 bits.

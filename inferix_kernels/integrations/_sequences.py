@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Unsupported
-from ..layout import FORMATS, UNLIMITED, KVPages, PageList, Plan
+from ..layout import FORMATS, KVPages, PageList
 from ..ops import kv_append
+from ..plans import UNLIMITED, Plan
 
 FLAT_PAGE = 128  # tokens of the pages that a run of tokens is cut into: fixed, as kernels are compiled for it
 _FORMATS = {format.k.dtype: name for name, format in FORMATS.items() if not format.quantized and name != "latent8"}
@@ -69,7 +70,7 @@ def flat(k: Tensor, v: Tensor, begins: Tensor, lens: Tensor, longest: int,
     Every token begins a page of a fixed size, whose tokens other pages hold too: so a sequence is cut into pages
     wherever it begins. A page that would end after the last token begins earlier, and its first slots are passed over.
     """
-    tokens = len(k)
+    tokens = k.shape[0]
     page = min(FLAT_PAGE, 1 << (max(tokens, 1).bit_length() - 1))
     last = max(tokens - page, 0)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference, testing
-from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, Plan
+from ..layout import FORMATS, KV_FORMATS, KVPages, PageList
+from ..plans import Plan
 from .stored import kernel
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..layout import KVPages, PageList, Plan
+from ..layout import KVPages, PageList
+from ..plans import Plan
 from .kv_pages import locate, read_page, spans, starts_of
 
 __all__ = ["check_plan", "latent_attention", "merge_attention", "paged_attention"]

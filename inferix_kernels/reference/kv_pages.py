@@ -87,8 +87,8 @@ def read_side(side: Side, page: int, length: int) -> tuple[Tensor, Tensor | None
 
 def read_page(pages: KVPages, page: int, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens from slot `start` of a page on, dequantized: k [length, H, D], v [length, H, Dv] float32."""
-    k, v = (decode(*read_side(side, page, start + length), side.codec)[:, start:].transpose(0, 1) for side in pages.sides)
-    return k, v
+    k, v = (decode(*read_side(side, page, start + length), side.codec).transpose(0, 1) for side in pages.sides)
+    return k[start:], v[start:]
 
 
 def copy_page(source: KVPages, from_page: int, target: KVPages, to_page: int, length: int) -> None:

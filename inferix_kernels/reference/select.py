@@ -60,7 +60,7 @@ def select_pages(
         best = scores.unflatten(-1, (-1, pages_per_frame)).amax(-1)  # of a frame's pages
         chosen = largest(best, frames).repeat_interleave(pages_per_frame, -1)
         scores = scores.masked_fill(~chosen, -torch.inf)
-    for field, numbers in zip(out, where, strict=True):
+    for field, numbers in ((out.ids, where.ids), (out.lens, where.lens)):
         field.zero_()
         for slots, chosen in zip(field.view(-1, k), largest(scores, k).flatten(0, 1), strict=True):
             picked = numbers[chosen]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .._check import check_counts
-from ..layout import PageList, Plan, even_plan
+from ..layout import PageList
 from ..ops import page_scores, page_summaries, paged_attention, select_pages
+from ..plans import Plan, even_plan
 from .storage import Storage
 
 
@@ -190,7 +191,7 @@ class _Chosen:
     def __init__(self, store: Storage, top: TopK, block: BlockReads, seen: PageList, precision: Sequence[str]):
         self.precision = precision  # of each layer
         self.store, self.top, self.seen, device = store, top, seen, seen.ids.device
-        self.past = PageList(*(x[: block.past] for x in seen))
+        self.past = PageList(seen.ids[: block.past], seen.lens[: block.past])
         self.keep = torch.arange(block.past + block.own, device=device) >= block.past
         self.q_indptr = torch.arange(0, block.queries + top.queries, top.queries, dtype=torch.int32, device=device)
         self.q_indptr.clamp_(max=block.queries)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .._check import shown
-from ..layout import PageList, Plan
+from ..layout import PageList
+from ..plans import Plan
 from .attention import Attention, BlockReads, Reads
 from .extent import Extent
 from .passes import Pass, Share

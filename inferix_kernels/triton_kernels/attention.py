@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .. import reference
 from .._dispatch import Unsupported
-from ..layout import KV_FORMATS, Codec, KVPages, Plan, make_plan
+from ..layout import KV_FORMATS, Codec, KVPages
+from ..plans import Plan, make_plan
 from . import online
 from .codecs import (
     INTERPRETED,
@@ -33,10 +34,12 @@ from .codecs import (
     round_to_int,
     scale_of,
     scale_places,
+    tile_index,
     to_e4m3,
 )
 from .config import Config, config
 from .launch import Call, Case, architecture, check_device
+from .limits import limit_scores, place_of, run_in_window, window_of
 from .online import (
     LN2,
     LOG2E,
@@ -58,6 +61,7 @@ __all__ = ["paged_attention"]
 _WIDEST = 256
 # e4m3 weights are stored times this: at most 256 of 448, and down to 2^-17 of the largest.
 WEIGHT_SCALE = tl.constexpr(256.0)
+MOST = tl.constexpr(2**31 - 1)
 
 
 def paged_attention(
@@ -69,6 +73,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor,
     accumulate: bool = False,
+    softcap: float = 0.0,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_device("paged_attention", q)
@@ -76,7 +81,7 @@ def paged_attention(
         reference.check_plan(q, pools, plan)
     codes = any(codec.scaled_by == "token" for codec in keys_of(pools))
     eight_bit = precision == "8bit" and codes and q.dtype != torch.float32
-    return run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate), eight_bit)
+    return run_paged_attention(Call(q, pools, plan, scale, out, lse, accumulate, softcap), eight_bit)
 
 
 def run_paged_attention(
@@ -95,6 +100,8 @@ def run_paged_attention(
         chosen=chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
         splits=splits,
         least=32 if eight_bit else 16,
+        cap=call.softcap * LOG2E.value,
+        CAPPED=call.softcap != 0,
         EIGHT_BIT=eight_bit,
         E4M3=target >= 89,
     )
@@ -164,6 +171,7 @@ def attention_kernel(
     entries,  # of all page lists
     splits,
     tiles,  # of queries, for each head and split
+    cap,  # softcap, times log2(e)
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     KEYS: tl.constexpr,
@@ -174,11 +182,12 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CAPPED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     E4M3: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    head, split, token, query_head, row_mask, first, last = work_of(
+    head, split, segment, token, query_head, row_mask, first, last = work_of(
         tl.program_id(0), plan, tokens, segments, entries, splits, tiles,
         HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
     )  # fmt: skip
@@ -186,6 +195,12 @@ def attention_kernel(
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
     base = max_bias(first, last, plan)
+    low, high = 0, 0
+    if plan.windows is not None:
+        low, high = window_of(plan, segment, token)
+        # Rows past the segment's end are copies of none: they count neither for the first nor for the last.
+        lowest, highest = tl.where(row_mask, low, MOST), tl.where(row_mask, high, -MOST)
+        first, last = run_in_window(first, last, plan, tl.min(lowest, 0), tl.max(highest, 0))
     running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -197,7 +212,7 @@ def attention_kernel(
             queries = load_rows(q, variant, token, query_head, row_mask, 0, WIDTH, BLOCK_D)
             running_max, running_sum, acc = attend_pages(
                 queries, scale * LOG2E, running_max, running_sum, acc, begin, end, plan, variant, pools[n], base, head,
-                HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, EIGHT_BIT, E4M3,
+                low, high, cap, HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, CAPPED, EIGHT_BIT, E4M3,
             )  # fmt: skip
     store_output(
         acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, 0,
@@ -219,10 +234,14 @@ def attend_pages(
     pool,
     base,  # the largest bias: biases are relative to it
     head,
+    low,  # [rows]: the first and the last position that each sees, where the plan has windows
+    high,
+    cap,
     HEADS: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     E4M3: tl.constexpr,
 ):
@@ -237,8 +256,11 @@ def attend_pages(
         qk_scales *= scales
     # Software pipelining: an entry is read one step ahead, so that its page can be loaded at the start of its own step.
     page, length, bias = entry_of(first, last, plan, variant, pool, base, KEY.page_size)
+    start, position = place_of(first, last, plan)
     for i in range(first * PARTS, last * PARTS):
-        at, row = page.to(tl.int64) * HEADS + head, (i % PARTS) * BLOCK_N
+        at, v_at = tile_index(page, head, HEADS, KEY), tile_index(page, head, HEADS, VALUE)
+        row = start + (i % PARTS) * BLOCK_N
+        length += start  # one past the last valid slot
         rows = row + tl.arange(0, BLOCK_N)
         if CODES:
             codes = read_codes(pool.k.codes, at, row, 0, length, KEY, BLOCK_N, BLOCK_D)
@@ -248,21 +270,24 @@ def attend_pages(
             qk = dot(queries, tl.trans(keys))
         if KEY.kind == "int8" or KEY.kind == "e4m3":
             qk *= read_scales(pool.k.scales, at, row, length, KEY, BLOCK_N, BLOCK_D)[None, :]
-        if row + BLOCK_N > length:
-            qk = tl.where((rows < length)[None, :], qk, NEG_INF)
-        p, alpha, running_max, running_sum = online_softmax_step(qk, qk_scales, bias, running_max, running_sum)
+        step_scales = qk_scales
+        if CAPPED:
+            qk, step_scales = qk * qk_scales[:, None], tl.full([queries.shape[0]], 1.0, tl.float32)
+        qk = limit_scores(qk, row, length, start, position, low, high, cap, plan, CAPPED)
+        p, alpha, running_max, running_sum = online_softmax_step(qk, step_scales, bias, running_max, running_sum)
         if EIGHT_BIT and VALUE.kind == "e4m3":
-            codes = read_codes(pool.v.codes, at, row, 0, length, VALUE, BLOCK_N, BLOCK_D)
+            codes = read_codes(pool.v.codes, v_at, row, 0, length, VALUE, BLOCK_N, BLOCK_D)
             codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
             tile_acc = dot_codes(as_e4m3(p * WEIGHT_SCALE), codes, VALUE)
             # Read before the products it would be there in time, but sm_100 has no register left for it.
-            channel_scale = read_scales(pool.v.scales, at, row, length, VALUE, BLOCK_N, BLOCK_D) / WEIGHT_SCALE
+            channel_scale = read_scales(pool.v.scales, v_at, row, length, VALUE, BLOCK_N, BLOCK_D) / WEIGHT_SCALE
             acc = acc * alpha[:, None] + tile_acc * channel_scale[None, :]
         else:
-            values = read_values(pool, at, row, length, VALUE, DTYPE, BLOCK_N, BLOCK_D, E4M3)
+            values = read_values(pool, v_at, row, length, VALUE, DTYPE, BLOCK_N, BLOCK_D, E4M3)
             acc = dot(round_to(p, DTYPE), values, acc * alpha[:, None])
         page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, base, KEY.page_size)
+        start, position = place_of((i + 1) // PARTS, last, plan)
     return running_max, running_sum, acc
 
 

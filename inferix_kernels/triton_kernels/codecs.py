@@ -60,6 +60,10 @@ class Tile(NamedTuple):
     rows: int  # of a part: tokens and channels, powers of two
     cols: int
     parts: int  # of a tile
+    strided: bool = False  # codes, which are floats, lie in another's cache:
+    page_stride: int = 0  # in elements
+    head_stride: int = 0
+    row_stride: int = 0
 
     @property
     def warps(self) -> int:
@@ -86,6 +90,25 @@ def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, 
     parts = triton.cdiv(width, cols) if split else triton.cdiv(page_size, rows)
     kind = _KINDS.get(codec.dtype, "float")
     return Tile(kind, axis, codec.transposed, page_size, width, top, floor, least, split, rows, cols, parts)
+
+
+def side_tile(pages: KVPages, side: int, split: int | None = None, numbers: int | None = None) -> Tile:
+    """The tile of a pool's keys, side 0, or values, side 1."""
+    codes, width = pages.sides[side].codes, (pages.head_dim, pages.value_dim)[side]
+    tile = tile_of(pages.sides[side].codec, pages.page_size, width, split, numbers)
+    if codes.is_contiguous():
+        return tile
+    page, head, row, _ = codes.stride()
+    return tile._replace(strided=True, page_stride=page, head_stride=head, row_stride=row)
+
+
+@triton.jit
+def tile_index(page, head, HEADS: tl.constexpr, tile: tl.constexpr):
+    """What read_codes and the like take for the tile of a page and head: its number, or where it begins if strided."""
+    if tile.strided:
+        return page.to(tl.int64) * tile.page_stride + head.to(tl.int64) * tile.head_stride
+    else:
+        return page.to(tl.int64) * HEADS + head
 
 
 @triton.jit
@@ -221,7 +244,9 @@ def code_places(index, row, col, tile: tl.constexpr, ROWS: tl.constexpr, COLS: t
     WIDTH: tl.constexpr = tile.width // PACK
     mask = (rows < tile.page_size) & (cols < WIDTH)
     start = index * (tile.page_size * WIDTH)
-    if tile.transposed:
+    if tile.strided:
+        return index + rows.to(tl.int64) * tile.row_stride + cols, mask
+    elif tile.transposed:
         return start + cols * tile.page_size + rows, mask
     else:
         return start + rows * WIDTH + cols, mask

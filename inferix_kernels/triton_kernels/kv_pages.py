@@ -17,7 +17,18 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import FORMATS, KV_FORMATS, KVPages, PageList
-from .codecs import Tile, copy_part, part_of, planes_of, read_part, round_to, tile_of, write_part
+from .codecs import (
+    Tile,
+    code_places,
+    copy_part,
+    part_of,
+    planes_of,
+    read_part,
+    round_to,
+    side_tile,
+    tile_index,
+    write_part,
+)
 from .launch import Case, check_device, launch
 
 __all__ = ["kv_append", "kv_commit", "kv_gather"]
@@ -30,13 +41,15 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> None:
     check_device("kv_append", k)
     if not k.is_cuda:
         reference.spans("where", where, pages, tokens=k.shape[0], written=True)
-    key, value = tiles_of(pages)
+        reference.starts_of("where", where, pages.page_size)
+    # Within a page, tokens alone are written: by tokens, whatever the slot of the first.
+    key, value = tiles_of(pages, split=None if where.starts is None else 0)
     launch(
         append_kernel,
         len(where.ids) * pages.heads * (key.parts + value.parts),
         k.device,
         k, *k.stride(), v, *v.stride(), k.shape[0],
-        *list_tensors(where),
+        *list_tensors(where), None if where.starts is None else where.starts.contiguous(),
         *planes_of(pages),
         pages.pages,
         ENTRIES=entries(where),
@@ -71,7 +84,7 @@ def kv_commit(
         FROM_VALUE=from_value,
         KEY=key,
         VALUE=value,
-        COPY=source.format == target.format and k_mean is None,
+        COPY=source.format == target.format and k_mean is None and (from_key, from_value) == (key, value),
         num_warps=max(key.warps, value.warps),
     )
 
@@ -142,11 +155,7 @@ def _check_commit(source: KVPages, source_list: PageList, target: KVPages, targe
 
 
 def tiles_of(pages: KVPages, split: int | None = None, numbers: int | None = None) -> tuple[Tile, Tile]:
-    key, value = pages.sides
-    return (
-        tile_of(key.codec, pages.page_size, pages.head_dim, split, numbers),
-        tile_of(value.codec, pages.page_size, pages.value_dim, split, numbers),
-    )
+    return side_tile(pages, 0, split, numbers), side_tile(pages, 1, split, numbers)
 
 
 def list_tensors(where: PageList) -> tuple[Tensor, Tensor]:
@@ -171,6 +180,7 @@ def append_kernel(
     tokens,
     ids,
     lens,
+    starts,  # the slot of each page's first token, or None
     k_plane,  # Plane, written, as v_plane
     v_plane,
     pages,
@@ -182,22 +192,31 @@ def append_kernel(
     entry, head, part = this_program(HEADS, KEY, VALUE)
     page, length = tl.load(ids + entry), tl.load(lens + entry)
     first = first_token(lens, entry, ENTRIES)
-    if fits(page, length, pages, KEY) & (first + length <= tokens):
-        to = page.to(tl.int64) * HEADS + head
+    start = 0
+    if starts is not None:
+        start = tl.load(starts + entry)
+    if fits(page, start + length, pages, KEY) & (start >= 0) & (length >= 0) & (first + length <= tokens):
         if part < KEY.parts:
             k += first * k_token_stride + head.to(tl.int64) * k_head_stride
-            append_part(k, k_token_stride, k_stride, k_plane, to, part, length, KEY)
+            to = tile_index(page, head, HEADS, KEY)
+            append_part(k, k_token_stride, k_stride, k_plane, to, part, start, length, KEY, starts is not None)
         else:
             v += first * v_token_stride + head.to(tl.int64) * v_head_stride
-            append_part(v, v_token_stride, v_stride, v_plane, to, part - KEY.parts, length, VALUE)
+            to, part = tile_index(page, head, HEADS, VALUE), part - KEY.parts
+            append_part(v, v_token_stride, v_stride, v_plane, to, part, start, length, VALUE, starts is not None)
 
 
 @triton.jit
-def append_part(x, token_stride, stride, plane, to, part, length, tile: tl.constexpr):
+def append_part(x, token_stride, stride, plane, to, part, start, length, tile: tl.constexpr, WITHIN: tl.constexpr):
+    """WITHIN: from slot `start` on, and no other slot."""
     row, col = part_of(tile, part)
     places, mask = token_places(token_stride, stride, row, col, length, tile)
     tokens = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    write_part(tokens, plane, to, row, col, length, tile)
+    if WITHIN:
+        slots, there = code_places(to, start + row, col, tile, tile.rows, tile.cols)
+        tl.store(plane.codes + slots, round_to(tokens, plane.codes.dtype.element_ty), mask=mask & there)
+    else:
+        write_part(tokens, plane, to, row, col, length, tile)
 
 
 @triton.jit(do_not_specialize=["from_pages", "pages"])
@@ -224,10 +243,11 @@ def commit_kernel(
     from_page, page, length = tl.load(from_ids + entry), tl.load(ids + entry), tl.load(lens + entry)
     agree = tl.load(from_lens + entry) == length
     if agree & fits(from_page, length, from_pages, KEY) & fits(page, length, pages, KEY):
-        at, to = from_page.to(tl.int64) * HEADS + head, page.to(tl.int64) * HEADS + head
         if part < KEY.parts:
+            at, to = tile_index(from_page, head, HEADS, FROM_KEY), tile_index(page, head, HEADS, KEY)
             commit_part(from_k_plane, at, k_plane, to, k_mean, head, part, length, FROM_KEY, KEY, COPY)
         else:
+            at, to = tile_index(from_page, head, HEADS, FROM_VALUE), tile_index(page, head, HEADS, VALUE)
             commit_part(from_v_plane, at, v_plane, to, None, head, part - KEY.parts, length, FROM_VALUE, VALUE, COPY)
 
 
@@ -280,13 +300,13 @@ def gather_kernel(
     if fits(page, length, pages, KEY):
         first = first_token(lens, entry, ENTRIES)
         if first + length <= tokens:
-            at = page.to(tl.int64) * HEADS + head
             if part < KEY.parts:
+                at = tile_index(page, head, HEADS, KEY)
                 k += first * k_token_stride + head.to(tl.int64) * k_head_stride
                 gather_part(k, k_token_stride, k_stride, k_plane, at, part, length, KEY)
             else:
                 v += first * v_token_stride + head.to(tl.int64) * v_head_stride
-                part -= KEY.parts
+                at, part = tile_index(page, head, HEADS, VALUE), part - KEY.parts
                 gather_part(v, v_token_stride, v_stride, v_plane, at, part, length, VALUE)
 
 

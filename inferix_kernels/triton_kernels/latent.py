@@ -20,10 +20,11 @@ from torch import Tensor
 
 from .. import reference
 from .._dispatch import Unsupported
-from ..layout import KVPages, Plan, make_plan
+from ..layout import KVPages
+from ..plans import Plan, make_plan
 from . import online
 from .attention import read_keys, read_scales, read_values
-from .codecs import round_to
+from .codecs import round_to, tile_index
 from .config import Config, config
 from .launch import Call, Case, architecture, check_device
 from .online import (
@@ -124,7 +125,7 @@ def latent_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_D // PART
-    head, split, token, query_head, row_mask, first, last = work_of(
+    head, split, _, token, query_head, row_mask, first, last = work_of(
         tl.program_id(0) // PARTS, plan, tokens, segments, entries, splits, tiles,
         HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
     )  # fmt: skip
@@ -191,10 +192,11 @@ def attend_latent_pages(
     qk_scales = tl.full([q_mine.shape[0]], qk_scale, tl.float32)
     page, length, bias = entry_of(first, last, plan, variant, pool, base, LATENT.page_size)
     for i in range(first * TILES, last * TILES):
-        at, row = page.to(tl.int64) * HEADS + head, (i % TILES) * BLOCK_N
+        at, rotary_at = tile_index(page, head, HEADS, LATENT), tile_index(page, head, HEADS, ROTARY)
+        row = (i % TILES) * BLOCK_N
         rows = row + tl.arange(0, BLOCK_N)
         latent = read_keys(pool, at, row, mine, length, LATENT, DTYPE, BLOCK_N, BLOCK_D, E4M3)
-        rotary = read_values(pool, at, row, length, ROTARY, DTYPE, BLOCK_N, BLOCK_ROTARY, E4M3)
+        rotary = read_values(pool, rotary_at, row, length, ROTARY, DTYPE, BLOCK_N, BLOCK_ROTARY, E4M3)
         qk = dot(q_mine, tl.trans(latent))
         if PARTS > 1:
             rest = read_keys(pool, at, row, other, length, LATENT, DTYPE, BLOCK_N, BLOCK_D, E4M3)

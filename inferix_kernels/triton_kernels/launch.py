@@ -13,7 +13,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from .._dispatch import Unsupported
-from ..layout import KVPages, Plan
+from ..layout import KVPages
+from ..plans import Plan
 
 
 @triton.jit
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     out: Tensor
     lse: Tensor
     accumulate: bool = False
+    softcap: float = 0.0
 
 
 def check_device(op: str, like: Tensor) -> None:

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Unsupported
-from ..layout import KVPages, Plan
-from .codecs import INTERPRETED, Plane, Tile, planes_of, round_to, tile_of
+from ..layout import KVPages
+from ..plans import Plan
+from .codecs import INTERPRETED, Plane, Tile, planes_of, round_to, side_tile
 from .config import Config
 from .launch import Call, launch
 
@@ -90,8 +91,7 @@ def pools_of(pools: Sequence[KVPages]) -> tuple[Pool, ...]:
 
 def tiles_of_pools(pools: Sequence[KVPages]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
     """Keys and values of every pool."""
-    keys = tuple(tile_of(p.sides[0].codec, p.page_size, p.head_dim, 0) for p in pools)
-    return keys, tuple(tile_of(p.sides[1].codec, p.page_size, p.value_dim, 0) for p in pools)
+    return tuple(side_tile(p, 0, 0) for p in pools), tuple(side_tile(p, 1, 0) for p in pools)
 
 
 def launch_attention(
@@ -102,7 +102,7 @@ def launch_attention(
     chosen: "m" query rows of a tile at most, "n" keys at most, "warps", "stages". splits: None, as many as fill the
     GPU. least: the smallest side that tl.dot takes. parts: programs that share the width of the output.
     """
-    q, pools, plan, scale, out, lse, accumulate = call
+    q, pools, plan, scale, out, lse, accumulate, _ = call
     if len(pools) > MOST_POOLS:
         raise Unsupported(f"pools must be at most {MOST_POOLS}, got {len(pools)}")
     if scale < 0:
@@ -279,8 +279,8 @@ def work_of(
     program, plan, tokens, segments, entries, splits, tiles,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What this program has to do: (head, split, token and query head of each row, which rows there are, first entry
-    of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
+    """What this program has to do: (head, split, segment, token and query head of each row, which rows there are, first
+    entry of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
     """
     tile, split, head = program % tiles, program // tiles % splits, program // tiles // splits
     segment, first_token, first_row, rows = rows_of(tile, plan, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
@@ -290,7 +290,7 @@ def work_of(
     if PER_HEAD:
         at = segment * HEADS + head
     first, last = pages_of(plan, entries, at, split, splits)
-    return head, split.to(tl.int64), token, query_head, row < rows, first, last
+    return head, split.to(tl.int64), segment, token, query_head, row < rows, first, last
 
 
 @triton.jit
@@ -363,6 +363,9 @@ def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
     page = tl.load(plan.page_ids + i, mask=there, other=-1) - pool.first_page_id
     length = tl.load(plan.page_lens + i, mask=there, other=0)
     fits = (page >= 0) & (page < pool.pages) & (length <= PAGE_SIZE)
+    if plan.page_starts is not None:
+        start = tl.load(plan.page_starts + i, mask=there, other=0)
+        fits &= (start >= 0) & (start + length <= PAGE_SIZE)
     if plan.page_variants is not None:
         fits &= tl.load(plan.page_variants + i, mask=there, other=-1) == variant
     bias = 0.0

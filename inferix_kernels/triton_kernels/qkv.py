@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import KV_FORMATS, Codec, KVPages, PageList
-from .codecs import part_of, planes_of, round_to, tile_of, write_part
+from .codecs import part_of, planes_of, round_to, tile_index, tile_of, write_part
 from .config import config, rows_and_warps, warps_of
 from .kv_pages import (
     entries,
@@ -233,7 +233,6 @@ def prologue_kernel(
     page, length = tl.load(ids + entry), tl.load(lens + entry)
     first = first_token(lens, entry, ENTRIES)
     if fits(page, length, pages, KEY) & (first + length <= tokens):
-        to = page.to(tl.int64) * KEYS.heads
         if part < FIRST_KEY:
             head = part // QUERY.parts
             row, col = part_of(QUERY, part % QUERY.parts)
@@ -251,7 +250,7 @@ def prologue_kernel(
             )  # fmt: skip
             if k_mean is not None:
                 keys = less_mean(keys, k_mean + head * KEY.width, row, col, length, KEY)
-            write_part(keys, k_plane, to + head, row, col, length, KEY)
+            write_part(keys, k_plane, tile_index(page, head, KEYS.heads, KEY), row, col, length, KEY)
         else:
             head = (part - FIRST_VALUE) // VALUE.parts
             row, col = part_of(VALUE, (part - FIRST_VALUE) % VALUE.parts)
@@ -259,7 +258,7 @@ def prologue_kernel(
                 source, None, tokens, norm_k, None, head, first, row, col, length,
                 VALUES, VALUE, 0, True,
             )  # fmt: skip
-            write_part(values, v_plane, to + head, row, col, length, VALUE)
+            write_part(values, v_plane, tile_index(page, head, KEYS.heads, VALUE), row, col, length, VALUE)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import Unsupported
 from ..layout import KVPages, PageList
-from .codecs import part_of, planes_of, read_part, round_to
+from .codecs import part_of, planes_of, read_part, round_to, tile_index
 from .config import config
 from .kv_pages import fits, frames_of, list_tensors, tiles_of
 from .launch import Case, check_device, launch
@@ -98,7 +98,7 @@ def select_pages(
         S * H,
         scores.device,
         scores, *scores.stride(), *list_tensors(where), n,
-        None if keep is None else keep.contiguous().view(torch.uint8), *out,
+        None if keep is None else keep.contiguous().view(torch.uint8), out.ids, out.lens,
         HEADS=H,
         TOP_FRAMES=frames,
         PER_FRAME=per_frame,
@@ -156,7 +156,7 @@ def summaries_kernel(
     global_page, length = tl.load(ids + entry), tl.load(lens + entry)
     page = global_page - first_page_id
     if fits(page, length, pages, KEY):
-        at = page.to(tl.int64) * HEADS + head
+        at = tile_index(page, head, HEADS, KEY)
         x = read_part(k_plane, at, row, col, length, KEY, KEY.rows, KEY.cols)
         cols = col + tl.arange(0, KEY.cols)
         out += global_page.to(tl.int64) * page_stride + head * head_stride

@@ -12,7 +12,8 @@ import torch
 
 import inferix_kernels
 from inferix_kernels import PageList, compiled
-from inferix_kernels.layout import KVPages, Plan, Quantized
+from inferix_kernels.layout import KVPages, Quantized
+from inferix_kernels.plans import Plan
 from inferix_kernels.testing import attention_inputs, filled_pool, rope_table
 
 ERRORS = (TypeError, ValueError, RuntimeError)  # Unsupported is a RuntimeError

@@ -150,7 +150,7 @@ MISTAKES = {
     "no scales of int8 pages": (lambda: ik.kv_append(x(), x(), page("int8")._replace(v_scales=None), ONE), ValueError,
                                 "pages.v_scales must be given for int8 pages, got None"),
     "strided pages": (lambda: ik.kv_append(x(), x(), page().map(lambda _: torch.zeros(2, 2, 8, 32)[..., ::2]), ONE),
-                      ValueError, "pages.k must be contiguous, got strides"),
+                      ValueError, "pages.k must be contiguous in its last dimension, got strides"),
     "int8 twice": (lambda: ik.kv_commit(page("int8"), ONE, page("int8"), ONE, torch.zeros(2, 16)), ValueError,
                    "k_mean must be None for int8 source pages"),
     "a mean for 4-bit pages": (lambda: ik.kv_commit(page("int4"), ONE, page(), ONE, torch.zeros(2, 16)), ValueError,

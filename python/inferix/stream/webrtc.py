@@ -73,12 +73,12 @@ class Connection(RTCPeerConnection):
         super().__init__(configuration)
         self._connecting: set[asyncio.Task[None]] = set()
 
-    async def _RTCPeerConnection__connect(self) -> None:  # noqa: N802
+    async def _RTCPeerConnection__connect(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connecting.add(task)
         try:
-            await super()._RTCPeerConnection__connect()  # type: ignore[misc]
+            await super()._RTCPeerConnection__connect()
         finally:
             self._connecting.discard(task)
 

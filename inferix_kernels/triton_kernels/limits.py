@@ -1,0 +1,75 @@
+"""Softcap, and windows within a page list: which keys each query row sees beyond what the list says."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .online import LOG2E, NEG_INF, STEP
+
+
+@triton.jit
+def place_of(i, last, plan):
+    """(slot, position) of an entry's first valid token."""
+    start, position = 0, 0
+    if plan.page_starts is not None:
+        start = tl.load(plan.page_starts + i, mask=i < last, other=0)
+    if plan.windows is not None:
+        position = tl.load(plan.page_positions + i, mask=i < last, other=0)
+    return start, position
+
+
+@triton.jit
+def window_of(plan, segment, token):
+    """The first and the last position that each row sees."""
+    query = (token - tl.load(plan.q_indptr + segment)).to(tl.int32)
+    window = plan.windows + 2 * segment
+    return query - tl.load(window), query + tl.load(window + 1)
+
+
+@triton.jit
+def run_in_window(first, last, plan, low, high):
+    """The shortest run of entries that holds all of which tokens lie at positions low to high."""
+    begin, end = last, first
+    for start in range(first, last, STEP):
+        i = start + tl.arange(0, STEP)
+        position = tl.load(plan.page_positions + i, mask=i < last, other=0)
+        length = tl.load(plan.page_lens + i, mask=i < last, other=0)
+        seen = (i < last) & (position <= high) & (position + length > low)
+        begin = tl.minimum(begin, tl.min(tl.where(seen, i, last), 0))
+        end = tl.maximum(end, tl.max(tl.where(seen, i + 1, first), 0))
+    return begin, end
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap * tanh(x / cap) of float32, within 4e-7 of cap and, near 0, of itself."""
+    y = tl.minimum(tl.maximum(x / cap, -10.0), 10.0)
+    square = y * y
+    near = y * (1.0 + square * (-0.33333333 + square * (0.13333333 - square * 0.053968254)))
+    far = 1.0 - 2.0 / (tl.exp2(y * (2.0 * LOG2E)) + 1.0)
+    return tl.where(square < 0.01, near, far) * cap
+
+
+@triton.jit
+def limit_scores(
+    qk,  # [rows, keys], scaled if CAPPED: what softcap and windows make of it
+    row,  # slot of the first key
+    end,  # one past the last valid slot
+    start,  # slot and position of the page's first valid token
+    position,
+    low,  # [rows]: the first and the last position that each sees, where the plan has windows
+    high,
+    cap,
+    plan,
+    CAPPED: tl.constexpr,
+):
+    rows = row + tl.arange(0, qk.shape[1])
+    if CAPPED:
+        qk = soft_cap(qk, cap)
+    if row + qk.shape[1] > end:
+        qk = tl.where((rows < end)[None, :], qk, NEG_INF)
+    if plan.windows is not None:
+        at = (position - start + rows)[None, :]
+        qk = tl.where((at >= low[:, None]) & (at <= high[:, None]), qk, NEG_INF)
+    return qk
