@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Unsupported
-from .layout import UNLIMITED, KVPages, Plan
+from .layout import KVPages
+from .plans import UNLIMITED, Plan
 from .reference.attention import check_plan, merge
 
 __all__ = ["paged_attention"]

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from inferix_kernels import Policy, Unsupported
-from inferix_kernels.integrations.diffusers import BlockCache, enable_block_cache
+from inferix_kernels.integrations.diffusers import BlockCache, CacheLayer, enable_block_cache
 from tests.house.test_docstrings import follow
+from tests.integrations.bytes import Allocations
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed  # noqa: E402
@@ -280,6 +281,29 @@ def test_compiled_blocks_do_the_same():
     cache.reset()
     cache.transformer.compile_repeated_blocks(backend="eager")
     assert all((make_block(cache, seed) - x).abs().max() < 1e-5 for seed, x in enumerate(wanted))
+
+
+def test_attention_copies_nothing_of_the_past(transformer, monkeypatch):
+    cache, counts, attend = enable_block_cache(transformer, Policy(window=24, format="int8")), [], CacheLayer.attend
+
+    def counted(*arguments):
+        with Allocations() as made:
+            out = attend(*arguments)
+        counts.append(made.nbytes)
+        return out
+
+    for seed in range(7):
+        with cache.block(frames=3):
+            cache.commit(latents(seed), encoder_hidden_states=TEXT)
+    assert len(cache.held()) == 21
+    monkeypatch.setattr(CacheLayer, "attend", counted)
+    with cache.block(frames=3):
+        call(transformer)
+        tables = [branch.store.pools["int8"].layers[0] for branch in cache._branches.values()]
+        call(transformer)
+        cache.abandon()
+    queries = 3 * 6 * 48 * 4  # bytes: tokens, channels of two heads, float32
+    assert len(counts) == 4 and max(counts) < 4 * queries < tables[0].nbytes / 10
 
 
 def test_sizes_of_the_next_video_are_free(cache):
