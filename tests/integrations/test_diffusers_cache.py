@@ -275,12 +275,16 @@ def test_fused_projections_are_used(transformer):
 
 
 def test_compiled_blocks_do_the_same():
-    """With a break in the graph where a layer attends: what it reads and writes is the store's business."""
-    cache = enable_block_cache(tiny(num_layers=1), Policy(window=6, format="fp32"))
+    """One graph for all layers, blocks and passes."""
+    from torch._dynamo.testing import CompileCounter
+
+    cache = enable_block_cache(tiny(num_layers=4), Policy(window=6, format="fp32"))
     wanted = [make_block(cache, seed) for seed in range(2)]
     cache.reset()
-    cache.transformer.compile_repeated_blocks(backend="eager")
+    counter = CompileCounter()
+    cache.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
     assert all((make_block(cache, seed) - x).abs().max() < 1e-5 for seed, x in enumerate(wanted))
+    assert counter.frame_count == 1
 
 
 def test_attention_copies_nothing_of_the_past(transformer, monkeypatch):

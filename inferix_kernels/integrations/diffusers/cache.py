@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..._check import check_counts, check_index, whole
 from ..._install import require
+from ..._library import NAMESPACE
 from ...layout import PageList
 from ...store import Pass, Policy
 from ...store.table_view import replace_states
@@ -260,7 +263,8 @@ class CacheLayer:
     """One layer's keys and values, while the transformer runs: for an attention processor."""
 
     def __init__(self, cache: BlockCache, layer: int):
-        self._cache, self._layer = cache, layer
+        self._cache, self._layer, key = cache, layer, next(_KEYS)
+        _LAYERS[key], self._key = self, torch.tensor(key)
 
     def _pass(self) -> tuple[Branch, Pass]:
         branch = self._cache.running()
@@ -277,6 +281,9 @@ class CacheLayer:
         Returns:
             [B, tokens, dim].
         """
+        if torch.compiler.is_compiling():
+            attended: Tensor = getattr(torch.ops, NAMESPACE).block_attention(qkv, norm_q, norm_k, eps, self._key)
+            return attended
         _, running = self._pass()
         out = running.attend(self._layer, qkv.flatten(0, 1), norm_q, norm_k, eps)
         assert out is not None  # as no pass here leaves out its prediction
@@ -307,3 +314,25 @@ class CacheLayer:
         if means:  # of each world, taken off its keys before they are quantized
             key = key + torch.stack(means)[:, None].to(dtype)
         return key, value
+
+
+# What torch.compile records of a layer is one op, which finds the layer by its key: pages and passes are no part of a
+# graph. So one graph serves all layers and passes: a key is a tensor on the CPU, as a graph is made anew for each other
+# number. A CUDA graph, which would keep the page lists of one pass, is not made.
+_LAYERS: weakref.WeakValueDictionary[int, CacheLayer] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+def _block_attention(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, key: Tensor) -> Tensor:
+    return _LAYERS[int(key)].attend(qkv, norm_q, norm_k, eps)
+
+
+_OP = f"{NAMESPACE}::block_attention"
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # older torch has no word for it
+torch.library.define(
+    _OP,
+    "(Tensor qkv, Tensor norm_q, Tensor norm_k, float eps, Tensor key) -> Tensor",
+    tags=(_UNSAFE,) if _UNSAFE else (),
+)
+torch.library.impl(_OP, "CompositeExplicitAutograd", _block_attention)
+torch.library.register_fake(_OP, lambda qkv, *others: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3))
