@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from inferix_kernels import Policy, Unsupported
-from inferix_kernels.integrations.diffusers import BlockCache, CacheLayer, enable_block_cache
+from inferix_kernels.integrations.diffusers import BlockCache, CacheLayer, OffsetRotaryPosEmbed, enable_block_cache
 from tests.house.test_docstrings import follow
 from tests.integrations.bytes import Allocations
 
@@ -50,8 +50,9 @@ def make_block(cache, seed):
     return flow
 
 
-def test_the_example_runs():
-    follow(enable_block_cache)
+def test_the_examples_run():
+    for thing in (enable_block_cache, BlockCache, OffsetRotaryPosEmbed):
+        follow(thing)
 
 
 def test_disabled_the_transformer_is_what_it_was(transformer):
@@ -133,6 +134,11 @@ def test_calls_that_do_not_fit_the_block_are_one_line(cache, transformer):
         call(transformer, latents(frames=2))
     with pytest.raises(ValueError, match=r"as in the first call, .*height=4.*got .*height=8"), cache.block(3):
         call(transformer, latents(height=8))
+    with (
+        pytest.raises(ValueError, match=r"must be \[B, C, frames, height, width\], got \[16, 3, 4, 6\]"),
+        cache.block(3),
+    ):
+        cache.commit(latents()[0], encoder_hidden_states=TEXT)
     with pytest.raises(RuntimeError, match="committed already"), cache.block(3):
         cache.commit(latents(), encoder_hidden_states=TEXT)
         call(transformer)
@@ -169,6 +175,11 @@ def test_every_branch_that_is_used_is_committed(cache, transformer):
         for name in ("cond", "uncond"):
             with transformer.cache_context(name):
                 cache.commit(latents())
+    with cache.block(3):
+        both()
+        with transformer.cache_context("uncond"):
+            cache.commit(latents())
+        cache.commit(latents())  # the rest
     with pytest.raises(RuntimeError, match="'uncond' was not committed"), cache.block(3):
         both()
         with transformer.cache_context("cond"):
@@ -179,7 +190,12 @@ def test_every_branch_that_is_used_is_committed(cache, transformer):
     late = transformer.cache_context("late")
     with pytest.raises(RuntimeError, match="'late' is new: it must be used in every block"), cache.block(3), late:
         call(transformer)
-    assert cache.held("cond") == cache.held("uncond") == list(range(6)) and cache.held("late") == []
+    assert cache.next_frame == 9 and cache.held("cond") == cache.held("uncond") and cache.held("late") == []
+    cache.reset()
+    with pytest.raises(ValueError, match=r"as in the first call, .*height=4.*got .*height=8"), cache.block(3):
+        call(transformer)
+        with transformer.cache_context("uncond"):
+            call(transformer, latents(height=8))
 
 
 def test_a_block_that_fails_was_never_there(cache, transformer):

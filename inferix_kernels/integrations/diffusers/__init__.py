@@ -4,5 +4,6 @@ Read against diffusers 0.42.1, which is imported when a function here first need
 """
 
 from .cache import BlockCache, CacheLayer, enable_block_cache
+from .rope import OffsetRotaryPosEmbed
 
-__all__ = ["BlockCache", "CacheLayer", "enable_block_cache"]
+__all__ = ["BlockCache", "CacheLayer", "OffsetRotaryPosEmbed", "enable_block_cache"]

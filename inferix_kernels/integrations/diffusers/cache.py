@@ -29,7 +29,8 @@ def enable_block_cache(
 
     Self-attention and rotary positions are replaced until the cache's `disable()`; all else stays as diffusers has it:
     pipelines, schedulers, LoRA, the backend of cross-attention. Memory is taken at the first call, which shows how
-    large latents are and how many videos are made side by side. Read against diffusers 0.42.1.
+    large latents are and how many videos are made side by side. `transformer.compile_repeated_blocks(fullgraph=True)`
+    makes one graph. Read against diffusers 0.42.1.
 
     Args:
         transformer: a WanTransformer3DModel, not wrapped by torch.compile.
@@ -40,7 +41,7 @@ def enable_block_cache(
     Raises:
         ImportError: diffusers is not installed.
         ValueError: an argument is not what it must be, or the transformer has a cache already; nothing was changed.
-        Unsupported: the model splits latents in time, or turns by other angles than Wan's.
+        Unsupported: the model splits latents in time, or turns by other angles than Wan's; an older diffusers.
 
     Example:
         >>> from diffusers import WanTransformer3DModel
@@ -77,6 +78,23 @@ class BlockCache:
     `enable_block_cache` makes it. A block goes so: inside `with cache.block(frames)`, call the transformer, or a
     pipeline, on noisy latents as often as you like, then `commit` the clean ones. Keys and values of noisy calls are
     seen by those calls alone.
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel
+        >>> from inferix_kernels.integrations.diffusers import enable_block_cache
+        >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "ffn_dim": 32, "text_dim": 8}
+        >>> transformer = WanTransformer3DModel(**sizes)
+        >>> cache = enable_block_cache(transformer, Policy(window=4, sink=1, format="int8"), block_frames=2)
+        >>> texts = {"cond": torch.randn(1, 5, 8), "uncond": torch.randn(1, 5, 8)}
+        >>> for start in range(3):
+        ...     with torch.no_grad(), cache.block(frames=2):
+        ...         x = torch.randn(1, 16, 2, 4, 4)
+        ...         for name, text in texts.items():
+        ...             with transformer.cache_context(name):
+        ...                 y = transformer(x, timestep=torch.tensor([900.0]), encoder_hidden_states=text).sample
+        ...         cache.commit(x)  # both branches
+        >>> cache.held("uncond")
+        [0, 2, 3, 4, 5]
     """
 
     def __init__(self, transformer: Any, policy: Policy, block_frames: int, frames: int | None):
@@ -144,7 +162,7 @@ class BlockCache:
         if self._block is None or self._hook is None:
             raise RuntimeError("commit needs an open block: call it inside `with cache.block(frames)`")
         context = self._hook.context
-        used = [name for name, branch in self._branches.items() if branch.inputs is not None]
+        used = [name for name, branch in self._branches.items() if branch.inputs is not None and not branch.committed]
         for name in [context] if context else used or [COND]:
             before = self._branches.get(name)
             given = (before.inputs if before else None) or {}
@@ -209,10 +227,15 @@ class BlockCache:
         """The transformer is called."""
         if self._block is None:
             raise RuntimeError("no block is open: call the transformer inside `with cache.block(frames)`")
+        if hidden_states.ndim != 5:
+            raise ValueError(f"hidden_states must be [B, C, frames, height, width], got {list(hidden_states.shape)}")
         name, (videos, _, frames, height, width) = branch or COND, hidden_states.shape
         shape = Shape(videos, height, width, hidden_states.device, hidden_states.dtype)
         if frames != len(self._block):
             raise ValueError(f"hidden_states must have the {len(self._block)} frames of the open block, got {frames}")
+        for other in self._branches.values():
+            if shape != other.shape:
+                raise ValueError(f"hidden_states must be as in the first call, {other.shape}, got {shape}")
         if name not in self._branches:
             if self.next_frame:
                 raise RuntimeError(f"cache_context {name!r} is new: it must be used in every block from frame 0 on")
@@ -220,8 +243,6 @@ class BlockCache:
             made.open(frames)
             self._branches[name] = made
         found = self._branches[name]
-        if shape != found.shape:
-            raise ValueError(f"hidden_states must be as in the first call, {found.shape}, got {shape}")
         if found.committed:
             raise RuntimeError("this block is committed already: leave it and begin the next one")
         if self._table is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook
@@ -78,7 +79,7 @@ class BlockCacheHook(ModelHook):
         inputs = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
         if module.is_cache_enabled:
             raise Unsupported("enable_cache: caches that skip layers leave a block without keys and values")
-        if module._parallel_config is not None:
+        if getattr(module, "_parallel_config", None) is not None:
             raise Unsupported("enable_parallelism: a block's tokens must be on one device")
         for name in ("self", "return_dict"):
             inputs.pop(name, None)
@@ -97,7 +98,10 @@ def check(transformer: object) -> WanTransformer3DModel:
     """Raises unless this is a stock Wan transformer, as it was loaded."""
     if not isinstance(transformer, WanTransformer3DModel):
         raise ValueError(f"transformer must be diffusers' WanTransformer3DModel, got {type(transformer).__name__}")
-    if HookRegistry.check_if_exists_or_initialize(transformer).get_hook(HOOK) is not None:
+    if not hasattr(StateManager, "context"):
+        raise Unsupported(f"diffusers must tell hooks of a cache_context as 0.42.1 does, got {diffusers.__version__}")
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook(HOOK) is not None:
         raise ValueError("transformer must have no block cache yet, got one with: call its cache's disable() first")
     others = [type(block.attn1.processor) for block in transformer.blocks] + [type(transformer.rope)]
     if changed := [kind for kind in others if kind not in (WanAttnProcessor, WanRotaryPosEmbed)]:

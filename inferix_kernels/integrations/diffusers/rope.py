@@ -24,6 +24,16 @@ class OffsetRotaryPosEmbed(nn.Module):
 
     Raises:
         Unsupported: `stock` turns by other angles than Wan's.
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel
+        >>> from inferix_kernels.integrations.diffusers import OffsetRotaryPosEmbed
+        >>> sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "ffn_dim": 32, "text_dim": 8}
+        >>> rope = OffsetRotaryPosEmbed(WanTransformer3DModel(**sizes).rope)
+        >>> rope.first = 30
+        >>> cos, sin = rope(torch.randn(1, 16, 3, 4, 4))  # of frames 30, 31 and 32
+        >>> list(cos.shape)
+        [1, 12, 1, 16]
     """
 
     def __init__(self, stock: Any):
