@@ -1,10 +1,8 @@
-"""The keys and values of a stock WanTransformer3DModel, which generates block by block: a container and its layers."""
+"""The keys and values of a stock WanTransformer3DModel, which generates block by block."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +11,10 @@ from torch import Tensor
 
 from ..._check import check_counts, check_index, whole
 from ..._install import require
-from ..._library import NAMESPACE
-from ...layout import PageList
-from ...store import Pass, Policy
+from ...store import Policy
 from ...store.table_view import replace_states
 from .branch import Branch, Shape
+from .layer import CacheLayer
 
 COND = "cond"  # the branch of a call outside any cache_context
 
@@ -221,7 +218,7 @@ class BlockCache:
         """Of all keys and values on the device, and the room for the open block."""
         return sum(sum(branch.store.nbytes.values()) for branch in self._branches.values())
 
-    # For what `patch` puts into the transformer
+    # For its layers, and for what `patch` puts into the transformer
 
     def begin(self, branch: str | None, hidden_states: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> None:
         """The transformer is called."""
@@ -278,82 +275,3 @@ class BlockCache:
             raise RuntimeError("the transformer was not called in this block: call cache.abandon() to leave it so")
         tables = [table for branch in self._branches.values() for table in branch.tables]
         replace_states([(table, table.state.sealed()) for table in tables])  # all of them, or none
-
-
-class CacheLayer:
-    """One layer's keys and values, while the transformer runs: for an attention processor."""
-
-    def __init__(self, cache: BlockCache, layer: int):
-        self._cache, self._layer, key = cache, layer, next(_KEYS)
-        _LAYERS[key], self._key = self, torch.tensor(key)
-
-    def _pass(self) -> tuple[Branch, Pass]:
-        branch = self._cache.running()
-        assert branch.running is not None
-        return branch, branch.running
-
-    def attend(self, qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float) -> Tensor:
-        """Normalise over all heads, rotate, write, commit in a clean pass, and attend to the past and the block.
-
-        Args:
-            qkv: [B, tokens, 3 * dim], packed q | k | v before norm and rotation.
-            norm_q, norm_k: [dim].
-
-        Returns:
-            [B, tokens, dim].
-        """
-        if torch.compiler.is_compiling():
-            attended: Tensor = getattr(torch.ops, NAMESPACE).block_attention(qkv, norm_q, norm_k, eps, self._key)
-            return attended
-        _, running = self._pass()
-        out = running.attend(self._layer, qkv.flatten(0, 1), norm_q, norm_k, eps)
-        assert out is not None  # as no pass here leaves out its prediction
-        self._cache.wrote(self._layer)
-        return out.unflatten(0, qkv.shape[:2])
-
-    def update(self, key: Tensor, value: Tensor) -> None:
-        """Write the block's keys and values, normalised and rotated; commit them in a clean pass.
-
-        Args:
-            key, value: [B, tokens, heads, D].
-        """
-        _, running = self._pass()
-        running.append(self._layer, key.flatten(0, 1), value.flatten(0, 1))
-        self._cache.wrote(self._layer)
-
-    def get(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """What the block attends to, dequantized: the past that it sees and, last, itself as `update` wrote it.
-
-        Returns:
-            key, value [B, tokens of past and block, heads, D].
-        """
-        branch, running = self._pass()
-        store, plan = branch.store, running.plan
-        pair = store.gather(store.layers[self._layer], PageList(plan.page_ids, plan.page_lens), dtype)
-        key, value = (x.unflatten(0, (len(branch.tables), -1)) for x in pair)
-        means = [mean for mean in (means[self._layer] for means in branch.means) if mean is not None]
-        if means:  # of each world, taken off its keys before they are quantized
-            key = key + torch.stack(means)[:, None].to(dtype)
-        return key, value
-
-
-# What torch.compile records of a layer is one op, which finds the layer by its key: pages and passes are no part of a
-# graph. So one graph serves all layers and passes: a key is a tensor on the CPU, as a graph is made anew for each other
-# number. A CUDA graph, which would keep the page lists of one pass, is not made.
-_LAYERS: weakref.WeakValueDictionary[int, CacheLayer] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
-
-
-def _block_attention(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, key: Tensor) -> Tensor:
-    return _LAYERS[int(key)].attend(qkv, norm_q, norm_k, eps)
-
-
-_OP = f"{NAMESPACE}::block_attention"
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # older torch has no word for it
-torch.library.define(
-    _OP,
-    "(Tensor qkv, Tensor norm_q, Tensor norm_k, float eps, Tensor key) -> Tensor",
-    tags=(_UNSAFE,) if _UNSAFE else (),
-)
-torch.library.impl(_OP, "CompositeExplicitAutograd", _block_attention)
-torch.library.register_fake(_OP, lambda qkv, *others: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3))
