@@ -205,7 +205,7 @@ class BlockCache:
             raise RuntimeError("disable needs the open block to be left first")
         if self._hook is None:
             raise RuntimeError("this cache is disabled already")
-        unpatch(self.transformer, self._hook)
+        unpatch(self.transformer)
         self._hook = None
         self.reset()
 

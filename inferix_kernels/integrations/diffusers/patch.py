@@ -121,7 +121,7 @@ def patch(transformer: WanTransformer3DModel, cache: Cache) -> tuple[OffsetRotar
     return rope, hook
 
 
-def unpatch(transformer: WanTransformer3DModel, hook: BlockCacheHook) -> None:
+def unpatch(transformer: WanTransformer3DModel) -> None:
     """The stock rope and processors again.
 
     Raises:
