@@ -70,7 +70,7 @@ def flat(k: Tensor, v: Tensor, begins: Tensor, lens: Tensor, longest: int,
     Every token begins a page of a fixed size, whose tokens other pages hold too: so a sequence is cut into pages
     wherever it begins. A page that would end after the last token begins earlier, and its first slots are passed over.
     """
-    tokens = k.shape[0]
+    tokens = len(k)
     page = min(FLAT_PAGE, 1 << (max(tokens, 1).bit_length() - 1))
     last = max(tokens - page, 0)
 

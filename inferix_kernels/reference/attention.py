@@ -57,8 +57,7 @@ def attention_over_pages(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """keys_and_values: of the two sides of a page, [length, heads, D] and [length, heads, Dv]."""
-    starts, lists, entries, bias, variants = check_plan(q, pools, plan)
-    slots = starts_of("plan.page", PageList(plan.page_ids, plan.page_lens, plan.page_starts), pools[0].page_size)
+    starts, lists, entries, slots, bias, variants = check_plan(q, pools, plan)
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
     H = pools[0].heads
     group = queries.shape[2] // H  # query head j reads KV head j // group
@@ -104,16 +103,17 @@ def visible(plan: Plan, segment: int, entry: int, queries: int, group: int, leng
 
 def check_plan(
     q: Tensor, pools: Sequence[KVPages], plan: Plan
-) -> tuple[list[int], list[int], list[tuple[int, int, int]], list[float], list[int]]:
-    """The numbers of a plan, checked: q_indptr, page_indptr, then (page, first token, one past the last), bias and
-    variant of every entry."""
+) -> tuple[list[int], list[int], list[tuple[int, int, int]], list[int], list[float], list[int]]:
+    """The numbers of a plan, checked: q_indptr, page_indptr, then (page, first token, one past the last), first slot,
+    bias and variant of every entry."""
     tokens, variants = q.shape[-3], len(q) if q.ndim == 4 else 1
     starts = indptr("plan.q_indptr", plan.q_indptr, tokens)
     lists = indptr("plan.page_indptr", plan.page_indptr, len(plan.page_ids))
-    entries = spans("plan.page", PageList(plan.page_ids, plan.page_lens), *pools)
+    listed = PageList(plan.page_ids, plan.page_lens, plan.page_starts)
+    entries, slots = spans("plan.page", listed, *pools), starts_of("plan.page", listed, pools[0].page_size)
     bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
     chosen = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, variants)
-    return starts, lists, entries, bias, chosen
+    return starts, lists, entries, slots, bias, chosen
 
 
 def softmax_sum(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import Unsupported
 from ..layout import KV_FORMATS, Codec, KVPages
-from ..plans import Plan, make_plan
+from ..plans import Plan, Segment, make_plan
 from . import online
 from .codecs import (
     INTERPRETED,
@@ -142,19 +142,26 @@ def cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     for format in ("fp32", "i8f8"):
         yield _case((format,), 128, torch.float32, device=device)
     yield _case(("bf16",), 128, splits=2, device=device)
+    yield _case(("bf16",), 128, softcap=30.0, device=device)
 
 
 def _case(
     formats: Sequence[str], width: int, dtype: torch.dtype = torch.bfloat16, eight_bit: bool = False,
-    splits: int | None = None, device: torch.device | str = "cpu",
+    splits: int | None = None, softcap: float = 0.0, device: torch.device | str = "cpu",
 ) -> Case:  # fmt: skip
+    """softcap: also causal, and over another's cache [P, page_size, H, D]: what drop-ins ask for."""
     pools = [KVPages.empty(format, 225 // len(formats), 12, 64, width, device) for format in formats]
     q = torch.empty(4680, 12, width, dtype=dtype, device=device)
     pages = sum(pool.pages for pool in pools)
-    plan = make_plan([(len(q), range(pages), [64 if page % 25 < 24 else 24 for page in range(pages)])], device)
-    what = f"{str(dtype).removeprefix('torch.')} q, D {width}{', 8 bits' * eight_bit}{', split' * (splits is not None)}"
+    lens = [64 if page % 25 < 24 else 24 for page in range(pages)]
+    plan = make_plan([Segment(len(q), range(pages), lens, window=(-1, 0) if softcap else None)], device)
+    if softcap:
+        pools = [pool.map(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)) for pool in pools]
+    kind = ", 8 bits" * eight_bit + ", split" * (splits is not None) + ", causal" * (softcap > 0)
+    what = f"{str(dtype).removeprefix('torch.')} q, D {width}{kind}"
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    run = partial(run_paged_attention, Call(q, pools, plan, width**-0.5, out, lse), eight_bit, splits=splits)
+    call = Call(q, pools, plan, width**-0.5, out, lse, softcap=softcap)
+    run = partial(run_paged_attention, call, eight_bit, splits=splits)
     return Case("paged_attention", "+".join(formats), what, run, shape_class(q, pools, eight_bit))
 
 
@@ -222,30 +229,15 @@ def attention_kernel(
 
 @triton.jit
 def attend_pages(
-    queries,
-    qk_scale,  # of q . k, including log2(e): probabilities are powers of two
-    running_max,
-    running_sum,
-    acc,
-    first,
-    last,
-    plan,
-    variant,
-    pool,
-    base,  # the largest bias: biases are relative to it
-    head,
-    low,  # [rows]: the first and the last position that each sees, where the plan has windows
-    high,
-    cap,
-    HEADS: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr,
-    EIGHT_BIT: tl.constexpr,
-    E4M3: tl.constexpr,
-):
-    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant."""
+    queries, qk_scale, running_max, running_sum, acc, first, last, plan, variant, pool, base, head, low, high, cap,
+    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr,
+):  # fmt: skip
+    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant.
+
+    qk_scale: of q . k, including log2(e): probabilities are powers of two. base: the largest bias, to which the others
+    are relative. low, high: [rows], the first and the last position that each sees, where the plan has windows.
+    """
     BLOCK_D: tl.constexpr = queries.shape[1]
     DTYPE: tl.constexpr = queries.dtype
     PARTS: tl.constexpr = (KEY.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page

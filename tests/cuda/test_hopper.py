@@ -62,10 +62,10 @@ def test_the_machine_notices_mistakes(program, mistake, report):
     assert result.returncode == 1 and report in result.stderr
 
 
-@pytest.mark.parametrize("seed", ["0", "1"])
-def test_the_kernels_attend_as_softmax_does(program, seed):
-    """Pages of all formats, multiplied in bf16 or in 8 bits; plans of every kind; threads in a random order."""
-    result = program("attention_sm90", seed)
+def test_the_kernels_attend_as_softmax_does(program):
+    """Pages of all formats, multiplied in bf16 or in 8 bits; plans of every kind; threads in a random order, one of
+    many: `python -m tests.soak.soak_hopper` tries others."""
+    result = program("attention_sm90", "0")
     assert result.returncode == 0 and result.stdout.count("ok") == 124, result.stdout + result.stderr
 
 

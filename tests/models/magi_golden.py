@@ -164,18 +164,22 @@ class DensePass:
             table.cache[layer].update({frame: own[frame] for frame in self.commit.frames})
         if not self.predict and layer == len(table.cache) - 1:
             return None
-        out, row, known = [], 0, table.cache[layer] | own
+        return self.over(q, table.cache[layer] | own).flatten(1)
+
+    def over(self, q, known):
+        """known: frame -> (k, v), of all that were committed and of the pass's own, which come last."""
+        out, row = [], 0
         for block, seen in zip(self.blocks, self.see):
-            rows = slice(row, row := row + len(block.frames) * table.frame_tokens)
+            rows = slice(row, row := row + len(block.frames) * self.table.frame_tokens)
             keys, values = (torch.cat(x).transpose(0, 1) for x in zip(*(known[f] for f in [*seen, *block.frames])))
             out.append(F.scaled_dot_product_attention(q[rows].transpose(0, 1), keys, values, enable_gqa=True))
-        return torch.cat(out, 1).transpose(0, 1).flatten(1)
+        return torch.cat(out, 1).transpose(0, 1)
 
 
 class DenseTable:
     """As much of a PageTable as the pipeline asks for, with K and V in lists of the network's own dtype."""
 
-    can_fuse = True
+    can_fuse, passes = True, DensePass
 
     def __init__(self, model):
         self.heads, self.head_dim, self.frame_tokens = model.heads, model.head_dim, model.frame_tokens
@@ -193,7 +197,7 @@ class DenseTable:
         return self.open_blocks[-1]
 
     def plan(self, blocks, rope, commit=None, predict=True, see=None):
-        return DensePass(self, list(blocks), rope, commit, predict, see)
+        return self.passes(self, list(blocks), rope, commit, predict, see)
 
     def seal(self, block, horizon=None):
         self.open_blocks.remove(block)

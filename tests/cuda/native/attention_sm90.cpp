@@ -48,7 +48,8 @@ struct Numbers {
   Plane plane() {
     const bool four = is_packed(codec);
     void* const parameters = four ? static_cast<void*>(half_scales.data()) : scales.data();
-    return {codes.data(), parameters, half_offsets.data(), kD, codec};
+    const int64_t row = is_packed(codec) ? kD / 2 : kD;
+    return {codes.data(), heads * page_size * row, page_size * row, row, parameters, half_offsets.data(), kD, codec};
   }
   // Of page `page`: its parameters, then each of its first `length` tokens. `flat`: all are 0, as keys are with which
   // every weight is the same.
