@@ -142,22 +142,21 @@ def check_pools(q: Tensor, pools: Sequence[KVPages], version: Version) -> None:
 
 def sequences(q: Tensor, pool: KVPages, plan: Plan) -> Call:
     """A plan as one sequence per segment; scale and softcap are still to be set."""
-    starts, lists, entries, _, _ = check_plan(q, [pool], plan)
+    starts, lists, entries, slots, _, _ = check_plan(q, [pool], plan)
     if plan.page_bias is not None:
         raise Unsupported("flash-attn has no plan.page_bias")
     if len(lists) != len(starts):
         raise Unsupported("flash-attn takes one page list per segment, got one for each KV head")
-    skipped = [0] * len(entries) if plan.page_starts is None else plan.page_starts.tolist()
     found = [  # of each segment, (entry, page, tokens)
         [(j, page, end - begin) for j, (page, begin, end) in enumerate(entries[a:b], a) if end > begin]
         for a, b in pairwise(lists)
     ]
     for pages in found:
         for j, _, length in pages:
-            if skipped[j] or (length < pool.page_size and j != pages[-1][0]):
+            if slots[j] or (length < pool.page_size and j != pages[-1][0]):
                 raise Unsupported(
                     f"flash-attn reads whole pages, and of a list's last its first tokens: entry {j} of the plan has"
-                    f" {length} of {pool.page_size} from slot {skipped[j]} on"
+                    f" {length} of {pool.page_size} from slot {slots[j]} on"
                 )
     queries = [b - a for a, b in pairwise(starts)]
     lens = [sum(length for *_, length in pages) for pages in found]

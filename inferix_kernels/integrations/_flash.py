@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._check import check_optional, check_tensor, device_of
-from ..layout import KVPages
 from ..ops import paged_attention
 from ._flash_arguments import (
     INT,
@@ -29,7 +28,7 @@ from ._flash_arguments import (
     even_indptr,
     room,
 )
-from ._sequences import Sequences, append_pages, append_rows, dense, flat, format_of, paged
+from ._sequences import Sequences, append_pages, append_rows, dense, flat, paged
 
 
 def batched(q: Tensor, k: Tensor, v: Tensor, options: Options, convention: Convention) -> tuple[Tensor, Tensor]:
@@ -97,25 +96,24 @@ def cached(
         if max_seqlen_q is None:
             raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
     seqlens, rows, table, capacity = check_cache(cache, sizes, convention)
-    new_k, new_v, new_indptr = check_new(new, cache, sizes)
+    new_k, new_v, new_indptr, longest = check_new(new, cache, sizes)
     new_k, new_v, counts = _with_rows("k", new_k), _with_rows("v", new_v), new_indptr.diff()
     check_range("cache_seqlens", seqlens, 0, capacity - counts, room(cache, convention))
     if table is not None:
         check_table(convention.table, table, seqlens + counts, *cache.k.shape[:2])
     queries = q if q.ndim == 3 else q.flatten(0, 1)
     if new.cos is not None and new.sin is not None:
+        rotary = new.cos, new.sin, new.interleaved
         at = seqlens if new.seqlens is None else new.seqlens
         reach = convention.reach(max_seqlen_q, capacity)
         moving = options.causal or any(0 <= side < end for side, end in zip(options.window, reach, strict=True))
-        queries = _rotated("q", queries, new, _positions(indptr, len(queries), at, moving))
-        new_k = _rotated("k", new_k, new, _positions(new_indptr, len(new_k), at, True))
+        queries = _rotated("q", queries, *rotary, _positions(indptr, len(queries), at, moving))
+        new_k = _rotated("k", new_k, *rotary, _positions(new_indptr, len(new_k), at, True))
     if len(new_k):
-        pool = KVPages(format_of("k_cache", cache.k), cache.k.transpose(1, 2), cache.v.transpose(1, 2))
         if table is None:
-            append_rows(new_k, new_v, pool, rows, seqlens, counts)
+            append_rows(new_k, new_v, cache.k, cache.v, rows, seqlens, counts)
         else:
-            most = len(new_k) if new.indptr is not None else new.k.shape[1]  # type: ignore[union-attr]
-            append_pages(new_k, new_v, pool, table, seqlens, counts, most)
+            append_pages(new_k, new_v, cache.k, cache.v, table, seqlens, counts, longest)
     lens = seqlens + counts
     if table is None:
         sequences = dense(cache.k, cache.v, lens, cache.leftpad, rows, ("k_cache", "v_cache"))
@@ -159,15 +157,13 @@ def _positions(indptr: Tensor, tokens: int, first: Tensor, moving: bool) -> Tens
     return first[sequence] + (token - indptr[sequence] if moving else 0)
 
 
-def _rotated(name: str, x: Tensor, new: New, positions: Tensor) -> Tensor:
+def _rotated(name: str, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, positions: Tensor) -> Tensor:
     """x [T, H, D] with its first channels turned by the angles at positions [T], in float32."""
-    cos, sin = new.cos, new.sin
-    assert cos is not None and sin is not None
     check_range(f"positions of {name}", positions, 0, len(cos) - 1, "rotary_cos")
     cos, sin = (table[positions].float()[:, None] for table in (cos, sin))
     turned, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), -1)
-    a, b = (turned[..., ::2], turned[..., 1::2]) if new.interleaved else turned.chunk(2, -1)
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     a, b = a.float(), b.float()
     pair = a * cos - b * sin, a * sin + b * cos
-    result = torch.stack(pair, -1).flatten(-2) if new.interleaved else torch.cat(pair, -1)
+    result = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat((result.to(x.dtype), rest), -1)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._check import FLOATS, check_optional, check_softcap, check_tensor, device_of
+from .._check import FLOATS, check_optional, check_softcap, check_tensor, device_of, whole
 from .._dispatch import Unsupported
 from ._sequences import format_of
 
@@ -126,14 +126,14 @@ def check_cache(
         table = None if table is None else table.index_select(0, rows)
     seqlens = capacity if cache.seqlens is None else cache.seqlens
     if not isinstance(seqlens, Tensor):
-        seqlens = torch.full((batch,), seqlens, dtype=torch.int32, device=device)
+        seqlens = torch.full((batch,), whole("cache_seqlens", seqlens), dtype=torch.int32, device=device)
     check_tensor("cache_seqlens", seqlens, INT, "B", sizes, device)
     check_range("cache_leftpad", cache.leftpad, 0, seqlens, "cache_seqlens")
     return seqlens, rows, table, capacity
 
 
-def check_new(new: New, cache: Cache, sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """k, v [T, H, D] and indptr [B + 1] of what is appended: no tokens if nothing is."""
+def check_new(new: New, cache: Cache, sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """k, v [T, H, D], indptr [B + 1] and a bound of the longest run of what is appended: no tokens if nothing is."""
     device, dtype = cache.k.device, (cache.k.dtype,)
     if (new.k is None) != (new.v is None):
         raise ValueError("k and v must be given together, or neither, got one of them")
@@ -143,7 +143,7 @@ def check_new(new: New, cache: Cache, sizes: dict[str, int]) -> tuple[Tensor, Te
         if new.cos is not None or new.indptr is not None or new.seqlens is not None:
             raise ValueError("k and v must be given with rotary_cos, rotary_seqlens or cu_seqlens_k_new, got None")
         nothing = cache.k.new_empty(0, *cache.k.shape[2:])
-        return nothing, nothing, torch.zeros(sizes["B"] + 1, dtype=torch.int32, device=device)
+        return nothing, nothing, torch.zeros(sizes["B"] + 1, dtype=torch.int32, device=device), 0
     if cache.seqlens is None:
         raise ValueError("cache_seqlens must be given with k and v: they say where these go, got None")
     layout = "B Snew H D" if new.indptr is None else "Tnew H D"
@@ -162,8 +162,8 @@ def check_new(new: New, cache: Cache, sizes: dict[str, int]) -> tuple[Tensor, Te
         raise ValueError("rotary_cos must be given with rotary_seqlens, got None")
     check_once("cache_batch_idx", cache.batch_idx)
     if new.indptr is not None:
-        return new.k, new.v, new.indptr
-    return new.k.flatten(0, 1), new.v.flatten(0, 1), even_indptr(new.k)
+        return new.k, new.v, new.indptr, len(new.k)
+    return new.k.flatten(0, 1), new.v.flatten(0, 1), even_indptr(new.k), new.k.shape[1]
 
 
 def room(cache: Cache, convention: Convention) -> str:

@@ -99,19 +99,47 @@ def paged(k: Tensor, v: Tensor, table: Tensor, lens: Tensor, begins: Tensor | No
     return Sequences(pool, torch.where(end > begin, table.int(), 0), end - begin, begin)
 
 
-def append_rows(k: Tensor, v: Tensor, cache: KVPages, rows: Tensor, at: Tensor, counts: Tensor) -> None:
-    """k, v: [T, H, D], counts[b] tokens of each sequence in turn, into row rows[b] of a dense cache, [R, H, S, D] as a
-    pool, from token at[b] on."""
-    kv_append(k, v, cache, PageList(rows.int(), counts.int(), at.int()))
+def append_rows(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, at: Tensor, counts: Tensor
+) -> None:
+    """k, v: [T, H, D], counts[b] tokens of each sequence in turn, into row rows[b] of a cache [R, S, H, D], from token
+    at[b] on."""
+    _append(k, v, k_cache, v_cache, rows.int(), counts.int(), at.int())
 
 
-def append_pages(k: Tensor, v: Tensor, cache: KVPages, table: Tensor, at: Tensor, counts: Tensor, most: int) -> None:
-    """As append_rows, into the pages table[b] of sequence b. most: tokens of any sequence."""
-    size = cache.page_size
+def append_pages(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, at: Tensor, counts: Tensor, most: int
+) -> None:
+    """As append_rows, into the pages table[b] of a cache [P, page_size, H, D]. most: tokens of any sequence."""
+    size = k_cache.shape[1]
     offsets = torch.arange((most + size - 1) // size + 1, dtype=torch.int32, device=table.device)
     page = at.int()[:, None] // size + offsets
     starts = torch.where(offsets == 0, at.int()[:, None] % size, 0)
     before = (page * size + starts - at.int()[:, None]).clamp(min=0)  # tokens in earlier pages
     lens = (counts.int()[:, None] - before).clamp(min=0).minimum(size - starts)
     ids = table.int().gather(1, page.clamp(max=table.shape[1] - 1).long())
-    kv_append(k, v, cache, PageList(torch.where(lens > 0, ids, 0).flatten(), lens.flatten(), starts.flatten()))
+    ids = torch.where(page < table.shape[1], ids, -1)  # no page: refused on a CPU, skipped on a GPU
+    ids = torch.where(lens > 0, ids, 0)
+    _append(k, v, k_cache, v_cache, ids.flatten(), lens.flatten(), starts.flatten())
+
+
+def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor) -> None:
+    """kv_append to a cache [P, page_size, H, D]."""
+    write = torch.ops.inferix_kernels.append_to_cache.default if torch.compiler.is_compiling() else _append_to_cache
+    write(k, v, k_cache, v_cache, ids, lens, starts)
+
+
+def _append_to_cache(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor
+) -> None:
+    pool = KVPages(format_of("k_cache", k_cache), k_cache.transpose(1, 2), v_cache.transpose(1, 2))
+    kv_append(k, v, pool, PageList(ids, lens, starts))
+
+
+# An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
+torch.library.define(
+    "inferix_kernels::append_to_cache",
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens, Tensor starts) -> ()",
+)
+torch.library.impl("inferix_kernels::append_to_cache", "CompositeExplicitAutograd", _append_to_cache)
+torch.library.register_fake("inferix_kernels::append_to_cache", lambda *arguments: None)

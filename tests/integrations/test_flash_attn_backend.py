@@ -1,13 +1,14 @@
 """backend="flash-attn": our arguments in the library's terms, and what it can not take. The library is a stand-in with
 its functions' parameters that computes densely on a CPU."""
 
+import inspect
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from inferix_kernels import KVPages, PageList, Plan, Segment, kv_append, make_plan, paged_attention
+from inferix_kernels import KVPages, PageList, Plan, Segment, flash_attn_backend, kv_append, make_plan, paged_attention
 from inferix_kernels._dispatch import AUTO, PEERS, Unsupported
 from tests.integrations.dense import attention, visible
 
@@ -175,6 +176,12 @@ def test_pages_are_handed_over_where_they_lie(install, monkeypatch):
     paged_attention(torch.randn(3, 4, 32).bfloat16(), [pages], make_plan([(3, [1], [7])]), backend="flash-attn")
     assert [x.data_ptr() for x in seen] == [pages.k.data_ptr(), pages.v.data_ptr()]
     assert seen[0].shape == (5, PAGE, 2, 32)
+
+
+def test_it_takes_what_the_op_takes():
+    ours, public = (inspect.signature(x).parameters for x in (flash_attn_backend.paged_attention, paged_attention))
+    assert [*ours, "backend"] == [*public]
+    assert [x.kind for x in ours.values()] == [x.kind for x in public.values()][:-1]
 
 
 def test_nothing_to_do_asks_nobody(install):
