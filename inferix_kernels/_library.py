@@ -93,6 +93,27 @@ def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
     return register
 
 
+def opaque(
+    schema: str, body: Callable[..., Any], fake: Callable[..., Any] = lambda *_: None, tags: Sequence[torch.Tag] = ()
+) -> Callable[..., Any]:
+    """A function of flat arguments that a graph of torch.compile calls as one op and does not look into.
+
+    Args:
+        schema: as torch.library has it, "append(Tensor k, Tensor(a!) cache) -> ()".
+        body: the function.
+        fake: what stands for it while a graph is made: makes its results.
+
+    Returns:
+        What to call, with positional arguments: the op in a graph, else `body` itself.
+    """
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=tuple(tags))
+    torch.library.impl(name, "CompositeExplicitAutograd", body)
+    torch.library.register_fake(name, fake)
+    recorded = getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default
+    return lambda *arguments: (recorded if torch.compiler.is_compiling() else body)(*arguments)
+
+
 def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> None:
     """Run an op now, or record it when torch.compile is tracing."""
     if torch.compiler.is_compiling():

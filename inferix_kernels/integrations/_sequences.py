@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Unsupported
+from .._library import opaque
 from ..layout import FORMATS, KVPages, PageList
 from ..ops import kv_append
 from ..plans import UNLIMITED, Plan
@@ -104,7 +105,7 @@ def append_rows(
 ) -> None:
     """k, v: [T, H, D], counts[b] tokens of each sequence in turn, into row rows[b] of a cache [R, S, H, D], from token
     at[b] on."""
-    _append(k, v, k_cache, v_cache, rows.int(), counts.int(), at.int())
+    _append_to_cache(k, v, k_cache, v_cache, rows.int(), counts.int(), at.int())
 
 
 def append_pages(
@@ -120,26 +121,18 @@ def append_pages(
     ids = table.int().gather(1, page.clamp(max=table.shape[1] - 1).long())
     ids = torch.where(page < table.shape[1], ids, -1)  # no page: refused on a CPU, skipped on a GPU
     ids = torch.where(lens > 0, ids, 0)
-    _append(k, v, k_cache, v_cache, ids.flatten(), lens.flatten(), starts.flatten())
+    _append_to_cache(k, v, k_cache, v_cache, ids.flatten(), lens.flatten(), starts.flatten())
 
 
 def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor) -> None:
     """kv_append to a cache [P, page_size, H, D]."""
-    write = torch.ops.inferix_kernels.append_to_cache.default if torch.compiler.is_compiling() else _append_to_cache
-    write(k, v, k_cache, v_cache, ids, lens, starts)
-
-
-def _append_to_cache(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor
-) -> None:
     pool = KVPages(format_of("k_cache", k_cache), k_cache.transpose(1, 2), v_cache.transpose(1, 2))
     kv_append(k, v, pool, PageList(ids, lens, starts))
 
 
 # An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
-torch.library.define(
-    "inferix_kernels::append_to_cache",
-    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens, Tensor starts) -> ()",
+_append_to_cache = opaque(
+    "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens,"
+    " Tensor starts) -> ()",
+    _append,
 )
-torch.library.impl("inferix_kernels::append_to_cache", "CompositeExplicitAutograd", _append_to_cache)
-torch.library.register_fake("inferix_kernels::append_to_cache", lambda *arguments: None)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..._library import NAMESPACE
+from ..._library import opaque
 from ...layout import PageList
 from ...store import Pass
 from .branch import Branch
@@ -66,9 +66,11 @@ class CacheLayer:
         Returns:
             [B, tokens, dim].
         """
-        if torch.compiler.is_compiling():
-            attended: Tensor = getattr(torch.ops, NAMESPACE).block_attention(qkv, norm_q, norm_k, eps, self._key)
-            return attended
+        attended: Tensor = _attend(qkv, norm_q, norm_k, eps, self._key)
+        return attended
+
+    def _attend(self, qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float) -> Tensor:
+        """What a graph does not look into."""
         _, running = self._pass()
         out = running.attend(self._layer, qkv.flatten(0, 1), norm_q, norm_k, eps)
         assert out is not None  # as no pass here leaves out its prediction
@@ -108,16 +110,10 @@ _LAYERS: weakref.WeakValueDictionary[int, CacheLayer] = weakref.WeakValueDiction
 _KEYS = itertools.count()
 
 
-def _block_attention(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, key: Tensor) -> Tensor:
-    return _LAYERS[int(key)].attend(qkv, norm_q, norm_k, eps)
-
-
-_OP = f"{NAMESPACE}::block_attention"
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # older torch has no word for it
-torch.library.define(
-    _OP,
-    "(Tensor qkv, Tensor norm_q, Tensor norm_k, float eps, Tensor key) -> Tensor",
+_attend = opaque(
+    "block_attention(Tensor qkv, Tensor norm_q, Tensor norm_k, float eps, Tensor key) -> Tensor",
+    lambda qkv, norm_q, norm_k, eps, key: _LAYERS[int(key)]._attend(qkv, norm_q, norm_k, eps),
+    lambda qkv, *others: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
     tags=(_UNSAFE,) if _UNSAFE else (),
 )
-torch.library.impl(_OP, "CompositeExplicitAutograd", _block_attention)
-torch.library.register_fake(_OP, lambda qkv, *others: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3))
