@@ -66,7 +66,7 @@ class CacheLayer:
         Returns:
             [B, tokens, dim].
         """
-        attended: Tensor = _attend(qkv, norm_q, norm_k, eps, self._key)
+        attended: Tensor = _block_attention(qkv, norm_q, norm_k, eps, self._key)
         return attended
 
     def _attend(self, qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float) -> Tensor:
@@ -111,7 +111,7 @@ _KEYS = itertools.count()
 
 
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # older torch has no word for it
-_attend = opaque(
+_block_attention = opaque(
     "block_attention(Tensor qkv, Tensor norm_q, Tensor norm_k, float eps, Tensor key) -> Tensor",
     lambda qkv, norm_q, norm_k, eps, key: _LAYERS[int(key)]._attend(qkv, norm_q, norm_k, eps),
     lambda qkv, *others: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
