@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshot", metavar="FILE", help="where the test of the page keeps a picture of it")
+    parser.addoption("--reference", metavar="DIR", help="checkouts of other repositories, to be run patched")
 
 
 def pairs() -> list:

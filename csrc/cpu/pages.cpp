@@ -95,12 +95,12 @@ void copy_tile(const Tile& from, const Tile& to, int64_t length) {
     }
   } else {
     const int64_t bytes = row_bytes(to.codec, to.width);
-    if (from.row == bytes && to.row == bytes) {
+    if (is_transposed(to.codec) || (from.row == bytes && to.row == bytes)) {  // transposed: whole pages get here
       std::memcpy(to.codes, from.codes, length * bytes);
     } else {
       for (int64_t t = 0; t < length; ++t) std::memcpy(to.codes + t * to.row, from.codes + t * from.row, bytes);
     }
-    clear_codes(to, length);
+    if (length < page_size) clear_codes(to, length);
   }
   if (is_float(to.codec)) return;
   const int64_t scales = scale_bytes(to.codec) * (is_by_token(to.codec) ? length : to.width);

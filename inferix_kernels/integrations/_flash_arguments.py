@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,14 +70,6 @@ class New(NamedTuple):
 def even_indptr(x: Tensor) -> Tensor:
     """[B + 1] int32: where each of x [B, S, ...] begins when they are packed."""
     return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
-
-
-def refuse(**arguments: Any) -> None:
-    """Those that we do not have: each must be None, False or 0."""
-    for name, x in arguments.items():
-        if isinstance(x, Tensor) or x:
-            shown = f"a {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
-            raise Unsupported(f"{name} is not supported, leave it out; got {shown}")
 
 
 def check_keys(suffix: str, q: Tensor, k: Tensor, v: Tensor, layout: str, sizes: dict[str, int]) -> None:

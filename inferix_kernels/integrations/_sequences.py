@@ -130,9 +130,29 @@ def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor,
     kv_append(k, v, pool, PageList(ids, lens, starts))
 
 
+def _check_caches(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor
+) -> None:
+    """Raises Unsupported where one cache lies between parts of the other: both are views of what lies around them."""
+    begins, ends = zip(*(_extent(x) for x in (k_cache, v_cache)), strict=True)
+    shared = k_cache.untyped_storage()._cdata == v_cache.untyped_storage()._cdata
+    if shared and max(begins) < min(ends):
+        raise Unsupported(
+            "k_cache and v_cache must lie apart in a compiled graph, not between one another in one tensor: torch would"
+            " write to where the first call's began"
+        )
+
+
+def _extent(x: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+    """In its storage, from its first element to the one after its last."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.storage_offset(), x.storage_offset() + span + 1
+
+
 # An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
 _append_to_cache = opaque(
     "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens,"
     " Tensor starts) -> ()",
     _append,
+    _check_caches,
 )

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._arguments import refuse
 from ._flash import batched, cached, packed
-from ._flash_arguments import FA2, Cache, New, Options, refuse
+from ._flash_arguments import FA2, Cache, New, Options
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -137,7 +138,8 @@ def flash_attn_with_kvcache(
     Args:
         q: [B, Sq, Hq, D].
         k_cache, v_cache: [R, S, H, D], or [P, page_size, H, D] with a block_table. Read where they lie, never copied;
-            their first three dimensions may have any strides.
+            their first three dimensions may have any strides. In a graph of torch.compile, to append they must not lie
+            between one another in one tensor.
         k, v: [B, Snew, H, D], written from token cache_seqlens[b] on, or None.
         rotary_cos, rotary_sin: [positions, R / 2]: the first R channels of k are turned, to position
             cache_seqlens[b] + i, and those of q likewise if causal or a window is set; else all to cache_seqlens[b].

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import refuse
 from ._flash import batched, cached, packed
-from ._flash_arguments import FA3, Cache, New, Options, refuse
+from ._flash_arguments import FA3, Cache, New, Options
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 

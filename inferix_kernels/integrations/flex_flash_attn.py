@@ -117,15 +117,19 @@ def flex_flash_attn_func(
         plan = make(q_ranges, k_ranges, attn_type_map, queries=len(q), keys=len(k))
     elif not (q_ranges is k_ranges is attn_type_map is None):
         raise ValueError("q_ranges, k_ranges and attn_type_map must be None with a plan, which holds them")
-    elif (plan.queries, plan.keys) != (len(q), len(k)):
-        raise ValueError(f"plan must be for {len(q)} queries and {len(k)} keys, got {plan.queries} and {plan.keys}")
-    if plan.q_indptr.device != q.device:
-        raise ValueError(f"q_ranges, or the plan, must be on {q.device} like q, got {plan.q_indptr.device}")
+    _check_plan(plan, q, k)
     out = None if return_dtype is None else torch.empty(q.shape, dtype=return_dtype, device=q.device)
     runs = flat(k, v, plan.begins, plan.lens, plan.longest)
     out, lse = paged_attention(q, [runs.pool], _pages(plan, runs), scale=softmax_scale, softcap=softcap, out=out,
                                backend=backend)  # fmt: skip
     return (out, AttnForwardMeta(lse)) if max_seqlen_k is None else (out, lse.t().contiguous())
+
+
+def _check_plan(plan: RangePlan, q: Tensor, k: Tensor) -> None:
+    if (plan.queries, plan.keys) != (len(q), len(k)):
+        raise ValueError(f"plan must be for {len(q)} queries and {len(k)} keys, got {plan.queries} and {plan.keys}")
+    if plan.q_indptr.device != q.device:
+        raise ValueError(f"q_ranges, or the plan, must be on {q.device} like q, got {plan.q_indptr.device}")
 
 
 def _pages(plan: RangePlan, runs: Sequences) -> Plan:

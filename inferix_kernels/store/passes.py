@@ -180,9 +180,29 @@ class Pass:
         self._check("v", v)
         for share in self._shares:
             keys, mean = share.of(k), share.k_mean(layer)
-            keys = keys if mean is None else keys - mean
+            keys = keys if mean is None else (keys - mean).to(k.dtype)
             kv_append(keys, share.of(v), self.store.scratch, share.written, backend=self.store.backend)
         self._commit(layer)
+
+    @in_turn
+    def read(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+        """The second half of `attend`, for queries that are ready: attend to what the pass reads and has written.
+
+        Args:
+            q: [T, Hq, D], normalised and rotated.
+            out: the same, to write to.
+
+        Returns:
+            [T, Hq, Dv].
+
+        Example:
+            >>> noisy.append(1, torch.randn(30, 2, 16), torch.randn(30, 2, 16))
+            >>> list(noisy.read(1, torch.randn(30, 4, 16)).shape)
+            [30, 4, 16]
+        """
+        layer = check_index("layer", layer, self.store.num_layers)
+        self._check("q", q)
+        return self._attend(layer, q, out)
 
     @property
     def stale(self) -> bool:

@@ -110,3 +110,26 @@ def test_a_compiled_call_writes_nothing_past_a_table():
     with pytest.raises(ValueError, match=r"where.* must"):
         torch.compile(flash_attn.flash_attn_with_kvcache, fullgraph=True, backend="eager")(**arguments)
     assert torch.equal(arguments["k_cache"], before)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_compiled_appends_to_caches_that_share_a_tensor(dim):
+    """One after the other they are written where they lie; between one another they are refused."""
+    whole = torch.randn(*((2, 4) if dim == 0 else (4, 2)), 8, 2, 32)
+    copy, arguments = whole.clone(), given("kvcache", **appended(cache_seqlens=3))
+    torch.compiler.reset()
+    function = flash_attn.flash_attn_with_kvcache
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def call(function, both, begin):
+        k_cache, v_cache = (x[begin : begin + 2] for x in both.unbind(dim))
+        function(**arguments | {"k_cache": k_cache, "v_cache": v_cache})
+
+    if dim == 1:
+        with pytest.raises(RuntimeError, match=r"k_cache and v_cache must lie apart in a compiled graph"):
+            call(compiled, copy, 0)
+    else:
+        for begin in (0, 2):
+            call(compiled, copy, begin)
+            call(function, whole, begin)
+    assert torch.equal(copy, whole)

@@ -39,7 +39,7 @@ def calls() -> dict[str, tuple]:
         "kv_gather": ((pools, PageList.of(ids, page_lens), torch.float32), {"out": gathered}),
         "paged_attention": (
             (torch.stack((q, -q)), attention_pools, biased),
-            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False, "precision": "exact"},
+            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False, "softcap": 2.0, "precision": "exact"},
         ),
         "latent_attention": (
             (torch.randn(5, 4, 24), [latent_pool], latent_plan),

@@ -81,7 +81,7 @@ def test_attention_over_all_pages_selected_is_attention_over_all_pages():
     q, starts = torch.randn(9, 4, 24), torch.tensor([0, 4, 9], dtype=torch.int32)
     scores = page_scores(q, starts, page_summaries(pools, where), where)
     plan = even_plan(starts, select_pages(scores, where, 12), 4)
-    everything = even_plan(starts, PageList(*(x.repeat(4) for x in where)), 4)
+    everything = even_plan(starts, PageList(where.ids.repeat(4), where.lens.repeat(4)), 4)
     got, want = (paged_attention(q, pools, p, backend="reference") for p in (plan, everything))
     torch.testing.assert_close(got, want)
 
@@ -98,7 +98,7 @@ def test_a_page_that_matters_is_found():
         chosen = select_pages(scores, where, 4)
         assert where.ids[17] in chosen.ids[:4]
         sparse = paged_attention(q, [pool], even_plan(starts, chosen, 2))[0]
-        dense = paged_attention(q, [pool], even_plan(starts, PageList(*(x.repeat(2) for x in where)), 2))[0]
+        dense = paged_attention(q, [pool], even_plan(starts, PageList(where.ids.repeat(2), where.lens.repeat(2)), 2))[0]
         assert (sparse - dense)[:, 0].abs().max() < 0.05 < (sparse - dense)[:, 1].abs().max()
 
 
