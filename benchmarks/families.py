@@ -15,7 +15,7 @@ from .harness.measure import Machine, Settings, measure_case
 from .harness.rows import Row
 from .shapes import find_shape
 
-FAMILIES = ("attention", "kv_pages", "qkv", "linear", "block", "e2e", "page_table", "formats", "stream")
+FAMILIES = ("attention", "kv_pages", "qkv", "linear", "block", "e2e", "page_table", "formats", "stream", "diffusers")
 
 
 def family(name: str) -> ModuleType:

@@ -135,16 +135,17 @@ void define(py::module_& m, const char* name, CpuKernel<Params> on_cpu, CudaKern
   if (on_cuda) m.attr("cuda_ops").cast<py::set>().add(name);
 }
 
+// Each is local to its module: a process may hold the extension twice, the package's and that of an exported copy.
 void define_types(py::module_& m) {
-  py::enum_<DType>(m, "DType")
+  py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::f32)
       .value("bfloat16", DType::bf16)
       .value("float16", DType::f16);
-  py::enum_<Precision>(m, "Precision")
+  py::enum_<Precision>(m, "Precision", py::module_local())
       .value("exact", Precision::exact)
       .value("eight_bit", Precision::eight_bit)
       .value("automatic", Precision::automatic);
-  py::enum_<Codec>(m, "Codec")
+  py::enum_<Codec>(m, "Codec", py::module_local())
       .value("float32", Codec::f32)
       .value("bfloat16", Codec::bf16)
       .value("float16", Codec::f16)
@@ -154,15 +155,19 @@ void define_types(py::module_& m) {
       .value("e4m3_channel", Codec::e4m3_channel)
       .value("u4_token", Codec::u4_token)
       .value("u4_channel", Codec::u4_channel);
-  py::enum_<Isa>(m, "Isa", py::arithmetic(), "Sets of instructions; each has those of the ones before it.")
+  py::enum_<Isa>(m, "Isa", py::arithmetic(), py::module_local(),
+                 "Sets of instructions; each has those of the ones before it.")
       .value("portable", Isa::portable)
       .value("avx2", Isa::avx2)
       .value("avx512", Isa::avx512)
       .value("avx512_vnni", Isa::avx512_vnni)
       .value("avx512_bf16", Isa::avx512_bf16);
   m.def("best_isa", best_isa, "The last Isa that this CPU has.");
-  py::enum_<Norm>(m, "Norm").value("none", Norm::none).value("layer", Norm::layer).value("rms", Norm::rms);
-  py::enum_<Activation>(m, "Activation")
+  py::enum_<Norm>(m, "Norm", py::module_local())
+      .value("none", Norm::none)
+      .value("layer", Norm::layer)
+      .value("rms", Norm::rms);
+  py::enum_<Activation>(m, "Activation", py::module_local())
       .value("none", Activation::none)
       .value("gelu", Activation::gelu)
       .value("gelu_tanh", Activation::gelu_tanh);

@@ -13,12 +13,12 @@ from .layout import FORMATS, Codec, KVPages
 from .proofs import stored
 
 BACKENDS = {
-    "compiled": "inferix_kernels.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
-    "triton": "inferix_kernels.triton_kernels",
-    "reference": "inferix_kernels.reference",
+    "compiled": f"{__package__}.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
+    "triton": f"{__package__}.triton_kernels",
+    "reference": f"{__package__}.reference",
 }
 # Other libraries' kernels under our ops' names: only where they are installed, and only when they are asked for.
-PEERS = {"flash-attn": "inferix_kernels.flash_attn_backend"}
+PEERS = {"flash-attn": f"{__package__}.flash_attn_backend"}
 # What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. There
 # AUTO is the order of kernels that are unproved on the device, those whose instructions a compiler chose before those
 # that we wrote ourselves; PROVED that of kernels whose results were compared with the reference's there (proofs/).

@@ -8,6 +8,7 @@ torch.library costs microseconds that buy nothing.
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from .layout import KVPages
 Function = TypeVar("Function", bound=Callable[..., Any])
 SCALARS = {bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"}
 _WIDTH = len(KVPages._fields) - 1  # a pool's tensors
+# inferix_kernels; another one for an exported copy, which is a package of another name (integrations/hf_kernel.py).
+NAMESPACE = re.sub(r"\W", "_", __package__ or "")
 
 
 class Argument(NamedTuple):
@@ -81,7 +84,7 @@ def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
                 for p in parameters
             ],
         )
-        name = f"inferix_kernels::{new.name}"
+        name = f"{NAMESPACE}::{new.name}"
         torch.library.define(name, new.schema)
         torch.library.impl(name, "CompositeExplicitAutograd", new.body)
         torch.library.register_fake(name, lambda *args: None)  # every output is an argument
@@ -90,10 +93,31 @@ def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
     return register
 
 
+def opaque(
+    schema: str, body: Callable[..., Any], fake: Callable[..., Any] = lambda *_: None, tags: Sequence[torch.Tag] = ()
+) -> Callable[..., Any]:
+    """A function of flat arguments that a graph of torch.compile calls as one op and does not look into.
+
+    Args:
+        schema: as torch.library has it, "append(Tensor k, Tensor(a!) cache) -> ()".
+        body: the function.
+        fake: what stands for it while a graph is made: makes its results.
+
+    Returns:
+        What to call, with positional arguments: the op in a graph, else `body` itself.
+    """
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=tuple(tags))
+    torch.library.impl(name, "CompositeExplicitAutograd", body)
+    torch.library.register_fake(name, fake)
+    recorded = getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default
+    return lambda *arguments: (recorded if torch.compiler.is_compiling() else body)(*arguments)
+
+
 def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> None:
     """Run an op now, or record it when torch.compile is tracing."""
     if torch.compiler.is_compiling():
-        getattr(torch.ops.inferix_kernels, op).default(*OPS[op].flatten(args, kwargs), backend)
+        getattr(getattr(torch.ops, NAMESPACE), op).default(*OPS[op].flatten(args, kwargs), backend)
     else:
         run(op, backend, device, *args, **kwargs)
 

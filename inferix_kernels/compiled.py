@@ -19,7 +19,7 @@ from .layout import Codec, KVPages, PageList, Quantized, Side
 from .plans import Plan
 
 try:
-    import inferix_kernels._C as _C
+    from . import _C
 except ImportError as error:
     raise ImportError(f"the extension inferix_kernels._C is not built ({error}): pip install -e .") from error
 

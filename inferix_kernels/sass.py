@@ -222,7 +222,7 @@ def extension() -> Path:
     Raises:
         MissingTool: it is not built.
     """
-    spec = importlib.util.find_spec("inferix_kernels._C")
+    spec = importlib.util.find_spec("._C", __package__)
     if spec is None or spec.origin is None:
         raise MissingTool("the extension inferix_kernels._C is not built: pip install -e .")
     return Path(spec.origin)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import Unsupported
+from .._library import opaque
 from ..layout import FORMATS, KVPages, PageList
 from ..ops import kv_append
 from ..plans import UNLIMITED, Plan
@@ -104,7 +105,7 @@ def append_rows(
 ) -> None:
     """k, v: [T, H, D], counts[b] tokens of each sequence in turn, into row rows[b] of a cache [R, S, H, D], from token
     at[b] on."""
-    _append(k, v, k_cache, v_cache, rows.int(), counts.int(), at.int())
+    _append_to_cache(k, v, k_cache, v_cache, rows.int(), counts.int(), at.int())
 
 
 def append_pages(
@@ -120,35 +121,19 @@ def append_pages(
     ids = table.int().gather(1, page.clamp(max=table.shape[1] - 1).long())
     ids = torch.where(page < table.shape[1], ids, -1)  # no page: refused on a CPU, skipped on a GPU
     ids = torch.where(lens > 0, ids, 0)
-    _append(k, v, k_cache, v_cache, ids.flatten(), lens.flatten(), starts.flatten())
+    _append_to_cache(k, v, k_cache, v_cache, ids.flatten(), lens.flatten(), starts.flatten())
 
 
 def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor) -> None:
     """kv_append to a cache [P, page_size, H, D]."""
-    write = torch.ops.inferix_kernels.append_to_cache.default if torch.compiler.is_compiling() else _append_to_cache
-    write(k, v, k_cache, v_cache, ids, lens, starts)
-
-
-def _append_to_cache(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor
-) -> None:
     pool = KVPages(format_of("k_cache", k_cache), k_cache.transpose(1, 2), v_cache.transpose(1, 2))
     kv_append(k, v, pool, PageList(ids, lens, starts))
 
 
-# An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
-torch.library.define(
-    "inferix_kernels::append_to_cache",
-    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens, Tensor starts) -> ()",
-)
-torch.library.impl("inferix_kernels::append_to_cache", "CompositeExplicitAutograd", _append_to_cache)
-
-
-@torch.library.register_fake("inferix_kernels::append_to_cache")
 def _check_caches(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ids: Tensor, lens: Tensor, starts: Tensor
 ) -> None:
-    """Nor does that help where one cache lies between parts of the other: both are views of what lies around them."""
+    """Raises Unsupported where one cache lies between parts of the other: both are views of what lies around them."""
     begins, ends = zip(*(_extent(x) for x in (k_cache, v_cache)), strict=True)
     shared = k_cache.untyped_storage()._cdata == v_cache.untyped_storage()._cdata
     if shared and max(begins) < min(ends):
@@ -162,3 +147,12 @@ def _extent(x: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """In its storage, from its first element to the one after its last."""
     span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.storage_offset(), x.storage_offset() + span + 1
+
+
+# An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
+_append_to_cache = opaque(
+    "append_to_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor ids, Tensor lens,"
+    " Tensor starts) -> ()",
+    _append,
+    _check_caches,
+)

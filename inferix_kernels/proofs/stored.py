@@ -87,7 +87,7 @@ def driver_version() -> str:
 def build() -> str:
     """A hash of everything that GPU kernels are made from: the extension's bytes, Triton's sources and version."""
     digest = hashlib.sha256()
-    extension = importlib.util.find_spec("inferix_kernels._C")
+    extension = importlib.util.find_spec(".._C", __package__)
     sources = sorted((_ROOT / "triton_kernels").rglob("*.py")) + sorted((_ROOT / "triton_kernels").rglob("*.json"))
     for path in [*([Path(extension.origin)] if extension and extension.origin else []), *sources]:
         digest.update(path.read_bytes())

@@ -10,14 +10,14 @@ Graph = Mapping[str, set[str]]  # module -> modules that it imports
 
 
 def modules(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """Every module's file, by its full name; a package's is its __init__.py.
+    """Every module's file, by its full name; a package's is its __init__.py, an extension's its stub.
 
     Args:
         folders: of each top-level package, by its name.
     """
     found = {}
     for package, folder in folders.items():
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.pyi"))):
             parts = path.relative_to(folder).with_suffix("").parts
             found[".".join((package, *parts)).removesuffix(".__init__")] = path
     return found

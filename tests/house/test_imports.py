@@ -32,7 +32,19 @@ LAYERS = (
 SCRIPTS = {"inferix.models.tiny.evaluate", "inferix.models.tiny.train"}
 
 # Who never imports whom, with all that lies below the names. No star stands for a part: these are prefixes.
-FAMILIES = ("attention", "block", "e2e", "formats", "kv_pages", "linear", "page_table", "qkv", "stream", "wan_block")
+FAMILIES = (
+    "attention",
+    "block",
+    "diffusers",
+    "e2e",
+    "formats",
+    "kv_pages",
+    "linear",
+    "page_table",
+    "qkv",
+    "stream",
+    "wan_block",
+)
 COMMANDS = ("inferix.commands",)
 NEVER = {
     "inferix_kernels": ("inferix", "benchmarks", "tests"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._check import check_shape
 from ..._dispatch import Unsupported
+from ..._library import opaque
 from ...layout import FORMATS, KVPages
 from .._sequences import format_of
 
@@ -96,12 +97,11 @@ def append_paged_kv_cache(
             "batch_indices and positions must name tokens of the listed pages, got token"
             f" {positions[t].item()} of sequence {batch_indices[t].item()}"
         )
-    write = torch.ops.inferix_kernels.write_tokens.default if torch.compiler.is_compiling() else _write_tokens
     if isinstance(paged_kv_cache, KVPages):
         caches, kv_layout = [pool.k, pool.v], "HND"
     else:
         caches = [paged_kv_cache] if isinstance(paged_kv_cache, Tensor) else list(paged_kv_cache)
-    write(append_key, append_value, caches, kv_layout, page, slot, there)
+    _write(append_key, append_value, caches, kv_layout, page, slot, there)
 
 
 def _write_tokens(
@@ -119,15 +119,6 @@ def _write_tokens(
         tokens[at] = torch.where(there.any(), new.to(codes.dtype)[source], tokens[at])
 
 
-# An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
-torch.library.define(
-    "inferix_kernels::write_tokens",
-    "(Tensor k, Tensor v, Tensor(a!)[] caches, str kv_layout, Tensor page, Tensor slot, Tensor there) -> ()",
-)
-torch.library.impl("inferix_kernels::write_tokens", "CompositeExplicitAutograd", _write_tokens)
-
-
-@torch.library.register_fake("inferix_kernels::write_tokens")
 def _check_storage(
     k: Tensor, v: Tensor, caches: list[Tensor], kv_layout: str, page: Tensor, slot: Tensor, there: Tensor
 ) -> None:
@@ -136,6 +127,15 @@ def _check_storage(
             "paged_kv_cache must be one tensor [pages, 2, ...] in a compiled graph, not two views of it: torch would"
             " write to where the first call's views began"
         )
+
+
+# An op of its own, since a compiled graph writes to views of a tensor at the offset that it was compiled with.
+_write = opaque(
+    "write_tokens(Tensor k, Tensor v, Tensor(a!)[] caches, str kv_layout, Tensor page, Tensor slot, Tensor there)"
+    " -> ()",
+    _write_tokens,
+    _check_storage,
+)
 
 
 def _place(
