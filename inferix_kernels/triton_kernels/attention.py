@@ -61,7 +61,6 @@ __all__ = ["paged_attention"]
 _WIDEST = 256
 # e4m3 weights are stored times this: at most 256 of 448, and down to 2^-17 of the largest.
 WEIGHT_SCALE = tl.constexpr(256.0)
-MOST = tl.constexpr(2**31 - 1)
 
 
 def paged_attention(
@@ -210,9 +209,7 @@ def attention_kernel(
     at, low, high, slope = 0, 0, 0, None
     if plan.windows is not None:
         at, low, high = window_of(plan, segment, token)
-        # Rows past the segment's end are copies of none: they count neither for the first nor for the last.
-        lowest, highest = tl.where(row_mask, low, MOST), tl.where(row_mask, high, -MOST)
-        first, last = run_in_window(first, last, plan, tl.min(lowest, 0), tl.max(highest, 0))
+        first, last = run_in_window(first, last, plan, low, high, row_mask)
         if slopes is not None:
             slope = tl.load(slopes + segment * (HEADS * GROUP) + query_head) * LOG2E
     running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)

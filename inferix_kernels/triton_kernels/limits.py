@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .online import LOG2E, NEG_INF, STEP
 
+MOST = tl.constexpr(2**31 - 1)
+
 
 @triton.jit
 def place_of(i, last, plan):
@@ -28,14 +30,15 @@ def window_of(plan, segment, token):
 
 
 @triton.jit
-def run_in_window(first, last, plan, low, high):
-    """The shortest run of entries that holds all of which tokens lie at positions low to high."""
+def run_in_window(first, last, plan, low, high, row_mask):
+    """The shortest run of entries that holds all of which a row sees tokens; each sees positions low to high."""
+    lowest, highest = tl.min(tl.where(row_mask, low, MOST), 0), tl.max(tl.where(row_mask, high, -MOST), 0)
     begin, end = last, first
     for start in range(first, last, STEP):
         i = start + tl.arange(0, STEP)
         position = tl.load(plan.page_positions + i, mask=i < last, other=0)
         length = tl.load(plan.page_lens + i, mask=i < last, other=0)
-        seen = (i < last) & (position <= high) & (position + length > low)
+        seen = (i < last) & (position <= highest) & (position + length > lowest)
         begin = tl.minimum(begin, tl.min(tl.where(seen, i, last), 0))
         end = tl.maximum(end, tl.max(tl.where(seen, i + 1, first), 0))
     return begin, end

@@ -20,6 +20,7 @@ def calls() -> dict[str, tuple]:
     gathered = tuple(torch.empty(2, sum(page_lens), 2, 16))
     q, attention_pools, plan = attention_inputs([3, 2], lens, query_heads=4, heads=2, head_dim=16, page_size=8)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    limits = {"softcap": 2.0, "alibi_slopes": None}
     latent_pool, latents = filled_pool("latent8", lens, 1, 8, (16, 8))
     latent_plan = ik.make_plan([(5, latents.ids.tolist(), lens)])
     others = [torch.randn(5, 4, 16), torch.randn(5, 4), torch.randn(5, 4, 16), torch.randn(5, 4)]
@@ -39,15 +40,7 @@ def calls() -> dict[str, tuple]:
         "kv_gather": ((pools, PageList.of(ids, page_lens), torch.float32), {"out": gathered}),
         "paged_attention": (
             (torch.stack((q, -q)), attention_pools, biased),
-            {
-                "scale": 0.25,
-                "out": out,
-                "lse": lse,
-                "accumulate": False,
-                "softcap": 2.0,
-                "alibi_slopes": None,
-                "precision": "exact",
-            },
+            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False, **limits, "precision": "exact"},
         ),
         "latent_attention": (
             (torch.randn(5, 4, 24), [latent_pool], latent_plan),
