@@ -199,8 +199,7 @@ def attention_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     head, split, segment, token, query_head, row_mask, first, last = work_of(
-        tl.program_id(0), plan, tokens, segments, entries, splits, tiles,
-        HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
+        tl.program_id(0), plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
     )  # fmt: skip
     if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
