@@ -13,6 +13,7 @@ gpu       minutes of a rented GPU: what is most wanted first; goes on where an e
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import inferix_kernels
 from inferix_kernels._printing import while_read
 
 from . import commands, families, sweep
@@ -116,6 +118,9 @@ def default_device() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if importlib.util.find_spec("inferix_kernels._C") is None:  # these sources, say, in the place of what is installed
+        folder = Path(inferix_kernels.__file__).parent
+        print(f"benchmarks: {folder} has no extension: on a CPU the reference is measured for ours", file=sys.stderr)
     try:
         result: int = args.call(args)
     except ValueError as error:

@@ -176,7 +176,7 @@ void define_types(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::register_exception<Unsupported>(m, "Unsupported");
+  py::register_local_exception<Unsupported>(m, "Unsupported");
   define_types(m);
   m.attr("max_pools") = kMaxPools;
   m.attr("cuda_ops") = py::set();  // names of the functions that have a CUDA kernel

@@ -1,8 +1,8 @@
 """A stock WanPipeline of diffusers that goes on block by block: `python examples/diffusers_blocks.py`.
 
-A tiny transformer with random weights makes videos of six blocks, guided, over a past of nine frames and the first
-three. Nothing of the pipeline is changed: it is called once for each block, inside `cache.block`. The same is done
-over a past in float32, in 8 and in 4 bits, and the latents are compared.
+A tiny transformer with random weights makes videos of six blocks, guided. Each block of three frames sees itself, the
+six frames before it and the first three. Nothing of the pipeline is changed: it is called once for each block, inside
+`cache.block`. The same is done over a past in float32, in 8 and in 4 bits, and the latents are compared.
 """
 
 import torch

@@ -176,7 +176,7 @@ def print_machine() -> None:
         f" {torch.get_num_threads()} threads, CPU kernels: {instructions()}, GPU: {gpu()}"
     )
     order = "; ".join(f"{', '.join(names)} on {device}" for device, names in AUTO.items())
-    print(f"auto tries, in this order: {order}; what is proved on a GPU: {', '.join(PROVED)}")
+    print(f"auto tries, in this order: {order}; on a GPU, of kernels that were proved there: {', '.join(PROVED)}")
     print(chosen.table(chosen.target("cuda" if torch.cuda.is_available() else "cpu")) + "\n")
     table = [("op", "backend", "device", "runs here?"), *rows()]
     widths = [max(len(row[i]) for row in table) for i in range(3)]

@@ -237,7 +237,13 @@ class PageList(NamedTuple):
     starts: Tensor | None = None  # [n] int32, the slot of each page's first token; None: 0. starts + lens <= page_size
 
     @classmethod
-    def of(cls, ids: Sequence[int], lens: Sequence[int], device: torch.device | str = "cpu") -> PageList:
+    def of(
+        cls,
+        ids: Sequence[int],
+        lens: Sequence[int],
+        device: torch.device | str = "cpu",
+        starts: Sequence[int] | None = None,
+    ) -> PageList:
         """A page list from Python lists of the same length.
 
         Example:
@@ -245,7 +251,9 @@ class PageList(NamedTuple):
             [16, 9]
         """
         check_list("ids", ids, lens)
-        return cls(int32(ids, device), int32(lens, device))
+        if starts is not None and len(starts) != len(ids):
+            raise ValueError(f"starts must be as many as ids, got {len(starts)} and {len(ids)}")
+        return cls(int32(ids, device), int32(lens, device), None if starts is None else int32(starts, device))
 
 
 class Quantized(NamedTuple):

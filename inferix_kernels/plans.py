@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -44,6 +44,14 @@ class Plan(NamedTuple):
 class Segment(NamedTuple):
     """A run of queries and the pages they attend to, on the host.
 
+    Attributes:
+        queries: how many.
+        ids, lens: its pages, in order, and how many valid tokens each has.
+        bias: added to the scaled scores of each page's keys.
+        variants: which of q's variants meets each page.
+        starts: the slot of each page's first valid token; None: 0.
+        window: (left, right) in tokens, -1 for any number: (-1, 0) is causal.
+
     Example:
         >>> segment = Segment(queries=4, ids=[3, 1], lens=[16, 9], bias=[0.0, -1.0])
         >>> make_plan([segment]).page_bias.tolist()
@@ -52,11 +60,11 @@ class Segment(NamedTuple):
 
     queries: int
     ids: Sequence[int]
-    lens: Sequence[int]  # valid tokens of each page
+    lens: Sequence[int]
     bias: Sequence[float] | None = None
     variants: Sequence[int] | None = None
-    starts: Sequence[int] | None = None  # slot of the first of them
-    window: tuple[int, int] | None = None  # (left, right) in tokens, -1 for any number: (-1, 0) is causal
+    starts: Sequence[int] | None = None
+    window: tuple[int, int] | None = None
 
 
 def make_plan(
@@ -68,8 +76,8 @@ def make_plan(
     An empty page list is allowed: its queries get out = 0 and lse = -inf. With lists_per_segment = H every H entries
     in a row are one segment: the same number of queries and window, and the page list of KV head 0, 1, ...
 
-    Windows are aligned bottom-right, as FlashAttention means them: a segment's last query stands at the last token of
-    its list, whatever their numbers.
+    Windows (Segment.window) are aligned bottom-right, as FlashAttention means them: a segment's last query stands at
+    the last token of its list, whatever their numbers.
 
     Raises:
         ValueError: a negative count, id or length; fields of a segment that differ in length; bias, variants or starts
@@ -80,7 +88,10 @@ def make_plan(
         >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])  # two segments: (queries, page ids, lens)
         >>> plan.page_lens.tolist()
         [16, 9, 16]
+        >>> causal = make_plan([Segment(queries=20, ids=[3, 1], lens=[16, 9], window=(-1, 0))])
     """
+    if isinstance(segments, (Segment, Mapping)) or not all(isinstance(segment, tuple) for segment in segments):
+        raise ValueError(f"segments must be a list of Segments, or of tuples of their fields, got {segments!r:.80}")
     lists = [Segment(*segment) for segment in segments]
     _check_segments(lists, lists_per_segment)
 
@@ -106,6 +117,14 @@ def make_plan(
         windows,
         positions,
     )
+
+
+def _is_window(window: object) -> bool:
+    if window is None:
+        return True
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        return False
+    return all(type(side) is int and -1 <= side <= UNLIMITED for side in window)
 
 
 def _positions(segment: Segment) -> list[int]:
@@ -137,8 +156,8 @@ def _check_segments(lists: list[Segment], lists_per_segment: int) -> None:
             want, got = (getattr(x, field) for x in (lists[s - s % lists_per_segment], segment))
             if got != want:
                 raise ValueError(f"segments[{s}]: {field} must be {want} in all lists of one segment, got {got}")
-        if segment.window is not None and not all(-1 <= side <= UNLIMITED for side in segment.window):
-            raise ValueError(f"segments[{s}]: window must be two numbers of tokens, or -1, got {segment.window}")
+        if not _is_window(segment.window):
+            raise ValueError(f"segments[{s}]: window must be (left, right) in tokens, or -1, got {segment.window!r}")
         check_list(f"segments[{s}]: page ids", segment.ids, segment.lens)
         for field in ("bias", "variants", "starts"):
             numbers = getattr(segment, field)

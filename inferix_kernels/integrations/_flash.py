@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._check import check_optional, check_tensor, device_of
 from ..ops import paged_attention
+from ._arguments import check_range
 from ._flash_arguments import (
     INT,
     Cache,
@@ -23,8 +24,8 @@ from ._flash_arguments import (
     check_keys,
     check_new,
     check_options,
-    check_range,
     check_table,
+    check_written,
     even_indptr,
     room,
 )
@@ -101,6 +102,7 @@ def cached(
     check_range("cache_seqlens", seqlens, 0, capacity - counts, room(cache, convention))
     if table is not None:
         check_table(convention.table, table, seqlens + counts, *cache.k.shape[:2])
+        check_written(convention.table, table, seqlens, seqlens + counts, cache.k.shape[1])
     queries = q if q.ndim == 3 else q.flatten(0, 1)
     if new.cos is not None and new.sin is not None:
         rotary = new.cos, new.sin, new.interleaved

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._check import FLOATS, check_optional, check_softcap, check_tensor, device_of, whole
 from .._dispatch import Unsupported
+from ._arguments import check_range, readable
 from ._sequences import format_of
 
 INT = (torch.int32,)
@@ -91,7 +92,9 @@ def check_keys(suffix: str, q: Tensor, k: Tensor, v: Tensor, layout: str, sizes:
 
 def check_options(options: Options, sizes: dict[str, int], device: torch.device) -> None:
     if sizes["Hq"] % sizes["H"]:
-        raise ValueError(f"q must have a multiple of the keys' H={sizes['H']} heads, got {sizes['Hq']}")
+        raise ValueError(
+            f"q must have a multiple of the keys' H={sizes['H']} heads, got {sizes['Hq']} (tokens come before heads)"
+        )
     if len(options.window_size) != 2:
         raise ValueError(f"window_size must be two numbers (left, right), got {options.window_size}")
     check_softcap(options.softcap)
@@ -167,22 +170,6 @@ def room(cache: Cache, convention: Convention) -> str:
     return f"{what} with what is appended"
 
 
-def readable(x: Tensor) -> bool:
-    """Numbers are looked at where that costs no wait, and where they are there."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def check_range(name: str, x: Tensor | None, least: int, most: int | Tensor, by: str = "") -> None:
-    if x is None or not readable(x) or not x.numel():
-        return
-    most = torch.as_tensor(most).expand_as(x)
-    wrong = (x < least) | (x > most)
-    if wrong.any():
-        i = int(wrong.int().argmax())
-        limit = f"{int(most[i])}{f', the room in {by}' * bool(by)}"
-        raise ValueError(f"{name} must be from {least} to {limit}, got {int(x[i])} at [{i}]")
-
-
 def check_indptr(name: str, indptr: Tensor, end: int | None) -> None:
     if not indptr.numel():
         raise ValueError(f"{name} must hold at least its leading 0, got an empty tensor")
@@ -202,6 +189,18 @@ def check_table(name: str, table: Tensor, lens: Tensor, pages: int, page_size: i
     if wrong.any():
         b, i = (int(x) for x in wrong.nonzero()[0])
         raise ValueError(f"{name} must hold pages from 0 to {pages - 1}, got {int(table[b, i])} at [{b}, {i}]")
+
+
+def check_written(name: str, table: Tensor, first: Tensor, end: Tensor, page_size: int) -> None:
+    """No page is written by two sequences, from token first[b] to end[b] - 1."""
+    if not readable(table):
+        return
+    begin = torch.arange(table.shape[1]) * page_size
+    written = table[(begin < end[:, None]) & (begin + page_size > first[:, None]) & (end > first)[:, None]]
+    pages, counts = written.unique(return_counts=True)
+    if (counts > 1).any():
+        page = int(pages[counts.argmax()])
+        raise ValueError(f"{name} must name no page twice that k and v are appended to, got {page} twice")
 
 
 def check_once(name: str, rows: Tensor | None) -> None:

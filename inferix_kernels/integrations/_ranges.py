@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_shape, device_of
+from .._dispatch import Unsupported
 from ..plans import UNLIMITED
 
 FULL, CAUSAL, INVERSE, BOTH = range(4)  # bit 0 bounds the keys of a query on the right, bit 1 on the left
@@ -100,6 +101,10 @@ def plan_ranges(
         ([0, 2, 4, 6], [3, 3, 3, 3])
     """
     _check_shapes(q_ranges, k_ranges, attn_type_map)
+    if torch.compiler.is_compiling():
+        raise Unsupported(
+            "q_ranges and k_ranges are read here: in a graph give a plan, or disable_fwd_atomic_reduction"
+        )
     ranges = _read(q_ranges, k_ranges, attn_type_map, queries, keys)
     cuts = {0, queries}
     for begin, end, k_begin, k_end, kind in ranges:

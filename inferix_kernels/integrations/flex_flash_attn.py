@@ -1,5 +1,5 @@
 """MagiAttention's flex_flash_attn_func: queries of some ranges attend to keys of some ranges. Takes both forms of the
-call: the one that MAGI-1 pins (MagiAttention 1.0.0 to 1.0.2, with max_seqlen_k) and that of 1.1.1.
+call: the one that MAGI-1 pins (MagiAttention 1.0.0 to 1.0.3, with max_seqlen_k) and that of 1.1.1.
 
 Keys and values stay where they lie, also side by side in one buffer, as MAGI-1 keeps them.
 """

@@ -343,3 +343,13 @@ def test_the_same_cases_run_under_pytest_benchmark():
         benchmark = Benchmark()
         test_kernels.test_kernel(benchmark, MACHINE, case, contender)
         assert benchmark.rounds and benchmark.group == case.name and "error" in benchmark.extra_info
+
+
+def test_without_the_extension_it_says_what_it_measures(monkeypatch, capsys):
+    """As in a clone whose sources lie in the way of what was installed."""
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "inferix_kernels._C" else find(name)
+    )
+    assert cli.main(["env"]) == 0
+    assert "has no extension: on a CPU the reference is measured for ours" in capsys.readouterr().err

@@ -74,6 +74,14 @@ def test_a_copy_stands_beside_the_package(loaded):
     assert torch.equal(graph(q), flash_attn_func(q, k, v)[0])
 
 
+@pytest.mark.skipif(not inferix_kernels.compiled.HAS_CUDA, reason="the extension was built without nvcc")
+def test_an_error_of_the_package_stays_its_own(loaded):
+    """Each of two extensions in a process translates what it threw itself."""
+    pool, plan = inferix_kernels.KVPages.empty("fp32", 1, 1, 64, 64), inferix_kernels.make_plan([(1, [0], [64])])
+    with pytest.raises(inferix_kernels.Unsupported, match="the Hopper kernel reads bf16"):
+        inferix_kernels.compiled.require_attention(torch.zeros(1, 1, 64), [pool], plan)
+
+
 def test_a_copy_needs_torch_alone(folder):
     """In a process that cannot import the package; and each variant has metadata, the same files and another name."""
     script = (

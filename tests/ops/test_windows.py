@@ -196,12 +196,19 @@ def test_softcap_must_be_a_bound(softcap):
         paged_attention(torch.zeros(1, 2, 32), [filled("fp32")], make_plan([(1, [0], [1])]), softcap=softcap)
 
 
-def test_a_segment_says_what_is_wrong_with_its_window():
-    with pytest.raises(ValueError, match=r"segments\[0\]: window must be two numbers of tokens, or -1, got \(-2, 0\)"):
-        make_plan([Segment(1, [0], [1], window=(-2, 0))])
-    with pytest.raises(
-        ValueError, match=r"segments\[1\]: window must be \(-1, 0\) in all lists of one segment, got None"
-    ):
+@pytest.mark.parametrize("window", [(-2, 0), (4,), (0, 3, 1), 12, (2.5, 0), (True, 0), (0, 2**40)])
+def test_a_window_is_two_whole_numbers(window):
+    with pytest.raises(ValueError, match=r"segments\[1\]: window must be \(left, right\) in tokens, or -1, got "):
+        make_plan([Segment(1, [0], [1]), Segment(1, [0], [1], window=window)])
+
+
+def test_segments_of_one_plan_fit_together():
+    with pytest.raises(ValueError, match=r"window must be \(-1, 0\) in all lists of one segment, got None"):
         make_plan([Segment(1, [0], [1], window=(-1, 0)), Segment(1, [0], [1])], lists_per_segment=2)
     with pytest.raises(ValueError, match=r"segments\[1\]: starts must be given for all segments or for none"):
         make_plan([Segment(1, [0], [1], starts=[0]), Segment(1, [0], [1])])
+    for segments in (Segment(1, [0], [1]), (1, [0], [1]), [{"queries": 1}], {"queries": 1}):
+        with pytest.raises(ValueError, match="segments must be a list of Segments, or of tuples of their fields, got"):
+            make_plan(segments)
+    with pytest.raises(ValueError, match="starts must be as many as ids, got 1 and 2"):
+        PageList.of([0, 1], [1, 1], starts=[0])

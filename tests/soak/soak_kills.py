@@ -24,8 +24,9 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -100,9 +101,31 @@ def command(argv: Sequence[object]) -> None:
     assert code == 0, f"exit code {code}"
 
 
+@contextlib.contextmanager
+def noted_pictures(to: Path) -> Iterator[None]:
+    """The encoder's pictures as checksums, before and after the change of colours, a line each: of two videos that
+    differ they say whether what went in did."""
+    from inferix.media import video_writer
+
+    convert = video_writer.in_bt709
+    with to.open("w") as file:
+
+        def noted(picture: np.ndarray) -> av.VideoFrame:
+            image = convert(picture)
+            print(zlib.crc32(picture.tobytes()), zlib.crc32(image.to_ndarray().tobytes()), file=file)
+            return image
+
+        video_writer.in_bt709 = noted
+        try:
+            yield
+        finally:
+            video_writer.in_bt709 = convert
+
+
 def generated(options: Sequence[object], needs: Sequence[str] = (), suffix: str = ".mp4") -> Kind:
     def make(folder: Path, *more: str) -> None:
-        command([*GENERATE, "--out", folder / f"v{suffix}", *options, *more])
+        with noted_pictures(folder / "pictures.txt"):
+            command([*GENERATE, "--out", folder / f"v{suffix}", *options, *more])
 
     def check(folder: Path, whole: Path) -> str:
         made, journal = folder / f"v{suffix}", folder / f".v{suffix}.journal"

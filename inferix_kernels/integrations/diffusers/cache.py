@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._check import check_counts, check_index, whole
 from ..._install import require
+from ...layout import KV_FORMATS
 from ...store import Policy
 from ...store.table_view import replace_states
 from .branch import Branch, Shape
@@ -63,7 +64,8 @@ def enable_block_cache(
         raise ValueError(f"policy must be an inferix_kernels.Policy, got {type(policy).__name__}")
     if policy.archive:
         raise ValueError("policy must not archive: the cache has no host memory")
-    policy.capacity(frames)  # raises for what it cannot be
+    if unknown := policy.capacity(frames).keys() - KV_FORMATS:  # which raises for what it cannot be
+        raise ValueError(f"policy must have formats among {', '.join(KV_FORMATS)}, got {', '.join(unknown)}")
     if policy.window is not None and policy.window < block_frames:
         raise ValueError(f"policy must have a window of at least block_frames={block_frames}, got {policy.window}")
     return BlockCache(transformer, policy, int(block_frames), frames)

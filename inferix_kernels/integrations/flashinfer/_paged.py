@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layout import KVPages
 from ...plans import UNLIMITED, Plan
-from .._arguments import refuse_but
+from .._arguments import check_range, refuse_but
 from ._wrapper import Planned, Scores, Wrapper, check_same_batch, check_window_left, host_indptr
 from .page import pool_of
 
@@ -57,6 +57,7 @@ def lists_of(
 
 
 class PagedWrapper(Wrapper):
+    _indices = "paged_kv_indices"  # what plan calls the pages
     _lists: Lists
     _limited: Plan  # as the scores say
 
@@ -75,4 +76,6 @@ class PagedWrapper(Wrapper):
         if window_left is not None and window_left != self._scores.window_left:
             check_window_left(window_left)
             plan = self._lists.within(self._scores.causal, window_left)
-        return self._attend(q, pool_of(cache, self._kv_layout), plan, out, lse, return_lse, lse_base, lse_layout)
+        pool = pool_of(cache, self._kv_layout)
+        check_range(self._indices, plan.page_ids, 0, pool.pages - 1, "paged_kv_cache")
+        return self._attend(q, pool, plan, out, lse, return_lse, lse_base, lse_layout)

@@ -22,6 +22,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     changes no result, and is not needed.
     """
 
+    _indices = "indices"
+
     def __init__(
         self,
         float_workspace_buffer: Tensor,

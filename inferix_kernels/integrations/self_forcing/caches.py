@@ -41,8 +41,8 @@ class CacheView:
 
     @property
     def nbytes(self) -> int:
-        """Of the pages of k and v of all layers, which are allocated together."""
-        return self.world.nbytes
+        """Its share of the pages, which k and v of all layers, and all worlds, have together."""
+        return self.world.nbytes // (2 * self.world.layers * self.world.options.worlds)
 
     def zero_(self) -> CacheView:
         """What was held is gone, in k and v of all layers: it must be written before it is read again."""

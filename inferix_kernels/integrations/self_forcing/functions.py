@@ -8,6 +8,7 @@ from torch import Tensor
 from ..._dispatch import Unsupported
 from ...ops import paged_attention
 from ...plans import Plan
+from .._arguments import check_range
 from .._sequences import dense
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -76,15 +77,26 @@ def flash_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)
     if q_scale is not None:
         q = q * q_scale
-    lens = torch.full((batch,), most, device=q.device) if q_lens is None else q_lens.to(q.device)
-    lens = lens.int().clamp(0, most)
-    k_lens = None if k_lens is None else k_lens.to(k.device).int().clamp(0, k.shape[1])
+    q_lens = _lens("q_lens", q_lens, "q", q)
+    lens = torch.full((batch,), most, dtype=torch.int32, device=q.device) if q_lens is None else q_lens
+    k_lens = _lens("k_lens", k_lens, "k", k)
     window = (window_size[0], 0 if causal else window_size[1])
     ends = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
     keys = dense(k, v, k_lens)
     plan = _padded(keys.plan(ends, window), lens, most)
     out, _ = paged_attention(q.reshape(batch * most, heads, width), [keys.pool], plan, scale=softmax_scale)
     return out.view(batch, most, heads, width).to(given)
+
+
+def _lens(name: str, lens: Tensor | None, of: str, x: Tensor) -> Tensor | None:
+    """[B] int32 on x's device. What they say is looked at on a CPU alone."""
+    if lens is None:
+        return None
+    if not isinstance(lens, Tensor) or lens.shape != x.shape[:1] or lens.is_floating_point():
+        got = f"{list(lens.shape)} {lens.dtype}" if isinstance(lens, Tensor) else repr(lens)
+        raise ValueError(f"{name} must be [{len(x)}] integers, got {got}")
+    check_range(name, lens, 0, x.shape[1], of)
+    return lens.to(x.device, torch.int32).clamp(0, x.shape[1])
 
 
 def _padded(plan: Plan, lens: Tensor, most: int) -> Plan:

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..._check import check_counts, check_page_size, check_precision
-from ...layout import FORMATS
+from ...layout import KV_FORMATS
 from . import functions
 from .contract import ATTENTION, INFERENCE, MODEL, contract_of, parameters
 from .forward import attention_forward, model_forward
@@ -68,7 +68,7 @@ def patch(
     Args:
         format: of the pages, see layout.FORMATS: "int8" is half of bfloat16. None: the dtype of the pipeline's cache,
             in which nothing is rounded.
-        worlds: how many caches, with their forks, there is to be room for.
+        worlds: a cache and its forks, of as many of which there is to be room for the whole window.
         page_size, backend, precision: see KVStore.
 
     Returns:
@@ -94,8 +94,8 @@ def patch(
         raise ValueError(f"module must be a Python module, such as wan.modules.causal_model, got {module!r:.80}")
     if module in _patched:
         raise ValueError(f"module must not be patched already, got {_patched[module]}: call unpatch first")
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format is not None and format not in KV_FORMATS:
+        raise ValueError(f"format must be one of {', '.join(KV_FORMATS)}, got {format!r}")
     check_counts({"worlds": worlds})
     check_page_size(page_size)
     check_precision(precision)

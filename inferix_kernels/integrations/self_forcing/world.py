@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...store import Block, KVStore, Part, Pass, Policy
+from ...store import Block, KVStore, OutOfPages, Part, Pass, Policy
 from .by_frame import ByFrame
 from .slots import Rules, Span, biases, place, read
 
@@ -125,7 +125,10 @@ class World:
         if whole:
             blocks = self._open(span.end - span.first)
             parts = [Part(table, [block], block) for table, block in zip(self.tables, blocks)]
-            clean = self.store.plan(parts)
+            try:
+                clean = self.store.plan(parts)
+            except OutOfPages as error:
+                raise OutOfPages(f"{error}: patch(..., worlds={self.options.worlds}) must count the forks") from None
             skipped = (span.first - span.begin) * self.frame_tokens
             for layer, kv in self.newest.items():
                 clean.append(layer, *(x[:, skipped:].flatten(0, 1) for x in kv))
