@@ -71,7 +71,8 @@ def main():
     for format in ("fp32", "bf16", "int8"):
         patched = self_forcing.patch(module, format)
         paged, cache = rollout(model)
-        print(f"{format} pages:  {cache[0]['k'].nbytes:>10,} bytes, {(paged - dense).abs().max():.1e} away at most")
+        size = sum(x[side].nbytes for x in cache for side in "kv")
+        print(f"{format} pages:  {size:>10,} bytes, {(paged - dense).abs().max():.1e} away at most")
         self_forcing.unpatch()
     print(f"patched was {patched}")
 

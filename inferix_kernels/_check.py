@@ -192,6 +192,13 @@ def _check_side(name: str, width: str, side: Side, format: str, sizes: dict[str,
             raise ValueError(f"{field} must be contiguous for {format} pages, got strides {tensor.stride()}")
 
 
+def check_apart(name: str, pages: KVPages) -> None:
+    """Whether what is written to one place stays there: an expanded tensor has it in several."""
+    for letter, codes in (("k", pages.k), ("v", pages.v)):
+        if any(stride == 0 and size > 1 for stride, size in zip(codes.stride(), codes.shape, strict=True)):
+            raise ValueError(f"{name}.{letter} must have a place for each number, got strides {codes.stride()}")
+
+
 def check_same_width(name: str, sizes: dict[str, int]) -> None:
     if sizes["D"] != sizes["Dv"]:
         raise ValueError(f"{name} must have values as wide as keys here, got D={sizes['D']} and Dv={sizes['Dv']}")
@@ -301,8 +308,14 @@ def check_norm(
 
 
 def check_softcap(softcap: float) -> None:
-    if not 0 <= softcap < float("inf"):
+    if not isinstance(softcap, numbers.Real) or not 0 <= softcap < 1e38:
         raise ValueError(f"softcap must be 0, for none, or a positive number, got {softcap!r}")
+
+
+def check_scale(name: str, scale: float | None) -> None:
+    """None, or a number that float32 holds."""
+    if scale is not None and not (isinstance(scale, numbers.Real) and abs(scale) < 1e38):
+        raise ValueError(f"{name} must be a number, got {scale!r:.80}")
 
 
 def check_alibi(slopes: Tensor | None, plan: Plan, sizes: dict[str, int], device: torch.device) -> None:

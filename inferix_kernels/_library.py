@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._dispatch import run
+from ._dispatch import Unsupported, run
 from .layout import KVPages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -87,7 +87,8 @@ def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
         name = f"{NAMESPACE}::{new.name}"
         torch.library.define(name, new.schema)
         torch.library.impl(name, "CompositeExplicitAutograd", new.body)
-        torch.library.register_fake(name, lambda *args: None)  # every output is an argument
+        schemas = [schema for a in new.arguments for schema in a.schemas]
+        torch.library.register_fake(name, _faked(schemas, lambda *args: None))  # every output is an argument
         return function
 
     return register
@@ -109,9 +110,35 @@ def opaque(
     name = f"{NAMESPACE}::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=tuple(tags))
     torch.library.impl(name, "CompositeExplicitAutograd", body)
-    torch.library.register_fake(name, fake)
+    torch.library.register_fake(name, _faked(schema[schema.index("(") :].partition("->")[0].split(","), fake))
     recorded = getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default
     return lambda *arguments: (recorded if torch.compiler.is_compiling() else body)(*arguments)
+
+
+def _faked(schemas: Sequence[str], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which looks first at where the written arguments lie."""
+    written = [i for i, schema in enumerate(schemas) if "!" in schema]
+
+    def checked(*args: Any) -> Any:
+        for i in written:
+            for x in args[i] if isinstance(args[i], (list, tuple)) else [args[i]]:
+                if x is not None:
+                    _check_place(x)
+        return fake(*args)
+
+    return checked
+
+
+def _check_place(x: Tensor) -> None:
+    """torch.compile (2.13, inductor) writes elsewhere, and says nothing, if what an op writes to is a view that is made
+    in the graph, at an offset made of sizes that vary. A view from outside has an offset that is a number of its own.
+    """
+    offset = x.storage_offset()
+    if isinstance(offset, torch.SymInt) and x._is_view() and not offset.node.expr.is_Symbol:
+        raise Unsupported(
+            "what is written to must not be a view that is made in the graph, at a place that depends on sizes which "
+            f"vary, got one at {offset}: torch would write elsewhere. Make the view outside of the graph"
+        )
 
 
 def call(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> None:

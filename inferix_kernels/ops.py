@@ -30,6 +30,7 @@ from ._check import (
     FLOATS,
     attention_outputs,
     check_alibi,
+    check_apart,
     check_attention,
     check_given,
     check_groups,
@@ -42,6 +43,7 @@ from ._check import (
     check_precision,
     check_quantized,
     check_same_width,
+    check_scale,
     check_softcap,
     check_tensor,
     check_word,
@@ -93,6 +95,7 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
     check_tensor("v", v, (k.dtype,), "T H Dv", sizes, device)
     check_pages("pages", pages, sizes, device)
     check_page_list("where", where, sizes, device, starts=not FORMATS[pages.format].quantized)
+    check_apart("pages", pages)
     call("kv_append", backend, device, k, v, pages, where)
 
 
@@ -244,7 +247,10 @@ def paged_attention(
     """
     sizes: dict[str, int] = {}
     check_attention(q, "D", pools, plan, sizes, same_width=True)
+    if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
+        q = q.contiguous()
     check_precision(precision)
+    check_scale("scale", scale)
     check_softcap(softcap)
     check_alibi(alibi_slopes, plan, sizes, q.device)
     if accumulate:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._check import FLOATS, check_optional, check_softcap, check_tensor, device_of, whole
+from .._check import FLOATS, check_optional, check_scale, check_softcap, check_tensor, device_of, is_whole, whole
 from .._dispatch import Unsupported
 from ._arguments import check_range, readable
 from ._sequences import format_of
@@ -42,7 +42,7 @@ class Options(NamedTuple):
 
     @property
     def window(self) -> tuple[int, int]:
-        left, right = (max(int(side), -1) for side in self.window_size)
+        left, right = (max(side, -1) for side in self.window_size)
         return left, 0 if self.causal else right
 
 
@@ -95,8 +95,10 @@ def check_options(options: Options, sizes: dict[str, int], device: torch.device)
         raise ValueError(
             f"q must have a multiple of the keys' H={sizes['H']} heads, got {sizes['Hq']} (tokens come before heads)"
         )
-    if len(options.window_size) != 2:
-        raise ValueError(f"window_size must be two numbers (left, right), got {options.window_size}")
+    window = options.window_size
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(is_whole(side) for side in window):
+        raise ValueError(f"window_size must be two numbers of tokens (left, right), got {window!r}")
+    check_scale("softmax_scale", options.softmax_scale)
     check_softcap(options.softcap)
     if (slopes := options.alibi_slopes) is not None:
         layout = "B Hq" if isinstance(slopes, Tensor) and slopes.ndim == 2 else "Hq"

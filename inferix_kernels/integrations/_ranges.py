@@ -125,7 +125,7 @@ def plan_ranges(
     )
     windows = None
     if any(range_[-1] != FULL for range_ in ranges):
-        windows = torch.tensor([[0, RIGHT]] * len(runs), dtype=torch.int32, device=device)
+        windows = torch.tensor([0, RIGHT] * len(runs), dtype=torch.int32, device=device).view(-1, 2)
     longest = max((row[1] for row in rows), default=0)
     return RangePlan(q_indptr, row_indptr, begins, lens, positions, windows, longest, queries, keys)
 

@@ -37,10 +37,10 @@ class Sequences(NamedTuple):
         plan = Plan(q_indptr, steps * runs, self.ids.flatten(), self.lens.flatten(), page_starts=starts)
         if window == (-1, -1) and not positions:
             return plan
-        limits = [UNLIMITED if side == -1 else side for side in window]
+        limits = [UNLIMITED if side == -1 else min(side, UNLIMITED) for side in window]
         before = self.lens.cumsum(1, dtype=torch.int32) - self.lens
         places = before + (q_indptr.diff() - self.lens.sum(1, dtype=torch.int32))[:, None]
-        windows = torch.stack([torch.full_like(self.ids[:, 0], side) for side in limits], 1)
+        windows = torch.stack([torch.full_like(steps[1:], side) for side in limits], 1)
         return plan._replace(windows=windows, page_positions=places.flatten())
 
 

@@ -15,6 +15,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,25 +108,42 @@ def export(path: str | os.PathLike[str]) -> Path:
     folder, extension = Path(path), importlib.util.find_spec(".._C", __package__)
     if extension is None or extension.origin is None:
         raise ValueError("export needs the extension inferix_kernels._C, which is not built: pip install -e .")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"path must be an empty folder or none yet, got {str(path)!r}, which holds something")
+    _check_empty(folder)
     content = {file.relative_to(ROOT): file.read_bytes() for file in (*_sources(), Path(extension.origin))}
     digest = hashlib.sha256(b"".join(content[file] for file in sorted(content))).hexdigest()
-    for backend, needed in VARIANTS.items():
-        variant = folder / "build" / f"torch-{backend}"
-        for file, data in content.items():
-            _write(variant / ROOT.name / file, data, path)
-        _write(variant / "__init__.py", INIT.format(needed=needed).encode(), path)
-        metadata = {
-            "id": f"{NAME.replace('-', '_')}_{backend}_{digest[:12]}",  # the name of its module
-            "name": NAME,
-            "version": VERSION,
-            "license": LICENSE,
-            "python-depends": [],
-            "backend": {"type": backend},
-        }
-        _write(variant / "metadata.json", json.dumps(metadata, indent=2).encode(), path)
+    new = not folder.exists()
+    try:
+        for backend, needed in VARIANTS.items():
+            variant = folder / "build" / f"torch-{backend}"
+            for file, data in content.items():
+                _write(variant / ROOT.name / file, data, path)
+            _write(variant / "__init__.py", INIT.format(needed=needed).encode(), path)
+            metadata = {
+                "id": f"{NAME.replace('-', '_')}_{backend}_{digest[:12]}",  # the name of its module
+                "name": NAME,
+                "version": VERSION,
+                "license": LICENSE,
+                "python-depends": [],
+                "backend": {"type": backend},
+            }
+            _write(variant / "metadata.json", json.dumps(metadata, indent=2).encode(), path)
+    except BaseException:  # of half a folder nothing stays, and it can be tried again
+        shutil.rmtree(folder if new else folder / "build", ignore_errors=True)
+        raise
     return folder
+
+
+def _check_empty(folder: Path) -> None:
+    if os.pathsep in str(folder):
+        raise ValueError(f"path must be without {os.pathsep!r}, at which LOCAL_KERNELS is split, got {str(folder)!r}")
+    try:
+        holds = folder.is_symlink() or folder.exists()
+        if holds and folder.is_dir():
+            holds = any(folder.iterdir())
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ValueError(f"path must be a folder that can be made, got {str(folder)!r:.80}: {error}") from None
+    if holds:
+        raise ValueError(f"path must be an empty folder or none yet, got {str(folder)!r}, which holds something")
 
 
 def _sources() -> Iterator[Path]:
@@ -151,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
-    print(f"HF_HUB_OFFLINE=1 LOCAL_KERNELS=kernels-community/flash-attn4={folder}")
+    print(f"HF_HUB_OFFLINE=1 LOCAL_KERNELS={shlex.quote(f'kernels-community/flash-attn4={folder}')}")
     return 0
 
 

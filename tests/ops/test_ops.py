@@ -318,9 +318,9 @@ def test_a_named_backend_never_falls_back():
     with pytest.raises(Unsupported, match="page_scores: no Compiled kernel yet"):
         ik.page_scores(q, plan.q_indptr, torch.zeros(3, 1, 1, 16), PageList.of([0], [3]), backend="compiled")
     strided = torch.zeros(2, 1, 32)[..., ::2]
-    with pytest.raises(Unsupported, match="q must be contiguous in its last dimension, got strides"):
-        ik.paged_attention(strided, pools, plan, backend="compiled")
-    ik.paged_attention(strided, pools, plan)  # auto goes on to the reference
+    with pytest.raises(Unsupported, match="out must be contiguous in its last dimension, got strides"):
+        ik.paged_attention(q, pools, plan, out=strided, backend="compiled")
+    ik.paged_attention(q, pools, plan, out=strided)  # auto goes on to the reference
     with pytest.raises(Unsupported, match="pools must be at most 8, got 9"):
         ik.paged_attention(q, pools * 9, plan, backend="compiled")
 

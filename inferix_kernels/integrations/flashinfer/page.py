@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._check import check_shape
+from ..._check import FLOATS, check_apart, check_tensor
 from ..._dispatch import Unsupported
 from ..._library import opaque
 from ...layout import FORMATS, KVPages
@@ -85,7 +85,9 @@ def append_paged_kv_cache(
     for name, x, layout in (("append_key", append_key, "T H D"), ("append_value", append_value, "T H D"),
                             ("batch_indices", batch_indices, "T"), ("positions", positions, "T"),
                             ("kv_indptr", kv_indptr, "B+1"), ("kv_indices", kv_indices, "N")):  # fmt: skip
-        check_shape(name, x, layout, sizes)
+        floats = name.startswith("append_")
+        check_tensor(name, x, FLOATS if floats else (torch.int32, torch.int64), layout, sizes, pool.k.device)
+    check_apart("paged_kv_cache", pool)
     if not (sizes["T"] and sizes["B"] and sizes["N"] and pool.pages):
         if sizes["T"]:
             raise ValueError(f"kv_indices must name pages for {sizes['T']} tokens, got none")

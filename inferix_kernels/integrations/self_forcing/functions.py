@@ -73,6 +73,10 @@ def flash_attention(
         raise Unsupported("q, k and v must not require gradients: run under torch.no_grad()")
     batch, most, heads, width = q.shape
     given = q.dtype
+    if not given.is_floating_point:
+        raise ValueError(f"q must be of a float dtype, got {given}")
+    if not batch:
+        return torch.empty_like(q)
     q, k, v = (x if x.dtype in HALVES else x.to(dtype) for x in (q, k, v))
     q, k = q.to(v.dtype), k.to(v.dtype)
     if q_scale is not None:

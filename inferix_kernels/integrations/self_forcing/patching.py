@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..._check import check_counts, check_page_size, check_precision
+from ..._dispatch import BACKENDS, PEERS
 from ...layout import KV_FORMATS
 from . import functions
 from .contract import ATTENTION, INFERENCE, MODEL, contract_of, parameters
@@ -99,8 +100,13 @@ def patch(
     check_counts({"worlds": worlds})
     check_page_size(page_size)
     check_precision(precision)
+    if backend != "auto" and backend not in BACKENDS | PEERS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS | PEERS)}, got {backend!r}")
     options = Options(format, worlds, page_size, backend, precision)
     what, replaced = _attention(module, options) if hasattr(module, ATTENTION) else _functions(module)
+    ours = [each.after for other in _patched.values() for each in other.replaced]
+    if again := [str(each) for each in replaced if any(each.before is after for after in ours)]:
+        raise ValueError(f"module must not be patched already, got {again[0]} that another module's patch replaced")
     for each in replaced:
         setattr(each.owner, each.name, each.after)
     _patched[module] = Patched(module.__name__, what, replaced)
