@@ -7,7 +7,6 @@ import types
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from inferix_kernels.integrations import self_forcing
 
@@ -41,7 +40,7 @@ class CausalWanSelfAttention(nn.Module):
         kv_cache["k"][:, new], kv_cache["v"][:, new] = k, v
         kv_cache["global_end_index"].fill_(end), kv_cache["local_end_index"].fill_(last)
         q, k, v = (each.transpose(1, 2) for each in (q, kv_cache["k"][:, :last], kv_cache["v"][:, :last]))
-        return self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CausalWanModel(nn.ModuleList):
