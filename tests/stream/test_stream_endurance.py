@@ -1,4 +1,4 @@
-"""A minute with viewers who come and go: nothing is left behind. A minute, because a leak needs time to show."""
+"""Half a minute with viewers who come and go: nothing is left behind. So long, because a leak needs time to show."""
 
 import asyncio
 import ctypes
@@ -23,7 +23,7 @@ from inferix.stream.webrtc import Connection
 from tests.stream.stream_client import LOOP, PATIENCE, Viewer, running, until
 
 ROOT = Path(__file__).parents[2]
-MINUTE, VIEWERS = 60.0, 4
+SECONDS, VIEWERS = 30.0, 4
 
 
 async def watch(server, kind, seconds):
@@ -100,18 +100,18 @@ def main(folder):
             lowest = [min(pair) for pair in zip(lowest, count())]
         return lowest
 
-    async def minute():
+    async def visits():
         async with running(folder) as server:
-            await crowd(server, MINUTE / 6)  # libraries load, pools fill
+            await crowd(server, SECONDS / 3)  # libraries load, pools fill
             await all_left(server)
             before = await least()
-            seen = await crowd(server, 5 * MINUTE / 6)
+            seen = await crowd(server, 2 * SECONDS / 3)
             await all_left(server)
             after = await least(10 * PATIENCE, lambda counts: all(map(operator.le, counts[:3], before)))
             assert min(seen) > 0 and server.session.phase == "running"
             return before, after
 
-    before, after = LOOP.run_until_complete(minute())
+    before, after = LOOP.run_until_complete(visits())
     assert after[0] <= before[0], f"tasks: {[task.get_stack() for task in asyncio.all_tasks(LOOP)]}"
     assert after[1] <= before[1], f"threads: {[thread.name for thread in threading.enumerate()]}"
     assert after[2] <= before[2], "file handles"
