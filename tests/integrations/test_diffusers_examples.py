@@ -1,25 +1,15 @@
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def said_by(name, capsys):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main()
-    return capsys.readouterr().out
+from tests.integrations.examples import said
 
 
 def test_a_stock_pipeline_goes_on_over_a_bounded_past(capsys):
     pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
-    said = said_by("diffusers_blocks", capsys)
-    assert "18 latent frames in 6 blocks; the last frames held are 0, 1, 2, 9, 10, 11, 12, 13, 14, 15, 16, 17" in said
-    rows = re.findall(r"^ +(\w+) +([\d,]+)  (\S+)$", said, re.MULTILINE)
+    text = said("diffusers_blocks", capsys)
+    assert "18 latent frames in 6 blocks; the last frames held are 0, 1, 2, 9, 10, 11, 12, 13, 14, 15, 16, 17" in text
+    rows = re.findall(r"^ +(\w+) +([\d,]+)  (\S+)$", text, re.MULTILINE)
     sizes = {format: int(size.replace(",", "")) for format, size, _ in rows}
     differences = {format: float(difference) for format, _, difference in rows}
     assert sizes["fp32"] > 2 * sizes["int8"] > 2.5 * sizes["int4"]  # with scratch, which stays in float32
@@ -28,7 +18,6 @@ def test_a_stock_pipeline_goes_on_over_a_bounded_past(capsys):
 
 
 def test_an_exported_kernel_is_torchs_attention(capsys):
-    said = said_by("hf_kernel_export", capsys)
-    differences = re.findall(r"(full|causal): (\S+) from torch's", said)
+    differences = re.findall(r"(full|causal): (\S+) from torch's", said("hf_kernel_export", capsys))
     assert [kind for kind, _ in differences] == ["full", "causal"]
     assert all(float(x) < 2e-2 for _, x in differences)  # a rounding of bfloat16, of outputs below 4

@@ -2,20 +2,12 @@
 
 import doctest
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 
 from inferix_kernels.integrations import _ranges, flashinfer, flex_flash_attn, sdpa
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def said(name, capsys):
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    return capsys.readouterr().out
+from tests.integrations.examples import said
 
 
 def test_flashinfers_calls_over_a_bf16_cache_and_over_int8_pages(capsys):
