@@ -1,23 +1,19 @@
-"""Linear layers with 8-bit weights, for a model of your own.
+"""A linear layer with 8-bit weights.
 
-    model = quantize_linears(model)                                       # every nn.Linear, int8, in place
-    layer = Linear8.from_linear(nn.Linear(512, 2048), torch.float8_e4m3fn)
-    layer = Linear8(Quantized(codes, scales), bias=bias)                  # published in 8 bits
-
-The weight has one scale per output channel, the input one per row, found on the way in; products are of 8 bits
-(`quantize_rows` and `linear` of ops.py say how they are rounded and summed). For inference: there is no gradient.
+layer = Linear8.from_linear(nn.Linear(512, 2048), torch.float8_e4m3fn)
+layer = Linear8(Quantized(codes, scales), bias=bias)                  # published in 8 bits
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ._check import CODES, FLOATS, check_is, check_optional, check_quantized, check_tensor
-from .layout import Quantized
-from .ops import linear, quantize_rows
+from .._check import CODES, FLOATS, check_is, check_optional, check_quantized, check_tensor
+from ..layout import Quantized
+from ..ops import linear, quantize_rows
 
 
 class Linear8(nn.Module):
@@ -105,9 +101,27 @@ class Linear8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] float32, bfloat16 or float16 -> [..., N] in x's dtype."""
-        rows = quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype, scale=self.smoothing, backend=self.backend)
-        y = linear(rows, Quantized(self.codes, self.scales), bias=self.bias, dtype=x.dtype, backend=self.backend)
+        y = self.product(self.quantize(x.reshape(-1, x.shape[-1])), dtype=x.dtype)
         return y.view(*x.shape[:-1], len(self.codes))
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """x [M, K] float32, bfloat16 or float16 -> its rows in 8 bits, for `product` of this layer, and of others that
+        take the same input and have the same smoothing."""
+        return quantize_rows(x, self.codes.dtype, scale=self.smoothing, backend=self.backend)
+
+    def product(
+        self,
+        rows: Quantized,
+        *,
+        activation: str | None = None,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """residual + gate * activation(rows @ W.T + bias), [M, N], as `linear` of ops.py has it."""
+        weight = Quantized(self.codes, self.scales)
+        options = {"activation": activation, "gate": gate, "residual": residual, "dtype": dtype}
+        return linear(rows, weight, bias=self.bias, backend=self.backend, **options)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.codes.shape
@@ -121,49 +135,6 @@ class Linear8(nn.Module):
             return y if y.dtype == x.dtype else x.to(y.device)
 
         return super()._apply(moved, recurse)
-
-
-def quantize_linears(
-    model: nn.Module,
-    dtype: torch.dtype = torch.int8,
-    *,
-    names: Iterable[str] | None = None,
-    backend: str = "auto",
-) -> nn.Module:
-    """Put a `Linear8` in the place of linear layers of `model`, in place; returns `model`.
-
-    A state dict of the result loads into another model that was treated the same way.
-
-    Args:
-        dtype: of the codes, int8 or float8_e4m3fn.
-        names: of the layers, as `named_modules` gives them; None is every layer whose class is `nn.Linear`. The first
-            and the last layers of a network are often left out: they are small, and errors there weigh most. A layer
-            that has several names is replaced under those that are given, by one `Linear8`.
-
-    Raises:
-        ValueError: a name is of no linear layer of the model, or the model is itself one, which has no place in
-            another: see Linear8.from_linear. Nothing is replaced.
-        TypeError: a layer, or `dtype`, is not what Linear8.from_linear takes. Nothing is replaced.
-
-    Example:
-        >>> from inferix_kernels.quantize import quantize_linears
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
-        >>> quantize_linears(model, names=["0"])[0]
-        Linear8(in_features=64, out_features=128, codes=torch.int8)
-    """
-    if type(model) is nn.Linear:
-        raise ValueError("model must have its linear layers within it, got one: use Linear8.from_linear")
-    if isinstance(names, str):
-        raise ValueError(f"names must be a list of names, got {names!r}")
-    modules = model.named_modules(remove_duplicate=False)  # a layer may be in several places
-    layers = {name: module for name, module in modules if type(module) is nn.Linear}
-    chosen = list(layers if names is None else names)
-    if unknown := [name for name in chosen if name not in layers]:
-        raise ValueError(f"names must be linear layers of the model, got {unknown[0]!r}")
-    made = {layer: Linear8.from_linear(layer, dtype, backend=backend) for layer in map(layers.__getitem__, chosen)}
-    for name in chosen:
-        model.set_submodule(name, made[layers[name]].train(layers[name].training))
-    return model
 
 
 def _smoothing(smooth: Tensor, sizes: dict[str, int], device: torch.device) -> Tensor:
