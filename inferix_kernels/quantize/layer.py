@@ -120,8 +120,16 @@ class Linear8(nn.Module):
     ) -> Tensor:
         """residual + gate * activation(rows @ W.T + bias), [M, N], as `linear` of ops.py has it."""
         weight = Quantized(self.codes, self.scales)
-        options = {"activation": activation, "gate": gate, "residual": residual, "dtype": dtype}
-        return linear(rows, weight, bias=self.bias, backend=self.backend, **options)
+        return linear(
+            rows,
+            weight,
+            bias=self.bias,
+            activation=activation,
+            gate=gate,
+            residual=residual,
+            dtype=dtype,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         out_features, in_features = self.codes.shape
