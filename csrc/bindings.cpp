@@ -161,7 +161,8 @@ void define_types(py::module_& m) {
       .value("avx2", Isa::avx2)
       .value("avx512", Isa::avx512)
       .value("avx512_vnni", Isa::avx512_vnni)
-      .value("avx512_bf16", Isa::avx512_bf16);
+      .value("avx512_bf16", Isa::avx512_bf16)
+      .value("amx", Isa::amx);
   m.def("best_isa", best_isa, "The last Isa that this CPU has.");
   py::enum_<Norm>(m, "Norm", py::module_local())
       .value("none", Norm::none)

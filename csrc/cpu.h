@@ -11,9 +11,10 @@ enum class Isa {
   avx512,       // F, VL, BW, DQ
   avx512_vnni,  // dot products of 8-bit integers
   avx512_bf16,  // dot products of bfloat16
+  amx,          // products of matrices of both, in tile registers
 };
 
-// The last that this CPU has.
+// The last that this CPU has and this process may use.
 Isa best_isa();
 
 struct Cpu {
