@@ -37,7 +37,7 @@ def test_auto_and_exact_stay_near_the_reference_whatever_q_holds(isa, large, sma
 
 
 def in_bfloat16(q, k, v, want):
-    """The error that is left if products of the pages' keys and values take bfloat16 operands, but all else is float64."""
+    """The error that is left if the products take bfloat16 operands, and all else is float64."""
     pool, where = KVPages.empty("int8", 16, 4, 64, q.shape[-1]), PageList.of(range(16), LENS)
     kv_append(k, v, pool, where)
     keys, values = kv_gather([pool], where)
