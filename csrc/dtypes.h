@@ -43,6 +43,7 @@ INFERIX_BOTH constexpr bool is_by_token(Codec codec) {
   return codec == Codec::i8_token || codec == Codec::e4m3_token || codec == Codec::u4_token;
 }
 // Bytes of a stored element, of one token's codes, and of one scale.
+INFERIX_BOTH constexpr int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 INFERIX_BOTH constexpr int element_bytes(Codec codec) { return codec == Codec::f32 ? 4 : is_float(codec) ? 2 : 1; }
 template <typename Int>
 INFERIX_BOTH constexpr Int row_bytes(Codec codec, Int width) {

@@ -13,6 +13,9 @@ enum class Activation : int32_t { none, gelu, gelu_tanh };
 struct Groups {
   const float* data;  // [groups, width] or null
   int64_t groups;     // divides M
+  const float* row(int64_t i, int64_t M, int64_t width) const {
+    return data ? data + i / (M / groups) * width : nullptr;
+  }
   INFERIX_FIELDS(data, groups)
 };
 

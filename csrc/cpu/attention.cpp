@@ -45,8 +45,6 @@ Arithmetic key_arithmetic(const PagedAttentionParams& p, Codec codec, Isa isa) {
   return arithmetic_of(codec, isa, too_wide ? Precision::exact : p.precision);
 }
 
-int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // Loads the queries, scaled so that scores are in units of log 2, and initialises the online softmax.
 template <typename S>
 INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,

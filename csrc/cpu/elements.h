@@ -98,7 +98,7 @@ INFERIX_INLINE int32_t rounded(float x) { return static_cast<int32_t>(bits_of(x 
 
 // Calls function(T{}) with the element type of a dtype.
 template <typename Function>
-void with_float_type(DType dtype, Function&& function) {
+INFERIX_INLINE void with_float_type(DType dtype, Function&& function) {
   switch (dtype) {
     case DType::f32: return function(float{});
     case DType::bf16: return function(Bf16{});

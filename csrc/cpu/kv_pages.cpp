@@ -10,8 +10,6 @@
 namespace inferix {
 namespace {
 
-int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 char* row_of(const Rows& rows, DType dtype, int64_t token, int64_t head) {
   return static_cast<char*>(rows.data) + (token * rows.token_stride + head * rows.head_stride) * element_bytes(dtype);
 }

@@ -1,85 +1,31 @@
-// quantize_rows and linear on the CPU.
+// linear on the CPU: sums of sixteen rows of the weight with sixteen rows of x, which lie side by side in the lanes of a
+// register as the queries of attention do, or in the columns of a tile register; then linear_finish.h.
 //
-// linear is the q . k micro-kernel of attention: weight rows are the keys, sixteen rows of x the queries. Its sums are
-// scaled in the epilogue, row by row, so that int8 gives the bits of the formula with every instruction set.
+// Sums of int8 products are exact and scaled afterwards, so that they give the bits of the formula with every instruction
+// set.
 #include "../linear.h"
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
+#include "amx.h"
 #include "attention_tile.h"
 #include "codes.h"
-#include "norms.h"
+#include "linear_finish.h"
 #include "parallel.h"
 
 namespace inferix {
 namespace {
 
-// 2^x for x <= 0, within 2 units in the last place; as Simd::exp2, but for loops that the compiler makes vectors of.
-INFERIX_INLINE float exp2_of(float x) {
-  x = std::max(x, -126.f);
-  const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);
-  float p = f * 1.5344105e-4f + 1.3405462e-3f;
-  p = p * f + 9.6185449e-3f;
-  p = p * f + 5.5503126e-2f;
-  p = p * f + 2.4022646e-1f;
-  p = p * f + 6.9314724e-1f;
-  p = p * f + 1.f;
-  return p * float_of((bits_of(shifted) + 127) << 23);
-}
-
-INFERIX_INLINE float gelu_tanh(float x) {
-  // 0.5 (1 + tanh u) = 1 / (1 + e^-2u), and e^-2|u| does not overflow.
-  const float u = 0.79788456f * (x + 0.044715f * x * x * x), e = exp2_of(-2.88539008f * std::abs(u));
-  return x * (u >= 0.f ? 1.f : e) / (1.f + e);
-}
-
-// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: erfc within 1.5e-7.
-INFERIX_INLINE float gelu_erf(float x) {
-  const float z = std::abs(x) * 0.70710678f, t = 1.f / (1.f + 0.3275911f * z);
-  float p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const float tail = 0.5f * x * (p * t * exp2_of(-1.44269504f * z * z));  // 0.5 x erfc(|x| / sqrt 2)
-  return x < 0.f ? tail : x - tail;
-}
-
-INFERIX_INLINE void activate(float* y, int64_t count, Activation activation) {
-  if (activation == Activation::gelu)
-    for (int64_t i = 0; i < count; ++i) y[i] = gelu_erf(y[i]);
-  if (activation == Activation::gelu_tanh)
-    for (int64_t i = 0; i < count; ++i) y[i] = gelu_tanh(y[i]);
-}
-
-const float* row_of(const Groups& groups, int64_t width, int64_t row, int64_t rows) {
-  return groups.data ? groups.data + row / (rows / groups.groups) * width : nullptr;
-}
-
-int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-INFERIX_INLINE void prepare(const QuantizeRowsParams& p, int64_t row, float* __restrict y) {
-  if (p.norm == Norm::layer) subtract_mean(y, p.K);
-  if (p.norm != Norm::none) {
-    const float inverse = inverse_rms(y, p.K, p.eps);
-    for (int64_t k = 0; k < p.K; ++k) y[k] *= inverse;
-  }
-  if (p.weight)
-    for (int64_t k = 0; k < p.K; ++k) y[k] *= p.weight[k];
-  if (p.bias)
-    for (int64_t k = 0; k < p.K; ++k) y[k] += p.bias[k];
-  if (const float* scale = row_of(p.scale, p.K, row, p.M))
-    for (int64_t k = 0; k < p.K; ++k) y[k] *= 1.f + scale[k];
-  if (const float* shift = row_of(p.shift, p.K, row, p.M))
-    for (int64_t k = 0; k < p.K; ++k) y[k] += shift[k];
-  activate(y, p.K, p.activation);
-}
-
-constexpr int64_t kRowsPerTask = 128;
+constexpr int64_t kLeastColumns = 64, kMostColumns = 512;  // of the result in a task, rows of the weight
+constexpr int64_t kShareBytes = 1 << 19;  // of x that a task reads again and again: it should stay in the L2 cache
+constexpr int64_t kLeastShare = 128;      // rows
 // float32 holds the sum of this many products of int8 codes exactly: for instruction sets without integer dot products.
 constexpr int64_t kExactTerms = 1024;
 
+constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// How codes are multiplied.
 enum class Words { floats, bf16, int8 };
 
 Words words_of(Codec codec, Isa isa) {
@@ -87,194 +33,265 @@ Words words_of(Codec codec, Isa isa) {
   return isa >= Isa::avx512_bf16 ? Words::bf16 : Words::floats;  // e4m3 is exact in bfloat16
 }
 
-// x and the weight, packed for the micro-kernel.
-struct Operands {
-  Words words;
-  int64_t row_words;             // to a row
-  std::vector<Column> x;         // [ceil(M / 16)][row_words]
-  std::vector<int32_t> weight;   // [N rounded up to 16][row_words]; empty if read in place
-  std::vector<int32_t> compensation;  // [N rounded up to 16]  int8: of x's zero point
-  const char* weight_rows;
+struct Call;
+
+// For one generation of CPUs.
+struct Level {
+  void (*pack_x)(const Call&, int64_t group);
+  // Columns first ... end of the result, rows of these groups.
+  void (*multiply)(const Call&, int64_t first_group, int64_t end_group, int64_t first, int64_t end);
+  void (*finish)(const Call&, const Column* sums, int64_t m0, int64_t n0);
 };
 
-// One row of K codes as words, zeros up to a whole one; unsigned bytes are 128 more.
-INFERIX_INLINE void row_to_words(const Operands& o, Isa isa, Codec codec, const char* codes, int64_t K,
-                                 bool is_unsigned, int32_t* words) {
-  words[o.row_words - 1] = 0;
-  if (o.words == Words::int8) {
+struct Call {
+  LinearParams p;
+  Level level;
+  Isa isa;
+  Words words;
+  int64_t row_words;  // to a row of x or of the weight, with zeros up to whole registers
+  int64_t groups;     // of sixteen rows of x
+  Column* x;          // [groups][row_words]
+  bool unsigned_x() const { return words == Words::int8 && isa < Isa::amx; }
+};
+
+// A row of K codes as words, zeros past them.
+INFERIX_INLINE void row_to_words(const Call& c, const char* codes, int32_t* words) {
+  const int64_t K = c.p.K;
+  if (c.words == Words::int8) {
     std::memcpy(words, codes, K);
-    if (is_unsigned)
-      for (int64_t n = 0; n < o.row_words; ++n) words[n] ^= static_cast<int32_t>(0x80808080);
+    std::memset(reinterpret_cast<char*>(words) + K, 0, c.row_words * 4 - K);
     return;
   }
   thread_local Buffer buffer;
   float one = 1.f, *x = buffer.floats(K);
-  decode(isa, Tile{codec, 1, K, K, const_cast<char*>(codes), reinterpret_cast<char*>(&one), nullptr}, 0, 1, x, K);
-  from_floats(isa, o.words == Words::bf16 ? DType::bf16 : DType::f32, x, K, 1, K, words, K);
+  decode(c.isa, Tile{c.p.codec, 1, K, K, const_cast<char*>(codes), reinterpret_cast<char*>(&one), nullptr}, 0, 1, x, K);
+  const int64_t used = K / (c.words == Words::bf16 ? 2 : 1);  // whole words
+  std::fill(words + used, words + c.row_words, 0);
+  from_floats(c.isa, c.words == Words::bf16 ? DType::bf16 : DType::f32, x, K, 1, K, words, K);
 }
 
 // Sixteen rows of x, or as many as there are, side by side.
 template <typename S>
-INFERIX_INLINE void pack_x(Isa isa, const LinearParams& p, int64_t group, Operands& o) {
-  const int64_t stride = (o.row_words + kLanes - 1) / kLanes * kLanes, first = group * kLanes;
-  thread_local std::vector<int32_t> words;
-  words.assign(kLanes * stride, 0);
-  for (int64_t m = first; m < std::min(p.M, first + kLanes); ++m)
-    row_to_words(o, isa, p.codec, static_cast<const char*>(p.x) + m * p.K, p.K, true, &words[(m - first) * stride]);
-  alignas(64) Column block[kLanes];
-  for (int64_t n = 0; n < o.row_words; n += kLanes) {
-    S::transpose(reinterpret_cast<const float*>(&words[n]), stride, block[0].lane, kLanes);
-    std::copy_n(block, std::min<int64_t>(kLanes, o.row_words - n), &o.x[group * o.row_words + n]);
+INFERIX_INLINE void pack_x(const Call& c, int64_t group) {
+  const int64_t first = group * kLanes, K = c.p.K, words = c.row_words;
+  const char* from = static_cast<const char*>(c.p.x) + first * K;
+  int64_t stride = K;
+  if (c.words != Words::int8 || K != words * 4 || first + kLanes > c.p.M) {
+    thread_local Buffer buffer;
+    int32_t* rows = reinterpret_cast<int32_t*>(buffer.floats(kLanes * words));
+    for (int64_t m = 0; m < kLanes; ++m) {
+      if (first + m < c.p.M)
+        row_to_words(c, from + m * K, rows + m * words);
+      else
+        std::fill_n(rows + m * words, words, 0);
+    }
+    from = reinterpret_cast<const char*>(rows), stride = words * 4;
+  }
+  Column* to = c.x + group * words;
+  for (int64_t n = 0; n < words; n += kLanes) {
+    S::transpose(reinterpret_cast<const float*>(from) + n, stride / 4, to[n].lane, kLanes);
+    for (int64_t i = n; c.unsigned_x() && i < n + kLanes; ++i) {
+      // 128 more, by flipping the sign; but zeros past K stay: what they are multiplied with is of another row.
+      const int64_t bytes = std::min<int64_t>(K - i * 4, 4);
+      const uint32_t signs = bytes <= 0 ? 0 : 0x80808080 & (0xffffffff >> (32 - 8 * bytes));
+      for (int part = 0; part < S::kParts; ++part)
+        S::part(to[i], part) = (typename S::Lanes)((typename S::UnsignedLanes)S::part(to[i], part) ^ signs);
+    }
   }
 }
 
-// A row of the weight, and its zero-point compensation.
-template <typename S>
-INFERIX_INLINE void pack_weight(Isa isa, const LinearParams& p, int64_t n, Operands& o) {
-  const char* codes = static_cast<const char*>(p.weight) + n * p.K;
-  if (!o.weight.empty()) row_to_words(o, isa, p.codec, codes, p.K, false, &o.weight[n * o.row_words]);
-  if (o.words == Words::int8) o.compensation[n] = zero_point_compensation<S>(codes, p.K);
-}
-
-template <typename S, int kBlock, typename Function>
-INFERIX_INLINE void with_micro_kernels(Words words, const Function& function) {
-#if defined(__x86_64__)
-  if constexpr (S::kWidth == 16) {
-    if (words == Words::int8) return function(MicroKernels<S, Int8Quads, kBlock>{});
-    if (words == Words::bf16) return function(MicroKernels<S, Bf16Pairs, kBlock>{});
-  }
-#endif
-  function(MicroKernels<S, Floats<S>, kBlock>{});
-}
-
-// sums[n] = x . weight row first + n, for sixteen rows of x.
-template <typename S, int kBlock>
-INFERIX_INLINE void dot_products(const LinearParams& p, const Operands& o, int64_t group, int64_t first, int64_t count,
-                                 Column* sums) {
-  alignas(64) float zeros[kTileKeys] = {}, ones[kTileKeys];
-  std::fill_n(ones, kTileKeys, 1.f);
-  Column unit;
-  std::fill_n(unit.lane, kLanes, 1.f);
-  const char* rows = o.weight_rows + first * o.row_words * 4;
-  const Column* x = &o.x[group * o.row_words];
-  const bool split = o.words == Words::floats && p.codec == Codec::i8_token && p.K > kExactTerms;
-  const int64_t step = split ? kExactTerms : o.row_words;
-  alignas(64) Column part[kTileKeys];
-  int32_t exact_sums[kTileKeys][kLanes] = {};
-  for (int64_t k = 0; k < o.row_words; k += step) {
-    const TileKeys keys{rows + k * 4, o.row_words * 4, std::min(step, o.row_words - k), count, zeros, ones,
-                        o.compensation.data() + first};
-    with_micro_kernels<S, kBlock>(o.words, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-      kernels.qk_product(keys, x + k, unit, split ? part : sums);
-    });
-    for (int64_t n = 0; split && n < count; ++n)
-      for (int lane = 0; lane < kLanes; ++lane) exact_sums[n][lane] += static_cast<int32_t>(part[n].lane[lane]);
-  }
-  for (int64_t n = 0; split && n < count; ++n)
-    for (int lane = 0; lane < kLanes; ++lane) sums[n].lane[lane] = float(exact_sums[n][lane]);
-}
-
-// Scales, bias, activation, gate and residual of `count` elements of one row.
-INFERIX_INLINE void epilogue(Isa isa, const LinearParams& p, int64_t m, int64_t n, int64_t count, float* __restrict y) {
-  for (int64_t i = 0; i < count; ++i) y[i] *= p.x_scales[m] * p.weight_scales[n + i];
-  if (p.bias)
-    for (int64_t i = 0; i < count; ++i) y[i] += p.bias[n + i];
-  activate(y, count, p.activation);
-  if (const float* gate = row_of(p.gate, p.N, m, p.M))
-    for (int64_t i = 0; i < count; ++i) y[i] *= gate[n + i];
-  if (p.residual) {
-    float residual[kTileKeys];
-    const char* from = static_cast<const char*>(p.residual) + (m * p.N + n) * element_bytes(p.residual_dtype);
-    to_floats(isa, p.residual_dtype, from, count, 1, count, residual, count);
-    for (int64_t i = 0; i < count; ++i) y[i] += residual[i];
-  }
-  char* out = static_cast<char*>(p.out) + (m * p.N + n) * element_bytes(p.out_dtype);
-  from_floats(isa, p.out_dtype, y, count, 1, count, out, count);
-}
-
-// Rows first_row : end_row of the result, columns first : first + count.
-template <typename S, int kBlock>
-INFERIX_INLINE void multiply(Isa isa, const LinearParams& p, const Operands& o, int64_t first_row, int64_t end_row,
-                             int64_t first) {
-  const int64_t count = std::min(kTileKeys, p.N - first), rows = (count + kLanes - 1) / kLanes * kLanes;
-  alignas(64) Column sums[kTileKeys];
-  alignas(64) float y[kLanes][kTileKeys];
-  for (int64_t group = first_row; group < end_row; group += kLanes) {
-    dot_products<S, kBlock>(p, o, group / kLanes, first, rows, sums);
-    for (int64_t n = 0; n < rows; n += kLanes) S::transpose(sums[n].lane, kLanes, &y[0][n], kTileKeys);
-    for (int64_t m = group; m < std::min(end_row, group + kLanes); ++m) epilogue(isa, p, m, first, count, y[m - group]);
-  }
-}
-
-struct Kernels {
-  void (*prepare_row)(const QuantizeRowsParams&, int64_t, float*);
-  void (*pack_x)(Isa, const LinearParams&, int64_t, Operands&);
-  void (*pack_weight)(Isa, const LinearParams&, int64_t, Operands&);
-  void (*linear_tile)(Isa, const LinearParams&, const Operands&, int64_t, int64_t, int64_t);
+// Sixteen rows of the weight as words, `stride` bytes apart.
+struct WeightRows {
+  const char* rows;
+  int64_t stride;
+  int32_t compensation[kLanes];  // of x's zero point
 };
 
-#define INFERIX_KERNELS(level, target, width, block)                                                                  \
-  target void prepare_##level(const QuantizeRowsParams& p, int64_t row, float* y) { prepare(p, row, y); }             \
-  target void pack_x_##level(Isa isa, const LinearParams& p, int64_t group, Operands& o) {                            \
-    pack_x<Simd<width>>(isa, p, group, o);                                                                            \
-  }                                                                                                                   \
-  target void pack_weight_##level(Isa isa, const LinearParams& p, int64_t n, Operands& o) {                           \
-    pack_weight<Simd<width>>(isa, p, n, o);                                                                           \
-  }                                                                                                                   \
-  target void multiply_##level(Isa isa, const LinearParams& p, const Operands& o, int64_t first_row, int64_t end_row, \
-                               int64_t first) {                                                                       \
-    multiply<Simd<width>, block>(isa, p, o, first_row, end_row, first);                                               \
-  }                                                                                                                   \
-  constexpr Kernels level{prepare_##level, pack_x_##level, pack_weight_##level, multiply_##level};
+// Rows n ... n + 15 where they lie, or packed into `room`: what lies past the last row must not be read.
+template <typename S>
+INFERIX_INLINE WeightRows weight_rows(const Call& c, int64_t n, Buffer& room) {
+  const int64_t K = c.p.K, stride = c.row_words * 4;
+  const char* codes = static_cast<const char*>(c.p.weight) + n * K;
+  WeightRows w{codes, K, {}};
+  if (c.words != Words::int8 || (n + kLanes - 1) * K + stride > c.p.N * K) {
+    int32_t* words = reinterpret_cast<int32_t*>(room.floats(kLanes * c.row_words));
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (n + i < c.p.N)
+        row_to_words(c, codes + i * K, words + i * c.row_words);
+      else
+        std::fill_n(words + i * c.row_words, c.row_words, 0);
+    }
+    w.rows = reinterpret_cast<const char*>(words), w.stride = stride;
+  }
+  for (int64_t i = 0; c.unsigned_x() && i < kLanes; ++i)
+    w.compensation[i] = zero_point_compensation<S>(w.rows + i * w.stride, K);
+  return w;
+}
 
-INFERIX_KERNELS(portable, , 4, 2)
+// sums[n].lane[m] of sixteen rows n of the weight with sixteen rows m of x.
+template <typename S, typename Arithmetic, int kBlock>
+INFERIX_INLINE void products(const WeightRows& w, const Column* x, int64_t words, Column* sums) {
+  using Kernels = MicroKernels<S, Arithmetic, kBlock>;
+  for (int64_t first = 0; first < kLanes; first += kBlock) {
+    typename Kernels::Sums block;
+    Kernels::each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
+      block.of[j] = typename Kernels::Sum{};
+      if constexpr (Kernels::kInteger) block.of[j] += w.compensation[first + row];
+    });
+    const int64_t stride = w.stride, three = 3 * stride;  // four pointers and the strides 1, 2 and 3 reach sixteen rows
+    const char *row0 = w.rows + first * stride, *row4 = row0 + 4 * stride, *row8 = row4 + 4 * stride,
+               *row12 = row8 + 4 * stride;
+    const auto at = [&](int row) INFERIX_INLINE_LAMBDA {
+      const char* base = row < 4 ? row0 : row < 8 ? row4 : row < 12 ? row8 : row12;
+      return base + (row % 4 == 0 ? 0 : row % 4 == 1 ? stride : row % 4 == 2 ? 2 * stride : three);
+    };
+    Kernels::multiply_add(at, 4, x, words, block);
+    Kernels::each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
+      S::part(sums[first + row], part) = (typename S::Lanes)block.of[j];
+    });
+  }
+}
+
+// int8 codes as floats: as many at once as float32 sums exactly.
+template <typename S, int kBlock>
+INFERIX_INLINE void exact_products(WeightRows w, const Column* x, int64_t words, Column* sums) {
+  int32_t whole[kLanes][kLanes] = {};
+  for (int64_t k = 0; k < words; k += kExactTerms, w.rows += kExactTerms * 4) {
+    products<S, Floats<S>, kBlock>(w, x + k, std::min(kExactTerms, words - k), sums);
+    for (int n = 0; n < kLanes; ++n)
+      for (int m = 0; m < kLanes; ++m) whole[n][m] += static_cast<int32_t>(sums[n].lane[m]);
+  }
+  for (int n = 0; n < kLanes; ++n)
+    for (int m = 0; m < kLanes; ++m) sums[n].lane[m] = float(whole[n][m]);
+}
+
+template <typename S, int kBlock>
+INFERIX_INLINE void any_products(const Call& c, const WeightRows& w, const Column* x, Column* sums) {
 #if defined(__x86_64__)
-INFERIX_KERNELS(v3, INFERIX_V3, 8, 4)
-INFERIX_KERNELS(v4, INFERIX_V4, 16, 16)
-Kernels kernels(Isa isa) { return *dispatch(isa, &portable, &v3, &v4); }
-#else
-Kernels kernels(Isa) { return portable; }
+  if constexpr (S::kWidth == 16) {
+    if (c.words == Words::int8) return products<S, Int8Quads, kBlock>(w, x, c.row_words, sums);
+    if (c.words == Words::bf16) return products<S, Bf16Pairs, kBlock>(w, x, c.row_words, sums);
+  }
+#endif
+  if (c.p.codec == Codec::i8_token && c.p.K > kExactTerms)
+    return exact_products<S, kBlock>(w, x, c.row_words, sums);
+  products<S, Floats<S>, kBlock>(w, x, c.row_words, sums);
+}
+
+// Columns first ... end of the result, for x's groups.
+template <typename S, int kBlock>
+INFERIX_INLINE void multiply(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) {
+  thread_local Buffer room;
+  alignas(64) Column sums[kLanes];
+  for (int64_t n = first; n < end; n += kLanes) {
+    const WeightRows w = weight_rows<S>(c, n, room);
+    for (int64_t group = first_group; group < end_group; ++group) {
+      any_products<S, kBlock>(c, w, c.x + group * c.row_words, sums);
+      c.level.finish(c, sums, group * kLanes, n);
+    }
+  }
+}
+
+#if defined(__x86_64__)
+// Sums of one block of columns that wait to be finished: squares of two times two blocks of sixteen, a square after the
+// other along x.
+struct Finished {
+  const Column* squares = nullptr;
+  int64_t first_row = 0, column = 0, next = 0, count = 0;  // in blocks
+};
+
+inline void finish_next(const Call& c, Finished& f) {
+  const int64_t block = f.next++, m = f.first_row + block / 4 * 2 * kLanes + block % 2 * kLanes;
+  c.level.finish(c, f.squares + block * kLanes, m, f.column + block / 2 % 2 * kLanes);
+}
+
+// The same in tile registers. What follows the products of one block of columns is done little by little, while the tile
+// registers multiply the next. A chunk of 32 rows of the weight stays in the L1 cache while x streams past it from L2.
+template <typename S, typename Product>
+INFERIX_INLINE void multiply_tiles(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) {
+  constexpr int64_t kChunk = 8;  // steps: 64 bytes of each row
+  thread_local Buffer rooms[2], both_squares;
+  const int64_t steps = c.row_words / kLanes, chunks = (steps + kChunk - 1) / kChunk;
+  const int64_t pairs = (end_group - first_group + 1) / 2, blocks = pairs * 4;
+  Column* squares = reinterpret_cast<Column*>(both_squares.floats(2 * blocks * kLanes * kLanes));
+  Finished waiting;
+  const Tiles tiles;
+  for (int64_t n = first; n < end; n += 2 * kLanes) {
+    const WeightRows w0 = weight_rows<S>(c, n, rooms[0]);
+    const WeightRows w1 = n + kLanes < c.p.N ? weight_rows<S>(c, n + kLanes, rooms[1]) : w0;
+    const char* ahead = w0.rows + 2 * kLanes * w0.stride;
+    const int64_t lines = n + 2 * kLanes < end ? (2 * kLanes * w0.stride / 64 + steps * pairs - 1) / (steps * pairs) : 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t begin = steps * chunk / chunks, stop = steps * (chunk + 1) / chunks;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const int64_t group = first_group + 2 * pair;
+        const Column *x0 = c.x + group * c.row_words, *x1 = group + 1 < c.groups ? x0 + c.row_words : x0;
+        Column* square = squares + pair * 4 * kLanes;
+        if (chunk == 0) {
+          tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+        } else {
+          tile_load<0>(square, 64), tile_load<1>(square + kLanes, 64);
+          tile_load<2>(square + 2 * kLanes, 64), tile_load<3>(square + 3 * kLanes, 64);
+        }
+        for (int64_t i = begin; i < stop; ++i) {
+          tile_load<4>(w0.rows + i * 64, w0.stride), tile_load<6>(x0 + i * kLanes, 64);
+          tile_load<7>(x1 + i * kLanes, 64), tile_load<5>(w1.rows + i * 64, w1.stride);
+          Product::template multiply_add<0, 4, 6>(), Product::template multiply_add<1, 4, 7>();
+          Product::template multiply_add<2, 5, 6>(), Product::template multiply_add<3, 5, 7>();
+          for (int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+          const int64_t passed = chunk * pairs * kChunk + pair * kChunk + i - begin;
+          if (waiting.next < waiting.count && waiting.next * chunks * pairs * kChunk <= passed * blocks)
+            finish_next(c, waiting);
+        }
+        tile_store<0>(square, 64), tile_store<1>(square + kLanes, 64);
+        tile_store<2>(square + 2 * kLanes, 64), tile_store<3>(square + 3 * kLanes, 64);
+      }
+    }
+    while (waiting.next < waiting.count) finish_next(c, waiting);
+    waiting = {squares, first_group * kLanes, n, 0, blocks};
+    squares = reinterpret_cast<Column*>(both_squares.floats(0)) + (waiting.squares == reinterpret_cast<Column*>(both_squares.floats(0)) ? blocks * kLanes : 0);
+  }
+  while (waiting.next < waiting.count) finish_next(c, waiting);
+}
 #endif
 
-Operands operands(const LinearParams& p, const Cpu& cpu) {
-  const Kernels level = kernels(cpu.isa);
-  const int64_t groups = (p.M + kLanes - 1) / kLanes, blocks = (p.N + kLanes - 1) / kLanes;
-  Operands o{};
-  o.words = words_of(p.codec, cpu.isa);
-  const int64_t elements = o.words == Words::int8 ? 4 : o.words == Words::bf16 ? 2 : 1;
-  o.row_words = (p.K + elements - 1) / elements;
-  o.x.resize(groups * o.row_words);
-  o.compensation.resize(blocks * kLanes);
-  o.weight_rows = static_cast<const char*>(p.weight);
-  if (o.words != Words::int8 || p.K % 4 || p.N % kLanes) {
-    o.weight.resize(blocks * kLanes * o.row_words);
-    o.weight_rows = reinterpret_cast<const char*>(o.weight.data());
-  }
-  parallel_for(cpu.threads, groups, [&](int64_t group) { level.pack_x(cpu.isa, p, group, o); });
-  parallel_for(cpu.threads, blocks, [&](int64_t block) {
-    for (int64_t n = block * kLanes; n < std::min(p.N, (block + 1) * kLanes); ++n)
-      level.pack_weight(cpu.isa, p, n, o);
-  });
-  return o;
+// sums[n].lane[m] of rows n0 ... of the weight and m0 ... of x become the result there, if it has such.
+template <typename S>
+INFERIX_INLINE void finish(const Call& c, const Column* sums, int64_t m0, int64_t n0) {
+  const bool integers = c.words == Words::int8;
+  if (m0 + kLanes <= c.p.M && n0 + kLanes <= c.p.N) return finish_block<S, true>(c.p, integers, sums, m0, n0);
+  if (m0 < c.p.M && n0 < c.p.N) finish_block<S, false>(c.p, integers, sums, m0, n0);
 }
+
+#define INFERIX_LEVEL(level, target, width, block)                                                                  \
+  target void pack_x_##level(const Call& c, int64_t group) { pack_x<Simd<width>>(c, group); }                       \
+  target void multiply_##level(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) { \
+    multiply<Simd<width>, block>(c, first_group, end_group, first, end);                                            \
+  }                                                                                                                 \
+  target void finish_##level(const Call& c, const Column* sums, int64_t m0, int64_t n0) {                           \
+    finish<Simd<width>>(c, sums, m0, n0);                                                                           \
+  }                                                                                                                 \
+  constexpr Level level{pack_x_##level, multiply_##level, finish_##level};
+
+INFERIX_LEVEL(portable, , 4, 2)
+#if defined(__x86_64__)
+INFERIX_LEVEL(v3, INFERIX_V3, 8, 4)
+INFERIX_LEVEL(v4, INFERIX_V4, 16, 16)
+
+INFERIX_V4 void multiply_amx(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) {
+  if (c.words == Words::int8)
+    multiply_tiles<Simd<16>, SignedBytes>(c, first_group, end_group, first, end);
+  else
+    multiply_tiles<Simd<16>, Bf16Numbers>(c, first_group, end_group, first, end);
+}
+constexpr Level amx{pack_x_v4, multiply_amx, finish_v4};
+
+Level level_of(Isa isa) { return isa >= Isa::amx ? amx : *dispatch(isa, &portable, &v3, &v4); }
+#else
+Level level_of(Isa) { return portable; }
+#endif
 
 }  // namespace
-
-void quantize_rows_cpu(const QuantizeRowsParams& p, const Cpu& cpu) {
-  constexpr int64_t kRows = 16;
-  const auto prepare_row = kernels(cpu.isa).prepare_row;
-  parallel_for(cpu.threads, (p.M + kRows - 1) / kRows, [&](int64_t task) {
-    thread_local std::vector<float> y;
-    y.resize(p.K);
-    for (int64_t row = task * kRows; row < std::min(p.M, (task + 1) * kRows); ++row) {
-      const char* x = static_cast<const char*>(p.x) + row * p.x_stride * element_bytes(p.x_dtype);
-      to_floats(cpu.isa, p.x_dtype, x, p.K, 1, p.K, y.data(), p.K);
-      prepare_row(p, row, y.data());
-      char* codes = static_cast<char*>(p.codes) + row * p.K;
-      encode(cpu.isa, Tile{p.codec, 1, p.K, p.K, codes, reinterpret_cast<char*>(p.scales + row), nullptr}, y.data(), p.K, 1);
-    }
-  });
-}
 
 void linear_cpu(const LinearParams& p, const Cpu& cpu) {
   if (p.codec == Codec::i8_token && p.K > kMaxInt8Terms)
@@ -284,12 +301,22 @@ void linear_cpu(const LinearParams& p, const Cpu& cpu) {
     if (p.M && p.N) throw std::invalid_argument("x.codes must have at least 1 column, got 0");
     return;
   }
-  const Operands o = operands(p, cpu);
-  const auto linear_tile = kernels(cpu.isa).linear_tile;
-  const int64_t tiles = (p.N + kTileKeys - 1) / kTileKeys, shares = (p.M + kRowsPerTask - 1) / kRowsPerTask;
+  thread_local Buffer packed;  // this thread's, shared with those that help it
+  const Words words = words_of(p.codec, cpu.isa);
+  const int64_t elements = words == Words::int8 ? 4 : words == Words::bf16 ? 2 : 1;
+  const int64_t row_words = round_up(p.K, elements * kLanes) / elements, groups = round_up(p.M, kLanes) / kLanes;
+  float* room = packed.floats(groups * row_words * kLanes);
+  const Call call{p, level_of(cpu.isa), cpu.isa, words, row_words, groups, reinterpret_cast<Column*>(room)};
+  parallel_for(cpu.threads, groups, [&](int64_t group) { call.level.pack_x(call, group); });
+
+  const int64_t most = std::max(kLeastShare, kShareBytes / (row_words * 4));
+  const int64_t shares = round_up(p.M, most) / most, share = round_up(round_up(p.M, shares) / shares, 2 * kLanes) / kLanes;
+  // Where there are enough columns for all threads, a task takes more of them.
+  const int64_t even = round_up(round_up(p.N, 4 * cpu.threads) / (4 * cpu.threads), 2 * kLanes);
+  const int64_t width = std::min(kMostColumns, std::max(kLeastColumns, even)), tiles = (p.N + width - 1) / width;
   parallel_for(cpu.threads, shares * tiles, [&](int64_t task) {
-    const int64_t first = task / tiles * kRowsPerTask;
-    linear_tile(cpu.isa, p, o, first, std::min(p.M, first + kRowsPerTask), task % tiles * kTileKeys);
+    const int64_t group = task / tiles * share, column = task % tiles * width;
+    call.level.multiply(call, group, std::min(groups, group + share), column, std::min(p.N, column + width));
   });
 }
 

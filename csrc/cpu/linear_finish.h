@@ -1,0 +1,60 @@
+// What follows the products of a linear layer: scales, bias, activation, gate, residual, and the result's type.
+#pragma once
+#include <algorithm>
+
+#include "../linear.h"
+#include "activation.h"
+#include "elements.h"
+
+namespace inferix {
+
+// y[m] = function(y[m], m, part) for each part of the columns of `rows` rows.
+template <typename S, typename Function>
+INFERIX_INLINE void each_row(Column* y, int64_t rows, const Function& function) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int part = 0; part < S::kParts; ++part) S::part(y[m], part) = function(S::part(y[m], part), m, part);
+}
+
+// sums[n].lane[m] of rows n0 ... of the weight and m0 ... of x, int32 or float32, become the result there: sixteen by
+// sixteen numbers, kWhole, or as many of them as there are.
+template <typename S, bool kWhole>
+INFERIX_INLINE void finish_block(const LinearParams& p, bool integers, const Column* sums, int64_t m0, int64_t n0) {
+  using Lanes = typename S::Lanes;
+  const int64_t rows = kWhole ? kLanes : std::min<int64_t>(kLanes, p.M - m0);
+  const int64_t columns = kWhole ? kLanes : std::min<int64_t>(kLanes, p.N - n0);
+  const auto load = [columns](const float* from) INFERIX_INLINE_LAMBDA {
+    Column column{};
+    for (int64_t n = 0; n < columns; ++n) column.lane[n] = from[n];
+    return column;
+  };
+  alignas(64) Column y[kLanes];
+  S::transpose(sums[0].lane, kLanes, y[0].lane, kLanes);
+  const Column scales = load(p.weight_scales + n0), bias = p.bias ? load(p.bias + n0) : Column{};
+  const bool has_bias = p.bias;
+  each_row<S>(y, rows, [&](const Lanes& sum, int64_t m, int part) INFERIX_INLINE_LAMBDA {
+    const Lanes value = integers ? __builtin_convertvector((typename S::IntLanes)sum, Lanes) : sum;
+    const Lanes scaled = value * (S::part(scales, part) * p.x_scales[m0 + m]);
+    return has_bias ? scaled + S::part(bias, part) : scaled;
+  });
+  with_activation<S>(p.activation, [&](auto activate) INFERIX_INLINE_LAMBDA {
+    each_row<S>(y, rows, [&](const Lanes& x, int64_t, int) INFERIX_INLINE_LAMBDA { return activate(x); });
+  });
+  if (p.gate.data)
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* gate = p.gate.row(m0 + m, p.M, p.N) + n0;
+      for (int64_t n = 0; n < columns; ++n) y[m].lane[n] *= gate[n];
+    }
+  if (p.residual)
+    with_float_type(p.residual_dtype, [&](auto type) INFERIX_INLINE_LAMBDA {
+      const auto* from = static_cast<const decltype(type)*>(p.residual) + m0 * p.N + n0;
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < columns; ++n) y[m].lane[n] += to_float(from[m * p.N + n]);
+    });
+  with_float_type(p.out_dtype, [&](auto type) INFERIX_INLINE_LAMBDA {
+    auto* to = static_cast<decltype(type)*>(p.out) + m0 * p.N + n0;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < columns; ++n) to[m * p.N + n] = from_float<decltype(type)>(y[m].lane[n]);
+  });
+}
+
+}  // namespace inferix
