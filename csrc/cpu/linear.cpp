@@ -12,6 +12,7 @@
 #include "attention_tile.h"
 #include "codes.h"
 #include "linear_finish.h"
+#include "linear_products.h"
 #include "parallel.h"
 
 namespace inferix {
@@ -100,13 +101,6 @@ INFERIX_INLINE void pack_x(const Call& c, int64_t group) {
   }
 }
 
-// Sixteen rows of the weight as words, `stride` bytes apart.
-struct WeightRows {
-  const char* rows;
-  int64_t stride;
-  int32_t compensation[kLanes];  // of x's zero point
-};
-
 // Rows n ... n + 15 where they lie, or packed into `room`: what lies past the last row must not be read.
 template <typename S>
 INFERIX_INLINE WeightRows weight_rows(const Call& c, int64_t n, Buffer& room) {
@@ -124,83 +118,67 @@ INFERIX_INLINE WeightRows weight_rows(const Call& c, int64_t n, Buffer& room) {
     w.rows = reinterpret_cast<const char*>(words), w.stride = stride;
   }
   for (int64_t i = 0; c.unsigned_x() && i < kLanes; ++i)
-    w.compensation[i] = zero_point_compensation<S>(w.rows + i * w.stride, K);
+    w.start[i] = zero_point_compensation<S>(w.rows + i * w.stride, K);
   return w;
 }
 
-// sums[n].lane[m] of sixteen rows n of the weight with sixteen rows m of x.
-template <typename S, typename Arithmetic, int kBlock>
-INFERIX_INLINE void products(const WeightRows& w, const Column* x, int64_t words, Column* sums) {
-  using Kernels = MicroKernels<S, Arithmetic, kBlock>;
-  for (int64_t first = 0; first < kLanes; first += kBlock) {
-    typename Kernels::Sums block;
-    Kernels::each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
-      block.of[j] = typename Kernels::Sum{};
-      if constexpr (Kernels::kInteger) block.of[j] += w.compensation[first + row];
-    });
-    const int64_t stride = w.stride, three = 3 * stride;  // four pointers and the strides 1, 2 and 3 reach sixteen rows
-    const char *row0 = w.rows + first * stride, *row4 = row0 + 4 * stride, *row8 = row4 + 4 * stride,
-               *row12 = row8 + 4 * stride;
-    const auto at = [&](int row) INFERIX_INLINE_LAMBDA {
-      const char* base = row < 4 ? row0 : row < 8 ? row4 : row < 12 ? row8 : row12;
-      return base + (row % 4 == 0 ? 0 : row % 4 == 1 ? stride : row % 4 == 2 ? 2 * stride : three);
-    };
-    Kernels::multiply_add(at, 4, x, words, block);
-    Kernels::each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
-      S::part(sums[first + row], part) = (typename S::Lanes)block.of[j];
-    });
-  }
-}
-
 // int8 codes as floats: as many at once as float32 sums exactly.
-template <typename S, int kBlock>
-INFERIX_INLINE void exact_products(WeightRows w, const Column* x, int64_t words, Column* sums) {
-  int32_t whole[kLanes][kLanes] = {};
+template <typename S, int kRows, int kGroups>
+INFERIX_INLINE void exact_products(WeightRows w, const Column* const* x, int64_t words, Column (*sums)[kLanes]) {
+  int32_t whole[kGroups * kLanes * kLanes] = {};
+  float* part = sums[0][0].lane;
   for (int64_t k = 0; k < words; k += kExactTerms, w.rows += kExactTerms * 4) {
-    products<S, Floats<S>, kBlock>(w, x + k, std::min(kExactTerms, words - k), sums);
-    for (int n = 0; n < kLanes; ++n)
-      for (int m = 0; m < kLanes; ++m) whole[n][m] += static_cast<int32_t>(sums[n].lane[m]);
+    const Column* x_k[kGroups];
+    for (int group = 0; group < kGroups; ++group) x_k[group] = x[group] + k;
+    products<S, FloatWords<S>, kRows, kGroups>(w, x_k, std::min(kExactTerms, words - k), sums);
+    for (int i = 0; i < kGroups * kLanes * kLanes; ++i) whole[i] += static_cast<int32_t>(part[i]);
   }
-  for (int n = 0; n < kLanes; ++n)
-    for (int m = 0; m < kLanes; ++m) sums[n].lane[m] = float(whole[n][m]);
+  for (int i = 0; i < kGroups * kLanes * kLanes; ++i) part[i] = float(whole[i]);
 }
 
-template <typename S, int kBlock>
-INFERIX_INLINE void any_products(const Call& c, const WeightRows& w, const Column* x, Column* sums) {
+template <typename S, int kRows, int kGroups>
+INFERIX_INLINE void multiply_groups(const Call& c, const WeightRows& w, int64_t group, int64_t n) {
+  alignas(64) Column sums[kGroups][kLanes];
+  const Column* x[kGroups];
+  for (int i = 0; i < kGroups; ++i) x[i] = c.x + (group + i) * c.row_words;
+  const auto with = [&](auto words) INFERIX_INLINE_LAMBDA {
+    products<S, decltype(words), kRows, kGroups>(w, x, c.row_words, sums);
+  };
 #if defined(__x86_64__)
-  if constexpr (S::kWidth == 16) {
-    if (c.words == Words::int8) return products<S, Int8Quads, kBlock>(w, x, c.row_words, sums);
-    if (c.words == Words::bf16) return products<S, Bf16Pairs, kBlock>(w, x, c.row_words, sums);
-  }
+  if constexpr (S::kWidth == 16)
+    if (c.words == Words::int8) with(Int8Words{});
+    else if (c.words == Words::bf16) with(Bf16Words{});
 #endif
-  if (c.p.codec == Codec::i8_token && c.p.K > kExactTerms)
-    return exact_products<S, kBlock>(w, x, c.row_words, sums);
-  products<S, Floats<S>, kBlock>(w, x, c.row_words, sums);
+  if (c.words == Words::floats) {
+    if (c.p.codec == Codec::i8_token && c.p.K > kExactTerms)
+      exact_products<S, kRows, kGroups>(w, x, c.row_words, sums);
+    else
+      with(FloatWords<S>{});
+  }
+  for (int i = 0; i < kGroups; ++i) c.level.finish(c, sums[i], (group + i) * kLanes, n);
 }
 
-// Columns first ... end of the result, for x's groups.
-template <typename S, int kBlock>
+// Columns first ... end of the result, for x's groups, kGroups at a time.
+template <typename S, int kRows, int kGroups>
 INFERIX_INLINE void multiply(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) {
   thread_local Buffer room;
-  alignas(64) Column sums[kLanes];
   for (int64_t n = first; n < end; n += kLanes) {
     const WeightRows w = weight_rows<S>(c, n, room);
-    for (int64_t group = first_group; group < end_group; ++group) {
-      any_products<S, kBlock>(c, w, c.x + group * c.row_words, sums);
-      c.level.finish(c, sums, group * kLanes, n);
-    }
+    int64_t group = first_group;
+    for (; group + kGroups <= end_group; group += kGroups) multiply_groups<S, kRows, kGroups>(c, w, group, n);
+    for (; group < end_group; ++group) multiply_groups<S, kRows, 1>(c, w, group, n);
   }
 }
 
 #if defined(__x86_64__)
 // Sums of one block of columns that wait to be finished: squares of two times two blocks of sixteen, a square after the
 // other along x.
-struct Finished {
+struct Unfinished {
   const Column* squares = nullptr;
   int64_t first_row = 0, column = 0, next = 0, count = 0;  // in blocks
 };
 
-inline void finish_next(const Call& c, Finished& f) {
+inline void finish_next(const Call& c, Unfinished& f) {
   const int64_t block = f.next++, m = f.first_row + block / 4 * 2 * kLanes + block % 2 * kLanes;
   c.level.finish(c, f.squares + block * kLanes, m, f.column + block / 2 % 2 * kLanes);
 }
@@ -210,15 +188,15 @@ inline void finish_next(const Call& c, Finished& f) {
 template <typename S, typename Product>
 INFERIX_INLINE void multiply_tiles(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) {
   constexpr int64_t kChunk = 8;  // steps: 64 bytes of each row
-  thread_local Buffer rooms[2], both_squares;
+  thread_local Buffer rooms[2], sums[2];  // of this block of columns, and of the one before
   const int64_t steps = c.row_words / kLanes, chunks = (steps + kChunk - 1) / kChunk;
   const int64_t pairs = (end_group - first_group + 1) / 2, blocks = pairs * 4;
-  Column* squares = reinterpret_cast<Column*>(both_squares.floats(2 * blocks * kLanes * kLanes));
-  Finished waiting;
+  Unfinished before;
   const Tiles tiles;
   for (int64_t n = first; n < end; n += 2 * kLanes) {
     const WeightRows w0 = weight_rows<S>(c, n, rooms[0]);
     const WeightRows w1 = n + kLanes < c.p.N ? weight_rows<S>(c, n + kLanes, rooms[1]) : w0;
+    Column* squares = reinterpret_cast<Column*>(sums[n / (2 * kLanes) % 2].floats(blocks * kLanes * kLanes));
     const char* ahead = w0.rows + 2 * kLanes * w0.stride;
     const int64_t lines = n + 2 * kLanes < end ? (2 * kLanes * w0.stride / 64 + steps * pairs - 1) / (steps * pairs) : 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -239,19 +217,19 @@ INFERIX_INLINE void multiply_tiles(const Call& c, int64_t first_group, int64_t e
           Product::template multiply_add<0, 4, 6>(), Product::template multiply_add<1, 4, 7>();
           Product::template multiply_add<2, 5, 6>(), Product::template multiply_add<3, 5, 7>();
           for (int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-          const int64_t passed = chunk * pairs * kChunk + pair * kChunk + i - begin;
-          if (waiting.next < waiting.count && waiting.next * chunks * pairs * kChunk <= passed * blocks)
-            finish_next(c, waiting);
+          // Of what is to be finished as much as of this block has passed.
+          const int64_t passed = (chunk * pairs + pair) * kChunk + i - begin;
+          if (before.next < before.count && before.next * chunks * pairs * kChunk <= passed * blocks)
+            finish_next(c, before);
         }
         tile_store<0>(square, 64), tile_store<1>(square + kLanes, 64);
         tile_store<2>(square + 2 * kLanes, 64), tile_store<3>(square + 3 * kLanes, 64);
       }
     }
-    while (waiting.next < waiting.count) finish_next(c, waiting);
-    waiting = {squares, first_group * kLanes, n, 0, blocks};
-    squares = reinterpret_cast<Column*>(both_squares.floats(0)) + (waiting.squares == reinterpret_cast<Column*>(both_squares.floats(0)) ? blocks * kLanes : 0);
+    while (before.next < before.count) finish_next(c, before);
+    before = {squares, first_group * kLanes, n, 0, blocks};
   }
-  while (waiting.next < waiting.count) finish_next(c, waiting);
+  while (before.next < before.count) finish_next(c, before);
 }
 #endif
 
@@ -263,20 +241,20 @@ INFERIX_INLINE void finish(const Call& c, const Column* sums, int64_t m0, int64_
   if (m0 < c.p.M && n0 < c.p.N) finish_block<S, false>(c.p, integers, sums, m0, n0);
 }
 
-#define INFERIX_LEVEL(level, target, width, block)                                                                  \
+#define INFERIX_LEVEL(level, target, width, rows, groups)                                                                  \
   target void pack_x_##level(const Call& c, int64_t group) { pack_x<Simd<width>>(c, group); }                       \
   target void multiply_##level(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) { \
-    multiply<Simd<width>, block>(c, first_group, end_group, first, end);                                            \
+    multiply<Simd<width>, rows, groups>(c, first_group, end_group, first, end);                                            \
   }                                                                                                                 \
   target void finish_##level(const Call& c, const Column* sums, int64_t m0, int64_t n0) {                           \
     finish<Simd<width>>(c, sums, m0, n0);                                                                           \
   }                                                                                                                 \
   constexpr Level level{pack_x_##level, multiply_##level, finish_##level};
 
-INFERIX_LEVEL(portable, , 4, 2)
+INFERIX_LEVEL(portable, , 4, 2, 1)
 #if defined(__x86_64__)
-INFERIX_LEVEL(v3, INFERIX_V3, 8, 4)
-INFERIX_LEVEL(v4, INFERIX_V4, 16, 16)
+INFERIX_LEVEL(v3, INFERIX_V3, 8, 4, 1)
+INFERIX_LEVEL(v4, INFERIX_V4, 16, 8, 2)
 
 INFERIX_V4 void multiply_amx(const Call& c, int64_t first_group, int64_t end_group, int64_t first, int64_t end) {
   if (c.words == Words::int8)
