@@ -15,10 +15,17 @@ INFERIX_INLINE void each_row(Column* y, int64_t rows, const Function& function) 
     for (int part = 0; part < S::kParts; ++part) S::part(y[m], part) = function(S::part(y[m], part), m, part);
 }
 
-// sums[n].lane[m] of rows n0 ... of the weight and m0 ... of x, int32 or float32, become the result there: sixteen by
-// sixteen numbers, kWhole, or as many of them as there are.
+// Of sixteen rows of x with sixteen of the weight.
+struct Sums {
+  const Column* columns;  // [16]
+  bool integers;          // else float32
+  bool transposed;        // a column for each row of the weight, else for each row of x
+};
+
+// They become the result at rows m0 ... and columns n0 ...: sixteen by sixteen numbers, kWhole, or as many of them as there
+// are.
 template <typename S, bool kWhole>
-INFERIX_INLINE void finish_block(const LinearParams& p, bool integers, const Column* sums, int64_t m0, int64_t n0) {
+INFERIX_INLINE void finish_block(const LinearParams& p, const Sums& sums, int64_t m0, int64_t n0) {
   using Lanes = typename S::Lanes;
   const int64_t rows = kWhole ? kLanes : std::min<int64_t>(kLanes, p.M - m0);
   const int64_t columns = kWhole ? kLanes : std::min<int64_t>(kLanes, p.N - n0);
@@ -28,11 +35,14 @@ INFERIX_INLINE void finish_block(const LinearParams& p, bool integers, const Col
     return column;
   };
   alignas(64) Column y[kLanes];
-  S::transpose(sums[0].lane, kLanes, y[0].lane, kLanes);
+  if (sums.transposed)
+    S::transpose(sums.columns[0].lane, kLanes, y[0].lane, kLanes);
+  else
+    std::copy_n(sums.columns, kLanes, y);
   const Column scales = load(p.weight_scales + n0), bias = p.bias ? load(p.bias + n0) : Column{};
   const bool has_bias = p.bias;
   each_row<S>(y, rows, [&](const Lanes& sum, int64_t m, int part) INFERIX_INLINE_LAMBDA {
-    const Lanes value = integers ? __builtin_convertvector((typename S::IntLanes)sum, Lanes) : sum;
+    const Lanes value = sums.integers ? __builtin_convertvector((typename S::IntLanes)sum, Lanes) : sum;
     const Lanes scaled = value * (S::part(scales, part) * p.x_scales[m0 + m]);
     return has_bias ? scaled + S::part(bias, part) : scaled;
   });

@@ -1,5 +1,5 @@
-// Sums of products of rows of a weight with rows of x, in words of 32 bits: a float, two bfloat16 numbers or four bytes. Sixteen
-// rows of x lie side by side in the lanes of a register; a word of the weight is multiplied with all of them at once.
+// Sums of products of the rows of two matrices, in words of 32 bits: a float, two bfloat16 numbers or four bytes. Sixteen rows
+// of one are packed side by side in the lanes of a register; a word of the other is multiplied with all of them at once.
 #pragma once
 #include "simd.h"
 
@@ -40,7 +40,7 @@ struct Bf16Words : WideWords {
   }
 };
 
-// Unsigned bytes of x with signed ones of the weight.
+// Unsigned packed bytes with signed ones.
 struct Int8Words : WideWords {
   static constexpr bool kIntegers = true;
   using Sum = Simd<16>::IntLanes;
@@ -51,18 +51,18 @@ struct Int8Words : WideWords {
 };
 #endif
 
-// Sixteen rows of the weight as words, `stride` bytes apart.
-struct WeightRows {
+// Sixteen rows as words, `stride` bytes apart.
+struct InPlaceRows {
   const char* rows;
   int64_t stride;
-  int32_t start[kLanes];  // of integer sums: what x's zero point adds is taken off
+  int32_t start[kLanes];  // of integer sums: takes off what the zero point of packed bytes adds
 };
 
-// sums[group][n].lane[m] of sixteen rows n of the weight with sixteen rows m of each of kGroups groups of x, integers where
-// the words are bytes. kRows * kGroups registers hold sums: as a word is read once for all groups, and a row of x once for
-// kRows words, loads, of which a CPU does two in a cycle, keep up with two products.
+// sums[group][row].lane[j] of sixteen rows with the sixteen packed rows j of each of kGroups groups, integers where the words
+// are bytes. kRows * kGroups registers hold sums: as a word is read once for all groups, and a register of packed words once
+// for kRows rows, loads, of which a CPU does two in a cycle, keep up with two products.
 template <typename S, typename Words, int kRows, int kGroups>
-INFERIX_INLINE void products(const WeightRows& w, const Column* const* x, int64_t words, Column (*sums)[kLanes]) {
+INFERIX_INLINE void products(const InPlaceRows& w, const Column* const* packed, int64_t words, Column (*sums)[kLanes]) {
   using Lanes = typename S::Lanes;
   static_assert(kRows <= 8 && kLanes % kRows == 0);
   for (int64_t first = 0; first < kLanes; first += kRows) {
@@ -84,7 +84,7 @@ INFERIX_INLINE void products(const WeightRows& w, const Column* const* x, int64_
     for (int64_t n = 0; n < words; ++n) {
       Lanes columns[kGroups][S::kParts];
       unroll<kGroups * S::kParts>([&](auto i) INFERIX_INLINE_LAMBDA {
-        columns[i / S::kParts][i % S::kParts] = S::part(x[i / S::kParts][n], i % S::kParts);
+        columns[i / S::kParts][i % S::kParts] = S::part(packed[i / S::kParts][n], i % S::kParts);
       });
       unroll<kRows>([&](auto row) INFERIX_INLINE_LAMBDA {
         const char* base = (row < 4 ? row0 : row4) + n * 4;

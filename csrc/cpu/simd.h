@@ -83,6 +83,14 @@ struct Simd {
     }
   }
 
+  // The same of sixteen rows of 64 bytes that lie anywhere, `stride` bytes apart.
+  INFERIX_INLINE static void transpose_bytes(const char* from, int64_t stride, Column* to) {
+    if (stride % 4 == 0) return transpose(reinterpret_cast<const float*>(from), stride / 4, to[0].lane, kLanes);
+    alignas(64) Column rows[16];
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(&rows[i], from + i * stride, 64);
+    transpose(rows[0].lane, kLanes, to[0].lane, kLanes);
+  }
+
   // a > b ? a : b. One instruction, for which GCC 12 takes two.
   INFERIX_INLINE static Lanes max(const Lanes& a, const Lanes& b) {
 #if defined(__x86_64__)
