@@ -58,10 +58,8 @@ def hold(name: str) -> None:
         refuse_tiles()
     from inferix_kernels import compiled  # not before: it may ask for AMX
 
-    levels = {
-        level: value for level, value in compiled.Isa.__members__.items() if int(value) <= int(compiled.best_isa())
-    }
-    levels = {level: value for level, value in levels.items() if int(value) >= int(compiled.Isa.__members__[LOWEST])}
+    least, most = int(compiled.Isa.__members__[LOWEST]), int(compiled._C.best_isa())
+    levels = {level: value for level, value in compiled.Isa.__members__.items() if least <= int(value) <= most}
     if name not in levels:
         raise ValueError(f"--isa must be one of {', '.join(levels) or 'none'} on this processor, got {name}")
     compiled.ISA = levels[name]

@@ -64,7 +64,7 @@ def onednn_graph(inputs: Inputs, format: str) -> Prepared:
             module = torch.jit.freeze(torch.jit.trace(Attend().eval(), (q, k, v)))
             for _ in range(3):  # it profiles, then compiles
                 module(q, k, v)
-            if "onednn::LlgaFusionGroup" not in str(torch.jit.last_executed_optimized_graph()):
+            if "oneDNNFusionGroup" not in str(torch.jit.last_executed_optimized_graph()):
                 raise Unsupported("torch.jit has not handed attention to oneDNN Graph")
     finally:
         torch.jit.enable_onednn_fusion(fused)
