@@ -17,7 +17,7 @@ from . import families, isolated, shapes
 from . import peers as others
 from . import sweep as sweeps
 from .harness import compare as comparison
-from .harness import environment, isa, plots, show
+from .harness import environment, folders, isa, plots, show
 from .harness import evidence as ledger
 from .harness import report as reports
 from .harness.measure import Machine, Settings
@@ -26,7 +26,6 @@ from .harness.processes import since_start
 from .harness.rows import Document, Row, append
 from .harness.table import markdown
 from .harness.timing import TIMERS
-from .peers import folders
 
 
 def settings_of(args: argparse.Namespace, timer: str = "") -> Settings:

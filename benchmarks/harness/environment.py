@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from ..peers import folders
-from . import clocks
+from . import clocks, folders
 from .ledger import ROOT, fingerprints
 from .measure import Settings
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from ..harness import folders
 from ..harness.case import LIMITS, Contender, Limit, Prepared
-from . import folders
 
 PINS = Path(__file__).parent.parent.parent / "third_party" / "peers.txt"
 Adapter = Callable[..., Prepared]  # (inputs, format)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import folders
+from ..harness import folders
 
 OPSET = {"": 23, "com.microsoft": 1}
 IR_VERSION = 10

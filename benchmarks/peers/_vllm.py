@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import folders
+from ..harness import folders
 
 
 def ops() -> Any:

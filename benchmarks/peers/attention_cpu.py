@@ -18,9 +18,10 @@ from torch import Tensor
 
 from inferix_kernels import Unsupported
 
+from ..harness import folders
 from ..harness.case import DTYPES, Prepared
 from ..harness.isa import may_use_tiles
-from . import _onnxruntime, _openvino, _vllm, folders, peer
+from . import _onnxruntime, _openvino, _vllm, peer
 from .attention import dense, grouped, heads_first, rows
 
 if TYPE_CHECKING:

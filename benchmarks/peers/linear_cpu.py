@@ -16,9 +16,10 @@ from torch import Tensor
 
 from inferix_kernels import Unsupported
 
+from ..harness import folders
 from ..harness.case import DTYPES, Prepared
 from ..harness.isa import may_use_tiles
-from . import _onnxruntime, _openvino, _vllm, folders, peer
+from . import _onnxruntime, _openvino, _vllm, peer
 from .linear import quantized
 
 if TYPE_CHECKING:

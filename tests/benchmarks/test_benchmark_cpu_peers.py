@@ -10,11 +10,10 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import attention, linear, peers
-from benchmarks.harness import environment
+from benchmarks.harness import environment, folders
 from benchmarks.harness.case import error_of
 from benchmarks.harness.isa import has_tiles
 from benchmarks.harness.ledger import ROOT
-from benchmarks.peers import folders
 from benchmarks.shapes import SHAPES
 
 SHAPE = SHAPES["smoke"]  # grouped heads, a last page that is partly valid

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from ..harness.ledger import ROOT
+from .ledger import ROOT
 
 PINS = ROOT / "third_party" / "peers"
 FOLDERS = ROOT / "build" / "peers"
