@@ -1,8 +1,9 @@
 """The instructions that a run may use: ours by name, and AMX for nobody where the name is below it.
 
 Linux gives a process the tiles of AMX when a library asks for them, once (arch_prctl, Documentation/arch/x86/xstate.rst
-of the kernel). A seccomp filter that refuses the request sends every library down its next best path, whichever
-variables it reads or does not read. Below AVX512-BF16 nothing holds all libraries, so that is the lowest name.
+of the kernel). A seccomp filter that refuses the request sends every library down its next best path, whether or
+not it reads a variable, as oneDNN does ONEDNN_MAX_CPU_ISA. Below AVX512-BF16 nothing holds all libraries, so that is
+the lowest name.
 """
 
 from __future__ import annotations
