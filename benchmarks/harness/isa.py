@@ -59,10 +59,12 @@ def hold(name: str) -> None:
         refuse_tiles()
     from inferix_kernels import compiled  # not before: it may ask for AMX
 
-    least, most = int(compiled.Isa.__members__[LOWEST]), int(compiled._C.best_isa())
-    levels = {level: value for level, value in compiled.Isa.__members__.items() if least <= int(value) <= most}
-    if name not in levels:
-        raise ValueError(f"--isa must be one of {', '.join(levels) or 'none'} on this processor, got {name}")
+    levels, best = compiled.Isa.__members__, compiled._C.best_isa()
+    known = [level for level, value in levels.items() if int(value) >= int(levels[LOWEST])]
+    if name not in known:
+        raise ValueError(f"--isa must be one of {', '.join(known)}, got {name}")
+    if int(levels[name]) > int(best):
+        raise ValueError(f"--isa must be at most {best.name} on this processor, got {name}")
     compiled.ISA = levels[name]
 
 
