@@ -36,20 +36,22 @@ def weights(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 @peer("linear", "zentorch", ("fp32", "bf16"), CPU, module="zentorch", op="linear")
 def zentorch(inputs: Inputs, format: str) -> Prepared:
-    """The weights are a copy: in float32 the op packs those that it is given in place."""
+    """Packed beforehand: else the op keeps what it packed by the address of the weights, and takes it for others that
+    later lie there. The weights are a copy, as packing may write to those that it is given."""
     folders.load("zentorch")
     x, w, bias = (x.to(DTYPES[format], copy=True) for x in (inputs.x, inputs.w, inputs.bias))
-    call = torch.ops.zentorch.zentorch_linear_unary
-    return Prepared(lambda: call(x, w, bias))
+    packed, call = torch.ops.zentorch.zentorch_weight_prepack_for_linear(w), torch.ops.zentorch.zentorch_linear_unary
+    return Prepared(lambda: call(x, packed, bias, is_weight_prepacked=True))
 
 
 @peer("linear", "zentorch", ("int8",), CPU, module="zentorch", op="linear")
 def zentorch_int8(inputs: Inputs, format: str) -> Prepared:
-    """A scale for every token and every channel, as ours."""
+    """A scale for every token and every channel, as ours. Packed beforehand, for the same reason."""
     folders.load("zentorch")
     (codes, scales), x, bias = weights(inputs), inputs.x.bfloat16(), inputs.bias.bfloat16()
+    packed = torch.ops.zentorch.zentorch_weight_prepack_for_dynamic_qlinear(codes)
     call = torch.ops.zentorch.zentorch_dynamic_qlinear
-    return Prepared(lambda: call(x, codes, scales, bias))
+    return Prepared(lambda: call(x, packed, scales, bias, is_weight_prepacked=True))
 
 
 @peer("linear", "openvino-static", ("int8",), CPU, module="openvino", op="linear")
