@@ -1,6 +1,7 @@
 """`python -m benchmarks`: our kernels on this machine, compared with other libraries that can do their work.
 
 list      families, shapes, contenders, and which of them this machine has
+peers     other libraries that could do our kernels' work; `peers install NAME ...` brings those for processors
 run       check every contender against the reference, then time those that are right, taking turns
 compare   two runs, or two source trees measured now: FASTER, SLOWER, SAME or UNSURE, with an interval
 sweep     cost against pages, sparsity, worlds and blocks, with the fitted exponent
@@ -56,10 +57,13 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=["tiny", "self-forcing"], help="of e2e (default: tiny; self-forcing on a GPU)")
     add("--weights", help="of e2e: its checkpoint (default: its own, or random ones)")
     add("--blocks", type=int, default=12, help="of e2e (default: 12)")
-    add("--ops", type=names, default=(), metavar="A,B", help="with --isolate: of the families, only these ops")
+    add("--ops", type=names, default=(), metavar="A,B", help="of the families, only these ops")
     add("--isolate", action="store_true", help="in processes of their own: a fault takes no other's result with it")
     add("--patience", type=float, default=20, metavar="S", help="with --isolate: for a first call (default: 20)")
     add("--resume", action="store_true", help="with --isolate: not what is in --json F.jsonl already")
+    add = command("peers", commands.peers, "other libraries: which are here, and how to get them")
+    add("action", nargs="?", choices=["install"], help="into folders of their own under build/peers, from PyPI")
+    add("names", nargs="*", metavar="name")
     add = command("compare", commands.compare, "two runs, or two source trees")
     add("a", type=Path, help="a file that run wrote, or a source tree with its extension built")
     add("b", type=Path, help="the same: what is judged")
@@ -93,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 def measuring(add: Callable[..., object], rounds: int = 20, shapes: bool = True) -> None:
     """What decides what is measured, and how."""
     if shapes:
-        add("--shapes", type=names, default=(), metavar="A,B", help="names (see list) or numbers: 468x3276x12x128")
+        add("--shapes", type=names, default=(), metavar="A,B", help="names or numbers: 468x3276x12x128, 192x1536x8960")
     add("--backends", type=names, default=(), metavar="A,B", help='contenders: "ours", "sdpa", "flash-attn" ...')
     add("--formats", type=names, default=(), metavar="A,B", help="of K and V, or of the weights: int8,bf16 ...")
     add("--device", choices=list(TIMERS), default=default_device())
@@ -103,6 +107,7 @@ def measuring(add: Callable[..., object], rounds: int = 20, shapes: bool = True)
     add("--rounds", type=int, default=rounds, help=f"at most; 0: check only (default: {rounds})")
     add("--seconds", type=float, default=60, help="at most so long for a case, but for 5 rounds (default: 60)")
     add("--threads", type=int, default=torch.get_num_threads())
+    add("--isa", default="", metavar="I", help="of our CPU kernels, avx512_bf16 say; without amx in it nobody uses AMX")
 
 
 def results(add: Callable[..., object]) -> None:

@@ -14,9 +14,10 @@ import torch
 from inferix_kernels.files import atomic_write
 
 from . import families, isolated, shapes
+from . import peers as others
 from . import sweep as sweeps
 from .harness import compare as comparison
-from .harness import environment, plots, show
+from .harness import environment, folders, isa, plots, show
 from .harness import evidence as ledger
 from .harness import report as reports
 from .harness.measure import Machine, Settings
@@ -39,11 +40,22 @@ def settings_of(args: argparse.Namespace, timer: str = "") -> Settings:
         raise ValueError("--device cuda: torch finds no GPU here")
     if args.rounds < 0 or args.seconds < 0 or args.threads < 1:
         raise ValueError("--rounds and --seconds must not be negative, and --threads at least 1")
+    isa.hold(args.isa)
     torch.set_num_threads(args.threads)
     model = getattr(args, "model", None) or ("self-forcing" if args.device == "cuda" else "tiny")
     weights, blocks = getattr(args, "weights", None), getattr(args, "blocks", 12)
     return Settings(
-        args.device, timer, args.cold, args.rounds, args.seconds, args.backends, args.formats, model, weights, blocks
+        device=args.device,
+        timer=timer,
+        cold=args.cold,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        backends=args.backends,
+        formats=args.formats,
+        model=model,
+        weights=weights,
+        blocks=blocks,
+        isa=args.isa,
     )
 
 
@@ -108,8 +120,11 @@ def caption(document: Document) -> str:
 def run(args: argparse.Namespace) -> int:
     """Check every contender against the reference, then time those that are right, taking turns; with --isolate, one
     after the other in a process that is made anew when one faults or hangs."""
-    for name in args.families:
-        families.family(name)
+    wanted = args.families or families.FAMILIES
+    sizes = args.shapes or shapes.DEFAULT[args.device]
+    for name in wanted:
+        for size in sizes:
+            families.shape_for(name, size)
     settings = settings_of(args)
     if not args.patience > 0:
         raise ValueError(f"--patience must be above 0 seconds, got {args.patience:g}")
@@ -118,13 +133,11 @@ def run(args: argparse.Namespace) -> int:
     results = Results(args, settings)
     if not args.markdown:
         print("\n".join(environment.lines(environment.brief(settings))) + "\n", flush=True)
-    wanted = args.families or families.FAMILIES
-    sizes = args.shapes or shapes.DEFAULT[settings.device]
     if args.isolate:
         _run_isolated(args, settings, results, wanted, sizes)
     else:
         machine = Machine(torch.device(settings.device))
-        for rows in families.run(wanted, sizes, settings, machine):
+        for rows in families.run(wanted, sizes, settings, machine, args.ops):
             results.add(rows)
             print(*show.tables(rows), sep="\n", flush=True)
     if args.github:
@@ -177,6 +190,23 @@ def listing(args: argparse.Namespace) -> int:
         print(
             markdown(["contender", "formats", "absent"], body, left=3) if body else "a loop of its own, no contenders"
         )
+    return 0
+
+
+def peers(args: argparse.Namespace) -> int:
+    """Which other libraries could do our kernels' work, and which of them are here; with `install`, bring those named
+    into folders of their own, build/peers/NAME."""
+    if args.names and args.action != "install":
+        raise ValueError(f"peers must be followed by install and names, got {args.names[0]}")
+    if args.action == "install" and not args.names:
+        raise ValueError(f"peers install must be followed by names: {', '.join(folders.names())}")
+    for name in args.names:
+        folders.install(name)
+        print(f"{name} {folders.installed(name)}: {folders.FOLDERS / name}", flush=True)
+    if args.action != "install":
+        for family in ("attention", "kv_pages", "qkv", "linear"):
+            others.register(family)
+        print(markdown(["peer", "package", "devices", "families", "to be had by"], others.overview(), left=5))
     return 0
 
 

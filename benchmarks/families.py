@@ -13,7 +13,7 @@ from types import ModuleType
 from .harness.case import Case
 from .harness.measure import Machine, Settings, measure_case
 from .harness.rows import Row
-from .shapes import find_shape
+from .shapes import Shape, find_shape
 
 FAMILIES = ("attention", "kv_pages", "qkv", "linear", "block", "e2e", "page_table", "formats", "stream", "diffusers")
 
@@ -24,19 +24,35 @@ def family(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
+def shape_for(name: str, shape: str) -> Shape:
+    """A shape that the family can have.
+
+    Raises:
+        ValueError: no such family or shape, or one of linear layers for another family.
+    """
+    family(name)
+    found = find_shape(shape)
+    if not found.heads and name != "linear":
+        raise ValueError(f"shape {shape} is of linear layers: family must be linear, got {name}")
+    return found
+
+
 def cases(name: str, shapes: Sequence[str], device: str) -> Iterator[Case]:
     """Of a family of ops; of another none."""
     make = getattr(family(name), "cases", None)
     if make is not None:
         for shape in shapes:
-            yield from make(find_shape(shape), device)
+            yield from make(shape_for(name, shape), device)
 
 
-def run(names: Sequence[str], shapes: Sequence[str], settings: Settings, machine: Machine) -> Iterator[list[Row]]:
-    """Measure families, one case after the other."""
+def run(
+    names: Sequence[str], shapes: Sequence[str], settings: Settings, machine: Machine, ops: Sequence[str] = ()
+) -> Iterator[list[Row]]:
+    """Measure families, one case after the other; `ops`: these alone."""
     for name in names:
         for case in cases(name, shapes, settings.device):
-            yield measure_case(case, settings, machine)
+            if not ops or case.op in ops:
+                yield measure_case(case, settings, machine)
         yield from run_whole([name], shapes, settings)
 
 

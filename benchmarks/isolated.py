@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from . import families
+from .harness import isa
 from .harness.case import Case, Contender
 from .harness.measure import Alone, Machine, Settings, row_of
 from .harness.processes import gone, how
@@ -185,6 +186,7 @@ def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(next(lines)).items()
     }
     settings = Settings(**given)
+    isa.hold(settings.isa)
     machine = Machine(torch.device(settings.device))
     yield {"ready": True}
     alone: Alone | None = None

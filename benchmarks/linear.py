@@ -1,5 +1,5 @@
-"""The linear layers of one block: its tokens through a layer's square projection and into its feed-forward; and what
-it takes to quantize them.
+"""The linear layers of one block: its tokens through a layer's square projection, into its feed-forward and out of it;
+and what it takes to quantize them.
 
 An 8-bit format quantizes the tokens on the clock, a scale per token, and the weights off it, a scale per channel.
 """
@@ -72,8 +72,8 @@ def quantized(inputs: Inputs, format: str) -> Result:
 
 
 def cases(shape: Shape, device: str) -> Iterator[Case]:
-    m, k = shape.queries, shape.hidden
-    for op, n in (("projection", shape.hidden), ("up", shape.ffn)):
+    m, hidden, ffn = shape.queries, shape.hidden, shape.ffn
+    for op, k, n in (("projection", hidden, hidden), ("up", hidden, ffn), ("down", ffn, hidden)):
         flops = 2.0 * m * k * n
         nbytes = {format: (4 if format == "fp32" else 2) * m * (k + n) + size * k * n for format, size in BYTES.items()}
         mine = [
@@ -97,7 +97,7 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
             format,
             partial(quantize, backend=backend, format=format),
             0.0,
-            3 * m * k + 4 * m,
+            3 * m * hidden + 4 * m,
             EXACT,
             kernel_of(backend, device, "linear"),
             reference=partial(quantized, format=format),
@@ -105,6 +105,6 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
         for backend in BACKENDS[device]
         for format in CODES
     ]
-    theirs = peers.contenders("linear", device, 0.0, lambda _: 3 * m * k + 4 * m, op="quantize")
-    inputs = partial(make_inputs, m, k, shape.hidden)
+    theirs = peers.contenders("linear", device, 0.0, lambda _: 3 * m * hidden + 4 * m, op="quantize")
+    inputs = partial(make_inputs, m, hidden, hidden)
     yield Case("linear", "quantize", shape.name, inputs, lambda inputs: inputs.x, [*mine, *theirs])

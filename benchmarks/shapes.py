@@ -26,7 +26,9 @@ class Shape(NamedTuple):
 
     @property
     def numbers(self) -> str:
-        """As it can be asked for: queries x keys x heads x head_dim."""
+        """As it can be asked for: queries x keys x heads x head_dim; of linear layers queries x hidden x ffn."""
+        if not self.heads:
+            return f"{self.queries}x{self.hidden}x{self.ffn}"
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         return f"{self.queries}x{self.keys}x{heads}x{self.head_dim}"
 
@@ -49,19 +51,28 @@ SHAPES = {
 }
 DEFAULT = {"cpu": ("tiny", "wan1.3b-480p-small"), "cuda": ("wan1.3b-480p", "wan14b-480p", "magi-4.5b")}
 _NUMBERS = re.compile(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?x(\d+)")
+_LAYERS = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
 
 
 def find_shape(name: str) -> Shape:
     """A shape by its name, or by its numbers: queries x keys x heads[/kv_heads] x head_dim, as "468x3276x12x128".
+
+    Three numbers are a shape of linear layers alone: tokens x hidden x ffn, as "192x1536x8960". It has no heads.
 
     Raises:
         ValueError: neither; the message lists the names.
     """
     if name in SHAPES:
         return SHAPES[name]
+    if layers := _LAYERS.fullmatch(name):
+        tokens, hidden, ffn = map(int, layers.groups())
+        return Shape(name, tokens, tokens, 0, 0, 0, hidden, ffn, tokens)
     match = _NUMBERS.fullmatch(name)
     if match is None:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)} or numbers such as 468x3276x12x128, got {name!r}")
+        raise ValueError(
+            f"shape must be one of {', '.join(SHAPES)} or numbers such as 468x3276x12x128 "
+            f"(of linear layers 192x1536x8960), got {name!r}"
+        )
     queries, keys, heads, kv_heads, head_dim = (int(number or match[3]) for number in match.groups())
     if not queries or not head_dim or not kv_heads or heads % kv_heads or keys < queries:
         raise ValueError(f"shape must have keys >= queries > 0 and heads a multiple of kv_heads, got {name!r}")

@@ -27,13 +27,15 @@ def _answers(kernels: str) -> Iterator[Any]:
     import torch
 
     from benchmarks import families
+    from benchmarks.harness import isa
     from benchmarks.harness.measure import Contest, Machine, Settings
 
     first = json.loads(sys.stdin.readline())
     if not kernels.startswith(first["tree"]):
         raise SystemExit(f"{first['tree']} must hold inferix_kernels; the one found is {kernels}")
-    torch.set_num_threads(first["threads"])
     settings = Settings(**first["settings"])
+    isa.hold(settings.isa)
+    torch.set_num_threads(first["threads"])
     machine = Machine(torch.device(settings.device))
     yield "ready"
     contest: Contest | None = None

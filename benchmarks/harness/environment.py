@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import clocks
+from . import clocks, folders
 from .ledger import ROOT, fingerprints
 from .measure import Settings
 
@@ -36,6 +36,7 @@ def header(settings: Settings, note: str = "") -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "kernels": fingerprints(),
+        "isa": our_isa() if settings.device == "cpu" else "",
         "settings": {"timer": settings.timer, "cold": settings.cold, "threads": torch.get_num_threads()},
         "load": [round(x, 2) for x in os.getloadavg()],
         "software": software(),
@@ -47,7 +48,9 @@ def header(settings: Settings, note: str = "") -> dict[str, Any]:
 def brief(settings: Settings) -> dict[str, Any]:
     """The lines of a header that a reader of the tables needs."""
     head = header(settings)
-    return {name: head[name] for name in ("device", "architecture", "commit", "dirty", "settings", "load", "gpu")}
+    return {
+        name: head[name] for name in ("device", "architecture", "isa", "commit", "dirty", "settings", "load", "gpu")
+    }
 
 
 def software() -> dict[str, str]:
@@ -55,7 +58,17 @@ def software() -> dict[str, str]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
         versions["cudnn"] = str(torch.backends.cudnn.version())
-    return {**versions, "system": f"{platform.system()} {platform.release()}"}
+    others = {name: version for name in folders.names() if (version := folders.installed(name))}
+    return {**versions, **others, "system": f"{platform.system()} {platform.release()}"}
+
+
+def our_isa() -> str:
+    """The instructions of our CPU kernels; empty where the extension is not built."""
+    try:
+        from inferix_kernels import compiled
+    except ImportError:
+        return ""
+    return str(compiled.ISA.name)
 
 
 def triton_version() -> str:

@@ -32,6 +32,7 @@ class Settings:
         seconds: bound on what a case takes, but for MIN_ROUNDS rounds.
         rounds: 0 checks and times nothing.
         model, weights, blocks: of families that run a whole model.
+        isa: of our CPU kernels, see harness/isa.py; "" is the best there is.
     """
 
     device: str = "cpu"
@@ -44,6 +45,7 @@ class Settings:
     model: str = "tiny"
     weights: str | None = None
     blocks: int = 12
+    isa: str = ""
 
     def wants(self, contender: Contender) -> bool:
         """ "ours" means every backend of ours, "sdpa" every kind of it."""

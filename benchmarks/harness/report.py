@@ -21,7 +21,7 @@ from inferix_kernels.files import atomic_write
 from . import evidence
 from .measure import best_peer
 from .rows import Document, Row
-from .show import rate
+from .show import against, rate
 from .table import markdown, time_of
 
 MARK = re.compile(r"(<!-- made by: python -m benchmarks report (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -88,7 +88,8 @@ def content(wanted: Filter, records: Sequence[Document]) -> str:
     if not newest:
         return "*No record yet.*"
     lines = [line for _, rows in newest.values() for line in _case_lines(rows)]
-    columns = ["op", "shape", "contender", "format", "rel. error", "median", "rate", "of peak", "x best peer"]
+    columns = ["op", "shape", "contender", "format", "rel. error", "median", "rate", "of peak"]
+    columns += ["x best peer", "x best peer of its format"]
     notes = dict.fromkeys(_origin(record) for record, _ in newest.values())
     return "\n\n".join([markdown(columns, lines, left=4), *notes])
 
@@ -104,16 +105,18 @@ def _asked(row: Row, wanted: Filter) -> bool:
 
 
 def _case_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Ours, and the best peer of all."""
+    """Ours, the best peer of all, and the best of every format of ours."""
+    ours = [row for row in rows if row.seconds and row.ours]
+    best = {format: best_peer([row for row in rows if row.format == format]) for format in {row.format for row in ours}}
     peer = best_peer(rows)
-    shown = sorted((row for row in rows if row.seconds and row.ours), key=lambda row: row.median)
+    peers = {id(row): row for row in (peer, *best.values()) if row}.values()
     lines = []
-    for row in [*shown, *([peer] if peer else [])]:
-        ratio = f"{peer.median / row.median:.2f}" if peer else ""
+    for row in [*sorted(ours, key=lambda row: row.median), *sorted(peers, key=lambda row: row.median)]:
+        ratios = [against(row, peer), against(row, best.get(row.format))]
         error = f"{row.error['relative']:.1e}" if row.error else ""
         share = f"{row.share:.0%}" if row.share else ""
         lines.append(
-            [row.op, row.shape, row.contender, row.format, error, time_of(row.median), rate(row), share, ratio]
+            [row.op, row.shape, row.contender, row.format, error, time_of(row.median), rate(row), share, *ratios]
         )
     return lines
 
@@ -121,6 +124,7 @@ def _case_lines(rows: Sequence[Row]) -> list[list[str]]:
 def _origin(record: Document) -> str:
     head = record.header
     words = [head["device"], head["architecture"], f"{head['settings']['threads']} threads"]
+    words += [f"ours in {head['isa']}"] if head.get("isa") else []
     words += [f"torch {head['software']['torch']}", head["date"][:10], f"commit {head['commit']}"]
     words += ["uncommitted changes"] if head["dirty"] else []
     words += [head["note"]] if head["note"] else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from . import verdict
 from .measure import best_peer
 from .rows import Row
 from .table import bytes_of, markdown, time_of
@@ -38,6 +39,8 @@ def case_table(rows: Sequence[Row]) -> str:
             if row.status == status:
                 reasons.setdefault((row.contender, row.note), []).append(row.format)
         lines += [f"{words}: {name} {', '.join(formats)} ({note})" for (name, note), formats in reasons.items()]
+    if peer:
+        lines.append(f"best peer: {peer.contender}, {peer.format}")
     peaks = [
         f"{row.contender.removeprefix('peak-')} {row.format} {rate(row)}".replace("  ", " ") for row in rows if row.peak
     ]
@@ -63,6 +66,15 @@ def cells(row: Row, peer: Row | None) -> list[str]:
     times = [time_of(value) for value in (row.median, row.quantile(20), row.quantile(80))]
     ratio = f"{peer.median / row.median:.2f}" if peer else ""
     return [*named, *errors, *times, rate(row), f"{row.share:.0%}" if row.share else "", ratio, bytes_of(row.memory)]
+
+
+def against(row: Row, peer: Row | None) -> str:
+    """How many times faster than a peer: the median of the rounds' ratios, with its interval, and the peer's name."""
+    if peer is None or row is peer:
+        return "1.00" if peer else ""
+    paired = len(row.seconds) == len(peer.seconds)
+    interval = verdict.paired(row.seconds, peer.seconds) if paired else verdict.unpaired(row.seconds, peer.seconds)
+    return f"{interval.ratio:.2f} ({interval.low:.2f} .. {interval.high:.2f}) {peer.contender} {peer.format}"
 
 
 def rate(row: Row) -> str:

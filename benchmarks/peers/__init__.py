@@ -1,7 +1,8 @@
 """What else could do our kernels' work: adapters, one function each.
 
-An adapter is a function (inputs, format) -> Prepared under @peer, in the module of its family. It lays the operands out
-as its library wants them, off the clock. third_party/peers.txt pins the versions that were read when it was written.
+An adapter is a function (inputs, format) -> Prepared under @peer, in the module of its family, or in <family>_cpu.py if
+its library works on processors alone. It lays the operands out as its library wants them, off the clock. third_party
+pins the versions that were read when it was written: in peers.txt, and in peers/ those with a folder of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from ..harness import folders
 from ..harness.case import LIMITS, Contender, Limit, Prepared
 
 PINS = Path(__file__).parent.parent.parent / "third_party" / "peers.txt"
@@ -41,8 +43,11 @@ class Peer:
 
     def absent(self) -> str:
         """Why it can't be tried here; empty if it can."""
-        found = any(map(is_here, self.modules))
-        return "" if found else f"pip install {pins().get(self.package, self.package)}"
+        if any(map(is_here, self.modules)) or folders.installed(self.package):
+            return ""
+        if self.package in folders.names():
+            return f"python -m benchmarks peers install {self.package}"
+        return f"pip install {pins().get(self.package, self.package)}"
 
 
 PEERS: list[Peer] = []
@@ -89,7 +94,7 @@ def contenders(
         limits: of the error, by format.
         op: peers of this op alone.
     """
-    importlib.import_module(f".{family}", __package__)
+    register(family)
     return [
         Contender(
             peer.name,
@@ -106,8 +111,36 @@ def contenders(
     ]
 
 
+def overview() -> list[list[str]]:
+    """Of every registered peer: name, package and version, devices, families with formats, and how to get it."""
+    lines = []
+    for name in dict.fromkeys(peer.name for peer in PEERS):
+        mine = [peer for peer in PEERS if peer.name == name]
+        formats = {
+            family: dict.fromkeys(f for p in mine if p.family == family for f in p.formats)
+            for family in families_of(mine)
+        }
+        work = "; ".join(f"{family}: {', '.join(found)}" for family, found in formats.items())
+        devices = ", ".join(dict.fromkeys(device for peer in mine for device in peer.devices))
+        package = pins().get(mine[0].package, mine[0].package)
+        lines.append([name, package, devices, work, mine[0].absent() or "here"])
+    return lines
+
+
+def families_of(peers: Sequence[Peer]) -> list[str]:
+    return list(dict.fromkeys(peer.family for peer in peers))
+
+
+def register(family: str) -> None:
+    """Import the family's adapters."""
+    for module in (f".{family}", f".{family}_cpu"):
+        if importlib.util.find_spec(module, __package__):
+            importlib.import_module(module, __package__)
+
+
 @cache
 def pins() -> dict[str, str]:
-    """Package -> requirement line of third_party/peers.txt."""
-    lines = (line.split("#")[0].strip() for line in PINS.read_text().splitlines())
+    """Package -> requirement line, of all peers."""
+    lines = [line.split("#")[0].strip() for line in PINS.read_text().splitlines()]
+    lines += [folders.requirements(name)[0] for name in folders.names()]
     return {line.split("==")[0]: line for line in lines if line}

@@ -212,13 +212,13 @@ def test_settings_choose_contenders_by_name_and_format():
     assert not Settings(backends=("our",)).wants(ours) and not Settings(formats=("int4",)).wants(ours)
 
 
-@pytest.mark.parametrize("text", ["468x3276x12x128", "192x2304x24/8x128"])
+@pytest.mark.parametrize("text", ["468x3276x12x128", "192x2304x24/8x128", "192x1536x8960"])
 def test_a_shape_is_asked_for_by_its_numbers(text):
     shape = shapes.find_shape(text)
     assert shape.numbers == text and shape.queries == int(text.split("x")[0])
 
 
-@pytest.mark.parametrize("text", ["", "tin", "1x2x3", "0x8x1x16", "8x4x1x16", "4x8x3/2x16"])
+@pytest.mark.parametrize("text", ["", "tin", "1x2", "0x2x3", "0x8x1x16", "8x4x1x16", "4x8x3/2x16"])
 def test_a_shape_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="shape must"):
         shapes.find_shape(text)
@@ -299,6 +299,7 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkey
     [
         (["run", "atention"], "family must be one of"),
         (["run", "--shapes", "huge"], "shape must be one of"),
+        (["run", "attention", "--shapes", "192x128x512"], "is of linear layers: family must be linear, got attention"),
         (["run", "--timer", "graph"], "--timer must be one of wall, cpu on cpu"),
         (["run", "--rounds", "-1"], "must not be negative"),
         (["report", "evidence"], "files must be there, to be made anew, got evidence"),
