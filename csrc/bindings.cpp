@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "cuda/probes_sm90.h"
+#include "dlpack.h"
 #include "kv_pages.h"
 #include "linear.h"
 #include "qkv.h"
@@ -135,6 +136,142 @@ void define(py::module_& m, const char* name, CpuKernel<Params> on_cpu, CudaKern
   if (on_cuda) m.attr("cuda_ops").cast<py::set>().add(name);
 }
 
+// The types whose tensors are read without Python, and how; no types if their library has no such functions.
+struct Tensors {
+  std::vector<PyTypeObject*> types;
+  const DlExchange* exchange = nullptr;
+  PyObject* is_neg = nullptr;  // their method
+
+  // Whether `object` is one of these, with its numbers in memory; what it is.
+  bool read(PyObject* object, DlTensor& tensor) const {
+    bool known = false;
+    for (const PyTypeObject* type : types) known |= Py_TYPE(object) == type;
+    if (!known) return false;
+    if (exchange->from_object(object, &tensor)) return PyErr_Clear(), false;
+    // The address of a view of an emptied storage is its offset: no tensor is so large that one reaches kLowest.
+    constexpr uintptr_t kLowest = uintptr_t{1} << 44;
+    bool empty = false;
+    for (int i = 0; i < tensor.ndim; ++i) empty |= tensor.shape[i] == 0;
+    return tensor.byte_offset == 0 && (empty || reinterpret_cast<uintptr_t>(tensor.data) >= kLowest);
+  }
+};
+
+Tensors& tensors() {
+  static Tensors all;
+  return all;
+}
+
+// Of types that share the first one's functions.
+void read_tensors_of(const py::args& types) {
+  Tensors all;
+  const py::object capsule = py::getattr(types[0], "__dlpack_c_exchange_api__", py::none());
+  if (PyCapsule_IsValid(capsule.ptr(), DlExchange::kCapsule))
+    all.exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), DlExchange::kCapsule));
+  if (all.exchange && all.exchange->major == DlExchange::kMajor && all.exchange->from_object)
+    for (const py::handle type : types) all.types.push_back(reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()));
+  all.is_neg = py::getattr(types[0], "is_neg").release().ptr();
+  tensors() = all;
+}
+
+// What values are, but not where tensors lie nor what they hold: equal bytes, and equal types of tuples, for equal.
+class Description {
+ public:
+  explicit Description(bool gradients) : gradients_(gradients) { bytes_.reserve(1024), put(gradients); }
+
+  // False for what it has no words for.
+  bool add(PyObject* value) {
+    if (value == Py_None) return put('n'), true;
+    if (PyBool_Check(value)) return put(value == Py_True ? 'T' : 'F'), true;
+    if (PyTuple_Check(value) || PyList_CheckExact(value)) {
+      const Py_ssize_t size = PySequence_Fast_GET_SIZE(value);
+      if (!PyTuple_CheckExact(value) && !PyList_CheckExact(value)) types_.push_back(Py_TYPE(value));
+      put(PyList_CheckExact(value) ? 'l' : PyTuple_CheckExact(value) ? 't' : 'N'), put(size);
+      for (Py_ssize_t i = 0; i < size; ++i)
+        if (!add(PySequence_Fast_GET_ITEM(value, i))) return false;
+      return true;
+    }
+    if (PyUnicode_CheckExact(value)) {
+      Py_ssize_t size;
+      const char* const text = PyUnicode_AsUTF8AndSize(value, &size);
+      if (!text) return PyErr_Clear(), false;
+      put('s'), put(size), bytes_.append(text, size);
+      return true;
+    }
+    return add_tensor(value);
+  }
+
+  // A key for a dict, which keeps the types alive.
+  PyObject* key() const {
+    PyObject* const bytes = PyBytes_FromStringAndSize(bytes_.data(), bytes_.size());
+    if (!bytes || types_.empty()) return bytes;
+    PyObject* const made = PyTuple_New(types_.size() + 1);
+    if (!made) return Py_DECREF(bytes), nullptr;
+    PyTuple_SET_ITEM(made, 0, bytes);
+    for (size_t i = 0; i < types_.size(); ++i)
+      PyTuple_SET_ITEM(made, i + 1, py::handle(reinterpret_cast<PyObject*>(types_[i])).inc_ref().ptr());
+    return made;
+  }
+
+ private:
+  template <typename Value>
+  void put(Value value) {
+    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+
+  bool add_tensor(PyObject* value) {
+    DlTensor tensor;
+    if (!tensors().read(value, tensor) || tensor.lanes != 1) return false;
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(tensors().is_neg, value));
+    if (!negated) return PyErr_Clear(), false;
+    if (negated.ptr() != Py_False) return false;
+    if (gradients_) {
+      static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+      const auto required = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, name));
+      if (!required) return PyErr_Clear(), false;
+      put(required.ptr() == Py_True);
+    }
+    put(tensor.device_type), put(tensor.device_id), put(tensor.ndim), put(tensor.code), put(tensor.bits);
+    const size_t size = tensor.ndim * sizeof(int64_t);
+    bytes_.append(reinterpret_cast<const char*>(tensor.shape), size);
+    bytes_.append(reinterpret_cast<const char*>(tensor.strides), size);
+    return true;
+  }
+
+  const bool gradients_;
+  std::string bytes_;
+  std::vector<PyTypeObject*> types_;
+};
+
+// Not through pybind11, whose way to a function costs more than this one's work.
+PyObject* describe(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  if (count < 1 || !PyBool_Check(values[0])) return PyErr_SetString(PyExc_TypeError, "gradients must be a bool"), nullptr;
+  Description description(values[0] == Py_True);
+  for (Py_ssize_t i = 1; i < count; ++i)
+    if (!description.add(values[i])) Py_RETURN_NONE;
+  return description.key();
+}
+
+PyObject* address(PyObject*, PyObject* value) {
+  if (value == Py_None) return PyLong_FromLong(0);
+  DlTensor tensor;
+  if (!tensors().read(value, tensor)) return PyLong_FromLong(-1);
+  int64_t dense = 1;
+  for (int i = tensor.ndim - 1; i >= 0; dense *= tensor.shape[i--])
+    if (tensor.shape[i] != 1 && tensor.strides[i] != dense) return PyLong_FromLong(-1);
+  const auto place = reinterpret_cast<uintptr_t>(tensor.data);
+  return tensor.bits % 8 || place % (tensor.bits / 8) ? PyLong_FromLong(-1) : PyLong_FromUnsignedLongLong(place);
+}
+
+PyMethodDef kTensorFunctions[] = {
+    {"describe", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(describe)), METH_FASTCALL,
+     "describe(gradients: bool, *values: object) -> object\n\nA key for a dict: what tensors, tuples and lists of them, strings and None "
+     "are, but neither where tensors lie nor what they hold; None for anything else, and where a tensor must be looked at "
+     "more closely."},
+    {"address", address, METH_O,
+     "address(arg0: object) -> int\n\nOf a contiguous, aligned tensor; 0 for None; -1 where it must be looked at more "
+     "closely."},
+    {nullptr, nullptr, 0, nullptr}};
+
 // Each is local to its module: a process may hold the extension twice, the package's and that of an exported copy.
 void define_types(py::module_& m) {
   py::enum_<DType>(m, "DType", py::module_local())
@@ -180,6 +317,8 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception<Unsupported>(m, "Unsupported");
   define_types(m);
   m.attr("max_pools") = kMaxPools;
+  m.def("read_tensors_of", read_tensors_of, "The types of tensors that describe and address know.");
+  if (PyModule_AddFunctions(m.ptr(), kTensorFunctions)) throw py::error_already_set();
   m.attr("cuda_ops") = py::set();  // names of the functions that have a CUDA kernel
   define<KvAppendParams>(m, "kv_append", kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
   define<KvCommitParams>(m, "kv_commit", kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));
