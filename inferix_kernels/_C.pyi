@@ -10,6 +10,7 @@ from typing import ClassVar
 cuda_ops: set
 has_cuda: bool
 max_pools: int
+replays: dict
 
 class Activation:
     none: ClassVar[Activation]
@@ -105,6 +106,10 @@ class Precision:
 class Unsupported(Exception): ...
 
 def best_isa() -> Isa: ...
+def describe(
+    gradients: bool,
+    *values: object,
+) -> tuple | None: ...
 def kv_append(
     arguments: dict,
     *,
@@ -160,6 +165,10 @@ def quantize_rows(
     stream: int | None = None,
     cpu: object = None,
     workspace: object = None,
+) -> None: ...
+def read_tensors_of(
+    *args,
+    dtype: type,
 ) -> None: ...
 
 # Only in a build with CUDA.

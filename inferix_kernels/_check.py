@@ -321,6 +321,11 @@ def check_scale(name: str, scale: float | None) -> None:
         raise ValueError(f"{name} must be a number, got {scale!r:.80}")
 
 
+def check_number(name: str, number: float) -> None:
+    if not isinstance(number, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {shown(number)}")
+
+
 def check_alibi(slopes: Tensor | None, plan: Plan, sizes: dict[str, int], device: torch.device) -> None:
     if slopes is None:
         return

@@ -19,7 +19,7 @@ a CUDA kernel skips what does not fit, since looking would cost a wait for the d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from ._check import (
     check_groups,
     check_is,
     check_norm,
+    check_number,
     check_optional,
     check_page_list,
     check_pages,
@@ -51,7 +52,7 @@ from ._check import (
     device_of,
 )
 from ._library import call, op
-from ._remembered import remembered
+from ._remembered import Sizes, remembered
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .plans import Plan
 
@@ -71,11 +72,10 @@ __all__ = [
 ]
 
 ADDED_TO = "with accumulate=True: they are what is added to"
-Sizes = Mapping[str, int]  # what the letters of an op's shapes stand for in a call
 
 
 @remembered
-def _append_sizes(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> Sizes:
+def _accept_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> Sizes:
     sizes: dict[str, int] = {}
     device = device_of("k", k)
     check_tensor("k", k, FLOATS, "T H D", sizes, device)
@@ -104,12 +104,12 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
         >>> k, v = torch.randn(25, 2, 32), torch.randn(25, 2, 32)
         >>> kv_append(k, v, pages, PageList.of([3, 1], [16, 9]))  # 16 tokens into page 3, 9 into page 1
     """
-    _append_sizes(k, v, pages, where)
-    call("kv_append", backend, k.device, k, v, pages, where)
+    accepted = _accept_append(k, v, pages, where)
+    call("kv_append", accepted, backend, k.device, k, v, pages, where)
 
 
 @remembered
-def _commit_sizes(
+def _accept_commit(
     source: KVPages, source_list: PageList, target: KVPages, target_list: PageList, k_mean: Tensor | None
 ) -> Sizes:
     sizes: dict[str, int] = {}
@@ -158,8 +158,8 @@ def kv_commit(
         >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), scratch, PageList.of([0, 1], [16, 9]))
         >>> kv_commit(scratch, PageList.of([0, 1], [16, 9]), pages, PageList.of([3, 2], [16, 9]))  # quantizes
     """
-    _commit_sizes(source, source_list, target, target_list, k_mean)
-    call("kv_commit", backend, source.k.device, source, source_list, target, target_list, k_mean)
+    accepted = _accept_commit(source, source_list, target, target_list, k_mean)
+    call("kv_commit", accepted, backend, source.k.device, source, source_list, target, target_list, k_mean)
 
 
 @op(writes=["out"])
@@ -202,23 +202,35 @@ def kv_gather(
     device_of("out[0]", out[0])
     check_tensor("out[0]", out[0], FLOATS, "T H D", sizes, device)
     check_tensor("out[1]", out[1], (out[0].dtype,), "T H Dv", sizes, device)
-    call("kv_gather", backend, device, pools, where, out[0].dtype, out=out)
+    call("kv_gather", None, backend, device, pools, where, out[0].dtype, out=out)
     return out
 
 
 @remembered
-def _attention_sizes(
+def _accept_attention(
     q: Tensor,
     pools: Sequence[KVPages],
     plan: Plan,
     alibi_slopes: Tensor | None,
     out: Tensor | None,
     lse: Tensor | None,
+    accumulate: bool,
+    scale: float | None,
+    softcap: float,
+    precision: str,
     latent: bool,
 ) -> Sizes:
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv" if latent else "D", pools, plan, sizes, same_width=not latent)
+    check_precision(precision)
+    check_scale("scale", scale)
+    check_softcap(softcap)
     check_alibi(alibi_slopes, plan, sizes, q.device)
+    if accumulate:
+        check_given(ADDED_TO, out=out, lse=lse)
+    for field in ("page_starts", "windows") if latent else ():
+        if getattr(plan, field) is not None:
+            raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
     check_optional("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
     check_optional("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
     return sizes
@@ -280,19 +292,16 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    sizes = _attention_sizes(q, pools, plan, alibi_slopes, out, lse, False)
-    check_precision(precision)
-    check_scale("scale", scale)
-    check_softcap(softcap)
-    if accumulate:
-        check_given(ADDED_TO, out=out, lse=lse)
+    accumulate = bool(accumulate)
+    accepted = _accept_attention(q, pools, plan, alibi_slopes, out, lse, accumulate, scale, softcap, precision, False)
+    sizes = accepted.sizes
     if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
     out, lse = attention_outputs(q, out, lse, sizes)
     scale = sizes["D"] ** -0.5 if scale is None else scale
     limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
     options = {"scale": scale, "accumulate": accumulate, **limits, "precision": precision}
-    call("paged_attention", backend, q.device, q, pools, plan, out=out, lse=lse, **options)
+    call("paged_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
 
@@ -337,19 +346,26 @@ def latent_attention(
         >>> list(out.shape)
         [5, 8, 64]
     """
-    sizes = _attention_sizes(q, pools, plan, None, out, lse, True)
-    for field in ("page_starts", "windows"):
-        if getattr(plan, field) is not None:
-            raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
-    if accumulate:
-        check_given(ADDED_TO, out=out, lse=lse)
-    out, lse = attention_outputs(q, out, lse, sizes)
-    call("latent_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
+    accepted = _accept_attention(q, pools, plan, None, out, lse, bool(accumulate), scale, 0.0, "auto", True)
+    out, lse = attention_outputs(q, out, lse, accepted.sizes)
+    call(
+        "latent_attention",
+        accepted,
+        backend,
+        q.device,
+        q,
+        pools,
+        plan,
+        scale=scale,
+        out=out,
+        lse=lse,
+        accumulate=accumulate,
+    )
     return out, lse
 
 
 @remembered
-def _merge_sizes(
+def _accept_merge(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, lse: Tensor | None
 ) -> Sizes:
     sizes: dict[str, int] = {}
@@ -394,15 +410,15 @@ def merge_attention(
         >>> torch.allclose(out, paged_attention(q, [pages], make_plan([(3, [0, 1], [16, 9])]))[0], atol=1e-5)
         True
     """
-    _merge_sizes(out_a, lse_a, out_b, lse_b, out, lse)
+    accepted = _accept_merge(out_a, lse_a, out_b, lse_b, out, lse)
     out = torch.empty_like(out_a) if out is None else out
     lse = torch.empty_like(lse_a) if lse is None else lse
-    call("merge_attention", backend, out_a.device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
+    call("merge_attention", accepted, backend, out_a.device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
     return out, lse
 
 
 @remembered
-def _prologue_sizes(
+def _accept_prologue(
     qkv: Tensor,
     norms: Sequence[Tensor | None],  # of q, of k, their biases
     rope: Tensor | None,
@@ -411,6 +427,8 @@ def _prologue_sizes(
     bias: Tensor | None,
     k_mean: Tensor | None,
     out: Tensor | None,
+    eps: float,
+    interleaved: bool,  # for the replay
 ) -> Sizes:
     sizes: dict[str, int] = {}
     device = device_of("qkv", qkv)
@@ -429,6 +447,7 @@ def _prologue_sizes(
     check_optional("rope", rope, (torch.float32,), "T R/2 2", sizes, device)
     if rope is not None and 2 * rope.shape[1] > D:
         raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
+    check_number("eps", eps)
     check_optional("bias", bias, FLOATS, "width", sizes, device)
     check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
     check_optional("out", out, (qkv.dtype,), "T Hq D", sizes, device)
@@ -488,11 +507,14 @@ def qkv_prologue(
         [25, 4, 32]
     """
     norms = (norm_q, norm_k, norm_q_bias, norm_k_bias)
-    sizes = _prologue_sizes(qkv, norms, rope, pages, where, bias, k_mean, out)
+    interleaved = bool(interleaved)
+    accepted = _accept_prologue(qkv, norms, rope, pages, where, bias, k_mean, out, eps, interleaved)
     if out is None:
+        sizes = accepted.sizes
         out = torch.empty(sizes["T"], sizes["Hq"], sizes["D"], dtype=qkv.dtype, device=qkv.device)
     call(
         "qkv_prologue",
+        accepted,
         backend,
         qkv.device,
         qkv,
@@ -548,7 +570,7 @@ def page_summaries(
     if out is None:
         out = torch.zeros(sizes["P"], sizes["H"], 1 + bounds, sizes["D"], dtype=torch.float32, device=device)
     check_tensor("out", out, FLOATS, f"P H {1 + bounds} D", sizes, device)
-    call("page_summaries", backend, device, pools, where, bounds, out=out)
+    call("page_summaries", None, backend, device, pools, where, bounds, out=out)
     return out
 
 
@@ -605,7 +627,7 @@ def page_scores(
         out = torch.empty(sizes["S"], sizes["H"], sizes["n"], dtype=torch.float32, device=q.device)
     check_tensor("out", out, (torch.float32,), "S H n", sizes, q.device)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    call("page_scores", backend, q.device, q, q_indptr, summaries, where, scale=scale, out=out)
+    call("page_scores", None, backend, q.device, q, q_indptr, summaries, where, scale=scale, out=out)
     return out
 
 
@@ -660,22 +682,34 @@ def select_pages(
         out = PageList(*(torch.empty(length, dtype=torch.int32, device=device) for _ in range(2)))
     check_page_list("out", out, sizes, device)
     options = {"keep": keep, "frames": frames, "pages_per_frame": pages_per_frame}
-    call("select_pages", backend, device, scores, where, k, **options, out=out)
+    call("select_pages", None, backend, device, scores, where, k, **options, out=out)
     return out
 
 
 @remembered
-def _rows_sizes(
-    x: Tensor, vectors: Sequence[Tensor | None], groups: Sequence[Tensor | None], out: Quantized | None
+def _accept_rows(
+    x: Tensor,
+    dtype: torch.dtype,
+    norm: str | None,
+    vectors: Sequence[Tensor | None],  # weight, bias
+    groups: Sequence[Tensor | None],  # scale, shift
+    eps: float,
+    activation: str | None,
+    out: Quantized | None,
 ) -> Sizes:
     sizes: dict[str, int] = {}
     device = device_of("x", x)
     check_tensor("x", x, FLOATS, "M K", sizes, device)
+    check_word("norm", norm, ("layer", "rms"))
+    check_word("activation", activation, ACTIVATIONS)
+    check_number("eps", eps)
     for name, vector in zip(("weight", "bias"), vectors, strict=True):
         check_optional(name, vector, FLOATS, "K", sizes, device)
     for name, each in zip(("scale", "shift"), groups, strict=True):
         check_groups(name, each, "K", sizes, device)
-    if out is not None:
+    if out is None:
+        check_dtype("out.codes", dtype, CODES)
+    else:
         check_quantized("out", out, CODES, "M K", sizes, device)
     return sizes
 
@@ -719,16 +753,14 @@ def quantize_rows(
         >>> codes.dtype, list(codes.shape), list(scales.shape)
         (torch.int8, [8, 64], [8])
     """
-    sizes = _rows_sizes(x, (weight, bias), (scale, shift), out)
-    check_word("norm", norm, ("layer", "rms"))
-    check_word("activation", activation, ACTIVATIONS)
+    accepted = _accept_rows(x, dtype, norm, (weight, bias), (scale, shift), eps, activation, out)
     if out is None:
-        check_dtype("out.codes", dtype, CODES)
-        M, K = sizes["M"], sizes["K"]
+        M, K = accepted.sizes["M"], accepted.sizes["K"]
         codes = torch.empty(M, K, dtype=dtype, device=x.device)
         out = Quantized(codes, torch.empty(M, dtype=torch.float32, device=x.device))
     call(
         "quantize_rows",
+        accepted,
         backend,
         x.device,
         x,
@@ -746,12 +778,14 @@ def quantize_rows(
 
 
 @remembered
-def _linear_sizes(
+def _accept_linear(
     x: Quantized,
     weight: Quantized,
     bias: Tensor | None,
+    activation: str | None,
     gate: Tensor | None,
     residual: Tensor | None,
+    dtype: torch.dtype,
     out: Tensor | None,
 ) -> Sizes:
     sizes: dict[str, int] = {}
@@ -760,9 +794,12 @@ def _linear_sizes(
     device = device_of("x.codes", x.codes)
     check_quantized("x", x, CODES, "M K", sizes, device)
     check_quantized("weight", weight, (x.codes.dtype,), "N K", sizes, device)
+    check_word("activation", activation, ACTIVATIONS)
     check_optional("bias", bias, FLOATS, "N", sizes, device)
     check_groups("gate", gate, "N", sizes, device)
     check_optional("residual", residual, FLOATS, "M N", sizes, device)
+    if out is None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     check_optional("out", out, FLOATS, "M N", sizes, device)
     return sizes
 
@@ -806,15 +843,13 @@ def linear(
         check_is("weight", weight, Quantized)
         device_of("weight.codes", weight.codes)
         x = quantize_rows(x, weight.codes.dtype, backend=backend)
-    sizes = _linear_sizes(x, weight, bias, gate, residual, out)
-    check_word("activation", activation, ACTIVATIONS)
+    accepted = _accept_linear(x, weight, bias, activation, gate, residual, dtype, out)
     device = x.codes.device
     if out is None:
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-        out = torch.empty(sizes["M"], sizes["N"], dtype=dtype, device=device)
+        out = torch.empty(accepted.sizes["M"], accepted.sizes["N"], dtype=dtype, device=device)
     call(
         "linear",
+        accepted,
         backend,
         device,
         x,
