@@ -74,6 +74,7 @@ def remembered(check: Callable[..., Sizes]) -> Callable[..., Accepted]:
                 known[key] = accepted
         return accepted
 
+    checked.known, checked.forget = known, known.clear  # type: ignore[attr-defined]
     return checked
 
 
