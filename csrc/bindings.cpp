@@ -3,6 +3,8 @@
 // A kernel takes one dict, which has a value for every field of its struct and nothing else; a struct within it is a
 // dict in turn. Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU
 // kernel as `cpu` says; a number is a cudaStream_t.
+//
+// Long because it is the only file that knows Python: structs are read here, arguments described, calls made again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -53,8 +55,8 @@ struct Slots {
   struct Slot {
     size_t offset, tensor;
   };
-  const void* base;                  // of the struct that is read
-  py::args values;                   // of the call
+  const void* base;  // of the struct that is read
+  py::args values;   // the call's tensors
   std::vector<Slot> found;
 
   // An address that Python has made says of which tensor it is.

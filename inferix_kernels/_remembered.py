@@ -21,16 +21,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    from . import _C
-except ImportError:  # not built: every call is checked in Python
-    _C = None  # type: ignore[assignment]
-
 Sizes = Mapping[str, int]  # what the letters of an op's shapes stand for in a call
 MOST = 1024  # kinds of calls of one op, of about 60 bytes a tensor
-_describe = getattr(_C, "describe", None)
-if _describe:
+
+
+@functools.cache
+def describer() -> Callable[..., Any]:
+    """_C's, which is loaded when an op is first called; where it is not built no call has a key."""
+    try:
+        from . import _C
+    except ImportError:
+        return lambda *_: None
     _C.read_tensors_of(Tensor, torch.nn.Parameter, dtype=torch.dtype)
+    return _C.describe
 
 
 class Accepted:
@@ -62,9 +65,9 @@ def remembered(check: Callable[..., Sizes]) -> Callable[..., Accepted]:
 
     @functools.wraps(check)
     def checked(*arguments: Any) -> Accepted:
-        if _describe is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return Accepted(check(*arguments), False)
-        key = _describe(torch.is_grad_enabled(), *arguments)
+        key = describer()(torch.is_grad_enabled(), *arguments)
         accepted = known.get(key)
         if accepted is None:
             accepted = Accepted(check(*arguments), key is not None)

@@ -211,14 +211,14 @@ def _accept_attention(
     q: Tensor,
     pools: Sequence[KVPages],
     plan: Plan,
-    alibi_slopes: Tensor | None,
     out: Tensor | None,
     lse: Tensor | None,
-    accumulate: bool,
-    scale: float | None,
-    softcap: float,
-    precision: str,
     latent: bool,
+    scale: float | None,
+    accumulate: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    precision: str,
 ) -> Sizes:
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv" if latent else "D", pools, plan, sizes, same_width=not latent)
@@ -292,15 +292,14 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    accumulate = bool(accumulate)
-    accepted = _accept_attention(q, pools, plan, alibi_slopes, out, lse, accumulate, scale, softcap, precision, False)
+    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
+    accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
     sizes = accepted.sizes
     if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
     out, lse = attention_outputs(q, out, lse, sizes)
-    scale = sizes["D"] ** -0.5 if scale is None else scale
-    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
-    options = {"scale": scale, "accumulate": accumulate, **limits, "precision": precision}
+    options["scale"] = sizes["D"] ** -0.5 if scale is None else scale
     call("paged_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
@@ -346,7 +345,7 @@ def latent_attention(
         >>> list(out.shape)
         [5, 8, 64]
     """
-    accepted = _accept_attention(q, pools, plan, None, out, lse, bool(accumulate), scale, 0.0, "auto", True)
+    accepted = _accept_attention(q, pools, plan, out, lse, True, scale, bool(accumulate), 0.0, None, "auto")
     out, lse = attention_outputs(q, out, lse, accepted.sizes)
     call(
         "latent_attention",

@@ -146,15 +146,15 @@ def test_a_key_tells_kinds_apart():
              ((x, x), (x, x.clone())), (((x,), x), (x, (x,)))]  # fmt: skip
     for same, pairs in ((True, alike), (False, apart)):
         for a, b in pairs:
-            keys = [memory._describe(False, value) for value in (a, b)]
+            keys = [memory.describer()(False, value) for value in (a, b)]
             assert None not in keys and (keys[0] == keys[1]) is same, (a, b)
     wants = x.clone().requires_grad_()
-    assert memory._describe(True, x) != memory._describe(True, wants)
-    assert memory._describe(False, x) == memory._describe(False, wants)
+    assert memory.describer()(True, x) != memory.describer()(True, wants)
+    assert memory.describer()(False, x) == memory.describer()(False, wants)
     parameter = torch.nn.Parameter(x, requires_grad=False)
-    assert memory._describe(False, parameter) == memory._describe(False, x)
+    assert memory.describer()(False, parameter) == memory.describer()(False, x)
     for unknown in (torch._neg_view(x), x.to("meta"), x.to_sparse(), x.numpy(), object(), 1 << 70, {}):
-        assert memory._describe(False, unknown) is None
+        assert memory.describer()(False, unknown) is None
 
 
 def test_what_is_remembered_has_an_end(monkeypatch):
