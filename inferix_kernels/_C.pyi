@@ -63,7 +63,6 @@ class Isa:
     avx512: ClassVar[Isa]
     avx512_vnni: ClassVar[Isa]
     avx512_bf16: ClassVar[Isa]
-    amx: ClassVar[Isa]
     __members__: ClassVar[dict[str, Isa]]
     def __init__(self, value: int) -> None: ...
     def __int__(self) -> int: ...
@@ -167,7 +166,7 @@ def quantize_rows(
     workspace: object = None,
 ) -> None: ...
 def read_tensors_of(
-    *args,
+    *args: object,
     dtype: type,
 ) -> None: ...
 
