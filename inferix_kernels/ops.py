@@ -345,21 +345,10 @@ def latent_attention(
         >>> list(out.shape)
         [5, 8, 64]
     """
-    accepted = _accept_attention(q, pools, plan, out, lse, True, scale, bool(accumulate), 0.0, None, "auto")
+    options = {"scale": scale, "accumulate": bool(accumulate)}
+    accepted = _accept_attention(q, pools, plan, out, lse, True, *options.values(), 0.0, None, "auto")
     out, lse = attention_outputs(q, out, lse, accepted.sizes)
-    call(
-        "latent_attention",
-        accepted,
-        backend,
-        q.device,
-        q,
-        pools,
-        plan,
-        scale=scale,
-        out=out,
-        lse=lse,
-        accumulate=accumulate,
-    )
+    call("latent_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
 
