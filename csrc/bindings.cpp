@@ -3,9 +3,15 @@
 // A kernel takes one dict, which has a value for every field of its struct and nothing else; a struct within it is a
 // dict in turn. Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU
 // kernel as `cpu` says; a number is a cudaStream_t.
+//
+// Long because it is the only file that knows Python: structs are read here, arguments described, calls made again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <memory>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -13,6 +19,7 @@
 
 #include "attention.h"
 #include "cuda/probes_sm90.h"
+#include "dlpack.h"
 #include "kv_pages.h"
 #include "linear.h"
 #include "qkv.h"
@@ -42,6 +49,28 @@ const std::vector<PyObject*>& names_of() {
   }();
   return names;
 }
+
+// Which fields of a struct are the addresses of which tensors.
+struct Slots {
+  struct Slot {
+    size_t offset, tensor;
+  };
+  const void* base;  // of the struct that is read
+  py::args values;   // the call's tensors
+  std::vector<Slot> found;
+
+  // An address that Python has made says of which tensor it is.
+  void add(py::handle address, const void* field) {
+    const py::object owner = py::getattr(address, "tensor", py::none());
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (py::object(values[i]).ptr() != owner.ptr()) continue;
+      found.push_back({static_cast<size_t>(static_cast<const char*>(field) - static_cast<const char*>(base)), i});
+      return;
+    }
+    throw py::type_error("is the address of no argument");
+  }
+};
+thread_local Slots* recorded = nullptr;  // while a struct is read of which they are wanted
 
 template <typename Field>
 void read(py::handle value, Field& field);
@@ -87,9 +116,15 @@ void read_fields(py::handle given, Struct& object) {
 
 template <typename Field>
 void read(py::handle value, Field& field) {
-  if constexpr (has_fields<Field>::value) read_fields(value, field);
-  else if constexpr (std::is_pointer_v<Field>) field = reinterpret_cast<Field>(value.cast<Address>());
-  else field = value.cast<Field>();
+  if constexpr (has_fields<Field>::value) {
+    read_fields(value, field);
+  } else if constexpr (std::is_pointer_v<Field>) {
+    const auto address = value.cast<Address>();
+    field = reinterpret_cast<Field>(address);
+    if (address && recorded) recorded->add(value, &field);
+  } else {
+    field = value.cast<Field>();
+  }
 }
 
 // Not deduced, so that a null pointer will do.
@@ -106,6 +141,185 @@ using Bytes = std::common_type_t<int64_t (*)(const Params&)>;
 #else
 #define INFERIX_CUDA_KERNEL(kernel) nullptr
 #endif
+
+// The types whose tensors are read without Python, and how; no types if their library has no such functions.
+struct Tensors {
+  std::vector<PyTypeObject*> types;
+  PyTypeObject* dtype = nullptr;  // of their dtypes
+  PyObject* is_neg = nullptr;     // their method
+  const DlExchange* exchange = nullptr;
+
+  bool has(PyObject* object) const { return std::find(types.begin(), types.end(), Py_TYPE(object)) != types.end(); }
+
+  // Whether `object` is one of these, with its numbers in memory; what it is.
+  bool read(PyObject* object, DlTensor& tensor) const {
+    if (!has(object)) return false;
+    if (exchange->from_object(object, &tensor)) return PyErr_Clear(), false;
+    // The address of a view of an emptied storage is its offset: no tensor is so large that one reaches kLowest.
+    constexpr uintptr_t kLowest = uintptr_t{1} << 44;
+    const bool empty = std::count(tensor.shape, tensor.shape + tensor.ndim, 0);
+    return tensor.byte_offset == 0 && tensor.lanes == 1 &&
+           (empty || reinterpret_cast<uintptr_t>(tensor.data) >= kLowest);
+  }
+};
+
+Tensors& tensors() {
+  static Tensors all;
+  return all;
+}
+
+// Of types that share the first one's functions.
+void read_tensors_of(const py::args& types, const py::type& dtype) {
+  Tensors all;
+  const py::object capsule = py::getattr(types[0], "__dlpack_c_exchange_api__", py::none());
+  if (PyCapsule_IsValid(capsule.ptr(), DlExchange::kCapsule))
+    all.exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), DlExchange::kCapsule));
+  if (all.exchange && all.exchange->major == DlExchange::kMajor && all.exchange->from_object)
+    for (const py::handle type : types) all.types.push_back(reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()));
+  all.dtype = reinterpret_cast<PyTypeObject*>(dtype.inc_ref().ptr());
+  all.is_neg = py::getattr(types[0], "is_neg").release().ptr();
+  tensors() = all;
+}
+
+// What values are, but not where tensors lie nor what they hold: of two that are alike the keys are equal.
+class Description {
+ public:
+  explicit Description(bool gradients) : gradients_(gradients) { bytes_.reserve(1024), put(gradients); }
+
+  // False for what must be looked at more closely.
+  bool add(PyObject* value) {
+    if (value == Py_None) return put('n'), true;
+    if (PyTuple_Check(value) || PyList_CheckExact(value)) return add_sequence(value);
+    if (PyBool_Check(value)) return put(value == Py_True ? '1' : '0'), true;
+    if (PyFloat_CheckExact(value)) return put('f'), put(PyFloat_AS_DOUBLE(value)), true;
+    if (PyLong_CheckExact(value)) {
+      int overflow;
+      const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+      return put('i'), put(number), !overflow;
+    }
+    if (PyUnicode_CheckExact(value) || Py_TYPE(value) == tensors().dtype)
+      return put('o'), objects_.push_back(value), true;
+    return add_tensor(value);
+  }
+
+  // A key for a dict. It keeps the objects in it alive, so that no other can take their place.
+  PyObject* key() const {
+    PyObject* const made = PyTuple_New(objects_.size() + 1);
+    PyObject* const bytes = made ? PyBytes_FromStringAndSize(bytes_.data(), bytes_.size()) : nullptr;
+    if (!bytes) return Py_XDECREF(made), nullptr;
+    PyTuple_SET_ITEM(made, 0, bytes);
+    for (size_t i = 0; i < objects_.size(); ++i)
+      PyTuple_SET_ITEM(made, i + 1, py::handle(objects_[i]).inc_ref().ptr());
+    return made;
+  }
+
+ private:
+  template <typename Value>
+  void put(Value value) {
+    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+
+  bool add_sequence(PyObject* value) {
+    put('t'), put(PySequence_Fast_GET_SIZE(value));
+    objects_.push_back(reinterpret_cast<PyObject*>(Py_TYPE(value)));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i)
+      if (!add(PySequence_Fast_GET_ITEM(value, i))) return false;
+    return true;
+  }
+
+  bool add_tensor(PyObject* value) {
+    DlTensor tensor;
+    if (!tensors().read(value, tensor)) return false;
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(tensors().is_neg, value));
+    if (!negated) return PyErr_Clear(), false;
+    if (negated.ptr() != Py_False) return false;
+    bool gradient = false;
+    if (gradients_) {
+      static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+      const auto required = py::reinterpret_steal<py::object>(PyObject_GetAttr(value, name));
+      if (!required) return PyErr_Clear(), false;
+      gradient = required.ptr() != Py_False;
+    }
+    const int32_t numbers[] = {tensor.device_type, tensor.device_id, tensor.ndim, tensor.code, tensor.bits, gradient};
+    const size_t size = tensor.ndim * sizeof(int64_t);
+    // A tensor that is given twice is one in all calls that are alike.
+    const auto first = std::find(tensors_.begin(), tensors_.end(), value);
+    put('x'), put(first - tensors_.begin()), tensors_.push_back(value);
+    bytes_.append(reinterpret_cast<const char*>(numbers), sizeof numbers);
+    bytes_.append(reinterpret_cast<const char*>(tensor.shape), size);
+    bytes_.append(reinterpret_cast<const char*>(tensor.strides), size);
+    return true;
+  }
+
+  const bool gradients_;
+  std::string bytes_;
+  std::vector<PyObject*> objects_, tensors_;  // strings, dtypes and types of tuples
+};
+
+// Not through pybind11, whose way to a function costs as much as this one's work.
+PyObject* describe(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  if (count < 1 || !PyBool_Check(values[0]))
+    return PyErr_SetString(PyExc_TypeError, "gradients must be a bool"), nullptr;
+  Description description(values[0] == Py_True);
+  for (Py_ssize_t i = 1; i < count; ++i)
+    if (!description.add(values[i])) Py_RETURN_NONE;
+  return description.key();
+}
+
+PyMethodDef kDescribe[] = {
+    {"describe", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(describe)), METH_FASTCALL,
+     "describe(gradients: bool, *values: object) -> tuple | None\n\nA key for a dict: what tensors, dtypes, numbers, "
+     "strings, None, and tuples and lists of these are, but neither where tensors lie nor what they hold. None where "
+     "something must be looked at more closely."},
+    {nullptr, nullptr, 0, nullptr}};
+
+// A call of a CPU kernel as it was made once, to be made again with other tensors of the same kinds.
+template <typename Params>
+class Replay {
+ public:
+  Replay(const Params& params, std::vector<Slots::Slot> slots, CpuKernel<Params> kernel)
+      : params_(params), slots_(std::move(slots)), kernel_(kernel) {}
+
+  // False, and nothing has run, if a tensor must be looked at more closely.
+  bool operator()(int threads, Isa isa, const py::args& values) const {
+    Places places;
+    if (!collect(values.ptr(), places)) return false;
+    Params params = params_;
+    for (const Slots::Slot& slot : slots_) {
+      if (slot.tensor >= places.count || !places.address[slot.tensor]) return false;
+      std::memcpy(reinterpret_cast<char*>(&params) + slot.offset, &places.address[slot.tensor], sizeof(void*));
+    }
+    py::gil_scoped_release release;
+    kernel_(params, Cpu{threads, isa});
+    return true;
+  }
+
+ private:
+  static_assert(std::is_trivially_copyable_v<Params>);
+  struct Places {
+    void* address[96];
+    size_t count = 0;
+  };
+
+  // Of the tensors in `value`, in order; null where one is not aligned.
+  static bool collect(PyObject* value, Places& places) {
+    if (PyTuple_Check(value) || PyList_CheckExact(value)) {
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i)
+        if (!collect(PySequence_Fast_GET_ITEM(value, i), places)) return false;
+      return true;
+    }
+    if (!tensors().has(value)) return true;
+    DlTensor tensor;
+    if (places.count == std::size(places.address) || !tensors().read(value, tensor)) return false;
+    const bool aligned = tensor.bits % 8 == 0 && reinterpret_cast<uintptr_t>(tensor.data) % (tensor.bits / 8) == 0;
+    places.address[places.count++] = aligned ? tensor.data : nullptr;
+    return true;
+  }
+
+  const Params params_;
+  const std::vector<Slots::Slot> slots_;
+  const CpuKernel<Params> kernel_;
+};
 
 // `workspace`, called with a number of bytes, returns the address of so much scratch memory on the op's device.
 template <typename Params>
@@ -133,6 +347,15 @@ void define(py::module_& m, const char* name, CpuKernel<Params> on_cpu, CudaKern
       },
       "arguments"_a, py::kw_only(), "stream"_a = py::none(), "cpu"_a = py::none(), "workspace"_a = py::none());
   if (on_cuda) m.attr("cuda_ops").cast<py::set>().add(name);
+  if (!on_cpu) return;
+  m.attr("replays")[name] = py::cpp_function([=](const py::dict& arguments, const py::args& values) {
+    Params params{};
+    Slots slots{&params, values, {}};
+    recorded = &slots;
+    const auto done = std::unique_ptr<Slots*, void (*)(Slots**)>(&recorded, [](Slots** slot) { *slot = nullptr; });
+    read_fields(arguments, params);
+    return py::cpp_function(Replay<Params>(params, std::move(slots.found), on_cpu));
+  });
 }
 
 // Each is local to its module: a process may hold the extension twice, the package's and that of an exported copy.
@@ -180,6 +403,10 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception<Unsupported>(m, "Unsupported");
   define_types(m);
   m.attr("max_pools") = kMaxPools;
+  m.attr("replays") = py::dict();  // by name: from the arguments of a call on the CPU, and its tensors, what makes it again
+  m.def("read_tensors_of", read_tensors_of, "The types of tensors, and of their dtypes, that describe and replays know.",
+        py::kw_only(), "dtype"_a);
+  if (PyModule_AddFunctions(m.ptr(), kDescribe)) throw py::error_already_set();
   m.attr("cuda_ops") = py::set();  // names of the functions that have a CUDA kernel
   define<KvAppendParams>(m, "kv_append", kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
   define<KvCommitParams>(m, "kv_commit", kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));

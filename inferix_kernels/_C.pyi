@@ -10,6 +10,7 @@ from typing import ClassVar
 cuda_ops: set
 has_cuda: bool
 max_pools: int
+replays: dict
 
 class Activation:
     none: ClassVar[Activation]
@@ -62,7 +63,6 @@ class Isa:
     avx512: ClassVar[Isa]
     avx512_vnni: ClassVar[Isa]
     avx512_bf16: ClassVar[Isa]
-    amx: ClassVar[Isa]
     __members__: ClassVar[dict[str, Isa]]
     def __init__(self, value: int) -> None: ...
     def __int__(self) -> int: ...
@@ -105,6 +105,10 @@ class Precision:
 class Unsupported(Exception): ...
 
 def best_isa() -> Isa: ...
+def describe(
+    gradients: bool,
+    *values: object,
+) -> tuple | None: ...
 def kv_append(
     arguments: dict,
     *,
@@ -160,6 +164,10 @@ def quantize_rows(
     stream: int | None = None,
     cpu: object = None,
     workspace: object = None,
+) -> None: ...
+def read_tensors_of(
+    *args: object,
+    dtype: type,
 ) -> None: ...
 
 # Only in a build with CUDA.

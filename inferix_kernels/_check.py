@@ -88,11 +88,7 @@ def check_tensor(
     device: torch.device,
 ) -> None:
     device_of(name, tensor)
-    if tensor.dtype not in dtypes:
-        raise TypeError(
-            f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)},"
-            f" got {str(tensor.dtype).removeprefix('torch.')}"
-        )
+    check_dtype(name, tensor.dtype, dtypes)
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the op's first argument, got {tensor.device}")
     if not torch.compiler.is_compiling():  # where tensors stand for what will be
@@ -103,6 +99,14 @@ def check_tensor(
             f"{name} requires a gradient, and there is no backward: call it under torch.no_grad(), or detach {name}"
         )
     check_shape(name, tensor, layout, sizes)
+
+
+def check_dtype(name: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> None:
+    if dtype not in dtypes:
+        raise TypeError(
+            f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)},"
+            f" got {str(dtype).removeprefix('torch.')}"
+        )
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
@@ -278,15 +282,14 @@ def check_given(why: str, **outputs: Tensor | None) -> None:
 
 
 def attention_outputs(
-    q: Tensor, out: Tensor | None, lse: Tensor | None, sizes: dict[str, int]
+    q: Tensor, out: Tensor | None, lse: Tensor | None, sizes: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D] and lse [T, Hq]: as given, checked, or new."""
+    """out [T, Hq, D] and lse [T, Hq]: as given, or new."""
+    T, heads, device = sizes["T"], sizes["Hq"], q.device
     if out is None:
-        out = torch.empty(sizes["T"], sizes["Hq"], sizes["D"], dtype=q.dtype, device=q.device)
+        out = torch.empty(T, heads, sizes["D"], dtype=q.dtype, device=device)
     if lse is None:
-        lse = torch.empty(q.shape[-3:-1], dtype=torch.float32, device=q.device)
-    check_tensor("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
-    check_tensor("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
+        lse = torch.empty(T, heads, dtype=torch.float32, device=device)
     return out, lse
 
 
@@ -316,6 +319,11 @@ def check_scale(name: str, scale: float | None) -> None:
     """None, or a number that float32 holds."""
     if scale is not None and not (isinstance(scale, numbers.Real) and abs(scale) < 1e38):
         raise ValueError(f"{name} must be a number, got {scale!r:.80}")
+
+
+def check_number(name: str, number: float) -> None:
+    if not isinstance(number, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {shown(number)}")
 
 
 def check_alibi(slopes: Tensor | None, plan: Plan, sizes: dict[str, int], device: torch.device) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Unsupported
+from ._remembered import Place, recording, tensors_of
 from .layout import Codec, KVPages, PageList, Quantized, Side
 from .plans import Plan
 
@@ -153,12 +154,12 @@ def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, precision
 
 def _attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, out: Tensor, lse: Tensor) -> Struct:
     """What paged_attention reads and writes, and its sizes."""
-    queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
-    variants, tokens, query_heads, _ = queries.shape
+    variants = q.shape[0] if q.ndim == 4 else 1
+    tokens, query_heads = q.shape[-3:-1]
     segments = len(plan.q_indptr) - 1
     return {
-        "q": _rows("q", queries),
-        "q_variant_stride": queries.stride(0),
+        "q": _rows("q", q),
+        "q_variant_stride": q.stride(0) if q.ndim == 4 else 0,
         "out": _rows("out", out),
         "lse": _address("lse", lse),
         "pools": _pools(pools),
@@ -327,7 +328,8 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
     kernel = getattr(_C, op)
     if not like.is_cuda:
         try:
-            return kernel(arguments, cpu={"threads": torch.get_num_threads(), "isa": ISA})
+            kernel(arguments, cpu={"threads": torch.get_num_threads(), "isa": ISA})
+            return _record(op, arguments)
         except TypeError as error:  # this file and csrc/ agree on the fields of a struct: not so with another's
             raise RuntimeError(
                 f"{op}: inferix_kernels._C was built from other sources than these: build it again "
@@ -343,6 +345,20 @@ def _run(op: str, like: Tensor, /, **arguments: Any) -> None:
             kernel(arguments, stream=stream, workspace=_Workspace(like.device))
     except _C.Unsupported as error:
         raise Unsupported(str(error)) from error
+
+
+def _record(op: str, arguments: Struct) -> None:
+    """Keep what makes the call that has just been made again, where one is wanted (_remembered.py)."""
+    call = recording.call
+    if call is None or call.op != op:
+        return
+    call.accepted.wanted = False
+    try:
+        again = _C.replays[op](arguments, *tensors_of(call.arguments))
+    except TypeError:  # a tensor was made on the way, such as a bias in float32: its address is of no argument
+        return
+    function = globals()[op]  # a call is only made again while it would come here: not where a test has put another
+    call.accepted.replay = lambda values: globals()[op] is function and again(torch.get_num_threads(), ISA, *values)
 
 
 class _Workspace:
@@ -368,6 +384,9 @@ def _pointer(name: str, tensor: Tensor) -> int:
     address, size = tensor.data_ptr(), tensor.element_size()
     if address % size:
         raise ValueError(f"{name} must be aligned to its elements of {size} bytes, got address {address:#x}")
+    if recording.call is not None:
+        address = Place(address)
+        address.tensor = tensor
     return address
 
 

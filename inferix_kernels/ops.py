@@ -32,10 +32,12 @@ from ._check import (
     check_alibi,
     check_apart,
     check_attention,
+    check_dtype,
     check_given,
     check_groups,
     check_is,
     check_norm,
+    check_number,
     check_optional,
     check_page_list,
     check_pages,
@@ -50,6 +52,7 @@ from ._check import (
     device_of,
 )
 from ._library import call, op
+from ._remembered import Sizes, remembered
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .plans import Plan
 
@@ -71,6 +74,18 @@ __all__ = [
 ADDED_TO = "with accumulate=True: they are what is added to"
 
 
+@remembered
+def _accept_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList) -> Sizes:
+    sizes: dict[str, int] = {}
+    device = device_of("k", k)
+    check_tensor("k", k, FLOATS, "T H D", sizes, device)
+    check_tensor("v", v, (k.dtype,), "T H Dv", sizes, device)
+    check_pages("pages", pages, sizes, device)
+    check_page_list("where", where, sizes, device, starts=not FORMATS[pages.format].quantized)
+    check_apart("pages", pages)
+    return sizes
+
+
 @op(writes=["pages"])
 def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend: str = "auto") -> None:
     """Write T tokens into pages, from the first slot of each page on.
@@ -89,14 +104,29 @@ def kv_append(k: Tensor, v: Tensor, pages: KVPages, where: PageList, *, backend:
         >>> k, v = torch.randn(25, 2, 32), torch.randn(25, 2, 32)
         >>> kv_append(k, v, pages, PageList.of([3, 1], [16, 9]))  # 16 tokens into page 3, 9 into page 1
     """
+    accepted = _accept_append(k, v, pages, where)
+    call("kv_append", accepted, backend, k.device, k, v, pages, where)
+
+
+@remembered
+def _accept_commit(
+    source: KVPages, source_list: PageList, target: KVPages, target_list: PageList, k_mean: Tensor | None
+) -> Sizes:
     sizes: dict[str, int] = {}
-    device = device_of("k", k)
-    check_tensor("k", k, FLOATS, "T H D", sizes, device)
-    check_tensor("v", v, (k.dtype,), "T H Dv", sizes, device)
-    check_pages("pages", pages, sizes, device)
-    check_page_list("where", where, sizes, device, starts=not FORMATS[pages.format].quantized)
-    check_apart("pages", pages)
-    call("kv_append", backend, device, k, v, pages, where)
+    check_is("source", source, KVPages)
+    device = device_of("source.k", source.k)
+    check_pages("source", source, sizes, device)
+    check_pages("target", target, sizes, device)
+    check_page_list("source_list", source_list, sizes, device)
+    sizes["len(target_list)"] = sizes["len(source_list)"]
+    check_page_list("target_list", target_list, sizes, device)
+    check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
+    if k_mean is not None and FORMATS[source.format].quantized:
+        raise ValueError(
+            f"k_mean must be None for {source.format} source pages: a mean is taken off before keys are first "
+            "quantized, give it to the op that does"
+        )
+    return sizes
 
 
 @op(writes=["target"])
@@ -128,21 +158,8 @@ def kv_commit(
         >>> kv_append(torch.randn(25, 2, 32), torch.randn(25, 2, 32), scratch, PageList.of([0, 1], [16, 9]))
         >>> kv_commit(scratch, PageList.of([0, 1], [16, 9]), pages, PageList.of([3, 2], [16, 9]))  # quantizes
     """
-    sizes: dict[str, int] = {}
-    check_is("source", source, KVPages)
-    device = device_of("source.k", source.k)
-    check_pages("source", source, sizes, device)
-    check_pages("target", target, sizes, device)
-    check_page_list("source_list", source_list, sizes, device)
-    sizes["len(target_list)"] = sizes["len(source_list)"]
-    check_page_list("target_list", target_list, sizes, device)
-    check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
-    if k_mean is not None and FORMATS[source.format].quantized:
-        raise ValueError(
-            f"k_mean must be None for {source.format} source pages: a mean is taken off before keys are first "
-            "quantized, give it to the op that does"
-        )
-    call("kv_commit", backend, device, source, source_list, target, target_list, k_mean)
+    accepted = _accept_commit(source, source_list, target, target_list, k_mean)
+    call("kv_commit", accepted, backend, source.k.device, source, source_list, target, target_list, k_mean)
 
 
 @op(writes=["out"])
@@ -185,8 +202,38 @@ def kv_gather(
     device_of("out[0]", out[0])
     check_tensor("out[0]", out[0], FLOATS, "T H D", sizes, device)
     check_tensor("out[1]", out[1], (out[0].dtype,), "T H Dv", sizes, device)
-    call("kv_gather", backend, device, pools, where, out[0].dtype, out=out)
+    call("kv_gather", None, backend, device, pools, where, out[0].dtype, out=out)
     return out
+
+
+@remembered
+def _accept_attention(
+    q: Tensor,
+    pools: Sequence[KVPages],
+    plan: Plan,
+    out: Tensor | None,
+    lse: Tensor | None,
+    latent: bool,
+    scale: float | None,
+    accumulate: bool,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    precision: str,
+) -> Sizes:
+    sizes: dict[str, int] = {}
+    check_attention(q, "D+Dv" if latent else "D", pools, plan, sizes, same_width=not latent)
+    check_precision(precision)
+    check_scale("scale", scale)
+    check_softcap(softcap)
+    check_alibi(alibi_slopes, plan, sizes, q.device)
+    if accumulate:
+        check_given(ADDED_TO, out=out, lse=lse)
+    for field in ("page_starts", "windows") if latent else ():
+        if getattr(plan, field) is not None:
+            raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
+    check_optional("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
+    check_optional("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
+    return sizes
 
 
 @op(writes=["out", "lse"])
@@ -245,21 +292,15 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    sizes: dict[str, int] = {}
-    check_attention(q, "D", pools, plan, sizes, same_width=True)
+    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
+    accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
+    sizes = accepted.sizes
     if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
-    check_precision(precision)
-    check_scale("scale", scale)
-    check_softcap(softcap)
-    check_alibi(alibi_slopes, plan, sizes, q.device)
-    if accumulate:
-        check_given(ADDED_TO, out=out, lse=lse)
     out, lse = attention_outputs(q, out, lse, sizes)
-    scale = sizes["D"] ** -0.5 if scale is None else scale
-    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
-    options = {"scale": scale, "accumulate": accumulate, **limits, "precision": precision}
-    call("paged_attention", backend, q.device, q, pools, plan, out=out, lse=lse, **options)
+    options["scale"] = sizes["D"] ** -0.5 if scale is None else scale
+    call("paged_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
 
@@ -304,16 +345,26 @@ def latent_attention(
         >>> list(out.shape)
         [5, 8, 64]
     """
-    sizes: dict[str, int] = {}
-    check_attention(q, "D+Dv", pools, plan, sizes, same_width=False)
-    for field in ("page_starts", "windows"):
-        if getattr(plan, field) is not None:
-            raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
-    if accumulate:
-        check_given(ADDED_TO, out=out, lse=lse)
-    out, lse = attention_outputs(q, out, lse, sizes)
-    call("latent_attention", backend, q.device, q, pools, plan, scale=scale, out=out, lse=lse, accumulate=accumulate)
+    options = {"scale": scale, "accumulate": bool(accumulate)}
+    accepted = _accept_attention(q, pools, plan, out, lse, True, *options.values(), 0.0, None, "auto")
+    out, lse = attention_outputs(q, out, lse, accepted.sizes)
+    call("latent_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
+
+
+@remembered
+def _accept_merge(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor | None, lse: Tensor | None
+) -> Sizes:
+    sizes: dict[str, int] = {}
+    device = device_of("out_a", out_a)
+    check_tensor("out_a", out_a, FLOATS, "T Hq D", sizes, device)
+    check_tensor("out_b", out_b, (out_a.dtype,), "T Hq D", sizes, device)
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_tensor(name, x, (torch.float32,), "T Hq", sizes, device)
+    check_optional("out", out, (out_a.dtype, torch.float32), "T Hq D", sizes, device)
+    check_optional("lse", lse, (torch.float32,), "T Hq", sizes, device)
+    return sizes
 
 
 @op(writes=["out", "lse"])
@@ -347,18 +398,48 @@ def merge_attention(
         >>> torch.allclose(out, paged_attention(q, [pages], make_plan([(3, [0, 1], [16, 9])]))[0], atol=1e-5)
         True
     """
-    sizes: dict[str, int] = {}
-    device = device_of("out_a", out_a)
-    check_tensor("out_a", out_a, FLOATS, "T Hq D", sizes, device)
-    check_tensor("out_b", out_b, (out_a.dtype,), "T Hq D", sizes, device)
-    for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
-        check_tensor(name, x, (torch.float32,), "T Hq", sizes, device)
+    accepted = _accept_merge(out_a, lse_a, out_b, lse_b, out, lse)
     out = torch.empty_like(out_a) if out is None else out
     lse = torch.empty_like(lse_a) if lse is None else lse
-    check_tensor("out", out, (out_a.dtype, torch.float32), "T Hq D", sizes, device)
-    check_tensor("lse", lse, (torch.float32,), "T Hq", sizes, device)
-    call("merge_attention", backend, device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
+    call("merge_attention", accepted, backend, out_a.device, out_a, lse_a, out_b, lse_b, out=out, lse=lse)
     return out, lse
+
+
+@remembered
+def _accept_prologue(
+    qkv: Tensor,
+    norms: Sequence[Tensor | None],  # of q, of k, their biases
+    rope: Tensor | None,
+    pages: KVPages,
+    where: PageList,
+    bias: Tensor | None,
+    k_mean: Tensor | None,
+    out: Tensor | None,
+    eps: float,
+    interleaved: bool,  # for the replay
+) -> Sizes:
+    sizes: dict[str, int] = {}
+    device = device_of("qkv", qkv)
+    check_tensor("qkv", qkv, FLOATS, "T width", sizes, device)
+    check_pages("pages", pages, sizes, device)
+    check_same_width("pages", sizes)
+    check_page_list("where", where, sizes, device)
+    H, D = sizes["H"], sizes["D"]
+    query_heads = sizes["Hq"] = sizes["width"] // D - 2 * H
+    if query_heads < 1 or sizes["width"] % D or query_heads % H:
+        raise ValueError(
+            f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H, got {sizes['width']}"
+        )
+    check_norm("norm_q", norms[0], norms[2], query_heads, sizes, device)
+    check_norm("norm_k", norms[1], norms[3], H, sizes, device)
+    check_optional("rope", rope, (torch.float32,), "T R/2 2", sizes, device)
+    if rope is not None and 2 * rope.shape[1] > D:
+        raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
+    check_number("eps", eps)
+    check_optional("bias", bias, FLOATS, "width", sizes, device)
+    check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
+    check_optional("out", out, (qkv.dtype,), "T Hq D", sizes, device)
+    return sizes
 
 
 @op(writes=["pages", "out"])
@@ -413,32 +494,17 @@ def qkv_prologue(
         >>> list(q.shape)
         [25, 4, 32]
     """
-    sizes: dict[str, int] = {}
-    device = device_of("qkv", qkv)
-    check_tensor("qkv", qkv, FLOATS, "T width", sizes, device)
-    check_pages("pages", pages, sizes, device)
-    check_same_width("pages", sizes)
-    check_page_list("where", where, sizes, device)
-    T, H, D = sizes["T"], sizes["H"], sizes["D"]
-    query_heads = sizes["Hq"] = sizes["width"] // D - 2 * H
-    if query_heads < 1 or sizes["width"] % D or query_heads % H:
-        raise ValueError(
-            f"qkv must be (Hq + 2H) * D wide with the pages' H={H}, D={D} and Hq a multiple of H, got {sizes['width']}"
-        )
-    check_norm("norm_q", norm_q, norm_q_bias, query_heads, sizes, device)
-    check_norm("norm_k", norm_k, norm_k_bias, H, sizes, device)
-    check_optional("rope", rope, (torch.float32,), "T R/2 2", sizes, device)
-    if rope is not None and 2 * rope.shape[1] > D:
-        raise ValueError(f"rope must turn at most D={D} channels, got {2 * rope.shape[1]}")
-    check_optional("bias", bias, FLOATS, "width", sizes, device)
-    check_optional("k_mean", k_mean, (torch.float32,), "H D", sizes, device)
+    norms = (norm_q, norm_k, norm_q_bias, norm_k_bias)
+    interleaved = bool(interleaved)
+    accepted = _accept_prologue(qkv, norms, rope, pages, where, bias, k_mean, out, eps, interleaved)
     if out is None:
-        out = torch.empty(T, query_heads, D, dtype=qkv.dtype, device=device)
-    check_tensor("out", out, (qkv.dtype,), "T Hq D", sizes, device)
+        sizes = accepted.sizes
+        out = torch.empty(sizes["T"], sizes["Hq"], sizes["D"], dtype=qkv.dtype, device=qkv.device)
     call(
         "qkv_prologue",
+        accepted,
         backend,
-        device,
+        qkv.device,
         qkv,
         norm_q,
         norm_k,
@@ -492,7 +558,7 @@ def page_summaries(
     if out is None:
         out = torch.zeros(sizes["P"], sizes["H"], 1 + bounds, sizes["D"], dtype=torch.float32, device=device)
     check_tensor("out", out, FLOATS, f"P H {1 + bounds} D", sizes, device)
-    call("page_summaries", backend, device, pools, where, bounds, out=out)
+    call("page_summaries", None, backend, device, pools, where, bounds, out=out)
     return out
 
 
@@ -549,7 +615,7 @@ def page_scores(
         out = torch.empty(sizes["S"], sizes["H"], sizes["n"], dtype=torch.float32, device=q.device)
     check_tensor("out", out, (torch.float32,), "S H n", sizes, q.device)
     scale = sizes["D"] ** -0.5 if scale is None else scale
-    call("page_scores", backend, q.device, q, q_indptr, summaries, where, scale=scale, out=out)
+    call("page_scores", None, backend, q.device, q, q_indptr, summaries, where, scale=scale, out=out)
     return out
 
 
@@ -604,8 +670,36 @@ def select_pages(
         out = PageList(*(torch.empty(length, dtype=torch.int32, device=device) for _ in range(2)))
     check_page_list("out", out, sizes, device)
     options = {"keep": keep, "frames": frames, "pages_per_frame": pages_per_frame}
-    call("select_pages", backend, device, scores, where, k, **options, out=out)
+    call("select_pages", None, backend, device, scores, where, k, **options, out=out)
     return out
+
+
+@remembered
+def _accept_rows(
+    x: Tensor,
+    dtype: torch.dtype,
+    norm: str | None,
+    vectors: Sequence[Tensor | None],  # weight, bias
+    groups: Sequence[Tensor | None],  # scale, shift
+    eps: float,
+    activation: str | None,
+    out: Quantized | None,
+) -> Sizes:
+    sizes: dict[str, int] = {}
+    device = device_of("x", x)
+    check_tensor("x", x, FLOATS, "M K", sizes, device)
+    check_word("norm", norm, ("layer", "rms"))
+    check_word("activation", activation, ACTIVATIONS)
+    check_number("eps", eps)
+    for name, vector in zip(("weight", "bias"), vectors, strict=True):
+        check_optional(name, vector, FLOATS, "K", sizes, device)
+    for name, each in zip(("scale", "shift"), groups, strict=True):
+        check_groups(name, each, "K", sizes, device)
+    if out is None:
+        check_dtype("out.codes", dtype, CODES)
+    else:
+        check_quantized("out", out, CODES, "M K", sizes, device)
+    return sizes
 
 
 @op(writes=["out"])
@@ -647,23 +741,16 @@ def quantize_rows(
         >>> codes.dtype, list(codes.shape), list(scales.shape)
         (torch.int8, [8, 64], [8])
     """
-    sizes: dict[str, int] = {}
-    device = device_of("x", x)
-    check_tensor("x", x, FLOATS, "M K", sizes, device)
-    check_word("norm", norm, ("layer", "rms"))
-    check_word("activation", activation, ACTIVATIONS)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        check_optional(name, vector, FLOATS, "K", sizes, device)
-    for name, groups in (("scale", scale), ("shift", shift)):
-        check_groups(name, groups, "K", sizes, device)
+    accepted = _accept_rows(x, dtype, norm, (weight, bias), (scale, shift), eps, activation, out)
     if out is None:
-        codes = torch.empty(x.shape, dtype=dtype, device=device)
-        out = Quantized(codes, torch.empty(len(x), dtype=torch.float32, device=device))
-    check_quantized("out", out, CODES, "M K", sizes, device)
+        M, K = accepted.sizes["M"], accepted.sizes["K"]
+        codes = torch.empty(M, K, dtype=dtype, device=x.device)
+        out = Quantized(codes, torch.empty(M, dtype=torch.float32, device=x.device))
     call(
         "quantize_rows",
+        accepted,
         backend,
-        device,
+        x.device,
         x,
         out.codes.dtype,
         norm=norm,
@@ -676,6 +763,33 @@ def quantize_rows(
         out=out,
     )
     return out
+
+
+@remembered
+def _accept_linear(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Sizes:
+    sizes: dict[str, int] = {}
+    check_is("weight", weight, Quantized)
+    check_is("x", x, Quantized)
+    device = device_of("x.codes", x.codes)
+    check_quantized("x", x, CODES, "M K", sizes, device)
+    check_quantized("weight", weight, (x.codes.dtype,), "N K", sizes, device)
+    check_word("activation", activation, ACTIVATIONS)
+    check_optional("bias", bias, FLOATS, "N", sizes, device)
+    check_groups("gate", gate, "N", sizes, device)
+    check_optional("residual", residual, FLOATS, "M N", sizes, device)
+    if out is None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    check_optional("out", out, FLOATS, "M N", sizes, device)
+    return sizes
 
 
 @op(writes=["out"])
@@ -713,26 +827,17 @@ def linear(
         >>> bool(error < 0.02)
         True
     """
-    check_is("weight", weight, Quantized)
-    device_of("weight.codes", weight.codes)
     if isinstance(x, Tensor):
+        check_is("weight", weight, Quantized)
+        device_of("weight.codes", weight.codes)
         x = quantize_rows(x, weight.codes.dtype, backend=backend)
-    sizes: dict[str, int] = {}
-    check_is("x", x, Quantized)
-    device = device_of("x.codes", x.codes)
-    check_quantized("x", x, CODES, "M K", sizes, device)
-    check_quantized("weight", weight, (x.codes.dtype,), "N K", sizes, device)
-    check_word("activation", activation, ACTIVATIONS)
-    check_optional("bias", bias, FLOATS, "N", sizes, device)
-    check_groups("gate", gate, "N", sizes, device)
-    check_optional("residual", residual, FLOATS, "M N", sizes, device)
+    accepted = _accept_linear(x, weight, bias, activation, gate, residual, dtype, out)
+    device = x.codes.device
     if out is None:
-        if dtype not in FLOATS:
-            raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-        out = torch.empty(sizes["M"], sizes["N"], dtype=dtype, device=device)
-    check_tensor("out", out, FLOATS, "M N", sizes, device)
+        out = torch.empty(accepted.sizes["M"], accepted.sizes["N"], dtype=dtype, device=device)
     call(
         "linear",
+        accepted,
         backend,
         device,
         x,

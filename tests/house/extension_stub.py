@@ -28,6 +28,7 @@ WORDS = [
     (r"SupportsInt \| SupportsIndex", "int"),
     (r"SupportsFloat \| SupportsIndex", "float"),
     (r"Optional\[(\w+)\]", r"\1 | None"),
+    (r"\*args\b(?!:)", "*args: object"),
 ]
 KINDS = (type, types.BuiltinFunctionType)
 ENUM = """\

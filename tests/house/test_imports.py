@@ -20,7 +20,7 @@ IMPORTS = graph(FILES)
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
     ("layout", "plans", "_C", "files", "sass", "hazards", "_install", "_printing", "proofs.stored"),
-    ("_check", "_dispatch", "reference"),
+    ("_check", "_dispatch", "_remembered", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "testing", "_library"),
     ("ops", "chosen"),
     ("quantize", "store"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
     given = vars(_parser().parse_args(argv))
     command = given.pop("command")
+    # Read when torch is loaded, here and in the worker process. By default OpenMP's threads spin for milliseconds after
+    # every operation: beside any other job they spin on the core that the last of them waits for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from inferix_kernels._printing import while_read  # brings torch, for which --help need not wait
 
     return while_read(lambda: _run(command, given))
