@@ -53,6 +53,13 @@ def linear(
 ) -> Tensor:
     # float64 holds every sum of products of 8-bit codes exactly.
     y = (x.codes.double() @ weight.codes.double().mT).float() * (x.scales[:, None] * weight.scales)
+    return finish(y, bias, activation, gate, residual, out)
+
+
+def finish(
+    y: Tensor, bias: Tensor | None, activation: str | None, gate: Tensor | None, residual: Tensor | None, out: Tensor
+) -> Tensor:
+    """What follows the product y [M, N] float32, into out."""
     y = y if bias is None else y + bias.float()
     y = activate(y, activation)
     y = y if gate is None else y * per_row(gate, len(y))

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix_kernels import linear, quantize_rows
+from inferix_kernels import Unsupported, linear, quantize_rows, torch_backend
 from inferix_kernels._check import ACTIVATIONS, CODES
 from inferix_kernels.testing import assert_close
+from tests.conftest import pairs
 
 # M, N, K: one row, odd sizes, sizes that fill no tile, the layers of a small model.
 SHAPES = [(1, 1, 1), (1, 48, 64), (7, 5, 33), (64, 80, 96), (130, 96, 257), (192, 384, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 STEPS = {
     "nothing": {},
     "a layer norm, modulated": {"norm": "layer", "scale": 2, "shift": 2},
@@ -28,6 +30,11 @@ EPILOGUES = {
     "a gated residual": {"bias": True, "gate": True, "residual": True},
     "a residual": {"residual": True},
 }
+
+
+@pytest.fixture(params=[*pairs(), *(pytest.param(("torch", place), id=f"torch-{place}") for place in DEVICES)])
+def backend_and_device(request):
+    return request.param
 
 
 def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
@@ -163,8 +170,48 @@ def test_the_residual_may_be_the_output(backend, device):
     assert got is residual and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("which", ["compiled", "reference"])
+@pytest.mark.parametrize("which", ["compiled", "torch", "reference"])
 def test_no_rows_are_no_error(which):
     weight = quantize_rows(random(4, 32))
     x = quantize_rows(torch.empty(0, 32), backend=which)
     assert linear(x, weight, backend=which).shape == (0, 4)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torch_gets_the_sizes_that_it_takes_on_a_gpu(shape, codes, monkeypatch):
+    """More than 16 rows of int8, multiples of 8 or 16; what is added adds nothing."""
+    M, N, K = shape
+    x, weight = (quantize_rows(random(rows, K, seed=rows), codes, backend="reference") for rows in (M, N))
+    want, seen = linear(x, weight, backend="reference"), []
+    least, multiple = torch_backend.LEAST_ROWS[codes], torch_backend.MULTIPLE[codes]
+    monkeypatch.setattr(torch_backend, "padding", lambda codes: (least, multiple))
+    product = torch_backend.product
+    monkeypatch.setattr(torch_backend, "product", lambda a, b: seen.append((a.shape, b.shape)) or product(a, b))
+    assert_products_close(linear(x, weight, backend="torch"), want, codes, K, "cpu")
+    (((rows, terms), (columns, same)),) = seen
+    assert rows == max(M, least) and terms == same and not (terms % multiple or columns % multiple)
+    assert 0 <= terms - K < multiple and 0 <= columns - N < multiple
+
+
+def test_what_torch_can_not_multiply_is_unsupported_and_says_why(monkeypatch):
+    x, weight = (quantize_rows(torch.ones(rows, 131072), backend="reference") for rows in (2, 1))
+    with pytest.raises(Unsupported, match="sums in 32 bits, so at most 131071 columns, got 131072"):
+        linear(x, weight, backend="torch")
+
+    def absent(*args, **kwargs):
+        raise NotImplementedError("mkldnn is not here\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", absent)
+    rows = quantize_rows(torch.ones(2, 8), torch.float8_e4m3fn, backend="reference")
+    with pytest.raises(Unsupported, match="mkldnn is not here"):
+        linear(rows, rows, backend="torch")
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_row_that_is_not_finite_stays_so_in_torch(codes):
+    x = random(3, 32)
+    x[1, 5] = torch.inf
+    rows = quantize_rows(x, codes, backend="torch")
+    y = linear(rows, quantize_rows(random(4, 32, seed=1), codes), backend="torch")
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
