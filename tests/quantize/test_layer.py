@@ -39,7 +39,7 @@ def test_a_layer_is_the_two_ops(codes, bias, dtype):
     layer, x = layer_of(bias=bias, dtype=dtype), random(5, 96, seed=9).to(dtype)
     made = Linear8.from_linear(layer, codes)
     weight = quantize_rows(layer.weight, codes)
-    assert torch.equal(made.codes, weight.codes) and torch.equal(made.scales, weight.scales)
+    assert torch.equal(made.qweight, weight.codes) and torch.equal(made.weight_scale, weight.scales[None])
     assert torch.equal(made(x), linear(quantize_rows(x, codes), weight, bias=layer.bias, dtype=dtype))
     got, want = made(x).float(), layer(x).float()
     assert 0 < (got - want).norm() / want.norm() < ERROR[codes]
@@ -70,7 +70,7 @@ def test_published_codes_are_used_as_they_are():
     codes = torch.randint(-127, 128, (8, 16), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     scales = random(8).abs()
     made = Linear8(Quantized(codes, scales), bias=random(8, seed=1), backend="reference")
-    assert made.codes.data_ptr() == codes.data_ptr() and made.scales.data_ptr() == scales.data_ptr()
+    assert made.qweight.data_ptr() == codes.data_ptr() and made.weight_scale.data_ptr() == scales.data_ptr()
     x = torch.eye(16)  # its rows are codes of 127 and scales of 1/127: the products are exact
     torch.testing.assert_close(made(x).T, codes * scales[:, None] + random(8, seed=1)[:, None])
 
@@ -82,7 +82,7 @@ def test_casting_a_model_leaves_the_codes_alone(dtype):
     model.to(dtype)
     assert model[3].weight.dtype == dtype
     after = model[0].state_dict()
-    assert before.keys() == after.keys() == {"codes", "scales", "bias"}
+    assert before.keys() == after.keys() == {"qweight", "weight_scale", "bias"}
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
@@ -126,7 +126,9 @@ def test_a_layer_in_two_places_becomes_one_in_both():
 
 def test_a_layer_that_can_not_be_rounded_is_named_and_nothing_is_replaced():
     model = nn.Sequential(layer_of(8, 8), layer_of(8, 8).double())
-    with pytest.raises(TypeError, match=r"layer\.weight must be float32 or bfloat16 or float16, got float64"):
+    with pytest.raises(
+        TypeError, match=r"model: layer '1': weight must be float32 or bfloat16 or float16, got float64"
+    ):
         quantize_linears(model)
     assert type(model[0]) is nn.Linear
     for dtype in (torch.float16, "int8"):
