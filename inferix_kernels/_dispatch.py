@@ -78,8 +78,9 @@ def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
             found[x.format] = None
         elif isinstance(x, (list, tuple)) and x and isinstance(x[0], KVPages):
             found |= dict.fromkeys(pages.format for pages in x)
-        elif (dtype := x.codes.dtype if isinstance(x, Quantized) else x) in ROWS:
-            found[ROWS[dtype]] = None
+        elif isinstance(x, (Quantized, torch.dtype)):
+            dtype = x.codes.dtype if isinstance(x, Quantized) else x
+            found |= {ROWS[dtype]: None} if dtype in ROWS else {}
     if not found and isinstance(args[0], torch.Tensor):
         found |= {name: None for name, format in FORMATS.items() if format.k == format.v == Codec(args[0].dtype)}
     return tuple(found)

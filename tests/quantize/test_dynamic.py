@@ -357,7 +357,7 @@ def test_a_quantized_model_is_one_graph():
     model = nn.Sequential(layer_of(), nn.GELU(), Attention(40), layer_of(8, 40))
     per_tensor = QConfig(Scheme(torch.int8, TENSOR), Scheme(torch.int8, TENSOR))
     quantize_dynamic(model, {"": PER_TOKEN, "3": per_tensor})
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 9):
         x = random(rows, 96, seed=rows)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
