@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from .._install import require
 from ..files import atomic_write
 from ..layout import Quantized
-from .choice import layers_of
 from .convert import share_inputs
 from .layer import Linear8
 from .qconfig import QConfig
@@ -38,7 +37,8 @@ def recipe_of(model: nn.Module) -> dict[str, QConfig]:
         >>> recipe_of(quantize_linears(torch.nn.Sequential(torch.nn.Linear(64, 32))))
         {'0': QConfig(int8, dynamic per_token_symmetric x per_channel_symmetric)}
     """
-    return {name: layer.config for name, layer in layers_of(model)}
+    modules = model.named_modules(remove_duplicate=False)  # a layer may be in several places
+    return {name: module.config for name, module in modules if isinstance(module, Linear8)}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -58,6 +58,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     save_file = require("safetensors.torch", "driver", "path: a quantized model").save_file
+    if isinstance(model, Linear8):
+        raise ValueError(
+            "model must have its linear layers within it, got one: no layer takes another's place by itself"
+        )
     layers = {name: config.to_json() for name, config in recipe_of(model).items()}
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -94,7 +98,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
     Example: that of `save`.
     """
     configs, tensors = _read(path)
-    layers = {name: _layer(model, name, config, tensors, path, backend) for name, config in configs.items()}
+    layers: dict[str, Linear8] = {}
+    made: dict[nn.Module | None, Linear8] = {}  # one of a layer that is in several places
+    for name, config in configs.items():
+        layer = _find(model, name, config, path)
+        layers[name] = made.setdefault(layer, _layer(layer, name, config, tensors, path, backend))
     taken = {f"{name}.{part}" for name in layers for part in PARTS}
     rest = {name: tensor for name, tensor in tensors.items() if name not in taken}
     mine = {name: x for name, x in model.state_dict().items() if name.rpartition(".")[0] not in layers}
@@ -133,15 +141,8 @@ def _not_one(path: str | os.PathLike[str], why: str) -> ValueError:
     return ValueError(f"path must be a quantized model, got {os.fspath(path)}: {why}")
 
 
-def _layer(
-    model: nn.Module,
-    name: str,
-    config: QConfig,
-    tensors: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    backend: str,
-) -> Linear8:
-    """The layer of this name, of the file's tensors, for the place of the model's."""
+def _find(model: nn.Module, name: str, config: QConfig, path: str | os.PathLike[str]) -> nn.Linear | Linear8:
+    """The model's layer of this name."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -150,6 +151,18 @@ def _layer(
         raise ValueError(f"model: layer {name!r} must be an nn.Linear, got a {type(layer).__name__}")
     if isinstance(layer, Linear8) and layer.config != config:
         raise ValueError(f"model: layer {name!r} must have the file's recipe, {config}, got {layer.config}")
+    return layer
+
+
+def _layer(
+    layer: nn.Linear | Linear8,
+    name: str,
+    config: QConfig,
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    backend: str,
+) -> Linear8:
+    """What takes a layer's place: of the file's tensors."""
     given = {part: tensors.get(f"{name}.{part}") for part in PARTS}
     codes, scale = given["qweight"], given["weight_scale"]
     if codes is None or scale is None:

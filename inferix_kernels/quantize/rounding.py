@@ -19,7 +19,7 @@ def quantize_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) 
         dtype: of the codes, int8 or float8_e4m3fn.
         scale: [1] float32, of a calibration; larger numbers than it saw become the largest code. None: that of x.
     """
-    y = x.float()
+    y = x.float().contiguous()
     top = y.new_full((), LARGEST[dtype])
     largest = y.abs().amax(1) if y.numel() else y.new_zeros(len(y))
     if scale is None:

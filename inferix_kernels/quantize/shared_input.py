@@ -48,7 +48,11 @@ class SharedInput:
             if torch.cuda.is_current_stream_capturing():
                 return quantize()
             stream = torch.cuda.current_stream(x.device).cuda_stream
-        key, entry = (siblings, x._version, x.data_ptr(), threading.get_ident(), stream), self.entry
+        try:
+            key = siblings, x._version, x.data_ptr(), threading.get_ident(), stream
+        except RuntimeError:  # of a tensor that has no numbers in memory: the op says so
+            return quantize()
+        entry = self.entry
         if entry is not None and entry.x() is x and entry.key == key and id(layer) not in entry.taken:
             entry.taken.add(id(layer))
             return entry.rows

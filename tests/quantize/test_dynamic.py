@@ -347,6 +347,15 @@ def test_a_nan_or_an_infinity_of_the_input_is_not_hidden(codes, inputs):
 
 
 @pytest.mark.parametrize("inputs", [TENSOR, TOKEN])
+def test_inputs_and_weights_may_lie_in_any_order(inputs):
+    layer, config = layer_of(40, 96), QConfig(Scheme(torch.int8, inputs), Scheme(torch.int8, TENSOR))
+    want = quantize_dynamic(nn.Sequential(copy.deepcopy(layer)), {"": config})
+    layer.weight = nn.Parameter(layer.weight.T.contiguous().T, requires_grad=False)
+    made, x = quantize_dynamic(nn.Sequential(layer), {"": config}), random(96, 5)
+    assert torch.equal(made(x.T), want(x.T.contiguous()))
+
+
+@pytest.mark.parametrize("inputs", [TENSOR, TOKEN])
 def test_no_rows_are_no_error(inputs):
     config = QConfig(Scheme(torch.int8, inputs), Scheme(torch.int8, TENSOR))
     assert quantize_dynamic(nn.Sequential(layer_of()), {"": config})(random(0, 96)).shape == (0, 40)

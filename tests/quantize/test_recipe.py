@@ -82,6 +82,21 @@ def test_weights_in_one_memory_are_written_apart(tmp_path):
     assert torch.equal(other["a"].weight, model["a"].weight) and torch.equal(other["b"].weight, model["a"].weight)
 
 
+def test_a_layer_in_two_places_comes_back_as_one(tmp_path):
+    def twice():
+        model = nn.Sequential(layer_of(40, 40), nn.GELU())
+        model.append(model[0])
+        return model
+
+    model, other = quantize_dynamic(twice(), {"": PER_TOKEN}), twice()
+    save(model, tmp_path / "m")
+    load(other, tmp_path / "m")
+    x = random(3, 40)
+    assert other[0] is other[2] and recipe_of(other) == recipe_of(model) and torch.equal(other(x), model(x))
+    with pytest.raises(ValueError, match="model must have its linear layers within it, got one"):
+        save(model[0], tmp_path / "one")
+
+
 def test_the_file_is_what_the_documents_say(path):
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(path, "pt") as file:
