@@ -25,7 +25,7 @@ ROWS = (1, 16, 128, 1024, 4096)
 # Of the tiny world, of Wan 1.3B and of Wan 14B: N, K.
 SIZES = ((512, 512), (1536, 1536), (8960, 1536), (1536, 8960), (5120, 5120), (13824, 5120), (5120, 13824))
 MOST = {"cpu": 2e10, "cuda": 1e13}  # multiplications of one layer: what is larger would take minutes
-ROUNDS = 5
+ROUNDS, SECONDS = 5, 0.2  # each is called so often, and for so long in all
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
@@ -53,7 +53,7 @@ def times(
     said: Callable[[str], None] = lambda line: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Seconds of one call in each backend that takes it and is right: the least of ROUNDS, in turns."""
+    """Seconds of one call in each backend that takes it and is right: the least of all, which take turns."""
     random = torch.Generator().manual_seed(0)
     x, weight = (
         ops.quantize_rows(torch.randn(size, layer.K, generator=random), codes, backend="reference")
@@ -72,9 +72,13 @@ def times(
         except (Unsupported, Wrong) as error:
             said(f"{name}: {error}")
     found = dict.fromkeys(calls, float("inf"))
-    for _ in range(ROUNDS):
+    spent, rounds = 0.0, 0
+    while calls and (rounds < ROUNDS or spent < SECONDS * len(calls)):
         for name, call in calls.items():
-            found[name] = min(found[name], _seconds(call, device, clock))
+            seconds = _seconds(call, device, clock)
+            found[name] = min(found[name], seconds)
+            spent += seconds
+        rounds += 1
     return found
 
 

@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._check import CODES, FLOATS, check_is, check_optional, check_quantized, check_tensor
+from .._check import (
+    CODES,
+    FLOATS,
+    check_groups,
+    check_is,
+    check_optional,
+    check_quantized,
+    check_tensor,
+    check_word,
+)
 from ..layout import Quantized
 from ..ops import linear, quantize_rows
+from ..reference.linear import before
 from .qconfig import NAMES, QConfig, Scheme, per_channel_symmetric, per_tensor_symmetric, per_token_symmetric
 from .rounding import quantize_tensor
 from .shared_input import SharedInput
@@ -187,21 +197,66 @@ class Linear8(nn.Module):
         weight = self.qweight.float() * self.weight_scale.view(-1, 1)
         return weight if self.smoothing is None else weight * (1 + self.smoothing)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float32, bfloat16 or float16 -> [..., N] in x's dtype."""
-        if self.shared is None:
-            rows = self.quantize(x.reshape(-1, x.shape[-1]))
-        else:
-            rows = self.shared.rows(self, self.siblings, x, lambda: self.quantize(x.reshape(-1, x.shape[-1])))
-        return self.product(rows, dtype=x.dtype).view(*x.shape[:-1], len(self.qweight))
+    def forward(
+        self,
+        x: Tensor | Quantized,
+        *,
+        activation: str | None = None,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """residual + gate * activation(layer(x)), as `product` has it, over any number of dimensions.
 
-    def quantize(self, x: Tensor) -> Quantized:
-        """x [M, K] float32, bfloat16 or float16 -> its rows in 8 bits, for `product` of this layer, and of others that
-        take the same input and have the same config and smoothing."""
+        Args:
+            x: [..., K] float32, bfloat16 or float16; or codes [..., K] and scales [...], from `quantize`.
+            gate: [G, N]; residual: [..., N].
+            dtype: of the result; None: the residual's or, without one, that of a float x.
+
+        Returns:
+            [..., N].
+        """
+        if dtype is None:
+            dtype = residual.dtype if residual is not None else x.dtype if isinstance(x, Tensor) else None
+        if dtype is None:
+            raise ValueError("dtype must be given for an input in 8 bits, where there is no residual to take it from")
+        shape = x.shape if isinstance(x, Tensor) else x.codes.shape
+        rows = (
+            self._rows(x) if isinstance(x, Tensor) else Quantized(x.codes.reshape(-1, shape[-1]), x.scales.reshape(-1))
+        )
+        residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        y = self.product(rows, activation=activation, gate=gate, residual=residual, dtype=dtype)
+        return y.view(*shape[:-1], len(self.qweight))
+
+    def _rows(self, x: Tensor) -> Quantized:
+        def quantize() -> Quantized:
+            return self.quantize(x.reshape(-1, x.shape[-1]))
+
+        return quantize() if self.shared is None else self.shared.rows(self, self.siblings, x, quantize)
+
+    def quantize(
+        self,
+        x: Tensor,
+        *,
+        norm: str | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Quantized:
+        """x [M, K] float32, bfloat16 or float16 -> its rows in 8 bits, after norm and modulation as `quantize_rows` has
+        them, for `product` of this layer, and of others that take the same input and have the same config and
+        smoothing."""
+        if self.smoothing is not None:  # y / smooth is one more factor of both
+            scale = self.smoothing if scale is None else (1 + scale) * (1 + self.smoothing) - 1
+            shift = None if shift is None else shift * (1 + self.smoothing)
+        dtype = self.qweight.dtype
         if self.per_tensor:
-            check_tensor("x", x, FLOATS, "M K", {"K": self.in_features}, self.qweight.device)
-            return quantize_tensor(x, self.qweight.dtype, self.input_scale)
-        return quantize_rows(x, self.qweight.dtype, scale=self.smoothing, backend=self.backend)
+            return quantize_tensor(_before(x, norm, weight, bias, scale, shift, eps), dtype, self.input_scale)
+        return quantize_rows(
+            x, dtype, norm=norm, weight=weight, bias=bias, scale=scale, shift=shift, eps=eps, backend=self.backend
+        )
 
     def product(
         self,
@@ -260,6 +315,26 @@ class Linear8(nn.Module):
             if codes is not None and want != found:
                 return f"{name} is {here}, and the state is of another recipe: {key} must be {want}, got {found}"
         return ""
+
+
+def _before(
+    x: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Norm and modulation as `quantize_rows` has them, its arguments checked: [M, K] float32."""
+    sizes: dict[str, int] = {}
+    check_tensor("x", x, FLOATS, "M K", sizes, x.device)
+    check_word("norm", norm, ("layer", "rms"))
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_optional(name, vector, FLOATS, "K", sizes, x.device)
+    for name, groups in (("scale", scale), ("shift", shift)):
+        check_groups(name, groups, "K", sizes, x.device)
+    return before(x, norm, weight, bias, scale, shift, eps)
 
 
 def _per_channel(weight: Quantized) -> Quantized:

@@ -8,7 +8,15 @@ from torch import nn
 
 from inferix_kernels import Quantized, linear, quantize_rows
 from inferix_kernels._check import CODES
-from inferix_kernels.quantize import Linear8, quantize_linears
+from inferix_kernels.quantize import (
+    Linear8,
+    QConfig,
+    Scheme,
+    per_channel_symmetric,
+    per_tensor_symmetric,
+    per_token_symmetric,
+    quantize_linears,
+)
 
 # Errors of W and of x: half a step of int8 in 127 of the row's largest, e4m3's 1/16 of each number, both as the norm
 # of a random row sees them (largest / rms is about 3.5 for rows of 96).
@@ -164,3 +172,25 @@ def test_a_weight_that_is_no_quantized_matrix_is_refused():
 def test_smoothing_is_refused_before_the_weight_is_touched():
     with pytest.raises(ValueError, match=r"smooth must be \[K=96\], got \[1\]"):
         Linear8.from_linear(layer_of(), smooth=torch.ones(1))
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("codes", CODES)
+def test_norm_modulation_and_what_follows_go_with_a_layer(codes, per_tensor):
+    layer, x = layer_of(24, 96), random(2, 6, 96, seed=9)
+    scale, shift, weight = random(2, 96, seed=2), random(2, 96, seed=3), random(96, seed=4)
+    gate, residual = random(2, 24, seed=5), random(2, 6, 24, seed=6)
+    inputs = per_tensor_symmetric if per_tensor else per_token_symmetric
+    made = Linear8.from_qconfig(layer, QConfig(Scheme(codes, inputs), Scheme(codes, per_channel_symmetric)))
+    rows = made.quantize(x.view(12, 96), norm="rms", weight=weight, scale=scale, shift=shift, eps=1e-5)
+    y = nn.functional.rms_norm(x, (96,), weight, 1e-5) * (1 + scale[:, None]) + shift[:, None]
+    assert (rows.codes.float() * rows.scales[:, None] - y.view(12, 96)).norm() < ERROR[codes] * y.norm()
+    got = made(
+        Quantized(rows.codes.view(2, 6, 96), rows.scales.view(2, 6)), activation="gelu", gate=gate, residual=residual
+    )
+    want = residual + gate[:, None] * nn.functional.gelu(layer(y))
+    assert got.shape == (2, 6, 24) and (got - want).norm() < ERROR[codes] * want.norm()
+    with pytest.raises(ValueError, match="dtype must be given for an input in 8 bits"):
+        made(rows)
+    with pytest.raises(ValueError, match="scale must have a number of rows that divides M=12, got 5"):
+        made.quantize(x.view(12, 96), scale=random(5, 96))
