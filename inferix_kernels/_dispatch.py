@@ -24,9 +24,9 @@ PEERS = {"flash-attn": f"{__package__}.flash_attn_backend", "torch": f"{__packag
 # that we wrote ourselves; PROVED that of kernels whose results were compared with the reference's there (proofs/).
 AUTO = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled")}
 PROVED = ("compiled", "triton")
+ROWS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the formats whose proofs hold for 8-bit rows, by their codes
 # Of 8-bit layers on a GPU, torch's product stands before kernels of ours that are unproved there; its quantizing, which
 # is several passes of plain torch, behind them. A record of the device's own times goes before both (proofs/speeds.py).
-ROWS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the formats whose proofs hold for 8-bit rows, by their codes
 AUTO_CUDA = {"linear": ("torch", *AUTO["cuda"]), "quantize_rows": (*AUTO["cuda"], "torch")}
 
 

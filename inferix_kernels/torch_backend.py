@@ -84,5 +84,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
             return torch._int_mm(x, weight.mT).float()
         one = torch.ones((), device=x.device)
         return torch._scaled_mm(x, weight.mT, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    except NotImplementedError as error:  # of a torch that was built without the library
-        raise Unsupported(str(error).splitlines()[0]) from error
+    except RuntimeError as error:  # of a torch that was built without the library, or of cuBLAS
+        if isinstance(error, NotImplementedError) or "NOT_SUPPORTED" in str(error):
+            raise Unsupported(str(error).splitlines()[0]) from error
+        raise

@@ -26,6 +26,7 @@ ROWS = (1, 16, 128, 1024, 4096)
 SIZES = ((512, 512), (1536, 1536), (8960, 1536), (1536, 8960), (5120, 5120), (13824, 5120), (5120, 13824))
 MOST = {"cpu": 2e10, "cuda": 1e13}  # multiplications of one layer: what is larger would take minutes
 ROUNDS, SECONDS = 5, 0.2  # each is called so often, and for so long in all
+HOPELESS = 20  # times as slow as the fastest: not timed at the sizes that follow
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
@@ -104,9 +105,12 @@ def command(device: str) -> int:
         raise ValueError(f"device must be cpu, cuda or cuda:N, a device that is here, got {device!r}")
     on = torch.device("cpu") if device == "cpu" else torch.device("cuda", int(named[1] or 0))
     print(f"{speeds.name_of(on)}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    found = {}
+    found: dict[Layer, dict[str, float]] = {}
+    names = {codes: contenders(on, codes) for codes in CODES}
     for codes, layer in layers(on):
-        found[layer] = times(codes, layer, on, contenders(on, codes), lambda line: print(line, flush=True))
+        found[layer] = times(codes, layer, on, names[codes], lambda line: print(line, flush=True))
+        least = min(found[layer].values(), default=0.0)
+        names[codes] = [name for name in names[codes] if found[layer].get(name, 0.0) <= HOPELESS * least]
         ranked = sorted(found[layer].items(), key=lambda item: item[1])
         shown = "  ".join(f"{name} {1e6 * seconds:,.0f} us" for name, seconds in ranked)
         print(f"{layer.codes} [{layer.M}, {layer.K}] x [{layer.N}, {layer.K}]  {shown}", flush=True)

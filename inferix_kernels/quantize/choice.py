@@ -187,10 +187,14 @@ def replace(model: nn.Module, chosen: list[Chosen], make: Callable[[nn.Module, Q
     while chosen:
         names, layer, config = chosen.pop(0)
         made = make(layer, config)
-        for hooks in HOOKS:
-            getattr(made, hooks).update(getattr(layer, hooks))
+        take_hooks(made, layer)
         for name in names:
             model.set_submodule(name, made)
+
+
+def take_hooks(made: nn.Module, layer: nn.Module) -> None:
+    for hooks in HOOKS:
+        getattr(made, hooks).update(getattr(layer, hooks))
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, Linear8]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._install import require
 from ..files import atomic_write
 from ..layout import Quantized
+from .choice import take_hooks
 from .convert import share_inputs
 from .layer import Linear8
 from .qconfig import QConfig
@@ -99,16 +100,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
     """
     configs, tensors = _read(path)
     layers: dict[str, Linear8] = {}
-    made: dict[nn.Module | None, Linear8] = {}  # one of a layer that is in several places
+    made: dict[nn.Module, Linear8] = {}  # one of a layer that is in several places
     for name, config in configs.items():
         layer = _find(model, name, config, path)
-        layers[name] = made.setdefault(layer, _layer(layer, name, config, tensors, path, backend))
+        if layer not in made:
+            made[layer] = _layer(layer, name, config, tensors, path, backend)
+        layers[name] = made[layer]
     taken = {f"{name}.{part}" for name in layers for part in PARTS}
     rest = {name: tensor for name, tensor in tensors.items() if name not in taken}
     mine = {name: x for name, x in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     _check_rest(model, mine, rest, path)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    for old, new in made.items():
+        take_hooks(new, old)
+    for name, new in layers.items():
+        model.set_submodule(name, new)
     placed = {name: x if mine[name].is_meta else x.to(mine[name]) for name, x in rest.items()}
     model.load_state_dict(placed, strict=False, assign=any(x.is_meta for x in mine.values()))
     share_inputs(model)

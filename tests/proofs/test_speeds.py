@@ -37,8 +37,9 @@ def rows(count, codes=torch.int8, terms=64):
     return quantize_rows(x, codes, backend="reference")
 
 
-def names(device, count, codes=torch.int8):
-    return [name for name, _ in _dispatch.candidates("linear", device, (rows(count, codes), rows(64, codes)))]
+def names(device, count, codes=torch.int8, terms=64, columns=64):
+    layer = rows(count, codes, terms), rows(columns, codes, terms)
+    return [name for name, _ in _dispatch.candidates("linear", device, layer)]
 
 
 def test_without_a_record_the_order_is_the_tables():
@@ -116,6 +117,22 @@ def test_a_layer_is_timed_in_every_backend_that_is_right(codes, monkeypatch):
     assert found == {"compiled": 1} and len(said) == 1 and "is off by" in said[0]
 
 
+def test_what_is_hopelessly_slow_is_not_timed_at_other_sizes(monkeypatch):
+    """torch._scaled_mm takes seconds for what others do in a millisecond, on CPUs without such products."""
+    asked = []
+
+    def times(codes, layer, device, names, said):
+        asked.append(names)
+        return {name: 21.0 if name == "torch" else 1.0 for name in names}
+
+    monkeypatch.setattr(race, "SIZES", ((16, 24),))
+    monkeypatch.setattr(race, "ROWS", (1, 8, 16))
+    monkeypatch.setattr(race, "times", times)
+    assert race.command("cpu") == 0
+    assert asked == 2 * [["compiled", "torch"], ["compiled"], ["compiled"]]
+    assert names(CPU, 1, terms=24, columns=16) == ["compiled", "torch", "reference"]
+
+
 def test_a_backend_that_takes_no_such_layer_says_why(monkeypatch):
     said = []
 
@@ -130,6 +147,8 @@ def test_a_backend_that_takes_no_such_layer_says_why(monkeypatch):
 def test_the_command_measures_and_stores(monkeypatch, capsys):
     monkeypatch.setattr(race, "SIZES", ((16, 24),))
     monkeypatch.setattr(race, "ROWS", (1, 8))
+    monkeypatch.setattr(race, "HOPELESS", float("inf"))
+    monkeypatch.setattr(race, "SECONDS", 0.0)
     assert kernels_cli.main(["fastest"]) == 0
     out = capsys.readouterr().out
     assert "int8 [8, 24] x [16, 24]  " in out and out.splitlines()[-1].startswith("stored: ")

@@ -88,11 +88,13 @@ def test_a_layer_in_two_places_comes_back_as_one(tmp_path):
         model.append(model[0])
         return model
 
-    model, other = quantize_dynamic(twice(), {"": PER_TOKEN}), twice()
+    model, other, seen = quantize_dynamic(twice(), {"": PER_TOKEN}), twice(), []
+    other[0].register_forward_hook(lambda *_: seen.append(1))
     save(model, tmp_path / "m")
     load(other, tmp_path / "m")
     x = random(3, 40)
     assert other[0] is other[2] and recipe_of(other) == recipe_of(model) and torch.equal(other(x), model(x))
+    assert seen == [1, 1]  # hooks go over to the new layer
     with pytest.raises(ValueError, match="model must have its linear layers within it, got one"):
         save(model[0], tmp_path / "one")
 
