@@ -201,16 +201,22 @@ def test_what_torch_can_not_multiply_is_unsupported_and_says_why(monkeypatch):
     with pytest.raises(Unsupported, match="sums in 32 bits, so at most 131071 columns, got 131072"):
         linear(x, weight, backend="torch")
 
-    rows = quantize_rows(torch.ones(2, 8), torch.float8_e4m3fn, backend="reference")
+    rows = quantize_rows(torch.ones(2, 8), backend="reference")
     for error, said in (
         (NotImplementedError("mkldnn is not here\nand more"), Unsupported),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling"), Unsupported),
         (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),  # no word of what is supported
     ):
-        monkeypatch.setattr(torch, "_scaled_mm", mock.Mock(side_effect=error))
+        monkeypatch.setattr(torch, "_int_mm", mock.Mock(side_effect=error))
         with pytest.raises(RuntimeError, match=str(error).splitlines()[0]) as raised:
             linear(rows, rows, backend="torch")
         assert type(raised.value) is said and "\n" not in str(raised.value)
+
+
+def test_torchs_scaled_product_is_the_one_that_is_meant():
+    """As a GPU is asked for it; on a CPU it is too slow to be used."""
+    x, weight = (quantize_rows(random(rows, 32, seed=rows), torch.float8_e4m3fn).codes for rows in (3, 16))
+    torch.testing.assert_close(torch_backend.scaled_mm(x, weight), torch_backend.product(x, weight))
 
 
 @pytest.mark.parametrize("codes", CODES)

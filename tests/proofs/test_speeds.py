@@ -118,7 +118,6 @@ def test_a_layer_is_timed_in_every_backend_that_is_right(codes, monkeypatch):
 
 
 def test_what_is_hopelessly_slow_is_not_timed_at_other_sizes(monkeypatch):
-    """torch._scaled_mm takes seconds for what others do in a millisecond, on CPUs without such products."""
     asked = []
 
     def times(codes, layer, device, names, said):
