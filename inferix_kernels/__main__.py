@@ -5,6 +5,7 @@
 `python -m inferix_kernels hazards` checks that those leave the registers of an asynchronous product alone.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
 `python -m inferix_kernels prove` compares every kernel's results on that GPU with the reference's; `auto` goes by it.
+`python -m inferix_kernels fastest` times the backends of 8-bit layers on this machine; `auto` takes the fastest.
 `python -m inferix_kernels --device H200` says which kernel a world's attention would take there, and why.
 """
 
@@ -19,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from . import _library, chosen, hazards, ops, sass, testing
-from ._dispatch import AUTO, BACKENDS, PROVED, Unsupported, implementation
+from ._dispatch import AUTO, AUTO_CUDA, BACKENDS, PROVED, Unsupported, implementation
 from ._printing import while_read
 from .layout import Quantized
 from .plans import make_plan
+from .proofs import speeds
 
 OPS = tuple(_library.OPS)
 DEVICES = tuple(AUTO)
@@ -89,7 +91,10 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
 
 def rows() -> list[tuple[str, str, str, str]]:
     return [
-        (op, backend, device, try_op(op, backend, device)) for op in OPS for backend in BACKENDS for device in DEVICES
+        (op, backend, device, try_op(op, backend, device))
+        for op in OPS
+        for backend in (*BACKENDS, *(["torch"] if op in AUTO_CUDA else []))
+        for device in DEVICES
     ]
 
 
@@ -113,8 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuner.add_argument("ops", nargs="*", help="ops to tune; all by default")
     prover = commands.add_parser("prove", help="try every kernel on the GPU that is here; `auto` goes by the outcome")
     prover.add_argument("on", nargs="?", default="cuda", help="cuda, cuda:1; cpu: its kernels, and nothing is stored")
+    racer = commands.add_parser("fastest", help="time the backends of 8-bit layers; `auto` goes by the outcome")
+    racer.add_argument("on", nargs="?", default="cpu", help="cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "fastest":
+            from .proofs import race
+
+            return race.command(options.on)
         if options.command == "prove":
             from .proofs import prove
 
@@ -177,11 +188,19 @@ def print_machine() -> None:
     )
     order = "; ".join(f"{', '.join(names)} on {device}" for device, names in AUTO.items())
     print(f"auto tries, in this order: {order}; on a GPU, of kernels that were proved there: {', '.join(PROVED)}")
+    print(f"linear on a GPU: those that were proved there, then {', '.join(AUTO_CUDA['linear'])}; {measured()}")
     print(chosen.table(chosen.target("cuda" if torch.cuda.is_available() else "cpu")) + "\n")
     table = [("op", "backend", "device", "runs here?"), *rows()]
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
+
+
+def measured() -> str:
+    """Is there a record of this machine's own times?"""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    there = speeds.of_device(device) is not None
+    return f"on {speeds.name_of(device)}: {'as it was measured' if there else 'not measured (fastest)'}"
 
 
 def instructions() -> str:

@@ -9,21 +9,25 @@ from typing import Any
 
 import torch
 
-from .layout import FORMATS, Codec, KVPages
-from .proofs import stored
+from .layout import FORMATS, Codec, KVPages, Quantized
+from .proofs import speeds, stored
 
 BACKENDS = {
     "compiled": f"{__package__}.compiled",  # C++ on CPU tensors, CUDA on CUDA tensors
     "triton": f"{__package__}.triton_kernels",
     "reference": f"{__package__}.reference",
 }
-# Other libraries' kernels under our ops' names: only where they are installed, and only when they are asked for.
-PEERS = {"flash-attn": f"{__package__}.flash_attn_backend"}
+# Other libraries' kernels under our ops' names. FlashAttention's run only when they are asked for.
+PEERS = {"flash-attn": f"{__package__}.flash_attn_backend", "torch": f"{__package__}.torch_backend"}
 # What "auto" tries, fastest first. On a GPU the reference must be asked for by name: slow is never a surprise. There
 # AUTO is the order of kernels that are unproved on the device, those whose instructions a compiler chose before those
 # that we wrote ourselves; PROVED that of kernels whose results were compared with the reference's there (proofs/).
 AUTO = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled")}
 PROVED = ("compiled", "triton")
+ROWS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # the formats whose proofs hold for 8-bit rows, by their codes
+# Of 8-bit layers on a GPU, torch's product stands before kernels of ours that are unproved there; its quantizing, which
+# is several passes of plain torch, behind them. A record of the device's own times goes before both (proofs/speeds.py).
+AUTO_CUDA = {"linear": ("torch", *AUTO["cuda"]), "quantize_rows": (*AUTO["cuda"], "torch")}
 
 
 class Unsupported(RuntimeError):
@@ -53,23 +57,37 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
 
 
+def runs_compiled(op: str, backend: str, device: torch.device) -> bool:
+    """Whether this backend means the compiled kernel of a CPU, whatever the call's sizes."""
+    if device.type != "cpu":
+        return False
+    return backend == "compiled" or (backend == "auto" and (op != "linear" or speeds.of_device(device) is None))
+
+
 def candidates(
     op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False
 ) -> Sequence[tuple[str, str]]:
     """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
     if device.type != "cuda":
-        return [(name, "") for name in AUTO[device.type]]
-    return stored.candidates(op, device, formats_of(args), eight_bit, AUTO["cuda"], PROVED)
+        order: Sequence[tuple[str, str]] = [(name, "") for name in AUTO[device.type]]
+    else:
+        given = AUTO_CUDA.get(op, AUTO["cuda"])
+        order = stored.candidates(op, device, formats_of(args), eight_bit, given, PROVED)
+    return speeds.reordered(order, device, args[0].codes, len(args[1].codes)) if op == "linear" else order
 
 
 def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
-    """Of the pools among an op's arguments; of an op without any, the format that holds its first tensor's dtype."""
+    """Of the pools among an op's arguments; of 8-bit rows, the format whose keys have such codes; of an op without
+    either, the format that holds its first tensor's dtype."""
     found: dict[str, None] = {}
     for x in args:
         if isinstance(x, KVPages):
             found[x.format] = None
         elif isinstance(x, (list, tuple)) and x and isinstance(x[0], KVPages):
             found |= dict.fromkeys(pages.format for pages in x)
+        elif isinstance(x, (Quantized, torch.dtype)):
+            dtype = x.codes.dtype if isinstance(x, Quantized) else x
+            found |= {ROWS[dtype]: None} if dtype in ROWS else {}
     if not found and isinstance(args[0], torch.Tensor):
         found |= {name: None for name, format in FORMATS.items() if format.k == format.v == Codec(args[0].dtype)}
     return tuple(found)

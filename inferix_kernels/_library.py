@@ -18,13 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._dispatch import Unsupported, run
+from ._dispatch import Unsupported, run, runs_compiled
 from ._remembered import Accepted, Call, recording
 from .layout import KVPages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SCALARS = {bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"}
-REPLAYED = ("auto", "compiled")  # on a CPU "auto" tries the compiled kernel first
 _WIDTH = len(KVPages._fields) - 1  # a pool's tensors
 # inferix_kernels; another one for an exported copy, which is a package of another name (integrations/hf_kernel.py).
 NAMESPACE = re.sub(r"\W", "_", __package__ or "")
@@ -150,12 +149,12 @@ def call(op: str, accepted: Accepted | None, backend: str, device: torch.device,
     """
     if torch.compiler.is_compiling():
         getattr(getattr(torch.ops, NAMESPACE), op).default(*OPS[op].flatten(args, kwargs), backend)
-    elif accepted is None or backend not in REPLAYED:
+    elif accepted is None or not runs_compiled(op, backend, device):
         run(op, backend, device, *args, **kwargs)
     elif accepted.replay is not None:
         if not accepted.replay((*args, *kwargs.values())):
             run(op, backend, device, *args, **kwargs)
-    elif accepted.wanted and device.type == "cpu":
+    elif accepted.wanted:
         recording.call = Call(op, accepted, (*args, *kwargs.values()))
         try:
             run(op, backend, device, *args, **kwargs)

@@ -4,8 +4,9 @@ Long because it is the manual: more than half of it is docstrings.
 
 Every op takes `backend`: "auto", "compiled", "triton" or "reference". "auto" takes the first that can run (the table
 is in _dispatch.py); a backend asked for by name never falls back, it raises Unsupported. paged_attention also takes
-"flash-attn", for FlashAttention's kernels where they are installed (flash_attn_backend.py). Every op that returns
-tensors takes `out`, so that a pass over a model can run without an allocation. There is no backward.
+"flash-attn", for FlashAttention's kernels where they are installed (flash_attn_backend.py); quantize_rows and linear
+take "torch", for torch's own (torch_backend.py). Every op that returns tensors takes `out`, so that a pass over a model
+can run without an allocation. There is no backward.
 
 A NaN or an infinity is never hidden. Where codes are stored, the numbers that share a scale with one are all read as
 NaN, in every format and on every backend: their scale is NaN. Float pages keep it as it is. What is stored should be

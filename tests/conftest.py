@@ -13,6 +13,7 @@ import torch
 
 from inferix_kernels import Unsupported, compiled
 from inferix_kernels._dispatch import AUTO, implementation
+from inferix_kernels.proofs import speeds
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and with them every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,6 +98,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"this CPU has no {request.param}")
     monkeypatch.setattr(compiled, "ISA", level)
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`auto` goes by the tables, whatever somebody has measured on this machine."""
+    before, speeds.FOLDER = speeds.FOLDER, tmp_path_factory.mktemp("speeds")
+    speeds.forget()
+    yield
+    speeds.FOLDER = before
 
 
 LEVELS = [level for level in compiled.Isa.__members__.values() if level <= compiled._C.best_isa()]

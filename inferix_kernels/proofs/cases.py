@@ -1,4 +1,5 @@
-"""Small cases of every kernel of pages and attention: what is wrong on a device shows here, in a second or so each."""
+"""Small cases of the kernels of pages, attention and 8-bit layers: what is wrong on a device shows here, in a second or
+so each."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference, testing
-from ..layout import FORMATS, KV_FORMATS, KVPages, PageList
+from ..layout import FORMATS, KV_FORMATS, KVPages, PageList, Quantized
 from ..plans import Plan
 from .stored import kernel
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RUNS = 3  # of each attention case: a race gives other bits sooner or later
 HEADS, PAGE = 2, 64
+ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 EIGHT_BIT = tuple(name for name in KV_FORMATS if FORMATS[name].eight_bit)
 
 
@@ -41,6 +43,9 @@ def kernels_of(format: str) -> dict[str, Callable[[str, str], None]]:
     if format in FLOATS:
         cases[kernel("qkv_prologue", format)] = lambda backend, device: _prologue(format, backend, device)
         cases[kernel("merge_attention", format)] = lambda backend, device: _merge(format, backend, device)
+    if format in ROWS:
+        cases[kernel("quantize_rows", format)] = lambda backend, device: _quantize(format, backend, device)
+        cases[kernel("linear", format)] = lambda backend, device: _linear(format, backend, device)
     cases[kernel("paged_attention", format)] = lambda backend, device: _attention(format, False, backend, device)
     if format in EIGHT_BIT:
         name = kernel("paged_attention", format, eight_bit=True)
@@ -120,6 +125,49 @@ def _prologue(format: str, backend: str, device: str) -> None:
         found.append((q, *keys))
     for name, a, b in zip(("q", "k", "v"), *found):
         require_close(name, a, b, 1e-5 if format == "fp32" else 2 * torch.finfo(dtype).eps)
+
+
+def _quantize(format: str, backend: str, device: str) -> None:
+    """Bare, where every bit is the reference's; and after a norm, whose sums may be taken in another order."""
+    x, scale = torch.randn(70, 257, generator=_random(1)), torch.randn(2, 257, generator=_random(2))
+    step = 1 / 127 if format == "int8" else 1 / 8
+    for norm, factor, activation, off in ((None, None, None, 0.0), ("layer", scale, "gelu_tanh", step)):
+        got, want = (
+            ops.quantize_rows(
+                x.to(place),
+                ROWS[format],
+                norm=norm,
+                scale=None if factor is None else factor.to(place),
+                activation=activation,
+                backend=which,
+            )
+            for place, which in ((device, backend), ("cpu", "reference"))
+        )
+        require_close("scales", got.scales, want.scales, 1e-5)
+        require_close("codes", got.codes, want.codes, off)
+
+
+def _linear(format: str, backend: str, device: str) -> None:
+    for m, n, k in ((1, 48, 64), (130, 96, 257), (192, 384, 128)):
+        x, weight = (
+            ops.quantize_rows(torch.randn(size, k, generator=_random(size)), ROWS[format], backend="reference")
+            for size in (m, n)
+        )
+        bias, gate, residual = (torch.randn(*size, n, generator=_random(9)) for size in ((), (1,), (m,)))
+        got, want = (
+            ops.linear(
+                Quantized(*_to(x, place)),
+                Quantized(*_to(weight, place)),
+                bias=bias.to(place),
+                activation="gelu",
+                gate=gate.to(place),
+                residual=residual.to(place),
+                dtype=torch.float32,
+                backend=which,
+            )
+            for place, which in ((device, backend), ("cpu", "reference"))
+        )
+        require_close(f"[{m}, {k}] x [{n}, {k}]", got, want, 1e-5 if format == "int8" else 2**-7)
 
 
 def _merge(format: str, backend: str, device: str) -> None:

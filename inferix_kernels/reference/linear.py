@@ -24,6 +24,24 @@ def quantize_rows(
     activation: str | None = None,
     out: Quantized,
 ) -> Quantized:
+    y = before(x, norm, weight, bias, scale, shift, eps, activation)
+    codes, scales, _ = encode(y[None], Codec(dtype, "token"))
+    as_bytes(out.codes).copy_(as_bytes(codes[0]))
+    out.scales.copy_(scales[0])  # type: ignore[index]
+    return out
+
+
+def before(
+    x: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str | None = None,
+) -> Tensor:
+    """What stands before the codes: [M, K] float32."""
     y = x.float()
     if norm == "layer":
         y = y - y.mean(-1, keepdim=True)
@@ -33,11 +51,7 @@ def quantize_rows(
     y = y if bias is None else y + bias.float()
     y = y if scale is None else y * (1 + per_row(scale, len(y)))
     y = y if shift is None else y + per_row(shift, len(y))
-    y = activate(y, activation)
-    codes, scales, _ = encode(y[None], Codec(dtype, "token"))
-    as_bytes(out.codes).copy_(as_bytes(codes[0]))
-    out.scales.copy_(scales[0])  # type: ignore[index]
-    return out
+    return activate(y, activation)
 
 
 def linear(
@@ -53,6 +67,13 @@ def linear(
 ) -> Tensor:
     # float64 holds every sum of products of 8-bit codes exactly.
     y = (x.codes.double() @ weight.codes.double().mT).float() * (x.scales[:, None] * weight.scales)
+    return finish(y, bias, activation, gate, residual, out)
+
+
+def finish(
+    y: Tensor, bias: Tensor | None, activation: str | None, gate: Tensor | None, residual: Tensor | None, out: Tensor
+) -> Tensor:
+    """What follows the product y [M, N] float32, into out."""
     y = y if bias is None else y + bias.float()
     y = activate(y, activation)
     y = y if gate is None else y * per_row(gate, len(y))

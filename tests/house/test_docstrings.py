@@ -19,8 +19,8 @@ import torch
 import inferix
 import inferix_kernels
 from inferix.models import load_model
-from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy
-from inferix_kernels.quantize import Linear8, quantize_linears
+from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, quantize
+from inferix_kernels.quantize import Linear8, QConfig, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
 from inferix_kernels.store.snapshot import save
 
@@ -36,6 +36,11 @@ ALONE = [
     frame_tokens,
     save,
     Linear8,
+    QConfig,
+    quantize.convert,
+    quantize.quantize_dynamic,
+    quantize.recipe_of,
+    quantize.save,
     quantize_linears,
 ]
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]

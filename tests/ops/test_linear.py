@@ -1,16 +1,20 @@
 """quantize_rows and linear: the reference against the formulas, every backend against the reference."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix_kernels import linear, quantize_rows
+from inferix_kernels import Unsupported, linear, quantize_rows, torch_backend
 from inferix_kernels._check import ACTIVATIONS, CODES
 from inferix_kernels.testing import assert_close
+from tests.conftest import pairs
 
 # M, N, K: one row, odd sizes, sizes that fill no tile, the layers of a small model.
 SHAPES = [(1, 1, 1), (1, 48, 64), (7, 5, 33), (64, 80, 96), (130, 96, 257), (192, 384, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 STEPS = {
     "nothing": {},
     "a layer norm, modulated": {"norm": "layer", "scale": 2, "shift": 2},
@@ -28,6 +32,11 @@ EPILOGUES = {
     "a gated residual": {"bias": True, "gate": True, "residual": True},
     "a residual": {"residual": True},
 }
+
+
+@pytest.fixture(params=[*pairs(), *(pytest.param(("torch", place), id=f"torch-{place}") for place in DEVICES)])
+def backend_and_device(request):
+    return request.param
 
 
 def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
@@ -163,8 +172,57 @@ def test_the_residual_may_be_the_output(backend, device):
     assert got is residual and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("which", ["compiled", "reference"])
+@pytest.mark.parametrize("which", ["compiled", "torch", "reference"])
 def test_no_rows_are_no_error(which):
     weight = quantize_rows(random(4, 32))
     x = quantize_rows(torch.empty(0, 32), backend=which)
     assert linear(x, weight, backend=which).shape == (0, 4)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torch_gets_the_sizes_that_it_takes_on_a_gpu(shape, codes, monkeypatch):
+    """More than 16 rows of int8, multiples of 8 or 16; what is added adds nothing."""
+    M, N, K = shape
+    x, weight = (quantize_rows(random(rows, K, seed=rows), codes, backend="reference") for rows in (M, N))
+    want, seen = linear(x, weight, backend="reference"), []
+    least, multiple = torch_backend.LEAST_ROWS[codes], torch_backend.MULTIPLE[codes]
+    monkeypatch.setattr(torch_backend, "padding", lambda codes: (least, multiple))
+    product = torch_backend.product
+    monkeypatch.setattr(torch_backend, "product", lambda a, b: seen.append((a.shape, b.shape)) or product(a, b))
+    assert_products_close(linear(x, weight, backend="torch"), want, codes, K, "cpu")
+    (((rows, terms), (columns, same)),) = seen
+    assert rows == max(M, least) and terms == same and not (terms % multiple or columns % multiple)
+    assert 0 <= terms - K < multiple and 0 <= columns - N < multiple
+
+
+def test_what_torch_can_not_multiply_is_unsupported_and_says_why(monkeypatch):
+    x, weight = (quantize_rows(torch.ones(rows, 131072), backend="reference") for rows in (2, 1))
+    with pytest.raises(Unsupported, match="sums in 32 bits, so at most 131071 columns, got 131072"):
+        linear(x, weight, backend="torch")
+
+    rows = quantize_rows(torch.ones(2, 8), backend="reference")
+    for error, said in (
+        (NotImplementedError("mkldnn is not here\nand more"), Unsupported),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling"), Unsupported),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),  # no word of what is supported
+    ):
+        monkeypatch.setattr(torch, "_int_mm", mock.Mock(side_effect=error))
+        with pytest.raises(RuntimeError, match=str(error).splitlines()[0]) as raised:
+            linear(rows, rows, backend="torch")
+        assert type(raised.value) is said and "\n" not in str(raised.value)
+
+
+def test_torchs_scaled_product_is_the_one_that_is_meant():
+    """As a GPU is asked for it; on a CPU it is too slow to be used."""
+    x, weight = (quantize_rows(random(rows, 32, seed=rows), torch.float8_e4m3fn).codes for rows in (3, 16))
+    torch.testing.assert_close(torch_backend.scaled_mm(x, weight), torch_backend.product(x, weight))
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_row_that_is_not_finite_stays_so_in_torch(codes):
+    x = random(3, 32)
+    x[1, 5] = torch.inf
+    rows = quantize_rows(x, codes, backend="torch")
+    y = linear(rows, quantize_rows(random(4, 32, seed=1), codes), backend="torch")
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()

@@ -255,7 +255,7 @@ MISTAKES = {
                         "lists must be a divisor of the 1 pages, got 2"),
     "negative len": (lambda: PageList.of([0], [-2]), ValueError, "got page 0 with -2 tokens"),
     "backend": (lambda: ik.kv_append(x(), x(), page(), ONE, backend="cudnn"), ValueError,
-                "backend must be auto or one of compiled, triton, reference, flash-attn, got 'cudnn'"),
+                "backend must be auto or one of compiled, triton, reference, flash-attn, torch, got 'cudnn'"),
 }  # fmt: skip
 
 # The same, of numbers that only a backend looks at: every CPU backend says the same, before it writes.

@@ -129,14 +129,14 @@ def run_job(tmp_path, monkeypatch):
 def test_what_ends_a_process_is_that_kernels_outcome_and_the_rest_is_still_proved(run_job, act, said):
     outcomes = run_job(act)
     assert outcomes.pop(stored.kernel("kv_commit", "int8")) == said
-    assert len(outcomes) == 3 and set(outcomes.values()) == {RIGHT}
+    assert len(outcomes) == 5 and set(outcomes.values()) == {RIGHT}
 
 
 def test_a_kernel_that_the_end_of_all_time_cuts_off_is_not_called_wrong(run_job):
     """It may have been compiling: `auto` would never take it again."""
     outcomes = run_job(HANGS, all_is_over=True)
     assert outcomes.pop(stored.kernel("kv_commit", "int8")) == "not reached: no time was left"
-    assert len(outcomes) == 3 and set(outcomes.values()) == {RIGHT}
+    assert len(outcomes) == 5 and set(outcomes.values()) == {RIGHT}
 
 
 def test_a_process_has_its_time_for_each_kernel_not_for_all(tmp_path):
@@ -185,7 +185,7 @@ def test_a_gpu_that_can_not_be_reached_proves_nothing(monkeypatch):
 
 def test_what_there_is_no_time_for_is_not_reached():
     found = prove.prove("cpu", 0)["compiled"]
-    assert len(found) == 36 and set(found.values()) == {"not reached: no time was left"}
+    assert len(found) == 40 and set(found.values()) == {"not reached: no time was left"}
 
 
 def test_a_job_in_a_process_of_its_own(monkeypatch):

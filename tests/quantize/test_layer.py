@@ -8,7 +8,15 @@ from torch import nn
 
 from inferix_kernels import Quantized, linear, quantize_rows
 from inferix_kernels._check import CODES
-from inferix_kernels.quantize import Linear8, quantize_linears
+from inferix_kernels.quantize import (
+    Linear8,
+    QConfig,
+    Scheme,
+    per_channel_symmetric,
+    per_tensor_symmetric,
+    per_token_symmetric,
+    quantize_linears,
+)
 
 # Errors of W and of x: half a step of int8 in 127 of the row's largest, e4m3's 1/16 of each number, both as the norm
 # of a random row sees them (largest / rms is about 3.5 for rows of 96).
@@ -39,7 +47,7 @@ def test_a_layer_is_the_two_ops(codes, bias, dtype):
     layer, x = layer_of(bias=bias, dtype=dtype), random(5, 96, seed=9).to(dtype)
     made = Linear8.from_linear(layer, codes)
     weight = quantize_rows(layer.weight, codes)
-    assert torch.equal(made.codes, weight.codes) and torch.equal(made.scales, weight.scales)
+    assert torch.equal(made.qweight, weight.codes) and torch.equal(made.weight_scale, weight.scales[None])
     assert torch.equal(made(x), linear(quantize_rows(x, codes), weight, bias=layer.bias, dtype=dtype))
     got, want = made(x).float(), layer(x).float()
     assert 0 < (got - want).norm() / want.norm() < ERROR[codes]
@@ -70,7 +78,7 @@ def test_published_codes_are_used_as_they_are():
     codes = torch.randint(-127, 128, (8, 16), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     scales = random(8).abs()
     made = Linear8(Quantized(codes, scales), bias=random(8, seed=1), backend="reference")
-    assert made.codes.data_ptr() == codes.data_ptr() and made.scales.data_ptr() == scales.data_ptr()
+    assert made.qweight.data_ptr() == codes.data_ptr() and made.weight_scale.data_ptr() == scales.data_ptr()
     x = torch.eye(16)  # its rows are codes of 127 and scales of 1/127: the products are exact
     torch.testing.assert_close(made(x).T, codes * scales[:, None] + random(8, seed=1)[:, None])
 
@@ -82,7 +90,7 @@ def test_casting_a_model_leaves_the_codes_alone(dtype):
     model.to(dtype)
     assert model[3].weight.dtype == dtype
     after = model[0].state_dict()
-    assert before.keys() == after.keys() == {"codes", "scales", "bias"}
+    assert before.keys() == after.keys() == {"qweight", "weight_scale", "bias"}
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
@@ -126,7 +134,9 @@ def test_a_layer_in_two_places_becomes_one_in_both():
 
 def test_a_layer_that_can_not_be_rounded_is_named_and_nothing_is_replaced():
     model = nn.Sequential(layer_of(8, 8), layer_of(8, 8).double())
-    with pytest.raises(TypeError, match=r"layer\.weight must be float32 or bfloat16 or float16, got float64"):
+    with pytest.raises(
+        TypeError, match=r"model: layer '1': weight must be float32 or bfloat16 or float16, got float64"
+    ):
         quantize_linears(model)
     assert type(model[0]) is nn.Linear
     for dtype in (torch.float16, "int8"):
@@ -162,3 +172,25 @@ def test_a_weight_that_is_no_quantized_matrix_is_refused():
 def test_smoothing_is_refused_before_the_weight_is_touched():
     with pytest.raises(ValueError, match=r"smooth must be \[K=96\], got \[1\]"):
         Linear8.from_linear(layer_of(), smooth=torch.ones(1))
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("codes", CODES)
+def test_norm_modulation_and_what_follows_go_with_a_layer(codes, per_tensor):
+    layer, x = layer_of(24, 96), random(2, 6, 96, seed=9)
+    scale, shift, weight = random(2, 96, seed=2), random(2, 96, seed=3), random(96, seed=4)
+    gate, residual = random(2, 24, seed=5), random(2, 6, 24, seed=6)
+    inputs = per_tensor_symmetric if per_tensor else per_token_symmetric
+    made = Linear8.from_qconfig(layer, QConfig(Scheme(codes, inputs), Scheme(codes, per_channel_symmetric)))
+    rows = made.quantize(x.view(12, 96), norm="rms", weight=weight, scale=scale, shift=shift, eps=1e-5)
+    y = nn.functional.rms_norm(x, (96,), weight, 1e-5) * (1 + scale[:, None]) + shift[:, None]
+    assert (rows.codes.float() * rows.scales[:, None] - y.view(12, 96)).norm() < ERROR[codes] * y.norm()
+    got = made(
+        Quantized(rows.codes.view(2, 6, 96), rows.scales.view(2, 6)), activation="gelu", gate=gate, residual=residual
+    )
+    want = residual + gate[:, None] * nn.functional.gelu(layer(y))
+    assert got.shape == (2, 6, 24) and (got - want).norm() < ERROR[codes] * want.norm()
+    with pytest.raises(ValueError, match="dtype must be given for an input in 8 bits"):
+        made(rows)
+    with pytest.raises(ValueError, match="scale must have a number of rows that divides M=12, got 5"):
+        made.quantize(x.view(12, 96), scale=random(5, 96))
