@@ -69,9 +69,8 @@ template <typename T> T from_float(float x);
 template <> INFERIX_INLINE float from_float<float>(float x) { return x; }
 // A NaN stays one: rounding up its mantissa could carry it to infinity.
 template <> INFERIX_INLINE Bf16 from_float<Bf16>(float x) {
-  const uint32_t bits = bits_of(x), m = bits & 0x7fffffff;
-  const uint32_t rounded = round_mantissa<7>(m) | (bits >> 16 & 0x8000);
-  return {static_cast<uint16_t>(m > 0x7f800000 ? 0x7fc0 : rounded)};
+  const uint32_t bits = bits_of(x), rounded = round_mantissa<7>(bits);  // beside the sign, which no carry reaches
+  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
 }
 template <> INFERIX_INLINE Half from_float<Half>(float x) {
   const uint32_t bits = bits_of(x), m = bits & 0x7fffffff;

@@ -300,7 +300,8 @@ void linear_cpu(const LinearParams& p, const Cpu& cpu) {
   const int64_t most = std::max(kLeastShare, kShareBytes / (row_words * 4)), shares = (packed.rows + most - 1) / most;
   const int64_t share = round_up((groups + shares - 1) / shares, 2);
   // Where there are enough rows for all threads, a task takes more of them.
-  const int64_t even = round_up((in_place.rows + 4 * cpu.threads - 1) / (4 * cpu.threads), 2 * kLanes);
+  const int64_t tasks = cpu.threads == 1 ? 1 : 4 * cpu.threads;
+  const int64_t even = round_up((in_place.rows + tasks - 1) / tasks, 2 * kLanes);
   const int64_t height = std::min(kMostRows, std::max(kLeastRows, even));
   const int64_t tiles = (in_place.rows + height - 1) / height;
   parallel_for(cpu.threads, shares * tiles, [&](int64_t task) {

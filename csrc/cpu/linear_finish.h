@@ -35,13 +35,12 @@ INFERIX_INLINE void finish_block(const LinearParams& p, const Sums& sums, int64_
     return column;
   };
   alignas(64) Column y[kLanes];
-  if (sums.transposed)
-    S::transpose(sums.columns[0].lane, kLanes, y[0].lane, kLanes);
-  else
-    std::copy_n(sums.columns, kLanes, y);
+  const Column* rows_of_sums = sums.columns;
+  if (sums.transposed) S::transpose(sums.columns[0].lane, kLanes, y[0].lane, kLanes), rows_of_sums = y;
   const Column scales = load(p.weight_scales + n0), bias = p.bias ? load(p.bias + n0) : Column{};
   const bool has_bias = p.bias;
-  each_row<S>(y, rows, [&](const Lanes& sum, int64_t m, int part) INFERIX_INLINE_LAMBDA {
+  each_row<S>(y, rows, [&](const Lanes&, int64_t m, int part) INFERIX_INLINE_LAMBDA {
+    const Lanes sum = S::part(rows_of_sums[m], part);
     const Lanes value = sums.integers ? __builtin_convertvector((typename S::IntLanes)sum, Lanes) : sum;
     const Lanes scaled = value * (S::part(scales, part) * p.x_scales[m0 + m]);
     return has_bias ? scaled + S::part(bias, part) : scaled;
