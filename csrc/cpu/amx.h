@@ -1,8 +1,9 @@
-// Intel's tile registers: matrices of 16 rows of 64 bytes, multiplied in one instruction. In assembly, since the builtins
-// can not be named in functions that are compiled for older CPUs too.
+// Intel's tile registers: matrices of 16 rows of 64 bytes, multiplied in one instruction. In assembly, since the
+// builtins can not be named in functions that are compiled for older CPUs too.
 //
-// A product is sum[i][j] += a[i][word] . b[word][j], a word being four bytes or two bfloat16 numbers as everywhere here: rows
-// of `a` lie as rows of a matrix do, `b` has sixteen columns of words side by side, which are the lanes of a Column.
+// A product is sum[i][j] += a[i][word] . b[word][j], a word being four bytes or two bfloat16 numbers as everywhere
+// here: rows of `a` lie as rows of a matrix do, `b` has sixteen columns of words side by side, which are the lanes of a
+// Column.
 #pragma once
 #if defined(__x86_64__)
 #include <cstdint>

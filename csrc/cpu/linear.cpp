@@ -1,9 +1,9 @@
-// linear on the CPU: sums of sixteen rows of one matrix, read where they lie, with sixteen rows of the other, which are packed
-// side by side, for the lanes of a register or the columns of a tile register; then linear_finish.h. x is packed, or the
-// weight where that costs less.
+// linear on the CPU: sums of sixteen rows of one matrix, read where they lie, with sixteen rows of the other, which are
+// packed side by side, for the lanes of a register or the columns of a tile register; then linear_finish.h. x is
+// packed, or the weight where that costs less.
 //
-// Sums of int8 products are exact and scaled afterwards, so that they give the bits of the formula with every instruction
-// set.
+// Sums of int8 products are exact and scaled afterwards, so that they give the bits of the formula with every
+// instruction set.
 #include "../linear.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kLeastRows = 64, kMostRows = 512;  // read in place by a task
 constexpr int64_t kShareBytes = 1 << 19;  // of packed rows that a task reads again and again: they should stay in L2
-constexpr int64_t kLeastShare = 128;      // packed rows
+constexpr int64_t kLeastShare = 128;  // packed rows
 // float32 holds the sum of this many products of int8 codes exactly: for instruction sets without integer dot products.
 constexpr int64_t kExactTerms = 1024;
 
@@ -58,7 +58,7 @@ struct Call {
   int64_t row_words;  // to a row of either matrix, with zeros up to whole registers
   bool packs_weight;
   Matrix in_place, packed;
-  int64_t groups;   // of sixteen packed rows
+  int64_t groups;  // of sixteen packed rows
   Column* columns;  // [groups][row_words]
   bool has_zero_point() const { return words == Words::int8 && isa < Isa::amx; }  // packed bytes are 128 more
 };
@@ -79,9 +79,10 @@ INFERIX_INLINE void row_to_words(const Call& c, const char* codes, int32_t* word
   from_floats(c.isa, c.words == Words::bf16 ? DType::bf16 : DType::f32, x, K, 1, K, words, K);
 }
 
-// Sixteen rows of a matrix as words, `stride` bytes apart: where they lie, or in `room`, for what lies past the last row must
-// not be read. Rows that there are none of are zeros.
-INFERIX_INLINE const char* words_of_rows(const Call& c, const Matrix& matrix, int64_t first, Buffer& room, int64_t* stride) {
+// Sixteen rows of a matrix as words, `stride` bytes apart: where they lie, or in `room`, for what lies past the last
+// row must not be read. Rows that there are none of are zeros.
+INFERIX_INLINE const char* words_of_rows(const Call& c, const Matrix& matrix, int64_t first, Buffer& room,
+                                         int64_t* stride) {
   const int64_t K = c.p.K;
   const char* codes = matrix.codes + first * K;
   *stride = K;
@@ -110,7 +111,8 @@ INFERIX_INLINE void pack(const Call& c, int64_t group) {
     for (int64_t i = n; i < n + kLanes && (c.has_zero_point() || n + kLanes > K / 4); ++i) {
       // 128 more, by flipping the sign; but what lies past K is zeros, whatever it is multiplied with.
       const int64_t bytes = c.words == Words::int8 ? std::max<int64_t>(0, std::min<int64_t>(K - i * 4, 4)) : 4;
-      const uint32_t kept = bytes == 0 ? 0 : 0xffffffff >> (32 - 8 * bytes), signs = c.has_zero_point() ? 0x80808080 : 0;
+      const uint32_t kept = bytes == 0 ? 0 : 0xffffffff >> (32 - 8 * bytes),
+                     signs = c.has_zero_point() ? 0x80808080 : 0;
       for (int part = 0; part < S::kParts; ++part)
         S::part(to[i], part) = (typename S::Lanes)(((typename S::UnsignedLanes)S::part(to[i], part) ^ signs) & kept);
     }
@@ -150,8 +152,10 @@ INFERIX_INLINE void multiply_groups(const Call& c, const InPlaceRows& w, int64_t
   };
 #if defined(__x86_64__)
   if constexpr (S::kWidth == 16)
-    if (c.words == Words::int8) with(Int8Words{});
-    else if (c.words == Words::bf16) with(Bf16Words{});
+    if (c.words == Words::int8)
+      with(Int8Words{});
+    else if (c.words == Words::bf16)
+      with(Bf16Words{});
 #endif
   if (c.words == Words::floats) {
     if (c.p.codec == Codec::i8_token && c.p.K > kExactTerms)
@@ -175,8 +179,8 @@ INFERIX_INLINE void multiply(const Call& c, int64_t first, int64_t end, int64_t 
 }
 
 #if defined(__x86_64__)
-// Sums of one block of rows that wait to be finished: squares of two times two blocks of sixteen, one after the other along
-// the packed rows.
+// Sums of one block of rows that wait to be finished: squares of two times two blocks of sixteen, one after the other
+// along the packed rows.
 struct Unfinished {
   const Column* squares = nullptr;
   int64_t row = 0, first_packed = 0, next = 0, count = 0;  // in blocks
@@ -188,7 +192,8 @@ inline void finish_next(const Call& c, Unfinished& u) {
 }
 
 // The same in tile registers. What follows the products of one block of rows is done little by little, while the tile
-// registers multiply the next. A chunk of its 32 rows stays in the L1 cache while the packed rows stream past it from L2.
+// registers multiply the next. A chunk of its 32 rows stays in the L1 cache while the packed rows stream past it from
+// L2.
 template <typename S, typename Product>
 INFERIX_INLINE void multiply_tiles(const Call& c, int64_t first, int64_t end, int64_t first_group, int64_t end_group) {
   constexpr int64_t kChunk = 8;  // steps: 64 bytes of each row
@@ -202,7 +207,8 @@ INFERIX_INLINE void multiply_tiles(const Call& c, int64_t first, int64_t end, in
     const InPlaceRows w1 = n + kLanes < c.in_place.rows ? in_place_rows<S>(c, n + kLanes, rooms[1]) : w0;
     Column* squares = reinterpret_cast<Column*>(sums[n / (2 * kLanes) % 2].floats(blocks * kLanes * kLanes));
     const char* ahead = w0.rows + 2 * kLanes * w0.stride;
-    const int64_t lines = n + 2 * kLanes < end ? (2 * kLanes * w0.stride / 64 + steps * pairs - 1) / (steps * pairs) : 0;
+    const int64_t lines =
+        n + 2 * kLanes < end ? (2 * kLanes * w0.stride / 64 + steps * pairs - 1) / (steps * pairs) : 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t begin = steps * chunk / chunks, stop = steps * (chunk + 1) / chunks;
       for (int64_t pair = 0; pair < pairs; ++pair) {

@@ -1,5 +1,6 @@
-// Sums of products of the rows of two matrices, in words of 32 bits: a float, two bfloat16 numbers or four bytes. Sixteen rows
-// of one are packed side by side in the lanes of a register; a word of the other is multiplied with all of them at once.
+// Sums of products of the rows of two matrices, in words of 32 bits: a float, two bfloat16 numbers or four bytes.
+// Sixteen rows of one are packed side by side in the lanes of a register; a word of the other is multiplied with all of
+// them at once.
 #pragma once
 #include "simd.h"
 
@@ -21,8 +22,8 @@ struct FloatWords {
 };
 
 #if defined(__x86_64__)
-// In assembly, since the builtins can not be named in templates that are compiled for older CPUs too. The word has a register
-// of its own, because it is multiplied more than once.
+// In assembly, since the builtins can not be named in templates that are compiled for older CPUs too. The word has a
+// register of its own, because it is multiplied more than once.
 struct WideWords {
   using Lanes = Simd<16>::Lanes;
   INFERIX_INLINE static Lanes broadcast(const char* at) {
@@ -44,7 +45,9 @@ struct Bf16Words : WideWords {
 struct Int8Words : WideWords {
   static constexpr bool kIntegers = true;
   using Sum = Simd<16>::IntLanes;
-  INFERIX_INLINE static Sum broadcast_int(const int32_t& x) { return (Sum)broadcast(reinterpret_cast<const char*>(&x)); }
+  INFERIX_INLINE static Sum broadcast_int(const int32_t& x) {
+    return (Sum)broadcast(reinterpret_cast<const char*>(&x));
+  }
   INFERIX_INLINE static void add(Sum& sum, const Lanes& column, const Lanes& word) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(column), "v"(word));
   }
@@ -58,9 +61,9 @@ struct InPlaceRows {
   int32_t start[kLanes];  // of integer sums: takes off what the zero point of packed bytes adds
 };
 
-// sums[group][row].lane[j] of sixteen rows with the sixteen packed rows j of each of kGroups groups, integers where the words
-// are bytes. kRows * kGroups registers hold sums: as a word is read once for all groups, and a register of packed words once
-// for kRows rows, loads, of which a CPU does two in a cycle, keep up with two products.
+// sums[group][row].lane[j] of sixteen rows with the sixteen packed rows j of each of kGroups groups, integers where the
+// words are bytes. kRows * kGroups registers hold sums: as a word is read once for all groups, and a register of packed
+// words once for kRows rows, loads, of which a CPU does two in a cycle, keep up with two products.
 template <typename S, typename Words, int kRows, int kGroups>
 INFERIX_INLINE void products(const InPlaceRows& w, const Column* const* packed, int64_t words, Column (*sums)[kLanes]) {
   using Lanes = typename S::Lanes;
@@ -88,17 +91,18 @@ INFERIX_INLINE void products(const InPlaceRows& w, const Column* const* packed, 
       });
       unroll<kRows>([&](auto row) INFERIX_INLINE_LAMBDA {
         const char* base = (row < 4 ? row0 : row4) + n * 4;
-        const auto word =
-            Words::broadcast(base + (row % 4 == 0 ? 0 : row % 4 == 1 ? stride : row % 4 == 2 ? 2 * stride : three));
+        const auto word = Words::broadcast(base + (row % 4 == 0   ? 0
+                                                   : row % 4 == 1 ? stride
+                                                   : row % 4 == 2 ? 2 * stride
+                                                                  : three));
         unroll<kGroups * S::kParts>([&](auto i) INFERIX_INLINE_LAMBDA {
           constexpr int group = i / S::kParts, part = i % S::kParts;
           Words::add(sum[group][row][part], columns[group][part], word);
         });
       });
     }
-    each([&](int group, int row, int part) INFERIX_INLINE_LAMBDA {
-      S::part(sums[group][first + row], part) = (Lanes)sum[group][row][part];
-    });
+    each([&](int group, int row, int part)
+             INFERIX_INLINE_LAMBDA { S::part(sums[group][first + row], part) = (Lanes)sum[group][row][part]; });
   }
 }
 

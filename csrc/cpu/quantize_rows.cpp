@@ -49,8 +49,10 @@ Prepare prepare_for(Isa) { return prepare_portable; }
 void quantize_rows_cpu(const QuantizeRowsParams& p, const Cpu& cpu) {
   constexpr int64_t kRowsPerTask = 16, kFloats = 4096;  // at once, in the L1 cache
   const Prepare prepare_row = prepare_for(cpu.isa);
-  const int64_t stride = (p.K + kLanes - 1) / kLanes * kLanes, most = std::max<int64_t>(1, kFloats / std::max<int64_t>(stride, 1));
-  const bool plain = p.norm == Norm::none && !p.weight && !p.bias && !p.scale.data && !p.shift.data && p.activation == Activation::none;
+  const int64_t stride = (p.K + kLanes - 1) / kLanes * kLanes,
+                most = std::max<int64_t>(1, kFloats / std::max<int64_t>(stride, 1));
+  const bool plain = p.norm == Norm::none && !p.weight && !p.bias && !p.scale.data && !p.shift.data &&
+                     p.activation == Activation::none;
   parallel_for(cpu.threads, (p.M + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     thread_local Buffer buffer;
     float* y = buffer.floats(most * stride);
@@ -60,7 +62,9 @@ void quantize_rows_cpu(const QuantizeRowsParams& p, const Cpu& cpu) {
       const char* x = static_cast<const char*>(p.x) + row * p.x_stride * element_bytes(p.x_dtype);
       to_floats(cpu.isa, p.x_dtype, x, p.x_stride, count, p.K, y, stride);
       for (int64_t i = 0; i < count && !plain; ++i) prepare_row(p, row + i, y + i * stride);
-      const Tile codes{p.codec, count, p.K, p.K, static_cast<char*>(p.codes) + row * p.K, reinterpret_cast<char*>(p.scales + row), nullptr};
+      const Tile codes{
+          p.codec, count, p.K, p.K, static_cast<char*>(p.codes) + row * p.K, reinterpret_cast<char*>(p.scales + row),
+          nullptr};
       encode(cpu.isa, codes, y, stride, count);
     }
   });
