@@ -63,6 +63,7 @@ class Isa:
     avx512: ClassVar[Isa]
     avx512_vnni: ClassVar[Isa]
     avx512_bf16: ClassVar[Isa]
+    amx: ClassVar[Isa]
     __members__: ClassVar[dict[str, Isa]]
     def __init__(self, value: int) -> None: ...
     def __int__(self) -> int: ...
