@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferix_kernels.quantize import linear_input, linear_output
+
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
 
 # (layer index, packed q|k|v [B, S, L, 3 * heads * head_dim], norm_q, norm_k) -> [B, S, L, heads * head_dim], or
@@ -118,23 +120,25 @@ class Layer(nn.Module):
     def forward(
         self, i: int, x: Tensor, modulation: Tensor, cross: tuple[Tensor, Tensor], attend: Attend
     ) -> Tensor | None:
-        """x [B, S, L, dim]; modulation [B, S, frames, 6, dim]; cross 2 x [B, S, heads, words, dim / heads]."""
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + self.modulation).unsqueeze(-3).unbind(-2)
-        frames = modulation.shape[-3]
+        """x [B, S, frames, n, dim]; modulation [6, B, S, frames, 1, dim]; cross: as `cross_cache` gives it."""
+        own = self.modulation.view(6, 1, 1, 1, 1, -1)
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + own).unbind()
+        dtype, norm = x.dtype, self.norm_cross
 
-        def per_frame(y: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
-            return (y.unflatten(-2, (frames, -1)) * scale + shift).flatten(-3, -2)
-
-        y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale, shift)
-        attended = attend(i, self.qkv(y), self.norm_q, self.norm_k)
+        y = linear_input(self.qkv, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        attended = attend(i, linear_output(self.qkv, y, dtype=dtype).flatten(2, 3), self.norm_q, self.norm_k)
         if attended is None:
             return None
-        x = x + per_frame(self.out(attended), gate, 0.0)
-        q = self.cross_q(self.norm_cross(x)).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        x = linear_output(self.out, attended.unflatten(2, x.shape[2:4]), gate=gate, residual=x)
+
+        y = linear_input(self.cross_q, x, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        q = linear_output(self.cross_q, y, dtype=dtype).flatten(2, 3).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         y = F.scaled_dot_product_attention(q, cross[0].to(q.dtype), cross[1].to(q.dtype))
-        x = x + self.cross_out(y.transpose(-3, -2).flatten(-2))
-        y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale_ffn, shift_ffn)
-        return x + per_frame(self.down(F.gelu(self.up(y), approximate="tanh")), gate_ffn, 0.0)
+        x = linear_output(self.cross_out, y.transpose(-3, -2).reshape(x.shape), residual=x)
+
+        y = linear_input(self.up, x, norm="layer", scale=scale_ffn, shift=shift_ffn, eps=self.eps)
+        hidden = linear_output(self.up, y, activation="gelu_tanh", dtype=dtype)
+        return linear_output(self.down, hidden, gate=gate_ffn, residual=x)
 
 
 class TinyWorldModel(nn.Module):
@@ -197,14 +201,14 @@ class TinyWorldModel(nn.Module):
         angles = t.float()[..., None] * 1000 * frequencies
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))))
         condition = time.unsqueeze(-2) + self.action(history).sum(-2)  # [B, S, frames, dim]
-        modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, -1))
+        modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, 1, -1)).movedim(-3, 0).contiguous()
         h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
-        h = (h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position).flatten(-3, -2)
+        h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
         for i, layer in enumerate(self.layers):
             h = layer(i, h, modulation, cross[i], attend)
             if h is None:
                 return None
         h, condition = h[:, predict], condition[:, predict]
         scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
-        h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps).unflatten(-2, (actions.shape[-1], -1))
+        h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps)
         return self.head(F.gelu(self.head_up((h * (1 + scale) + shift).flatten(-3, -2)), approximate="tanh"))
