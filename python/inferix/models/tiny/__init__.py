@@ -19,7 +19,7 @@ from inferix_kernels._check import is_whole
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...finite import to_bytes
 from .checker import UNKNOWN, look
-from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
+from .model import CrossCache, TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
 from .simulator import ACTIONS, FPS, KEYS, SIZE, THEMES, TIMES, parse_theme
 
 ADAPTER = Adapter(
@@ -41,8 +41,6 @@ PRESENTATION = Presentation(
     example_prompts=THEMES,
 )
 
-CrossCache = list[tuple[Tensor, Tensor]]
-
 
 class TinyWorld(Model):
     """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
@@ -54,15 +52,15 @@ class TinyWorld(Model):
         self.network, config = network.eval().requires_grad_(False), network.config
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
         self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
-        self._themes: dict[tuple[int, int], CrossCache] = {}  # as many as there are, however they are worded
+        self._themes: dict[tuple[int, int], list[CrossCache]] = {}  # as many as there are, however they are worded
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         angles = rope_angles(self.network.config, torch.tensor(frames)).flatten(0, 1)
         return torch.stack([angles.cos(), angles.sin()], -1).float()
 
     @torch.inference_mode()
-    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, CrossCache]:
-        """Actions [1, 1, frames], and the prompt's cross-attention keys and values, computed once per theme."""
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, list[CrossCache]]:
+        """Actions [1, 1, frames], and what cross-attention needs of the prompt, computed once per theme."""
         theme = parse_theme(prompt)
         if theme not in self._themes:
             self._themes[theme] = self.network.prompt_cache(torch.tensor([[theme]]))
@@ -79,7 +77,7 @@ class TinyWorld(Model):
         times = torch.tensor([[block.t for block in inputs]])
         actions = torch.cat([block.conditioning[0] for block in inputs], 1)
         per_layer = zip(*(block.conditioning[1] for block in inputs))
-        cross = [tuple(torch.cat(part, 1) for part in zip(*layer)) for layer in per_layer]
+        cross = [CrossCache(*(torch.cat(part, 1) for part in zip(*layer))) for layer in per_layer]
         first = first_predicted(inputs)
         predicted = self.network(x, times, actions, cross, paged, predict=slice(first, None))
         nothing = [torch.empty(0, *self.latent_shape)]
