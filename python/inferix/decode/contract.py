@@ -205,6 +205,15 @@ class Model(abc.ABC):
     def only_latents(self) -> bool:
         return False
 
+    @property
+    def linear(self) -> str | None:
+        """What the first of its network's 8-bit linear layers is kept in, "int8" or "fp8"; None: there is none."""
+        from inferix_kernels.quantize import Linear8
+
+        layers = () if self.network is None else self.network.modules()
+        codes = next((layer.codes for layer in layers if isinstance(layer, Linear8)), None)
+        return None if codes is None else "fp8" if codes.is_floating_point() else "int8"
+
     @abc.abstractmethod
     def rope(self, frames: Sequence[int]) -> Tensor:
         """[len(frames) * frame_tokens, R / 2, 2] float32 (cos, sin) for these global frame indices."""

@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inferix_kernels._check import is_whole
+from inferix_kernels.quantize import quantize_linears
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...finite import to_bytes
+from ..linears import CODES, check_linear, eight_bit_names
 from .checker import UNKNOWN, look
 from .model import CrossCache, TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
 from .simulator import ACTIONS, FPS, KEYS, SIZE, THEMES, TIMES, parse_theme
@@ -45,12 +47,13 @@ PRESENTATION = Presentation(
 class TinyWorld(Model):
     """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
 
-    adapter, presentation, dtype = ADAPTER, PRESENTATION, torch.float32
+    adapter, presentation = ADAPTER, PRESENTATION
     network: TinyWorldModel
 
     def __init__(self, network: TinyWorldModel):
         self.network, config = network.eval().requires_grad_(False), network.config
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
+        self.dtype = network.head.weight.dtype
         self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
         self._themes: dict[tuple[int, int], list[CrossCache]] = {}  # as many as there are, however they are worded
 
@@ -79,11 +82,11 @@ class TinyWorld(Model):
         per_layer = zip(*(block.conditioning[1] for block in inputs))
         cross = [CrossCache(*(torch.cat(part, 1) for part in zip(*layer))) for layer in per_layer]
         first = first_predicted(inputs)
-        predicted = self.network(x, times, actions, cross, paged, predict=slice(first, None))
+        predicted = self.network(x.to(self.dtype), times, actions, cross, paged, predict=slice(first, None))
         nothing = [torch.empty(0, *self.latent_shape)]
         if predicted is None:
             return nothing * count
-        made = predicted[0].unflatten(1, (config.block_frames, -1))
+        made = predicted[0].to(x.dtype).unflatten(1, (config.block_frames, -1))
         made = made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
         return [*nothing * first, *made]
 
@@ -122,13 +125,20 @@ def parse_action(action: int | str) -> int:
     raise ValueError(f"action must be one of {', '.join(ACTIONS)} (or w, a, s, d), got {action!r}")
 
 
-def load(weights: str | Path | None = None, name: str = "tiny", **options: object) -> TinyWorld:
+def load(
+    weights: str | Path | None = None, name: str = "tiny", *, linear: str | None = None, **options: object
+) -> TinyWorld:
     """The tiny world from a checkpoint, by default the one shipped in this package.
 
+    Args:
+        linear: "int8" or "fp8" puts the layers between the first and the last ones in 8 bits, see
+            TinyWorldModel.FULL_PRECISION; "bf16" the whole network in bfloat16. None: all in float32.
+
     Raises:
-        ValueError: the file is missing, damaged, or holds another model, or an option is given: there is none. Says
-            which.
+        ValueError: the file is missing, damaged, or holds another model, or another option is given: there is none.
+            Says which.
     """
+    check_linear(linear)
     if options:
         raise ValueError(f"{next(iter(options))}: the tiny world has one size and one schedule, and runs on the CPU")
     path = Path(weights) if weights is not None else Path(str(resources.files(__package__) / "tiny_world.safetensors"))
@@ -148,7 +158,9 @@ def load(weights: str | Path | None = None, name: str = "tiny", **options: objec
         if want != got:
             raise ValueError(f"weights: {path}: {name} must be {want}, got {got}")
     network.load_state_dict(state, assign=True)
-    return TinyWorld(network)
+    if linear in CODES:
+        quantize_linears(network, CODES[linear], names=eight_bit_names(network))
+    return TinyWorld(network.to(torch.bfloat16) if linear == "bf16" else network)
 
 
 def _config(metadata: Mapping[str, str], state: Mapping[str, Tensor], path: Path) -> TinyConfig:

@@ -172,7 +172,17 @@ class Layer(nn.Module):
 
 
 class TinyWorldModel(nn.Module):
-    """See the module's docstring. B videos, S blocks of each, L tokens per block."""
+    """See the module's docstring. B videos, S blocks of each, L tokens per block.
+
+    Attributes:
+        FULL_PRECISION: submodules whose linear layers stay as they are where the others are in 8 bits: the first, the
+            last, and those of cross-attention, which are multiplied into keys and values.
+    """
+
+    FULL_PRECISION = (
+        *("patch_embedding", "time_in", "time_out", "time_projection", "text", "head_up", "head"),
+        *("cross_q", "cross_kv", "cross_out"),
+    )
 
     def __init__(self, config: TinyConfig = TinyConfig()):
         super().__init__()

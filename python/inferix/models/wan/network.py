@@ -122,10 +122,14 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
 
     def text_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
+        rows = linear_input(self.k, context)  # which the layers share
+        k, v = (linear_output(layer, rows, dtype=context.dtype) for layer in (self.k, self.v))
+        return self.split(self.norm_k(k)), self.split(v)
 
     def image_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.norm_k_img(self.k_img(context))), self.split(self.v_img(context))
+        rows = linear_input(self.k_img, context)
+        k, v = (linear_output(layer, rows, dtype=context.dtype) for layer in (self.k_img, self.v_img))
+        return self.split(self.norm_k_img(k)), self.split(v)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, layer: int, segments: Sequence[tuple[slice, CrossCache]]
@@ -216,7 +220,13 @@ class ImageEmbedding(nn.Module):
 
 
 class WanNetwork(nn.Module):
-    """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed."""
+    """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed.
+
+    Attributes:
+        FULL_PRECISION: submodules whose linear layers stay as they are where the others are in 8 bits.
+    """
+
+    FULL_PRECISION = ("text_embedding", "img_emb", "time_embedding", "time_projection", "head")
 
     def __init__(self, config: WanConfig):
         super().__init__()
