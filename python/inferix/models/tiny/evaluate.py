@@ -33,6 +33,7 @@ from inferix.media import contact_sheet
 from inferix_kernels._printing import while_read
 from inferix_kernels.files import atomic_write, require_writable
 
+from ..linears import CHOICES
 from . import PRESENTATION
 from .checker import COVERED, KINDS, look
 from .measures import BLOCK, FIFTHS, GATES, Gate, Measures, Summary, measure, summarise, true_video
@@ -69,10 +70,10 @@ class SteppedWorld(Protocol):
 OpenWorld = Callable[[int], SteppedWorld]  # seed -> a new world
 
 
-def open_world(seed: int, *, kv: str, weights: str | None) -> SteppedWorld:
+def open_world(seed: int, *, kv: str, weights: str | None, linear: str | None) -> SteppedWorld:
     from inferix.world import World
 
-    return World("tiny", kv=kv, seed=seed, weights=weights)
+    return World("tiny", kv=kv, seed=seed, weights=weights, linear=linear)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--frames", type=int, default=1000, help="length of each stream (default: 1000)")
     parser.add_argument("--seeds", type=int, default=8, help="held-out streams (default: 8)")
     parser.add_argument("--kv", default="int8", help="format of the KV pages (default: int8)")
+    parser.add_argument("--linear", choices=CHOICES, help="what the inner linear layers are in (default: float32)")
     parser.add_argument("--weights", help="checkpoint (default: the one that ships)")
     parser.add_argument("--threads", type=int, default=PRESENTATION.threads, help="CPU threads (default: the world's)")
     parser.add_argument("--jobs", type=int, default=1, help="streams at a time, which share the threads (default: 1)")
@@ -197,7 +199,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
         if args.threads > MOST_THREADS:
             raise ValueError(f"--threads must be at most {MOST_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
-        opened = functools.partial(factory, kv=args.kv, weights=args.weights)
+        opened = functools.partial(factory, kv=args.kv, weights=args.weights, linear=args.linear)
         opened(0)  # a missing checkpoint or an unknown format is said before any work
         return _run(args, opened)
     except ValueError as error:
@@ -217,6 +219,7 @@ def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
         "frames": args.frames,
         "context_frames": CONTEXT,
         "kv": args.kv,
+        "linear": args.linear,
         "machine": _machine(),
     }
     report = Report(setting, summary, (*GATES, *START_GATES, *SPEED_GATES))
