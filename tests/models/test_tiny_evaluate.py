@@ -33,7 +33,7 @@ FRAMES = 65  # not a whole number of blocks, and one change of theme
 
 
 class Oracle:
-    """Goes on exactly as the simulator does, and insists on being asked for it. `kv`, `weights` and `linear` are not for it."""
+    """Goes on exactly as the simulator does, and insists on being asked for it; it has no weights, and no pages."""
 
     def __init__(self, seed: int, kv: str = "int8", weights: str | None = None, linear: str | None = None):
         self.seed, self.at, self.prompt = seed, 0, ""
