@@ -80,7 +80,7 @@ class TinyWorld(Model):
         times = torch.tensor([[block.t for block in inputs]])
         actions = torch.cat([block.conditioning[0] for block in inputs], 1)
         per_layer = zip(*(block.conditioning[1] for block in inputs))
-        cross = [CrossCache(*(torch.cat(part, 1) for part in zip(*layer))) for layer in per_layer]
+        cross = [CrossCache(*map(_side_by_side, zip(*layer))) for layer in per_layer]
         first = first_predicted(inputs)
         predicted = self.network(x.to(self.dtype), times, actions, cross, paged, predict=slice(first, None))
         nothing = [torch.empty(0, *self.latent_shape)]
@@ -110,6 +110,11 @@ class TinyWorld(Model):
             "tiles recognised": float((seen.tiles != UNKNOWN).mean()),
             "theme as asked": float((seen.theme == asked).mean()),
         }
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Of blocks [1, 1, ...] each: [1, blocks, ...]."""
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def parse_action(action: int | str) -> int:
