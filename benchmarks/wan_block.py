@@ -89,7 +89,8 @@ class Run:
         network = random_network(config, torch.float32 if kind == "fp32" else torch.bfloat16)
         if kind in CODES:
             quantize_linears(network, CODES[kind], names=eight_bit_names(network))
-        self.kind, self.clock, self.seconds = kind, Clock(), []
+        self.kind, self.clock = kind, Clock()
+        self.seconds: list[float] = []
         self.adapter = dataclasses.replace(ADAPTERS["self-forcing"], size=size, fused=False)
         model: Any = Wan(network, self.adapter)
         self.frame_tokens = model.frame_tokens

@@ -66,10 +66,8 @@ def linear_input(
         if groups is not None and groups.shape != (*x.shape[:-2], 1, x.shape[-1]):
             raise ValueError(f"{name} must be {[*x.shape[:-2], 1, x.shape[-1]]}, got {list(groups.shape)}")
     if isinstance(layer, Linear8):
-        groups = {"scale": _rows(scale), "shift": _rows(shift)}
-        codes, scales = layer.quantize(
-            x.reshape(-1, x.shape[-1]), norm=norm, weight=weight, bias=bias, **groups, eps=eps
-        )
+        flat, norms = x.reshape(-1, x.shape[-1]), {"weight": weight, "bias": bias}
+        codes, scales = layer.quantize(flat, norm=norm, **norms, scale=_rows(scale), shift=_rows(shift), eps=eps)
         return Quantized(codes.view(x.shape), scales.view(x.shape[:-1]))
     if norm is not None:
         size = x.shape[-1:]

@@ -76,8 +76,8 @@ def quantized_layer(name: str, weight: Tensor, bias: Tensor | None, linear: str)
     if not weight.isfinite().all():
         raise ValueError(f"weights: {name}.weight must hold finite numbers to be quantized")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    for part, x in (("weight", weight), ("bias", bias)):
+        layer.register_parameter(part, None if x is None else nn.Parameter(x, requires_grad=False))
     return Linear8.from_linear(layer, CODES[linear]).eval()
 
 

@@ -114,7 +114,7 @@ class TinyWorld(Model):
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """Of blocks [1, 1, ...] each: [1, blocks, ...]."""
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
 def parse_action(action: int | str) -> int:
