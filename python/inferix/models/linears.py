@@ -55,7 +55,7 @@ def weight_bytes(network: nn.Module, linear: str | None = None) -> int:
         >>> with torch.device("meta"):
         ...     network = WanNetwork(WanConfig(dim=1536, layers=30, heads=12, ffn=8960)).to(torch.bfloat16)
         >>> [round(weight_bytes(network, linear) / 2**30, 2) for linear in (None, "int8")]
-        [2.64, 1.37]
+        [2.64, 1.35]
     """
     check_linear(linear)
     width = torch.bfloat16.itemsize if linear == "bf16" else None
