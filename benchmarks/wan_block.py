@@ -102,8 +102,8 @@ class Run:
                 self.clock.watch(part, getattr(holder, part))
         predict = model.predict
         model.predict = lambda inputs, attend: predict(inputs, self.clock.around("attend", attend))
-        sizes = {"layers": model.layers, "heads": model.heads, "head_dim": model.head_dim}
-        store = KVStore(**sizes, frame_tokens=model.frame_tokens, block_frames=3, pools={kv: 6})
+        sizes = {name: getattr(model, name) for name in ("layers", "heads", "head_dim", "frame_tokens")}
+        store = KVStore(**sizes, block_frames=3, pools={kv: 6})
         self.decoder = SequentialDecoder(model, store.open(Policy(window=6)), torch.Generator().manual_seed(0))
         self.conditioning = network.cross_cache(torch.randn(40, config.text_dim))
 
@@ -136,12 +136,11 @@ def main() -> None:
     for number in range(args.blocks):
         for run in runs:
             run.block(number)
-    first, *others = runs
-    for run in others:
-        ratios = [a / b for a, b in zip(first.seconds, run.seconds)]
-        print(f"{first.kind} / {run.kind}: median {statistics.median(ratios):.2f} of {len(ratios)} blocks")
-    tokens = 3 * first.frame_tokens
-    print(f"{tokens} tokens a block, {torch.get_num_threads()} threads, peak memory {peak():.1f} GiB")
+    first = runs[0]
+    for run in runs[1:]:
+        ratio = statistics.median(a / b for a, b in zip(first.seconds, run.seconds))
+        print(f"{first.kind} / {run.kind}: median {ratio:.2f} of {args.blocks} blocks")
+    print(f"{3 * first.frame_tokens} tokens a block, {torch.get_num_threads()} threads, peak memory {peak():.1f} GiB")
 
 
 if __name__ == "__main__":
