@@ -185,6 +185,7 @@ class Model(abc.ABC):
         dtype: of the q, k and v that it gives `attend`.
         device: where the network runs, and the store with its keys and values.
         network: a torch.nn.Module, watched if a block is not finite, and known again by its weights; None: neither.
+        linear: what the network's 8-bit linear layers are in, "int8" or "fp8"; None: its loader made none.
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
     """
@@ -199,20 +200,12 @@ class Model(abc.ABC):
     dtype: torch.dtype
     device: torch.device | str = "cpu"
     network: torch.nn.Module | None = None
+    linear: str | None = None
     schedule: Schedule | None = None
 
     @property
     def only_latents(self) -> bool:
         return False
-
-    @property
-    def linear(self) -> str | None:
-        """What the first of its network's 8-bit linear layers is kept in, "int8" or "fp8"; None: there is none."""
-        from inferix_kernels.quantize import Linear8
-
-        layers = () if self.network is None else self.network.modules()
-        codes = next((layer.codes for layer in layers if isinstance(layer, Linear8)), None)
-        return None if codes is None else "fp8" if codes.is_floating_point() else "int8"
 
     @abc.abstractmethod
     def rope(self, frames: Sequence[int]) -> Tensor:

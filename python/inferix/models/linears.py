@@ -46,6 +46,12 @@ def eight_bit_names(network: nn.Module) -> list[str]:
     return [name for name in layers if not kept & set(name.split("."))]
 
 
+def linear_of(network: nn.Module) -> str | None:
+    """What the 8-bit layers of a network are in, a key of CODES; None: it has none."""
+    codes = next((layer.codes for layer in network.modules() if isinstance(layer, Linear8)), None)
+    return next((linear for linear, dtype in CODES.items() if codes is not None and codes.dtype == dtype), None)
+
+
 def weight_bytes(network: nn.Module, linear: str | None = None) -> int:
     """What the tensors of a network take, with its linear layers in 8 bits; it may be on the meta device.
 

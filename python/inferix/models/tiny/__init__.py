@@ -19,7 +19,7 @@ from inferix_kernels.quantize import quantize_linears
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...finite import to_bytes
-from ..linears import CODES, check_linear, eight_bit_names
+from ..linears import CODES, check_linear, eight_bit_names, linear_of
 from .checker import UNKNOWN, look
 from .model import CrossCache, TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
 from .simulator import ACTIONS, FPS, KEYS, SIZE, THEMES, TIMES, parse_theme
@@ -53,7 +53,7 @@ class TinyWorld(Model):
     def __init__(self, network: TinyWorldModel):
         self.network, config = network.eval().requires_grad_(False), network.config
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
-        self.dtype = network.head.weight.dtype
+        self.dtype, self.linear = network.head.weight.dtype, linear_of(network)
         self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
         self._themes: dict[tuple[int, int], list[CrossCache]] = {}  # as many as there are, however they are worded
 

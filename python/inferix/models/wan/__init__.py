@@ -18,7 +18,7 @@ from torch import Tensor
 from inferix_kernels._check import check_device
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
-from ..linears import CODES, check_linear
+from ..linears import CODES, check_linear, linear_of
 from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
@@ -87,6 +87,7 @@ class Wan(Model):
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
         self.device, self.dtype = network.head.modulation.device, network.dtype
+        self.linear = linear_of(network)
         self._conditionings: dict[str, CrossCache] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
