@@ -161,6 +161,7 @@ def test_a_table_says_what_is_missed_and_what_has_no_data() -> None:
     [
         (("--frames", "0"), "--frames must be at least 15, got 0"),
         (("--seeds", "-1"), "--seeds must be at least 1, got -1"),
+        (("--starts", "0"), "--starts must be at least 1, got 0"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--json", "/nowhere/e.json"), "--json: cannot write '/nowhere/e.json': No such file or directory"),

@@ -128,11 +128,11 @@ def _processes(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
 
 
-def start_from_nothing(opened: OpenWorld) -> dict[str, Summary]:
-    """First blocks from noise and prompt alone, STARTS in every theme: what can be measured without a truth."""
-    frames = [opened(seed).step(["none"] * BLOCK, prompt=theme) for theme in THEMES for seed in range(STARTS)]
+def start_from_nothing(opened: OpenWorld, starts: int = STARTS) -> dict[str, Summary]:
+    """First blocks from noise and prompt alone, so many in every theme: what can be measured without a truth."""
+    frames = [opened(seed).step(["none"] * BLOCK, prompt=theme) for theme in THEMES for seed in range(starts)]
     seen = look(np.concatenate(frames))
-    asked = np.repeat(np.arange(len(THEMES)), STARTS * BLOCK)
+    asked = np.repeat(np.arange(len(THEMES)), starts * BLOCK)
     shown = seen.tiles != COVERED
     right = (seen.tiles // KINDS == asked[:, None, None]) & shown  # floor division keeps UNKNOWN negative
     values = {
@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--frames", type=int, default=1000, help="length of each stream (default: 1000)")
     parser.add_argument("--seeds", type=int, default=8, help="held-out streams (default: 8)")
+    parser.add_argument("--starts", type=int, default=STARTS, help=f"worlds from nothing per theme (default: {STARTS})")
     parser.add_argument("--kv", default="int8", help="format of the KV pages (default: int8)")
     parser.add_argument("--linear", choices=CHOICES, help="what the inner linear layers are in (default: float32)")
     parser.add_argument("--weights", help="checkpoint (default: the one that ships)")
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--jobs", type=int, default=1, help="streams at a time, which share the threads (default: 1)")
     args = parser.parse_args(argv)
     try:
-        for name, least in (("frames", FIFTHS * BLOCK), ("seeds", 1), ("threads", 1), ("jobs", 1)):
+        for name, least in (("frames", FIFTHS * BLOCK), ("seeds", 1), ("starts", 1), ("threads", 1), ("jobs", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         for name in ("json", "sheet"):
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
 
 def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
     seeds = range(HELD_OUT, HELD_OUT + args.seeds)
-    summary = {**measure_speed(opened), **start_from_nothing(opened)}
+    summary = {**measure_speed(opened), **start_from_nothing(opened, args.starts)}
     streams = run_streams(opened, seeds, args.frames, args.jobs)
     summary |= summarise([stream.measures for stream in streams])
     setting = {
@@ -218,6 +219,7 @@ def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
         "first_seed": HELD_OUT,
         "frames": args.frames,
         "context_frames": CONTEXT,
+        "starts": args.starts,
         "kv": args.kv,
         "linear": args.linear,
         "machine": _machine(),
