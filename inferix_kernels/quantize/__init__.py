@@ -11,6 +11,7 @@ gradient. docs/quantize.md has the whole of it.
 """
 
 from .convert import convert, prepare, quantize_dynamic, quantize_linears
+from .fused import linear_input, linear_output
 from .layer import Linear8
 from .qconfig import (
     QConfig,
@@ -42,6 +43,8 @@ __all__ = [
     "get_dynamic_int8_per_channel_weight_qconfig",
     "get_dynamic_int8_per_token_act_per_channel_weight_qconfig",
     "get_fp8_per_channel_weight_qconfig",
+    "linear_input",
+    "linear_output",
     "load",
     "per_channel_symmetric",
     "per_tensor_symmetric",

@@ -1,4 +1,4 @@
-"""How many bytes a world's past takes, before anything is allocated.
+"""How many bytes a world takes, its past and its network's weights, before anything is allocated.
 
 print(plan_memory(layers=30, heads=12, head_dim=128, frame_tokens=frame_tokens(480, 832), block_frames=3,
                   policy=Policy(window=18, sink=3, format="int8"), worlds=2, budget=8 * GIB))
@@ -38,7 +38,7 @@ class MemoryPlan:
     """Bytes by part, and the budget that they must fit.
 
     Attributes:
-        parts: name -> bytes: pools by format, scratch, key means, host memory.
+        parts: name -> bytes: weights, pools by format, scratch, key means, host memory.
         budget: bytes on the device, or None.
         largest_window: the longest window that would fit, in frames; None without a budget or a window.
     """
@@ -94,13 +94,16 @@ def plan_memory(
     page_size: int = 64,
     device: torch.device | str = "cuda",
     budget: int | None = None,
+    weights: int = 0,
 ) -> MemoryPlan:
-    """What a KVStore of these sizes takes, for `worlds` worlds that share nothing.
+    """What a KVStore of these sizes takes, for `worlds` worlds that share nothing, and the network beside it.
 
     Args:
         frames: length of the videos; needed for a policy without a window.
         archived: frames per world that wait in host memory.
         budget: bytes on the device.
+        weights: bytes of the network on the device, as inferix.models.linears.weight_bytes counts them: with 8-bit
+            layers about half of bfloat16's.
         Others: as for KVStore, but that `device` need not be there.
 
     Example:
@@ -115,7 +118,7 @@ def plan_memory(
     counts |= {"head_dim": min(head_dim) if isinstance(head_dim, tuple) else head_dim}
     counts |= {"worlds": worlds, "scratch_blocks": scratch_blocks} | ({} if frames is None else {"frames": frames})
     check_counts(counts)
-    check_counts({"archived": archived}, least=0)
+    check_counts({"archived": archived, "weights": weights}, least=0)
     check_page_size(page_size)
     pages = -(-frame_tokens // page_size)
 
@@ -123,10 +126,10 @@ def plan_memory(
         return depth * count * pages * page_bytes(format, heads, page_size, head_dim)
 
     def parts_of(policy: Policy) -> dict[str, int]:
-        parts = {f: size(f, worlds * n, layers) for f, n in policy.capacity(frames).items()}
-        quantized = any(FORMATS[format].quantized for format in parts) and not isinstance(head_dim, tuple)
+        pools = {f: size(f, worlds * n, layers) for f, n in policy.capacity(frames).items()}
+        parts = ({"weights": weights} if weights else {}) | pools
         parts["scratch"] = size(scratch_format, scratch_blocks * block_frames, 1)
-        if quantized and not isinstance(head_dim, tuple):
+        if any(FORMATS[format].quantized for format in pools) and not isinstance(head_dim, tuple):
             parts["key means"] = 4 * worlds * layers * heads * head_dim
         if archived:
             parts["host"] = size(policy.format_of(0, 0), worlds * archived, layers)

@@ -134,7 +134,7 @@ def load(world: World, folder: str | Path) -> World:
 
 def read(world: World, folder: str | Path) -> dict[str, Any]:
     """What `folder` says of itself, if a world saved there can go on over this one's model and store: of the same
-    weights, format, window, sink and precision.
+    weights, format, window, sink, precision and 8-bit layers.
 
     Raises:
         ValueError: as for `load`.
@@ -190,6 +190,7 @@ def _identity(world: World) -> dict[str, Any]:
         "window": policy.window,
         "sink": policy.sink,
         "precision": world.store.precision,
+        "linear": world.model.linear,
         "pasts": 1 if adapter.guidance == 1 else 2,
     }
 
@@ -218,6 +219,6 @@ def _read(folder: Path) -> dict[str, Any]:
         if checksum.exists() and checksum.read_text().split() != [_sha256(folder / STATE), STATE]:
             raise ValueError(f"{STATE} is not what was saved")
         state: dict[str, Any] = torch.load(folder / STATE, weights_only=True)  # tensors and plain values, no code
-        return {"version": state["version"], "precision": "auto", **state}  # earlier ones name none
+        return {"version": state["version"], "precision": "auto", "linear": None, **state}  # earlier ones name none
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         raise ValueError(f"folder must hold a saved world, got {str(folder)!r} ({error})") from None

@@ -46,6 +46,8 @@ class World(Facts):
         weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto"; see inferix_kernels.KVStore.
+        linear: what the network's inner linear layers are kept in and multiplied in: "int8" or "fp8", or "bf16", the
+            whole network in bfloat16; None: as the model's loader has it. A Model is loaded with it.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
 
     Raises:
@@ -73,11 +75,14 @@ class World(Facts):
         weights: str | None = None,
         backend: str = "auto",
         precision: str = "auto",
+        linear: str | None = None,
         **options: Any,
     ):
         check_format(kv)
         check_seed(seed)
-        self.model = load_model(model, weights, **options) if isinstance(model, str) else model
+        if linear is not None and not isinstance(model, str):
+            raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
+        self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
         policy = policy_for(adapter, kv, window, sink, undo)
         check_counts(adapter, blocks, worlds)

@@ -19,8 +19,9 @@ import torch
 import inferix
 import inferix_kernels
 from inferix.models import load_model
+from inferix.models.linears import weight_bytes
 from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, quantize
-from inferix_kernels.quantize import Linear8, QConfig, quantize_linears
+from inferix_kernels.quantize import Linear8, QConfig, linear_input, linear_output, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
 from inferix_kernels.store.snapshot import save
 
@@ -42,6 +43,9 @@ ALONE = [
     quantize.recipe_of,
     quantize.save,
     quantize_linears,
+    linear_input,
+    linear_output,
+    weight_bytes,
 ]
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
 

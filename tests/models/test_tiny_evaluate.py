@@ -33,9 +33,9 @@ FRAMES = 65  # not a whole number of blocks, and one change of theme
 
 
 class Oracle:
-    """Goes on exactly as the simulator does, and insists on being asked for it. `kv` and `weights` are not for it."""
+    """Goes on exactly as the simulator does, and insists on being asked for it; it has no weights, and no pages."""
 
-    def __init__(self, seed: int, kv: str = "int8", weights: str | None = None):
+    def __init__(self, seed: int, kv: str = "int8", weights: str | None = None, linear: str | None = None):
         self.seed, self.at, self.prompt = seed, 0, ""
 
     def observe(self, frames: np.ndarray, actions: Sequence[int | str], prompt: str | None = None) -> None:
@@ -161,6 +161,7 @@ def test_a_table_says_what_is_missed_and_what_has_no_data() -> None:
     [
         (("--frames", "0"), "--frames must be at least 15, got 0"),
         (("--seeds", "-1"), "--seeds must be at least 1, got -1"),
+        (("--starts", "0"), "--starts must be at least 1, got 0"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--json", "/nowhere/e.json"), "--json: cannot write '/nowhere/e.json': No such file or directory"),

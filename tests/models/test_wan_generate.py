@@ -60,6 +60,23 @@ def test_one_command_makes_a_video(folder, prompt_cache, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
 
 
+def test_8_bit_layers_give_the_same_video_from_a_converted_checkpoint(folder, prompt_cache, tmp_path):
+    converted = folder / "int8" / "int8.safetensors"
+    converted.parent.mkdir()
+    for part in ("text_encoder", "tokenizer", "vae"):
+        (converted.parent / part).symlink_to(folder / part)
+    assert main(["convert", str(folder), str(converted), "--linear", "int8"]) == 0
+    videos = {
+        "float": options(folder, tmp_path / "float.mp4", prompt_cache),
+        "quantized": options(folder, tmp_path / "quantized.mp4", prompt_cache, "--linear", "int8"),
+        "converted": options(converted, tmp_path / "converted.mp4", prompt_cache),
+    }
+    assert [main(command) for command in videos.values()] == [0, 0, 0]
+    made = {name: frames_of(tmp_path / f"{name}.mp4") for name in videos}
+    assert np.array_equal(made["quantized"], made["converted"])
+    assert not np.array_equal(made["quantized"], made["float"])
+
+
 @pytest.mark.parametrize(
     "model, seconds",
     [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0), ("wan-causal", 2.0), ("wan-t2v", 2.0)],

@@ -146,6 +146,16 @@ def test_quantized_rows_match_the_reference(shape, steps, dtype, codes, backend,
         torch.testing.assert_close(got.codes.float(), want.codes.float(), rtol=1 / 8, atol=2**-9)
 
 
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_numbers_far_below_a_code_are_those_of_the_reference(codes, backend, device):
+    """GELU leaves numbers of any smallness, denormal ones too."""
+    x = random(64, 96, device=device) * 10.0 ** -(45 * random(64, 96, seed=1, device=device).abs() / 2)
+    x[0] *= 1e-30  # a row of nothing else, and less than the smallest scale
+    got, want = (quantize_rows(x, codes, backend=which) for which in (backend, "reference"))
+    assert (x.abs() < 1.2e-38).any() and (want.codes.float() != 0).any()
+    assert torch.equal(got.codes.float(), want.codes.float()) and torch.equal(got.scales, want.scales)
+
+
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epilogue", EPILOGUES)

@@ -52,6 +52,14 @@ def test_the_largest_window_fits_and_the_next_does_not():
     assert "fits" in str(plan) and f"largest window that fits: {plan.largest_window} frames" in str(plan)
 
 
+def test_weights_take_their_share_of_the_budget():
+    policy = Policy(window=21, format="int8")
+    past, both = (plan_memory(**WAN, policy=policy, budget=8 * GIB, weights=size) for size in (0, 3 * GIB))
+    assert "weights" not in past.parts and both.parts == {"weights": 3 * GIB} | past.parts
+    assert past.largest_window > both.largest_window > 21 and "weights      3.000 GiB" in str(both)
+    assert not plan_memory(**WAN, policy=policy, budget=8 * GIB, weights=6 * GIB).fits
+
+
 def test_a_budget_that_is_too_small_says_by_how_much():
     plan = plan_memory(**WAN, policy=Policy(window=21, format="bf16"), budget=GIB)
     assert not plan.fits and plan.largest_window == 3
@@ -75,6 +83,7 @@ def test_a_budget_that_is_too_small_says_by_how_much():
         (lambda: plan_memory(**WAN | {"layers": -1}, policy=MIXED), "layers must be at least 1, got -1"),
         (lambda: plan_memory(**WAN | {"heads": 1.5}, policy=MIXED), "heads must be a whole number, got 1.5"),
         (lambda: plan_memory(**WAN, policy=MIXED, archived=-1), "archived must be at least 0, got -1"),
+        (lambda: plan_memory(**WAN, policy=MIXED, weights=1.5), "weights must be a whole number, got 1.5"),
     ],
 )
 def test_bad_input_says_what_it_must_be(make, message):

@@ -27,6 +27,12 @@ class ModelOptions(Options):
         to="model",
         metavar="FILE[=STRENGTH]",
     )
+    linear: str | None = option(
+        "what the inner linear layers are kept and multiplied in (default: as the checkpoint has them)",
+        None,
+        to="model",
+        choices=("int8", "fp8", "bf16"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ class ConvertedCheckpoint:
     Attributes:
         layers, width, heads: of its network.
         dtype: of its weights: "fp32" or "bf16".
+        linear: what the inner linear layers' weights are in, if not in that: "int8" or "fp8".
     """
 
     path: Path
@@ -31,10 +32,13 @@ class ConvertedCheckpoint:
     width: int
     heads: int
     dtype: str
+    linear: str | None = None
 
 
 def convert(config: ConvertConfig | None = None, /, **options: Any) -> ConvertedCheckpoint:
-    """Write a Wan checkpoint, low-rank updates merged, as one safetensors file.
+    """Write a Wan checkpoint, low-rank updates merged, as one safetensors file. With linear="int8" or
+    "fp8" its inner layers are quantized in it, which is half of bf16's; loaded, it is what the checkpoint is when it is
+    loaded with that `linear` and the file's dtype, bit for bit.
 
     Args:
         config: what to convert.
@@ -61,10 +65,11 @@ def convert(config: ConvertConfig | None = None, /, **options: Any) -> Converted
         raise ValueError(f"model must be a Wan model, got {config.model!r}")
     save_network(model.network, out)
     network = model.network.config
-    return ConvertedCheckpoint(out, network.layers, network.dim, network.heads, config.dtype)
+    return ConvertedCheckpoint(out, network.layers, network.dim, network.heads, config.dtype, model.linear)
 
 
 def run(config: ConvertConfig) -> int:
     made = convert(config)
-    print(f"{made.path}: {made.layers} layers of width {made.width}, {made.heads} heads, {made.dtype}")
+    kept = f"{made.linear} and {made.dtype}" if made.linear else made.dtype
+    print(f"{made.path}: {made.layers} layers of width {made.width}, {made.heads} heads, {kept}")
     return 0

@@ -108,7 +108,7 @@ def _write_beside(generation: Generation) -> GeneratedVideo:
     """The contact sheet and the summary, next to the video."""
     assert generation.video is not None
     path, maker, config = generation.video.path, generation.maker, generation.config
-    summary = maker.summary() | {"seed": config.seed, "kv": config.kv}
+    summary = maker.summary() | {"seed": config.seed, "kv": config.kv, "linear": config.linear}
     sheet = maker.write_sheet(path.with_suffix(".png"))
     report = maker.write_summary(path.with_suffix(".json"), summary)
     return GeneratedVideo(path, maker.made, summary["seconds_of_video"], sheet, report, summary)

@@ -105,6 +105,7 @@ class Generation:
             "sink": config.sink,
             "backend": config.backend,
             "precision": config.precision,
+            "linear": config.linear,
             "steps": config.steps,
             "guidance": config.guidance,
             "negative_prompt": config.negative_prompt,

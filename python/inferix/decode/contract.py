@@ -185,6 +185,7 @@ class Model(abc.ABC):
         dtype: of the q, k and v that it gives `attend`.
         device: where the network runs, and the store with its keys and values.
         network: a torch.nn.Module, watched if a block is not finite, and known again by its weights; None: neither.
+        linear: what the network's 8-bit linear layers are in, "int8" or "fp8"; None: its loader made none.
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
     """
@@ -199,6 +200,7 @@ class Model(abc.ABC):
     dtype: torch.dtype
     device: torch.device | str = "cpu"
     network: torch.nn.Module | None = None
+    linear: str | None = None
     schedule: Schedule | None = None
 
     @property

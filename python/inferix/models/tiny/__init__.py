@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inferix_kernels._check import is_whole
+from inferix_kernels.quantize import quantize_linears
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...finite import to_bytes
+from ..linears import CODES, check_linear, eight_bit_names, linear_of
 from .checker import UNKNOWN, look
-from .model import TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
+from .model import CrossCache, TinyConfig, TinyWorldModel, few_step_times, patchify, rope_angles, unpatchify
 from .simulator import ACTIONS, FPS, KEYS, SIZE, THEMES, TIMES, parse_theme
 
 ADAPTER = Adapter(
@@ -41,28 +43,27 @@ PRESENTATION = Presentation(
     example_prompts=THEMES,
 )
 
-CrossCache = list[tuple[Tensor, Tensor]]
-
 
 class TinyWorld(Model):
     """The tiny model as the decode loop sees it. Latents are patches of pixels in [-1, 1]; there is no VAE."""
 
-    adapter, presentation, dtype = ADAPTER, PRESENTATION, torch.float32
+    adapter, presentation = ADAPTER, PRESENTATION
     network: TinyWorldModel
 
     def __init__(self, network: TinyWorldModel):
         self.network, config = network.eval().requires_grad_(False), network.config
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
+        self.dtype, self.linear = network.head.weight.dtype, linear_of(network)
         self.frame_tokens, self.latent_shape = config.frame_tokens, (config.frame_tokens, config.patch)
-        self._themes: dict[tuple[int, int], CrossCache] = {}  # as many as there are, however they are worded
+        self._themes: dict[tuple[int, int], list[CrossCache]] = {}  # as many as there are, however they are worded
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         angles = rope_angles(self.network.config, torch.tensor(frames)).flatten(0, 1)
         return torch.stack([angles.cos(), angles.sin()], -1).float()
 
     @torch.inference_mode()
-    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, CrossCache]:
-        """Actions [1, 1, frames], and the prompt's cross-attention keys and values, computed once per theme."""
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> tuple[Tensor, list[CrossCache]]:
+        """Actions [1, 1, frames], and what cross-attention needs of the prompt, computed once per theme."""
         theme = parse_theme(prompt)
         if theme not in self._themes:
             self._themes[theme] = self.network.prompt_cache(torch.tensor([[theme]]))
@@ -79,13 +80,13 @@ class TinyWorld(Model):
         times = torch.tensor([[block.t for block in inputs]])
         actions = torch.cat([block.conditioning[0] for block in inputs], 1)
         per_layer = zip(*(block.conditioning[1] for block in inputs))
-        cross = [tuple(torch.cat(part, 1) for part in zip(*layer)) for layer in per_layer]
+        cross = [CrossCache(*map(_side_by_side, zip(*layer))) for layer in per_layer]
         first = first_predicted(inputs)
-        predicted = self.network(x, times, actions, cross, paged, predict=slice(first, None))
+        predicted = self.network(x.to(self.dtype), times, actions, cross, paged, predict=slice(first, None))
         nothing = [torch.empty(0, *self.latent_shape)]
         if predicted is None:
             return nothing * count
-        made = predicted[0].unflatten(1, (config.block_frames, -1))
+        made = predicted[0].to(x.dtype).unflatten(1, (config.block_frames, -1))
         made = made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
         return [*nothing * first, *made]
 
@@ -111,6 +112,11 @@ class TinyWorld(Model):
         }
 
 
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Of blocks [1, 1, ...] each: [1, blocks, ...]."""
+    return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
+
+
 def parse_action(action: int | str) -> int:
     """Index into ACTIONS of an index, a name ("up") or a key ("w")."""
     if isinstance(action, str):
@@ -124,13 +130,20 @@ def parse_action(action: int | str) -> int:
     raise ValueError(f"action must be one of {', '.join(ACTIONS)} (or w, a, s, d), got {action!r}")
 
 
-def load(weights: str | Path | None = None, name: str = "tiny", **options: object) -> TinyWorld:
+def load(
+    weights: str | Path | None = None, name: str = "tiny", *, linear: str | None = None, **options: object
+) -> TinyWorld:
     """The tiny world from a checkpoint, by default the one shipped in this package.
 
+    Args:
+        linear: "int8" or "fp8" puts the layers between the first and the last ones in 8 bits, see
+            TinyWorldModel.FULL_PRECISION; "bf16" the whole network in bfloat16. None: all in float32.
+
     Raises:
-        ValueError: the file is missing, damaged, or holds another model, or an option is given: there is none. Says
-            which.
+        ValueError: the file is missing, damaged, or holds another model, or another option is given: there is none.
+            Says which.
     """
+    check_linear(linear)
     if options:
         raise ValueError(f"{next(iter(options))}: the tiny world has one size and one schedule, and runs on the CPU")
     path = Path(weights) if weights is not None else Path(str(resources.files(__package__) / "tiny_world.safetensors"))
@@ -150,7 +163,9 @@ def load(weights: str | Path | None = None, name: str = "tiny", **options: objec
         if want != got:
             raise ValueError(f"weights: {path}: {name} must be {want}, got {got}")
     network.load_state_dict(state, assign=True)
-    return TinyWorld(network)
+    if linear in CODES:
+        quantize_linears(network, CODES[linear], names=eight_bit_names(network))
+    return TinyWorld(network.to(torch.bfloat16) if linear == "bf16" else network)
 
 
 def _config(metadata: Mapping[str, str], state: Mapping[str, Tensor], path: Path) -> TinyConfig:

@@ -33,6 +33,7 @@ from inferix.media import contact_sheet
 from inferix_kernels._printing import while_read
 from inferix_kernels.files import atomic_write, require_writable
 
+from ..linears import CHOICES
 from . import PRESENTATION
 from .checker import COVERED, KINDS, look
 from .measures import BLOCK, FIFTHS, GATES, Gate, Measures, Summary, measure, summarise, true_video
@@ -69,10 +70,10 @@ class SteppedWorld(Protocol):
 OpenWorld = Callable[[int], SteppedWorld]  # seed -> a new world
 
 
-def open_world(seed: int, *, kv: str, weights: str | None) -> SteppedWorld:
+def open_world(seed: int, *, kv: str, weights: str | None, linear: str | None) -> SteppedWorld:
     from inferix.world import World
 
-    return World("tiny", kv=kv, seed=seed, weights=weights)
+    return World("tiny", kv=kv, seed=seed, weights=weights, linear=linear)
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,11 @@ def _processes(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
 
 
-def start_from_nothing(opened: OpenWorld) -> dict[str, Summary]:
-    """First blocks from noise and prompt alone, STARTS in every theme: what can be measured without a truth."""
-    frames = [opened(seed).step(["none"] * BLOCK, prompt=theme) for theme in THEMES for seed in range(STARTS)]
+def start_from_nothing(opened: OpenWorld, starts: int = STARTS) -> dict[str, Summary]:
+    """First blocks from noise and prompt alone, so many in every theme: what can be measured without a truth."""
+    frames = [opened(seed).step(["none"] * BLOCK, prompt=theme) for theme in THEMES for seed in range(starts)]
     seen = look(np.concatenate(frames))
-    asked = np.repeat(np.arange(len(THEMES)), STARTS * BLOCK)
+    asked = np.repeat(np.arange(len(THEMES)), starts * BLOCK)
     shown = seen.tiles != COVERED
     right = (seen.tiles // KINDS == asked[:, None, None]) & shown  # floor division keeps UNKNOWN negative
     values = {
@@ -182,13 +183,15 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--frames", type=int, default=1000, help="length of each stream (default: 1000)")
     parser.add_argument("--seeds", type=int, default=8, help="held-out streams (default: 8)")
+    parser.add_argument("--starts", type=int, default=STARTS, help=f"worlds from nothing per theme (default: {STARTS})")
     parser.add_argument("--kv", default="int8", help="format of the KV pages (default: int8)")
+    parser.add_argument("--linear", choices=CHOICES, help="what the inner linear layers are in (default: float32)")
     parser.add_argument("--weights", help="checkpoint (default: the one that ships)")
     parser.add_argument("--threads", type=int, default=PRESENTATION.threads, help="CPU threads (default: the world's)")
     parser.add_argument("--jobs", type=int, default=1, help="streams at a time, which share the threads (default: 1)")
     args = parser.parse_args(argv)
     try:
-        for name, least in (("frames", FIFTHS * BLOCK), ("seeds", 1), ("threads", 1), ("jobs", 1)):
+        for name, least in (("frames", FIFTHS * BLOCK), ("seeds", 1), ("starts", 1), ("threads", 1), ("jobs", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         for name in ("json", "sheet"):
@@ -197,7 +200,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
         if args.threads > MOST_THREADS:
             raise ValueError(f"--threads must be at most {MOST_THREADS}, got {args.threads}")
         torch.set_num_threads(args.threads)
-        opened = functools.partial(factory, kv=args.kv, weights=args.weights)
+        opened = functools.partial(factory, kv=args.kv, weights=args.weights, linear=args.linear)
         opened(0)  # a missing checkpoint or an unknown format is said before any work
         return _run(args, opened)
     except ValueError as error:
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None, factory: Callable[..., SteppedWorld]
 
 def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
     seeds = range(HELD_OUT, HELD_OUT + args.seeds)
-    summary = {**measure_speed(opened), **start_from_nothing(opened)}
+    summary = {**measure_speed(opened), **start_from_nothing(opened, args.starts)}
     streams = run_streams(opened, seeds, args.frames, args.jobs)
     summary |= summarise([stream.measures for stream in streams])
     setting = {
@@ -216,7 +219,9 @@ def _run(args: argparse.Namespace, opened: OpenWorld) -> int:
         "first_seed": HELD_OUT,
         "frames": args.frames,
         "context_frames": CONTEXT,
+        "starts": args.starts,
         "kv": args.kv,
+        "linear": args.linear,
         "machine": _machine(),
     }
     report = Report(setting, summary, (*GATES, *START_GATES, *SPEED_GATES))

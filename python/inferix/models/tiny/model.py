@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from inferix_kernels.quantize import linear_input, linear_output
 
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
 
@@ -92,6 +95,26 @@ def few_step_times(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(shift * u / (1 + (shift - 1) * u) for u in levels)
 
 
+class CrossCache(NamedTuple):
+    """What a layer's cross-attention needs of the prompts of B x S blocks, computed once per prompt.
+
+    Attributes:
+        keys, values: [B, S, words, heads, dim], with the projections of q and of the output multiplied into them.
+        biases: [B, S, words, heads], of the scores.
+    """
+
+    keys: Tensor
+    biases: Tensor
+    values: Tensor
+
+
+def affine(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight [K, N], bias [N]) of a layer y = x @ weight + bias for x [..., K] like this one, whatever it keeps."""
+    width = like.shape[-1]
+    made = layer(torch.cat([torch.eye(width), torch.zeros(1, width)]).to(like))
+    return made[:-1] - made[-1], made[-1]
+
+
 class Layer(nn.Module):
     """Self-attention over the cache, cross-attention to the prompt, feed-forward; adaLN per frame."""
 
@@ -110,35 +133,56 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(dim, config.ffn), nn.Linear(config.ffn, dim)
         self.modulation = nn.Parameter(torch.randn(6, dim) * 0.02)
 
-    def cross_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of prompts, once per prompt: [..., words, dim] -> 2 x [..., heads, words, dim / heads]."""
-        k, v = self.cross_kv(context).unflatten(-1, (2, self.heads, -1)).transpose(-4, -2).unbind(-3)
-        return k, v
+    def cross_cache(self, context: Tensor) -> CrossCache:
+        """Cross-attention to prompts [B, S, words, dim], absorbed: once per prompt, W_q goes into its keys and W_out
+        into its values. Over a few words that leaves two narrow products.
+        """
+        k, v = self.cross_kv(context).unflatten(-1, (2, self.heads, -1)).unbind(-3)  # [B, S, words, heads, d]
+        q_weight, q_bias = affine(self.cross_q, context)  # q_weight [dim, heads * d] multiplies from the right
+        out_weight, out_bias = affine(self.cross_out, context)
+        k = k * k.shape[-1] ** -0.5
+        keys = torch.einsum("...whd,chd->...whc", k, q_weight.unflatten(1, (self.heads, -1)))
+        biases = torch.einsum("...whd,hd->...wh", k, q_bias.unflatten(0, (self.heads, -1)))
+        values = torch.einsum("...whd,hdc->...whc", v, out_weight.unflatten(0, (self.heads, -1)))
+        values = values + out_bias / self.heads  # a head's weights sum to 1
+        return CrossCache(keys, biases, values)
 
-    def forward(
-        self, i: int, x: Tensor, modulation: Tensor, cross: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor | None:
-        """x [B, S, L, dim]; modulation [B, S, frames, 6, dim]; cross 2 x [B, S, heads, words, dim / heads]."""
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + self.modulation).unsqueeze(-3).unbind(-2)
-        frames = modulation.shape[-3]
+    def cross_attention(self, x: Tensor, cross: CrossCache) -> Tensor:
+        """x [B, S, frames, n, dim] -> x + attention of its normed rows to their block's words."""
+        rows, y = x.flatten(2, 3).flatten(0, 1), self.norm_cross(x).flatten(2, 3).flatten(0, 1)  # [B * S, L, dim]
+        keys, biases, values = (part.to(y.dtype).flatten(0, 1) for part in cross)
+        scores = torch.baddbmm(biases.flatten(1)[..., None], keys.flatten(1, 2), y.mT)  # [B * S, words * heads, L]
+        weights = scores.unflatten(1, biases.shape[1:]).softmax(1).flatten(1, 2)
+        return torch.baddbmm(rows, weights.mT, values.flatten(1, 2)).view(x.shape)
 
-        def per_frame(y: Tensor, scale: Tensor, shift: Tensor | float) -> Tensor:
-            return (y.unflatten(-2, (frames, -1)) * scale + shift).flatten(-3, -2)
-
-        y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale, shift)
-        attended = attend(i, self.qkv(y), self.norm_q, self.norm_k)
+    def forward(self, i: int, x: Tensor, modulation: Tensor, cross: CrossCache, attend: Attend) -> Tensor | None:
+        """x [B, S, frames, n, dim]; modulation [6, B, S, frames, 1, dim]; cross from `cross_cache`."""
+        own = self.modulation.view(6, 1, 1, 1, 1, -1)
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + own).unbind()
+        y = linear_input(self.qkv, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        attended = attend(i, linear_output(self.qkv, y, dtype=x.dtype).flatten(2, 3), self.norm_q, self.norm_k)
         if attended is None:
             return None
-        x = x + per_frame(self.out(attended), gate, 0.0)
-        q = self.cross_q(self.norm_cross(x)).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-        y = F.scaled_dot_product_attention(q, cross[0].to(q.dtype), cross[1].to(q.dtype))
-        x = x + self.cross_out(y.transpose(-3, -2).flatten(-2))
-        y = per_frame(F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale_ffn, shift_ffn)
-        return x + per_frame(self.down(F.gelu(self.up(y), approximate="tanh")), gate_ffn, 0.0)
+        x = linear_output(self.out, attended.unflatten(2, x.shape[2:4]), gate=gate, residual=x)
+
+        x = self.cross_attention(x, cross)
+        y = linear_input(self.up, x, norm="layer", scale=scale_ffn, shift=shift_ffn, eps=self.eps)
+        hidden = linear_output(self.up, y, activation="gelu_tanh", dtype=x.dtype)
+        return linear_output(self.down, hidden, gate=gate_ffn, residual=x)
 
 
 class TinyWorldModel(nn.Module):
-    """See the module's docstring. B videos, S blocks of each, L tokens per block."""
+    """See the module's docstring. B videos, S blocks of each, L tokens per block.
+
+    Attributes:
+        FULL_PRECISION: submodules whose linear layers stay as they are where the others are in 8 bits: the first, the
+            last, and those of cross-attention, which are multiplied into keys and values.
+    """
+
+    FULL_PRECISION = (
+        *("patch_embedding", "time_in", "time_out", "time_projection", "text", "head_up", "head"),
+        *("cross_q", "cross_kv", "cross_out"),
+    )
 
     def __init__(self, config: TinyConfig = TinyConfig()):
         super().__init__()
@@ -157,8 +201,8 @@ class TinyWorldModel(nn.Module):
         self.head_modulation = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.head_up, self.head = nn.Linear(dim, config.ffn), nn.Linear(config.ffn, config.patch)
 
-    def prompt_cache(self, themes: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Cross-attention keys and values of every layer for themes [..., 2] (place, time)."""
+    def prompt_cache(self, themes: Tensor) -> list[CrossCache]:
+        """What cross-attention needs in every layer for themes [B, S, 2] (place, time)."""
         start = torch.zeros_like(themes[..., :1])
         words = torch.cat([start, themes[..., :1] + 1, themes[..., 1:] + 1 + len(PLACES)], -1)
         context = self.text(self.words(words))
@@ -175,7 +219,7 @@ class TinyWorldModel(nn.Module):
         x: Tensor,
         t: Tensor,
         actions: Tensor,
-        cross: list[tuple[Tensor, Tensor]],
+        cross: Sequence[CrossCache],
         attend: Attend,
         predict: slice = slice(None),
     ) -> Tensor | None:
@@ -197,14 +241,14 @@ class TinyWorldModel(nn.Module):
         angles = t.float()[..., None] * 1000 * frequencies
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))))
         condition = time.unsqueeze(-2) + self.action(history).sum(-2)  # [B, S, frames, dim]
-        modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, -1))
+        modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, 1, -1)).movedim(-3, 0).contiguous()
         h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
-        h = (h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position).flatten(-3, -2)
+        h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
         for i, layer in enumerate(self.layers):
             h = layer(i, h, modulation, cross[i], attend)
             if h is None:
                 return None
         h, condition = h[:, predict], condition[:, predict]
         scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
-        h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps).unflatten(-2, (actions.shape[-1], -1))
+        h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps)
         return self.head(F.gelu(self.head_up((h * (1 + scale) + shift).flatten(-3, -2)), approximate="tanh"))

@@ -78,9 +78,10 @@ class Report:
 
     def title(self) -> str:
         setting = self.setting
+        stored = f"{setting['kv']} pages" + (f", {setting['linear']} layers" if setting.get("linear") else "")
         return (
             f"{setting['seeds']} held-out seeds x {setting['frames']} frames, {setting['context_frames']} true frames "
-            f"to start from, {setting['kv']} pages; 1/5 to 5/5 are fifths of the video, drop is how far a later one "
+            f"to start from, {stored}; 1/5 to 5/5 are fifths of the video, drop is how far a later one "
             f"lies under the first; {setting['machine']}"
         )
 

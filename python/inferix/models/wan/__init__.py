@@ -18,6 +18,7 @@ from torch import Tensor
 from inferix_kernels._check import check_device
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
+from ..linears import CODES, check_linear, linear_of
 from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
@@ -86,6 +87,7 @@ class Wan(Model):
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
         self.device, self.dtype = network.head.modulation.device, network.dtype
+        self.linear = linear_of(network)
         self._conditionings: dict[str, CrossCache] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:
@@ -195,6 +197,7 @@ def load(
     lora: Lora = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    linear: str | None = None,
     prompt_cache: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -209,20 +212,24 @@ def load(
         lora: other low-rank updates: a file, or PEFT's folder; one or several. "FILE=0.8": at that strength.
         device: by default a GPU, if there is one.
         dtype: of the products; by default float32 on the CPU and bfloat16 elsewhere.
+        linear: "int8" or "fp8" keeps the weights of the inner linear layers in 8 bits (WanNetwork.FULL_PRECISION names
+            the others) and multiplies in 8 bits; "bf16" is dtype=torch.bfloat16. None: as the checkpoint has them.
         prompt_cache: folder for prompt embeddings; by default text.CACHE, if that can be used.
         steps, guidance, negative_prompt: of a model that was not distilled to a few steps; by default the adapter's.
 
     Raises:
         ValueError: something is missing, damaged or of another architecture; says what.
     """
+    check_linear(linear, dtype)
     adapter = customised(ADAPTERS[name], size, steps, guidance, negative_prompt)
     path = find_checkpoint(weights)
     folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
     if lora is None and weights is not None and Path(weights).is_dir():
         lora = find_lora(weights)
     device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" and linear != "bf16" else torch.bfloat16)
+    eight_bit = linear if linear in CODES else None
+    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device, linear=eight_bit)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
     vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
     return Wan(

@@ -21,7 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inferix_kernels.files import atomic_write
+from inferix_kernels.quantize import Linear8
 
+from ..linears import (
+    SCALE,
+    WEIGHT,
+    checkpoint_tensors,
+    eight_bit_names,
+    quantized_layer,
+    stored_layer,
+    stored_layers,
+)
 from .containers import check_floating, count_layers, read_json, read_tensors, reading, shape_of, shown
 from .lora import SUFFIXES, Lora, is_lora, merge
 from .names import PACKED, canonical, thirds
@@ -84,6 +94,7 @@ def load_network(
     lora: Lora = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    linear: str | None = None,
 ) -> WanNetwork:
     """A network from a checkpoint. Tensors that need no change stay mapped from the file.
 
@@ -92,9 +103,12 @@ def load_network(
         parts: names of the state dicts to take, if the file holds several; the first that is there.
         lora: low-rank updates to merge into the weights; see lora.Lora.
         dtype: of the weights, and so of the network's products.
+        linear: what the linear layers between the first and the last ones are kept in: "int8" or "fp8"; None: as the
+            file has them. They are quantized as precise as they are in the file, whatever `dtype`.
 
     Raises:
-        ValueError: the file is damaged or holds another architecture; says which tensor, and what differs.
+        ValueError: the file is damaged or holds another architecture; says which tensor, and what differs. It is in 8
+            bits, and in others than `linear`, or there are updates to merge.
     """
     raw, metadata = read_tensors(path, parts)
     tensors = canonical(raw, str(path))
@@ -102,12 +116,48 @@ def load_network(
         config = config_of(tensors, _hints(path, metadata), str(path))
         with torch.device("meta"):
             network = WanNetwork(config)
+        layers = eight_bit_names(network)
+        stored = stored_layers(tensors, layers, str(path))
         wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
-        _check(tensors, wanted, str(path))
-    merge(tensors, lora, dtype, parts)
-    state = {name: _assemble(tensors, name).to(device, dtype) for name in wanted}
-    network.load_state_dict(state, assign=True)
+        if stored:
+            wanted |= {name + SCALE: wanted[name + WEIGHT][:1] for name in layers}
+        _check(tensors, wanted, [name + WEIGHT for name in layers] if stored else [], str(path))
+    _check_stored(stored, linear, lora, str(path))
+    # What is quantized is rounded once, from the sums.
+    merge(tensors, lora, torch.promote_types(dtype, torch.float32) if linear else dtype, parts)
+    eight_bit = set(layers) if stored or linear else set()
+    state = {
+        name: _assemble(tensors, name).to(device, dtype)
+        for name in network.state_dict()
+        if name.rpartition(".")[0] not in eight_bit
+    }
+    for name in layers if eight_bit else ():
+        network.set_submodule(name, _eight_bit_layer(tensors, name, stored, linear, device, dtype))
+    network.load_state_dict(state, assign=True, strict=False)  # what there must be has been checked above
     return network.eval().requires_grad_(False)
+
+
+def _check_stored(stored: str | None, linear: str | None, lora: Lora, source: str) -> None:
+    """What is in 8 bits can't be made into anything else."""
+    if stored and linear not in (None, stored):
+        raise ValueError(f"linear must be {stored}, as {source} holds its layers, got {linear}")
+    if stored and lora:
+        raise ValueError(f"lora must not be given: {source} holds its layers in {stored}; merge it before converting")
+
+
+def _eight_bit_layer(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    stored: str | None,
+    linear: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Linear8:
+    if stored:
+        return stored_layer(tensors, name, device, dtype)
+    assert linear is not None
+    bias = _assemble(tensors, f"{name}.bias").to(device, dtype)
+    return quantized_layer(name, _assemble(tensors, name + WEIGHT).to(device), bias, linear)
 
 
 def save_network(network: WanNetwork, path: Path) -> None:
@@ -117,7 +167,7 @@ def save_network(network: WanNetwork, path: Path) -> None:
         ValueError: the file can't be written; what was at `path` is as it was.
     """
     config = json.dumps(dataclasses.asdict(network.config))
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    state = checkpoint_tensors(network)
     with atomic_write(path, "out") as part:
         save_file(state, part, metadata={"format": FORMAT, "config": config})
 
@@ -189,8 +239,10 @@ def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return hints
 
 
-def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Every tensor that must be there is, with its shape, and no other."""
+def _check(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], codes: Sequence[str], source: str
+) -> None:
+    """Every tensor that must be there is, with its shape, and no other; `codes` may be whole numbers."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in wanted.items():
         if PACKED in name and name not in tensors:
@@ -209,7 +261,7 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]],
             axes = [i for i, (a, b) in enumerate(zip(shape, got)) if a != b]
             where = f"dimension {axes[0]} differs" if len(got) == len(shape) else "the number of dimensions differs"
             raise ValueError(f"weights: {source}: {name} must be {list(shape)}, got {list(got)}: {where}")
-    check_floating(tensors, expected, source)
+    check_floating(tensors, expected.keys() - set(codes), source)
 
 
 def _assemble(tensors: Mapping[str, Tensor], name: str) -> Tensor:

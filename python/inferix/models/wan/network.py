@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferix_kernels.quantize import linear_input, linear_output
+
 ROPE_BASE = TIME_BASE = 10_000.0
 IMAGE_HIDDEN = 1280  # width of CLIP's image tokens where a checkpoint does not say
 
@@ -120,22 +122,46 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
 
     def text_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
+        rows = linear_input(self.k, context)  # which the layers share
+        k, v = (linear_output(layer, rows, dtype=context.dtype) for layer in (self.k, self.v))
+        return self.split(self.norm_k(k)), self.split(v)
 
     def image_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.norm_k_img(self.k_img(context))), self.split(self.v_img(context))
+        rows = linear_input(self.k_img, context)
+        k, v = (linear_output(layer, rows, dtype=context.dtype) for layer in (self.k_img, self.v_img))
+        return self.split(self.norm_k_img(k)), self.split(v)
 
-    def forward(self, x: Tensor, layer: int, segments: Sequence[tuple[slice, CrossCache]]) -> Tensor:
-        """x [T, dim]; each segment of its rows attends to the prompt of its block."""
-        q = self.split(self.norm_q(self.q(x)))
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, layer: int, segments: Sequence[tuple[slice, CrossCache]]
+    ) -> Tensor:
+        """x [F, n, dim] -> x + attention; each segment of its rows attends to the prompt of its block."""
+        y = linear_input(self.q, x, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        q = self.split(self.norm_q(linear_output(self.q, y, dtype=x.dtype).flatten(0, 1)))
         parts = []
         for rows, cross in segments:
             out = F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer])
             if cross.image is not None:
                 out = out + F.scaled_dot_product_attention(q[:, :, rows], *cross.image[layer])
             parts.append(out)
-        joined: Tensor = torch.cat(parts, 2)[0].transpose(0, 1).flatten(1)
-        return self.o(joined)
+        joined = torch.cat(parts, 2)[0].transpose(0, 1).reshape(x.shape)
+        return linear_output(self.o, joined, residual=x)
+
+
+class FeedForward(nn.Sequential):
+    """Two layers and GELU between them."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__(
+            nn.Linear(config.dim, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, config.dim)
+        )
+        self.eps = config.eps
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """x [F, n, dim] -> x + gate * what the layers make of it, normed and modulated; the others [F, 1, dim]."""
+        up, _, down = self
+        y = linear_input(up, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        hidden = linear_output(up, y, activation="gelu_tanh", dtype=x.dtype)
+        return linear_output(down, hidden, gate=gate, residual=x)
 
 
 class WanBlock(nn.Module):
@@ -146,27 +172,24 @@ class WanBlock(nn.Module):
         self.eps = config.eps
         self.self_attn, self.cross_attn = SelfAttention(config), CrossAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, config.dim)
-        )
+        self.ffn = FeedForward(config)
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) * config.dim**-0.5)
 
     def forward(
         self, layer: int, x: Tensor, e: Tensor, segments: Sequence[tuple[slice, CrossCache]], attend: Attend
     ) -> Tensor | None:
         """x [F, n, dim]: F frames of n tokens; e [F, 6, dim]."""
-        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.modulation + e).unsqueeze(2).unbind(1)
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
+        shift, scale, gate, *for_ffn = (self.modulation + e).unsqueeze(2).unbind(1)
         attention = self.self_attn
-        attended = attend(
-            layer, attention.qkv(y).flatten(0, 1), attention.norm_q.weight, attention.norm_k.weight, self.eps
-        )
+        y = linear_input(attention.qkv, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        qkv = linear_output(attention.qkv, y, dtype=x.dtype).flatten(0, 1)
+        attended = attend(layer, qkv, attention.norm_q.weight, attention.norm_k.weight, self.eps)
         if attended is None:
             return None
-        x = x + attention.o(attended).view_as(x) * gate
-        x = x + self.cross_attn(self.norm3(x).flatten(0, 1), layer, segments).view_as(x)
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale_ffn) + shift_ffn
-        return x + self.ffn(y) * gate_ffn
+        x = linear_output(attention.o, attended.view_as(x), gate=gate, residual=x)
+        x = self.cross_attn(x, self.norm3, layer, segments)
+        made: Tensor = self.ffn(x, *for_ffn)
+        return made
 
 
 class Head(nn.Module):
@@ -197,7 +220,13 @@ class ImageEmbedding(nn.Module):
 
 
 class WanNetwork(nn.Module):
-    """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed."""
+    """See the module's docstring. Parameters bear the published names, but q, k and v of self-attention are packed.
+
+    Attributes:
+        FULL_PRECISION: submodules whose linear layers stay as they are where the others are in 8 bits.
+    """
+
+    FULL_PRECISION = ("text_embedding", "img_emb", "time_embedding", "time_projection", "head")
 
     def __init__(self, config: WanConfig):
         super().__init__()

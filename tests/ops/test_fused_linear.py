@@ -1,0 +1,187 @@
+"""linear_input and linear_output: one path for float layers and 8-bit ones, and what it is equal to."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from inferix_kernels import Quantized, quantize_rows
+from inferix_kernels.quantize import Linear8, linear_input, linear_output
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def layer_of(inputs=64, outputs=32, dtype=torch.float32):
+    layer = nn.Linear(inputs, outputs)
+    layer.weight.data, layer.bias.data = random(outputs, inputs, seed=1) / 8, random(outputs, seed=2)
+    return layer.to(dtype)
+
+
+BEFORE = {
+    "as it is": {},
+    "norm": {"norm": "layer", "eps": 1e-5},
+    "affine norm": {"norm": "layer", "weight": random(64, seed=3), "bias": random(64, seed=4)},
+    "adaLN": {"norm": "layer", "scale": random(2, 3, 1, 64, seed=5), "shift": random(2, 3, 1, 64, seed=6)},
+    "rms": {"norm": "rms", "weight": random(64, seed=3)},
+    "shift": {"shift": random(2, 3, 1, 64, seed=6)},
+}
+AFTER = {
+    "as it is": {},
+    "activation": {"activation": "gelu_tanh"},
+    "gate": {"activation": "gelu", "gate": random(2, 3, 1, 32, seed=7)},
+    "all": {"gate": random(2, 3, 1, 32, seed=7), "residual": random(2, 3, 5, 32, seed=8)},
+}
+
+
+def plain_input(x, norm=None, weight=None, bias=None, scale=None, shift=None, eps=1e-6):
+    if norm == "layer":
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if norm == "rms":
+        x = F.rms_norm(x, x.shape[-1:], weight, eps)
+    x = x if scale is None else x * (1 + scale)
+    return x if shift is None else x + shift
+
+
+def plain_output(y, activation=None, gate=None, residual=None):
+    y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none") if activation else y
+    y = y if gate is None else y * gate
+    return y if residual is None else residual + y
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("after", AFTER.values(), ids=AFTER)
+def test_a_float_layer_is_what_torch_makes_of_it(before, after):
+    layer, x = layer_of(), random(2, 3, 5, 64)
+    made = linear_output(layer, linear_input(layer, x, **before), **after)
+    assert torch.equal(made, plain_output(layer(plain_input(x, **before)), **after))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=["int8", "fp8"])
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_the_input_of_an_8_bit_layer_is_the_formula_quantized(before, codes):
+    layer, x = Linear8.from_linear(layer_of(), codes), random(2, 3, 5, 64)
+    made = linear_input(layer, x, **before)
+    assert made.codes.shape == (2, 3, 5, 64) and made.scales.shape == (2, 3, 5)
+    assert_quantized(made, plain_input(x, **before))
+
+
+def assert_quantized(made, y):
+    """Where float32 rounding puts a number on the other side of a middle between two codes, it is one code off."""
+    codes = made.codes.dtype
+    wanted = quantize_rows(y.reshape(-1, 64), codes)
+    torch.testing.assert_close(made.scales.flatten(), wanted.scales, rtol=1e-5, atol=0)
+    off = (made.codes.view(-1, 64).float() - wanted.codes.float()).abs()
+    assert off.max() <= (1 if codes is torch.int8 else 32)  # between the largest codes
+    assert (off > 0).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("codes", CODES, ids=["int8", "fp8"])
+@pytest.mark.parametrize("after", AFTER.values(), ids=AFTER)
+def test_the_output_of_an_8_bit_layer_is_the_formula(after, codes):
+    """Of the same product: what comes after it is float32 arithmetic of numbers of size 1."""
+    layer = Linear8.from_linear(layer_of(), codes)
+    rows = linear_input(layer, random(2, 3, 5, 64))
+    product = linear_output(layer, rows, dtype=torch.float32)
+    made = linear_output(layer, rows, dtype=torch.float32, **after)
+    torch.testing.assert_close(made, plain_output(product, **after), rtol=1e-5, atol=1e-5)
+    assert torch.equal(product, layer(random(2, 3, 5, 64)))  # quantized on the way in
+
+
+def test_layers_share_an_input():
+    layers, x = [Linear8.from_linear(layer_of(64, n)) for n in (32, 48)], random(7, 64)
+    rows = linear_input(layers[0], x)
+    for layer in layers:
+        assert torch.equal(linear_output(layer, rows, dtype=x.dtype), layer(x))
+
+
+def test_smoothing_is_a_part_of_the_modulation():
+    """Codes are of y / smooth, whatever was before."""
+    layer, x, smooth = layer_of(), random(2, 3, 5, 64), random(64, seed=9).abs() + 0.5
+    smoothed = Linear8.from_linear(layer, smooth=smooth)
+    for before in BEFORE.values():
+        rows = linear_input(smoothed, x, **before)
+        assert_quantized(rows, plain_input(x, **before) / smooth)
+        y, exact = linear_output(smoothed, rows, dtype=x.dtype), layer(plain_input(x, **before))
+        assert (y - exact).norm() < 0.02 * exact.norm()
+
+
+def test_the_result_has_the_dtype_that_is_meant():
+    layer, x = Linear8.from_linear(layer_of()), random(3, 64, dtype=torch.bfloat16)
+    rows, residual = linear_input(layer, x), random(3, 32, dtype=torch.float16)
+    assert linear_output(layer, x).dtype == torch.bfloat16
+    assert linear_output(layer, rows, residual=residual).dtype == torch.float16
+    assert linear_output(layer, rows, residual=residual, dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype must be given for an input in 8 bits, where there is no residual"):
+        linear_output(layer, rows)
+
+
+class Adapted(nn.Module):
+    """A layer as low-rank adapters wrap it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.a, self.b = layer, nn.Linear(64, 2, bias=False), nn.Linear(2, 32, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_wrapped_layer_is_called_as_a_module(eight_bit):
+    base = Linear8.from_linear(layer_of()) if eight_bit else layer_of()
+    layer, x = Adapted(base), random(2, 3, 5, 64)
+    made = linear_output(layer, linear_input(layer, x, **BEFORE["adaLN"]), **AFTER["all"])
+    assert torch.equal(made, plain_output(layer(plain_input(x, **BEFORE["adaLN"])), **AFTER["all"]))
+
+
+def test_gradients_go_through_float_layers():
+    layer, x = layer_of(), random(2, 3, 5, 64).requires_grad_()
+    linear_output(layer, linear_input(layer, x, **BEFORE["adaLN"]), **AFTER["all"]).sum().backward()
+    assert x.grad.abs().sum() > 0 and layer.weight.grad.abs().sum() > 0
+
+
+def test_hooks_see_an_8_bit_layer():
+    """By which a number that is not finite is traced to its layer."""
+    layer, seen = Linear8.from_linear(layer_of()), []
+    layer.register_forward_hook(lambda *_: seen.append("called"))
+    linear_output(layer, linear_input(layer, random(3, 64)), dtype=torch.float32)
+    assert seen == ["called"]
+
+
+WRONG = {
+    "norm must be 'layer', 'rms' or None, got 'batch'": {"norm": "batch"},
+    "weight and bias must be those of a norm, and bias that of a layer norm, got norm=None": {"weight": random(64)},
+    "weight and bias must be those of a norm, and bias that of a layer norm, got norm='rms'": {
+        "norm": "rms",
+        "bias": random(64),
+    },
+    r"scale must be \[2, 3, 1, 64\], got \[3, 1, 64\]": {"scale": random(3, 1, 64)},
+    r"shift must be \[2, 3, 1, 64\], got \[2, 3, 64\]": {"shift": random(2, 3, 64)},
+}
+
+
+@pytest.mark.parametrize("layer", [layer_of(), Linear8.from_linear(layer_of())], ids=["float", "8 bits"])
+def test_what_is_wrong_is_named(layer):
+    x = random(2, 3, 5, 64)
+    for said, given in WRONG.items():
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            linear_input(layer, x, **given)
+    for said, given in {
+        "activation must be 'gelu', 'gelu_tanh' or None, got 'relu'": {"activation": "relu"},
+        r"gate must be \[\.\.\., 1, N\], got \[32\]": {"gate": random(32)},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            linear_output(layer, x, **given)
+
+
+def test_an_8_bit_layer_refuses_what_does_not_fit():
+    layer = Linear8.from_linear(layer_of())
+    rows = linear_input(layer, random(5, 64))
+    with pytest.raises(ValueError, match=r"^residual must be \[M=5, N=32\]"):
+        linear_output(layer, rows, residual=random(5, 31))
+    with pytest.raises(ValueError, match=r"weight.codes must be \[N, K=32\], got \[32, 64\]"):
+        linear_output(layer, Quantized(rows.codes[:, :32].contiguous(), rows.scales), dtype=torch.float32)
