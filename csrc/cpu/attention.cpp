@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention_amx.h"
 #include "attention_limits.h"
 #include "attention_operands.h"
 #include "pages.h"
@@ -21,6 +22,10 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
 // All query rows of a task use each tile that was packed once; their accumulators should fit the L2 cache.
 constexpr int64_t kRowsPerTask = 256;
+
+// With tile registers a product takes less time than it takes to read sums from the L2 cache: so a pair of groups meets
+// as many tiles as fit there before the next pair does. And to transpose values takes the time of a hundred rows.
+constexpr int64_t kAmxRowsPerTask = 1024, kAmxTiles = 16;
 
 // Rows of one segment that read the same KV head: row r is query r / group, query head head * group + r % group.
 struct Task {
@@ -49,7 +54,8 @@ Arithmetic key_arithmetic(const PagedAttentionParams& p, Codec codec, Isa isa) {
 template <typename S>
 INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,
                                  Workspace& w) {
-  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes, stride = round_up(D, kLanes);
+  const int64_t D = width(p), stride = round_up(D, kLanes);
+  const int64_t groups = round_up(task.rows, isa >= Isa::amx ? kPair * kLanes : kLanes) / kLanes;
   bool wanted[kArithmetics] = {};
   for (int i = 0; i < p.pools.count; ++i) wanted[key_arithmetic(p, p.pools.pool[i].k.codec, isa)] = true;
   Column lowest;
@@ -158,20 +164,216 @@ Window window_of(const PagedAttentionParams& p, int64_t segment) {
   return {p.windows[2 * segment], p.windows[2 * segment + 1]};
 }
 
+// Codes that are read next: a page is asked for while the one before it is multiplied.
+struct NextPage {
+  const char *k = nullptr, *v = nullptr;
+  int64_t k_bytes = 0, v_bytes = 0;
+
+  // Of an entry of the task's list, or of none past its end. Rows that do not lie side by side are not asked for.
+  static NextPage of(const PagedAttentionParams& p, const Task& task, int64_t entry, int64_t end) {
+    NextPage next;
+    if (entry == end) return next;
+    const Location page = locate(p.pools, p.entries.ids[entry]);
+    const int64_t start = p.entries.starts ? p.entries.starts[entry] : 0;
+    const int64_t count = std::min<int64_t>(kTileKeys, p.entries.lens[entry]);
+    const auto ask = [&](const Plane& plane, const char*& codes, int64_t& bytes) {
+      const Tile tile = tile_of(plane, p.shape, page.page, task.head);
+      if (is_transposed(tile.codec) || tile.row != row_bytes(tile.codec, tile.width)) return;
+      codes = tile.codes + start * tile.row, bytes = count * tile.row;
+    };
+    ask(page.pool->k, next.k, next.k_bytes);
+    ask(page.pool->v, next.v, next.v_bytes);
+    return next;
+  }
+
+  // One of `shares` equal parts.
+  INFERIX_INLINE void fetch(int64_t share, int64_t shares) const {
+    for (int64_t i = k_bytes * share / shares; i < k_bytes * (share + 1) / shares; i += 64) __builtin_prefetch(k + i, 0, 2);
+    for (int64_t i = v_bytes * share / shares; i < v_bytes * (share + 1) / shares; i += 64) __builtin_prefetch(v + i, 0, 2);
+  }
+};
+
+// What the tiles of a task have in common.
+struct Call {
+  Call(const PagedAttentionParams& p, const Task& task)
+      : group_size(p.query_heads / p.shape.H),
+        first_row(task.first_row),
+        out_columns(round_up(width(p), 2 * kLanes)),
+        window(window_of(p, task.segment)),
+        cap(p.softcap * kLog2E),
+        slopes(p.alibi_slopes ? p.alibi_slopes + task.segment * p.alibi_stride + task.head * group_size : nullptr),
+        precision(p.precision) {}
+
+  // What `count` groups from `group` on see of a tile.
+  View view(int64_t group, int64_t count, const PackedTile& tile) const {
+    const int64_t row = first_row + group * kLanes;
+    return window.of(row / group_size, (row + count * kLanes - 1) / group_size, tile.position, tile.count);
+  }
+
+  int64_t group_size, first_row, out_columns;
+  Window window;
+  float cap;
+  const float* slopes;
+  Precision precision;
+};
+
+// Between the products: what cap, slopes and window leave of the scores of one group. Do they say anything, that is true,
+// and row_max the largest.
+template <typename S>
+INFERIX_INLINE bool limit(const Call& call, const PackedTile& tile, int64_t group, Column* scores, Column& row_max,
+                          Workspace& w) {
+  const bool differ = call.slopes || call.view(group, 1, tile) != View::all;
+  if (call.cap == 0.f && !differ) return false;
+  const LimitedRows rows(call.window, call.first_row + group * kLanes, call.group_size, call.slopes, kLog2E);
+  row_max = limit_scores<S>(scores, tile.count, call.cap, tile.bias, differ ? &rows : nullptr, tile.position);
+  floor_base<S>(w.running[group]);
+  return true;
+}
+
+template <typename S, int kBlock>
+INFERIX_INLINE void attend_group(const Call& call, const PackedTile& tile, int64_t group, Workspace& w) {
+  if (call.view(group, 1, tile) == View::none) return;
+  const int64_t terms = terms_of(tile.k_arithmetic, call.precision), groups = static_cast<int64_t>(w.running.size());
+  const int64_t q_group = tile.variant * groups + group;
+  const Column *q = &w.q[tile.k_arithmetic][q_group * terms * tile.keys.words], &q_scale = w.q_scale[q_group];
+  alignas(64) Column scores[kTileKeys];
+  Column row_max;
+  with_micro_kernels<S, kBlock>(tile.k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+    row_max = terms == 2 ? kernels.template qk_product<true>(tile.keys, q, q_scale, scores)
+                         : kernels.qk_product(tile.keys, q, q_scale, scores);
+  });
+  limit<S>(call, tile, group, scores, row_max, w);
+  rescale<S>(row_max, w.running[group], &w.out[group * call.out_columns], call.out_columns);
+  with_micro_kernels<S, kBlock>(tile.v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+    const Column factor = kernels.exponentiate(scores, tile.keys.count, row_max, w.running[group]);
+    kernels.pv_product(tile.values, scores, factor, &w.out[group * call.out_columns]);
+  });
+}
+
+#if defined(__x86_64__)
+// Two groups meet one tile after the other. While the scores of one become weights, the tile registers multiply the keys
+// of the next and the values of the one before. Weights are taken relative to the base as it is, and again if that had to
+// be raised, which is seldom.
+template <int kEvery>
+class PairPipeline {
+  using S = Simd<16>;
+
+ public:
+  INFERIX_INLINE PairPipeline(const Call& call, int64_t group, Workspace& w) : call_(call), group_(group), w_(w) {}
+
+  // next: the tile whose keys come now, or null.
+  INFERIX_INLINE void advance(const PackedTile* next) {
+    const int64_t count = scored_ ? scored_->keys.count : 0;
+    Column *const scores = scores_[turn_], *const weights = weights_[turn_];
+    OnlineSoftmax* const running = &w_.running[group_];
+    Column row_max[kPair], sums[kPair];
+    for (int64_t i = 0; i < kPair; ++i) {
+      if (scored_) limit<S>(call_, *scored_, group_ + i, scores + i * count, row_max[i], w_);
+      std::fill_n(row_max[i].lane, kLanes, -kInfinity);
+      sums[i] = running[i].sum;
+    }
+    PairExponentials exponentials(scores, weights, running, row_max, count);
+    if (next) products_.run<kEvery>(qk_product(*next), exponentials);
+    if (weighted_) products_.run<kEvery>(pv_product(), exponentials);
+    else products_.store();
+    while (exponentials.left > 0) exponentials.step();
+    for (int64_t i = 0; i < kPair && scored_; ++i)
+      if (exceeds(row_max[i], running[i].base)) {
+        products_.store();
+        running[i].sum = sums[i];
+        rescale<S>(row_max[i], running[i], out(i), call_.out_columns);
+        PairExponentials again(scores + i * count, weights + i * count / 2, running + i, row_max + i, count);
+        while (again.left > again.second) again.step();
+      }
+    weighted_ = scored_, scored_ = next;
+    turn_ ^= 1;
+  }
+
+  INFERIX_INLINE void finish() {
+    while (scored_ || weighted_) advance(nullptr);
+    products_.store();
+  }
+
+ private:
+  Column* out(int64_t i) { return &w_.out[(group_ + i) * call_.out_columns]; }
+
+  INFERIX_INLINE static bool exceeds(const Column& row_max, const Column& base) {
+    const S::IntLanes above = S::part(row_max, 0) > S::part(base, 0) + kHeadroom;
+    int32_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= above[lane];
+    return any != 0;
+  }
+
+  TileProduct qk_product(const PackedTile& tile) {
+    const TileKeys& k = tile.keys;
+    const int64_t groups = static_cast<int64_t>(w_.running.size());
+    const Column* q = &w_.q[kTiles][(tile.variant * groups + group_) * k.words];
+    Column* const to = scores_[turn_ ^ 1];
+    return {k.rows, k.stride, k.words / kLanes, k.count, {q, q + k.words}, {k.columns, k.columns}, k.column_stride,
+            {to, to + k.count}};
+  }
+
+  TileProduct pv_product() {
+    const TileValues& v = weighted_->values;
+    const Column* const weights = weights_[turn_ ^ 1];
+    return {v.rows, v.stride, v.steps, v.width, {weights, weights + weighted_->keys.count / 2}, {out(0), out(1)}, 1,
+            {out(0), out(1)}};
+  }
+
+  const Call& call_;
+  const int64_t group_;
+  Workspace& w_;
+  TileProducts products_;
+  const PackedTile *scored_ = nullptr, *weighted_ = nullptr;
+  int turn_ = 0;  // of scored_; the other is that of weighted_ and of the next
+  alignas(64) Column scores_[2][kPair * kTileKeys], weights_[2][kPair * kTileKeys / 2];
+};
+
+// A pair of groups, and `count` packed tiles.
+template <int kEvery>
+INFERIX_V4 void attend_pair(const Call& call, int64_t count, int64_t group, Workspace& w) {
+  PairPipeline<kEvery> pipeline(call, group, w);
+  for (int64_t n = 0; n < count; ++n)
+    if (call.view(group, kPair, w.tiles[n]) != View::none) pipeline.advance(&w.tiles[n]);
+  pipeline.finish();
+}
+
+// All rows of the task, and `count` tiles packed for tile registers.
+INFERIX_INLINE void attend_in_tiles(const Call& call, int64_t count, Workspace& w) {
+  for (int64_t group = 0; group < static_cast<int64_t>(w.running.size()); group += kPair) {
+    // There are as many multiplications for an exponential as there are 64 channels.
+    if (call.out_columns <= 64) attend_pair<1>(call, count, group, w);
+    else if (call.out_columns <= 128) attend_pair<2>(call, count, group, w);
+    else attend_pair<4>(call, count, group, w);
+  }
+}
+#endif
+
+// All rows of the task, and one tile.
+template <typename S, int kBlock>
+INFERIX_INLINE void attend_tile(const Call& call, const PackedTile& tile, const NextPage& next, Workspace& w) {
+  const int64_t groups = static_cast<int64_t>(w.running.size());
+  for (int64_t group = 0; group < groups; ++group) {
+    next.fetch(group, groups);
+    attend_group<S, kBlock>(call, tile, group, w);
+  }
+}
+
 template <typename S, int kBlock>
 INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  const int64_t out_columns = round_up(width(p), kLanes);
-  load_queries<S>(isa, p, task, out_columns, w);
-  alignas(64) Column scores[kTileKeys];
+  const Call call(p, task);
+  load_queries<S>(isa, p, task, call.out_columns, w);
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
   const int64_t groups = static_cast<int64_t>(w.running.size());
-  const int64_t group_size = p.query_heads / p.shape.H;
-  const int64_t first_query = task.first_row / group_size, last_query = (task.first_row + task.rows - 1) / group_size;
-  const Window window = window_of(p, task.segment);
-  const float cap = p.softcap * kLog2E;
-  const float* slopes =
-      p.alibi_slopes ? p.alibi_slopes + task.segment * p.alibi_stride + task.head * group_size : nullptr;
   w.max_bias = max_bias(p, list);
+  w.tiles.resize(isa >= Isa::amx ? kAmxTiles : 1);
+  int64_t packed = 0;  // tiles for tile registers; all of them meet a pair of groups before the next pair does
+  const auto attend_packed = [&]() INFERIX_INLINE_LAMBDA {
+#if defined(__x86_64__)
+    if constexpr (S::kWidth == 16) attend_in_tiles(call, packed, w);
+#endif
+    packed = 0;
+  };
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
     const float bias = p.page_bias ? (p.page_bias[i] - w.max_bias) * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
@@ -179,43 +381,26 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
     const Tile v_tile = tile_of(page.pool->v, p.shape, page.page, task.head);
-    const Arithmetic k_arithmetic = key_arithmetic(p, k_tile.codec, isa),
-                     v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
-    const int64_t terms = terms_of(k_arithmetic, p.precision);
-    const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
+    const NextPage next = NextPage::of(p, task, i + 1, p.page_indptr[list + 1]);
+    if (isa >= Isa::amx) next.fetch(0, 1);
     for (int64_t first = start; first < end; first += kTileKeys) {
-      const int64_t count = std::min<int64_t>(kTileKeys, end - first);
-      const int64_t position = p.page_positions ? p.page_positions[i] + first - start : 0;
-      if (window.of(first_query, last_query, position, count) == View::none) continue;
-      const float before_cap = cap == 0.f ? bias : 0.f;
-      const TileKeys keys = pack_keys<S>(isa, k_arithmetic, k_tile, first, count, before_cap, kBlock, w);
-      const TileValues values = pack_values(isa, v_arithmetic, v_tile, first, count, w);
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t row = task.first_row + group * kLanes;
-        const View view = window.of(row / group_size, (row + kLanes - 1) / group_size, position, count);
-        if (view == View::none) continue;
-        const Column* q = &w.q[k_arithmetic][(first_group + group) * terms * keys.words];
-        Column row_max, *out = &w.out[group * out_columns];
-        with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          const Column& q_scale = w.q_scale[first_group + group];
-          row_max = terms == 2 ? kernels.template qk_product<true>(keys, q, q_scale, scores)
-                               : kernels.qk_product(keys, q, q_scale, scores);
-        });
-        if (cap != 0.f || slopes || view == View::some) {
-          const LimitedRows rows(window, row, group_size, slopes, kLog2E);
-          const bool differ = slopes || view == View::some;
-          row_max = limit_scores<S>(scores, count, cap, bias, differ ? &rows : nullptr, position);
-          floor_base<S>(w.running[group]);
-        }
-        rescale<S>(row_max, w.running[group], out, out_columns);
-        with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          const Column factor = kernels.exponentiate(scores, keys.count, row_max, w.running[group]);
-          kernels.pv_product(values, scores, factor, out);
-        });
-      }
+      PackedTile& tile = w.tiles[packed];
+      tile.count = std::min<int64_t>(kTileKeys, end - first);
+      tile.position = p.page_positions ? p.page_positions[i] + first - start : 0;
+      if (call.view(0, groups, tile) == View::none) continue;
+      tile.k_arithmetic = key_arithmetic(p, k_tile.codec, isa);
+      tile.v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
+      tile.bias = bias, tile.variant = p.page_variants ? p.page_variants[i] : 0;
+      pack_keys<S>(isa, k_tile, first, tile.count, call.cap == 0.f ? bias : 0.f, kBlock, w, tile);
+      pack_values<S>(isa, v_tile, first, tile.count, w, tile);
+      const bool in_tiles = tile.k_arithmetic == kTiles && tile.v_arithmetic == kTiles;
+      if (in_tiles) ++packed;
+      else attend_tile<S, kBlock>(call, tile, next, w);
+      if (packed == kAmxTiles) attend_packed();
     }
   }
-  store_rows<S>(isa, p, task, out_columns, w);
+  attend_packed();
+  store_rows<S>(isa, p, task, call.out_columns, w);
 }
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
@@ -236,6 +421,8 @@ INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& ta
 }
 
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+  if (isa < Isa::amx) return attend_task<Simd<16>, 16>(isa, p, task, w);
+  const Tiles tiles;
   attend_task<Simd<16>, 16>(isa, p, task, w);
 }
 
@@ -259,12 +446,13 @@ void check_variants(const PagedAttentionParams& p) {
                                   std::to_string(p.variants) + "), got " + std::to_string(p.page_variants[i]));
 }
 
-std::vector<Task> split(const PagedAttentionParams& p) {
+std::vector<Task> split(const PagedAttentionParams& p, Isa isa) {
   std::vector<Task> tasks;
   for (int64_t segment = 0; segment < p.segments; ++segment) {
     const int64_t rows = (p.q_indptr[segment + 1] - p.q_indptr[segment]) * (p.query_heads / p.shape.H);
     // Equal shares, whole registers.
-    const int64_t shares = std::max<int64_t>((rows + kRowsPerTask - 1) / kRowsPerTask, 1);
+    const int64_t most = isa >= Isa::amx ? kAmxRowsPerTask : kRowsPerTask;
+    const int64_t shares = std::max<int64_t>((rows + most - 1) / most, 1);
     const int64_t share = round_up((rows + shares - 1) / shares, kLanes);
     for (int64_t head = 0; head < p.shape.H; ++head)
       for (int64_t first = 0; first < rows; first += share)
@@ -289,7 +477,7 @@ void paged_attention_cpu(const PagedAttentionParams& p, const Cpu& cpu) {
   check_indptr("page_indptr", p.page_indptr, p.segments * p.lists_per_segment, p.entries.n);
   entry_starts("plan.page_ids", "plan.page_lens", p.entries, total_pages(p.pools), p.shape.page_size, -1, false);
   check_variants(p);
-  const std::vector<Task> tasks = split(p);
+  const std::vector<Task> tasks = split(p, cpu.isa);
   const Attend attend_task = attend_for(cpu.isa);
   parallel_for(cpu.threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Workspace workspace;
