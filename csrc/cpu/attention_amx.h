@@ -1,9 +1,9 @@
 // Attention in Intel's tile registers: products of 64 keys with 32 query rows, all operands bfloat16, sums float32.
 //
-// Queries, scores and sums are the columns of attention_tile.h. Sixteen of their words are a tile b; a tile a is sixteen
-// keys as they lie, or sixteen channels of the values, which are transposed once for all rows of a task. Four sums are
-// multiplied in turn: a product takes 52 cycles and another can begin after 16. That each operand then meets two others
-// also halves what is loaded.
+// Queries, scores and sums are the columns of attention_tile.h. Sixteen of their words are a tile b; a tile a is
+// sixteen keys as they lie, or sixteen channels of the values, which are transposed once for all rows of a task. Four
+// sums are multiplied in turn: a product takes 52 cycles and another can begin after 16. That each operand then meets
+// two others also halves what is loaded.
 #pragma once
 #if defined(__x86_64__)
 #include "amx.h"
@@ -81,8 +81,9 @@ struct PairExponentials {
   }
 };
 
-// Products, one after the other, and exponentials in between: a step after every kEvery multiplications. Sums are stored
-// only when their registers are needed again: a store that waits for a product keeps all that comes after it waiting.
+// Products, one after the other, and exponentials in between: a step after every kEvery multiplications. Sums are
+// stored only when their registers are needed again: a store that waits for a product keeps all that comes after it
+// waiting.
 class TileProducts {
  public:
   template <int kEvery>
@@ -110,7 +111,8 @@ class TileProducts {
   }
 
  private:
-  // Sums in tiles 0 to 3 += tiles 4 and 5, of a, times 6 and 7, of both groups. begin(tile): before it is first added to.
+  // Sums in tiles 0 to 3 += tiles 4 and 5, of a, times 6 and 7, of both groups. begin(tile): before it is first added
+  // to.
   template <int kEvery, typename Begin>
   INFERIX_INLINE void multiply(const char* a, const TileProduct& p, int64_t word, PairExponentials& exponentials,
                                const Begin& begin) {

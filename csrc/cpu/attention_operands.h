@@ -63,8 +63,8 @@ struct Workspace {
   Buffer row, floats, halves, words;
 };
 
-// x[D], zeros up to a whole word, as the words of one arithmetic, for bytes those of one term after the other; bytes are
-// 128 more than what they stand for. Returns the scale of the last term's bytes.
+// x[D], zeros up to a whole word, as the words of one arithmetic, for bytes those of one term after the other; bytes
+// are 128 more than what they stand for. Returns the scale of the last term's bytes.
 INFERIX_INLINE float to_words(Arithmetic arithmetic, const float* x, int64_t D, int64_t terms, int32_t* words) {
   if (arithmetic == kFloats) {
     std::memcpy(words, x, D * 4);

@@ -83,8 +83,8 @@ struct TileKeys {
   int64_t column_stride = 0;
 };
 
-// A tile of values, in words: word (step, channel) holds kElements keys' numbers of one channel. For tile registers they
-// are transposed: rows are channels, and a step is sixteen words.
+// A tile of values, in words: word (step, channel) holds kElements keys' numbers of one channel. For tile registers
+// they are transposed: rows are channels, and a step is sixteen words.
 struct TileValues {
   const char* rows;
   int64_t stride, steps, width;  // in bytes; rows; channels, a multiple of the block
