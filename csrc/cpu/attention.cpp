@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "attention_limits.h"
+#include "attention_groups.h"
 #include "attention_operands.h"
 #include "pages.h"
 #include "parallel.h"
@@ -17,15 +17,14 @@
 namespace inferix {
 namespace {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kLn2 = 0.69314718f;
 
 // All query rows of a task use each tile that was packed once; their accumulators should fit the L2 cache.
 constexpr int64_t kRowsPerTask = 256;
 
-// Rows of one segment that read the same KV head: row r is query r / group, query head head * group + r % group.
-struct Task {
-  int64_t segment, head, first_row, rows;
-};
+// With tile registers a product takes less time than it takes to read sums from the L2 cache: so a pair of groups meets
+// as many tiles as fit there before the next pair does. And to transpose values takes the time of a hundred rows.
+constexpr int64_t kAmxRowsPerTask = 1024, kAmxTiles = 16;
 
 struct RowAddress {
   int64_t element(const Rows& rows) const { return token * rows.token_stride + head * rows.head_stride; }
@@ -37,8 +36,6 @@ RowAddress address(const PagedAttentionParams& p, const Task& task, int64_t row)
   return {p.q_indptr[task.segment] + r / group, task.head * group + r % group};
 }
 
-int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
-
 // Two terms of a query make sums 255 times as large: wider heads are multiplied as if the call were exact.
 Arithmetic key_arithmetic(const PagedAttentionParams& p, Codec codec, Isa isa) {
   const bool too_wide = p.precision == Precision::automatic && width(p) > kMostTwoTerms;
@@ -49,7 +46,8 @@ Arithmetic key_arithmetic(const PagedAttentionParams& p, Codec codec, Isa isa) {
 template <typename S>
 INFERIX_INLINE void load_queries(Isa isa, const PagedAttentionParams& p, const Task& task, int64_t out_columns,
                                  Workspace& w) {
-  const int64_t D = width(p), groups = round_up(task.rows, kLanes) / kLanes, stride = round_up(D, kLanes);
+  const int64_t D = width(p), stride = round_up(D, kLanes);
+  const int64_t groups = round_up(task.rows, isa >= Isa::amx ? kPair * kLanes : kLanes) / kLanes;
   bool wanted[kArithmetics] = {};
   for (int i = 0; i < p.pools.count; ++i) wanted[key_arithmetic(p, p.pools.pool[i].k.codec, isa)] = true;
   Column lowest;
@@ -131,17 +129,6 @@ INFERIX_INLINE void store_rows(Isa isa, const PagedAttentionParams& p, const Tas
   }
 }
 
-template <typename S, int kBlock, typename Function>
-INFERIX_INLINE void with_micro_kernels(Arithmetic arithmetic, const Function& function) {
-#if defined(__x86_64__)
-  if constexpr (S::kWidth == 16) {
-    if (arithmetic == kInt8) return function(MicroKernels<S, Int8Quads, kBlock>{});
-    if (arithmetic == kBf16) return function(MicroKernels<S, Bf16Pairs, kBlock>{});
-  }
-#endif
-  function(MicroKernels<S, Floats<S>, kBlock>{});
-}
-
 // The largest bias of a list's entries that have tokens; 0 if none is finite. In float32 a score vanishes beside a
 // bias of 1e9, and one of -3e38 overflows in units of log 2: so biases are taken relative to the largest.
 float max_bias(const PagedAttentionParams& p, int64_t list) {
@@ -151,27 +138,21 @@ float max_bias(const PagedAttentionParams& p, int64_t list) {
   return largest == -kInfinity ? 0.f : largest;
 }
 
-// Without one it holds all keys: they are then at position 0.
-Window window_of(const PagedAttentionParams& p, int64_t segment) {
-  constexpr int64_t kUnlimited = int64_t{1} << 40;
-  if (!p.windows) return {kUnlimited, kUnlimited};
-  return {p.windows[2 * segment], p.windows[2 * segment + 1]};
-}
-
 template <typename S, int kBlock>
 INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  const int64_t out_columns = round_up(width(p), kLanes);
-  load_queries<S>(isa, p, task, out_columns, w);
-  alignas(64) Column scores[kTileKeys];
+  const Call call(p, task);
+  load_queries<S>(isa, p, task, call.out_columns, w);
   const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
   const int64_t groups = static_cast<int64_t>(w.running.size());
-  const int64_t group_size = p.query_heads / p.shape.H;
-  const int64_t first_query = task.first_row / group_size, last_query = (task.first_row + task.rows - 1) / group_size;
-  const Window window = window_of(p, task.segment);
-  const float cap = p.softcap * kLog2E;
-  const float* slopes =
-      p.alibi_slopes ? p.alibi_slopes + task.segment * p.alibi_stride + task.head * group_size : nullptr;
   w.max_bias = max_bias(p, list);
+  w.tiles.resize(isa >= Isa::amx ? kAmxTiles : 1);
+  int64_t packed = 0;  // tiles for tile registers; all of them meet a pair of groups before the next pair does
+  const auto attend_packed = [&]() INFERIX_INLINE_LAMBDA {
+#if defined(__x86_64__)
+    if constexpr (S::kWidth == 16) attend_in_tiles(call, packed, w);
+#endif
+    packed = 0;
+  };
   for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
     const float bias = p.page_bias ? (p.page_bias[i] - w.max_bias) * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
@@ -179,43 +160,26 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
     const Tile v_tile = tile_of(page.pool->v, p.shape, page.page, task.head);
-    const Arithmetic k_arithmetic = key_arithmetic(p, k_tile.codec, isa),
-                     v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
-    const int64_t terms = terms_of(k_arithmetic, p.precision);
-    const int64_t first_group = p.page_variants ? p.page_variants[i] * groups : 0;
+    const NextPage next = NextPage::of(p, task, i + 1, p.page_indptr[list + 1]);
+    if (isa >= Isa::amx) next.fetch(0, 1);
     for (int64_t first = start; first < end; first += kTileKeys) {
-      const int64_t count = std::min<int64_t>(kTileKeys, end - first);
-      const int64_t position = p.page_positions ? p.page_positions[i] + first - start : 0;
-      if (window.of(first_query, last_query, position, count) == View::none) continue;
-      const float before_cap = cap == 0.f ? bias : 0.f;
-      const TileKeys keys = pack_keys<S>(isa, k_arithmetic, k_tile, first, count, before_cap, kBlock, w);
-      const TileValues values = pack_values(isa, v_arithmetic, v_tile, first, count, w);
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t row = task.first_row + group * kLanes;
-        const View view = window.of(row / group_size, (row + kLanes - 1) / group_size, position, count);
-        if (view == View::none) continue;
-        const Column* q = &w.q[k_arithmetic][(first_group + group) * terms * keys.words];
-        Column row_max, *out = &w.out[group * out_columns];
-        with_micro_kernels<S, kBlock>(k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          const Column& q_scale = w.q_scale[first_group + group];
-          row_max = terms == 2 ? kernels.template qk_product<true>(keys, q, q_scale, scores)
-                               : kernels.qk_product(keys, q, q_scale, scores);
-        });
-        if (cap != 0.f || slopes || view == View::some) {
-          const LimitedRows rows(window, row, group_size, slopes, kLog2E);
-          const bool differ = slopes || view == View::some;
-          row_max = limit_scores<S>(scores, count, cap, bias, differ ? &rows : nullptr, position);
-          floor_base<S>(w.running[group]);
-        }
-        rescale<S>(row_max, w.running[group], out, out_columns);
-        with_micro_kernels<S, kBlock>(v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-          const Column factor = kernels.exponentiate(scores, keys.count, row_max, w.running[group]);
-          kernels.pv_product(values, scores, factor, out);
-        });
-      }
+      PackedTile& tile = w.tiles[packed];
+      tile.count = std::min<int64_t>(kTileKeys, end - first);
+      tile.position = p.page_positions ? p.page_positions[i] + first - start : 0;
+      if (call.view(0, groups, tile) == View::none) continue;
+      tile.k_arithmetic = key_arithmetic(p, k_tile.codec, isa);
+      tile.v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
+      tile.bias = bias, tile.variant = p.page_variants ? p.page_variants[i] : 0;
+      pack_keys<S>(isa, k_tile, first, tile.count, call.cap == 0.f ? bias : 0.f, kBlock, w, tile);
+      pack_values<S>(isa, v_tile, first, tile.count, w, tile);
+      const bool in_tiles = tile.k_arithmetic == kTiles && tile.v_arithmetic == kTiles;
+      if (in_tiles) ++packed;
+      else attend_tile<S, kBlock>(call, tile, next, w);
+      if (packed == kAmxTiles) attend_packed();
     }
   }
-  store_rows<S>(isa, p, task, out_columns, w);
+  attend_packed();
+  store_rows<S>(isa, p, task, call.out_columns, w);
 }
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
@@ -236,6 +200,8 @@ INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& ta
 }
 
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+  if (isa < Isa::amx) return attend_task<Simd<16>, 16>(isa, p, task, w);
+  const Tiles tiles;
   attend_task<Simd<16>, 16>(isa, p, task, w);
 }
 
@@ -259,12 +225,13 @@ void check_variants(const PagedAttentionParams& p) {
                                   std::to_string(p.variants) + "), got " + std::to_string(p.page_variants[i]));
 }
 
-std::vector<Task> split(const PagedAttentionParams& p) {
+std::vector<Task> split(const PagedAttentionParams& p, Isa isa) {
   std::vector<Task> tasks;
   for (int64_t segment = 0; segment < p.segments; ++segment) {
     const int64_t rows = (p.q_indptr[segment + 1] - p.q_indptr[segment]) * (p.query_heads / p.shape.H);
     // Equal shares, whole registers.
-    const int64_t shares = std::max<int64_t>((rows + kRowsPerTask - 1) / kRowsPerTask, 1);
+    const int64_t most = isa >= Isa::amx ? kAmxRowsPerTask : kRowsPerTask;
+    const int64_t shares = std::max<int64_t>((rows + most - 1) / most, 1);
     const int64_t share = round_up((rows + shares - 1) / shares, kLanes);
     for (int64_t head = 0; head < p.shape.H; ++head)
       for (int64_t first = 0; first < rows; first += share)
@@ -289,7 +256,7 @@ void paged_attention_cpu(const PagedAttentionParams& p, const Cpu& cpu) {
   check_indptr("page_indptr", p.page_indptr, p.segments * p.lists_per_segment, p.entries.n);
   entry_starts("plan.page_ids", "plan.page_lens", p.entries, total_pages(p.pools), p.shape.page_size, -1, false);
   check_variants(p);
-  const std::vector<Task> tasks = split(p);
+  const std::vector<Task> tasks = split(p, cpu.isa);
   const Attend attend_task = attend_for(cpu.isa);
   parallel_for(cpu.threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Workspace workspace;

@@ -78,9 +78,13 @@ struct TileKeys {
   int64_t stride, words, count;  // in bytes; words of a row; rows
   const float *bias, *scales;    // [count]  added to scores; int8: multiplies them, else null
   const int32_t* compensation;   // [count]  int8: of the queries' zero point
+  // For tile registers [count, or 1 if all are the same]: bias, for each of sixteen queries; and whether all are not.
+  const Column* columns = nullptr;
+  int64_t column_stride = 0;
 };
 
-// A tile of values, in words: word (step, channel) holds kElements keys' numbers of one channel.
+// A tile of values, in words: word (step, channel) holds kElements keys' numbers of one channel. For tile registers
+// they are transposed: rows are channels, and a step is sixteen words.
 struct TileValues {
   const char* rows;
   int64_t stride, steps, width;  // in bytes; rows; channels, a multiple of the block

@@ -52,7 +52,10 @@ def test_8_bits_are_taken_only_if_they_are_asked_for(isa):
     """One scale for a row of q costs the small channels their bits: where the CPU has such products, it shows."""
     case = inputs(100, 0.05)
     rounded, reference = error(*case, "8bit", "compiled"), error(*case, "exact", "reference")
-    assert rounded > 3 * reference if isa.startswith("avx512_") or isa == "amx" else rounded <= 1.01 * reference
+    if isa == "amx":  # products of bfloat16 numbers take no longer there than the exponentials between them
+        assert rounded <= 1.02 * in_bfloat16(*case)
+    else:
+        assert rounded > 3 * reference if isa.startswith("avx512_") else rounded <= 1.01 * reference
 
 
 @pytest.mark.parametrize("width", [8, 20, 512, 516])
@@ -69,7 +72,8 @@ def test_largest_codes_do_not_overflow(isa):
     kv_append(k, v, pool, PageList.of([0], [8]))
     want = paged_attention(q, [pool], plan, backend="reference")
     got = paged_attention(q, [pool], plan, backend="compiled")
-    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+    # In bfloat16 all of a query is rounded the same way here, by 2^-9 of it at most.
+    torch.testing.assert_close(got[1], want[1], rtol=2**-9 if isa == "amx" else 1e-4, atol=1e-4)
     torch.testing.assert_close(got[0], want[0], rtol=0, atol=2e-2)
 
 
