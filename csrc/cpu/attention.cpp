@@ -138,7 +138,7 @@ float max_bias(const PagedAttentionParams& p, int64_t list) {
   return largest == -kInfinity ? 0.f : largest;
 }
 
-template <typename S, int kBlock>
+template <typename S, typename Registers>
 INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   const Call call(p, task);
   load_queries<S>(isa, p, task, call.out_columns, w);
@@ -170,11 +170,13 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
       tile.k_arithmetic = key_arithmetic(p, k_tile.codec, isa);
       tile.v_arithmetic = arithmetic_of(v_tile.codec, isa, p.precision);
       tile.bias = bias, tile.variant = p.page_variants ? p.page_variants[i] : 0;
-      pack_keys<S>(isa, k_tile, first, tile.count, call.cap == 0.f ? bias : 0.f, kBlock, w, tile);
+      pack_keys<S>(isa, k_tile, first, tile.count, call.cap == 0.f ? bias : 0.f, w, tile);
       pack_values<S>(isa, v_tile, first, tile.count, w, tile);
       const bool in_tiles = tile.k_arithmetic == kTiles && tile.v_arithmetic == kTiles;
-      if (in_tiles) ++packed;
-      else attend_tile<S, kBlock>(call, tile, next, w);
+      if (in_tiles)
+        ++packed;
+      else
+        attend_tile<S, Registers>(call, tile, next, w);
       if (packed == kAmxTiles) attend_packed();
     }
   }
@@ -184,25 +186,19 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
 
-// kBlock * kParts accumulators and a column must fit the registers: 16 of 32 zmm, 8 of 16 ymm or xmm, 16 of 32 on Arm.
-#if defined(__aarch64__)
-constexpr int kPortableBlock = 4;
-#else
-constexpr int kPortableBlock = 2;
-#endif
 void attend_portable(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend_task<Simd<4>, kPortableBlock>(isa, p, task, w);
+  attend_task<Simd<4>, PortableBlock>(isa, p, task, w);
 }
 
 #if defined(__x86_64__)
 INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend_task<Simd<8>, 4>(isa, p, task, w);
+  attend_task<Simd<8>, V3Block>(isa, p, task, w);
 }
 
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  if (isa < Isa::amx) return attend_task<Simd<16>, 16>(isa, p, task, w);
+  if (isa < Isa::amx) return attend_task<Simd<16>, V4Block>(isa, p, task, w);
   const Tiles tiles;
-  attend_task<Simd<16>, 16>(isa, p, task, w);
+  attend_task<Simd<16>, V4Block>(isa, p, task, w);
 }
 
 Attend attend_for(Isa isa) { return dispatch<Attend>(isa, attend_portable, attend_v3, attend_v4); }
@@ -214,8 +210,8 @@ void check_indptr(const char* name, const int32_t* indptr, int64_t segments, int
   bool rises = indptr[0] == 0 && indptr[segments] == end;
   for (int64_t s = 0; s < segments; ++s) rises = rises && indptr[s] <= indptr[s + 1];
   if (!rises)
-    throw std::invalid_argument(std::string("plan.") + name + " must rise from 0 to " + std::to_string(end) +
-                                ", got " + std::to_string(indptr[0]) + " ... " + std::to_string(indptr[segments]));
+    throw std::invalid_argument(std::string("plan.") + name + " must rise from 0 to " + std::to_string(end) + ", got " +
+                                std::to_string(indptr[0]) + " ... " + std::to_string(indptr[segments]));
 }
 
 void check_variants(const PagedAttentionParams& p) {

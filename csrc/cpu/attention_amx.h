@@ -71,8 +71,7 @@ struct PairExponentials {
     S::Lanes score[4], weight[4];
     unroll<4>([&](auto i) INFERIX_INLINE_LAMBDA { score[i] = S::part(scores[i], 0); });
     unroll<4>([&](auto i) INFERIX_INLINE_LAMBDA { weight[i] = amx_exp2(score[i] - base); });
-    S::part(*row_max, 0) =
-        S::max(S::max(S::max(score[0], score[1]), S::max(score[2], score[3])), S::part(*row_max, 0));
+    S::part(*row_max, 0) = S::max(S::max(S::max(score[0], score[1]), S::max(score[2], score[3])), S::part(*row_max, 0));
     S::part(running->sum, 0) += (weight[0] + weight[1]) + (weight[2] + weight[3]);
     S::part(weights[0], 0) = amx_bf16_pair(weight[0], weight[1]);
     S::part(weights[1], 0) = amx_bf16_pair(weight[2], weight[3]);

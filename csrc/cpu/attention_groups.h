@@ -17,15 +17,16 @@ struct Task {
 
 inline int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
 
-template <typename S, int kBlock, typename Function>
+template <typename S, typename Function>
 INFERIX_INLINE void with_micro_kernels(Arithmetic arithmetic, const Function& function) {
 #if defined(__x86_64__)
   if constexpr (S::kWidth == 16) {
-    if (arithmetic == kInt8) return function(MicroKernels<S, Int8Quads, kBlock>{});
-    if (arithmetic == kBf16) return function(MicroKernels<S, Bf16Pairs, kBlock>{});
+    if (arithmetic == kInt8) return function(MicroKernels<S, Int8Words>{});
+    if (arithmetic == kBf16) return function(MicroKernels<S, Bf16Words>{});
+    return function(MicroKernels<S, WideFloatWords>{});
   }
 #endif
-  function(MicroKernels<S, Floats<S>, kBlock>{});
+  function(MicroKernels<S, FloatWords<S>>{});
 }
 
 // Without one it holds all keys: they are then at position 0.
@@ -90,36 +91,44 @@ struct Call {
   Precision precision;
 };
 
-// Between the products: what cap, slopes and window leave of the scores of one group. Do they say anything, that is
-// true, and row_max the largest.
+// Between the products: what cap, slopes and window leave of the scores of one group, and the largest of it.
 template <typename S>
-INFERIX_INLINE bool limit(const Call& call, const PackedTile& tile, int64_t group, Column* scores, Column& row_max,
+INFERIX_INLINE void limit(const Call& call, const PackedTile& tile, int64_t group, Column* scores, Column& row_max,
                           Workspace& w) {
   const bool differ = call.slopes || call.view(group, 1, tile) != View::all;
-  if (call.cap == 0.f && !differ) return false;
+  if (call.cap == 0.f && !differ) return;
   const LimitedRows rows(call.window, call.first_row + group * kLanes, call.group_size, call.slopes, kLog2E);
   row_max = limit_scores<S>(scores, tile.count, call.cap, tile.bias, differ ? &rows : nullptr, tile.position);
   floor_base<S>(w.running[group]);
-  return true;
 }
 
-template <typename S, int kBlock>
-INFERIX_INLINE void attend_group(const Call& call, const PackedTile& tile, int64_t group, Workspace& w) {
-  if (call.view(group, 1, tile) == View::none) return;
+// Groups group ... group + Registers::kGroups - 1 and one tile.
+template <typename S, typename Registers>
+INFERIX_INLINE void attend_groups(const Call& call, const PackedTile& tile, int64_t group, Workspace& w) {
+  constexpr int kGroups = Registers::kGroups;
   const int64_t terms = terms_of(tile.k_arithmetic, call.precision), groups = static_cast<int64_t>(w.running.size());
   const int64_t q_group = tile.variant * groups + group;
-  const Column *q = &w.q[tile.k_arithmetic][q_group * terms * tile.keys.words], &q_scale = w.q_scale[q_group];
-  alignas(64) Column scores[kTileKeys];
-  Column row_max;
-  with_micro_kernels<S, kBlock>(tile.k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-    row_max = terms == 2 ? kernels.template qk_product<true>(tile.keys, q, q_scale, scores)
-                         : kernels.qk_product(tile.keys, q, q_scale, scores);
+  alignas(64) Column scores[kGroups][kTileKeys];
+  Column row_max[kGroups], factor[kGroups];
+  const Column *q[kGroups], *weights[kGroups], *q_scale = &w.q_scale[q_group];
+  Column* out[kGroups];
+  for (int i = 0; i < kGroups; ++i) {
+    q[i] = &w.q[tile.k_arithmetic][(q_group + i) * terms * tile.keys.words];
+    weights[i] = scores[i], out[i] = &w.out[(group + i) * call.out_columns];
+  }
+  with_micro_kernels<S>(tile.k_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+    if constexpr (decltype(kernels)::kInteger)
+      if (terms == 2) return kernels.template qk_product<Registers, 2>(tile.keys, q, q_scale, scores, row_max);
+    kernels.template qk_product<Registers>(tile.keys, q, q_scale, scores, row_max);
   });
-  limit<S>(call, tile, group, scores, row_max, w);
-  rescale<S>(row_max, w.running[group], &w.out[group * call.out_columns], call.out_columns);
-  with_micro_kernels<S, kBlock>(tile.v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
-    const Column factor = kernels.exponentiate(scores, tile.keys.count, row_max, w.running[group]);
-    kernels.pv_product(tile.values, scores, factor, &w.out[group * call.out_columns]);
+  for (int i = 0; i < kGroups; ++i) {
+    limit<S>(call, tile, group + i, scores[i], row_max[i], w);
+    rescale<S>(row_max[i], w.running[group + i], out[i], call.out_columns);
+  }
+  with_micro_kernels<S>(tile.v_arithmetic, [&](auto kernels) INFERIX_INLINE_LAMBDA {
+    for (int i = 0; i < kGroups; ++i)
+      factor[i] = kernels.exponentiate(scores[i], tile.keys.count, row_max[i], w.running[group + i]);
+    kernels.template pv_product<Registers>(tile.values, weights, factor, out);
   });
 }
 
@@ -147,8 +156,10 @@ class PairPipeline {
     }
     PairExponentials exponentials(scores, weights, running, row_max, count);
     if (next) products_.run<kEvery>(qk_product(*next), exponentials);
-    if (weighted_) products_.run<kEvery>(pv_product(), exponentials);
-    else products_.store();
+    if (weighted_)
+      products_.run<kEvery>(pv_product(), exponentials);
+    else
+      products_.store();
     while (exponentials.left > 0) exponentials.step();
     for (int64_t i = 0; i < kPair && scored_; ++i)
       if (exceeds(row_max[i], running[i].base)) {
@@ -182,15 +193,15 @@ class PairPipeline {
     const int64_t groups = static_cast<int64_t>(w_.running.size());
     const Column* q = &w_.q[kTiles][(tile.variant * groups + group_) * k.words];
     Column* const to = scores_[turn_ ^ 1];
-    return {k.rows, k.stride, k.words / kLanes, k.count, {q, q + k.words}, {k.columns, k.columns}, k.column_stride,
-            {to, to + k.count}};
+    return {k.rows,          k.stride,          k.words / kLanes, k.count, {q, q + k.words}, {k.columns, k.columns},
+            k.column_stride, {to, to + k.count}};
   }
 
   TileProduct pv_product() {
     const TileValues& v = weighted_->values;
     const Column* const weights = weights_[turn_ ^ 1];
-    return {v.rows, v.stride, v.steps, v.width, {weights, weights + weighted_->keys.count / 2}, {out(0), out(1)}, 1,
-            {out(0), out(1)}};
+    return {v.rows,           v.stride, v.steps,         v.width, {weights, weights + weighted_->keys.count / 2},
+            {out(0), out(1)}, 1,        {out(0), out(1)}};
   }
 
   const Call& call_;
@@ -215,20 +226,32 @@ INFERIX_V4 void attend_pair(const Call& call, int64_t count, int64_t group, Work
 INFERIX_INLINE void attend_in_tiles(const Call& call, int64_t count, Workspace& w) {
   for (int64_t group = 0; group < static_cast<int64_t>(w.running.size()); group += kPair) {
     // There are as many multiplications for an exponential as there are 64 channels.
-    if (call.out_columns <= 64) attend_pair<1>(call, count, group, w);
-    else if (call.out_columns <= 128) attend_pair<2>(call, count, group, w);
-    else attend_pair<4>(call, count, group, w);
+    if (call.out_columns <= 64)
+      attend_pair<1>(call, count, group, w);
+    else if (call.out_columns <= 128)
+      attend_pair<2>(call, count, group, w);
+    else
+      attend_pair<4>(call, count, group, w);
   }
 }
 #endif
 
-// All rows of the task, and one tile.
-template <typename S, int kBlock>
+// All rows of the task, and one tile: as many groups at once as the registers hold, and those that see any of it.
+template <typename S, typename Registers>
 INFERIX_INLINE void attend_tile(const Call& call, const PackedTile& tile, const NextPage& next, Workspace& w) {
+  constexpr int kGroups = Registers::kGroups;
   const int64_t groups = static_cast<int64_t>(w.running.size());
-  for (int64_t group = 0; group < groups; ++group) {
+  const auto sees = [&](int64_t group) { return call.view(group, 1, tile) != View::none; };
+  for (int64_t group = 0; group < groups;) {
     next.fetch(group, groups);
-    attend_group<S, kBlock>(call, tile, group, w);
+    if (kGroups == 2 && group + 1 < groups && sees(group) && sees(group + 1)) {
+      next.fetch(group + 1, groups);
+      attend_groups<S, Registers>(call, tile, group, w);
+      group += 2;
+    } else {
+      if (sees(group)) attend_groups<S, Block<Registers::kRows * kGroups, 1>>(call, tile, group, w);
+      ++group;
+    }
   }
 }
 

@@ -112,10 +112,10 @@ INFERIX_INLINE void bytes_to_bf16(const char* codes, int64_t D, const Scale& sca
 
 // Tokens first : first + count of a tile of keys.
 template <typename S>
-INFERIX_INLINE void pack_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, int64_t block,
-                              Workspace& w, PackedTile& to) {
+INFERIX_INLINE void pack_keys(Isa isa, const Tile& tile, int64_t first, int64_t count, float bias, Workspace& w,
+                              PackedTile& to) {
   const Arithmetic arithmetic = to.k_arithmetic;
-  const int64_t D = tile.width, rows = round_up(count, arithmetic == kTiles ? 2 * kLanes : block);
+  const int64_t D = tile.width, rows = round_up(count, arithmetic == kTiles ? 2 * kLanes : kLanes);
   const int64_t words = words_of(D, arithmetic), bytes = row_bytes(tile.codec, D);
   std::fill_n(to.bias_of, count, bias);
   std::fill(to.bias_of + count, to.bias_of + rows, -kInfinity);
@@ -193,8 +193,7 @@ INFERIX_INLINE void transpose_words(const float* words, int64_t pairs, int64_t c
 }
 
 template <typename S>
-INFERIX_INLINE void pack_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w,
-                                PackedTile& to) {
+INFERIX_INLINE void pack_values(Isa isa, const Tile& tile, int64_t first, int64_t count, Workspace& w, PackedTile& to) {
   const Arithmetic arithmetic = to.v_arithmetic;
   const int64_t D = tile.width, columns = round_up(D, arithmetic == kTiles ? 2 * kLanes : kLanes);
   const int64_t steps = words_of(count, arithmetic);

@@ -1,14 +1,10 @@
 // The micro-kernels: attention of sixteen query rows to a tile of keys.
 //
 // Sixteen query rows lie side by side in the lanes of a vector register. Keys and values are then read in the order
-// they are stored, one scalar at a time, broadcast to all sixteen rows; the softmax over keys needs no sum across a
-// register; and what a row gets does not depend on its neighbours. The scalar is a word of 32 bits: a float32, two
-// bfloat16 or four int8 numbers, multiplied with as many of each row and summed by one instruction that reads it from
-// memory.
+// they are stored, one word at a time, broadcast to all sixteen rows (products.h); the softmax over keys needs no sum
+// across a register; and what a row gets does not depend on its neighbours.
 #pragma once
-#include <cstring>
-
-#include "simd.h"
+#include "products.h"
 
 namespace inferix {
 
@@ -18,58 +14,6 @@ constexpr int64_t kMostTwoTerms = 512;
 
 // Keys whose scores are held at once. A tile has that many at most.
 constexpr int64_t kTileKeys = 64;
-
-typedef float __attribute__((may_alias)) FloatWord;
-typedef int32_t __attribute__((may_alias)) IntWord;
-
-// How words are multiplied and summed: add(sum, column, word). kElements numbers to a word.
-template <typename S>
-struct Floats {
-  static constexpr int kElements = 1;
-  using Sum = typename S::Lanes;
-  INFERIX_INLINE static void add(Sum& sum, const typename S::Lanes& column, const char* word) {
-    sum += column * *reinterpret_cast<const FloatWord*>(word);
-  }
-};
-
-#if defined(__x86_64__)
-// In assembly, since the builtins can not be named in templates that are compiled for older CPUs too.
-struct Bf16Pairs {
-  static constexpr int kElements = 2;
-  using Sum = Simd<16>::Lanes;
-  INFERIX_INLINE static void add(Sum& sum, const Simd<16>::Lanes& column, const char* word) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(column), "m"(*reinterpret_cast<const IntWord*>(word)));
-  }
-};
-
-// Four unsigned bytes of each row with four signed ones.
-struct Int8Quads {
-  static constexpr int kElements = 4;
-  using Sum = Simd<16>::IntLanes;
-  INFERIX_INLINE static void add(Sum& sum, const Simd<16>::Lanes& column, const char* word) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(column), "m"(*reinterpret_cast<const IntWord*>(word)));
-  }
-};
-#endif
-
-// Queries are stored as unsigned bytes with a zero point of 128: sums of int8 products begin with what corrects that.
-template <typename S>
-INFERIX_INLINE int32_t zero_point_compensation(const char* codes, int64_t count) {
-  int32_t sum = 0;
-  int64_t i = 0;
-#if defined(__x86_64__)
-  if constexpr (S::kWidth == 16) {
-    typedef int32_t Block __attribute__((vector_size(64), aligned(1), may_alias));
-    const Simd<16>::IntLanes ones = Simd<16>::IntLanes{} + 0x01010101;
-    Simd<16>::IntLanes sums = {};
-    for (; i + 64 <= count; i += 64)
-      asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(ones), "m"(*reinterpret_cast<const Block*>(codes + i)));
-    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-  }
-#endif
-  for (; i < count; ++i) sum += static_cast<int8_t>(codes[i]);
-  return -128 * sum;
-}
 
 // A tile of keys, in words: a row for each key. Their number is a multiple of the block; those past the last key have a
 // bias of -inf.
@@ -88,88 +32,61 @@ struct TileKeys {
 struct TileValues {
   const char* rows;
   int64_t stride, steps, width;  // in bytes; rows; channels, a multiple of the block
-  const float* scales;           // [width]  int8, else null
+  const float* scales;  // [width]  int8, else null
 };
 
 // The online softmax so far of sixteen rows.
 struct OnlineSoftmax {
   Column base;  // scores are exponentiated relative to it, in units of log 2
-  Column sum;   // of 2^(score - base)
+  Column sum;  // of 2^(score - base)
 };
 
 // A row's base is raised to its largest score only when that exceeds it by more than 8, a factor of 2^8: seldom, so
 // that sums are seldom rescaled.
 constexpr float kHeadroom = 8.f;
 
-template <typename S, typename A, int kBlock>
+template <typename S, typename Words>
 struct MicroKernels {
   using Lanes = typename S::Lanes;
-  using Sum = typename A::Sum;
-  static constexpr bool kInteger = A::kElements == 4;
+  static constexpr bool kInteger = Words::kElements == 4;
 
-  // An accumulator for each row of a block, in registers.
-  struct Sums {
-    Sum of[kBlock * S::kParts];
-  };
-  // function(index into Sums, row of the block, part of the register)
-  template <typename Function>
-  INFERIX_INLINE static void each(const Function& function) {
-    unroll<kBlock * S::kParts>([&](auto n) INFERIX_INLINE_LAMBDA { function(n, n / S::kParts, n % S::kParts); });
-  }
-
-  // sums.of[row] += the words at at(row) + n * step, n < count, times columns[n]
-  template <typename At>
-  INFERIX_INLINE static void multiply_add(const At& at, int64_t step, const Column* columns, int64_t count,
-                                          Sums& sums) {
-    for (int64_t n = 0; n < count; ++n)
-      each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
-        A::add(sums.of[j], S::part(columns[n], part), at(row) + n * step);
-      });
-  }
-
-  // scores[key] = k[key] . q + bias for each of sixteen queries; returns the largest of each.
-  // kTwoTerms: the low bytes of int8 queries follow the high ones. A kernel of its own, for the registers. Sums stay
-  // below 2^31 up to kMostTwoTerms channels.
-  template <bool kTwoTerms = false>
-  INFERIX_INLINE static Column qk_product(const TileKeys& k, const Column* q, const Column& q_scale, Column* scores) {
-    Column row_max;
-    for (int part = 0; part < S::kParts; ++part) S::part(row_max, part) = Lanes{} - __builtin_inff();
-    for (int64_t first = 0; first < k.count; first += kBlock) {
-      Sums sums;
-      each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
-        if constexpr (kInteger)
-          sums.of[j] = Sum{} + k.compensation[first + row];
-        else
-          sums.of[j] = Sum{} + k.bias[first + row];
-      });
-      // Four pointers and the strides 1, 2 and 3 reach sixteen rows.
-      const int64_t stride = k.stride, three = 3 * stride;
-      const char *row0 = k.rows + first * stride, *row4 = row0 + 4 * stride, *row8 = row4 + 4 * stride,
-                 *row12 = row8 + 4 * stride;
-      const auto at = [&](int row) INFERIX_INLINE_LAMBDA {
-        const char* base = row < 4 ? row0 : row < 8 ? row4 : row < 12 ? row8 : row12;
-        return base + (row % 4 == 0 ? 0 : row % 4 == 1 ? stride : row % 4 == 2 ? 2 * stride : three);
-      };
-      multiply_add(at, 4, q, k.words, sums);
-      if constexpr (kInteger && kTwoTerms) {
-        each([&](auto j, int row, int) INFERIX_INLINE_LAMBDA {
-          sums.of[j] = sums.of[j] * static_cast<int32_t>(kLowSteps) + k.compensation[first + row];
-        });
-        multiply_add(at, 4, q + k.words, k.words, sums);
-      }
-      each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
-        Lanes result;
-        if constexpr (kInteger) {
-          result = __builtin_convertvector(sums.of[j], Lanes) * (S::part(q_scale, part) * k.scales[first + row]) +
-                   k.bias[first + row];
-        } else {
-          result = sums.of[j];
-        }
-        S::part(scores[first + row], part) = result;
-        S::part(row_max, part) = S::max(result, S::part(row_max, part));
-      });
+  // scores[group][key] = k[key] . q[group] + bias for sixteen queries of each group; row_max[group]: the largest of
+  // each. kTerms: the low bytes of int8 queries follow the high ones. Sums stay below 2^31 up to kMostTwoTerms channels.
+  template <typename Registers, int kTerms = 1>
+  INFERIX_INLINE static void qk_product(const TileKeys& k, const Column* const* q, const Column* q_scale,
+                                        Column (*scores)[kTileKeys], Column* row_max) {
+    constexpr int kGroups = Registers::kGroups;
+    const Column* low[kGroups];
+    for (int group = 0; group < kGroups; ++group) {
+      low[group] = q[group] + k.words;
+      for (int part = 0; part < S::kParts; ++part) S::part(row_max[group], part) = Lanes{} - __builtin_inff();
     }
-    return row_max;
+    for (int64_t first = 0; first < k.count; first += kLanes) {
+      const InPlaceRows rows{k.rows + first * k.stride, k.stride, 4, kInteger ? k.compensation + first : nullptr};
+      const auto finish = [&](int group, int key, int part, const auto& sum) INFERIX_INLINE_LAMBDA {
+        Lanes score;
+        if constexpr (kInteger)
+          score = __builtin_convertvector(sum, Lanes) * (S::part(q_scale[group], part) * k.scales[first + key]) +
+                  k.bias[first + key];
+        else
+          score = sum + k.bias[first + key];
+        S::part(scores[group][first + key], part) = score;
+        S::part(row_max[group], part) = S::max(score, S::part(row_max[group], part));
+      };
+      if constexpr (kTerms == 2) {
+        alignas(64) Column high[kGroups][kLanes];
+        products<S, Words, Registers>(
+            rows, q, k.words, [&](int group, int key, int part, const auto& sum) INFERIX_INLINE_LAMBDA {
+              S::part(high[group][key], part) = (Lanes)(sum * static_cast<int32_t>(kLowSteps));
+            });
+        products<S, Words, Registers>(
+            rows, low, k.words, [&](int group, int key, int part, const auto& sum) INFERIX_INLINE_LAMBDA {
+              finish(group, key, part, sum + (typename S::IntLanes)S::part(high[group][key], part));
+            });
+      } else {
+        products<S, Words, Registers>(rows, q, k.words, finish);
+      }
+    }
   }
 
   // Scores become weights, in words of kElements keys. Returns the factor of the tile's sums of int8 values.
@@ -187,8 +104,8 @@ struct MicroKernels {
         S::part(factor, part) = ratio * (1.f / 255.f);
       } else {
         const Lanes base = S::part(running.base, part);
-        for (int64_t key = 0; key < count; key += A::kElements) {
-          if constexpr (A::kElements == 2) {
+        for (int64_t key = 0; key < count; key += Words::kElements) {
+          if constexpr (Words::kElements == 2) {
             const Lanes even = S::template exp2_approx<4>(S::part(scores[key], part) - base),
                         odd = S::template exp2_approx<4>(S::part(scores[key + 1], part) - base);
             total += even + odd;
@@ -204,25 +121,20 @@ struct MicroKernels {
     return factor;
   }
 
-  // out[d] += factor * scales[d] * sum over keys of weights[key] * v[key][d]
-  INFERIX_INLINE static void pv_product(const TileValues& v, const Column* weights, const Column& factor, Column* out) {
-    for (int64_t first = 0; first < v.width; first += kBlock) {
-      Sums sums;
-      each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
-        if constexpr (kInteger)
-          sums.of[j] = Sum{};
-        else
-          sums.of[j] = S::part(out[first + row], part);
-      });
-      const char* base = v.rows + first * 4;
-      multiply_add([base](int row) INFERIX_INLINE_LAMBDA { return base + row * 4; }, v.stride, weights, v.steps, sums);
-      each([&](auto j, int row, int part) INFERIX_INLINE_LAMBDA {
-        if constexpr (kInteger)
-          S::part(out[first + row], part) += __builtin_convertvector(sums.of[j], Lanes) *
-                                             (S::part(factor, part) * v.scales[first + row]);
-        else
-          S::part(out[first + row], part) = sums.of[j];
-      });
+  // out[group][d] += factor[group] * scales[d] * sum over keys of weights[group][key] * v[key][d]
+  template <typename Registers>
+  INFERIX_INLINE static void pv_product(const TileValues& v, const Column* const* weights, const Column* factor,
+                                        Column* const* out) {
+    for (int64_t first = 0; first < v.width; first += kLanes) {
+      const InPlaceRows channels{v.rows + first * 4, 4, v.stride};
+      products<S, Words, Registers>(
+          channels, weights, v.steps, [&](int group, int d, int part, const auto& sum) INFERIX_INLINE_LAMBDA {
+            Lanes& total = S::part(out[group][first + d], part);
+            if constexpr (kInteger)
+              total += __builtin_convertvector(sum, Lanes) * (S::part(factor[group], part) * v.scales[first + d]);
+            else
+              total += sum;
+          });
     }
   }
 

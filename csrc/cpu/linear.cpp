@@ -10,11 +10,10 @@
 #include <string>
 
 #include "amx.h"
-#include "attention_tile.h"
 #include "codes.h"
 #include "linear_finish.h"
-#include "linear_products.h"
 #include "parallel.h"
+#include "products.h"
 
 namespace inferix {
 namespace {
@@ -119,36 +118,47 @@ INFERIX_INLINE void pack(const Call& c, int64_t group) {
   }
 }
 
+// Rows first ... of the matrix that is not packed; `start` has room for sixteen.
 template <typename S>
-INFERIX_INLINE InPlaceRows in_place_rows(const Call& c, int64_t first, Buffer& room) {
-  InPlaceRows w{};
-  w.rows = words_of_rows(c, c.in_place, first, room, &w.stride);
+INFERIX_INLINE InPlaceRows in_place_rows(const Call& c, int64_t first, Buffer& room, int32_t* start) {
+  InPlaceRows rows{};
+  rows.rows = words_of_rows(c, c.in_place, first, room, &rows.stride);
   for (int64_t i = 0; c.has_zero_point() && i < kLanes; ++i)
-    w.start[i] = zero_point_compensation<S>(w.rows + i * w.stride, c.p.K);
-  return w;
+    start[i] = zero_point_compensation<S>(rows.rows + i * rows.stride, c.p.K);
+  if (c.has_zero_point()) rows.start = start;
+  return rows;
+}
+
+// For `products`: sums[group][row].
+template <typename S>
+INFERIX_INLINE auto stored_in(Column (*sums)[kLanes]) {
+  return [sums](int group, int row, int part, const auto& sum)
+             INFERIX_INLINE_LAMBDA { S::part(sums[group][row], part) = (typename S::Lanes)sum; };
 }
 
 // int8 codes as floats: as many at once as float32 sums exactly.
-template <typename S, int kRows, int kGroups>
+template <typename S, typename Registers>
 INFERIX_INLINE void exact_products(InPlaceRows w, const Column* const* x, int64_t words, Column (*sums)[kLanes]) {
+  constexpr int kGroups = Registers::kGroups;
   int32_t whole[kGroups * kLanes * kLanes] = {};
   float* part = sums[0][0].lane;
   for (int64_t k = 0; k < words; k += kExactTerms, w.rows += kExactTerms * 4) {
     const Column* x_k[kGroups];
     for (int group = 0; group < kGroups; ++group) x_k[group] = x[group] + k;
-    products<S, FloatWords<S>, kRows, kGroups>(w, x_k, std::min(kExactTerms, words - k), sums);
+    products<S, FloatWords<S>, Registers>(w, x_k, std::min(kExactTerms, words - k), stored_in<S>(sums));
     for (int i = 0; i < kGroups * kLanes * kLanes; ++i) whole[i] += static_cast<int32_t>(part[i]);
   }
   for (int i = 0; i < kGroups * kLanes * kLanes; ++i) part[i] = float(whole[i]);
 }
 
-template <typename S, int kRows, int kGroups>
+template <typename S, typename Registers>
 INFERIX_INLINE void multiply_groups(const Call& c, const InPlaceRows& w, int64_t group, int64_t n) {
+  constexpr int kGroups = Registers::kGroups;
   alignas(64) Column sums[kGroups][kLanes];
   const Column* x[kGroups];
   for (int i = 0; i < kGroups; ++i) x[i] = c.columns + (group + i) * c.row_words;
   const auto with = [&](auto words) INFERIX_INLINE_LAMBDA {
-    products<S, decltype(words), kRows, kGroups>(w, x, c.row_words, sums);
+    products<S, decltype(words), Registers>(w, x, c.row_words, stored_in<S>(sums));
   };
 #if defined(__x86_64__)
   if constexpr (S::kWidth == 16)
@@ -159,22 +169,23 @@ INFERIX_INLINE void multiply_groups(const Call& c, const InPlaceRows& w, int64_t
 #endif
   if (c.words == Words::floats) {
     if (c.p.codec == Codec::i8_token && c.p.K > kExactTerms)
-      exact_products<S, kRows, kGroups>(w, x, c.row_words, sums);
+      exact_products<S, Registers>(w, x, c.row_words, sums);
     else
       with(FloatWords<S>{});
   }
   for (int i = 0; i < kGroups; ++i) c.level.finish(c, sums[i], n, (group + i) * kLanes);
 }
 
-// kGroups groups at a time.
-template <typename S, int kRows, int kGroups>
+template <typename S, typename Registers>
 INFERIX_INLINE void multiply(const Call& c, int64_t first, int64_t end, int64_t first_group, int64_t end_group) {
+  constexpr int kGroups = Registers::kGroups;
   thread_local Buffer room;
   for (int64_t n = first; n < end; n += kLanes) {
-    const InPlaceRows w = in_place_rows<S>(c, n, room);
+    int32_t start[kLanes];
+    const InPlaceRows rows = in_place_rows<S>(c, n, room, start);
     int64_t group = first_group;
-    for (; group + kGroups <= end_group; group += kGroups) multiply_groups<S, kRows, kGroups>(c, w, group, n);
-    for (; group < end_group; ++group) multiply_groups<S, kRows, 1>(c, w, group, n);
+    for (; group + kGroups <= end_group; group += kGroups) multiply_groups<S, Registers>(c, rows, group, n);
+    for (; group < end_group; ++group) multiply_groups<S, Block<Registers::kRows * kGroups, 1>>(c, rows, group, n);
   }
 }
 
@@ -203,8 +214,8 @@ INFERIX_INLINE void multiply_tiles(const Call& c, int64_t first, int64_t end, in
   Unfinished before;
   const Tiles tiles;
   for (int64_t n = first; n < end; n += 2 * kLanes) {
-    const InPlaceRows w0 = in_place_rows<S>(c, n, rooms[0]);
-    const InPlaceRows w1 = n + kLanes < c.in_place.rows ? in_place_rows<S>(c, n + kLanes, rooms[1]) : w0;
+    const InPlaceRows w0 = in_place_rows<S>(c, n, rooms[0], nullptr);
+    const InPlaceRows w1 = n + kLanes < c.in_place.rows ? in_place_rows<S>(c, n + kLanes, rooms[1], nullptr) : w0;
     Column* squares = reinterpret_cast<Column*>(sums[n / (2 * kLanes) % 2].floats(blocks * kLanes * kLanes));
     const char* ahead = w0.rows + 2 * kLanes * w0.stride;
     const int64_t lines =
@@ -252,20 +263,20 @@ INFERIX_INLINE void finish(const Call& c, const Column* sums, int64_t row, int64
   if (m0 < c.p.M && n0 < c.p.N) finish_block<S, false>(c.p, block, m0, n0);
 }
 
-#define INFERIX_LEVEL(level, target, width, kRows, kGroups)                                                         \
+#define INFERIX_LEVEL(level, target, width, Registers)                                                              \
   target void pack_##level(const Call& c, int64_t group) { pack<Simd<width>>(c, group); }                           \
   target void multiply_##level(const Call& c, int64_t first, int64_t end, int64_t first_group, int64_t end_group) { \
-    multiply<Simd<width>, kRows, kGroups>(c, first, end, first_group, end_group);                                   \
+    multiply<Simd<width>, Registers>(c, first, end, first_group, end_group);                                        \
   }                                                                                                                 \
   target void finish_##level(const Call& c, const Column* sums, int64_t row, int64_t packed_row) {                  \
     finish<Simd<width>>(c, sums, row, packed_row);                                                                  \
   }                                                                                                                 \
   constexpr Level level{pack_##level, multiply_##level, finish_##level};
 
-INFERIX_LEVEL(portable, , 4, 2, 1)
+INFERIX_LEVEL(portable, , 4, PortableBlock)
 #if defined(__x86_64__)
-INFERIX_LEVEL(v3, INFERIX_V3, 8, 4, 1)
-INFERIX_LEVEL(v4, INFERIX_V4, 16, 8, 2)
+INFERIX_LEVEL(v3, INFERIX_V3, 8, V3Block)
+INFERIX_LEVEL(v4, INFERIX_V4, 16, V4Block)
 
 INFERIX_V4 void multiply_amx(const Call& c, int64_t first, int64_t end, int64_t first_group, int64_t end_group) {
   if (c.words == Words::int8)
