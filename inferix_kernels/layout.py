@@ -5,6 +5,7 @@ Plain tuples of tensors, so that they pass through torch.compile and cost nothin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -66,18 +67,30 @@ FORMATS = {
 KV_FORMATS = tuple(name for name in FORMATS if name != "latent8")  # those that attention reads
 
 
-def scratch_format(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
+def scratch_format(device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """How a store keeps the keys and values of blocks that are not clean yet, unless its caller says otherwise.
 
     On a GPU, in the precision of the network that computes them, since its 16-bit kernels read no other: with float32
-    scratch no call of a bfloat16 network reaches the Hopper kernel. On a CPU in float32, where bfloat16 gains nothing.
+    scratch no call of a bfloat16 network reaches the Hopper kernel. On a CPU in float32, but for a bfloat16 network
+    where the CPU has tile registers (AMX), which multiply bfloat16 numbers several times as fast.
 
     Args:
         device: of the store; anything but a CPU counts as a GPU.
-        dtype: of q, k and v. Half precisions keep theirs; anything wider is float32, the widest that pages hold.
+        dtype: of q, k and v. Half precisions keep theirs; anything wider is float32, the widest that pages hold. None:
+            not known, as bfloat16 on a GPU and float32 on a CPU.
     """
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return half.get(dtype, "fp32") if torch.device(device).type != "cpu" else "fp32"
+    if torch.device(device).type == "cpu":
+        return "bf16" if dtype == torch.bfloat16 and _has_tile_registers() else "fp32"
+    return {torch.bfloat16: "bf16", None: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+
+
+@functools.cache
+def _has_tile_registers() -> bool:
+    try:
+        from . import _C
+    except ImportError:
+        return False
+    return _C.best_isa() >= _C.Isa.amx
 
 
 class Side(NamedTuple):

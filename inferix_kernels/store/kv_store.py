@@ -40,7 +40,7 @@ class KVStore(Storage):
         pools: format -> frames it can hold, over all worlds. See layout.FORMATS, and Policy.capacity.
         host: the same for host memory (pinned if the device is a GPU), where frames wait that no block attends to.
         scratch_format: "fp32", "fp16" or "bf16", how the current block stores K and V; None: as
-            layout.scratch_format has it for a bfloat16 network on this device.
+            layout.scratch_format has it for a network that is not known, on this device.
         page_size: token slots per page, a multiple of 8.
         model: any name; a snapshot is refused by a store of another one.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto", as for paged_attention.

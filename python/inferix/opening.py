@@ -66,7 +66,7 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
         block_frames=_largest_block(adapter),
         # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
         scratch_blocks=2 + adapter.stages,
-        scratch_format=scratch_format(device, model.dtype),
+        scratch_format=scratch_format(device, torch.bfloat16 if model.linear else model.dtype),  # 8 bits give no more
         pools={format: max(1, pasts * frames) for format, frames in policy.capacity().items()},
         device=device,
         backend=backend,

@@ -12,7 +12,7 @@ from inferix.commands import cli
 from inferix.models import MODELS
 from inferix.models.magi.adapters import adapter_for, scheduled
 from inferix.models.wan.adapters import ADAPTERS
-from inferix_kernels import Unsupported, _dispatch, chosen, compiled
+from inferix_kernels import Unsupported, _dispatch, chosen, compiled, layout
 from inferix_kernels import __main__ as kernels_cli
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import prove, stored
@@ -214,6 +214,7 @@ def stand_in(name: str) -> SimpleNamespace:
         frame_tokens=90,
         latent_shape=(16, 8, 8),
         dtype=torch.bfloat16,
+        linear=None,
         device=torch.device("meta"),
         stream=lambda: None,
         schedule=None,
@@ -271,10 +272,17 @@ def test_float32_scratch_keeps_a_world_from_the_hopper_kernel():
 
 @pytest.mark.parametrize("device, dtype, format", [
     ("cuda", torch.bfloat16, "bf16"), ("cuda:1", torch.float16, "fp16"), ("cuda", torch.float32, "fp32"),
-    ("cuda", torch.float64, "fp32"), ("cpu", torch.bfloat16, "fp32"), ("cpu", torch.float32, "fp32"),
+    ("cuda", torch.float64, "fp32"), ("cuda", None, "bf16"), ("cpu", torch.float32, "fp32"), ("cpu", None, "fp32"),
 ])  # fmt: skip
 def test_scratch_is_in_the_networks_precision_on_a_gpu(device, dtype, format):
     assert scratch_format(device, dtype) == format
+
+
+@pytest.mark.parametrize("tiles, format", [(True, "bf16"), (False, "fp32")])
+def test_scratch_of_a_bfloat16_network_on_a_cpu_goes_by_its_tile_registers(tiles, format, monkeypatch):
+    monkeypatch.setattr(layout, "_has_tile_registers", lambda: tiles)
+    assert scratch_format("cpu", torch.bfloat16) == format
+    assert scratch_format("cpu", torch.float16) == scratch_format("cpu", torch.float32) == "fp32"
 
 
 @pytest.mark.parametrize(
