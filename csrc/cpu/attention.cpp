@@ -138,11 +138,15 @@ float max_bias(const PagedAttentionParams& p, int64_t list) {
   return largest == -kInfinity ? 0.f : largest;
 }
 
+int64_t list_of(const PagedAttentionParams& p, const Task& task) {
+  return task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
+}
+
 template <typename S, typename Registers>
 INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   const Call call(p, task);
   load_queries<S>(isa, p, task, call.out_columns, w);
-  const int64_t list = task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
+  const int64_t list = list_of(p, task);
   const int64_t groups = static_cast<int64_t>(w.running.size());
   w.max_bias = max_bias(p, list);
   w.tiles.resize(isa >= Isa::amx ? kAmxTiles : 1);
@@ -195,7 +199,16 @@ INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& ta
   attend_task<Simd<8>, V3Block>(isa, p, task, w);
 }
 
+// Of so few keys packing tiles takes longer than multiplying them. It goes by the list alone: a row's result does not
+// depend on the rows beside it.
+bool has_few_keys(const PagedAttentionParams& p, int64_t list) {
+  int64_t keys = 0;
+  for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1] && keys <= kLanes; ++i) keys += p.entries.lens[i];
+  return keys <= kLanes;
+}
+
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+  if (isa == Isa::amx && has_few_keys(p, list_of(p, task))) isa = Isa::avx512_bf16;
   if (isa < Isa::amx) return attend_task<Simd<16>, V4Block>(isa, p, task, w);
   const Tiles tiles;
   attend_task<Simd<16>, V4Block>(isa, p, task, w);
