@@ -48,10 +48,10 @@ def test_a_converted_checkpoint_is_what_loading_quantizes(linear, dtype, folder,
     layers = [f"{name}.weight" for name in eight_bit_names(WanNetwork(tiny_config()))]
     held = {name: sum(file[layer].nbytes for layer in layers) for name, file in codes.items()}
     assert held["plain"] == 2 * held["q"]
-    other = "fp8" if linear == "int8" else "int8"
-    assert main(["convert", str(out), str(plain), "--linear", other]) == 2
-    said = capsys.readouterr().err
-    assert said == f"inferix convert: --linear must be {linear}, as {out} holds its layers, got {other}\n"
+    for other in {"int8", "fp8", "bf16"} - {linear}:
+        assert main(["convert", str(out), str(plain), "--linear", other, "--dtype", "bf16"]) == 2
+        said = capsys.readouterr().err
+        assert said == f"inferix convert: --linear must be {linear}, as {out} holds its layers, got {other}\n"
 
 
 def test_updates_are_merged_before_they_are_rounded(folder, tmp_path):

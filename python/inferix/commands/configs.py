@@ -28,7 +28,7 @@ class ModelOptions(Options):
         metavar="FILE[=STRENGTH]",
     )
     linear: str | None = option(
-        "what the inner linear layers are kept and multiplied in (default: as the checkpoint has them)",
+        "the inner linear layers in int8 or fp8, or the whole network in bf16 (default: as the checkpoint has them)",
         None,
         to="model",
         choices=("int8", "fp8", "bf16"),

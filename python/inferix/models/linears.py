@@ -36,7 +36,7 @@ def check_linear(linear: str | None, dtype: torch.dtype | None = None) -> None:
     if linear is not None and linear not in CHOICES:
         raise ValueError(f"linear must be one of {', '.join(CHOICES)}, got {linear!r}")
     if linear == "bf16" and dtype not in (None, torch.bfloat16):
-        raise ValueError(f"linear must not be given as bf16 together with dtype={dtype}")
+        raise ValueError(f"linear must be int8 or fp8 where dtype is {dtype}, got 'bf16'")
 
 
 def eight_bit_names(network: nn.Module) -> list[str]:

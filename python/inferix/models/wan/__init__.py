@@ -18,7 +18,7 @@ from torch import Tensor
 from inferix_kernels._check import check_device
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
-from ..linears import CODES, check_linear, linear_of
+from ..linears import check_linear, linear_of
 from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
@@ -228,8 +228,7 @@ def load(
         lora = find_lora(weights)
     device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" and linear != "bf16" else torch.bfloat16)
-    eight_bit = linear if linear in CODES else None
-    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device, linear=eight_bit)
+    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device, linear=linear)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
     vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
     return Wan(

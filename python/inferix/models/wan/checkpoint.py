@@ -24,6 +24,7 @@ from inferix_kernels.files import atomic_write
 from inferix_kernels.quantize import Linear8
 
 from ..linears import (
+    CODES,
     SCALE,
     WEIGHT,
     checkpoint_tensors,
@@ -104,7 +105,7 @@ def load_network(
         lora: low-rank updates to merge into the weights; see lora.Lora.
         dtype: of the weights, and so of the network's products.
         linear: what the linear layers between the first and the last ones are kept in: "int8" or "fp8"; None: as the
-            file has them. They are quantized as precise as they are in the file, whatever `dtype`.
+            file has them. They are quantized as precise as they are in the file, whatever `dtype`. "bf16": in `dtype`.
 
     Raises:
         ValueError: the file is damaged or holds another architecture; says which tensor, and what differs. It is in 8
@@ -123,16 +124,17 @@ def load_network(
             wanted |= {name + SCALE: wanted[name + WEIGHT][:1] for name in layers}
         _check(tensors, wanted, [name + WEIGHT for name in layers] if stored else [], str(path))
     _check_stored(stored, linear, lora, str(path))
+    quantized = linear if linear in CODES else None
     # What is quantized is rounded once, from the sums.
-    merge(tensors, lora, torch.promote_types(dtype, torch.float32) if linear else dtype, parts)
-    eight_bit = set(layers) if stored or linear else set()
+    merge(tensors, lora, torch.promote_types(dtype, torch.float32) if quantized else dtype, parts)
+    eight_bit = set(layers) if stored or quantized else set()
     state = {
         name: _assemble(tensors, name).to(device, dtype)
         for name in network.state_dict()
         if name.rpartition(".")[0] not in eight_bit
     }
     for name in layers if eight_bit else ():
-        network.set_submodule(name, _eight_bit_layer(tensors, name, stored, linear, device, dtype))
+        network.set_submodule(name, _eight_bit_layer(tensors, name, stored, quantized, device, dtype))
     network.load_state_dict(state, assign=True, strict=False)  # what there must be has been checked above
     return network.eval().requires_grad_(False)
 
