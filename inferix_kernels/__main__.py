@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prover = commands.add_parser("prove", help="try every kernel on the GPU that is here; `auto` goes by the outcome")
     prover.add_argument("on", nargs="?", default="cuda", help="cuda, cuda:1; cpu: its kernels, and nothing is stored")
     racer = commands.add_parser("fastest", help="time the backends of 8-bit layers; `auto` goes by the outcome")
-    racer.add_argument("on", nargs="?", default="cpu", help="cpu, cuda, cuda:1")
+    racer.add_argument("on", nargs="?", default="cpu", help="cpu (default), cuda, cuda:1")
     options = parser.parse_args(arguments)
     try:
         if options.command == "fastest":
@@ -200,7 +200,8 @@ def measured() -> str:
     """Is there a record of this machine's own times?"""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     there = speeds.of_device(device) is not None
-    return f"on {speeds.name_of(device)}: {'as it was measured' if there else 'not measured (fastest)'}"
+    said = "as it was measured" if there else "not measured: python -m inferix_kernels fastest"
+    return f"on {speeds.name_of(device)}: {said}"
 
 
 def instructions() -> str:

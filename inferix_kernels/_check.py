@@ -151,7 +151,7 @@ def shown(x: object) -> str:
 
 
 def check_is(name: str, x: object, kind: type) -> None:
-    """Whether x is one of layout's tuples."""
+    """Raise TypeError unless x is one of layout's tuples, say."""
     if not isinstance(x, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(x).__name__}")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from .._check import FLOATS, check_tensor
+from .._check import FLOATS, check_is, check_tensor
 from .._dispatch import AUTO
 from .layer import Linear8
 from .qconfig import QConfig
@@ -38,8 +38,10 @@ def resolve(model: nn.Module, qconfig_dict: Mapping[Any, QConfig | None]) -> dic
     """Each module's config, by its name.
 
     Raises:
-        TypeError, ValueError: a key or a value is none; names it.
+        TypeError: the dict, a key or a value is of another type; names it.
     """
+    check_is("model", model, nn.Module)
+    check_is("qconfig_dict", qconfig_dict, Mapping)
     for key, config in qconfig_dict.items():
         if not isinstance(key, (str, type)):
             raise TypeError(f"qconfig_dict must have names and types of modules as keys, got {key!r}")

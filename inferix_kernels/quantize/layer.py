@@ -100,7 +100,7 @@ class Linear8(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("smoothing", None if smooth is None else _smoothing(smooth, sizes, device))
-        self.shared: SharedInput | None = None  # see share
+        self.shared: SharedInput | None = None  # see share_inputs in convert.py
         self.siblings: Hashable = None
 
     @classmethod
@@ -150,16 +150,13 @@ class Linear8(nn.Module):
         else:
             codes = quantize_tensor(weight, config.weight.dtype)
             codes = codes._replace(scales=codes.scales[0].clone())
-        per_tensor = config.activation.qscheme == per_tensor_symmetric
-        made = cls(
-            codes, bias=bias, smooth=smooth, input_scale=input_scale, per_tensor=per_tensor, backend=backend
-        )  # fmt: skip
-        return made.train(layer.training)
+        inputs = {"input_scale": input_scale, "per_tensor": config.activation.qscheme == per_tensor_symmetric}
+        return cls(codes, bias=bias, smooth=smooth, **inputs, backend=backend).train(layer.training)
 
     @classmethod
     def from_float(cls, layer: nn.Linear) -> Linear8:
-        """Of a layer that has its `qconfig`, and its observer `activation_post_process` where that is static: what
-        `quantize_dynamic` and `convert` call, of this class or of another in their `mapping`."""
+        """Of a layer that has its `qconfig`, and its observer `activation_post_process` where that is static: as
+        `quantize_dynamic` and `convert` call the classes of their `mapping`, a derived one of this too."""
         config: QConfig = layer.qconfig  # type: ignore[assignment]
         scale = layer.activation_post_process.scale() if config.static else None  # type: ignore[operator, union-attr]
         return cls.from_qconfig(layer, config, input_scale=scale)
@@ -215,15 +212,23 @@ class Linear8(nn.Module):
 
         Returns:
             [..., N].
+
+        Raises:
+            TypeError, ValueError: x is neither, or of another width; or as `linear`.
         """
+        if not isinstance(x, (Tensor, Quantized)):
+            raise TypeError(f"x must be a tensor or a Quantized, got {type(x).__name__}")
+        shape = x.shape if isinstance(x, Tensor) else x.codes.shape
+        if list(shape[-1:]) != [self.in_features]:
+            raise ValueError(f"x must be [..., {self.in_features}], got {list(shape)}")
         if dtype is None:
             dtype = residual.dtype if residual is not None else x.dtype if isinstance(x, Tensor) else None
         if dtype is None:
             raise ValueError("dtype must be given for an input in 8 bits, where there is no residual to take it from")
-        shape = x.shape if isinstance(x, Tensor) else x.codes.shape
-        rows = (
-            self._rows(x) if isinstance(x, Tensor) else Quantized(x.codes.reshape(-1, shape[-1]), x.scales.reshape(-1))
-        )
+        if isinstance(x, Tensor):
+            rows = self._rows(x)
+        else:
+            rows = Quantized(x.codes.reshape(-1, shape[-1]), x.scales.reshape(-1))
         residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
         y = self.product(rows, activation=activation, gate=gate, residual=residual, dtype=dtype)
         return y.view(*shape[:-1], len(self.qweight))

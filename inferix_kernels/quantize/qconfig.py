@@ -137,8 +137,7 @@ class QConfig:
 def check_codes(name: str, dtype: object) -> None:
     if dtype not in CODES:
         why = ": it has two bits of mantissa, and no kernel here takes it" if dtype == torch.float8_e5m2 else ""
-        got = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} must be {' or '.join(NAMES.values())}, got {got}{why}")
+        raise ValueError(f"{name} must be {' or '.join(map(str, NAMES))}, got {dtype!r}{why}")
 
 
 def _qconfig(

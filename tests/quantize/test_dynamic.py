@@ -56,8 +56,11 @@ def test_a_qconfig_is_what_its_name_says(name):
         assert (config.weight.dtype, config.weight.qscheme) == (dtype, weight)
     if name != "get_default_dist_profile_qconfig":  # the dtypes are its last two parameters
         assert make(E4M3, E4M3).weight.dtype == E4M3
-    with pytest.raises(ValueError, match="activation_dtype must be int8 or float8_e4m3fn, got float8_e5m2: it has two"):
+    want = r"must be torch\.int8 or torch\.float8_e4m3fn, got "
+    with pytest.raises(ValueError, match=rf"^activation_dtype {want}torch\.float8_e5m2: it has two bits"):
         make(activation_dtype=torch.float8_e5m2)
+    with pytest.raises(ValueError, match=rf"^weight_dtype {want}'int8'$"):
+        make(weight_dtype="int8")
     with pytest.raises(ValueError, match="weight_dtype must be the activations', int8, got float8_e4m3fn"):
         make(activation_dtype=torch.int8, weight_dtype=E4M3)
 
@@ -281,6 +284,14 @@ def test_what_can_not_be_quantized_is_named_in_one_line_and_nothing_changes(call
     assert "\n" not in str(error.value)
     assert_unchanged(model, state, types)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("call", [quantize_dynamic, quantize.prepare])
+def test_a_model_and_a_dict_are_asked_for(call):
+    with pytest.raises(TypeError, match=r"^qconfig_dict must be a Mapping, got QConfig$"):
+        call(network(), PER_TOKEN)
+    with pytest.raises(TypeError, match=r"^model must be a Module, got str$"):
+        call("model", {"": PER_TOKEN})
 
 
 def test_a_model_that_is_itself_a_layer_has_no_place_for_another():

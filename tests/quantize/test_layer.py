@@ -60,6 +60,15 @@ def test_rows_may_lie_in_any_number_of_dimensions():
     assert torch.equal(made(x.transpose(0, 2)), made(x).transpose(0, 2))
 
 
+def test_an_input_of_another_width_or_type_is_named():
+    made = Linear8.from_linear(layer_of())
+    for x in (random(5, 95, seed=9), torch.tensor(1.0), quantize_rows(random(5, 95, seed=9), torch.int8)):
+        with pytest.raises(ValueError, match=r"^x must be \[\.\.\., 96\], got \["):
+            made(x)
+    with pytest.raises(TypeError, match=r"^x must be a tensor or a Quantized, got list$"):
+        made([1.0] * 96)
+
+
 @pytest.mark.parametrize("codes", CODES)
 def test_smoothing_saves_the_small_channels_beside_a_large_one(codes):
     layer, x = layer_of(bias=False), random(64, 96, seed=9)
