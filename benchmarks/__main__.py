@@ -107,7 +107,7 @@ def measuring(add: Callable[..., object], rounds: int = 20, shapes: bool = True)
     add("--rounds", type=int, default=rounds, help=f"at most; 0: check only (default: {rounds})")
     add("--seconds", type=float, default=60, help="at most so long for a case, but for 5 rounds (default: 60)")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--isa", default="", metavar="I", help="of our CPU kernels, avx512_bf16 say; without amx in it nobody uses AMX")
+    add("--isa", default="", metavar="I", help="instructions: amx, or avx512_bf16, with which nobody uses AMX")
 
 
 def results(add: Callable[..., object]) -> None:

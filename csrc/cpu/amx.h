@@ -52,14 +52,6 @@ struct SignedBytes {
   }
 };
 
-// Signed ones of a with unsigned ones of b.
-struct UnsignedBytes {
-  template <int kSum, int kA, int kB>
-  INFERIX_INLINE static void multiply_add() {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB));
-  }
-};
-
 struct Bf16Numbers {
   template <int kSum, int kA, int kB>
   INFERIX_INLINE static void multiply_add() {

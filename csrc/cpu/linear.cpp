@@ -314,8 +314,9 @@ void linear_cpu(const LinearParams& p, const Cpu& cpu) {
   const Call call{p, level_of(cpu.isa), cpu.isa, words, row_words, packs_weight, in_place, packed, groups, columns};
   parallel_for(cpu.threads, groups, [&](int64_t group) { call.level.pack(call, group); });
 
-  const int64_t most = std::max(kLeastShare, kShareBytes / (row_words * 4)), shares = (packed.rows + most - 1) / most;
-  const int64_t share = round_up((groups + shares - 1) / shares, 2);
+  const int64_t most = std::max(kLeastShare, kShareBytes / (row_words * 4)), least = (packed.rows + most - 1) / most;
+  // Pairs of groups, in about equal shares. Rounded up, fewer shares may hold all of them: none is empty.
+  const int64_t share = round_up((groups + least - 1) / least, 2), shares = (groups + share - 1) / share;
   // Where there are enough rows for all threads, a task takes more of them.
   const int64_t tasks = cpu.threads == 1 ? 1 : 4 * cpu.threads;
   const int64_t even = round_up((in_place.rows + tasks - 1) / tasks, 2 * kLanes);

@@ -168,6 +168,14 @@ def test_linear_matches_the_reference(shape, epilogue, dtype, codes, backend, de
     assert_products_close(got, want, codes, K, device)
 
 
+@pytest.mark.parametrize("codes, terms", [(torch.int8, 4032), (torch.float8_e4m3fn, 2016)])
+def test_fewer_shares_may_hold_the_weight_than_its_size_asks_for(codes, terms):
+    """On a CPU: 65 groups of sixteen rows in shares of at most 8.1 are 8, but even shares are of 10, and 7 hold all."""
+    x, weight = (quantize_rows(random(rows, terms, seed=rows), codes) for rows in (528, 1040))
+    got, want = (linear(x, weight, dtype=torch.float32, backend=which) for which in ("compiled", "reference"))
+    assert_products_close(got, want, codes, terms, "cpu")
+
+
 def test_a_float_input_is_quantized_first(backend, device):
     x, weight = random(6, 32, device=device), quantize_rows(random(4, 32, seed=1, device=device))
     got = linear(x, weight, backend=backend)
