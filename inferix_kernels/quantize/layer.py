@@ -150,8 +150,9 @@ class Linear8(nn.Module):
         else:
             codes = quantize_tensor(weight, config.weight.dtype)
             codes = codes._replace(scales=codes.scales[0].clone())
-        inputs = {"input_scale": input_scale, "per_tensor": config.activation.qscheme == per_tensor_symmetric}
-        return cls(codes, bias=bias, smooth=smooth, **inputs, backend=backend).train(layer.training)
+        one = config.activation.qscheme == per_tensor_symmetric
+        made = cls(codes, bias=bias, smooth=smooth, input_scale=input_scale, per_tensor=one, backend=backend)
+        return made.train(layer.training)
 
     @classmethod
     def from_float(cls, layer: nn.Linear) -> Linear8:
