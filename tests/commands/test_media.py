@@ -60,6 +60,15 @@ def test_a_video_holds_the_frames_that_were_written(tmp_path: Path, frames: np.n
     assert psnr(decode(path, 4), frames) > 35
 
 
+def test_no_picture_is_coded_between_two_others(tmp_path: Path, frames: np.ndarray) -> None:
+    """With B pictures x264 codes the same pictures otherwise now and then, and a resumed file would differ."""
+    with VideoWriter(tmp_path / "a.mp4", 8, (SIZE, SIZE)) as video:
+        video.write(frames)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        kinds = [av.video.frame.PictureType(frame.pict_type).name for frame in container.decode(video=0)]
+    assert len(kinds) == len(frames) and set(kinds) == {"I", "P"}
+
+
 def test_oblong_frames_and_scale_one(tmp_path: Path) -> None:
     y, x = np.mgrid[:32, :64]
     ramp = np.broadcast_to(np.stack([2 * x, 4 * y, x + y], -1).astype(np.uint8), (5, 32, 64, 3))
