@@ -28,6 +28,7 @@ MAX_INT8_TERMS = 131071  # of a sum of 32 bits, as in csrc/linear.h
 # On CUDA: what sizes of N and K must be multiples of, and the least M.
 MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}
 LEAST_ROWS = {torch.int8: 17, torch.float8_e4m3fn: 1}
+LEAST_TERMS = 2  # of K = 1 torch 2.13's `_int_mm` returns other numbers on a CPU (oneDNN 3.12, every M, every N > 1)
 
 
 def linear(
@@ -45,7 +46,7 @@ def linear(
     (rows, terms), columns = x.codes.shape, len(weight.codes)
     if rows and columns and terms:
         least, multiple = padding(x.codes)
-        wide = terms + -terms % multiple
+        wide = max(terms + -terms % multiple, LEAST_TERMS)
         padded = (
             padded_to(x.codes, max(rows, least), wide),
             padded_to(weight.codes, columns + -columns % multiple, wide),

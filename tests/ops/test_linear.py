@@ -214,6 +214,15 @@ def test_torch_gets_the_sizes_that_it_takes_on_a_gpu(shape, codes, monkeypatch):
     assert 0 <= terms - K < multiple and 0 <= columns - N < multiple
 
 
+@pytest.mark.parametrize("codes", CODES)
+def test_a_single_term_is_no_special_case(codes):
+    """Of K = 1 torch._int_mm returns other numbers on CPUs."""
+    x, weight = (quantize_rows(random(rows, 1, seed=rows), codes) for rows in (9, 20))
+    want = linear(x, weight, dtype=torch.float32, backend="reference")
+    for which in ("torch", "compiled"):
+        assert torch.equal(linear(x, weight, dtype=torch.float32, backend=which), want)
+
+
 def test_what_torch_can_not_multiply_is_unsupported_and_says_why(monkeypatch):
     x, weight = (quantize_rows(torch.ones(rows, 131072), backend="reference") for rows in (2, 1))
     with pytest.raises(Unsupported, match="sums in 32 bits, so at most 131071 columns, got 131072"):
