@@ -48,8 +48,11 @@ class SharedInput:
             if torch.cuda.is_current_stream_capturing():
                 return quantize()
             stream = torch.cuda.current_stream(x.device).cuda_stream
+        if x.requires_grad and torch.is_grad_enabled():  # the op says that there is none
+            return quantize()
         try:
-            key = siblings, x._version, x.data_ptr(), threading.get_ident(), stream
+            place = x.data_ptr(), x.shape, x.stride(), x.dtype  # torch counts no change of `.data`
+            key = siblings, x._version, place, threading.get_ident(), stream
         except RuntimeError:  # of a tensor that has no numbers in memory: the op says so
             return quantize()
         entry = self.entry

@@ -83,6 +83,21 @@ def test_a_write_between_the_calls_is_seen(counted, change):
     assert len(counted) == 3
 
 
+def test_a_tensor_that_was_given_another_view_of_its_memory_is_another(counted):
+    model, x = attention(), random(48, 48)
+    model.to_q(x)
+    x.data = x.data.T
+    assert torch.equal(model.to_k(x), unshared(model).to_k(x))
+
+
+def test_no_gradient_stops_at_codes_that_are_shared():
+    model, x = attention(), random(5, 48).requires_grad_()
+    with torch.no_grad():
+        model.to_q(x)
+    with pytest.raises(RuntimeError, match="^x requires a gradient, and there is no backward"):
+        model.to_k(x)
+
+
 def test_a_layer_that_is_called_again_looks_again(counted):
     """Memory may be written where torch does not count it: by a kernel, or from NumPy."""
     model, x = attention(), random(5, 48)
