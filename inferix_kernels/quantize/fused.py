@@ -105,8 +105,10 @@ def linear_output(
         ([3, 10, 32], True)
     """
     check_word("activation", activation, tuple(GELU))
-    if gate is not None and gate.shape[-2:-1] != (1,):
-        raise ValueError(f"gate must be [..., 1, N], got {list(gate.shape)}")
+    places = (x if isinstance(x, Tensor) else x.codes).shape[:-1]
+    for name, given, shape in (("gate", gate, (*places[:-1], 1)), ("residual", residual, places)):
+        if given is not None and given.shape[:-1] != shape:
+            raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
     if isinstance(layer, Linear8):
         y: Tensor = layer(x, activation=activation, gate=_rows(gate), residual=residual, dtype=dtype)
         return y

@@ -172,7 +172,11 @@ def test_what_is_wrong_is_named(layer):
             linear_input(layer, x, **given)
     for said, given in {
         "activation must be 'gelu', 'gelu_tanh' or None, got 'relu'": {"activation": "relu"},
-        r"gate must be \[\.\.\., 1, N\], got \[32\]": {"gate": random(32)},
+        r"gate must be \[2, 3, 1, N\], got \[32\]": {"gate": random(32)},
+        # An 8-bit layer would take these rows for others than torch does.
+        r"gate must be \[2, 3, 1, N\], got \[1, 3, 1, 32\]": {"gate": random(1, 3, 1, 32)},
+        r"residual must be \[2, 3, 5, N\], got \[3, 2, 5, 32\]": {"residual": random(3, 2, 5, 32)},
+        r"residual must be \[2, 3, 5, N\], got \[5, 32\]": {"residual": random(5, 32)},
     }.items():
         with pytest.raises(ValueError, match=f"^{said}$"):
             linear_output(layer, x, **given)
