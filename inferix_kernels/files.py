@@ -11,6 +11,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust, safetensors' among them, print an errno
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # a file system that knows none, as some network ones
 
 
@@ -28,10 +30,17 @@ def unwritable(path: str | os.PathLike[str], error: Exception, argument: str = "
         error: an OSError, or what a library made of one (safetensors has its own exception, with the errno in words).
         argument: of the caller, that the message names.
     """
-    code = getattr(error, "errno", None)
-    if code in _FULL or any(f"os error {full}" in str(error) for full in _FULL):
+    code = _errno(error)
+    if code in _FULL:
         return ValueError(f"{argument}: no space left: {os.fspath(path)!r}")
-    return ValueError(f"{argument}: cannot write {os.fspath(path)!r}: {getattr(error, 'strerror', None) or error}")
+    return ValueError(f"{argument}: cannot write {os.fspath(path)!r}: {os.strerror(code) if code else error}")
+
+
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _IN_WORDS.search(str(error))
+    return int(found[1]) if found else None
 
 
 def temporary_path(path: str | os.PathLike[str]) -> Path:
@@ -48,6 +57,8 @@ def destination(path: str | os.PathLike[str], argument: str = "path") -> Path:
     """
     path = Path(path)
     try:
+        if not path.name:
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         real = Path(os.path.realpath(path)) if path.is_symlink() else path
         if real.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -81,7 +92,7 @@ def atomic_write(path: str | os.PathLike[str], argument: str = "path") -> Iterat
     except OSError as error:
         raise unwritable(path, error, argument) from None
     except Exception as error:
-        if any(f"os error {full}" in str(error) for full in _FULL):
+        if _errno(error) is not None:
             raise unwritable(path, error, argument) from None
         raise
     finally:

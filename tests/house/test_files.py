@@ -25,6 +25,7 @@ def test_a_file_appears_whole_with_the_permissions_of_any_other(tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device"), r"--out: no space left: '.*x.json'"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), r"--out: no space left: '.*x.json'"),
+        (RuntimeError("I/O error: File too large (os error 27)"), r"--out: cannot write '.*x.json': File too large$"),
         (OSError(errno.EIO, os.strerror(errno.EIO)), r"--out: cannot write '.*x.json': Input/output error"),
     ],
 )
@@ -35,6 +36,12 @@ def test_after_an_error_the_earlier_file_is_as_it_was(tmp_path, error, said):
         part.write_text("half")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_one_line(path):
+    with pytest.raises(ValueError, match=r"^path: cannot write '.*': Is a directory$"), atomic_write(path):
+        pass
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
