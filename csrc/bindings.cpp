@@ -220,10 +220,13 @@ class Description {
   }
 
   bool add_sequence(PyObject* value) {
+    constexpr int kDeepest = 8;  // a list may be in itself
+    if (++depth_ > kDeepest) return false;
     put('t'), put(PySequence_Fast_GET_SIZE(value));
     objects_.push_back(reinterpret_cast<PyObject*>(Py_TYPE(value)));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i)
       if (!add(PySequence_Fast_GET_ITEM(value, i))) return false;
+    --depth_;
     return true;
   }
 
@@ -252,6 +255,7 @@ class Description {
   }
 
   const bool gradients_;
+  int depth_ = 0;  // in tuples and lists
   std::string bytes_;
   std::vector<PyObject*> objects_, tensors_;  // strings, dtypes and types of tuples
 };

@@ -324,6 +324,8 @@ def check_scale(name: str, scale: float | None) -> None:
 def check_number(name: str, number: float) -> None:
     if not isinstance(number, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(number)}")
+    if not abs(number) < 1e38:  # which float32 holds
+        raise ValueError(f"{name} must be a finite number, got {number!r:.80}")
 
 
 def check_alibi(slopes: Tensor | None, plan: Plan, sizes: dict[str, int], device: torch.device) -> None:

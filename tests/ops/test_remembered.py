@@ -135,6 +135,9 @@ def test_numbers_in_a_list_are_looked_at_in_every_call():
 def test_a_number_is_no_tensor():
     with pytest.raises(TypeError, match="eps must be a number, got a Tensor"):
         quantize_rows(torch.ones(2, 8), norm="rms", eps=torch.tensor(1e-6))
+    for eps in (10**400, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^eps must be a finite number, got "):
+            quantize_rows(torch.ones(2, 8), norm="rms", eps=eps)
 
 
 @READABLE
@@ -153,7 +156,9 @@ def test_a_key_tells_kinds_apart():
     assert memory.describer()(False, x) == memory.describer()(False, wants)
     parameter = torch.nn.Parameter(x, requires_grad=False)
     assert memory.describer()(False, parameter) == memory.describer()(False, x)
-    for unknown in (torch._neg_view(x), x.to("meta"), x.to_sparse(), x.numpy(), object(), 1 << 70, {}):
+    endless = []
+    endless.append(endless)
+    for unknown in (endless, torch._neg_view(x), x.to("meta"), x.to_sparse(), x.numpy(), object(), 1 << 70, {}):
         assert memory.describer()(False, unknown) is None
 
 

@@ -94,7 +94,7 @@ def test_no_gradient_stops_at_codes_that_are_shared():
     model, x = attention(), random(5, 48).requires_grad_()
     with torch.no_grad():
         model.to_q(x)
-    with pytest.raises(RuntimeError, match="^x requires a gradient, and there is no backward"):
+    with pytest.raises(RuntimeError, match=r"^x requires a gradient, and there is no backward"):
         model.to_k(x)
 
 
