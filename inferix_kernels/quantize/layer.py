@@ -315,9 +315,9 @@ class Linear8(nn.Module):
             return (
                 f"{name} is quantized to {NAMES[self.qweight.dtype]}, and the state has codes of another recipe, {got}"
             )
-        for key, tensor in (("weight_scale", self.weight_scale), ("input_scale", self.input_scale)):
-            given = state.get(f"{prefix}{key}")
-            want, found = (None if x is None else list(x.shape) for x in (tensor, given))
+        for key in ("weight_scale", "input_scale", "smoothing"):
+            mine, given = getattr(self, key), state.get(f"{prefix}{key}")
+            want, found = (None if x is None else list(x.shape) for x in (mine, given))
             if codes is not None and want != found:
                 return f"{name} is {here}, and the state is of another recipe: {key} must be {want}, got {found}"
         return ""

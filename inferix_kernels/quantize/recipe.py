@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._check import FLOATS
 from .._install import require
 from ..files import atomic_write
 from ..layout import Quantized
@@ -137,7 +138,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, QConfig], dict[str, T
         version, layers = header["version"], header["layers"]
         if version == VERSION:
             return {str(name): QConfig.from_json(saved) for name, saved in layers.items()}, tensors
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _not_one(path, f"its recipe is damaged: {' '.join(repr(error).split())[:120]}") from None
     raise _not_one(path, f"its version is {str(version)[:20]}, this library reads {VERSION}")
 
@@ -179,6 +180,13 @@ def _layer(
         raise ValueError(
             f"model: layer {name!r} must have {'no ' if layer.bias is not None else 'a '}bias, as in the file"
         )
+    smoothing = given["smoothing"]
+    if smoothing is not None and list(smoothing.shape) != [1, layer.in_features]:
+        raise _not_one(path, f"layer {name!r}: smoothing must be [1, {layer.in_features}], got {list(smoothing.shape)}")
+    if smoothing is not None:
+        _check_dtype(f"{name}.smoothing", smoothing, smoothing.new_empty(0, dtype=torch.float32))
+    if given["bias"] is not None:
+        _check_dtype(f"{name}.bias", given["bias"], layer.bias)  # type: ignore[arg-type]
     old = layer.qweight if isinstance(layer, Linear8) else layer.weight
     device = torch.device("cpu") if old.is_meta else old.device
     moved = {part: None if x is None else x.to(device) for part, x in given.items()}
@@ -199,6 +207,13 @@ def _layer(
     return made.train(layer.training)
 
 
+def _check_dtype(name: str, tensor: Tensor, mine: Tensor) -> None:
+    """Floats may be of another width; codes and whole numbers are not to be taken for floats, nor these for them."""
+    if tensor.dtype != mine.dtype and not {tensor.dtype, mine.dtype} <= {*FLOATS, torch.float64}:
+        want, got = (str(x.dtype).removeprefix("torch.") for x in (tensor, mine))
+        raise ValueError(f"model: {name} must be {want}, as in the file, got {got}")
+
+
 def _check_rest(
     model: nn.Module, mine: Mapping[str, Tensor], rest: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
@@ -216,6 +231,7 @@ def _check_rest(
             raise ValueError(
                 f"model: {name} must be {list(tensor.shape)}, as in the file, got {list(mine[name].shape)}"
             )
+        _check_dtype(name, tensor, mine[name])
     held: dict[str, Any] = model.state_dict()
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in held:

@@ -211,6 +211,17 @@ DAMAGE = {
     "no scales": (lambda t, h: t.pop("embedding.weight_scale"), "layer 'embedding' has no weight_scale"),
     "short scales": (lambda t, h: t.update({"embedding.weight_scale": torch.ones(1, 7)}), "'embedding': weight.scales"),
     "float codes": (lambda t, h: t.update({"embedding.qweight": torch.ones(48, 16)}), "'embedding': weight.codes"),
+    "a whole bias": (
+        lambda t, h: t.update({"embedding.bias": torch.ones(48).int()}), "embedding.bias must be int32, as in the"),
+    "codes of no recipe": (
+        lambda t, h: t.update({"proj_out.weight": t["proj_out.weight"].to(torch.float8_e4m3fn)}),
+        "proj_out.weight must be float8_e4m3fn, as in the file, got float32"),
+    "smoothing by groups": (
+        lambda t, h: t.update({"embedding.smoothing": torch.ones(2, 16)}), r"must be \[1, 16\], got \[2, 16\]"),
+    "smoothing of nothing": (
+        lambda t, h: t.update({"embedding.smoothing": torch.ones(())}), r"smoothing must be \[1, 16\], got \[\]"),
+    "whole smoothing": (
+        lambda t, h: t.update({"embedding.smoothing": torch.ones(1, 16).int()}), "embedding.smoothing must be int32"),
 }  # fmt: skip
 
 
@@ -223,6 +234,13 @@ def test_a_damaged_file_is_one_line_and_nothing_changes(path, change, said):
         load(model, path)
     assert "\n" not in str(error.value)
     assert_unchanged(model, state, types)
+
+
+def test_a_recipe_without_an_end_is_damaged(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"x": torch.ones(1)}, tmp_path / "m", {"inferix_quantize": "[" * 200_000})
+    with pytest.raises(ValueError, match="its recipe is damaged: RecursionError"):
+        load(network(), tmp_path / "m")
 
 
 def test_a_path_that_is_no_such_file_is_one_line(tmp_path):
@@ -256,6 +274,14 @@ def test_a_state_dict_of_another_recipe_is_named_and_its_layer_not_loaded(mine, 
         model.load_state_dict(other.state_dict(), strict=False)
     for name, x in model.state_dict().items():
         assert torch.equal(x.view(torch.uint8), before[name].view(torch.uint8))
+
+
+def test_a_smoothed_state_dict_needs_a_smoothed_layer():
+    """Its codes are of other numbers."""
+    model = nn.Sequential(Linear8.from_linear(layer_of()))
+    smoothed = nn.Sequential(Linear8.from_linear(layer_of(), smooth=torch.full((96,), 2.0)))
+    with pytest.raises(RuntimeError, match=r"0 is .*another recipe: smoothing must be None, got \[1, 96\]"):
+        model.load_state_dict(smoothed.state_dict(), strict=False)
 
 
 def test_a_static_state_dict_needs_a_static_layer():
