@@ -78,12 +78,15 @@ def damaged(tensors, change):
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float()
     if change == "scales of another size":
         tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"][:1].clone()
+    if change == "scales that are not finite":
+        tensors[f"{name}.weight_scale"][5] = torch.nan
     return tensors
 
 
 DAMAGE = {
     "no scale": r"blocks.1.ffn.0.weight must be in 8 bits like blocks.0.self_attn.qkv.weight, with a weight_scale, got",
     "a float among them": r"blocks.1.ffn.0.weight must be in 8 bits like .*, got torch.float32",
+    "scales that are not finite": "blocks.1.ffn.0.weight_scale must hold finite numbers",
     "scales of another size": r"blocks.1.ffn.0.weight_scale must be \[160\], got \[1\]",
 }
 
@@ -97,13 +100,14 @@ def test_a_checkpoint_that_is_partly_in_8_bits_is_refused(change, tmp_path):
     with safe_open(out, "pt") as file:
         header = file.metadata()
     save_file(damaged(load_file(out), change), out, header)
-    with pytest.raises(ValueError, match=f"^weights: .*: {DAMAGE[change]}"):
+    with pytest.raises(ValueError, match=f"^weights: .*{DAMAGE[change]}"):
         load_network(out)
 
 
-def test_a_weight_that_is_not_finite_is_not_quantized(folder):
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_layer_that_is_not_finite_is_not_quantized(folder, part):
     state = load_file(folder / "model.safetensors")
-    state["blocks.1.self_attn.k.weight"][3, 5] = float("inf")
+    state[f"blocks.1.self_attn.k.{part}"][3] = float("inf")
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"^weights: blocks.1.self_attn.qkv.weight must hold finite numbers"):
+    with pytest.raises(ValueError, match=rf"^weights: blocks.1.self_attn.qkv.{part} must hold finite numbers"):
         load_network(folder / "model.safetensors", linear="int8")

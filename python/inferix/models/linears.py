@@ -77,10 +77,11 @@ def quantized_layer(name: str, weight: Tensor, bias: Tensor | None, linear: str)
     """The layer `name` in 8 bits: weight [N, K] as precise as there is, bias [N] in the network's dtype.
 
     Raises:
-        ValueError: the weight is not finite.
+        ValueError: the weight or the bias is not finite.
     """
-    if not weight.isfinite().all():
-        raise ValueError(f"weights: {name}.weight must hold finite numbers to be quantized")
+    for part, x in (("weight", weight), ("bias", bias)):
+        if x is not None and not x.isfinite().all():
+            raise ValueError(f"weights: {name}.{part} must hold finite numbers to be quantized")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     for part, x in (("weight", weight), ("bias", bias)):
         layer.register_parameter(part, None if x is None else nn.Parameter(x, requires_grad=False))
@@ -108,8 +109,14 @@ def stored_layers(tensors: Mapping[str, Tensor], names: list[str], source: str) 
 
 
 def stored_layer(tensors: Mapping[str, Tensor], name: str, device: torch.device | str, dtype: torch.dtype) -> Linear8:
-    """The layer `name` as `checkpoint_tensors` wrote it; dtype: of its bias."""
+    """The layer `name` as `checkpoint_tensors` wrote it; dtype: of its bias.
+
+    Raises:
+        ValueError: its scales are not finite.
+    """
     codes, scales = tensors[name + WEIGHT].to(device), tensors[name + SCALE].to(device, torch.float32)
+    if not scales.isfinite().all():
+        raise ValueError(f"weights: {name}{SCALE} must hold finite numbers")
     bias = tensors.get(f"{name}.bias")
     return Linear8(Quantized(codes, scales), bias=None if bias is None else bias.to(device, dtype)).eval()
 
