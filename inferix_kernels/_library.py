@@ -149,6 +149,8 @@ def call(op: str, accepted: Accepted | None, backend: str, device: torch.device,
     """
     if torch.compiler.is_compiling():
         getattr(getattr(torch.ops, NAMESPACE), op).default(*OPS[op].flatten(args, kwargs), backend)
+    elif torch._C._is_tracing():  # a trace would hold the outputs' allocation, and not the op
+        raise RuntimeError(f"{op} must not be called under torch.jit.trace, which does not see it: use torch.export")
     elif accepted is None or not runs_compiled(op, backend, device):
         run(op, backend, device, *args, **kwargs)
     elif accepted.replay is not None:

@@ -175,3 +175,9 @@ def test_no_gradient_stops_in_silence(op, name, way):
 def test_a_device_of_another_kind_reaches_no_kernel(backend):
     with pytest.raises(Unsupported, match="kv_append: no backend runs on xpu tensors, only on cpu and cuda"):
         run("kv_append", backend, torch.device("xpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_that_would_not_hold_the_op_is_refused():
+    with pytest.raises(RuntimeError, match=r"quantize_rows must not be called under torch\.jit\.trace, which does not"):
+        torch.jit.trace(lambda x: inferix_kernels.quantize_rows(x).scales, (torch.ones(3, 8),))
