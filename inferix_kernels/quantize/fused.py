@@ -112,6 +112,8 @@ def linear_output(
     if isinstance(layer, Linear8):
         y: Tensor = layer(x, activation=activation, gate=_rows(gate), residual=residual, dtype=dtype)
         return y
+    if isinstance(x, Quantized):
+        raise TypeError(f"x must be a tensor for a {type(layer).__name__}, got codes, which only a Linear8 takes")
     y = layer(x)
     y = y if activation is None else F.gelu(y, approximate=GELU[activation])
     y = y if gate is None else y * gate

@@ -103,6 +103,21 @@ def test_a_network_in_8_bits_is_its_layers_one_by_one(case, codes):
     assert 0.001 * size < (fused - exact).norm() < (0.04 if codes is torch.int8 else 0.12) * size
 
 
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_recipe_may_name_one_of_two_layers_with_one_input(name):
+    """Codes for both would be of no use to a float layer, nor to one of another dtype."""
+    network = random_network(tiny_config())
+    text = torch.randn(5, network.config.text_dim)
+    want = network.cross_cache(text).text
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        quantize_linears(network, dtype, names=[f"blocks.{int(dtype == torch.int8)}.cross_attn.{name}"])
+    if name == "k":
+        quantize_linears(network, torch.float8_e4m3fn, names=["blocks.1.cross_attn.v"])
+    for got, exact in zip(network.cross_cache(text).text, want):
+        for a, b in zip(got, exact):
+            assert (a - b).norm() < 0.05 * b.norm()
+
+
 def test_the_tiny_worlds_cross_attention_is_attention_to_the_words():
     """The projections of q and of the output are multiplied into the words' keys and values: in float64 nothing is
     left of that."""

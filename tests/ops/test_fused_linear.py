@@ -182,6 +182,12 @@ def test_what_is_wrong_is_named(layer):
             linear_output(layer, x, **given)
 
 
+def test_codes_are_for_8_bit_layers_alone():
+    rows = linear_input(Linear8.from_linear(layer_of()), random(5, 64))
+    with pytest.raises(TypeError, match=r"^x must be a tensor for a Linear, got codes, which only a Linear8 takes$"):
+        linear_output(layer_of(), rows)
+
+
 def test_an_8_bit_layer_refuses_what_does_not_fit():
     layer = Linear8.from_linear(layer_of())
     rows = linear_input(layer, random(5, 64))

@@ -122,14 +122,10 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
 
     def text_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        rows = linear_input(self.k, context)  # which the layers share
-        k, v = (linear_output(layer, rows, dtype=context.dtype) for layer in (self.k, self.v))
-        return self.split(self.norm_k(k)), self.split(v)
+        return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
 
     def image_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        rows = linear_input(self.k_img, context)
-        k, v = (linear_output(layer, rows, dtype=context.dtype) for layer in (self.k_img, self.v_img))
-        return self.split(self.norm_k_img(k)), self.split(v)
+        return self.split(self.norm_k_img(self.k_img(context))), self.split(self.v_img(context))
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, layer: int, segments: Sequence[tuple[slice, CrossCache]]
