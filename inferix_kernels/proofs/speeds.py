@@ -83,6 +83,8 @@ def of_device(device: torch.device) -> Record | None:
     try:
         found = json.loads(path(name := name_of(device)).read_text())
         whole = {Layer(str(codes), int(m), int(n), int(k)): _times(times) for codes, m, n, k, times in found["layers"]}
+        if any(min(layer[1:]) < 1 for layer in whole):
+            raise ValueError("a layer has no numbers")
         record = Record(found["device"], found["torch"], found["build"], whole)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):  # RuntimeError: no home folder
         return None

@@ -107,6 +107,12 @@ def test_a_damaged_record_is_none(text):
     assert speeds.of_device(CPU) is None and names(CPU, 8)[0] == "compiled"
 
 
+@pytest.mark.parametrize("size", [0, -8])
+def test_a_record_of_a_layer_without_numbers_is_damaged(size):
+    speeds.save(CPU, {SMALL: {"torch": 1.0}, SMALL._replace(M=size): {"torch": 1.0}})
+    assert speeds.of_device(CPU) is None and names(CPU, 8)[0] == "compiled"
+
+
 @pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
 def test_a_layer_is_timed_in_every_backend_that_is_right(codes, monkeypatch):
     ticks, said = itertools.count(), []
