@@ -12,10 +12,11 @@
 
 namespace inferix {
 
-// Tile registers 0 to 7 of this thread, all of full size, for as long as this lives.
+// Tile registers 0 to 7 of this thread, all of full size, for as long as this lives; or none.
 class Tiles {
  public:
-  Tiles() {
+  explicit Tiles(bool wanted = true) : wanted_(wanted) {
+    if (!wanted) return;
     alignas(64) struct {
       uint8_t palette = 1, start_row = 0, unused[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -23,9 +24,14 @@ class Tiles {
     } shape;
     asm volatile("ldtilecfg %0" : : "m"(shape));
   }
-  ~Tiles() { asm volatile("tilerelease" : : : "memory"); }
+  ~Tiles() {
+    if (wanted_) asm volatile("tilerelease" : : : "memory");
+  }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  const bool wanted_;
 };
 
 template <int kTile>

@@ -142,8 +142,9 @@ int64_t list_of(const PagedAttentionParams& p, const Task& task) {
   return task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
 }
 
-template <typename S, typename Registers>
-INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+template <typename S>
+INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, AttendGroups single,
+                                AttendGroups pair, Workspace& w) {
   const Call call(p, task);
   load_queries<S>(isa, p, task, call.out_columns, w);
   const int64_t list = list_of(p, task);
@@ -180,7 +181,7 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
       if (in_tiles)
         ++packed;
       else
-        attend_tile<S, Registers>(call, tile, next, w);
+        attend_tile(call, tile, next, single, pair, w);
       if (packed == kAmxTiles) attend_packed();
     }
   }
@@ -190,13 +191,20 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
 
 using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
 
+#define INFERIX_GROUPS(level, target, width, Registers)                                               \
+  target void attend_##level(const Call& call, const PackedTile& tile, int64_t group, Workspace& w) { \
+    attend_groups<Simd<width>, Registers>(call, tile, group, w);                                      \
+  }
+
+INFERIX_GROUPS(one_portable, , 4, PortableBlock)
 void attend_portable(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend_task<Simd<4>, PortableBlock>(isa, p, task, w);
+  attend_task<Simd<4>>(isa, p, task, attend_one_portable, nullptr, w);
 }
 
 #if defined(__x86_64__)
+INFERIX_GROUPS(one_v3, INFERIX_V3, 8, V3Block)
 INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend_task<Simd<8>, V3Block>(isa, p, task, w);
+  attend_task<Simd<8>>(isa, p, task, attend_one_v3, nullptr, w);
 }
 
 // Of so few keys packing tiles takes longer than multiplying them. It goes by the list alone: a row's result does not
@@ -207,11 +215,13 @@ bool has_few_keys(const PagedAttentionParams& p, int64_t list) {
   return keys <= kLanes;
 }
 
+using V4Single = Block<V4Block::kRows * V4Block::kGroups, 1>;
+INFERIX_GROUPS(one_v4, INFERIX_V4, 16, V4Single)
+INFERIX_GROUPS(two_v4, INFERIX_V4, 16, V4Block)
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   if (isa == Isa::amx && has_few_keys(p, list_of(p, task))) isa = Isa::avx512_bf16;
-  if (isa < Isa::amx) return attend_task<Simd<16>, V4Block>(isa, p, task, w);
-  const Tiles tiles;
-  attend_task<Simd<16>, V4Block>(isa, p, task, w);
+  const Tiles tiles(isa >= Isa::amx);
+  attend_task<Simd<16>>(isa, p, task, attend_one_v4, attend_two_v4, w);
 }
 
 Attend attend_for(Isa isa) { return dispatch<Attend>(isa, attend_portable, attend_v3, attend_v4); }

@@ -228,28 +228,28 @@ INFERIX_INLINE void attend_in_tiles(const Call& call, int64_t count, Workspace& 
     // There are as many multiplications for an exponential as there are 64 channels.
     if (call.out_columns <= 64)
       attend_pair<1>(call, count, group, w);
-    else if (call.out_columns <= 128)
-      attend_pair<2>(call, count, group, w);
     else
-      attend_pair<4>(call, count, group, w);
+      attend_pair<2>(call, count, group, w);
   }
 }
 #endif
 
-// All rows of the task, and one tile: as many groups at once as the registers hold, and those that see any of it.
-template <typename S, typename Registers>
-INFERIX_INLINE void attend_tile(const Call& call, const PackedTile& tile, const NextPage& next, Workspace& w) {
-  constexpr int kGroups = Registers::kGroups;
+// Groups from `group` on meet one tile. Functions of their own: all of it in one takes minutes to compile.
+using AttendGroups = void (*)(const Call& call, const PackedTile& tile, int64_t group, Workspace& w);
+
+// All rows of the task, and one tile: two groups at once where `pair` is given and both see any of it.
+inline void attend_tile(const Call& call, const PackedTile& tile, const NextPage& next, AttendGroups single,
+                        AttendGroups pair, Workspace& w) {
   const int64_t groups = static_cast<int64_t>(w.running.size());
   const auto sees = [&](int64_t group) { return call.view(group, 1, tile) != View::none; };
   for (int64_t group = 0; group < groups;) {
     next.fetch(group, groups);
-    if (kGroups == 2 && group + 1 < groups && sees(group) && sees(group + 1)) {
+    if (pair && group + 1 < groups && sees(group) && sees(group + 1)) {
       next.fetch(group + 1, groups);
-      attend_groups<S, Registers>(call, tile, group, w);
+      pair(call, tile, group, w);
       group += 2;
     } else {
-      if (sees(group)) attend_groups<S, Block<Registers::kRows * kGroups, 1>>(call, tile, group, w);
+      if (sees(group)) single(call, tile, group, w);
       ++group;
     }
   }
