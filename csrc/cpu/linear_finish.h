@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../linear.h"
-#include "activation.h"
+#include "linear_activation.h"
 #include "elements.h"
 
 namespace inferix {

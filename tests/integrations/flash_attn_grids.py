@@ -15,6 +15,7 @@ import random
 
 import torch
 
+from inferix_kernels import compiled
 from inferix_kernels.integrations import flash_attn, flash_attn_interface
 from tests.integrations.dense import attention, rotate, visible
 
@@ -133,7 +134,9 @@ def output(kv_heads, causal, local, d, sizes, softcap, dtype, deterministic):
     close(out, want, plain, 2)
     seen = want_lse > -torch.inf
     assert dropped.numel() == 0 and (lse[~seen] == torch.inf).all()
-    torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=1e-3, rtol=1e-5)
+    # Where products have bfloat16 operands q is rounded once more, after it was scaled: 2^-9 of a score.
+    step = 4e-3 if compiled.Isa.avx512_bf16 <= compiled.ISA else 1e-3
+    torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=step, rtol=1e-5)
 
 
 def kvcache(library, sizes, d, page, kv_heads, new_kv, causal, local, seqlen_new_eq_seqlen_q, rotary_interleaved,

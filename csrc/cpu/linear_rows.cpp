@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "../linear.h"
-#include "activation.h"
+#include "linear_activation.h"
 #include "codecs.h"
 #include "norms.h"
 #include "parallel.h"
