@@ -51,7 +51,8 @@ struct MicroKernels {
   static constexpr bool kInteger = Words::kElements == 4;
 
   // scores[group][key] = k[key] . q[group] + bias for sixteen queries of each group; row_max[group]: the largest of
-  // each. kTerms: the low bytes of int8 queries follow the high ones. Sums stay below 2^31 up to kMostTwoTerms channels.
+  // each. kTerms: the low bytes of int8 queries follow the high ones. Sums stay below 2^31 up to kMostTwoTerms
+  // channels.
   template <typename Registers, int kTerms = 1>
   INFERIX_INLINE static void qk_product(const TileKeys& k, const Column* const* q, const Column* q_scale,
                                         Column (*scores)[kTileKeys], Column* row_max) {

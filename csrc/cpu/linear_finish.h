@@ -22,8 +22,8 @@ struct Sums {
   bool transposed;        // a column for each row of the weight, else for each row of x
 };
 
-// They become the result at rows m0 ... and columns n0 ...: sixteen by sixteen numbers, kWhole, or as many of them as there
-// are.
+// They become the result at rows m0 ... and columns n0 ...: sixteen by sixteen numbers, kWhole, or as many of them as
+// there are.
 template <typename S, bool kWhole>
 INFERIX_INLINE void finish_block(const LinearParams& p, const Sums& sums, int64_t m0, int64_t n0) {
   using Lanes = typename S::Lanes;
