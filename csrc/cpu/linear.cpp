@@ -161,11 +161,10 @@ INFERIX_INLINE void multiply_groups(const Call& c, const InPlaceRows& w, int64_t
     products<S, decltype(words), Registers>(w, x, c.row_words, stored_in<S>(sums));
   };
 #if defined(__x86_64__)
-  if constexpr (S::kWidth == 16)
-    if (c.words == Words::int8)
-      with(Int8Words{});
-    else if (c.words == Words::bf16)
-      with(Bf16Words{});
+  if constexpr (S::kWidth == 16) {
+    if (c.words == Words::int8) with(Int8Words{});
+    if (c.words == Words::bf16) with(Bf16Words{});
+  }
 #endif
   if (c.words == Words::floats) {
     if (c.p.codec == Codec::i8_token && c.p.K > kExactTerms)
