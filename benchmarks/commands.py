@@ -69,8 +69,7 @@ class Results:
         self.append_to = []
         if args.record:
             head = environment.header(settings)
-            name = f"{head['date'][:10]}-{head['commit']}.jsonl"
-            self.append_to.append(ledger.RECORDS / environment.slug(head["device"]) / name)
+            self.append_to.append(ledger.record_path(head))
         if args.json and args.json.suffix == ".jsonl":
             self.append_to.append(args.json)
         for path in filter(Path.exists, self.append_to):
@@ -79,6 +78,8 @@ class Results:
                 raise ValueError(f"{path} holds a run of other sources: choose a new file")
             if head["device"] != environment.device_name(settings.device):
                 raise ValueError(f"{path} holds a run on {head['device']}: choose a new file")
+            if ledger.setting_of(head) != ledger.setting_of(environment.header(settings)):
+                raise ValueError(f"{path} holds a run with {ledger.setting_of(head)}: choose a new file")
 
     def add(self, rows: Sequence[Row]) -> None:
         """Rows that can't be written, to a disk that is full, say, are shown all the same, and the run goes on."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .environment import slug
 from .ledger import ROOT, fingerprint, kernels
 from .rows import Document
 from .table import markdown
@@ -39,6 +40,19 @@ class Evidence(NamedTuple):
 def load_records(folder: Path = RECORDS) -> list[Document]:
     """All records, oldest first. Raises rows.BadRecord."""
     return sorted((Document.load(path) for path in folder.glob("*/*.jsonl")), key=lambda record: record.header["date"])
+
+
+def setting_of(head: dict[str, Any]) -> str:
+    """How a run measured, in words of which a record's name is made: rows of two settings are not of one table."""
+    settings = head["settings"]
+    threads = f"{settings['threads']}-thread" + ("s" if settings["threads"] != 1 else "")
+    words = [head.get("isa", ""), threads, settings["timer"], "" if settings["cold"] else "warm"]
+    return "-".join(filter(None, words))
+
+
+def record_path(head: dict[str, Any]) -> Path:
+    """Where a record with this header belongs."""
+    return RECORDS / slug(head["device"]) / f"{head['date'][:10]}-{head['commit']}-{setting_of(head)}.jsonl"
 
 
 def evidence(records: Sequence[Document]) -> list[Evidence]:

@@ -4,8 +4,8 @@
 ... replaced ...
 <!-- end -->
 
-What the mark says is what the table holds: families, or `evidence`, and filters. Figures come from records alone: the
-newest right row of each, with its device and commit below the table.
+What the mark says is what the table holds: families, or `evidence`, and filters. Figures come from records alone: of
+each case, device and setting the newest, with its origin below the table.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Filter(argparse.Namespace):
     shapes: list[str]
     ops: list[str]
     formats: list[str]
+    setting: str
 
 
 def parse(words: str) -> Filter:
@@ -44,6 +45,7 @@ def parse(words: str) -> Filter:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for name in ("--shapes", "--ops", "--formats"):
         parser.add_argument(name, type=lambda text: text.split(","), default=[])
+    parser.add_argument("--setting", default="", help="as in a record's name, or a part of it: amx-1-thread")
     try:
         given, unknown = parser.parse_known_args(shlex.split(words), Filter())
     except argparse.ArgumentError as error:
@@ -78,12 +80,13 @@ def update(paths: Sequence[Path], records: Sequence[Document]) -> list[Path]:
 def content(wanted: Filter, records: Sequence[Document]) -> str:
     if wanted.families == ["evidence"]:
         return evidence.table(evidence.evidence(records))
-    newest: dict[tuple[str, str], tuple[Document, list[Row]]] = {}  # (case, device) -> what the last record says
+    newest: dict[tuple[str, str, str], tuple[Document, list[Row]]] = {}  # (case, machine, setting) -> the last record's
     for record in records:
-        cases: dict[tuple[str, str], list[Row]] = {}
+        machine, setting = record.header["device"], evidence.setting_of(record.header)
+        cases: dict[tuple[str, str, str], list[Row]] = {}
         for row in record.rows:
-            if _asked(row, wanted):
-                cases.setdefault((row.case, row.device), []).append(row)
+            if wanted.setting in setting and _asked(row, wanted):
+                cases.setdefault((row.case, machine, setting), []).append(row)
         newest |= {key: (record, rows) for key, rows in cases.items()}
     if not newest:
         return "*No record yet.*"

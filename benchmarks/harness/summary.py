@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..shapes import find_shape
-from .environment import slug
-from .evidence import evidence, table
+from .evidence import evidence, record_path, table
+from .ledger import ROOT
 from .rows import BadRecord, Document, Row
 from .show import MARKS, rate
 from .table import markdown, time_of
@@ -72,7 +72,7 @@ def summary(run: Run) -> str:
     parts += ["## What was done", "", run.stage_table(), ""]
     if document is not None and not run.dry:
         parts += ["## What is measured now", "", table([e for e in evidence([document]) if e.state != "never"]), ""]
-        parts += ["## To commit it", "", f"    cp {path.name} {record_name(document)}", ""]
+        parts += ["## To commit it", "", f"    cp {path.name} {record_path(document.header).relative_to(ROOT)}", ""]
     return "\n".join(parts)
 
 
@@ -80,12 +80,6 @@ def origin(document: Document) -> str:
     head = document.header
     software = ", ".join(f"{name} {version}" for name, version in head["software"].items())
     return f"{head['device']}, {head['architecture']}, {head['date']}, commit {head['commit']}; {software}"
-
-
-def record_name(document: Document) -> Path:
-    """Where in the repository a record belongs."""
-    head = document.header
-    return Path("benchmarks/records") / slug(head["device"]) / f"{head['date'][:10]}-{head['commit']}.jsonl"
 
 
 def figures(rows: Sequence[Row]) -> str:
