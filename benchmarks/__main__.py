@@ -6,7 +6,7 @@ run       check every contender against the reference, then time those that are 
 compare   two runs, or two source trees measured now: FASTER, SLOWER, SAME or UNSURE, with an interval
 sweep     cost against pages, sparsity, worlds and blocks, with the fitted exponent
 evidence  which kernel was measured in which format on which architecture, and whether at this source
-report    make the tables between the marks of docs/evidence.md anew, from the records
+report    make the tables between the marks of the documents anew, from the records
 env       what a figure of this machine would be a figure of
 gpu       minutes of a rented GPU: what is most wanted first; goes on where an earlier call ended
 """
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only", type=names, default=(), metavar="A,B", help="kernels by name or part of it: cpu, cuda/attention ...")
     add("--records", type=Path, action="append", metavar="F", help="files in addition to benchmarks/records")
     add = command("report", commands.report, "tables and plots from records")
-    add("files", nargs="*", type=Path, help="Markdown files with marks (default: docs/evidence.md)")
+    add("files", nargs="*", type=Path, help="Markdown files with marks (default: those of docs)")
     add("--records", type=Path, action="append", metavar="F", help="only these, instead of benchmarks/records")
     add("--plot", type=Path, metavar="F", help="draw the newest record's rates")
     add("--plot-sweep", type=Path, metavar="F", help="draw the newest record's sweeps")

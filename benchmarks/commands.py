@@ -278,7 +278,7 @@ def report(args: argparse.Namespace) -> int:
     if missing := [str(path) for path in args.files if not path.is_file()]:
         raise ValueError(f"files must be there, to be made anew, got {', '.join(missing)}")
     if args.files or not (args.plot or args.plot_sweep):
-        for path in reports.update(args.files or [ledger.ROOT / "docs/evidence.md"], records):
+        for path in reports.update(args.files or sorted((ledger.ROOT / "docs").glob("*.md")), records):
             print(f"{path}: made anew")
     return 0
 

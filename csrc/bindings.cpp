@@ -391,6 +391,7 @@ void define_types(py::module_& m) {
       .value("avx512_bf16", Isa::avx512_bf16)
       .value("amx", Isa::amx);
   m.def("best_isa", best_isa, "The last Isa that this CPU has.");
+  m.def("default_isa", default_isa, "The Isa that is fastest on this CPU.");
   py::enum_<Norm>(m, "Norm", py::module_local())
       .value("none", Norm::none)
       .value("layer", Norm::layer)

@@ -26,7 +26,7 @@ except ImportError as error:
 
 HAS_CUDA: bool = _C.has_cuda
 Isa = _C.Isa
-ISA: Any = _C.best_isa()  # the instructions that CPU kernels use; tests set others
+ISA: Any = _C.default_isa()  # the instructions that CPU kernels use; tests set others
 CUDA_OPS = frozenset(_C.cuda_ops)
 Struct = dict[str, Any]  # one of csrc/'s, with a value for each field
 _DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}

@@ -207,7 +207,7 @@ INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& ta
   attend_task<Simd<8>>(isa, p, task, attend_one_v3, nullptr, w);
 }
 
-// Of so few keys packing tiles takes longer than multiplying them. It goes by the list alone: a row's result does not
+// Of so few keys arranging tiles takes longer than multiplying them: float32 needs the least of it. It goes by the list alone: a row's result does not
 // depend on the rows beside it.
 bool has_few_keys(const PagedAttentionParams& p, int64_t list) {
   int64_t keys = 0;
@@ -219,7 +219,7 @@ using V4Single = Block<V4Block::kRows * V4Block::kGroups, 1>;
 INFERIX_GROUPS(one_v4, INFERIX_V4, 16, V4Single)
 INFERIX_GROUPS(two_v4, INFERIX_V4, 16, V4Block)
 INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  if (isa == Isa::amx && has_few_keys(p, list_of(p, task))) isa = Isa::avx512_bf16;
+  if (isa == Isa::amx && has_few_keys(p, list_of(p, task))) isa = Isa::avx512;
   const Tiles tiles(isa >= Isa::amx);
   attend_task<Simd<16>>(isa, p, task, attend_one_v4, attend_two_v4, w);
 }

@@ -37,4 +37,12 @@ Isa best_isa() {
   return Isa::portable;
 }
 
+Isa default_isa() {
+  const Isa best = best_isa();
+#if defined(__x86_64__)
+  if (best == Isa::avx512_bf16 && __builtin_cpu_is("intel")) return Isa::avx512_vnni;
+#endif
+  return best;
+}
+
 }  // namespace inferix

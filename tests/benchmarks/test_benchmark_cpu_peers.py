@@ -151,6 +151,8 @@ isa.hold("avx512_bf16")
 from inferix_kernels import compiled
 assert compiled.ISA.name == "avx512_bf16", compiled.ISA
 assert not isa.may_use_tiles()
+intel = "GenuineIntel" in open("/proc/cpuinfo").read()
+assert compiled._C.default_isa().name == ("avx512_vnni" if intel else "avx512_bf16")
 child = "from benchmarks.harness import isa; print(isa.may_use_tiles())"
 assert subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout == "False\\n"
 x = torch.ones(64, 64, dtype=torch.bfloat16)
