@@ -2,6 +2,7 @@
 
 `python -m inferix_kernels compile` compiles the Triton kernels for GPUs that are not here, and says what they use; with
 `--arch 90a` it says so of the CUDA kernels that are built.
+`python -m inferix_kernels compile --estimate` says what bounds them, by a model.
 `python -m inferix_kernels hazards` checks that those leave the registers of an asynchronous product alone.
 `python -m inferix_kernels tune` measures their tile sizes on the GPU that is, and writes them down.
 `python -m inferix_kernels prove` compares every kernel's results on that GPU with the reference's; `auto` goes by it.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import _library, chosen, hazards, ops, sass, testing
+from . import _library, chosen, estimate, hazards, ops, sass, testing
 from ._dispatch import AUTO, AUTO_CUDA, BACKENDS, PROVED, Unsupported, implementation
 from ._printing import while_read
 from .layout import Quantized
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = ahead.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
     output.add_argument("--markdown", action="store_true", help="a line for each op")
+    ahead.add_argument("--estimate", action="store_true", help="what bounds them, modelled: --arch 80, 90 or 90a")
     followed = commands.add_parser(
         "hazards", help="registers of asynchronous products, in the CUDA kernels that are built"
     )
@@ -133,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.device:
             print(chosen.table(chosen.target(options.device)))
             return 0
+        if options.command == "compile" and options.estimate:
+            return estimate_command(options.arch, options.cases, options.json, options.markdown)
         if options.command == "compile":
             return compile_command(options.arch, options.cases, options.json, options.markdown)
         if options.command == "hazards":
@@ -179,6 +183,25 @@ def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: 
     if not rows:
         raise Unsupported(f"no case begins with {' or '.join(map(repr, cases))}")
     return int(not all(row.sound for row in rows))
+
+
+def estimate_command(names: Sequence[str] | None, cases: Sequence[str], as_json: bool, as_markdown: bool) -> int:
+    """0 if there was something to estimate, else 2. 90 by default; 90a stands for the CUDA kernels that are built."""
+    if as_json:
+        raise Unsupported("--estimate has no --json")
+    if names == ["90a"]:
+        if cases:
+            raise Unsupported("--arch 90a takes no cases: it is an estimate of the CUDA kernels that are built")
+        rows = list(estimate.of_extension())
+    else:
+        if wrong := [name for name in names or () if not name.isdigit()]:
+            raise Unsupported(f"--estimate takes --arch 80, 90 or, alone, 90a, got {wrong[0]}")
+        rows = list(estimate.of_triton([int(name) for name in names or (90,)], cases))
+    if not rows:
+        raise Unsupported(f"no case with products begins with {' or '.join(map(repr, cases))}")
+    for line in estimate.markdown(rows) if as_markdown else estimate.table(rows):
+        print(line)
+    return 0
 
 
 def print_machine() -> None:

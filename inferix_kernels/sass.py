@@ -113,6 +113,14 @@ def disassemble(cubin: Path, life_ranges: bool = False) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def listing_of(cubin: bytes, life_ranges: bool = False) -> str:
+    """`disassemble`, of a cubin that is in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        return disassemble(file, life_ranges)
+
+
 def functions(listing: str) -> dict[str, list[Line]]:
     """The code of each function, by mangled name."""
     code: dict[str, list[Line]] = {}
@@ -166,14 +174,20 @@ def registers_after_setmaxnreg(code: Sequence[Line]) -> dict[str, int]:
     }
 
 
-def _highest_register(code: Sequence[Line], following: Sequence[Sequence[int]], start: int) -> int:
-    """Of the instructions that can follow `start`."""
+def reached_from(start: int, following: Sequence[Sequence[int]]) -> set[int]:
+    """The lines that can be run from a line on, itself included."""
     seen = {start}
     ahead = [start]
     while ahead:
         new = set(following[ahead.pop()]) - seen
         seen |= new
         ahead += new
+    return seen
+
+
+def _highest_register(code: Sequence[Line], following: Sequence[Sequence[int]], start: int) -> int:
+    """Of the instructions that can follow `start`."""
+    seen = reached_from(start, following)
     return max([-1, *(int(number) for i in seen for number in re.findall(r"\bR(\d+)\b", code[i].text))])
 
 
