@@ -1,7 +1,11 @@
 """The whole loop, block by block: our attention over pages against the same loop with gather + SDPA, taking turns.
 
 `run e2e --model tiny` is the world that ships with the repository. `--model self-forcing` takes a checkpoint with
-`--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU.
+`--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU, and a
+tiny VAE (TAEHV's architecture) with random weights.
+
+The last row says what it is worth to decode the pictures of a block while the next one is made: latent frames a second by
+the wall clock over runs of blocks, the last one's pictures included, and the same with pictures after each block.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +36,7 @@ from .harness.memory import Peak
 from .harness.rows import Row
 
 KV = "int8"
+RUNS, RUN = 4, 6  # of how many blocks each, with pictures beside and after
 CHECKED = 3  # blocks whose latents are compared: by then the past is read back from its committed pages
 # Both loops read the same codes; they differ by rounding, which the denoising of three blocks carries on.
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -190,7 +196,8 @@ def open_loop(
 
 
 def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
-    """Rows of our loop, of the same with every clean pass by itself, and of the baseline; `shapes` are not used."""
+    """Rows of our loop, of the same with every clean pass by itself, of the baseline, and of our loop with its pictures
+    beside the next block; `shapes` are not used."""
     if settings.model == "tiny" and settings.device == "cuda":
         yield Row("e2e", "loop", "tiny", "ours", KV, "cuda", "unsupported", "the tiny world runs on CPUs")
         return
@@ -219,10 +226,53 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
             shown.metrics = loop.metrics()
             shown.seconds = [a + b for a, b in zip(loop.made, loop.decoded)][1:]
         yield shown
+    if loops[0].pictures is not None:
+        yield pictures_beside(dataclasses.replace(row, contender="ours-beside"), loops[0], settings)
+
+
+def pictures_beside(row: Row, loop: Loop, settings: Settings) -> Row:
+    """The row, with rates of two more worlds, which must give the same pictures bit for bit."""
+    from inferix.history import Pictures
+
+    model, conditioning = loop.decoder.model, loop.conditioning
+    after, beside = (open_loop("ours", model, conditioning, settings) for _ in range(2))
+    pictures = Pictures(model.stream(), 0, settings.device)
+
+    def run_after(blocks: int) -> list[Any]:
+        return [after.pictures(after.decoder.step(conditioning())) for _ in range(blocks)]
+
+    def run_beside(blocks: int) -> list[Any]:
+        coming = [pictures.begin(beside.decoder.step(conditioning()), 0, "a block") for _ in range(blocks)]
+        return [each.result() for each in coming]
+
+    filled = max(CHECKED, -(-model.adapter.window // model.adapter.block_frames))
+    if not all(map(np.array_equal, run_after(filled), run_beside(filled))):
+        return dataclasses.replace(row, status="wrong", note="pictures beside the next block are not the same")
+    rates: dict[str, list[float]] = {"decode beside": [], "decode after": []}
+    runs = (("decode beside", run_beside), ("decode after", run_after))
+    for turn in range(RUNS if settings.blocks >= RUN else 1):
+        for name, run in runs[:: 1 if turn % 2 else -1]:
+            started = time.perf_counter()  # a result is on the host: a GPU is done with it
+            run(min(RUN, settings.blocks))
+            rates[name].append(min(RUN, settings.blocks) * model.adapter.block_frames / (time.perf_counter() - started))
+    row.metrics = {name: statistics.median(found) for name, found in rates.items()}
+    return row
+
+
+def random_vae(device: str) -> Any:
+    """TAEHV's architecture with random weights: the published size on a GPU, a sixteenth of it on a CPU."""
+    from inferix.models.wan.tiny_vae import DECODER, ENCODER, TinyNetwork, TinyVAE
+
+    torch.manual_seed(0)
+    if device == "cuda":
+        return TinyVAE(TinyNetwork().to(device, torch.float16))
+    return TinyVAE(TinyNetwork([n // 4 for n in ENCODER], [n // 4 for n in DECODER]))
 
 
 def open_loops(settings: Settings) -> Iterator[Loop]:
     model, conditioning = load(settings)
+    if settings.model != "tiny" and not settings.weights:
+        model.open_video = random_vae(settings.device).open
     yield open_loop("ours", model, conditioning, settings)
     if model.adapter.fused:  # a clean pass that shares a forward has no time of its own
         apart = copy.copy(model)

@@ -1,4 +1,4 @@
-"""Numbers that are no numbers: found with the pictures of a block, and traced to the layer that they come from."""
+"""Numbers that are no numbers: found in a block or in its pictures, and traced to the layer that they come from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .facts import Facts
+    from .history import Coming
 
 
 class NotFinite(ValueError):
@@ -33,30 +34,26 @@ def to_bytes(pictures: Tensor) -> np.ndarray:
     return made
 
 
-def shown(world: Facts, conditioning: Any) -> np.ndarray:
-    """The pictures of the block that a world has just made, under `conditioning`.
+def shown(world: Facts, before: int, conditioning: Any) -> Coming:
+    """Begin to decode the pictures of the block that a world has just made, under `conditioning`.
+
+    Args:
+        before: frames that the world had before it.
 
     Raises:
-        NotFinite: the block or its pictures are not finite. It has been run again, watched, to say where that begins,
-            and the world is released.
+        NotFinite: the block is not finite. It has been run again, watched, to say where that begins. Or the pictures of
+            the block before are not.
     """
     decoder, latents = world.decoder, world.latents
-    finite = torch.isfinite(latents).all()  # read once the pictures are there: no wait of its own
-    where = ""
-    try:
-        pictures = world.pictures(latents[: decoder.finished])
-    except NotFinite:
-        where = "what the decoder of pictures gives"
-    if not finite:
-        where = _traced(world, conditioning)
-    if not where:
-        return pictures
+    world.pictures.check()
+    finite = torch.isfinite(latents).all()
     end = world.frames + world.ahead
-    world.decoder.release()
-    raise NotFinite(
-        f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name} are not "
-        f"finite, first in {where}"
-    )
+    frames = f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name}"
+    coming = world.pictures.begin(latents[: decoder.finished], before, frames)
+    if not finite:  # a GPU is waited for once: until the block is made, not until it is decoded
+        coming.wait()
+        raise NotFinite(f"{frames} are not finite, first in {_traced(world, conditioning)}")
+    return coming
 
 
 def _traced(world: Facts, conditioning: Any) -> str:

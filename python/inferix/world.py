@@ -7,7 +7,8 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from inferix_kernels._check import whole
 from .decode.contract import Model
 from .facts import Facts
 from .finite import NotFinite, shown
-from .history import Pictures
+from .history import Coming, Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, wants_recache
 from .models import load_model
 from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for
@@ -93,7 +94,7 @@ class World(Facts):
 
     def _begin(self, policy: Policy, seed: int) -> None:
         self.decoder = open_decoder(self.model, self.store.open(policy), seed, self._negative, self._blocks)
-        self._show(Pictures(self.model.stream(), policy.undo))
+        self._show(Pictures(self.model.stream(), policy.undo, self.model.device))
         self.prompt = None
 
     def _show(self, pictures: Pictures) -> None:
@@ -130,9 +131,40 @@ class World(Facts):
             >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
             >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
-        conditioning = self._steer("step", actions, action, prompt, recache)
-        self.latents = self.decoder.step(conditioning)
-        return shown(self, conditioning)
+        return self._taken(self._advance("step", None, actions, action, prompt, recache))
+
+    @one_at_a_time
+    def advance(
+        self,
+        actions: Sequence[Action] | None = None,
+        prompt: str | None = None,
+        *,
+        action: Action | None = None,
+        recache: bool | None = None,
+        latents: Tensor | None = None,
+    ) -> Coming:
+        """The same without waiting for the pictures: they are decoded while the next block is made, and are those that
+        `step` gives, bit for bit. There is one block of them under way at a time: the next call waits for them once its
+        own block is made, and so does what needs to know where pictures stand (`fork`, `rewind`, `observe`, saving).
+
+        Args:
+            actions, prompt, action, recache: as for `step`.
+            latents: as for `replay`, the next step of an earlier run, which is taken up.
+
+        Returns:
+            The pictures to come; `result` waits for them.
+
+        Raises:
+            NotFinite: the block is not finite, or pictures of the block before are not; names the layer. This world has
+                ended. And as `step` and `replay`.
+
+        Example:
+            >>> coming = world.advance(action="up")
+            >>> following = world.advance(action="left")  # made while the pictures of `coming` are decoded
+            >>> coming.result().shape
+            (3, 96, 96, 3)
+        """
+        return self._advance("advance", latents, actions, action, prompt, recache)
 
     @one_at_a_time
     def replay(
@@ -165,9 +197,7 @@ class World(Facts):
             True
         """
         self.decoder.check_replay(latents)
-        conditioning = self._steer("replay", actions, action, prompt, recache)
-        self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
-        return shown(self, conditioning)
+        return self._taken(self._advance("replay", latents, actions, action, prompt, recache))
 
     @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
@@ -190,7 +220,7 @@ class World(Facts):
             >>> given = np.repeat(frames[-1:], 3, axis=0)  # uint8 [3, 96, 96, 3]
             >>> seen = world.observe(given, actions=["none"] * 3)
         """
-        self._check_alive("observe")
+        self._settle("observe")
         latents = latents_of(self.model, frames, actions)
         sizes, seen = self.decoder.split_observed(len(latents)), []
         ends = accumulate(sizes, initial=0)
@@ -198,13 +228,9 @@ class World(Facts):
         self.prompt = self.prompt if prompt is None else prompt
         for block, conditioning in zip(latents.split(sizes), conditionings):
             before = self.frames
-            self.pictures.keep(before)
             self.decoder.observe(block, conditioning)
-            try:
-                seen.append(self.pictures(block[: self.frames - before]))
-            except NotFinite:
-                self.release()
-                raise
+            given = f"given latent frames {before} to {before + len(block) - 1} of {self.model.adapter.name}"
+            seen.append(self._taken(self.pictures.begin(block[: self.frames - before], before, given)))
         return np.concatenate(seen)
 
     @one_at_a_time
@@ -232,7 +258,7 @@ class World(Facts):
             >>> bool((other.step(action="up") == world.step(action="up")).all())  # the same past, the same noise
             True
         """
-        self._check_alive("fork")
+        self._settle("fork")
         if seed is not None:
             check_seed(seed)
         other = copy.copy(self)
@@ -258,6 +284,8 @@ class World(Facts):
             >>> world.frames == before
             True
         """
+        with self._ends_if_not_finite():
+            self.pictures.check()
         if self.decoder.can_rewind and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(
@@ -290,28 +318,55 @@ class World(Facts):
         """
         self.decoder.release()
 
-    def _check_alive(self, what: str) -> None:
-        if self.released:
-            raise RuntimeError(f"{what}: this world was released, or lost as it was recached, and can't go on")
+    def _settle(self, call: str, wait: bool = True) -> None:
+        """Raise unless this world can go on.
 
-    def _steer(
+        Args:
+            wait: for the pictures under way, to know it for certain.
+        """
+        if not self.decoder.released:
+            with self._ends_if_not_finite():
+                self.pictures.check(wait)
+        if self.released:
+            raise RuntimeError(f"{call}: this world was released, or lost as it was recached, and can't go on")
+
+    def _advance(
         self,
         call: str,
+        latents: Tensor | None,
         actions: Sequence[Action] | None,
         action: Action | None,
         prompt: str | None,
         recache: bool | None,
-    ) -> Any:
-        """Check what a step is asked for and get ready for it; returns the block's conditioning."""
-        self._check_alive(call)
+    ) -> Coming:
+        """Check what a step is asked for, make its block or take these latents for it, and begin its pictures."""
+        self._settle(call, wait=False)
+        if latents is not None:
+            self.decoder.check_replay(latents)
         chosen = actions_of(call, self.model.adapter, self.frames, actions, action)
         wanted = wants_recache(self.model.adapter, self.decoder.can_recache, recache)
-        conditioning = self._condition(chosen, prompt)
+        conditioning, before = self._condition(chosen, prompt), self.frames
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
             self.decoder.recache(conditioning)
         self.prompt = self.prompt if prompt is None else prompt
-        self.pictures.keep(self.frames)
-        return conditioning
+        with self._ends_if_not_finite():
+            if latents is None:
+                self.latents = self.decoder.step(conditioning)
+            else:
+                self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
+            return shown(self, before, conditioning)
+
+    def _taken(self, coming: Coming) -> np.ndarray:
+        with self._ends_if_not_finite():
+            return coming.result()
+
+    @contextmanager
+    def _ends_if_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite:
+            self.decoder.release()
+            raise
 
     def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
         return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)

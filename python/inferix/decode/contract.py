@@ -252,7 +252,8 @@ class Model(abc.ABC):
         self.conditioning(prompt, self.adapter.actions[:1] * self.adapter.block_frames)
 
     def pictures_of(self, latents: int) -> int:
-        """Pictures that `encode` makes so many latent frames of, from the beginning on."""
+        """Pictures that so many latent frames stand for, from the beginning on: what `encode` makes them of, and a stream
+        gives for them."""
         return latents
 
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:

@@ -159,6 +159,9 @@ class Magi(Model):
         """There is no decoder: a world's pictures are its latents, and `presentation` counts those."""
         return self.open_video is None
 
+    def pictures_of(self, latents: int) -> int:
+        return self.presentation.pictures * latents
+
     def stream(self) -> PictureStream:
         return PictureStream((lambda latents: latents.cpu().numpy()) if self.open_video is None else self.open_video())
 
