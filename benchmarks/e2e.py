@@ -4,8 +4,8 @@
 `--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU, and a
 tiny VAE (TAEHV's architecture) with random weights.
 
-The last row says what it is worth to decode the pictures of a block while the next one is made: latent frames a second by
-the wall clock over runs of blocks, the last one's pictures included, and the same with pictures after each block.
+The last row says what it is worth to decode the pictures of a block while the next one is made: latent frames a second
+by the wall clock over runs of blocks, the last one's pictures included, and the same with pictures after each block.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The workflows of .github, acted out on a CPU: each step runs, in its order, in a copy of the repository.
 
-What only a runner has is stood in for: the expressions of GitHub, its actions, two commands of NVIDIA, and a build of the
-extension, which is copied. Commands of the benchmarks run in this process, where torch is loaded already. Other
-values of a job's `env` make them small; the commands are the workflow's own.
+What only a runner has is stood in for: the expressions of GitHub, its actions, two commands of NVIDIA, and a build of
+the extension, which is copied. Commands of the benchmarks run in this process, where torch is loaded already, on a
+small machine; what `compare` measures is left to its own test. Other values of a job's `env` make them small; the
+commands are the workflow's own.
 """
 
+import functools
 import json
 import os
 import re
@@ -17,6 +19,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
+from benchmarks import commands, families
+from benchmarks.harness.ledger import kernels
+from benchmarks.harness.measure import Machine
 from inferix_kernels import _C
 
 yaml = pytest.importorskip("yaml", reason="pip install pyyaml")
@@ -79,6 +84,7 @@ class Runner:
             place.mkdir(parents=True, exist_ok=True)
             (place / name).write_text(f"#!/bin/sh\n{script}\n")
             (place / name).chmod(stat.S_IRWXU)
+        shutil.copy2(_C.__file__, self.workspace / "inferix_kernels")
         for stamp in ("torch", "built", "tools"):  # what `make .venv/tools` leaves, newer than every source
             (self.workspace / ".venv" / stamp).touch()
 
@@ -141,6 +147,13 @@ class Runner:
         return self._value(match[1]) == match[2]
 
 
+def not_compared(trees, cases, settings, threads, margin):
+    """In the place of compare_trees: both trees are there, built."""
+    assert [tree.name for tree in trees] == ["base", ""] and cases and settings.device == "cpu"
+    assert all(len(list(tree.glob("inferix_kernels/_C*.so"))) == 1 for tree in trees)
+    return iter(())
+
+
 EVENTS = [
     (
         {"name": "pull_request", "ref": "refs/pull/1/merge"},
@@ -157,6 +170,8 @@ EVENTS = [
 def test_the_workflow_of_a_runner_with_a_gpu_runs_step_by_step(event, steps, tmp_path, monkeypatch):
     if not shutil.which("git") or not shutil.which("make"):
         pytest.skip("needs git and make")
+    monkeypatch.setattr(commands, "Machine", functools.partial(Machine, small=True))
+    monkeypatch.setattr(commands.comparison, "compare_trees", not_compared)
     workflow = yaml.safe_load((WORKFLOWS / "gpu-benchmarks.yml").read_text())
     (job,) = workflow["jobs"].values()
     runner = Runner(tmp_path, event)
@@ -169,6 +184,25 @@ def test_the_workflow_of_a_runner_with_a_gpu_runs_step_by_step(event, steps, tmp
         (again,) = (step for step in job["steps"] if step.get("name") == "build what would be replaced")
         runner._execute(again, job["env"], monkeypatch)
         assert list((tmp_path / "temp" / "base" / "inferix_kernels").glob("_C*.so"))
+
+
+def test_what_a_release_must_have_measured_is_what_is_measured():
+    """Every kernel and format that the evidence is asked for is a contender of the families that are run."""
+    (job,) = yaml.safe_load((WORKFLOWS / "gpu-benchmarks.yml").read_text())["jobs"].values()
+    asked = {
+        (kernel, format)
+        for kernel, formats in kernels().items()
+        for format in formats
+        if any(word in kernel for word in job["env"]["KERNELS"].split(","))
+    }
+    contenders = [
+        contender
+        for family in job["env"]["FAMILIES"].split()
+        for case in families.cases(family, ["wan1.3b-480p"], "cuda")
+        for contender in case.contenders
+        if contender.name.startswith("ours")
+    ]
+    assert len(asked) > 20 and not asked - {(contender.kernel, contender.format) for contender in contenders}
 
 
 def test_commands_of_the_gpu_workflow_are_taken_with_its_own_values():

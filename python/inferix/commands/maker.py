@@ -69,7 +69,7 @@ class Maker:
         return self.video.frames
 
     def run(self, given: np.ndarray | None, progress: bool) -> None:
-        adapter, presentation = self.world.model.adapter, self.world.model.presentation
+        adapter = self.world.model.adapter
         made_before = iter(self.journal.blocks if self.journal else [])
         memory = sum(self.world.kv_bytes().values()) / 2**20
         bar = Progress(

@@ -252,8 +252,8 @@ class Model(abc.ABC):
         self.conditioning(prompt, self.adapter.actions[:1] * self.adapter.block_frames)
 
     def pictures_of(self, latents: int) -> int:
-        """Pictures that so many latent frames stand for, from the beginning on: what `encode` makes them of, and a stream
-        gives for them."""
+        """Pictures that so many latent frames stand for, from the beginning on: `encode` makes them of these, a stream
+        gives these for them."""
         return latents
 
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:

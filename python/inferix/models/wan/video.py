@@ -38,8 +38,8 @@ class VideoVAE(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, latents: Tensor, memory: list[Any]) -> Tensor:
-        """The next latents [frames, channels, h, w] -> [pictures, 3, 8 h, 8 w], about in [-1, 1]. Entries of `memory` are
-        replaced; the tensors in it are never changed."""
+        """The next latents [frames, channels, h, w] -> [pictures, 3, 8 h, 8 w], about in [-1, 1]. Entries of `memory`
+        are replaced; the tensors in it are never changed."""
 
     @abc.abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
