@@ -379,8 +379,8 @@ def test_a_third_ctrl_c_leaves_out_the_pictures_on_their_way(weights, tmp_path, 
         assert len(blocks) < 4 or closed.wait(60)
         return decode(model, latents)
 
-    def closing(video, *whole):
-        close(video, *whole)
+    def closing(video, whole=True):
+        close(video, whole)
         closed.set()
 
     def interrupted(world, *args, **options):
