@@ -26,10 +26,12 @@ LIGHT = "lighttae"  # in the name of a file: of latents that are not normalised
 CHANNELS, ENCODER, DECODER = 16, (64, 64, 64, 64), (256, 128, 64, 64)  # of latents; after each change of size
 RECALLS = 3  # between two changes of the picture's size
 # Of each channel of Wan 2.1's latents; TAEHV takes and gives what the network denoises, (z - mean) / std.
-MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
-MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: off
+MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
 
 
 def conv(channels_in: int, channels_out: int, **options: Any) -> nn.Conv2d:
