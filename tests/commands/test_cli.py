@@ -6,21 +6,18 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent import futures
 from pathlib import Path
 
 import av
 import pytest
 import torch
 
-from inferix.commands import maker
 from inferix.commands.cli import main
 from inferix.commands.controls import Prompts, actions_from
 from inferix.commands.options import MOST_THREADS
 from inferix.media import VideoWriter
-from inferix.models.tiny import ADAPTER, TinyWorld
+from inferix.models.tiny import ADAPTER
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
 from inferix.world import World
@@ -367,63 +364,6 @@ def test_a_second_ctrl_c_says_what_was_made(method, made, weights, tmp_path, cap
     else:
         assert said.err == "inferix generate: interrupted before the first frame: nothing was written\n"
         assert not list(tmp_path.iterdir())
-
-
-def test_a_third_ctrl_c_leaves_out_the_pictures_on_their_way(weights, tmp_path, capsys, monkeypatch):
-    """They come once the video is closed, and nothing is written to it any more."""
-    closed, blocks, calls = threading.Event(), [], []
-    decode, close, advance = TinyWorld.decode, VideoWriter.close, World.advance
-
-    def late(model, latents):
-        blocks.append(latents)
-        assert len(blocks) < 4 or closed.wait(60)
-        return decode(model, latents)
-
-    def closing(video, whole=True):
-        close(video, whole)
-        closed.set()
-
-    def interrupted(world, *args, **options):
-        calls.append(world)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return advance(world, *args, **options)
-
-    def waiting(jobs):
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return futures.wait(jobs)
-
-    monkeypatch.setattr(TinyWorld, "decode", late)
-    monkeypatch.setattr(VideoWriter, "close", closing)
-    monkeypatch.setattr(maker, "wait", waiting)
-    monkeypatch.setattr(World, "advance", interrupted)
-    assert generate(weights, tmp_path / "v.mp4") == 130
-    made = json.loads((tmp_path / "v.json").read_text())["frames"]
-    assert made == frames_in(tmp_path / "v.mp4") == 9 and f"{made} frames" in capsys.readouterr().out
-
-
-def test_pictures_that_are_not_finite_are_one_line_and_those_before_them_are_kept(
-    weights, tmp_path, capsys, monkeypatch
-):
-    decode, blocks = TinyWorld.decode, []
-
-    def spoiled(model, latents):
-        blocks.append(latents)
-        return decode(model, latents * float("inf") if len(blocks) == 3 else latents)
-
-    monkeypatch.setattr(TinyWorld, "decode", spoiled)
-    assert generate(weights, tmp_path / "v.mp4") == 2
-    error, part = capsys.readouterr().err, tmp_path / ".v.mp4.part"
-    assert "latent frames 6 to 8 of tiny are not finite, first in what the decoder of pictures gives\n" in error
-    assert f"the first 6 frames are in {part}\n" in error and frames_in(part) == 6
-
-
-def test_a_decoder_that_gives_another_number_of_pictures_is_named(weights, tmp_path, capsys, monkeypatch):
-    decode = TinyWorld.decode
-    monkeypatch.setattr(TinyWorld, "decode", lambda model, latents: decode(model, latents)[:2])
-    assert generate(weights, tmp_path / "v.mp4") == 2
-    assert "tiny: its decoder must give 3 pictures of this block, got 2\n" in capsys.readouterr().err
 
 
 def test_an_error_in_the_middle_leaves_an_earlier_video_as_it_was(weights, tmp_path, capsys, monkeypatch):
