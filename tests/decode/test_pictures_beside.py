@@ -86,6 +86,16 @@ def test_the_pictures_are_the_same_bit_for_bit(name):
     assert taken[0].result().shape == wanted[-1].shape
 
 
+def test_latents_stay_as_they_are_while_the_next_block_is_made():
+    """They are still being decoded then."""
+    world = looking()
+    kept = []
+    for prompt in PROMPTS:
+        world.advance(prompt=prompt)
+        kept.append((world.latents, world.latents.clone()))
+    assert all(torch.equal(latents, copy) for latents, copy in kept)
+
+
 def test_a_block_is_made_while_the_pictures_of_the_one_before_are_decoded():
     """Each decode but the last waits for a forward of the block after it: in turns, this would never come."""
     forwards, blocks = [threading.Event() for _ in range(4)], []

@@ -78,7 +78,10 @@ def test_a_rollout_begins_again_from_the_last_picture():
     vae, latents = small(), latents_of(6)
     stream = vae.open()
     stream(latents[:3]), stream(latents[3:])
+    earlier, state = vae.open(), stream.state()
+    earlier.restore({**state, "tail": state["tail"].transpose(0, 1)[None], "first": False})  # of an earlier version
     begun = stream.restart(latents[3:])
+    assert torch.equal(earlier.restart(latents[3:]), begun)
     assert torch.equal(begun[1:], latents[4:]) and not torch.equal(begun[0], latents[3])
     afresh = vae.open()
     afresh(begun)
