@@ -353,7 +353,7 @@ def test_a_video_is_made_with_a_tiny_vae(folder, prompt_cache, tmp_path, capsys)
         (out := tmp_path / "v.mp4", ""),
     ):
         assert main([*command, "--vae", str(other)]) == 2
-        error = capsys.readouterr().err
+        *_, error = capsys.readouterr().err.split("inferix generate: ")
         assert "--vae" in error and said in error and error.count("\n") == 1
     assert out.read_bytes() == made
     # The means and deviations that LightTAE needs are those of diffusers.
