@@ -73,11 +73,11 @@ def rope(frames: int) -> torch.Tensor:
 def layer_seconds(planned: Pass, frames: int) -> float:
     """Of one layer of the pass, on average over all."""
     qkv = torch.zeros(frames * TOKENS, 3 * HEADS * WIDTH, dtype=torch.bfloat16)
-    norms = [torch.ones(HEADS * WIDTH, dtype=torch.bfloat16) for _ in range(2)]
+    norm_q, norm_k = (torch.ones(HEADS * WIDTH, dtype=torch.bfloat16) for _ in range(2))
     with torch.inference_mode():
         started = time.process_time()
         for layer in range(LAYERS):
-            planned.attend(layer, qkv, *norms)
+            planned.attend(layer, qkv, norm_q, norm_k)
         return (time.process_time() - started) / LAYERS
 
 

@@ -239,9 +239,11 @@ def _lists(
         ids, lens = np.pad(ids, (0, pages[-1] - len(ids)), "edge"), np.pad(lens, (0, pages[-1] - len(lens)))
     frames = [part for commit in commits for _, *pair in commit for part in pair]
     lists = [ids, lens, *(np.array(each, np.int32) for each in (queries, pages)), *map(store.lists.pages, frames)]
-    ids, lens, q_indptr, page_indptr, *pairs = store.lists.upload(lists, None if place is None else place.lists)
+    page_ids, page_lens, q_indptr, page_indptr, *pairs = store.lists.upload(
+        lists, None if place is None else place.lists
+    )
     committed = [PageList(pages, store.lists.lens(len(part))) for pages, part in zip(pairs, frames)]
-    return Plan(q_indptr, page_indptr, ids, lens), committed
+    return Plan(q_indptr, page_indptr, page_ids, page_lens), committed
 
 
 def _place_of(

@@ -81,7 +81,7 @@ def test_24b_has_its_own_arithmetic():
         (got,) = network(x, torch.tensor([0.5]), told, attend)
         plain = MagiNetwork(dataclasses.replace(config, halved=False, channels=32, x_scale=1.0))
         plain.load_state_dict(network.state_dict())
-        (wide,) = plain([torch.cat([x[0] * 0.1] * 2, 1)], [0.5], told, attend)
+        (wide,) = plain([torch.cat([x[0] * 0.1] * 2, 1)], torch.tensor([0.5]), told, attend)
         hidden = torch.randn(3, config.dim)
         mlp = network.videodit_blocks.layers[0].mlp
         gate, value = (mlp.layer_norm(hidden) @ mlp.linear_fc1.weight.T).split(config.ffn, 1)

@@ -298,7 +298,7 @@ class PipelineDecoder(Decoder):
         rope = self.model.rope([frame for frames in positions for frame in frames])
         commit = blocks[0] if forward.commit else None
         predict = any(segment.weight for segment in forward.segments)
-        return table.plan(blocks, rope, commit, predict, see, buffers=self._buffers)
+        return table.plan(blocks, rope, commit, predict, see=see, buffers=self._buffers)
 
     def _sees(self, block: Block, lookback: int, here: Sequence[int]) -> list[int]:
         """Frames before a block that it attends to, held ones and those of the same forward."""

@@ -16,7 +16,8 @@ class Timesteps:
     """The timesteps of one model: those of its adapter from the start, others when they are first asked for."""
 
     def __init__(self, model: Model):
-        self._device, self._made = model.device, {}
+        self._device = model.device
+        self._made: dict[float, Tensor] = {}
         self._send(known(model.adapter))
 
     def __call__(self, t: float) -> Tensor:
