@@ -48,8 +48,8 @@ class PageLists:
     def __init__(self, frame_tokens: int, page_size: int, device: torch.device):
         self.device, self.pages_per_frame = device, -(-frame_tokens // page_size)
         lens = [page_size] * (self.pages_per_frame - 1)
-        self._frame_lens = np.array([*lens, frame_tokens - sum(lens)], np.int32)
-        self._lens = torch.from_numpy(self._frame_lens).to(device)  # of as many frames as were asked for
+        self._lengths = np.array([*lens, frame_tokens - sum(lens)], np.int32)  # of as many frames as were asked for
+        self._lens = torch.from_numpy(self._lengths).to(device)  # as these
         self._lens_of: dict[int, Tensor] = {}  # views of it
         self._steps = np.arange(self.pages_per_frame, dtype=np.int32)
 
@@ -63,14 +63,18 @@ class PageLists:
         """All pages of these frames, on the host."""
         return (np.fromiter(frames, np.int32, len(frames))[:, None] + self._steps).ravel()
 
-    def lengths(self, frames: int) -> np.ndarray:
-        """What `lens` says, on the host."""
-        return np.tile(self._frame_lens, frames)
+    def lengths(self, pages: int) -> np.ndarray:
+        """Valid tokens of each of the first pages of whole frames, on the host."""
+        if pages > len(self._lengths):
+            self._lengths = np.resize(self._lengths, 2 * pages)  # which repeats them
+        return self._lengths[:pages]
 
     def upload(self, lists: Sequence[np.ndarray], into: Packed | None = None) -> list[Tensor]:
         """int32 lists on the device, in one copy: in memory of their own, or where those before them were."""
-        place = Packed([len(numbers) for numbers in lists], self.device) if into is None else into
-        return place.write(lists)
+        if into is not None:
+            return into.write(lists)
+        sent = upload(torch.from_numpy(np.concatenate(lists)), self.device)
+        return list(torch.split_with_sizes(sent, [len(numbers) for numbers in lists]))
 
     def lens(self, frames: int) -> Tensor:
         """Valid tokens of each page of so many frames, [frames * pages_per_frame] int32 on the device."""

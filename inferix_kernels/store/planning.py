@@ -231,18 +231,18 @@ def _lists(
     padded: bool,
 ) -> tuple[Plan, list[PageList]]:
     """The plan, and page lists of what is committed: one copy to the device for all."""
-    read = [page for each in placed for page in each.reads]
-    ids, lens = store.lists.pages(read), store.lists.lengths(len(read))
+    ids = store.lists.pages([page for each in placed for page in each.reads])
     queries, pages = ([*accumulate(n, initial=0)] for n in zip(*((b.queries, b.past + b.own) for b in blocks)))
-    if padded:  # the last list goes on with pages that have no tokens
-        pages[-1] = _whole_blocks(store, len(ids))
-        ids, lens = np.pad(ids, (0, pages[-1] - len(ids)), "edge"), np.pad(lens, (0, pages[-1] - len(lens)))
+    kept = [] if place is None else [store.lists.lengths(len(ids))]  # of pages that are the same from pass to pass
+    if padded and (more := _whole_blocks(store, len(ids)) - len(ids)):  # the last list goes on, without tokens
+        pages[-1] += more
+        ids, kept = np.append(ids, [ids[-1]] * more).astype(np.int32), [np.append(kept[0], [0] * more).astype(np.int32)]
     frames = [part for commit in commits for _, *pair in commit for part in pair]
-    lists = [ids, lens, *(np.array(each, np.int32) for each in (queries, pages)), *map(store.lists.pages, frames)]
-    page_ids, page_lens, q_indptr, page_indptr, *pairs = store.lists.upload(
-        lists, None if place is None else place.lists
-    )
-    committed = [PageList(pages, store.lists.lens(len(part))) for pages, part in zip(pairs, frames)]
+    indptrs = (np.array(each, np.int32) for each in (queries, pages))
+    lists = [ids, *indptrs, *map(store.lists.pages, frames), *kept]
+    page_ids, q_indptr, page_indptr, *rest = store.lists.upload(lists, None if place is None else place.lists)
+    page_lens = rest.pop() if kept else store.lists.lens(len(ids) // store.pages_per_frame)
+    committed = [PageList(pages, store.lists.lens(len(part))) for pages, part in zip(rest, frames)]
     return Plan(q_indptr, page_indptr, page_ids, page_lens), committed
 
 
@@ -259,7 +259,7 @@ def _place_of(
     turned = None if rope is None else (*rope.shape, rope.dtype)
     kind = pages, tuple(block.queries for block in blocks), tuple(committed), turned
     frames = [frames for _, frames in committed for _ in ("source", "target")]
-    sizes = [pages, pages, *[len(blocks) + 1] * 2, *(n * store.pages_per_frame for n in frames)]
+    sizes = [pages, *[len(blocks) + 1] * 2, *(n * store.pages_per_frame for n in frames), pages]
     return buffers.place(store, kind, sizes)
 
 
