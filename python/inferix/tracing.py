@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from .facts import Facts
 from .finite import NotFinite
 from .history import Coming
+from .trees import branches_of
 
 
 def shown(world: Facts, before: int, conditioning: Any) -> Coming:
@@ -93,13 +93,8 @@ class Probe:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+    for _, each in branches_of(value) or ():
+        yield from _tensors(each)
 
 
 def _finite(x: Tensor) -> bool:

@@ -24,7 +24,15 @@ from .finite import NotFinite
 from .history import Coming, Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, wants_recache
 from .models import load_model
-from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for
+from .opening import (
+    check_counts,
+    check_format,
+    check_seed,
+    open_decoder,
+    open_store,
+    policy_for,
+    recorder_for,
+)
 from .tracing import shown
 from .turns import one_at_a_time
 
@@ -48,6 +56,9 @@ class World(Facts):
         weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto"; see inferix_kernels.KVStore.
+        graphs: capture the network's forwards as CUDA graphs, one for each kind of forward, and replay them: the host
+            launches one graph in place of a thousand kernels. On a GPU, for a model with one block at a time. Never run
+            on a GPU.
         linear: what the network's inner linear layers are kept in and multiplied in: "int8" or "fp8", or "bf16", the
             whole network in bfloat16; None: as the model's loader has it. A Model is loaded with it.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
@@ -77,6 +88,7 @@ class World(Facts):
         weights: str | None = None,
         backend: str = "auto",
         precision: str = "auto",
+        graphs: bool = False,
         linear: str | None = None,
         **options: Any,
     ):
@@ -88,13 +100,15 @@ class World(Facts):
         adapter = self.model.adapter
         policy = policy_for(adapter, kv, window, sink, undo)
         check_counts(adapter, blocks, worlds)
+        self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
         self.store = open_store(self.model, policy, worlds, backend, precision)
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:
-        self.decoder = open_decoder(self.model, self.store.open(policy), seed, self._negative, self._blocks)
+        table = self.store.open(policy)
+        self.decoder = open_decoder(self.model, table, seed, self._negative, self._blocks, self._recorder)
         self._show(Pictures(self.model.stream(), policy.undo, self.model.device))
         self.prompt = None
 
@@ -349,6 +363,7 @@ class World(Facts):
         conditioning, before = self._condition(chosen, prompt), self.frames
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
             self.decoder.recache(conditioning)
+        self._warm_up(conditioning)
         self.prompt = self.prompt if prompt is None else prompt
         with self._ends_if_not_finite():
             if latents is None:
@@ -368,6 +383,13 @@ class World(Facts):
         except NotFinite:
             self.decoder.release()
             raise
+
+    def _warm_up(self, conditioning: Any) -> None:
+        """Before the first block on a GPU. A world that begins with a past has no room to be warmed up: the forwards of
+        its first two blocks compile what they launch."""
+        if not self._warm and not self.frames and self.store.device.type == "cuda":
+            self.decoder.warm_up(conditioning)
+        self._warm = True
 
     def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
         return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)

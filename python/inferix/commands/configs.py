@@ -57,6 +57,7 @@ class WorldOptions(ModelOptions):
     )
     backend: str = option("kernels: auto, compiled, triton or reference", "auto", to="world")
     precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
+    graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
     threads: int | None = option("CPU threads (default: the model's)", None, must=(between(1, MOST_THREADS),))
 
 

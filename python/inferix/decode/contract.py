@@ -120,13 +120,13 @@ class BlockInput:
 
     Attributes:
         x: [frames, *latent_shape], noisy or clean.
-        t: its timestep, as the network takes it.
+        t: its timestep, as the network takes it: 0-d float64 on the model's device.
         conditioning: as `Model.conditioning` or `Model.variants` made it.
         predict: False if only its keys and values are wanted.
     """
 
     x: Tensor
-    t: float
+    t: Tensor
     conditioning: Any
     predict: bool = True
 
@@ -220,6 +220,8 @@ class Model(abc.ABC):
         self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None
     ) -> Sequence[Tensor]:
         """One forward of the network.
+
+        On a GPU it sends nothing there and reads nothing back: it waits for nothing, and can be captured.
 
         Args:
             inputs: the blocks, oldest first.

@@ -94,7 +94,7 @@ class Wan(Model):
     def rope(self, frames: Sequence[int]) -> Tensor:
         # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
         dtype = torch.promote_types(self.network.dtype, torch.float32)
-        return rope_table(frames, self.grid, self.head_dim, dtype).to(self.device)
+        return rope_table(frames, self.grid, self.head_dim, dtype, self.device)
 
     @torch.inference_mode()
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
@@ -161,12 +161,12 @@ class Wan(Model):
         blocks = [block.x for block in inputs]
         if self.concat_latents is not None:
             blocks = [torch.cat([x, self.concat_latents.to(x)], 1) for x in blocks]
-        timesteps = torch.tensor([block.t for block in inputs for _ in block.x], dtype=torch.float64)
+        timesteps = torch.cat([block.t.expand(len(block.x)) for block in inputs])
         first, dtype = first_predicted(inputs), blocks[-1].dtype
         sizes = [0] * first + [len(x) for x in blocks[first:]]
         flow = self.network(blocks, timesteps, [block.conditioning for block in inputs], attend, first)
         if flow is None:
-            return [blocks[-1].new_empty(0, *self.latent_shape)] * len(inputs)
+            return [block.x[:0] for block in inputs]
         return list(flow.to(dtype).split(sizes))
 
     def encode(self, frames: np.ndarray) -> Tensor:
