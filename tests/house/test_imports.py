@@ -20,7 +20,7 @@ IMPORTS = graph(FILES)
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
     (
-        *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
+        *("layout", "plans", "_C", "files", "sass", "hazards", "estimate", "uploads"),
         *("_install", "_printing", "proofs.stored", "proofs.speeds"),
     ),
     ("_check", "_dispatch", "_remembered", "reference"),
