@@ -20,10 +20,10 @@ IMPORTS = graph(FILES)
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
     (
-        *("layout", "plans", "_C", "files", "sass", "hazards", "estimate", "uploads"),
+        *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
         *("_install", "_printing", "proofs.stored", "proofs.speeds"),
     ),
-    ("_check", "_dispatch", "_remembered", "reference"),
+    ("_check", "_dispatch", "_remembered", "reference", "estimate"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
     ("ops", "chosen"),
     ("quantize", "store"),
