@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from .finite import NotFinite
 
 OUTLIER = 4.0  # times the median channel of its head: how large a channel must be to be counted
 WORST = 4  # channels that are named, of each layer's keys and of its values
+POINTS = 13  # of the drift, evenly over the run
 QUERIES = 64  # of a forward, whose attention is compared
 COMPARED = ("keys", "values", "attention", "attention_mean_kept")  # in each format
+
+T = TypeVar("T")
 
 
 class Channels:
@@ -86,7 +89,7 @@ class LayerStatistics:
             "keys": {**_described(size), "without_mean": _described(centred)},
             "values": _described(self.values.size()),
             "mean_share": _short(float(1 - centred.square().sum() / size.square().sum())),
-            "drift": [_short(x) for x in self.drift],
+            "drift": [_short(x) for x in thinned(self.drift)],
             "error": errors,
         }
 
@@ -195,6 +198,12 @@ def _described(size: Tensor) -> dict[str, Any]:
         for place, value in zip(worst.indices.tolist(), worst.values.tolist())
     ]
     return {"rms": _short(float(size.square().mean().sqrt())), "outliers": int((times > OUTLIER).sum()), "worst": named}
+
+
+def thinned(values: Sequence[T]) -> list[T]:
+    """At most POINTS of them, evenly, the first and the last among them."""
+    last, points = len(values) - 1, min(len(values), POINTS)
+    return [values[round(last * i / max(1, points - 1))] for i in range(points)]
 
 
 def _short(x: float) -> float:

@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from inferix import saved
 from inferix.models import load_model
-from inferix.models.matrix_game import ADAPTERS, MatrixGame, matrix_game_network
+from inferix.models.matrix_game import ADAPTERS, MatrixGame
 from inferix.models.matrix_game.adapters import DRIVE, RUN, UNIVERSAL
+from inferix.models.matrix_game.checkpoint import matrix_game_network
 from inferix.models.wan.names import canonical
 from inferix.world import World
 from inferix_kernels import Policy

@@ -19,7 +19,7 @@ from inferix_kernels.layout import KV_FORMATS, scratch_format
 
 from ..decode.decoder import Decoder
 from ..inputs import conditioning_of
-from ..kv_statistics import OUTLIER, Watched
+from ..kv_statistics import OUTLIER, Watched, thinned
 from ..models import Model, load_model
 from ..opening import check_seed, open_decoder, open_store, policy_for
 from ..saved import fingerprint
@@ -28,7 +28,6 @@ from .controls import actions_from, begun_with
 from .options import configured
 
 TRIED = 4  # blocks over whose past every format is tried
-POINTS = 13  # of the drift, evenly over the run
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ def _inspect(config: InspectKvConfig, progress: bool = False) -> InspectedKV:
     decoder = open_decoder(model, store.open(policy), config.seed, negative)
     watched = Watched(decoder, [format for format in KV_FORMATS if format != precise])
     _run(config, decoder, watched, frames, progress)
-    layers = [layer.report() for layer in watched.layers]
     report = {
         "inferix": __version__,
         "model": adapter.name,
@@ -95,8 +93,8 @@ def _inspect(config: InspectKvConfig, progress: bool = False) -> InspectedKV:
         "sink": policy.sink,
         "frames": decoder.frames,
         "outlier": OUTLIER,
-        "drift_at": _thinned(list(range(1, len(watched.layers[0].drift) + 1))),
-        "layers": [layer | {"drift": _thinned(layer["drift"])} for layer in layers],
+        "drift_at": thinned(range(1, len(watched.layers[0].drift) + 1)),
+        "layers": [layer.report() for layer in watched.layers],
     }
     with atomic_write(path, "out") as part:
         part.write_text(json.dumps(report, separators=(",", ":")) + "\n")
@@ -143,10 +141,3 @@ def _run(config: InspectKvConfig, decoder: Decoder, watched: Watched, frames: in
 def _pictures(model: Model) -> int:
     """Of the video, per latent frame."""
     return max(model.presentation.pictures, model.pictures_of(2) - model.pictures_of(1))
-
-
-def _thinned(values: list[Any]) -> list[Any]:
-    last = len(values) - 1
-    if last < POINTS:
-        return values
-    return [values[round(last * i / (POINTS - 1))] for i in range(POINTS)]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,18 @@ from inferix_kernels._check import check_device
 from ...decode.contract import BlockInput, Model
 from ..linears import check_linear
 from ..wan import Wan, find_checkpoint, load_network
-from ..wan.checkpoint import config_of
-from ..wan.containers import count_layers, shape_of
 from ..wan.image import has_image_encoder, load_image_encoder
 from ..wan.network import CrossCache
 from ..wan.vae import has_vae, load_vae
 from .adapters import ADAPTERS, CONTROLS, FOLDERS, PRESENTATIONS, named
-from .network import PICTURES, REACH, ActionBlock, MatrixGameConfig, MatrixGameNetwork, Steering, placed
+from .checkpoint import matrix_game_network
+from .network import REACH, ActionBlock, ActionConditioning, MatrixGameConfig, MatrixGameNetwork, placed
 
 __all__ = ["ADAPTERS", "MatrixGame", "MatrixGameConfig", "MatrixGameNetwork", "load"]
 
 # Latent frames of the picture's video that are encoded: the VAE looks back on at most 29, so that the grey that follows
 # the picture looks the same to it from there on.
 ENCODED = 32
-HEAD_DIM = 64  # of an action module: what no tensor's shape shows
 
 
 class MatrixGame(Wan):
@@ -66,7 +64,7 @@ class MatrixGame(Wan):
         return other
 
     @torch.inference_mode()
-    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> Steering:
+    def conditioning(self, prompt: str, actions: Sequence[int | str]) -> ActionConditioning:
         if prompt:
             raise ValueError(f"prompt must be empty: {self.adapter.name} takes no words, got {prompt!r}")
         if self.cross is None:
@@ -74,26 +72,28 @@ class MatrixGame(Wan):
         told = CONTROLS[self.adapter.name].told([named(self.adapter, action) for action in actions])
         keyboard, mouse = (None if x is None else x.to(self.device) for x in told)
         assert keyboard is not None
-        return self._steering(ActionBlock(keyboard, mouse))
+        return self._of(ActionBlock(keyboard, mouse))
 
-    def _steering(self, own: ActionBlock) -> Steering:
+    def _of(self, own: ActionBlock) -> ActionConditioning:
         assert self.cross is not None
         shared = {field.name: getattr(self.cross, field.name) for field in dataclasses.fields(self.cross)}
-        return Steering(**shared, own=own)
+        return ActionConditioning(**shared, own=own)
 
-    def placed(self, conditioning: Steering, first: int, before: Sequence[Steering]) -> Steering:
+    def placed(
+        self, conditioning: ActionConditioning, first: int, before: Sequence[ActionConditioning]
+    ) -> ActionConditioning:
         window = self.adapter.window
         assert window is not None
         needed = max(window - self.adapter.block_frames, REACH)  # frames of the past, for attention or as they are told
         blocks = -(-needed // self.adapter.block_frames)
-        return placed(conditioning, first, [steering.own for steering in before[-blocks:]], window)
+        return placed(conditioning, first, [each.own for each in before[-blocks:]], window)
 
-    def carried(self, conditioning: Steering) -> dict[str, Any]:
+    def carried(self, conditioning: ActionConditioning) -> dict[str, Any]:
         own = conditioning.own
         kept = {f"{layer} {part}": tuple(x.cpu() for x in kv) for (layer, part), kv in own.kept.items()}
         return {"keyboard": own.keyboard.cpu(), "mouse": None if own.mouse is None else own.mouse.cpu(), "kept": kept}
 
-    def resumed(self, carried: dict[str, Any]) -> Steering:
+    def resumed(self, carried: dict[str, Any]) -> ActionConditioning:
         mouse, config = carried["mouse"], self.network.config
         parts = ("mouse", "keyboard") if config.mouse else ("keyboard",)
         kept = {
@@ -104,7 +104,7 @@ class MatrixGame(Wan):
         keyboard = carried["keyboard"].to(self.device)
         if keyboard.shape[1:] != (config.keyboard,) or any(len(kv) != 2 for kv in kept.values()):
             raise ValueError("carried must be what was done in a block")
-        return self._steering(ActionBlock(keyboard, None if mouse is None else mouse.to(self.device), kept))
+        return self._of(ActionBlock(keyboard, None if mouse is None else mouse.to(self.device), kept))
 
     def prepare(self, prompt: str) -> None:
         """There is nothing to prepare."""
@@ -114,52 +114,6 @@ class MatrixGame(Wan):
         frames = torch.arange(block.conditioning.first, block.conditioning.first + len(block.x))
         given = self.concat_latents[frames.clamp(max=len(self.concat_latents) - 1).to(self.concat_latents.device)]
         return torch.cat([block.x, given.to(block.x)], 1)
-
-
-def matrix_game_network(
-    tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str, name: str = "matrix-game-2"
-) -> MatrixGameNetwork:
-    """The network of a checkpoint's tensors, without its weights.
-
-    Raises:
-        ValueError: they are another model's; says what differs.
-    """
-    controls = CONTROLS[name]
-    modules = sorted({int(key.split(".")[1]) for key in tensors if ".action_model." in key})
-    if not modules:
-        raise ValueError(f"weights: {source}: {name} must have action modules, got none: another model's weights")
-
-    def shape(key: str) -> tuple[int, ...]:
-        return tuple(shape_of(tensors, f"blocks.0.action_model.{key}", (2,), source, "Matrix-Game transformer"))
-
-    keyboard = shape("keyboard_embed.0.weight")[1]
-    base, width = config_of(tensors, hints, source), shape("mouse_attn_q.weight")[0]
-    mouse_weight = "mouse_mlp.0.weight"
-    has_mouse = f"blocks.0.action_model.{mouse_weight}" in tensors
-    mouse = (shape(mouse_weight)[1] - base.dim) // (PICTURES * REACH) if has_mouse else 0
-    wanted = (len(controls.keyboard), 2 if controls.camera else 0)
-    if (keyboard, mouse) != wanted:
-        raise ValueError(
-            f"weights: {source}: {name} must have {wanted[0]} keys and {wanted[1]} mouse channels, got {keyboard} and "
-            f"{mouse}: weights of another Matrix-Game"
-        )
-    layers = count_layers(tensors, "blocks.", source)
-    if modules != list(range(len(modules))) or len(modules) == layers:
-        raise ValueError(
-            f"weights: {source}: action modules must be in the first layers and not in the last one, as in the "
-            f"distilled models, got them in {modules} of {layers}"
-        )
-    return MatrixGameNetwork(
-        MatrixGameConfig(
-            **dataclasses.asdict(base),
-            action_layers=len(modules),
-            keyboard=keyboard,
-            mouse=mouse,
-            key_dim=shape("keyboard_embed.0.weight")[0],
-            action_dim=width,
-            action_heads=hints.get("action_heads") or max(1, width // HEAD_DIM),
-        )
-    )
 
 
 def load(

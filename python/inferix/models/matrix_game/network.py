@@ -74,7 +74,7 @@ class ActionBlock:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Steering(CrossCache):
+class ActionConditioning(CrossCache):
     """The conditioning of one block: the picture's keys and values, actions, and where the block stands (`placed`).
 
     Attributes:
@@ -95,14 +95,16 @@ class Steering(CrossCache):
     remembered: int = 0
 
 
-def placed(steering: Steering, first: int, past: Sequence[ActionBlock], window: int) -> Steering:
+def placed(
+    conditioning: ActionConditioning, first: int, past: Sequence[ActionBlock], window: int
+) -> ActionConditioning:
     """A block's conditioning where it stands: its first frame is `first`, `past` are the blocks before it.
 
     Latent frame f stands for pictures 4 f - 3 to 4 f and is told of the actions in pictures 4 f - 12 to 4 f - 1. Those
     before the first picture are as that one's.
     """
-    blocks = [*past, steering.own]
-    frames, known = len(steering.own.keyboard), sum(len(block.keyboard) for block in blocks)
+    blocks = [*past, conditioning.own]
+    frames, known = len(conditioning.own.keyboard), sum(len(block.keyboard) for block in blocks)
     begin = first + frames - known  # the first frame whose actions are known
     at = torch.arange(first, first + frames)[:, None] * PICTURES + torch.arange(-PICTURES * REACH, 0)
     at = (at.clamp(min=0) + PICTURES - 1) // PICTURES - begin  # of the pictures, the frame that each belongs to
@@ -111,7 +113,7 @@ def placed(steering: Steering, first: int, past: Sequence[ActionBlock], window: 
     keyboard = torch.cat([block.keyboard for block in blocks])
     mice = [block.mouse for block in blocks if block.mouse is not None]
     return dataclasses.replace(
-        steering,
+        conditioning,
         first=first,
         keyboard=keyboard[at],
         mouse=torch.cat(mice)[at].flatten(1) if mice else None,
@@ -154,22 +156,22 @@ class ActionModule(nn.Module):
         self.key_attn_q_norm, self.key_attn_k_norm = HeadNorm(*norms), HeadNorm(*norms)
         self.proj_keyboard = nn.Linear(width, dim, bias=False)
 
-    def forward(self, layer: int, x: Tensor, steering: Steering) -> Tensor:
+    def forward(self, layer: int, x: Tensor, conditioning: ActionConditioning) -> Tensor:
         """x [frames, tokens, dim] of one block, steered."""
-        if steering.mouse is not None:
-            told = steering.mouse.to(x)[:, None].expand(-1, x.shape[1], -1)
+        if conditioning.mouse is not None:
+            told = conditioning.mouse.to(x)[:, None].expand(-1, x.shape[1], -1)
             qkv = self.t_qkv(self.mouse_mlp(torch.cat([x, told], -1)))
             q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
             q, k = self.img_attn_q_norm(q), self.img_attn_k_norm(k)
-            x = x + self.proj_mouse(_along_time(q, k, v, steering, (layer, "mouse")))
-        assert steering.keyboard is not None
-        told = self.keyboard_embed(steering.keyboard.to(x)).flatten(1)[:, None]
+            x = x + self.proj_mouse(_along_time(q, k, v, conditioning, (layer, "mouse")))
+        assert conditioning.keyboard is not None
+        told = self.keyboard_embed(conditioning.keyboard.to(x)).flatten(1)[:, None]
         k, v = self.keyboard_attn_kv(told).unflatten(-1, (2, self.heads, -1)).unbind(2)
         q = self.key_attn_q_norm(self.mouse_attn_q(x).unflatten(-1, (self.heads, -1)))
-        return x + self.proj_keyboard(_along_time(q, self.key_attn_k_norm(k), v, steering, (layer, "keyboard")))
+        return x + self.proj_keyboard(_along_time(q, self.key_attn_k_norm(k), v, conditioning, (layer, "keyboard")))
 
 
-def _along_time(q: Tensor, k: Tensor, v: Tensor, steering: Steering, name: tuple[int, str]) -> Tensor:
+def _along_time(q: Tensor, k: Tensor, v: Tensor, conditioning: ActionConditioning, name: tuple[int, str]) -> Tensor:
     """Each token attends to the frames that the block remembers, and to the block's own: at its own place, or, where k
     and v have one token, to that.
 
@@ -179,12 +181,12 @@ def _along_time(q: Tensor, k: Tensor, v: Tensor, steering: Steering, name: tuple
     Returns:
         [frames, tokens, heads * head_dim]
     """
-    assert steering.rotation is not None
-    q, k = _rotated(q, steering.rotation), _rotated(k, steering.rotation)
-    steering.own.kept[name] = k, v
-    past = [block.kept[name] for block in steering.past]
+    assert conditioning.rotation is not None
+    q, k = _rotated(q, conditioning.rotation), _rotated(k, conditioning.rotation)
+    conditioning.own.kept[name] = k, v
+    past = [block.kept[name] for block in conditioning.past]
     keys, values = (
-        torch.cat([kept[part] for kept in (*past, (k, v))])[-steering.remembered - len(k) :] for part in (0, 1)
+        torch.cat([kept[part] for kept in (*past, (k, v))])[-conditioning.remembered - len(k) :] for part in (0, 1)
     )
     # A sequence for each place or, where all places read the same keys, one of all queries.
     queries = q if keys.shape[1] > 1 else q.flatten(0, 1)[:, None]
@@ -201,7 +203,7 @@ def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([turned, x[..., ROTATED:]], -1)
 
 
-class SteeredBlock(WanBlock):
+class ActionLayer(WanBlock):
     """A layer of Wan with an action module between cross-attention and feed-forward."""
 
     def __init__(self, config: MatrixGameConfig):
@@ -211,11 +213,13 @@ class SteeredBlock(WanBlock):
     def conditioned(self, layer: int, x: Tensor, segments: Sequence[tuple[slice, CrossCache]]) -> Tensor:
         x = super().conditioned(layer, x, segments)
         parts = x.split([(rows.stop - rows.start) // x.shape[1] for rows, _ in segments])
-        return torch.cat([self.action_model(layer, part, steering) for part, (_, steering) in zip(parts, segments)])
+        return torch.cat(
+            [self.action_model(layer, part, conditioning) for part, (_, conditioning) in zip(parts, segments)]
+        )
 
 
 class MatrixGameNetwork(WanNetwork):
-    """See the module's docstring. `forward` is Wan's; its `crosses` are placed `Steering`s."""
+    """See the module's docstring. `forward` is Wan's; its `crosses` are `ActionConditioning`s that are `placed`."""
 
     FULL_PRECISION = (*WanNetwork.FULL_PRECISION, "action_model")
     config: MatrixGameConfig
@@ -223,7 +227,7 @@ class MatrixGameNetwork(WanNetwork):
     def __init__(self, config: MatrixGameConfig):
         super().__init__(config)
         for i in range(config.action_layers):
-            self.blocks[i] = SteeredBlock(config)
+            self.blocks[i] = ActionLayer(config)
 
     def picture_cache(self, tokens: Tensor) -> CrossCache:
         """The cross-attention cache of a picture: its tokens [n, image_dim] stand where Wan has words."""
