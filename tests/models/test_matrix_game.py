@@ -3,6 +3,7 @@
 The recordings and how they were made: golden/README.md.
 """
 
+import copy
 import dataclasses
 import json
 
@@ -123,10 +124,6 @@ def model():
     return model.conditioned(channels, torch.randn(7, 160, generator=generator))
 
 
-class Latents(MatrixGame):
-    only_latents = property(lambda self: True)
-
-
 def world_of(model, **options):
     from inferix.decode.contract import PictureStream
 
@@ -194,6 +191,13 @@ def test_after_the_picture_the_channels_stay(model):
 
     given = model.channels(BlockInput(torch.zeros(3, 16, 4, 6), 0.0, block))
     assert torch.equal(given[:, 16:], model.concat_latents[-1].expand(3, -1, -1, -1))
+
+
+def test_graphs_which_would_lose_what_blocks_leave_are_refused(model):
+    from tests.decode.test_graphs import on_a_gpu
+
+    with pytest.raises(ValueError, match="graphs must be False for matrix-game-2, which keeps what its blocks leave"):
+        World(on_a_gpu(copy.copy(model)), graphs=True)
 
 
 @pytest.mark.parametrize(
