@@ -43,7 +43,8 @@ class WanConfig:
         channels_in, channels_out: of the latents; an image-to-video model takes more in than it gives out.
         patch: pixels of the latent per token, (rows, columns).
         freq_dim: sinusoids of the timestep.
-        text_dim, text_len: of the prompt embedding; shorter prompts are padded with zeros, which are attended to.
+        text_dim, text_len: of the prompt embedding; shorter prompts are padded with zeros, which are attended
+            to. text_dim 0: a network without words.
         image_dim: width of the image tokens of an image-to-video model; 0: a text-to-video model.
         eps: of every norm.
     """
@@ -124,7 +125,7 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
-        if config.image_dim:
+        if config.image_dim and config.text_dim:
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
@@ -194,9 +195,12 @@ class WanBlock(nn.Module):
         if attended is None:
             return None
         x = linear_output(attention.o, attended.view_as(x), gate=gate, residual=x)
-        x = self.cross_attn(x, self.norm3, layer, segments)
-        made: Tensor = self.ffn(x, *for_ffn)
+        made: Tensor = self.ffn(self.conditioned(layer, x, segments), *for_ffn)
         return made
+
+    def conditioned(self, layer: int, x: Tensor, segments: Sequence[tuple[slice, CrossCache]]) -> Tensor:
+        """x [F, n, dim] with what its conditioning adds."""
+        return self.cross_attn(x, self.norm3, layer, segments)
 
 
 class Head(nn.Module):
@@ -233,16 +237,17 @@ class WanNetwork(nn.Module):
         FULL_PRECISION: submodules whose linear layers stay as they are where the others are in 8 bits.
     """
 
-    FULL_PRECISION = ("text_embedding", "img_emb", "time_embedding", "time_projection", "head")
+    FULL_PRECISION: tuple[str, ...] = ("text_embedding", "img_emb", "time_embedding", "time_projection", "head")
 
     def __init__(self, config: WanConfig):
         super().__init__()
         self.config, dim = config, config.dim
         kernel = (1, *config.patch)
         self.patch_embedding = nn.Conv3d(config.channels_in, dim, kernel, kernel)  # for its parameters; see _patches
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        if config.text_dim:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.layers))
