@@ -52,6 +52,18 @@ def calls() -> dict[str, tuple]:
             (torch.randn(6, 16), torch.int8),
             {**modulate, "eps": 1e-6, "activation": None, "out": quantized},
         ),
+        "add_norm": (
+            (torch.randn(6, 16),),
+            {
+                "gate": torch.randn(3, 16),
+                "residual": torch.randn(6, 16),
+                **modulate,
+                "eps": 1e-6,
+                "activation": None,
+                "summed": torch.empty(6, 16),
+                "out": torch.empty(6, 16),
+            },
+        ),
         "page_summaries": (
             (attention_pools, PageList(plan.page_ids[:2], plan.page_lens[:2]), True),
             {"out": torch.zeros(sum(pool.pages for pool in attention_pools), 2, 2, 16)},
