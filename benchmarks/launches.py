@@ -84,7 +84,13 @@ class Launches(TorchDispatchMode):
         self.backend, self.names, self._ours = backend, [], False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._ours and is_launch(func):
+        if self._ours:
+            return func(*args, **(kwargs or {}))
+        with self:  # one that is made of others, as inference mode hands it over, is counted by its parts
+            made = func.decompose(*args, **(kwargs or {}))
+        if made is not NotImplemented:
+            return made
+        if is_launch(func):
             self.names.append("torch " + func._schema.name.split("::")[1])
         return func(*args, **(kwargs or {}))
 

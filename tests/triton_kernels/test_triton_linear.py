@@ -1,4 +1,4 @@
-"""quantize_rows, add_norm and linear in Triton against the reference: in its interpreter, or on a GPU where there is one."""
+"""quantize_rows, add_norm and linear in Triton against the reference: in its interpreter, or on a GPU."""
 
 import importlib
 
