@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._check import FLOATS, check_word
-from .._dispatch import AUTO
 from ..layout import Quantized
 from ..ops import add_norm
 from .layer import Linear8
 
+PLAIN = (Tensor, nn.Parameter)
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # by the error function, and its approximation
 
 
@@ -113,7 +113,7 @@ def linear_output(
     if isinstance(x, Quantized):
         raise TypeError(f"x must be a tensor for a {type(layer).__name__}, got codes, which only a Linear8 takes")
     y = layer(x)
-    y = y if activation is None else F.gelu(y, approximate=GELU[activation])
+    y = y if activation is None else _activated(y, activation)
     if gate is None and residual is None:
         return y
     return _sum(y, gate, residual, y.dtype if residual is None else torch.promote_types(y.dtype, residual.dtype))
@@ -149,7 +149,15 @@ class _Steps(NamedTuple):
     @property
     def operands(self) -> dict[str, Any]:
         """As the ops take them."""
-        return {**self._asdict(), "scale": _groups(self.scale), "shift": _groups(self.shift)}
+        norm, weight, bias, scale, shift, eps = self
+        return {
+            "norm": norm,
+            "weight": weight,
+            "bias": bias,
+            "scale": _groups(scale),
+            "shift": _groups(shift),
+            "eps": eps,
+        }
 
     def codes(self, layer: Linear8, x: Tensor) -> Quantized:
         codes, scales = layer.quantize(_rows(x), **self.operands)
@@ -243,22 +251,19 @@ class Residual(NamedTuple):
             >>> x.added, list(y.shape)
             (None, [3, 10, 64])
         """
+        x, added, gate = self
         after = _Steps(**steps)
-        after.check(self.x)
-        if isinstance(layer, Linear8):
+        after.check(x)
+        if isinstance(layer, Linear8) or not after.given or not _has_kernel(x, added, gate, *after.tensors):
             x = self.sum()
-            return Residual(x), after.codes(layer, x)
-        if not after.given or not _has_kernel(self.x, self.added, self.gate, *after.tensors):
-            x = self.sum()
-            return Residual(x), after.of(x).to(x.dtype)
-        out = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        if self.added is None:
-            add_norm(_rows(self.x), **after.operands, out=_rows(out))
-            return self, out
-        x = torch.empty_like(out)
-        terms = {"gate": _groups(self.gate), "residual": _rows(self.x), "summed": _rows(x)}
-        add_norm(_rows(self.added), **terms, **after.operands, out=_rows(out))
-        return Residual(x), out
+            return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
+        rows = _rows(x)
+        if added is None:
+            return self, add_norm(rows, **after.operands).view(x.shape)
+        summed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        y = torch.empty_like(summed)
+        add_norm(_rows(added), gate=_groups(gate), residual=rows, **after.operands, summed=summed, out=y)
+        return Residual(summed.view(x.shape)), y.view(x.shape)
 
     def sum(self) -> Tensor:
         """x + gate * added, [..., K].
@@ -281,21 +286,30 @@ def _sum(y: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.d
     return out
 
 
+def _activated(y: Tensor, activation: str) -> Tensor:
+    if activation == "gelu_tanh" and y.is_cpu and _has_kernel(y):  # where torch's takes three times as long
+        return add_norm(_rows(y), activation=activation).view(y.shape)
+    return F.gelu(y, approximate=GELU[activation])
+
+
 def _has_kernel(*tensors: Tensor | None) -> bool:
     """Does an op take these? It has no gradient, and wants numbers in memory."""
-    given = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
-        return False
-    return not torch.jit.is_tracing() and all(
-        [type(x) in (Tensor, nn.Parameter) and x.dtype in FLOATS and x.device.type in AUTO for x in given]
-    )
+    gradients = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in PLAIN or x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda):
+            return False
+        if gradients and x.requires_grad:
+            return False
+    return not torch.jit.is_tracing()
 
 
 def _check_groups(x: Tensor, **given: Tensor | None) -> None:
-    want = (*x.shape[:-2], 1, x.shape[-1])
+    *places, _, width = (1, *x.shape) if x.ndim == 1 else x.shape
     for name, groups in given.items():
-        if groups is not None and groups.shape != want:
-            raise ValueError(f"{name} must be {list(want)}, got {list(groups.shape)}")
+        if groups is not None and groups.shape != (*places, 1, width):
+            raise ValueError(f"{name} must be {[*places, 1, width]}, got {list(groups.shape)}")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def test_a_float_layer_is_what_torch_makes_of_it(before, after):
         else:
             exact = plain_output(layer.double()(plain_input(x.double(), **in_dtype(first, torch.float64))),
                                  **in_dtype(then, torch.float64))  # fmt: skip
-            assert (made - exact).norm() <= max((want - exact).norm(), 1e-3 * exact.norm())
+            # Where both round as often, as a product and what follows it, which is nearer is chance.
+            assert (made - exact).norm() <= 1.02 * (want - exact).norm()
 
 
 @pytest.mark.parametrize("codes", CODES, ids=["int8", "fp8"])
