@@ -1,5 +1,5 @@
-"""qkv_prologue in Triton: a program per entry of the page list, head and part of the tile, whose keys and queries are
-whole heads. So what a head needs is in the program: its norm, and the two channels of each pair to be rotated.
+"""qkv_prologue in Triton: a program per entry of the page list, head and part of the tile. What a head needs is in the
+program: both channels of each pair to be rotated and, for a norm of each head, all of them.
 
 A norm over all heads and a scale over a page cross: neither a program for whole rows nor one for whole pages sees
 both. For such a norm a first launch reads q and k for two numbers per row, and the second finds most of them still in
@@ -92,7 +92,7 @@ def qkv_prologue(
     parts = config("qkv_prologue", "any", qkv.device)
     query = tile_of(Codec(out.dtype), pages.page_size, D, numbers=parts["numbers"])
     key, value = tiles_of(pages, numbers=parts["numbers"])
-    if key.split == 1:  # its scales run along the tokens
+    if key.split == 1 and (k.norm == "head" or not interleaved):  # a part is some channels: here it must have them all
         key = side_tile(pages, 0, numbers=key.rows * triton.next_power_of_2(D))
     launch(
         prologue_kernel,
@@ -280,21 +280,23 @@ def rotated_part(
     row_mask, token = rows < length, first + rows
     x = normalised(source, stats, tokens, eps, norm, head, token, row_mask, cols, heads, tile.width)
     if rope is not None:
-        x = rotated(x, rope + token[:, None] * ROTARY_DIM, row_mask, ROTARY_DIM, INTERLEAVED)
+        x = rotated(x, rope + token[:, None] * ROTARY_DIM, row_mask, col, ROTARY_DIM, INTERLEAVED)
     return x
 
 
 @triton.jit
-def rotated(x, angles, row_mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """x [rows, cols] of whole heads; angles: addresses of each row's cosines and sines, [rows, 1]."""
+def rotated(x, angles, row_mask, col, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """x [rows, cols]: channels col .. col + cols of a head, all of them unless pairs are neighbours. angles: addresses
+    of each row's cosines and sines, [rows, 1]."""
     ROWS: tl.constexpr = x.shape[0]
     COLS: tl.constexpr = x.shape[1]
     HALF: tl.constexpr = ROTARY_DIM // 2
     if INTERLEAVED:
-        pair = tl.arange(0, COLS // 2)
-        mask = row_mask[:, None] & (pair < HALF)[None, :]
-        cos = tl.load(angles + 2 * pair[None, :], mask=mask, other=1.0)
-        sin = tl.load(angles + 2 * pair[None, :] + 1, mask=mask, other=0.0)
+        # A pair's cosine and sine lie as its channels do: all of them are one load, and taken apart alike.
+        at = col + tl.arange(0, COLS)
+        both = tl.load(angles + at[None, :], mask=row_mask[:, None] & (at < ROTARY_DIM)[None, :], other=0.0)
+        cos, sin = tl.split(tl.reshape(both, [ROWS, COLS // 2, 2]))
+        mask = (col // 2 + tl.arange(0, COLS // 2) < HALF)[None, :]
         a, b = tl.split(tl.reshape(x, [ROWS, COLS // 2, 2]))
         turned = tl.join(tl.where(mask, a * cos - b * sin, a), tl.where(mask, a * sin + b * cos, b))
         return tl.reshape(turned, [ROWS, COLS])
