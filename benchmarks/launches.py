@@ -81,7 +81,8 @@ class Launches(TorchDispatchMode):
 
     def __init__(self, backend: str = "triton"):
         super().__init__()
-        self.backend, self.names, self._ours = backend, [], False
+        self.backend, self._ours = backend, False
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._ours:

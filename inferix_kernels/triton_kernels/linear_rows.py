@@ -165,8 +165,8 @@ def groups_of(groups: Tensor | None, rows: int) -> Groups:
 
 
 def _steps(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Steps:
-    vectors = (None if vector is None else vector.contiguous() for vector in (weight, bias))
-    return Steps(*vectors, groups_of(scale, len(x)), groups_of(shift, len(x)))
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    return Steps(weight, bias, groups_of(scale, len(x)), groups_of(shift, len(x)))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -367,11 +367,12 @@ class MagiNetwork(nn.Module):
         # As many rows in each place, of one noise level: a segment's or, where segments differ, a frame's.
         places = [len(block) for block in blocks] if len(set(lengths)) > 1 else [1] * len(blocks)
         cond = torch.cat([row.expand(count, -1) for row, count in zip(cond.split(1), places)])[:, None]
-        stream: Residual | None = Residual(h.unflatten(0, (len(cond), -1)))
+        stream = Residual(h.unflatten(0, (len(cond), -1)))
         for i, layer in enumerate(self.videodit_blocks.layers):
-            stream = layer(i, stream, cond, segments, attend)
-            if stream is None:
+            made = layer(i, stream, cond, segments, attend)
+            if made is None:
                 return None
+            stream = made
         out = self.final_linear.linear(self.videodit_blocks.final_layernorm(stream.sum().flatten(0, 1)))
         velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
         return list(velocity.split([len(block) for block in blocks]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -253,12 +253,13 @@ class TinyWorldModel(nn.Module):
         modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, 1, -1)).movedim(-3, 0).contiguous()
         h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
         h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
-        stream: Residual | None = Residual(h)
+        stream = Residual(h)
         for i, layer in enumerate(self.layers):
-            stream = layer(i, stream, modulation, cross[i], attend)
-            if stream is None:
+            made = layer(i, stream, modulation, cross[i], attend)
+            if made is None:
                 return None
+            stream = made
         h, condition = stream.sum()[:, predict], condition[:, predict]
         scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
-        h = linear_input(self.head_up, h, norm="layer", scale=scale, shift=shift, eps=self.config.eps)
-        return self.head(linear_output(self.head_up, h.flatten(-3, -2), activation="gelu_tanh"))
+        y: Any = linear_input(self.head_up, h, norm="layer", scale=scale, shift=shift, eps=self.config.eps)
+        return self.head(linear_output(self.head_up, y.flatten(-3, -2), activation="gelu_tanh"))

@@ -144,7 +144,8 @@ class CrossAttention(nn.Module):
         """x [F, n, dim] -> x + attention; each segment of its rows attends to the prompt of its block."""
         x, y = x.before(self.q, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
         q = linear_output(self.q, y, dtype=x.dtype).flatten(0, 1)
-        q = self.split(linear_input(None, q, norm="rms", weight=self.norm_q.weight, eps=self.norm_q.eps))
+        _, q = Residual(q).before(None, norm="rms", weight=self.norm_q.weight, eps=self.norm_q.eps)
+        q = self.split(q)
         parts = []
         for rows, cross in segments:
             out = F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer])
