@@ -37,7 +37,6 @@ CUDA: dict[str, Sequence[str | list[str]]] = {
     "kv_append": ["kv_append_kernel"],
     "kv_commit": ["kv_commit_kernel"],
     "kv_gather": ["kv_gather_kernel"],
-    "merge_attention": ["merge_attention_kernel"],
     "paged_attention": [["prepare_kernel", "attention_kernel", "merge_partials_kernel"]],
     "qkv_prologue": ["qkv_moments_kernel", "qkv_prologue_kernel"],  # the first for its norms
 }
