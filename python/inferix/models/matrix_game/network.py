@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferix_kernels.quantize import Residual
+
 from ..wan.network import CrossCache, WanBlock, WanConfig, WanNetwork
 
 PICTURES = 4  # of the video per latent frame after the first
@@ -210,12 +212,11 @@ class ActionLayer(WanBlock):
         super().__init__(config)
         self.action_model = ActionModule(config)
 
-    def conditioned(self, layer: int, x: Tensor, segments: Sequence[tuple[slice, CrossCache]]) -> Tensor:
-        x = super().conditioned(layer, x, segments)
-        parts = x.split([(rows.stop - rows.start) // x.shape[1] for rows, _ in segments])
-        return torch.cat(
-            [self.action_model(layer, part, conditioning) for part, (_, conditioning) in zip(parts, segments)]
-        )
+    def conditioned(self, layer: int, x: Residual, segments: Sequence[tuple[slice, CrossCache]]) -> Residual:
+        told = super().conditioned(layer, x, segments).sum()
+        parts = told.split([(rows.stop - rows.start) // told.shape[1] for rows, _ in segments])
+        acted = [self.action_model(layer, part, conditioning) for part, (_, conditioning) in zip(parts, segments)]
+        return Residual(torch.cat(acted))
 
 
 class MatrixGameNetwork(WanNetwork):
