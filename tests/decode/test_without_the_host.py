@@ -110,8 +110,8 @@ def pools(value):
 
 
 def test_every_argument_of_a_kernel_stays_where_it_is(world):
-    """Block by block and step by step, for each number of segments, once the window is full; but for what stands between
-    a network's layers, which comes from torch's allocator and goes back to it."""
+    """Block by block and step by step, for each number of segments, once the window is full; but for what stands
+    between a network's layers, which comes from torch's allocator and goes back to it."""
     for _ in range(4):
         step(world)
     seen, forwards = defaultdict(set), []
