@@ -52,6 +52,12 @@ class WorldOptions(ModelOptions):
     )
     backend: str = option("kernels: auto, compiled, triton or reference", "auto", to="world")
     precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
+    profile: str | Path | None = option(
+        "folder for a report of where the time goes: a page, numbers, and a trace for Perfetto",
+        None,
+        to="server",
+        metavar="DIR",
+    )
     threads: int | None = option("CPU threads (default: the model's)", None, must=(between(1, MOST_THREADS),))
 
 

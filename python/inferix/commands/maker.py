@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from inferix_kernels import profile
 from inferix_kernels.files import atomic_write
 
 from ..media import LatentWriter, VideoWriter, contact_sheet
@@ -82,7 +83,8 @@ class Maker:
                 self.seconds.append(self.world.denoising)
                 self._take(frames)
                 if self.journal is not None and latents is None:
-                    self.journal.append(self.world.latents)
+                    with profile.timed("journal"):
+                        self.journal.append(self.world.latents)
                 bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
 
     def _take(self, frames: np.ndarray) -> None:
@@ -90,7 +92,8 @@ class Maker:
         self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
         if self.world.model.presentation.live:
             self.all.append(frames)
-        self.video.write(frames)
+        with profile.timed("encode"):
+            self.video.write(frames)
 
     def summary(self) -> dict[str, Any]:
         adapter, presentation = self.world.model.adapter, self.world.model.presentation
