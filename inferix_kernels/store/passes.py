@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import profile
 from .._check import check_index
 from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
@@ -116,10 +117,13 @@ class Pass:
             [30, 64]
         """
         norms = {"norm_q_bias": norm_q_bias, "norm_k_bias": norm_k_bias}
-        q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
+        with profile.span("prologue"):
+            q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
         if not self.predict and layer == self.store.num_layers - 1:
             return None
-        return self._attend(layer, q, out).flatten(1)
+        profile.count("pages read", len(self.plan.page_ids))
+        with profile.span("attention"):
+            return self._attend(layer, q, out).flatten(1)
 
     @in_turn
     def write(
@@ -227,6 +231,7 @@ class Pass:
                 share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:
+                profile.count(f"pages committed {format}", len(target.ids))
                 kv_commit(
                     store.scratch, source, store.pools[format].layers[layer], target, fresh, backend=store.backend
                 )

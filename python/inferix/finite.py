@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels import profile
+
 if TYPE_CHECKING:
     from .facts import Facts
 
@@ -44,7 +46,8 @@ def shown(world: Facts, conditioning: Any) -> np.ndarray:
     finite = torch.isfinite(latents).all()  # read once the pictures are there: no wait of its own
     where = ""
     try:
-        pictures = world.pictures(latents[: decoder.finished])
+        with profile.timed("pictures"):
+            pictures = world.pictures(latents[: decoder.finished])
     except NotFinite:
         where = "what the decoder of pictures gives"
     if not finite:

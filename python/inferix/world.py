@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from inferix_kernels import Policy
+from inferix_kernels import Policy, profile
 from inferix_kernels._check import whole
 
 from .decode.contract import Model
@@ -130,9 +130,10 @@ class World(Facts):
             >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
             >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
-        conditioning = self._steer("step", actions, action, prompt, recache)
-        self.latents = self.decoder.step(conditioning)
-        return shown(self, conditioning)
+        with profile.block(self.store.device) as block:
+            conditioning = self._steer("step", actions, action, prompt, recache)
+            self.latents = self.decoder.step(conditioning)
+            return self._shown(block, conditioning)
 
     @one_at_a_time
     def replay(
@@ -165,9 +166,10 @@ class World(Facts):
             True
         """
         self.decoder.check_replay(latents)
-        conditioning = self._steer("replay", actions, action, prompt, recache)
-        self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
-        return shown(self, conditioning)
+        with profile.block(self.store.device) as block:
+            conditioning = self._steer("replay", actions, action, prompt, recache)
+            self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
+            return self._shown(block, conditioning)
 
     @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
@@ -314,4 +316,14 @@ class World(Facts):
         return conditioning
 
     def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
-        return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)
+        with profile.timed("conditioning"):
+            return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)
+
+    def _shown(self, block: profile.Block, conditioning: Any) -> np.ndarray:
+        pictures = shown(self, conditioning)
+        block.frames = len(pictures)
+        if profile.level() != "off":
+            for format, size in self.store.held_bytes.items():
+                profile.metric(f"KV bytes {format}", size)
+            profile.metric("frames held", len(self.table.held))
+        return pictures

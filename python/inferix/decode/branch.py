@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from inferix_kernels import PageTable, Pass
+from inferix_kernels import PageTable, Pass, profile
 from inferix_kernels.store import Block
 
 from .contract import BlockInput, Model
@@ -88,9 +88,10 @@ class Branch:
         """The separate clean pass, if one is pending: only K and V are wanted; the model stops after the last."""
         if pending := self.pending:
             block = pending.block
-            clean = self.table.plan([block], self._rope(block), commit=block, predict=False)
-            self.model.predict([self._clean_input(pending)], clean.attend)
-            self._seal()
+            with profile.timed("clean pass"):
+                clean = self.table.plan([block], self._rope(block), commit=block, predict=False)
+                self.model.predict([self._clean_input(pending)], clean.attend)
+                self._seal()
 
     def abandon(self) -> None:
         """Forget the open block; what is pending stays pending."""

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferix_kernels import profile
+
 FREQ_DIM = 256  # sinusoids of t
 TIME_BASE, TIME_SCALE = 10_000.0, 1000.0
 BASE_GRID = 16 * 16  # patches of the resolution that positions are counted in
@@ -167,6 +169,7 @@ class Attentions(nn.Module):
         parts = [part.unflatten(1, (GROUPS, -1)) for part in (attended, crossed)]
         return self.linear_proj(torch.stack(parts, 2).flatten(1))
 
+    @profile.profiled("cross-attention")
     def _cross(self, layer: int, qx: Tensor, segments: Segments) -> Tensor:
         """Each segment of the rows attends to its own caption alone."""
         config = self.config
@@ -188,6 +191,7 @@ class MLP(nn.Module):
         self.linear_fc1 = nn.Linear(config.dim, config.ffn * (2 if config.gated else 1), bias=False)
         self.linear_fc2 = nn.Linear(config.ffn, config.dim, bias=False)
 
+    @profile.profiled("linear")
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.linear_fc1(self.layer_norm(x))
         if self.gated:
@@ -349,7 +353,8 @@ class MagiNetwork(nn.Module):
         ends = accumulate((len(block) * grid[0] * grid[1] for block in blocks), initial=0)
         segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(ends), crosses)]
         for i, layer in enumerate(self.videodit_blocks.layers):
-            h = layer(i, h, cond, segments, attend)
+            with profile.span("layer", layer=i):
+                h = layer(i, h, cond, segments, attend)
             if h is None:
                 return None
         out = self.final_linear.linear(self.videodit_blocks.final_layernorm(h))

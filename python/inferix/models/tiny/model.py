@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inferix_kernels.quantize import linear_input, linear_output
+from inferix_kernels import profile, quantize
 
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
+
+linear_input = profile.profiled("linear")(quantize.linear_input)
+linear_output = profile.profiled("linear")(quantize.linear_output)
 
 # (layer index, packed q|k|v [B, S, L, 3 * heads * head_dim], norm_q, norm_k) -> [B, S, L, heads * head_dim], or
 # None when the keys and values were all that was wanted: nothing after them is computed.
@@ -147,6 +150,7 @@ class Layer(nn.Module):
         values = values + out_bias / self.heads  # a head's weights sum to 1
         return CrossCache(keys, biases, values)
 
+    @profile.profiled("cross-attention")
     def cross_attention(self, x: Tensor, cross: CrossCache) -> Tensor:
         """x [B, S, frames, n, dim] -> x + attention of its normed rows to their block's words."""
         rows, y = x.flatten(2, 3).flatten(0, 1), self.norm_cross(x).flatten(2, 3).flatten(0, 1)  # [B * S, L, dim]
@@ -245,7 +249,8 @@ class TinyWorldModel(nn.Module):
         h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
         h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
         for i, layer in enumerate(self.layers):
-            h = layer(i, h, modulation, cross[i], attend)
+            with profile.span("layer", layer=i):
+                h = layer(i, h, modulation, cross[i], attend)
             if h is None:
                 return None
         h, condition = h[:, predict], condition[:, predict]

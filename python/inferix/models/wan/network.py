@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inferix_kernels.quantize import linear_input, linear_output
+from inferix_kernels import profile, quantize
 
+linear_input = profile.profiled("linear")(quantize.linear_input)
+linear_output = profile.profiled("linear")(quantize.linear_output)
 ROPE_BASE = TIME_BASE = 10_000.0
 IMAGE_HIDDEN = 1280  # width of CLIP's image tokens where a checkpoint does not say
 
@@ -183,7 +185,8 @@ class WanBlock(nn.Module):
         if attended is None:
             return None
         x = linear_output(attention.o, attended.view_as(x), gate=gate, residual=x)
-        x = self.cross_attn(x, self.norm3, layer, segments)
+        with profile.span("cross-attention"):
+            x = self.cross_attn(x, self.norm3, layer, segments)
         made: Tensor = self.ffn(x, *for_ffn)
         return made
 
@@ -295,7 +298,8 @@ class WanNetwork(nn.Module):
         modulation = self.time_projection(e).unflatten(1, (6, -1))
         segments = _segments([len(block) * grid[0] * grid[1] for block in blocks], crosses)
         for i, layer in enumerate(self.blocks):
-            h = layer(i, h, modulation, segments, attend)
+            with profile.span("layer", layer=i):
+                h = layer(i, h, modulation, segments, attend)
             if h is None:
                 return None
         last = sum(len(block) for block in blocks[first:])
