@@ -308,13 +308,13 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
         ...     pass
     """
     if _level < LAYER:
-        return _NOTHING  # type: ignore[no-any-return]
+        return _NOTHING
     for value in args.values():
         if value.__class__ not in _PLAIN:
             args = _without_others(name, args)
             break
     if _annotated is not None:
-        return _annotated(name, args)  # type: ignore[no-any-return]
+        return _annotated(name, args)
     try:
         track = _local.track
     except AttributeError:
@@ -330,7 +330,7 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
     if track.gpu is not None and track.gpu.active:
         one.gpu = track.gpu.begin()
     one.start = clock()
-    return one  # type: ignore[no-any-return]
+    return one
 
 
 def _without_others(name: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -528,4 +528,4 @@ def _number(name: str, given: Any, kind: str, known: dict[str, float]) -> float 
     if name not in known and not (_recording is not None and _recording.declare(name, kind)):
         _lose(f"{name!r} was given as a {kind}, and was something else before or is one name too many")
         return None
-    return given  # type: ignore[no-any-return]
+    return given

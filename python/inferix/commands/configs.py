@@ -104,6 +104,9 @@ class GenerateConfig(WorldOptions):
     special_tokens: Sequence[str] | None = option(
         "rows before the caption, for models that know them", None, to="model", metavar="A,B", parse=comma_separated
     )
+    profile_torch: int = option(
+        "blocks that torch.profiler records as well, in the folder of `profile`", 0, must=(at_least(0),), metavar="N"
+    )
     resume: bool = option("go on with the video that a kill or Ctrl-C ended", False)
     prompt_cache: str | Path | None = option(
         "folder for prompt embeddings (default: ~/.cache/inferix/prompts)", None, to="model"

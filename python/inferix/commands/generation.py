@@ -75,12 +75,11 @@ class Generation:
             progress: draw a bar on the terminal.
         """
         self.journal, whole = None if self.world.model.presentation.live else self._open_journal(), False
-        level, folder = "block" if self.config.profile is None else "layer", self.config.profile
+        folder, title = self.config.profile, f"{self.config.model}: {self.config.out}"
+        level, looked_at = "block" if folder is None else "layer", self.config.profile_torch
+        profiled = profiling(level, folder, title=title, torch_blocks=looked_at)
         try:
-            with (
-                self._writer() as self.video,
-                profiling(level, folder, title=f"{self.config.model}: {self.config.out}"),
-            ):
+            with self._writer() as self.video, profiled:
                 self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
                 with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
                     self.maker.run(self.given, progress)

@@ -87,8 +87,8 @@ def _samples(name: str, taken: Snapshot | str | Path) -> dict[str, list[float]]:
 
 
 def _change(name: str, a: list[float], b: list[float], margin: float) -> Change:
-    medians = [sorted(side)[len(side) // 2] if side else 0.0 for side in (a, b)]
-    return Change(name, *medians, unpaired(a, b) if all(medians) else None, margin)
+    before, after = (sorted(side)[len(side) // 2] if side else 0.0 for side in (a, b))
+    return Change(name, before, after, unpaired(a, b) if before and after else None, margin)
 
 
 def table(changes: list[Change]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class _Annotated(profile.Timed):
 
     __slots__ = ("shown",)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Any:  # type: ignore[override]
         import torch
 
         self.shown = torch.profiler.record_function(self.name)
@@ -53,7 +54,11 @@ class _Look:
             self.finish()
 
     def finish(self) -> None:
+        """It has seen enough."""
         self.end()
+        if self.running is None or self.left < 0:  # it never began, or has ended
+            return
+        self.left = -1
         profile._annotated = None
         self.running.stop()
         try:
@@ -67,11 +72,14 @@ class _Look:
             print(f"inferix: {error}: what torch.profiler saw is lost", file=sys.stderr)
 
 
-def kernels(blocks: int, folder: str | Path) -> None:
+def kernels(blocks: int, folder: str | Path) -> Callable[[], None]:
     """Have the blocks after the next one recorded by torch.profiler: every operation, and every kernel of a GPU.
 
     The trace, folder/kernels.json, opens in Perfetto; spans are shown in it at level "layer". Something has to be
     recording, as blocks are counted by their rows; the blocks looked at are slower than others.
+
+    Returns:
+        What ends it before.
 
     Raises:
         ValueError: blocks is not a positive number.
@@ -80,7 +88,7 @@ def kernels(blocks: int, folder: str | Path) -> None:
         >>> from inferix import profile
         >>> from pathlib import Path
         >>> with profile.profiling("layer"):
-        ...     profile.kernels(1, "looked-at")
+        ...     end = profile.kernels(1, "looked-at")
         ...     for _ in range(3):
         ...         with profile.block():
         ...             x = torch.ones(8).sum()
@@ -89,4 +97,4 @@ def kernels(blocks: int, folder: str | Path) -> None:
     """
     if blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
-    _Look(blocks, Path(folder))
+    return _Look(blocks, Path(folder)).finish

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .snapshot import Snapshot, rows
-from .summary import ELSEWHERE, elsewhere, spans
-from .svg import BOTTOM, COLOURS, TOP, Plot, bars, legend, number
+from .summary import ELSEWHERE, elsewhere, percentiles, spans
+from .svg import BOTTOM, COLOURS, TOP, WIDE, Plot, bars, legend, number
 
 MOST_POINTS = 120  # along an x axis
 MOST_PARTS = 9  # with a colour of their own
@@ -51,9 +51,8 @@ def timeline(taken: Snapshot) -> str:
                 lanes.append((f"{other['name']}: {track['name']}", inside[-MOST_BOXES:]))
     deep = [max(span[3] for span in inside) + 1 for _, inside in lanes]
     height = sum((ROW + 1) * depth + 20 for depth in deep) + TOP + BOTTOM
-    plot = Plot((0.0, 1e3 * (end - start)), 0.0, "ms", "", height)
-    plot.parts = [part for part in plot.parts if "grid" not in part]
-    y = TOP + 4
+    plot = Plot((0.0, 1e3 * (end - start)), 0.0, "ms", "", height, WIDE)
+    y = TOP - 8
     for (name, inside), depth in zip(lanes, deep):
         plot.parts.append(f'<text class="label" x="2" y="{y + 8}">{_text(name)}</text>')
         for each, a, b, level, args in inside:
@@ -133,12 +132,9 @@ def times(taken: Snapshot) -> str:
     kept = rows(taken)
     palette, found = colours(kept), spans(kept)
     spent = sorted(row["end"] - row["start"] for row in kept)
-    from .summary import percentiles
-
-    whole = [1e3 * value for value in percentiles(spent).values()]
-    lines = [("whole block", *whole, "#8d96a8")]
-    lines += [(name, *(1e3 * found[name][p] for p in ("p50", "p95", "p99")), palette[name]) for name in palette]
-    return bars(lines, "ms", lambda value: f"{value:.3g}")
+    parts = [("whole block", percentiles(spent), "#8d96a8"), *((name, found[name], palette[name]) for name in palette)]
+    lines = [(name, 1e3 * at["p50"], 1e3 * at["p95"], 1e3 * at["p99"], colour) for name, at, colour in parts]
+    return bars(lines, "ms")
 
 
 def memory(taken: Snapshot) -> str:
@@ -175,7 +171,6 @@ def _lines(
     series: Sequence[tuple[str, list[float], list[float]]],
     x_label: str,
     unit: str,
-    shown: Callable[[float], str] = number,
 ) -> str:
     if not series:
         return "<p>Nothing was measured.</p>"
@@ -184,5 +179,5 @@ def _lines(
     for (name, xs, ys), colour in zip(series, COLOURS):
         step = -(-len(xs) // (4 * MOST_POINTS))
         plot.line(xs[::step], ys[::step], colour, name)
-    entries = [(f"{name} {shown(ys[-1])} {unit}", colour) for (name, _, ys), colour in zip(series, COLOURS)]
+    entries = [(f"{name} {number(ys[-1])} {unit}", colour) for (name, _, ys), colour in zip(series, COLOURS)]
     return str(plot) + legend(entries)

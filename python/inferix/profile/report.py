@@ -23,8 +23,10 @@ h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .5rem; 
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin: 1rem 0; }
 .cards div, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: .8rem 1rem; }
-.cards b { display: block; font-size: 1.5rem; font-weight: 650; } .cards span { color: var(--quiet); font-size: .8rem; }
-.grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: .8rem; }
+.cards b { display: block; font-size: 1.4rem; white-space: nowrap; font-weight: 650; }
+.cards span { color: var(--quiet); font-size: .8rem; }
+.grid2 { display: grid; gap: .8rem; grid-auto-flow: dense;
+  grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); }
 section.wide { grid-column: 1 / -1; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--quiet); font-size: 10.5px; }
 svg text.on { fill: #14171d; } svg .label { font-size: 10px; } svg .grid { stroke: var(--line); }

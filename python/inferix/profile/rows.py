@@ -43,7 +43,7 @@ class Figures:
         self.blocks = Histogram(
             "inferix_block_seconds", "From asking for a block to its pictures", buckets=BUCKETS, registry=self.registry
         )
-        self.registry.register(self)  # type: ignore[arg-type]  # all that it needs is `collect`
+        self.registry.register(self)
 
     def text(self) -> bytes:
         """What Prometheus reads."""

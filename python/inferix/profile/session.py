@@ -13,6 +13,7 @@ from typing import Any
 from inferix_kernels import profile
 from inferix_kernels.files import atomic_write, unwritable
 
+from .kernels import kernels
 from .report import report
 from .snapshot import Snapshot, merge, snapshot
 from .summary import summary
@@ -131,10 +132,19 @@ def write(taken: Snapshot, folder: str | Path, title: str = "A profiled run") ->
 
 @contextlib.contextmanager
 def profiling(
-    level: str = "layer", folder: str | Path | None = None, name: str = "world", title: str = "A profiled run"
+    level: str = "layer",
+    folder: str | Path | None = None,
+    name: str = "world",
+    title: str = "A profiled run",
+    torch_blocks: int = 0,
 ) -> Iterator[Profiling]:
     """A context that is recorded and, if there is a folder, written to it at the end, whatever ends it. A folder that
     can't be written ends nothing: a line on stderr says what is lost.
+
+    Args:
+        level, name: see Profiling.
+        folder, title: see Profiling.write.
+        torch_blocks: that torch.profiler records as well, see `kernels`.
 
     Example:
         >>> from inferix import profile
@@ -145,9 +155,12 @@ def profiling(
         3
     """
     run = Profiling(level, name)
+    look = kernels(torch_blocks, folder) if torch_blocks and folder is not None else None
     try:
         yield run
     finally:
+        if look is not None:
+            look()
         run.stop()
         if folder is not None:
             written_or_said(run.snapshot(), folder, title)
