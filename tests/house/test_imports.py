@@ -19,22 +19,8 @@ IMPORTS = graph(FILES)
 
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
-    (
-        "layout",
-        "plans",
-        "profile",
-        "_recording",
-        "_gpu_times",
-        "verdict",
-        "_C",
-        "files",
-        "sass",
-        "hazards",
-        "_install",
-        "_printing",
-        "proofs.stored",
-        "proofs.speeds",
-    ),
+    ("profile", "_recording", "_gpu_times", "verdict"),
+    ("layout", "plans", "_C", "files", "sass", "hazards", "_install", "_printing", "proofs.stored", "proofs.speeds"),
     ("_check", "_dispatch", "_remembered", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
     ("ops", "chosen"),
