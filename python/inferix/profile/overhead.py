@@ -62,10 +62,8 @@ def overhead(
         blocks: per turn.
 
     Example:
-        >>> from inferix import World
         >>> from inferix.profile.overhead import overhead
-        >>> world = World("tiny")
-        >>> costs = overhead(lambda: world.step(action="up", prompt="desert day"), ["block"], width=1.0)
+        >>> costs = overhead(lambda: sum(range(10_000)), ["block"], width=10.0)
         >>> costs[0].level, costs[0].interval.rounds >= 20
         ('block', True)
     """
