@@ -115,6 +115,7 @@ class Track:
         self.gpu: GpuTimes | None = None
         self.shift = 0.0
         self._within = [0.0] * (DEEPEST + 2)  # seconds of the spans at each depth since one closed around them
+        self._since = [0.0] * (DEEPEST + 2)  # when the first of these began
         self._before: dict[str, float] = {}  # counts at the last block
         self.ended: float | None = None  # when the last block did
         self.sums: dict[str, Sum] = {}  # since the last block
@@ -136,15 +137,18 @@ class Track:
         """Spans that ended since the last call go into `sums`; returns how many of them the ring had dropped."""
         first, last, mask = max(self.added, self.dropped), self.count, self.mask
         missed, self.added = first - self.added, last
-        rows, within, sums = self.rows, self._within, self.sums
+        rows, within, since, sums = self.rows, self._within, self._since, self.sums
         for i in range(first, last):
             name, start, end, depth, _ = rows[i & mask]  # type: ignore[misc]  # they have ended
             if self.ended is None and depth == 0:
                 self.ended = start
             depth = min(depth, DEEPEST)
             seconds = end - start
-            own = seconds - within[depth + 1]
-            within[depth + 1] = 0.0
+            inner = depth + 1
+            own = seconds - within[inner] if since[inner] >= start else seconds  # else: what was around them is lost
+            within[inner] = 0.0
+            if not within[depth]:
+                since[depth] = start
             within[depth] += seconds
             old = sums.get(name)
             sums[name] = Sum(own, seconds, 1) if old is None else Sum(old[0] + own, old[1] + seconds, old[2] + 1)

@@ -111,8 +111,10 @@ def test_a_span_left_open_is_said_and_those_around_it_are_right(clock):
     with profile.span("outer"):
         profile.span("lost")
         profile.timed("lost").__enter__()
-        clock.now += 1
-    assert sums(recording) == {"outer": (1.0, 1.0, 1)}
+        spend(clock, "in what is lost", 1)
+    with profile.span("outer"), profile.span("good"):
+        clock.now += 2
+    assert sums(recording) == {"outer": (1.0, 3.0, 2), "in what is lost": (1.0, 1.0, 1), "good": (2.0, 2.0, 1)}
     assert recording.problems() == ["'lost' was left open: 2"]
     profile.span("still")
     assert recording.problems()[1:] == ["MainThread: 'still' is still open"]
