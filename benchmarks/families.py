@@ -16,17 +16,8 @@ from .harness.rows import Row
 from .shapes import Shape, find_shape
 
 FAMILIES = (
-    "attention",
-    "kv_pages",
-    "qkv",
-    "linear",
-    "block",
-    "e2e",
-    "page_table",
-    "formats",
-    "stream",
-    "diffusers",
-    "profiler",
+    *("attention", "kv_pages", "qkv", "linear"),
+    *("block", "e2e", "page_table", "host", "formats", "stream", "diffusers", "profiler"),
 )
 
 

@@ -338,8 +338,12 @@ def _without_others(name: str, args: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in args.items() if value.__class__ in _PLAIN}
 
 
-def timed(name: str, **args: Any) -> Timed:
+def timed(name: str, device: Any = None, **args: Any) -> Timed:
     """A context that says how long it took, recorded from level "block" on: for a few spans per block.
+
+    Args:
+        name, args: as for `span`.
+        device: torch.device of the work, on a thread that makes no blocks; on "cuda" it is timed there as well.
 
     Example:
         >>> from inferix_kernels import profile
@@ -348,6 +352,12 @@ def timed(name: str, **args: Any) -> Timed:
         >>> 0 < denoise.seconds < 1
         True
     """
+    if _level and device is not None and device.type == "cuda":
+        track = _track()
+        if track.gpu is None:
+            _use_gpu(track)
+        else:  # where blocks are made, `block` looks at the events of those before
+            track.gpu.block()
     return Timed(name, args)
 
 

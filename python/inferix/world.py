@@ -7,7 +7,8 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,11 +20,20 @@ from inferix_kernels._check import whole
 
 from .decode.contract import Model
 from .facts import Facts
-from .finite import NotFinite, shown
-from .history import Pictures
+from .finite import NotFinite
+from .history import Coming, Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, wants_recache
 from .models import load_model
-from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for
+from .opening import (
+    check_counts,
+    check_format,
+    check_seed,
+    open_decoder,
+    open_store,
+    policy_for,
+    recorder_for,
+)
+from .tracing import shown
 from .turns import one_at_a_time
 
 
@@ -46,6 +56,9 @@ class World(Facts):
         weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto"; see inferix_kernels.KVStore.
+        graphs: capture the network's forwards as CUDA graphs, one for each kind of forward, and replay them: the host
+            launches one graph in place of a thousand kernels. On a GPU, for a model with one block at a time. Never run
+            on a GPU.
         linear: what the network's inner linear layers are kept in and multiplied in: "int8" or "fp8", or "bf16", the
             whole network in bfloat16; None: as the model's loader has it. A Model is loaded with it.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
@@ -75,6 +88,7 @@ class World(Facts):
         weights: str | None = None,
         backend: str = "auto",
         precision: str = "auto",
+        graphs: bool = False,
         linear: str | None = None,
         **options: Any,
     ):
@@ -86,14 +100,16 @@ class World(Facts):
         adapter = self.model.adapter
         policy = policy_for(adapter, kv, window, sink, undo)
         check_counts(adapter, blocks, worlds)
+        self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
         self.store = open_store(self.model, policy, worlds, backend, precision)
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:
-        self.decoder = open_decoder(self.model, self.store.open(policy), seed, self._negative, self._blocks)
-        self._show(Pictures(self.model.stream(), policy.undo))
+        table = self.store.open(policy)
+        self.decoder = open_decoder(self.model, table, seed, self._negative, self._blocks, self._recorder)
+        self._show(Pictures(self.model.stream(), policy.undo, self.model.device))
         self.prompt = None
 
     def _show(self, pictures: Pictures) -> None:
@@ -131,9 +147,41 @@ class World(Facts):
             >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
         with profile.block(self.store.device) as block:
-            conditioning = self._steer("step", actions, action, prompt, recache)
-            self.latents = self.decoder.step(conditioning)
-            return self._shown(block, conditioning)
+            return self._taken(self._advance(block, "step", None, actions, action, prompt, recache))
+
+    @one_at_a_time
+    def advance(
+        self,
+        actions: Sequence[Action] | None = None,
+        prompt: str | None = None,
+        *,
+        action: Action | None = None,
+        recache: bool | None = None,
+        latents: Tensor | None = None,
+    ) -> Coming:
+        """The same without waiting for the pictures: they are decoded while the next block is made, and are those that
+        `step` gives, bit for bit. There is one block of them under way at a time: the next call waits for them once its
+        own block is made, and so does what needs to know where pictures stand (`fork`, `rewind`, `observe`, saving).
+
+        Args:
+            actions, prompt, action, recache: as for `step`.
+            latents: as for `replay`, the next step of an earlier run, which is taken up.
+
+        Returns:
+            The pictures to come; `result` waits for them.
+
+        Raises:
+            NotFinite: the block is not finite, or pictures of the block before are not; names the layer. This world has
+                ended. And as `step` and `replay`.
+
+        Example:
+            >>> coming = world.advance(action="up")
+            >>> following = world.advance(action="left")  # made while the pictures of `coming` are decoded
+            >>> coming.result().shape
+            (3, 96, 96, 3)
+        """
+        with profile.block(self.store.device) as block:
+            return self._advance(block, "advance", latents, actions, action, prompt, recache)
 
     @one_at_a_time
     def replay(
@@ -167,9 +215,7 @@ class World(Facts):
         """
         self.decoder.check_replay(latents)
         with profile.block(self.store.device) as block:
-            conditioning = self._steer("replay", actions, action, prompt, recache)
-            self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
-            return self._shown(block, conditioning)
+            return self._taken(self._advance(block, "replay", latents, actions, action, prompt, recache))
 
     @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
@@ -192,7 +238,7 @@ class World(Facts):
             >>> given = np.repeat(frames[-1:], 3, axis=0)  # uint8 [3, 96, 96, 3]
             >>> seen = world.observe(given, actions=["none"] * 3)
         """
-        self._check_alive("observe")
+        self._settle("observe")
         latents = latents_of(self.model, frames, actions)
         sizes, seen = self.decoder.split_observed(len(latents)), []
         ends = accumulate(sizes, initial=0)
@@ -200,13 +246,9 @@ class World(Facts):
         self.prompt = self.prompt if prompt is None else prompt
         for block, conditioning in zip(latents.split(sizes), conditionings):
             before = self.frames
-            self.pictures.keep(before)
             self.decoder.observe(block, conditioning)
-            try:
-                seen.append(self.pictures(block[: self.frames - before]))
-            except NotFinite:
-                self.release()
-                raise
+            given = f"given latent frames {before} to {before + len(block) - 1} of {self.model.adapter.name}"
+            seen.append(self._taken(self.pictures.begin(block[: self.frames - before], before, given)))
         return np.concatenate(seen)
 
     @one_at_a_time
@@ -234,7 +276,7 @@ class World(Facts):
             >>> bool((other.step(action="up") == world.step(action="up")).all())  # the same past, the same noise
             True
         """
-        self._check_alive("fork")
+        self._settle("fork")
         if seed is not None:
             check_seed(seed)
         other = copy.copy(self)
@@ -260,6 +302,8 @@ class World(Facts):
             >>> world.frames == before
             True
         """
+        with self._ends_if_not_finite():
+            self.pictures.check()
         if self.decoder.can_rewind and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(
@@ -292,38 +336,72 @@ class World(Facts):
         """
         self.decoder.release()
 
-    def _check_alive(self, what: str) -> None:
-        if self.released:
-            raise RuntimeError(f"{what}: this world was released, or lost as it was recached, and can't go on")
+    def _settle(self, call: str, wait: bool = True) -> None:
+        """Raise unless this world can go on.
 
-    def _steer(
+        Args:
+            wait: for the pictures under way, to know it for certain.
+        """
+        if not self.decoder.released:
+            with self._ends_if_not_finite():
+                self.pictures.check(wait)
+        if self.released:
+            raise RuntimeError(f"{call}: this world was released, or lost as it was recached, and can't go on")
+
+    def _advance(
         self,
+        block: profile.Block,
         call: str,
+        latents: Tensor | None,
         actions: Sequence[Action] | None,
         action: Action | None,
         prompt: str | None,
         recache: bool | None,
-    ) -> Any:
-        """Check what a step is asked for and get ready for it; returns the block's conditioning."""
-        self._check_alive(call)
+    ) -> Coming:
+        """Check what a step is asked for, make its block or take these latents for it, and begin its pictures."""
+        self._settle(call, wait=False)
+        if latents is not None:
+            self.decoder.check_replay(latents)
         chosen = actions_of(call, self.model.adapter, self.frames, actions, action)
         wanted = wants_recache(self.model.adapter, self.decoder.can_recache, recache)
-        conditioning = self._condition(chosen, prompt)
+        conditioning, before = self._condition(chosen, prompt), self.frames
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
             self.decoder.recache(conditioning)
+        self._warm_up(conditioning)
         self.prompt = self.prompt if prompt is None else prompt
-        self.pictures.keep(self.frames)
-        return conditioning
-
-    def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
-        with profile.timed("conditioning"):
-            return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)
-
-    def _shown(self, block: profile.Block, conditioning: Any) -> np.ndarray:
-        pictures = shown(self, conditioning)
-        block.frames = len(pictures)
+        with self._ends_if_not_finite():
+            if latents is None:
+                self.latents = self.decoder.step(conditioning)
+            else:
+                self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
+            coming = shown(self, before, conditioning)
+        block.frames = self.model.pictures_of(self.frames) - self.model.pictures_of(before)
         if profile.level() != "off":
             for format, size in self.store.held_bytes.items():
                 profile.metric(f"KV bytes {format}", size)
             profile.metric("frames held", len(self.table.held))
-        return pictures
+        return coming
+
+    def _taken(self, coming: Coming) -> np.ndarray:
+        with self._ends_if_not_finite():
+            return coming.result()
+
+    @contextmanager
+    def _ends_if_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite:
+            self.decoder.release()
+            raise
+
+    def _warm_up(self, conditioning: Any) -> None:
+        """Before the first block on a GPU. A world that begins with a past has no room to be warmed up: the forwards of
+        its first two blocks compile what they launch."""
+        if not self._warm and not self.frames and self.store.device.type == "cuda":
+            with profile.timed("warm up"):
+                self.decoder.warm_up(conditioning)
+        self._warm = True
+
+    def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
+        with profile.timed("conditioning"):
+            return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)

@@ -63,7 +63,7 @@ def test_generate_runs_in_any_thread(weights, tmp_path):
 
 @pytest.mark.parametrize("blocks, left", [(0, []), (2, ["v.json", "v.mp4", "v.png"])])
 def test_an_interrupt_comes_up_once_the_video_is_closed(blocks, left, weights, tmp_path, monkeypatch):
-    step, calls = World.step, []
+    step, calls = World.advance, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -71,7 +71,7 @@ def test_an_interrupt_comes_up_once_the_video_is_closed(blocks, left, weights, t
             raise KeyboardInterrupt
         return step(*arguments, **options)
 
-    monkeypatch.setattr(World, "step", interrupted)
+    monkeypatch.setattr(World, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         inferix.generate(weights=weights, seconds=0.5, out=tmp_path / "v.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == left

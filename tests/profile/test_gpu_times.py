@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from inferix_kernels import profile
 from inferix_kernels._gpu_times import EVERY, GpuTimes
@@ -186,3 +187,20 @@ def test_spans_of_a_thread_go_to_a_track_of_its_gpu(gpu, monkeypatch):
     names = [row[0] for row in rows.kept()]
     assert names.count("denoise") >= EVERY - 1 and 1 <= names.count("layer") <= 2
     assert [row[3] for row in rows.kept() if row[0] == "layer"] == [2] * names.count("layer")
+
+
+def test_a_thread_without_blocks_looks_at_its_events_as_its_next_span_begins(gpu, monkeypatch):
+    recording = profile.start("block")
+    track, device = profile._track(), torch.device("cuda")
+    rows = recording.track("GPU of MainThread")
+
+    def use_gpu(track):
+        track.gpu = GpuTimes(gpu.event, rows.write, clock=lambda: gpu.host)
+
+    monkeypatch.setattr(profile, "_use_gpu", use_gpu)
+    for number in range(3):
+        with profile.timed("pictures", device, block=number):
+            gpu.work(0.5)
+        gpu.host += 1.0
+    assert [(row[0], row[4]) for row in rows.kept()] == [("pictures", {"block": 0}), ("pictures", {"block": 1})]
+    assert track.count == 3

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -49,13 +50,15 @@ def test_a_block_has_all_its_parts(detailed):
     made = profile.summary(taken)
     layers = load_model("tiny").layers
     number = {name: each["number"] for name, each in made["spans"].items()}
+    assert number.pop("wait for pictures", 0) <= BLOCKS, "one that nobody waits for has no span"
+    assert made["others"]["pictures"]["number"] == BLOCKS, "on a thread of their own"
     # In each row the three steps of its block and the clean pass of the one before, which stops in the last layer.
     whole = (3 * layers + layers - 1) * BLOCKS
     assert number == {
         "block": BLOCKS,
         "conditioning": BLOCKS,
         "denoise": BLOCKS,
-        "pictures": BLOCKS,
+        "finite check": BLOCKS,
         "profiler": BLOCKS - 1,
         "clean pass": BLOCKS,
         "step": 3 * BLOCKS,
@@ -100,15 +103,36 @@ def test_frames_are_the_same_at_every_level(detailed, level):
     frames, taken, _ = run(None if level == "off" else level, 3)
     assert (frames == detailed[0][:3]).all()
     if level == "block":
-        names = set(profile.summary(taken)["spans"])
-        assert names == {"block", "conditioning", "denoise", "pictures", "clean pass", "profiler", "elsewhere"}
+        names = set(profile.summary(taken)["spans"]) - {"wait for pictures"}
+        assert names == {"block", "conditioning", "denoise", "finite check", "clean pass", "profiler", "elsewhere"}
+
+
+def test_pictures_are_timed_on_their_thread_and_waiting_for_them_where_it_waits():
+    world = opened()
+    held = threading.Event()
+    with profile.Profiling("block") as made:
+        stream, beside = world.pictures.stream, []
+        world.pictures.stream = lambda latents: held.wait(60) and stream(latents)
+        world.pictures.stream.looks_back = False
+        coming = world.advance(action="up", prompt="desert day")
+        (row,) = made.recording.blocks.kept  # ends with `advance`, not with the pictures
+        beside.append(threading.Thread(target=coming.result, name="viewer"))
+        beside[0].start()
+        held.set()
+        assert len(coming.result()) == row.frames == 3
+        beside[0].join()
+    assert "pictures" not in row.spans and not world.pictures.coming.spoiled
+    spans = {track.name: [each[0] for each in track.kept()] for track in made.recording.tracks}
+    assert spans["inferix-pictures_0"] == ["pictures"]
+    assert "pictures" not in spans["MainThread"] and set(spans.get("viewer", [])) <= {"wait for pictures"}
 
 
 def test_a_video_is_profiled(tmp_path, capsys):
     folder = tmp_path / "out"
     video = inferix.generate(seconds=0.5, out=tmp_path / "a.mp4", profile=folder)
     taken, made = profile.read(folder), json.loads((folder / "summary.json").read_text())
-    assert made["frames"] == 9 and video.frames == 8 and {"encode", "layer", "attention"} <= set(made["spans"])
+    assert made["frames"] == 9 and video.frames == 8 and {"layer", "attention"} <= set(made["spans"])
+    assert {"encode", "pictures"} <= set(made["others"]), "beside the blocks"
     denoise = [row["spans"]["denoise"][1] for row in taken["processes"][0]["blocks"]["rows"]]
     assert video.summary["first_block_seconds"] == denoise[0], "one measurement, not two"
     assert video.summary["fps"] == pytest.approx(8 / sum(denoise))

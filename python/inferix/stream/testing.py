@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,12 @@ class BarWorld:
             pictures.append(picture)
         self.frames += len(pictures)
         return pictures
+
+    def advance(self, **order: Any) -> Future[np.ndarray]:
+        """The same, as pictures to come, which are there."""
+        coming: Future[np.ndarray] = Future()
+        coming.set_result(self.step(**order))
+        return coming
 
     def fork(self) -> BarWorld:
         other = type(self).__new__(type(self))
