@@ -46,6 +46,8 @@ def wants_recache(adapter: Adapter, can_recache: bool, recache: bool | None) -> 
 
 def conditioning_of(model: Model, actions: Sequence[Action], prompt: str | None) -> Any:
     """The conditioning of one block."""
+    if prompt is None and not model.adapter.words:
+        prompt = ""
     if prompt is None:
         raise ValueError("prompt must be given with the first block: the world has no look yet")
     if not isinstance(prompt, str):

@@ -66,7 +66,8 @@ def test_a_block_has_all_its_parts(detailed):
         "prologue": whole + BLOCKS,
         "attention": whole,
         "cross-attention": whole,
-        "linear": 6 * whole + 2 * BLOCKS,
+        "linear": 4 * whole + BLOCKS + 3 * BLOCKS,  # and the head's
+        "norm": 3 * whole + BLOCKS + 3 * BLOCKS,
         "elsewhere": 0,
     }
     assert made["frames"] == 3 * BLOCKS and not made["lost"]
@@ -147,7 +148,7 @@ def test_torch_looks_at_some_blocks(tmp_path):
         for _ in range(3):
             world.step(action="up", prompt="desert day")
     names = {event.get("name") for event in json.loads((tmp_path / "kernels.json").read_text())["traceEvents"]}
-    assert {"layer", "attention", "aten::layer_norm"} <= names
+    assert {"layer", "attention", "aten::linear"} <= names
     with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
         profile.kernels(0, tmp_path)
 
