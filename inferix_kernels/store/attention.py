@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_counts
+from .._dispatch import prepared_plan
 from ..layout import PageList
 from ..ops import page_scores, page_summaries, paged_attention, select_pages
 from ..plans import Plan, even_plan
@@ -109,6 +110,7 @@ class _Local:
         store, reads = self.reads.store, self.reads
         if self._lse is None:
             self._lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            self.reads = reads = reads._replace(plan=prepared_plan(q, store.layers[layer], reads.plan, store.backend))
         attend = partial(paged_attention, pools=store.layers[layer], backend=store.backend)
         wanted = [reads.precision[block.world][layer] for block in reads.blocks]
         if len(set(wanted)) == 1:
