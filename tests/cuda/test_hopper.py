@@ -180,7 +180,7 @@ def test_what_was_prepared_for_another_plan_pool_or_q_is_refused():
         (q, pools, ready._replace(page_bias=torch.zeros(2))),
         (q, pools, ready._replace(prepared=made.clone())),
     ):
-        with pytest.raises(ValueError, match="plan.prepared must be what prepare_attention has made of this plan"):
+        with pytest.raises(ValueError, match=r"plan\.prepared must be what prepare_attention has made of this plan"):
             compiled._prepared(*other)
 
 
