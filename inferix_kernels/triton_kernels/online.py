@@ -127,7 +127,7 @@ def launch_attention(
         tiles * heads * splits * parts,
         q.device,
         strided(q if q.ndim == 4 else q[None]), strided(outs), strided(lses),
-        _contiguous(plan), pools_of(pools), max(scale, LEAST_SCALE),
+        Plan(*(None if x is None else x.contiguous() for x in plan[:-1])), pools_of(pools), max(scale, LEAST_SCALE),  # type: ignore[arg-type]
         tokens, segments, len(plan.page_ids), splits, tiles,
         HEADS=heads,
         GROUP=group,
@@ -147,10 +147,6 @@ def launch_attention(
     )  # fmt: skip
     if combined:
         combine_splits(outs, lses, call)
-
-
-def _contiguous(plan: Plan) -> Plan:
-    return Plan(*(None if x is None else x.contiguous() for x in plan._replace(prepared=None)))  # type: ignore[arg-type]
 
 
 def fit_tile_to_pages(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Config:

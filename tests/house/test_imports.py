@@ -22,7 +22,7 @@ LAYERS = (
     ("layout", "plans", "_C", "files", "sass", "hazards", "_install", "_printing", "proofs.stored", "proofs.speeds"),
     ("_check", "_dispatch", "_remembered", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
-    ("ops", "chosen"),
+    ("ops", "chosen", "estimate"),
     ("quantize", "store"),
     ("integrations", "proofs"),
     ("", "__main__"),
