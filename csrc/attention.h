@@ -34,10 +34,11 @@ struct PagedAttentionParams {
   bool accumulate;  // out and lse hold a result over other keys: merge into it
   Precision precision;
   DType q_dtype, out_dtype;
+  void* prepared;   // on a GPU, what prepare_attention_cuda made of the plan for such pools and sizes; or null
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
   INFERIX_FIELDS(q, q_variant_stride, out, lse, pools, q_indptr, page_indptr, entries, page_bias, page_variants,
                  windows, page_positions, shape, variants, T, query_heads, segments, lists_per_segment, scale, softcap,
-                 alibi_slopes, alibi_stride, accumulate, precision, q_dtype, out_dtype, workspace)
+                 alibi_slopes, alibi_stride, accumulate, precision, q_dtype, out_dtype, prepared, workspace)
 };
 
 struct MergeAttentionParams {
@@ -54,6 +55,10 @@ void paged_attention_cpu(const PagedAttentionParams& params, const Cpu& cpu);
 void merge_attention_cpu(const MergeAttentionParams& params, const Cpu& cpu);
 
 int64_t paged_attention_workspace(const PagedAttentionParams& params);
+// What the Hopper kernel makes of a plan, once for all calls that follow it: to workspace, which is of
+// prepared_attention_bytes then, aligned to 256. Neither q nor out nor what pools hold is read.
+int64_t prepared_attention_bytes(const PagedAttentionParams& params);
+void prepare_attention_cuda(const PagedAttentionParams& params, void* stream);
 void paged_attention_cuda(const PagedAttentionParams& params, void* stream);
 void merge_attention_cuda(const MergeAttentionParams& params, void* stream);
 

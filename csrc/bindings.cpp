@@ -418,6 +418,8 @@ PYBIND11_MODULE(_C, m) {
   define<KvGatherParams>(m, "kv_gather", kv_gather_cpu, INFERIX_CUDA_KERNEL(kv_gather_cuda));
   define<PagedAttentionParams>(m, "paged_attention", paged_attention_cpu, INFERIX_CUDA_KERNEL(paged_attention_cuda),
                                INFERIX_CUDA_KERNEL(paged_attention_workspace));
+  define<PagedAttentionParams>(m, "prepare_attention", nullptr, INFERIX_CUDA_KERNEL(prepare_attention_cuda),
+                               INFERIX_CUDA_KERNEL(prepared_attention_bytes));
   define<MergeAttentionParams>(m, "merge_attention", merge_attention_cpu, INFERIX_CUDA_KERNEL(merge_attention_cuda));
   define<QkvPrologueParams>(m, "qkv_prologue", qkv_prologue_cpu, INFERIX_CUDA_KERNEL(qkv_prologue_cuda),
                             INFERIX_CUDA_KERNEL(qkv_prologue_workspace));

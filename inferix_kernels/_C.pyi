@@ -160,6 +160,13 @@ def paged_attention(
     cpu: object = None,
     workspace: object = None,
 ) -> None: ...
+def prepare_attention(
+    arguments: dict,
+    *,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
+) -> None: ...
 def qkv_prologue(
     arguments: dict,
     *,

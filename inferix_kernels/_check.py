@@ -254,6 +254,7 @@ def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
     check_optional("plan.windows", plan.windows, (torch.int32,), "S 2", sizes, device)
     if (plan.windows is None) != (plan.page_positions is None):
         raise ValueError("plan.windows and plan.page_positions must be given together, or neither, got one of them")
+    check_optional("plan.prepared", plan.prepared, (torch.uint8,), "bytes", sizes, device)
     if (plan.page_variants is None) != (q.ndim == 3):
         raise ValueError(
             f"plan.page_variants must be given for q [V, T, Hq, D] and None for q [T, Hq, D],"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .layout import FORMATS, Codec, KVPages, Quantized
+from .plans import Plan
 from .proofs import speeds, stored
 
 BACKENDS = {
@@ -55,6 +56,22 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
         except Unsupported as error:
             reasons.append(f"{name}: {error}")
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
+
+
+def prepared_plan(q: torch.Tensor, pools: Sequence[KVPages], plan: Plan, backend: str = "auto") -> Plan:
+    """The plan, with what the Hopper kernel makes of it where paged_attention would take that kernel."""
+    if q.device.type != "cuda":
+        return plan
+    order = candidates("paged_attention", q.device, (q, pools)) if backend == "auto" else [(backend, "")]
+    for name in (name for name, refusal in order if not refusal):
+        if name != "compiled":
+            return plan
+        try:
+            prepared: Plan = implementation("prepare_attention", name)(q, pools, plan)
+        except Unsupported:
+            continue  # the next one runs; or paged_attention says why none does
+        return prepared
+    return plan
 
 
 def runs_compiled(op: str, backend: str, device: torch.device) -> bool:

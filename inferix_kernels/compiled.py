@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._dispatch import Unsupported
 from ._remembered import Place, recording, tensors_of
@@ -42,6 +43,8 @@ _CODECS = {
     Codec(torch.uint8, "channel"): _C.Codec.u4_channel,
 }
 _PRECISIONS = {"exact": _C.Precision.exact, "8bit": _C.Precision.eight_bit, "auto": _C.Precision.automatic}
+_PLAIN = {"scale": 1.0, "accumulate": False, "softcap": 0.0, "alibi_slopes": 0, "alibi_stride": 0,
+          "precision": _C.Precision.exact}  # fmt: skip
 _NORMS = {None: _C.Norm.none, "layer": _C.Norm.layer, "rms": _C.Norm.rms}
 _ACTIVATIONS = {
     None: _C.Activation.none,
@@ -124,6 +127,64 @@ def paged_attention(
     return out, lse
 
 
+def prepare_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> Plan:
+    """The plan with what the Hopper kernel makes of it, for all calls that follow it: every layer and step of a block.
+
+    Without it each call makes that anew. Other kernels do not look at it. It is of this plan alone, of pools of the
+    same sizes and formats in the same order, and of q's shape: a call with others is refused. It is written on
+    torch's current stream, and does not follow the plan: when the numbers in its tensors change, prepare it again
+    before it is used. That writes to the memory that plan.prepared already has, if there is room, so that a captured
+    graph finds it where it was. Never run on a GPU.
+
+    Args:
+        q: [T, Hq, D], or [V, T, Hq, D]; only its shape, dtype and device are of interest.
+        pools, plan: as for ops.paged_attention. plan.prepared: of an earlier call, or None.
+
+    Raises:
+        Unsupported: the Hopper kernel does not take such arguments, as compiled.paged_attention would say.
+
+    Example:
+        >>> pool, q = KVPages.empty("int8", 2, 1, 64, 64), torch.zeros(3, 1, 64)
+        >>> prepare_attention(q, [pool], make_plan([(3, [1], [40])]))
+        Traceback (most recent call last):
+        inferix_kernels...Unsupported: prepare_attention: needs a GPU, got tensors on cpu
+    """
+    if not q.is_cuda:
+        raise Unsupported(f"prepare_attention: needs a GPU, got tensors on {q.device.type}")
+    if not HAS_CUDA:
+        raise Unsupported("the extension was built without nvcc")
+    memory = _Workspace(q.device, plan.prepared)
+    arguments = _attention(q, pools, plan._replace(prepared=None), q, q)
+    try:
+        with torch.cuda.device(q.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _C.prepare_attention({**arguments, **_PLAIN}, stream=stream, workspace=memory)
+    except _C.Unsupported as error:
+        raise Unsupported(str(error)) from error
+    _PREPARED[memory.memory] = _prepared_for(q, pools, plan)
+    return plan._replace(prepared=memory.memory)
+
+
+_PREPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by plan.prepared: what it was made of
+
+
+def _prepared_for(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> tuple[object, ...]:
+    """All that what is prepared depends on, but for the numbers in the plan's tensors."""
+    tensors = [None if x is None else (x.data_ptr(), len(x)) for x in plan[:-1]]
+    return (q.shape[:-1], *((pages.format, pages.pages, pages.heads, pages.page_size) for pages in pools), *tensors)
+
+
+def _prepared(q: Tensor, pools: Sequence[KVPages], plan: Plan) -> int:
+    if plan.prepared is None:
+        return 0
+    if q.is_cuda and _PREPARED.get(plan.prepared) != _prepared_for(q, pools, plan):
+        raise ValueError(
+            "plan.prepared must be what prepare_attention has made of this plan, for such pools and such a q, "
+            "got that of another: prepare it again"
+        )
+    return _address("plan.prepared", plan.prepared)
+
+
 def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, precision: str = "auto") -> None:
     """Raise Unsupported unless the CUDA kernel takes such arguments. They may lie anywhere: nothing of them is read."""
 
@@ -136,16 +197,8 @@ def require_attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, precision
     if not HAS_CUDA:
         raise Unsupported("the extension was built without nvcc")
     tensors = _attention(q, pools, plan, torch.empty_like(q), q.new_empty(q.shape[:2]))
-    options = {
-        "scale": q.shape[-1] ** -0.5,
-        "accumulate": False,
-        "softcap": 0.0,
-        "alibi_slopes": 0,
-        "alibi_stride": 0,
-        "precision": _PRECISIONS[precision],
-    }
     try:
-        _C.paged_attention({**tensors, **options}, stream=0, workspace=taken)
+        _C.paged_attention({**tensors, **_PLAIN, "precision": _PRECISIONS[precision]}, stream=0, workspace=taken)
     except Taken:
         return
     except _C.Unsupported as error:
@@ -178,6 +231,7 @@ def _attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, out: Tensor, lse
         "lists_per_segment": (len(plan.page_indptr) - 1) // max(segments, 1),
         "q_dtype": _DTYPES[q.dtype],
         "out_dtype": _DTYPES[out.dtype],
+        "prepared": _prepared(q, pools, plan),
     }
 
 
@@ -404,13 +458,17 @@ def _record(op: str, arguments: Struct) -> None:
 
 
 class _Workspace:
-    """Scratch memory of one call, on its device. Freed when the call has been queued, for what is queued after it."""
+    """Scratch memory of one call, on its device. Freed when the call has been queued, for what is queued after it.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    memory: taken if it has room.
+    """
+
+    def __init__(self, device: torch.device, memory: Tensor | None = None):
+        self.device, self.memory = device, memory
 
     def __call__(self, size: int) -> int:
-        self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self.memory is None or len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         return self.memory.data_ptr()
 
 

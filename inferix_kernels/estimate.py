@@ -179,7 +179,7 @@ def hot_loops(
     """
     following = sass.successors(code)
     heads = {j for i, lines in enumerate(following) for j in lines if j <= i}
-    ways = [_cheapest(code, following, measure, head, work) for head in sorted(heads)]
+    ways = (_cheapest(code, following, measure, head, work) for head in sorted(heads))
     found = [(way, _around(code, measure, way)) for way in ways if way]
     loops: list[tuple[list[int], int]] = []
     for way, done in sorted(found, key=lambda one: (_length(code, one[0]) / one[1], one[0])):

@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     page_starts: Tensor | None = None  # [N] int32, the slot of each page's first valid token; None: 0
     windows: Tensor | None = None  # [S, 2] int32, (left, right) in tokens, at most UNLIMITED
     page_positions: Tensor | None = None  # [N] int32, of each page's first valid token, query 0 at 0; with windows
+    prepared: Tensor | None = None  # uint8, of compiled.prepare_attention; what it is for is in its docstring
 
 
 class Segment(NamedTuple):

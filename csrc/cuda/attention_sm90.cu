@@ -1,8 +1,11 @@
 // paged_attention on Hopper: argument checks, workspace, launches. Never run on a GPU; tests/cuda/native emulates one
 // on the CPU and runs the kernels there.
 //
-// One pass for each pool, in order: the first writes out and lse, each later one merges into them, as a call with
-// accumulate does. The intermediate result is float32.
+// One pass for the pools of each kind, in the order of their first ones: the first writes out and lse, each later one
+// merges into them, as a call with accumulate does. The intermediate result is float32.
+//
+// What passes make of the plan (units, work tables) is the same for every layer and every step of a block:
+// prepare_attention_cuda writes it once, and calls are given it. A call without it makes it for itself.
 #include <algorithm>
 
 #include "../attention.h"
@@ -19,6 +22,7 @@ namespace {
 using namespace sm90;
 
 constexpr int kMaxBlocks = 256;  // multiprocessors of a Hopper GPU are at most 144
+static_assert(sizeof(AttentionArgs) + sizeof(TensorMaps) <= 4096);  // bytes of a kernel's parameters
 
 void require(bool fits, const std::string& what) {
   if (!fits) throw Unsupported("paged_attention: the Hopper kernel " + what);
@@ -63,6 +67,7 @@ void check(const PagedAttentionParams& p) {
       require(aligned(x, 16), "needs pools whose tensors begin at a multiple of 16 bytes");
   }
   require(p.T * group <= kMost && p.entries.n * units_of_page(int(p.shape.page_size)) <= kMost, "counts rows in 31 bits");
+  require(aligned(p.prepared, 256), "takes a plan.prepared that begins at a multiple of 256 bytes");
   require(aligned(p.q.data, 16) && p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0 && p.q_variant_stride % 8 == 0,
           "reads q 16 bytes at a time: its address and strides must be multiples of that");
   require(aligned(p.out.data, p.out_dtype == DType::f32 ? 8 : 4) && p.out.token_stride % 2 == 0 &&
@@ -87,73 +92,130 @@ class Arena {
   int64_t used_ = 0;
 };
 
-struct Workspace {
+// The pools of one kind, which one pass reads: their places in the call.
+struct Pass {
+  int pools, pool[kMaxPools];
+};
+struct Passes {
+  int count;
+  Pass pass[kMaxPools];
+};
+
+// Pools are of one kind if they have the same codecs, at any precision.
+Passes passes_of(const Pools& pools) {
+  Passes passes{};
+  for (int i = 0; i < pools.count; ++i) {
+    int n = 0;
+    for (; n < passes.count; ++n) {
+      const Pool& first = pools.pool[passes.pass[n].pool[0]];
+      if (first.k.codec == pools.pool[i].k.codec && first.v.codec == pools.pool[i].v.codec) break;
+    }
+    passes.count = std::max(passes.count, n + 1);
+    Pass& pass = passes.pass[n];
+    pass.pool[pass.pools++] = i;
+  }
+  return passes;
+}
+
+// What prepare_kernel writes for one pass. Where it lies does not depend on the device.
+struct Prepared {
   WorkTable work;
   Unit* units;
   int64_t* list_start;
   int32_t* list_tiles;
-  float *partial_out, *partial_lse, *running;
-  int64_t bytes;
 
-  Workspace(const PagedAttentionParams& p, int blocks) {
-    Arena arena(p.workspace);
-    const int64_t D = p.pools.pool[0].k.width, strips = p.segments * p.shape.H, lists = p.segments * p.lists_per_segment;
+  Prepared(Arena& arena, const PagedAttentionParams& p, int blocks) {
+    const int64_t strips = p.segments * p.shape.H, lists = p.segments * p.lists_per_segment;
     work = {arena.take<int64_t>(strips + 1), arena.take<int32_t>(strips + 1), arena.take<int32_t>(strips),
-            arena.take<int64_t>(blocks + 1), arena.take<int32_t>(1), int32_t(strips), blocks};
+            arena.take<int64_t>(kMaxBlocks + 1), arena.take<int32_t>(1), int32_t(strips), blocks};
     units = arena.take<Unit>(unit_start(lists, p.entries.n, int(p.variants), int(p.shape.page_size)));
     list_start = arena.take<int64_t>(lists + 1);
     list_tiles = arena.take<int32_t>(lists);
-    partial_out = arena.take<float>(2 * int64_t(blocks) * kBlockM * D);
-    partial_lse = arena.take<float>(2 * int64_t(blocks) * kBlockM);
-    running = arena.take<float>(p.pools.count > 1 && p.out_dtype != DType::f32 ? p.T * p.query_heads * D : 0);
-    bytes = arena.used();
   }
 };
 
-PrepareArgs prepare_args(const PagedAttentionParams& p, const Workspace& workspace, int pool, int64_t first_page) {
-  return {p.q_indptr, p.page_indptr, p.entries.ids, p.entries.lens, p.page_bias, p.page_variants, int32_t(p.T),
-          int32_t(p.entries.n), int32_t(p.segments), int32_t(p.shape.H), int32_t(p.lists_per_segment),
-          int32_t(p.variants), int32_t(first_page), int32_t(p.pools.pool[pool].pages), int32_t(p.shape.page_size),
-          int32_t(p.query_heads / p.shape.H), workspace.work, workspace.units, workspace.list_start,
-          workspace.list_tiles};
+// What a call writes for itself.
+struct Workspace {
+  float *partial_out, *partial_lse, *running;
+
+  Workspace(Arena& arena, const PagedAttentionParams& p, int passes) {
+    const int64_t D = p.pools.pool[0].k.width;
+    partial_out = arena.take<float>(2 * int64_t(kMaxBlocks) * kBlockM * D);
+    partial_lse = arena.take<float>(2 * int64_t(kMaxBlocks) * kBlockM);
+    running = arena.take<float>(passes > 1 && p.out_dtype != DType::f32 ? p.T * p.query_heads * D : 0);
+  }
+};
+
+PrepareArgs prepare_args(const PagedAttentionParams& p, const Prepared& prepared, const Pass& pass) {
+  PrepareArgs args{p.q_indptr, p.page_indptr, p.entries.ids, p.entries.lens, p.page_bias, p.page_variants,
+                   int32_t(p.T), int32_t(p.entries.n), int32_t(p.segments), int32_t(p.shape.H),
+                   int32_t(p.lists_per_segment), int32_t(p.variants), int32_t(p.shape.page_size),
+                   int32_t(p.query_heads / p.shape.H), pass.pools, {}, prepared.work, prepared.units,
+                   prepared.list_start, prepared.list_tiles};
+  int64_t first = 0;
+  for (int i = 0, n = 0; i < p.pools.count; first += p.pools.pool[i++].pages)
+    if (n < pass.pools && pass.pool[n] == i) args.pool[n++] = {int32_t(first), int32_t(p.pools.pool[i].pages)};
+  return args;
 }
 
-AttentionArgs attention_args(const PagedAttentionParams& p, const Workspace& workspace, int pool) {
-  const int64_t D = p.pools.pool[pool].k.width;
+// Writes what each pass needs of the plan.
+void prepare(const PagedAttentionParams& p, const Passes& passes, void* to, int blocks, cudaStream_t stream) {
+  Arena arena(to);
+  for (int n = 0; n < passes.count; ++n) {
+    const Prepared prepared(arena, p, blocks);
+    prepare_kernel<<<1, kPrepareThreads, 0, stream>>>(prepare_args(p, prepared, passes.pass[n]));
+    check_launch("paged_attention");
+  }
+}
+
+int64_t bytes_of(const PagedAttentionParams& p, const Passes& passes) {
+  Arena arena(nullptr);
+  for (int n = 0; n < passes.count; ++n) Prepared(arena, p, kMaxBlocks);
+  return arena.used();
+}
+
+AttentionArgs attention_args(const PagedAttentionParams& p, const Workspace& workspace, const Prepared& prepared,
+                             const Passes& passes, int n) {
+  const Pass& pass = passes.pass[n];
+  const int64_t D = p.pools.pool[0].k.width;
   const HeadRows out{static_cast<char*>(p.out.data), p.out.token_stride, p.out.head_stride, p.out_dtype};
   const HeadRows running = p.out_dtype == DType::f32
                                ? out
                                : HeadRows{reinterpret_cast<char*>(workspace.running), p.query_heads * D, D, DType::f32};
   const HeadRows nothing{nullptr, 0, 0, DType::f32};
-  const bool first = pool == 0, last = pool == p.pools.count - 1;
-  return {static_cast<const char*>(p.q.data), p.q_variant_stride, p.q.token_stride, p.q.head_stride,
-          !first ? running : p.accumulate ? out : nothing, last ? out : running, p.lse,
-          p.pools.pool[pool].k, p.pools.pool[pool].v,
-          p.q_indptr, workspace.units, workspace.list_start, workspace.work, int32_t(p.T), int32_t(p.shape.H),
-          int32_t(p.query_heads / p.shape.H), int32_t(p.lists_per_segment), int32_t(p.shape.page_size),
-          p.scale * kLog2E, workspace.partial_out, workspace.partial_lse};
+  const bool first = n == 0, last = n == passes.count - 1;
+  AttentionArgs args{static_cast<const char*>(p.q.data), p.q_variant_stride, p.q.token_stride, p.q.head_stride,
+                     !first ? running : p.accumulate ? out : nothing, last ? out : running, p.lse,
+                     pass.pools, {}, {}, p.q_indptr, prepared.units, prepared.list_start, prepared.work, int32_t(p.T),
+                     int32_t(p.shape.H), int32_t(p.lists_per_segment), int32_t(p.shape.page_size),
+                     Divisor(int32_t(p.query_heads / p.shape.H)), p.scale * kLog2E, workspace.partial_out,
+                     workspace.partial_lse};
+  for (int i = 0; i < pass.pools; ++i) {
+    args.k[i] = p.pools.pool[pass.pool[i]].k;
+    args.v[i] = p.pools.pool[pass.pool[i]].v;
+  }
+  return args;
 }
 
-struct Maps {
-  CUtensorMap keys, values;
-};
+template <typename S>
+constexpr TensorBox box_of_values(uint64_t channels, uint64_t slots, int D, int page_size) {
+  if (S::kEightBit) return box_of_8_bit_values(channels, D, page_size);
+  return S::kTransposed ? box_of_transposed_values(channels, D, page_size) : box_of_16_bit_rows(slots, D);
+}
 
-// Of what is read through a map; the others stay empty.
+// Of a pool, what is read through a map; the others stay empty.
 template <Kind kKind, int kD>
-Maps maps_of(const Pool& pool, const PageShape& s) {
+void set_maps(TensorMaps& maps, int i, const Pool& pool, const PageShape& s) {
   using S = SharedStorage<kKind, kD>;
   const uint64_t tiles = uint64_t(pool.pages) * s.H, slots = tiles * s.page_size;
   const auto map = [](const void* codes, const TensorBox& box, bool bytes) {
     return tensor_map("paged_attention", codes, box, bytes);
   };
-  Maps maps{};
   if (S::kKeyMap)
-    maps.keys = map(pool.k.codes, S::kEightBit ? box_of_8_bit_keys(slots, kD) : box_of_16_bit_rows(slots, kD),
-                    S::kEightBit);
+    maps.keys[i] = map(pool.k.codes, S::kEightBit ? box_of_8_bit_keys(slots, kD) : box_of_16_bit_rows(slots, kD),
+                       S::kEightBit);
   if (S::kValueMap)
-    maps.values = map(pool.v.codes, S::kTransposed ? box_of_transposed_values(tiles * kD, kD, int(s.page_size))
-                                                   : box_of_16_bit_rows(slots, kD), S::kTransposed);
-  return maps;
+    maps.values[i] = map(pool.v.codes, box_of_values<S>(tiles * kD, slots, kD, int(s.page_size)), S::kTransposed);
 }
 
 int multiprocessors() {
@@ -179,31 +241,46 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int thread
 
 int64_t paged_attention_workspace(const PagedAttentionParams& p) {
   check(p);
-  return Workspace(p, kMaxBlocks).bytes;
+  const Passes passes = passes_of(p.pools);
+  Arena arena(nullptr);
+  Workspace(arena, p, passes.count);
+  return arena.used() + (p.prepared ? 0 : bytes_of(p, passes));
+}
+
+int64_t prepared_attention_bytes(const PagedAttentionParams& p) {
+  check(p);
+  return bytes_of(p, passes_of(p.pools));
+}
+
+void prepare_attention_cuda(const PagedAttentionParams& p, void* stream) {
+  check(p);
+  prepare(p, passes_of(p.pools), p.workspace, multiprocessors(), static_cast<cudaStream_t>(stream));
 }
 
 void paged_attention_cuda(const PagedAttentionParams& p, void* stream) {
   check(p);
   if (p.T == 0 || p.query_heads == 0) return;
   const int blocks = multiprocessors();
-  const Workspace workspace(p, blocks);
+  const Passes passes = passes_of(p.pools);
+  Arena own(p.workspace);
+  const Workspace workspace(own, p, passes.count);
   const auto s = static_cast<cudaStream_t>(stream);
-  int64_t first_page = 0;
-  for (int i = 0; i < p.pools.count; ++i) {
-    const Pool& pool = p.pools.pool[i];
-    const AttentionArgs args = attention_args(p, workspace, i);
-    prepare_kernel<<<1, kPrepareThreads, 0, s>>>(prepare_args(p, workspace, i, first_page));
-    check_launch("paged_attention");
-    with_kernel(pool, p.precision == Precision::eight_bit, [&](auto kind, auto width) {
+  void* prepared = p.prepared;
+  if (!prepared) prepare(p, passes, prepared = own.take<char>(0), blocks, s);
+  Arena given(prepared);
+  for (int n = 0; n < passes.count; ++n) {
+    const Pass& pass = passes.pass[n];
+    const AttentionArgs args = attention_args(p, workspace, Prepared(given, p, blocks), passes, n);
+    with_kernel(p.pools.pool[pass.pool[0]], p.precision == Precision::eight_bit, [&](auto kind, auto width) {
       constexpr Kind kKind = decltype(kind)::value;
       constexpr int kD = decltype(width)::value;
-      const Maps maps = maps_of<kKind, kD>(pool, p.shape);
+      TensorMaps maps{};
+      for (int i = 0; i < pass.pools; ++i) set_maps<kKind, kD>(maps, i, p.pools.pool[pass.pool[i]], p.shape);
       launch<kKind, kD>("paged_attention", attention_kernel<kKind, kD>, blocks, (kConsumers + 1) * kWarpgroup, s, args,
-                        maps.keys, maps.values);
+                        maps);
       merge_partials_kernel<kD><<<dim3(blocks, kMergeParts), kMergeThreads, 0, s>>>(args);
       check_launch("paged_attention");
     });
-    first_page += pool.pages;
   }
 }
 
@@ -211,13 +288,14 @@ void probe_load_cuda(const ProbeLoadParams& p, void* stream) {
   with_kernel(p.pages, p.eight_bit, [&](auto kind, auto width) {
     constexpr Kind kKind = decltype(kind)::value;
     constexpr int kD = decltype(width)::value;
-    const Maps maps = maps_of<kKind, kD>(p.pages, p.shape);
+    TensorMaps maps{};
+    set_maps<kKind, kD>(maps, 0, p.pages, p.shape);
     AttentionArgs args{};
-    args.k = p.pages.k;
-    args.v = p.pages.v;
+    args.k[0] = p.pages.k;
+    args.v[0] = p.pages.v;
     args.page_size = int32_t(p.shape.page_size);
     launch<kKind, kD>("probe_load", probe_load_kernel<kKind, kD>, 1, kWarpgroup, static_cast<cudaStream_t>(stream), args,
-                      maps.keys, maps.values, p.first_row, p.second_row, p.head, static_cast<char*>(p.keys),
+                      maps, p.first_row, p.second_row, p.head, static_cast<char*>(p.keys),
                       static_cast<char*>(p.values), p.key_scales, p.value_scales);
   });
 }

@@ -14,143 +14,132 @@
 
 namespace inferix::sm90 {
 
-// The A operand of the scores of 8-bit pages: a thread's fragment of its warpgroup's queries, in registers. 16-bit
-// queries stay in shared memory.
-template <Kind kKind, int kD>
-struct QueryFragments {
-  using S = SharedStorage<kKind, kD>;
-  uint32_t word[S::kEightBit ? S::kWidth / kWgmmaKBytes : 1][4];
-  float scales[2];  // of scores in units of log 2, of the thread's two rows
+constexpr int kScores = kBlockN / 2;  // of a thread: 64 rows of 128 keys, over 128 threads
 
-  INFERIX_DEVICE float scale(const AttentionArgs& p, int r) const {
-    if constexpr (S::kEightBit) return scales[r];
+// What a warpgroup's scores are multiplied with, of a thread's two rows, in units of log 2.
+template <Kind kKind, int kD>
+struct ScoreScales {
+  float of_row[is_eight_bit(kKind) ? 2 : 1];
+
+  INFERIX_DEVICE float at(const AttentionArgs& p, int r) const {
+    if constexpr (is_eight_bit(kKind)) return of_row[r];
     else return p.scale;
   }
   INFERIX_DEVICE void read(const AttentionArgs& p, const SharedStorage<kKind, kD>& shared, int warpgroup, int t) {
-    if constexpr (S::kEightBit) {
+    if constexpr (is_eight_bit(kKind))
 #pragma unroll
-      for (int r = 0; r < 2; ++r) scales[r] = p.scale * shared.query_scales[warpgroup][accumulator_row(t, 2 * r)];
-#pragma unroll
-      for (int step = 0; step < S::kWidth / kWgmmaKBytes; ++step)
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          word[step][r] = *reinterpret_cast<const uint32_t*>(
-              shared.queries[warpgroup] + tile_offset(a_fragment_row(t, r), step * kWgmmaKBytes + a_fragment_byte(t, r),
-                                                      kWgmmaM, S::kWidth));
-    }
+      for (int r = 0; r < 2; ++r) of_row[r] = p.scale * shared.query_scales[warpgroup][accumulator_row(t, 2 * r)];
   }
 };
 
-// scores[i] = q . k of the units from `first` on, without the scale of the query's row.
+// Where an array of SharedStorage lies, in the units of a descriptor: one sum, of what is the same all the time.
+#define INFERIX_START_OF(S, base, member) ((base) + uint32_t(offsetof(S, member) / kChunk))
+
+// scores[i] = q . k of a key tile, without the scale of the query's row.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void qk_product(SharedStorage<kKind, kD>& shared, int stage, int first,
-                               const QueryFragments<kKind, kD>& queries, int warpgroup,
-                               float (&scores)[SharedStorage<kKind, kD>::kScores], int t) {
+INFERIX_DEVICE void qk_product(SharedStorage<kKind, kD>& shared, int stage, int warpgroup, float (&scores)[kScores],
+                               int t) {
   using S = SharedStorage<kKind, kD>;
-  const uint64_t q = k_major_descriptor(opaque(shared_address(shared.queries[warpgroup])), S::kRowBytes);
-  const uint64_t k = k_major_descriptor(shared_address(shared.keys[stage]) + first * S::kUnitBytes, S::kRowBytes);
-  typename S::Score raw[S::kScores];
+  const uint32_t base = shared_address(&shared) / kChunk;
+  const uint64_t q = k_major_descriptor(
+      INFERIX_START_OF(S, base, queries) + warpgroup * (kWgmmaM * S::kWidth / kChunk), S::kRowBytes);
+  const uint64_t k =
+      k_major_descriptor(INFERIX_START_OF(S, base, keys) + stage * (S::kTileBytes / kChunk), S::kRowBytes);
+  // Floats become scores where they are: the registers are not there twice.
+  int32_t integers[is_int8(kKind) ? kScores : 1];
+  auto& raw = [&]() -> auto& {
+    if constexpr (is_int8(kKind)) return integers;
+    else return scores;
+  }();
   warpgroup_fence_operand(raw);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < S::kWidth / kWgmmaKBytes; ++step) {
+    const uint64_t left = q + k_major_offset(step, kWgmmaM, S::kWidth) / kChunk;
     const uint64_t right = k + k_major_offset(step, kBlockN, S::kWidth) / kChunk;
-    if constexpr (is_int8(kKind)) wgmma_rs_s8(raw, queries.word[step], right, step > 0);
-    else if constexpr (S::kEightBit) wgmma_rs_e4m3(raw, queries.word[step], right, step > 0);
-    else if constexpr (query_type(kKind) == DType::f16)
-      wgmma_ss_f16(raw, q + k_major_offset(step, kWgmmaM, S::kWidth) / kChunk, right, step > 0);
-    else wgmma_ss_bf16(raw, q + k_major_offset(step, kWgmmaM, S::kWidth) / kChunk, right, step > 0);
+    if constexpr (is_int8(kKind)) wgmma_ss_s8(raw, left, right, step > 0);
+    else if constexpr (S::kEightBit) wgmma_ss_e4m3(raw, left, right, step > 0);
+    else if constexpr (query_type(kKind) == DType::f16) wgmma_ss_f16(raw, left, right, step > 0);
+    else wgmma_ss_bf16(raw, left, right, step > 0);
   }
   wgmma_commit_group();
   wgmma_wait_all();
   warpgroup_fence_operand(raw);
   if constexpr (S::kKeyScales) {
     constexpr int kRun = S::kPerRegister;  // neighbouring keys of a thread: with 8 bits four, see key_of_column_8
-    const float* scales = shared.key_scales[stage] + first * kUnitKeys + t % 4 * kRun;
+    const float* scales = shared.key_scales[stage] + t % 4 * kRun;
 #pragma unroll
-    for (int i = 0; i < S::kScores; i += 2 * kRun) {
+    for (int i = 0; i < kScores; i += 2 * kRun) {
       const Floats<kRun> scale = *reinterpret_cast<const Floats<kRun>*>(scales + 2 * i);
 #pragma unroll
       for (int n = 0; n < 2 * kRun; ++n) scores[i + n] = float(raw[i + n]) * scale.x[n / 4 * 2 + n % 2];
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < S::kScores; ++i) scores[i] = raw[i];
   }
 }
 
 // The online softmax of a thread's two rows so far.
 struct Softmax {
-  float row_max[2] = {-INFINITY, -INFINITY};  // of the scores, in units of log 2
+  // Of the scores, in units of log 2; before the first, so low that none is lower, and finite: with it as the base all
+  // weights of nothing are 0.
+  float row_max[2] = {-0x1p127f, -0x1p127f};
   float row_sum[2] = {0.f, 0.f};  // this thread's part of the sum of 2^(score - row_max + kLog2WeightScale)
-};
-
-// The units that are multiplied together.
-template <int kStepUnits>
-struct Step {
-  int length[kStepUnits];
-  float bias[kStepUnits];
-  INFERIX_DEVICE Step(const TileInfo& tile, int first) {
-#pragma unroll
-    for (int u = 0; u < kStepUnits; ++u) {
-      length[u] = tile.length[first + u];
-      bias[u] = tile.bias[first + u];
-    }
-  }
 };
 
 // Scores of a unit become exponents by one fma: score * scale + offset = score in units of log 2 - row_max +
 // kLog2WeightScale.
-template <int kStepUnits>
 struct Exponents {
-  float scale[2], offset[2][kStepUnits];  // of the thread's two rows
+  float scale[2], offset[2][kUnits];  // of the thread's two rows
 };
 
 // First half of an online softmax step: the new row maximum. Earlier sums are multiplied with alpha = 2^(old maximum -
-// new maximum), which soon is 1 and then skipped.
-template <Kind kKind, int kD, int kStepUnits, int kScores>
-INFERIX_DEVICE void update_row_max(float (&scores)[kScores], const Step<kStepUnits>& step,
-                                   Exponents<kStepUnits>& exponents, Softmax& rows, float (&out)[kD / 2], int t) {
+// new maximum), unless it is 1 in all rows of the warp, as it soon is.
+template <Kind kKind, int kD>
+INFERIX_DEVICE void update_row_max(float (&scores)[kScores], const TileInfo& tile, Exponents& exponents, Softmax& rows,
+                                   float (&out)[kD / 2], int t) {
   using S = SharedStorage<kKind, kD>;
+  if (!tile.whole)
 #pragma unroll
-  for (int u = 0; u < kStepUnits; ++u) {
-    if (step.length[u] == kUnitKeys) continue;
-    const int length = step.length[u] - key_of(t, 0, S::kEightBit);  // key_of(t, i) = key_of(t, 0) + key_of(0, i)
-#pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (key_of(0, i, S::kEightBit) >= length) scores[32 * u + i] = -INFINITY;
-  }
-  float alpha[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float top = -INFINITY;
-#pragma unroll
-    for (int u = 0; u < kStepUnits; ++u) {
-      float highest = -INFINITY;
+    for (int u = 0; u < kUnits; ++u) {
+      const int length = tile.length[u] - key_of(t, 0, S::kEightBit);  // key_of(t, i) = key_of(t, 0) + key_of(0, i)
 #pragma unroll
       for (int i = 0; i < 32; ++i)
-        if (row_in_thread(i) == r) highest = fmax(highest, scores[32 * u + i]);
-      top = fmax(top, fma(highest, exponents.scale[r], step.bias[u]));
+        if (key_of(0, i, S::kEightBit) >= length) scores[32 * u + i] = -INFINITY;
     }
-    top = fmax(top, shfl_xor(top, 1));
-    top = fmax(fmax(top, shfl_xor(top, 2)), rows.row_max[r]);
-    // Nothing but -inf so far: any finite number in its place makes all weights 0.
-    const float base = top == -INFINITY ? 0.f : top;
-    alpha[r] = exp2_approx(rows.row_max[r] - base);
-    rows.row_max[r] = top;
-    rows.row_sum[r] *= alpha[r];
+  float top[2];
 #pragma unroll
-    for (int u = 0; u < kStepUnits; ++u) exponents.offset[r][u] = step.bias[u] - base + S::kLog2WeightScale;
+  for (int r = 0; r < 2; ++r) {
+    top[r] = rows.row_max[r];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      float highest = scores[32 * u + 2 * r];
+#pragma unroll
+      for (int i = 0; i < 32; ++i)
+        if (row_in_thread(i) == r && i != 2 * r) highest = fmax(highest, scores[32 * u + i]);
+      top[r] = fmax(top[r], fma(highest, exponents.scale[r], tile.bias[u]));
+    }
+    top[r] = fmax(top[r], shfl_xor(top[r], 1));
+    top[r] = fmax(top[r], shfl_xor(top[r], 2));
+    const float base = top[r] - S::kLog2WeightScale;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) exponents.offset[r][u] = tile.bias[u] - base;
   }
-  if (any_in_warp(alpha[0] != 1.f || alpha[1] != 1.f))
+  if (any_in_warp(top[0] != rows.row_max[0] || top[1] != rows.row_max[1])) {
 #pragma unroll
-    for (int i = 0; i < kD / 2; ++i) out[i] *= alpha[row_in_thread(i)];
+    for (int r = 0; r < 2; ++r) {
+      const float alpha = exp2_approx(rows.row_max[r] - top[r]);
+      rows.row_max[r] = top[r];
+      rows.row_sum[r] *= alpha;
+#pragma unroll
+      for (int i = 0; i < kD / 2; ++i)
+        if (row_in_thread(i) == r) out[i] *= alpha;
+    }
+  }
 }
 
 // Second half: the weights 2^exponent of a unit, as the A fragment of the weighted sum.
-template <Kind kKind, int kD, int kStepUnits, int kScores, int kSteps>
-INFERIX_DEVICE void exponentiate(const float (&scores)[kScores], int u, const Exponents<kStepUnits>& exponents,
-                                 Softmax& rows, uint32_t (&weights)[kSteps][4]) {
+template <Kind kKind, int kD, int kSteps>
+INFERIX_DEVICE void exponentiate(const float (&scores)[kScores], int u, const Exponents& exponents, Softmax& rows,
+                                 uint32_t (&weights)[kSteps][4]) {
   using S = SharedStorage<kKind, kD>;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -174,35 +163,37 @@ template <Kind kKind, int kD, int kSteps>
 INFERIX_DEVICE void pv_product(SharedStorage<kKind, kD>& shared, int stage, int u,
                                const uint32_t (&weights)[kSteps][4], float (&out)[kD / 2], int t) {
   using S = SharedStorage<kKind, kD>;
-  const uint32_t address = shared_address(shared.values[stage]);
+  const uint32_t base = shared_address(&shared) / kChunk + stage * (S::kTileBytes / kChunk);
+  const uint32_t start = INFERIX_START_OF(S, base, values);
   if constexpr (S::kEightBit) {
     // Tensor cores accumulate e4m3 products in about 14 bits: each unit's sums are scaled and added in float32.
     // 64 channels at a time: 128 would not leave enough registers.
+    constexpr int kSums = 32;
 #pragma unroll
-    for (int first = 0; first < kD; first += 64) {
-      float part[32];
+    for (int first = 0; first < kD / 2; first += kSums) {
+      float part[kSums];
       warpgroup_fence_operand(part);
       wgmma_fence();
-      const uint64_t v = k_major_descriptor(address + u * S::kUnitBytes + first * kUnitKeys, kUnitKeys);
+      const uint64_t v = k_major_descriptor(start + (u * S::kUnitBytes + 2 * first * kUnitKeys) / kChunk, kUnitKeys);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step)
         wgmma_rs_e4m3(part, weights[step], v + k_major_offset(step, kD, kUnitKeys) / kChunk, step > 0);
       wgmma_commit_group();
       wgmma_wait_all();
       warpgroup_fence_operand(part);
-      const float* scales = shared.value_scales[stage] + u * kD + first + t % 4 * 2;
+      const float* scales = shared.value_scales[stage] + u * kD + channel_of(t, 0, true);
 #pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        const Pair scale = *reinterpret_cast<const Pair*>(scales + i * 2);
+      for (int i = 0; i < kSums; i += 8) {
+        const Floats<4> scale = *reinterpret_cast<const Floats<4>*>(scales + channel_of(0, first + i, true));
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          out[first / 2 + i + j] = fma(part[i + j], scale.x[j % 2], out[first / 2 + i + j]);
+        for (int j = 0; j < 8; ++j)
+          out[first + i + j] = fma(part[i + j], scale.x[j / 4 * 2 + j % 2], out[first + i + j]);
       }
     }
   } else {
     wgmma_fence();
-    const uint64_t v = S::kTransposed ? k_major_descriptor(address + u * S::kUnitBytes, kUnitKeys * 2)
-                                      : mn_major_descriptor(address, kBlockN) + mn_major_offset(u * kSteps) / kChunk;
+    const uint64_t v = S::kTransposed ? k_major_descriptor(start + u * S::kUnitBytes / kChunk, kUnitKeys * 2)
+                                      : mn_major_descriptor(start, kBlockN) + mn_major_offset(u * kSteps) / kChunk;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t offset = S::kTransposed ? k_major_offset(step, kD, kUnitKeys * 2) : mn_major_offset(step);
@@ -215,7 +206,7 @@ INFERIX_DEVICE void pv_product(SharedStorage<kKind, kD>& shared, int stage, int 
 }
 
 // Out and lse of one of a thread's two rows: of a whole query tile to the result, of a part of one to partial_out.
-template <int kD, int kRow>
+template <int kD, int kRow, bool kEightBit>
 INFERIX_DEVICE void finish(const AttentionArgs& p, const ConsumerState& state, const Softmax& softmax,
                            float log2_weight_scale, const float (&out)[kD / 2], int warpgroup, int t) {
   const WorkItem item = state.item;
@@ -226,12 +217,12 @@ INFERIX_DEVICE void finish(const AttentionArgs& p, const ConsumerState& state, c
   sum += shfl_xor(sum, 2);
   const float inverse = sum == 0.f ? 0.f : div_rn(1.f, sum);
   const float lse = sum == 0.f ? -INFINITY : (softmax.row_max[kRow] - log2_weight_scale + log2_approx(sum)) * kLn2;
-  const int r = accumulator_row(t, 2 * kRow), column = accumulator_column(t, 0);
+  const int r = accumulator_row(t, 2 * kRow), channel = channel_of(t, 0, kEightBit);
   if (!item.whole) {
     const int64_t at = int64_t(item.partial) * kBlockM + warpgroup * kWgmmaM + r;
 #pragma unroll
     for (int i = 0; i < kD / 2; i += 4)
-      *reinterpret_cast<Pair*>(p.partial_out + at * kD + column + 2 * i) =
+      *reinterpret_cast<Pair*>(p.partial_out + at * kD + channel + channel_of(0, i, kEightBit)) =
           Pair{{out[i + 2 * kRow] * inverse, out[i + 2 * kRow + 1] * inverse}};
     if (t % 4 == 0) p.partial_lse[at] = lse;
   } else if (rows.has(r)) {
@@ -239,7 +230,7 @@ INFERIX_DEVICE void finish(const AttentionArgs& p, const ConsumerState& state, c
     sync_quad();  // all have read lse
     if (t % 4 == 0) epilogue.write_lse(p);
     epilogue.write<kD / 8>(
-        p, [&](int i) { return column + 8 * i; },
+        p, [&](int i) { return channel + channel_of(0, 4 * i, kEightBit); },
         [&](int i) { return Pair{{out[4 * i + 2 * kRow] * inverse, out[4 * i + 2 * kRow + 1] * inverse}}; });
   }
 }
@@ -251,7 +242,6 @@ INFERIX_DEVICE bool next_work_item(const AttentionArgs& p, SharedStorage<kKind, 
   named_barrier_sync(1 + warpgroup, kWarpgroup);  // all are done with the one before
   if (t == 0) {
     state.more = state.scheduler.next(p.work, state.item);
-    state.variant = -1;
     if (state.more) state.rows = rows_of(p, state.item.strip, state.item.tile, warpgroup * kWgmmaM);
   }
   named_barrier_sync(1 + warpgroup, kWarpgroup);
@@ -263,7 +253,7 @@ template <Kind kKind, int kD>
 INFERIX_DEVICE void consume(const AttentionArgs& p, SharedStorage<kKind, kD>& shared, int warpgroup, int t) {
   using S = SharedStorage<kKind, kD>;
   PipelineState<S::kStages> pipeline;
-  QueryFragments<kKind, kD> queries;
+  ScoreScales<kKind, kD> scales;
   if (t == 0) shared.consumers[warpgroup].scheduler = TileScheduler(p.work, block_index());
   while (next_work_item(p, shared, warpgroup, t)) {
     float out[kD / 2];
@@ -273,44 +263,39 @@ INFERIX_DEVICE void consume(const AttentionArgs& p, SharedStorage<kKind, kD>& sh
     for (bool last = false; !last;) {
       const int stage = pipeline.stage;
       mbarrier_wait(&shared.keys_full[stage], pipeline.phase);
-      if (shared.tiles[stage].variant != shared.consumers[warpgroup].variant) {
-        load_queries(p, stage, shared, warpgroup, t);
-        queries.read(p, shared, warpgroup, opaque(t));
+      if (shared.tiles[stage].fresh) {
+        load_queries(p, shared.tiles[stage].variant, shared, warpgroup, t);
+        scales.read(p, shared, warpgroup, opaque(t));
       }
-#pragma unroll 1
-      for (int first = 0; first < kUnits; first += S::kStepUnits) {
-        float scores[S::kScores];
-        qk_product(shared, stage, first, queries, warpgroup, scores, opaque(t));
-        const Step<S::kStepUnits> step(shared.tiles[stage], first);
-        if (first + S::kStepUnits == kUnits) {
-          last = shared.tiles[stage].last;
-          sync_warp();
-          if (t % 32 == 0) mbarrier_arrive(&shared.keys_empty[stage]);
-        }
-        Exponents<S::kStepUnits> exponents{{queries.scale(p, 0), queries.scale(p, 1)}};
-        update_row_max<kKind, kD>(scores, step, exponents, softmax, out, opaque(t));
-        uint32_t weights[S::kStepUnits][S::kUnitSteps][4];
-        exponentiate<kKind, kD>(scores, 0, exponents, softmax, weights[0]);
-        mbarrier_wait(&shared.values_full[stage], pipeline.phase);
-        if constexpr (!S::kWide)
-          for (int u = 0; u < S::kStepUnits; ++u)
-            if (step.length[u] < kUnitKeys) clear_unused_values(shared, stage, first + u, step.length[u], warpgroup, t);
-        warpgroup_fence_operand(out);
-        pv_product(shared, stage, first, weights[0], out, opaque(t));
-#pragma unroll
-        for (int u = 1; u < S::kStepUnits; ++u) {  // while the wgmmas of the unit before run
-          exponentiate<kKind, kD>(scores, u, exponents, softmax, weights[u]);
-          pv_product(shared, stage, first + u, weights[u], out, opaque(t));
-        }
-        wgmma_wait_all();
-        warpgroup_fence_operand(out);
-      }
+      float scores[kScores];
+      qk_product(shared, stage, warpgroup, scores, opaque(t));
+      const TileInfo tile = shared.tiles[stage];
+      last = tile.last;
+      sync_warp();
+      if (t % 32 == 0) mbarrier_arrive(&shared.keys_empty[stage]);
+      Exponents exponents{{scales.at(p, 0), scales.at(p, 1)}};
+      update_row_max<kKind, kD>(scores, tile, exponents, softmax, out, opaque(t));
+      uint32_t weights[kUnits][S::kUnitSteps][4];
+      exponentiate<kKind, kD>(scores, 0, exponents, softmax, weights[0]);
+      // With 8 bits the sums of a page need registers that scores have had.
+      if constexpr (S::kEightBit) exponentiate<kKind, kD>(scores, 1, exponents, softmax, weights[1]);
+      mbarrier_wait(&shared.values_full[stage], pipeline.phase);
+      if constexpr (!S::kWide)
+        if (!tile.whole)
+          for (int u = 0; u < kUnits; ++u) clear_unused_values(shared, stage, u, tile.length[u], warpgroup, t);
+      warpgroup_fence_operand(out);
+      pv_product(shared, stage, 0, weights[0], out, opaque(t));
+      // Else while the wgmmas of the unit before run.
+      if constexpr (!S::kEightBit) exponentiate<kKind, kD>(scores, 1, exponents, softmax, weights[1]);
+      pv_product(shared, stage, 1, weights[1], out, opaque(t));
+      if constexpr (!S::kEightBit) wgmma_wait_all();
+      warpgroup_fence_operand(out);
       sync_warp();
       if (t % 32 == 0) mbarrier_arrive(&shared.values_empty[stage]);
       pipeline.advance();
     }
-    finish<kD, 0>(p, shared.consumers[warpgroup], softmax, S::kLog2WeightScale, out, warpgroup, t);
-    finish<kD, 1>(p, shared.consumers[warpgroup], softmax, S::kLog2WeightScale, out, warpgroup, t);
+    finish<kD, 0, S::kEightBit>(p, shared.consumers[warpgroup], softmax, S::kLog2WeightScale, out, warpgroup, t);
+    finish<kD, 1, S::kEightBit>(p, shared.consumers[warpgroup], softmax, S::kLog2WeightScale, out, warpgroup, t);
   }
 }
 
@@ -320,14 +305,15 @@ static_assert((kConsumers * kConsumerRegisters + kProducerRegisters) * kWarpgrou
 
 template <Kind kKind, int kD>
 INFERIX_KERNEL((kConsumers + 1) * kWarpgroup)
-attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMap keys,
-                 INFERIX_GRID_CONSTANT TensorMap values) {
+attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMaps maps) {
   using S = SharedStorage<kKind, kD>;
   S& shared = shared_storage<kKind, kD>();
   const int thread = thread_index(), warpgroup = shfl_idx(thread / kWarpgroup, 0), t = thread % kWarpgroup;
   if (thread == 0) {
-    if constexpr (S::kKeyMap) prefetch_tensormap(keys);
-    if constexpr (S::kValueMap) prefetch_tensormap(values);
+    for (int i = 0; i < p.pools; ++i) {
+      if constexpr (S::kKeyMap) prefetch_tensormap(maps.keys[i]);
+      if constexpr (S::kValueMap) prefetch_tensormap(maps.values[i]);
+    }
     for (int stage = 0; stage < S::kStages; ++stage) {
       mbarrier_init(&shared.keys_full[stage], 1);
       mbarrier_init(&shared.values_full[stage], 1);
@@ -343,8 +329,8 @@ attention_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT Te
   sync_threads();
   if (warpgroup == kConsumers) {
     warpgroup_reg_dealloc<kProducerRegisters>();
-    if constexpr (S::kWide) produce_widened(p, values, shared, t);
-    else if (t == 0) produce(p, keys, values, shared);
+    if constexpr (S::kWide) produce_widened(p, maps.values, shared, t);
+    else if (t == 0) produce(p, maps, shared);
   } else {
     warpgroup_reg_alloc<kConsumerRegisters>();
     consume(p, shared, warpgroup, t);

@@ -1,4 +1,4 @@
-// Parameters of the Hopper attention kernels: one pool of pages, its part of the plan, and where results go.
+// Parameters of the Hopper attention kernels: the pools of one kind, their part of the plan, and where results go.
 #pragma once
 #include <type_traits>
 
@@ -62,14 +62,20 @@ bool with_kind(const Pool& pool, bool eight_bit, const Function& function) {
   return found;
 }
 
-// The plan as prepare reads it, and what it makes of it for one pool.
+// Page ids of a pool.
+struct PageRange {
+  int32_t first, count;
+};
+
+// The plan as prepare reads it, and what it makes of it for the pools of one kind.
 struct PrepareArgs {
   const int32_t *q_indptr, *page_indptr, *page_ids, *page_lens;
   const float* page_bias;        // or null
   const int32_t* page_variants;  // or null
   int32_t T, entries, segments, heads, lists_per_segment, variants;
-  int32_t first_page, pages, page_size;  // page ids of this pool
-  int32_t group;                         // query heads that read one KV head
+  int32_t page_size, group;              // group: query heads that read one KV head
+  int32_t pools;
+  PageRange pool[kMaxPools];
   WorkTable work;
   Unit* units;
   int64_t* list_start;  // [lists + 1]  where each page list's units begin; the last is not used
@@ -104,12 +110,14 @@ struct AttentionArgs {
   int64_t q_variant_stride, q_token_stride, q_head_stride;
   HeadRows from, out;  // from: a result over other keys to start with, or null; may be out
   float* lse;          // [T, query_heads]; read too if there is a from
-  Plane k, v;          // of the pool
+  int32_t pools;
+  Plane k[kMaxPools], v[kMaxPools];
   const int32_t* q_indptr;
   const Unit* units;
   const int64_t* list_start;
   WorkTable work;
-  int32_t T, heads, group, lists_per_segment, page_size;
+  int32_t T, heads, lists_per_segment, page_size;
+  Divisor group;        // query heads that read one KV head
   float scale;          // of scores, times log2(e)
   float* partial_out;     // [2 * blocks, kBlockM, D]  results of parts of query tiles
   float* partial_lse;     // [2 * blocks, kBlockM]

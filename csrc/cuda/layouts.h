@@ -33,21 +33,21 @@ INFERIX_BOTH constexpr uint32_t tile_offset(int row, int byte, int rows, int wid
   return panel * rows * wide + swizzle(row * wide + byte % wide, wide);
 }
 
-// Matrix descriptors of wgmma; offsets are in units of 16 bytes. Bits 0-13: start; 16-29: leading dimension offset;
+// Matrix descriptors of wgmma; `start` is an address in units of 16 bytes. Bits 0-13: start; 16-29: leading dimension offset;
 // 32-45: stride dimension offset; 62-63: swizzle, 1 for rows of 128 bytes, 2 for 64. Shared memory ends below 2^18, so
 // that 14 bits hold every address.
-INFERIX_BOTH constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride,
+INFERIX_BOTH constexpr uint64_t matrix_descriptor(uint32_t start, uint32_t leading, uint32_t stride,
                                                   int swizzle_bytes) {
-  return uint64_t(address >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         uint64_t(swizzle_bytes == 128 ? 1 : 2) << 62;
+  const uint32_t low = start + (leading / kChunk << 16);
+  return low | uint64_t(stride / kChunk) << 32 | uint64_t(swizzle_bytes == 128 ? 1 : 2) << 62;
 }
 
 // K-major: rows are M or N, K runs along a row. Eight rows follow each other; the next eight lie `stride` bytes
 // further. The leading offset is not used with a swizzle. K of one wgmma is 32 bytes of a row, whatever the type;
 // `step` counts wgmmas.
 constexpr int kWgmmaKBytes = 32;
-INFERIX_BOTH constexpr uint64_t k_major_descriptor(uint32_t address, int swizzle_bytes) {
-  return matrix_descriptor(address, 16, 8 * swizzle_bytes, swizzle_bytes);
+INFERIX_BOTH constexpr uint64_t k_major_descriptor(uint32_t start, int swizzle_bytes) {
+  return matrix_descriptor(start, 16, 8 * swizzle_bytes, swizzle_bytes);
 }
 INFERIX_BOTH constexpr uint32_t k_major_offset(int step, int rows, int width_bytes) {
   const int wide = swizzle_bytes(width_bytes), byte = step * kWgmmaKBytes;
@@ -56,8 +56,8 @@ INFERIX_BOTH constexpr uint32_t k_major_offset(int step, int rows, int width_byt
 
 // MN-major, of 16-bit types only: K runs over rows of 128 bytes, 64 columns. The next 64 columns lie `leading` bytes
 // further, the next eight rows `stride`. K of one wgmma is 16 rows.
-INFERIX_BOTH constexpr uint64_t mn_major_descriptor(uint32_t address, int rows) {
-  return matrix_descriptor(address, rows * 128, 8 * 128, 128);
+INFERIX_BOTH constexpr uint64_t mn_major_descriptor(uint32_t start, int rows) {
+  return matrix_descriptor(start, rows * 128, 8 * 128, 128);
 }
 INFERIX_BOTH constexpr uint32_t mn_major_offset(int step) { return step * 16 * 128; }
 
@@ -69,8 +69,6 @@ INFERIX_BOTH constexpr int accumulator_column(int t, int i) { return i / 4 * 8 +
 
 // The A fragment: register r of thread t holds 4 of the 32 bytes of a row that one wgmma reads: lowest first, 2 values
 // of 16 bits or 4 of 8 bits.
-INFERIX_BOTH constexpr int a_fragment_row(int t, int r) { return accumulator_row(t, 2 * (r % 2)); }
-INFERIX_BOTH constexpr int a_fragment_byte(int t, int r) { return 16 * (r / 2) + 4 * (t % 4); }
 // Scores, an accumulator, become weights, an A fragment: a_fragment_source(r, n, s) is the accumulator that becomes the
 // n-th value of register r of wgmma s.
 //
@@ -90,6 +88,12 @@ INFERIX_BOTH constexpr int key_of_column_8(int column) {
 // The key within a unit of accumulator i of thread t.
 INFERIX_BOTH constexpr int key_of(int t, int i, bool eight_bit) {
   const int column = accumulator_column(t, i) % kUnitKeys;
+  return eight_bit ? key_of_column_8(column) : column;
+}
+// The channel of accumulator i of the weighted sum. Those of 8-bit values are loaded in the order of key_of_column_8
+// too: of every sixteen a thread then has four neighbours, whose scales it reads at once.
+INFERIX_BOTH constexpr int channel_of(int t, int i, bool eight_bit) {
+  const int column = accumulator_column(t, i);
   return eight_bit ? key_of_column_8(column) : column;
 }
 
@@ -112,8 +116,14 @@ INFERIX_BOTH constexpr TensorBox box_of_8_bit_keys(uint64_t rows, int D) {
   return {5, {wide, 2, 4, 2, rows / 16}, {wide, 4 * wide, 2 * wide, 16 * wide}, {uint32_t(D), 2, 4, 2, kUnitKeys / 16},
           swizzle_bytes(D)};
 }
-// 8-bit transposed values: codes [rows of D channels, page_size]; a box is a unit's keys of D channels, at (first key,
-// first row).
+// 8-bit transposed values, to be multiplied as they are: codes [rows of D channels, page_size] in the order of
+// channel_of; a box is a unit's keys of D channels, at (first key, 0, 0, 0, first row / 16).
+INFERIX_BOTH constexpr TensorBox box_of_8_bit_values(uint64_t rows, int D, int page_size) {
+  const uint64_t wide = page_size;
+  return {5, {wide, 2, 4, 2, rows / 16}, {wide, 4 * wide, 2 * wide, 16 * wide}, {kUnitKeys, 2, 4, 2, uint32_t(D) / 16},
+          kUnitKeys};
+}
+// Others: as they lie in the page; a box is at (first key, first row).
 INFERIX_BOTH constexpr TensorBox box_of_transposed_values(uint64_t rows, int D, int page_size) {
   return {2, {uint64_t(page_size), rows}, {uint64_t(page_size)}, {kUnitKeys, uint32_t(D)}, kUnitKeys};
 }

@@ -19,16 +19,17 @@ INFERIX_DEVICE void load_scales(const Plane& plane, int64_t first, float* to, ui
 }
 
 template <Kind kKind, int kD>
-INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, SharedStorage<kKind, kD>& shared, int stage,
-                              const Unit (&units)[kUnits], int head) {
+INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap (&maps)[kMaxPools],
+                              SharedStorage<kKind, kD>& shared, int stage, const Unit (&units)[kUnits], int head) {
   using S = SharedStorage<kKind, kD>;
   uint64_t* full = &shared.keys_full[stage];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    const int row = units[u].row + head * p.page_size;
+    const int row = units[u].row + head * p.page_size, pool = units[u].pool;
+    const TensorMap& map = maps[pool];
     if constexpr (S::kEightBit) {
       tma_load_5d(map, shared.keys[stage] + u * S::kUnitBytes, full, 0, 0, 0, 0, row / 16);
-      load_scales(p.k, row, shared.key_scales[stage] + u * kUnitKeys, full, kUnitKeys);
+      load_scales(p.k[pool], row, shared.key_scales[stage] + u * kUnitKeys, full, kUnitKeys);
     } else {
       for (int panel = 0; panel < S::kPanels; ++panel)
         tma_load_2d(map, shared.keys[stage] + panel * S::kPanelBytes + u * S::kPanelBytes / kUnits, full, panel * 64,
@@ -38,16 +39,18 @@ INFERIX_DEVICE void load_keys(const AttentionArgs& p, const TensorMap& map, Shar
 }
 
 template <Kind kKind, int kD>
-INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap& map, SharedStorage<kKind, kD>& shared,
-                                int stage, const Unit (&units)[kUnits], int head) {
+INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap (&maps)[kMaxPools],
+                                SharedStorage<kKind, kD>& shared, int stage, const Unit (&units)[kUnits], int head) {
   using S = SharedStorage<kKind, kD>;
   uint64_t* full = &shared.values_full[stage];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
+    const int pool = units[u].pool;
+    const TensorMap& map = maps[pool];
     if constexpr (S::kEightBit) {
       const int row = (units[u].row / p.page_size + head) * kD;
-      tma_load_2d(map, shared.values[stage] + u * S::kUnitBytes, full, units[u].row % p.page_size, row);
-      load_scales(p.v, row, shared.value_scales[stage] + u * kD, full, kD);
+      tma_load_5d(map, shared.values[stage] + u * S::kUnitBytes, full, units[u].row % p.page_size, 0, 0, 0, row / 16);
+      load_scales(p.v[pool], row, shared.value_scales[stage] + u * kD, full, kD);
     } else {
       const int row = units[u].row + head * p.page_size;
       for (int panel = 0; panel < S::kPanels; ++panel)
@@ -59,8 +62,7 @@ INFERIX_DEVICE void load_values(const AttentionArgs& p, const TensorMap& map, Sh
 
 // The producer thread.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void produce(const AttentionArgs& p, const TensorMap& keys, const TensorMap& values,
-                            SharedStorage<kKind, kD>& shared) {
+INFERIX_DEVICE void produce(const AttentionArgs& p, const TensorMaps& maps, SharedStorage<kKind, kD>& shared) {
   using S = SharedStorage<kKind, kD>;
   PipelineState<S::kStages> pipeline;
   ProducerState& producer = shared.producer;
@@ -69,32 +71,39 @@ INFERIX_DEVICE void produce(const AttentionArgs& p, const TensorMap& keys, const
     mbarrier_wait(&shared.keys_empty[stage], pipeline.phase ^ 1);
     shared.tiles[stage] = producer.info();
     mbarrier_arrive_expect_tx(&shared.keys_full[stage], S::kKeyBytes);
-    load_keys(p, keys, shared, stage, producer.units, head);
+    load_keys(p, maps.keys, shared, stage, producer.units, head);
     mbarrier_wait(&shared.values_empty[stage], pipeline.phase ^ 1);
     mbarrier_arrive_expect_tx(&shared.values_full[stage], S::kValueBytes);
-    load_values(p, values, shared, stage, producer.units, head);
+    load_values(p, maps.values, shared, stage, producer.units, head);
     pipeline.advance();
   }
 }
 
 // 64 query rows of one variant to shared memory, as 8-bit pages need them. Rows past the end are zeros.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, SharedStorage<kKind, kD>& shared, int warpgroup,
+INFERIX_DEVICE void load_queries(const AttentionArgs& p, int variant, SharedStorage<kKind, kD>& shared, int warpgroup,
                                  int t) {
   using S = SharedStorage<kKind, kD>;
   t = opaque(t);
   const RowBlock rows = shared.consumers[warpgroup].rows;
-  const int variant = shared.tiles[stage].variant;
-  constexpr int kChunks = kD * 2 / kChunk;        // of a row of bf16
+  constexpr int kChunks = kD * 2 / kChunk;                           // of a row of bf16
+  constexpr int kStep = kWarpgroup / kChunks, kLoads = kWgmmaM / kStep;  // rows at once, and how often
+  const int first = t / kChunks, chunk = t % kChunks;
+  const char* from = p.q + 2 * (variant * p.q_variant_stride) + chunk * kChunk;
+  Chunk loaded[kLoads];  // all are on their way before the first is needed
+#pragma unroll
+  for (int n = 0; n < kLoads; ++n) {
+    const int r = first + n * kStep;
+    loaded[n] = Chunk{};
+    if (rows.has(r))
+      loaded[n] = *reinterpret_cast<const Chunk*>(
+          from + 2 * (rows.query(r) * p.q_token_stride + rows.head(r) * p.q_head_stride));
+  }
   named_barrier_sync(1 + warpgroup, kWarpgroup);  // no warp still multiplies the queries before
-#pragma unroll 4
-  for (int i = t; i < kWgmmaM * kChunks; i += kWarpgroup) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    Chunk x = {};
-    if (rows.has(r)) {
-      const int64_t at = variant * p.q_variant_stride + rows.query(r) * p.q_token_stride + rows.head(r) * p.q_head_stride;
-      x = *reinterpret_cast<const Chunk*>(p.q + 2 * at + chunk * kChunk);
-    }
+#pragma unroll
+  for (int load = 0; load < kLoads; ++load) {
+    const int r = first + load * kStep;
+    const Chunk x = loaded[load];
     if constexpr (S::kEightBit) {
       float values[8];
       uint32_t largest = 0;  // as bits, of which a NaN's are the largest: a row with one gets a scale that is NaN
@@ -119,7 +128,6 @@ INFERIX_DEVICE void load_queries(const AttentionArgs& p, int stage, SharedStorag
       *reinterpret_cast<Chunk*>(shared.queries[warpgroup] + tile_offset(r, chunk * kChunk, kWgmmaM, kD * 2)) = x;
     }
   }
-  if (t == 0) shared.consumers[warpgroup].variant = variant;
   fence_proxy_async();
   named_barrier_sync(1 + warpgroup, kWarpgroup);
 }

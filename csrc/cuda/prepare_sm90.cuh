@@ -16,10 +16,23 @@ INFERIX_DEVICE T warp_prefix_sum(T x, int lane) {
   return x;
 }
 
-// Units of entry e that belong to a variant: none if the entry is of another pool, empty, or does not fit.
+// Where a page is: in which pool of the pass, and as which of its pages. pool -1: in none.
+struct PoolPage {
+  int pool, page;
+};
+INFERIX_DEVICE PoolPage locate(const PrepareArgs& p, int id) {
+  PoolPage found{-1, 0};
+  for (int i = 0; i < p.pools; ++i) {
+    const uint32_t page = uint32_t(id) - uint32_t(p.pool[i].first);
+    if (page < uint32_t(p.pool[i].count)) found = {i, int(page)};
+  }
+  return found;
+}
+
+// Units of entry e that belong to a variant: none if the entry is of no pool of the pass, empty, or does not fit.
 INFERIX_DEVICE int units_in(const PrepareArgs& p, int e, int variant) {
-  const int page = p.page_ids[e] - p.first_page, length = p.page_lens[e];
-  const bool fits = page >= 0 && page < p.pages && length >= 0 && length <= p.page_size;
+  const int length = p.page_lens[e];
+  const bool fits = locate(p, p.page_ids[e]).pool >= 0 && length >= 0 && length <= p.page_size;
   if (!fits || (p.page_variants ? p.page_variants[e] : 0) != variant) return 0;
   if (p.page_bias && p.page_bias[e] == -INFINITY) return 0;
   return (length + kUnitKeys - 1) / kUnitKeys;
@@ -43,19 +56,20 @@ INFERIX_DEVICE int make_units(const PrepareArgs& p, int list, int lane) {
     for (int64_t first = entries.begin; first < entries.end; first += kWarpThreads) {
       const int e = int(first) + lane, parts = e < entries.end ? units_in(p, e, variant) : 0;
       const int below = warp_prefix_sum(parts, lane);
+      const PoolPage at = parts ? locate(p, p.page_ids[e]) : PoolPage{0, 0};
       for (int i = 0; i < parts; ++i) {
         const int left = p.page_lens[e] - i * kUnitKeys;
-        to[count + below - parts + i] = {(p.page_ids[e] - p.first_page) * p.heads * p.page_size + i * kUnitKeys,
-                                         left < kUnitKeys ? left : kUnitKeys,
+        to[count + below - parts + i] = {at.page * p.heads * p.page_size + i * kUnitKeys,
+                                         int16_t(left < kUnitKeys ? left : kUnitKeys), int16_t(at.pool),
                                          unit_bias(p, e), variant};
       }
       count += shfl_idx(below, kWarpThreads - 1);
     }
     // A unit of nothing is read like any other: from the first page.
-    if (lane == 0 && count % kUnits) to[count] = {0, 0, 0.f, variant};
+    if (lane == 0 && count % kUnits) to[count] = {0, 0, 0, 0.f, variant};
     count += count % kUnits;
   }
-  if (lane < kUnits && count == 0) to[lane] = {0, 0, 0.f, 0};
+  if (lane < kUnits && count == 0) to[lane] = {0, 0, 0, 0.f, 0};
   return count == 0 ? kUnits : count;
 }
 

@@ -9,9 +9,8 @@ namespace inferix::sm90 {
 // scales of keys that multiply scores [128], and with 8 bits those of values [2, D].
 template <Kind kKind, int kD>
 INFERIX_KERNEL(kWarpgroup)
-probe_load_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMap key_map,
-                  INFERIX_GRID_CONSTANT TensorMap value_map, int first_row, int second_row, int head, char* keys,
-                  char* values, float* key_scales, float* value_scales) {
+probe_load_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT TensorMaps maps, int first_row,
+                  int second_row, int head, char* keys, char* values, float* key_scales, float* value_scales) {
   using S = SharedStorage<kKind, kD>;
   S& shared = shared_storage<kKind, kD>();
   const int t = thread_index();
@@ -19,19 +18,19 @@ probe_load_kernel(INFERIX_GRID_CONSTANT AttentionArgs p, INFERIX_GRID_CONSTANT T
   uint64_t *keys_full = &shared.keys_full[0], *values_full = &shared.values_full[0];
   if constexpr (S::kWide) keys_full = &shared.raw.keys.full, values_full = &shared.raw.values.full;
   if (t == 0) {
-    units[0] = {first_row, kUnitKeys, 0.f, 0};
-    units[1] = {second_row, kUnitKeys, 0.f, 0};
+    units[0] = {first_row, kUnitKeys, 0, 0.f, 0};
+    units[1] = {second_row, kUnitKeys, 0, 0.f, 0};
     mbarrier_init(keys_full, 1);
     mbarrier_init(values_full, 1);
     fence_mbarrier_init();
     if constexpr (S::kWide) {
-      load_raw(p, p.k, key_map, units, head, shared.raw.keys);
-      load_raw(p, p.v, value_map, units, head, shared.raw.values);
+      load_raw(p, p.k, maps.keys, units, head, shared.raw.keys);
+      load_raw(p, p.v, maps.values, units, head, shared.raw.values);
     } else {
       mbarrier_arrive_expect_tx(keys_full, S::kKeyBytes);
-      load_keys(p, key_map, shared, 0, units, head);
+      load_keys(p, maps.keys, shared, 0, units, head);
       mbarrier_arrive_expect_tx(values_full, S::kValueBytes);
-      load_values(p, value_map, shared, 0, units, head);
+      load_values(p, maps.values, shared, 0, units, head);
     }
   }
   sync_threads();
@@ -68,19 +67,14 @@ probe_scores_kernel(const char* q, const char* k, float* scores) {
     for (int i = t; i < kBlockN; i += kWarpgroup) shared.key_scales[0][i] = 1.f;
   fence_proxy_async();
   sync_threads();
-  QueryFragments<kKind, kD> queries;
-  queries.read(AttentionArgs{}, shared, 0, t);
-#pragma unroll 1
-  for (int first = 0; first < kUnits; first += S::kStepUnits) {
-    float mine[S::kScores];
-    qk_product(shared, 0, first, queries, 0, mine, t);
+  float mine[kScores];
+  qk_product(shared, 0, 0, mine, t);
 #pragma unroll
-    for (int i = 0; i < S::kScores; ++i)
-      scores[accumulator_row(t, i) * kBlockN + first * kUnitKeys + accumulator_column(t, i)] = mine[i];
-  }
+  for (int i = 0; i < kScores; ++i) scores[accumulator_row(t, i) * kBlockN + accumulator_column(t, i)] = mine[i];
 }
 
-// out [64, D] = weights [64, 128] . v. v as bytes: [128, D]; transposed [2, D, 64], of each unit of 64 keys.
+// out [64, D] = weights [64, 128] . v. v as bytes: [128, D]; transposed [2, D, 64], of each unit of 64 keys, and with 8
+// bits in the order of channel_of.
 template <Kind kKind, int kD>
 INFERIX_KERNEL(kWarpgroup)
 probe_values_kernel(const float* weights, const char* v, float* out) {
@@ -122,7 +116,7 @@ probe_values_kernel(const float* weights, const char* v, float* out) {
     warpgroup_fence_operand(mine);
   }
 #pragma unroll
-  for (int i = 0; i < kD / 2; ++i) out[accumulator_row(t, i) * kD + accumulator_column(t, i)] = mine[i];
+  for (int i = 0; i < kD / 2; ++i) out[accumulator_row(t, i) * kD + channel_of(t, i, S::kEightBit)] = mine[i];
 }
 
 }  // namespace inferix::sm90

@@ -28,23 +28,29 @@ struct TileInfo {
   int length[kUnits];
   float bias[kUnits];
   int variant;
-  bool last;  // of its item
+  bool last;   // of its item
+  bool whole;  // all of its keys are valid
+  bool fresh;  // its queries are not those of the tile before
 };
 
 // The query rows of an item, or some of them.
 struct RowBlock {
   int64_t first_query;
   int first_row, rows;  // of the strip: first_row .. rows - 1
-  int group, first_head;
+  int first_head;
+  Divisor group;
   INFERIX_DEVICE bool has(int r) const { return first_row + r < rows; }
-  INFERIX_DEVICE int64_t query(int r) const { return first_query + (first_row + r) / group; }
-  INFERIX_DEVICE int head(int r) const { return first_head + (first_row + r) % group; }
+  INFERIX_DEVICE int64_t query(int r) const { return first_query + group.quotient(first_row + r); }
+  INFERIX_DEVICE int head(int r) const {
+    return first_head + first_row + r - group.quotient(first_row + r) * group.value;
+  }
 };
 
 INFERIX_DEVICE RowBlock rows_of(const AttentionArgs& p, int strip, int tile, int first_row) {
   const Range queries = range_of(p.q_indptr, strip / p.heads, p.T);
-  return {queries.begin, tile * kBlockM + first_row, int(queries.end - queries.begin) * p.group, p.group,
-          strip % p.heads * p.group};
+  const int group = p.group.value;
+  return {queries.begin, tile * kBlockM + first_row, int(queries.end - queries.begin) * group,
+          strip % p.heads * group, p.group};
 }
 
 INFERIX_DEVICE const Unit* units_of(const AttentionArgs& p, const WorkItem& item) {
@@ -57,7 +63,6 @@ struct ConsumerState {
   TileScheduler scheduler;
   WorkItem item;
   RowBlock rows;
-  int variant;  // of the queries that are loaded; -1: none
   bool more;
 };
 
@@ -67,27 +72,32 @@ struct ProducerState {
   WorkItem item;
   const Unit* next;
   Unit units[kUnits];
-  int left;   // key tiles of the item after this one
-  bool more;  // there is a tile at all
+  int left;    // key tiles of the item after this one
+  bool fresh;  // see TileInfo
+  bool more;   // there is a tile at all
   INFERIX_DEVICE void begin(const AttentionArgs& p) {
     scheduler = TileScheduler(p.work, block_index());
     left = 0;
     step(p);
   }
   INFERIX_DEVICE void step(const AttentionArgs& p) {
+    fresh = left == 0;
     if (left == 0) {
       more = scheduler.next(p.work, item);
       if (!more) return;
       next = units_of(p, item);
       left = item.count;
     }
+    const int variant = units[0].variant;
     for (int u = 0; u < kUnits; ++u) units[u] = next[u];
+    fresh = fresh || units[0].variant != variant;
     next += kUnits;
     --left;
   }
   INFERIX_DEVICE int head(const AttentionArgs& p) const { return item.strip % p.heads; }
   INFERIX_DEVICE TileInfo info() const {
-    return {{units[0].length, units[1].length}, {units[0].bias, units[1].bias}, units[0].variant, left == 0};
+    return {{units[0].length, units[1].length}, {units[0].bias, units[1].bias}, units[0].variant, left == 0,
+            units[0].length + units[1].length == kBlockN, fresh};
   }
 };
 
@@ -154,13 +164,8 @@ struct SharedStorage {
   static constexpr int kKeyBytes = kTileBytes + (kEightBit ? kBlockN * 4 : 0);
   static constexpr int kValueBytes = kTileBytes + (kEightBit ? kUnits * kD * 4 : 0);
   static constexpr float kLog2WeightScale = kEightBit ? 8.f : 0.f;  // weights are up to 2^8: e4m3 has 2^-9 to 448
-  // Units that are multiplied together. With 8 bits sums go to float32 after each, and two would not leave enough
-  // registers.
-  static constexpr int kStepUnits = kEightBit ? 1 : kUnits;
-  static constexpr int kScores = kStepUnits * kUnitKeys / 2;            // of a thread
   static constexpr int kUnitSteps = kUnitKeys / (kEightBit ? 32 : 16);  // of the weighted sum
   static constexpr int kPerRegister = kEightBit ? 4 : 2;                // weights in a register
-  using Score = std::conditional_t<is_int8(kKind), int32_t, float>;
 
   // Swizzled tiles first: their pattern repeats every 1024 bytes, to which all of this is aligned.
   char queries[kConsumers][kWgmmaM * kWidth];
@@ -190,6 +195,11 @@ struct SharedStorage {
     for (int n = 0; n < 4; ++n) word |= uint32_t(float_to_int_rn(x[n]) & 0xff) << 8 * n;
     return word;
   }
+};
+
+// Of the pools of a pass, those maps that their kind is read through.
+struct TensorMaps {
+  TensorMap keys[kMaxPools], values[kMaxPools];
 };
 
 constexpr int kSharedLimit = 232448;  // bytes of a block on Hopper
@@ -258,7 +268,7 @@ INFERIX_DEVICE float exp_approx(float x) { return exp2_approx(x * kLog2E); }
 // lse is over these keys; the epilogue's is over both.
 INFERIX_DEVICE RowEpilogue row_epilogue(const AttentionArgs& p, int64_t query, int head, float lse) {
   RowEpilogue epilogue{1.f, 0.f, lse, query * p.from.token_stride + head * p.from.head_stride,
-                       query * p.out.token_stride + head * p.out.head_stride, query * p.heads * p.group + head};
+                       query * p.out.token_stride + head * p.out.head_stride, query * p.heads * p.group.value + head};
   if (!p.from.data) return epilogue;
   const float before = p.lse[epilogue.lse_at], highest = fmax(before, lse), base = highest == -INFINITY ? 0.f : highest;
   const float a = exp_approx(before - base), b = exp_approx(lse - base), total = a + b;

@@ -78,6 +78,30 @@ INFERIX_WGMMA_16_BIT(bf16)
 INFERIX_WGMMA_16_BIT(f16)
 
 // k = 32. 8-bit operands are always K-major.
+INFERIX_DEVICE void wgmma_ss_e4m3(float (&d)[64], uint64_t a, uint64_t b, bool scale_d) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1;\n}"
+      : INFERIX_D64(INFERIX_INOUT_F, d)
+      : "l"(a), "l"(b), "r"(int(scale_d)));
+}
+INFERIX_DEVICE void wgmma_rs_e4m3(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool scale_d) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1;\n}"
+      : INFERIX_D64(INFERIX_INOUT_F, d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(scale_d)));
+}
 INFERIX_DEVICE void wgmma_rs_e4m3(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool scale_d) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
@@ -89,15 +113,17 @@ INFERIX_DEVICE void wgmma_rs_e4m3(float (&d)[32], const uint32_t (&a)[4], uint64
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(scale_d)));
 }
 // k = 32; exact.
-INFERIX_DEVICE void wgmma_rs_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool scale_d) {
+INFERIX_DEVICE void wgmma_ss_s8(int32_t (&d)[64], uint64_t a, uint64_t b, bool scale_d) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p;\n}"
-      : INFERIX_D32(INFERIX_INOUT_R, d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(scale_d)));
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p;\n}"
+      : INFERIX_D64(INFERIX_INOUT_R, d)
+      : "l"(a), "l"(b), "r"(int(scale_d)));
 }
 
 #undef INFERIX_WGMMA_16_BIT

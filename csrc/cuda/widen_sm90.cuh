@@ -95,14 +95,17 @@ INFERIX_DEVICE void widen_values(SharedStorage<kKind, kD>& shared, int stage, co
 
 // The codes of one side of a key tile, by one thread. Those of a unit lie together, but for transposed ones.
 template <Codec kCodec, int kD>
-INFERIX_DEVICE void load_raw(const AttentionArgs& p, const Plane& from, const TensorMap& map,
-                             const Unit (&units)[kUnits], int head, RawSide<kCodec, kD>& raw) {
+INFERIX_DEVICE void load_raw(const AttentionArgs& p, const Plane (&planes)[kMaxPools],
+                             const TensorMap (&maps)[kMaxPools], const Unit (&units)[kUnits], int head,
+                             RawSide<kCodec, kD>& raw) {
   using Raw = RawSide<kCodec, kD>;
   constexpr int kParameterBytes = sizeof raw.scales[0];
   mbarrier_arrive_expect_tx(&raw.full, kUnits * (Raw::kUnitBytes + kParameterBytes * (is_packed(kCodec) ? 2 : 1)));
 #pragma unroll 1
   for (int u = 0; u < kUnits; ++u) {
     const int64_t row = units[u].row + head * p.page_size, tile = units[u].row / p.page_size + head;
+    const Plane& from = planes[units[u].pool];
+    const TensorMap& map = maps[units[u].pool];
     char* codes = raw.codes + u * Raw::kUnitBytes;
     if constexpr (is_transposed(kCodec)) tma_load_2d(map, codes, &raw.full, units[u].row % p.page_size, int(tile) * kD);
     else tma_load_1d(static_cast<const char*>(from.codes) + row * Raw::kRowBytes, codes, &raw.full, Raw::kUnitBytes);
@@ -115,8 +118,8 @@ INFERIX_DEVICE void load_raw(const AttentionArgs& p, const Plane& from, const Te
 
 // The producer warpgroup, when it widens.
 template <Kind kKind, int kD>
-INFERIX_DEVICE void produce_widened(const AttentionArgs& p, const TensorMap& values, SharedStorage<kKind, kD>& shared,
-                                    int t) {
+INFERIX_DEVICE void produce_widened(const AttentionArgs& p, const TensorMap (&values)[kMaxPools],
+                                    SharedStorage<kKind, kD>& shared, int t) {
   using S = SharedStorage<kKind, kD>;
   const auto sync = [] { named_barrier_sync(1 + kConsumers, kWarpgroup); };
   PipelineState<S::kStages> pipeline;

@@ -16,10 +16,27 @@
 
 namespace inferix::sm90 {
 
+// Division by a number that is known before the launch, as a product and a shift.
+struct Divisor {
+  int32_t value;
+  uint32_t factor;
+  int32_t shift;
+
+  Divisor() = default;
+  // factor is 2^shift / value, rounded up by less than value / 2^31 of itself: too little to matter below 2^31.
+  explicit Divisor(int32_t value) : value(value), shift(31) {
+    while (int64_t(1) << (shift - 31) < value) ++shift;
+    factor = uint32_t(((uint64_t(1) << shift) + value - 1) / value);
+  }
+  // n from 0 to 2^31 - 1.
+  INFERIX_BOTH int quotient(int n) const { return int(uint64_t(uint32_t(n)) * factor >> shift); }
+};
+
 // 64 keys of one page. A key tile is two units of the same variant; the second may be empty.
 struct alignas(16) Unit {
   int32_t row;     // (page * H * page_size) + first slot; KV head h is h * page_size further on
-  int32_t length;  // valid keys, 0 to 64
+  int16_t length;  // valid keys, 0 to 64
+  int16_t pool;    // of those that the pass reads
   float bias;      // of the page, in units of log 2
   int32_t variant;
 };

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._check import check_counts
+from .._dispatch import prepared_plan
 from ..layout import PageList
 from ..ops import page_scores, page_summaries, paged_attention, select_pages
 from ..plans import Plan, even_plan
@@ -41,6 +42,8 @@ class Reads(NamedTuple):
         blocks: the same on the host.
         precision: of attention's products, for each world and layer; see ops.paged_attention.
         rows: room for what has a row for each query.
+        captured: a graph may run this pass's kernels for the plan of a later one: nothing may be made of the plan
+            outside of them.
     """
 
     store: Storage
@@ -48,6 +51,7 @@ class Reads(NamedTuple):
     blocks: tuple[BlockReads, ...]
     precision: Sequence[Sequence[str]]
     rows: Rows
+    captured: bool = False
 
     def part(self, first: int, end: int) -> tuple[slice, Plan]:
         """Of blocks first .. end - 1: their rows of q, and the plan of these rows."""
@@ -116,6 +120,9 @@ class _Local:
         store, reads = self.reads.store, self.reads
         if self._lse is None:
             self._lse = reads.rows.of("lse", q.shape[:2], torch.float32, q.device)
+            if not reads.captured:
+                plan = prepared_plan(q, store.layers[layer], reads.plan, store.backend)
+                self.reads = reads = reads._replace(plan=plan)
         pools = store.layers[layer]
         if self._precision is not None:
             precision = self._precision[layer]

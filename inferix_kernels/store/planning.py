@@ -218,7 +218,9 @@ def _pass(
                 buffers=buffers,
             )
         )
-    reads = Reads(store, plan, blocks, _precision(store, placed), Rows() if buffers is None else buffers.rows)
+    captured = buffers is not None and buffers.padded
+    rows = Rows() if buffers is None else buffers.rows
+    reads = Reads(store, plan, blocks, _precision(store, placed), rows, captured)
     return Pass(reads, shares, predict, attention, place)
 
 

@@ -127,7 +127,7 @@ def launch_attention(
         tiles * heads * splits * parts,
         q.device,
         strided(q if q.ndim == 4 else q[None]), strided(outs), strided(lses),
-        Plan(*(None if x is None else x.contiguous() for x in plan)), pools_of(pools), max(scale, LEAST_SCALE),  # type: ignore[arg-type]
+        Plan(*(None if x is None else x.contiguous() for x in plan[:-1])), pools_of(pools), max(scale, LEAST_SCALE),  # type: ignore[arg-type]
         tokens, segments, len(plan.page_ids), splits, tiles,
         HEADS=heads,
         GROUP=group,

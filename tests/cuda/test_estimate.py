@@ -168,5 +168,5 @@ def test_the_hopper_kernels_keep_within_their_instructions(built):
     for (kind, D), one in built.items():
         assert one.macs == 2 * ROWS * estimate.KEY_TILE * D
         assert one.cycles.tensor == ROWS * KEYS * 4 * D / (1024 if kind in ("i8f8", "fp8") else 512)
-    most = {"bf16": 225, "f16": 225}
+    most = {"bf16": 200, "f16": 200, "i8f8": 342, "fp8": 310}
     assert {kind: count for kind in most if (count := built[kind, 128].instructions_per_keys) > most[kind]} == {}

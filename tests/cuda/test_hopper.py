@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from inferix_kernels import (
     KVPages,
     PageList,
     Unsupported,
+    _dispatch,
     compiled,
     kv_append,
     make_plan,
@@ -66,7 +68,7 @@ def test_the_kernels_attend_as_softmax_does(program):
     """Pages of all formats, multiplied in bf16 or in 8 bits; plans of every kind; threads in a random order, one of
     many: `python -m tests.soak.soak_hopper` tries others."""
     result = program("attention_sm90", "0")
-    assert result.returncode == 0 and result.stdout.count("ok") == 124, result.stdout + result.stderr
+    assert result.returncode == 0 and result.stdout.count("ok") == 140, result.stdout + result.stderr
 
 
 @functools.cache  # nvdisasm takes seconds
@@ -161,6 +163,51 @@ def test_what_the_hopper_kernel_does_not_take_is_named(monkeypatch, changes, rea
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
     with pytest.raises(Unsupported, match=f"paged_attention: the Hopper kernel .*{reason}"):
         compiled.paged_attention(q, pools, plan, scale=0.125, out=out, lse=lse)
+
+
+def test_what_was_prepared_for_another_plan_pool_or_q_is_refused():
+    _, pools, plan = attention_inputs([3], [7, 5], query_heads=2, heads=2, head_dim=64, page_size=64)
+    q = SimpleNamespace(is_cuda=True, shape=torch.Size([3, 2, 64]))  # of which nothing is read
+    made = torch.zeros(256, dtype=torch.uint8)
+    compiled._PREPARED[made] = compiled._prepared_for(q, pools, plan)
+    ready = plan._replace(prepared=made)
+    assert compiled._prepared(q, pools, ready) == made.data_ptr() and compiled._prepared(q, pools, plan) == 0
+    more = [KVPages.empty("fp32", pools[0].pages + 1, 2, 64, 64)]
+    for other in (
+        (SimpleNamespace(is_cuda=True, shape=torch.Size([4, 2, 64])), pools, ready),
+        (q, more, ready),
+        (q, pools, ready._replace(page_ids=plan.page_ids.clone())),
+        (q, pools, ready._replace(page_bias=torch.zeros(2))),
+        (q, pools, ready._replace(prepared=made.clone())),
+    ):
+        with pytest.raises(ValueError, match=r"plan\.prepared must be what prepare_attention has made of this plan"):
+            compiled._prepared(*other)
+
+
+def test_a_plan_is_prepared_for_the_kernel_that_will_run(monkeypatch):
+    """That is the first of `auto` that takes the arguments; a backend that is named; never on a CPU."""
+    plan = make_plan([(1, [0], [1])])
+    ready = plan._replace(prepared=torch.zeros(1, dtype=torch.uint8))
+
+    def prepare(q, pools, plan):
+        if q.refused:
+            raise Unsupported("not such pages")
+        return ready
+
+    monkeypatch.setattr(_dispatch, "implementation", lambda op, name: {"compiled": prepare}[name])
+    cuda = torch.device("cuda")
+    for order, refused, backend, device, want in (
+        ([("compiled", ""), ("triton", "")], False, "auto", cuda, ready),
+        ([("compiled", ""), ("triton", "")], True, "auto", cuda, plan),
+        ([("triton", ""), ("compiled", "")], False, "auto", cuda, plan),
+        ([("triton", "wrong here"), ("compiled", "")], False, "auto", cuda, ready),
+        ([("triton", "")], False, "compiled", cuda, ready),
+        ([("compiled", "")], False, "triton", cuda, plan),
+        ([("compiled", "")], False, "auto", torch.device("cpu"), plan),
+    ):
+        monkeypatch.setattr(_dispatch, "candidates", lambda *_, order=order: order)
+        q = SimpleNamespace(device=device, refused=refused)
+        assert _dispatch.prepared_plan(q, [], plan, backend) is want
 
 
 @pytest.mark.parametrize("format, precision", limits_of("cuda"))

@@ -59,9 +59,10 @@ def tile_offsets(rows: int, width: int) -> torch.Tensor:
     return linear // 128 * 128 + (linear // 16 % 8 ^ flip) * 16 + linear % 16
 
 
-def key_order() -> torch.Tensor:
-    """Which key lies in each row of a loaded unit of 8-bit keys: 16a + 4c + 2j + b in row 16a + 8j + 2c + b."""
-    row = torch.arange(64)
+def order_of(rows: int) -> torch.Tensor:
+    """What lies in each row of a loaded unit: of 8-bit keys which key, of their values which channel. 16a + 4c + 2j + b
+    in row 16a + 8j + 2c + b."""
+    row = torch.arange(rows)
     return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
 
 
@@ -91,7 +92,7 @@ def test_1_tma_brings_a_key_tile(gpu, kind, D, page_size):
         want_k = pool.k[page, head, slot] if by_token else k[slot, head].to(multiplied(kind, 0))
         want_v = v[slot, head].to(multiplied(kind, 1))
         if eight_bit:
-            want_k, want_v = want_k[key_order()], pool.v[page, head, :, slot]
+            want_k, want_v = want_k[order_of(64)], pool.v[page, head, :, slot][order_of(D)]
         elif transposed:
             want_v = want_v.mT
         got_k = keys.cpu()[tile_offsets(128, width)][64 * u : 64 * u + 64]
@@ -148,6 +149,8 @@ def test_2_weighted_values_are_exact_sums(gpu, kind, D):
     if FORMATS[KINDS[kind][0]].v.transposed:
         v = codes(gpu, (2, D, 64), dtype)
         keys_first = v.double().transpose(1, 2).reshape(128, D)
+        if KINDS[kind][1]:
+            keys_first = keys_first[:, order_of(D).argsort()]
     else:
         v = codes(gpu, (128, D), dtype)
         keys_first = v.double()

@@ -22,6 +22,7 @@ struct Case {
   int entries;  // of a list, at most
   bool bias, accumulate, flat;  // flat: all keys are 0
   int slow = -1;                // a warpgroup
+  int pools = 1;                // of the pages' kind
 };
 
 constexpr Type type_of_queries(Kind kind) { return query_type(kind) == DType::f16 ? Type::f16 : Type::bf16; }
@@ -123,20 +124,23 @@ Error run(const Case& c, uint32_t seed) {
   std::vector<int32_t> q_indptr{0}, page_indptr{0}, ids, lens, variants;
   std::vector<float> bias;
   for (const int n : c.queries) q_indptr.push_back(T += n);
-  Pages<kKind, kD> pages(c);
-  std::vector<int> length(c.pages);
-  for (int page = 0; page < c.pages; ++page) {
+  std::vector<Pages<kKind, kD>> pools(c.pools, Pages<kKind, kD>(c));
+  std::vector<int> length(c.pools * c.pages);
+  for (int page = 0; page < c.pools * c.pages; ++page) {
     length[page] = below(3) ? c.page_size : below(c.page_size + 1);
-    if (page) pages.fill(page, length[page], c.flat);  // page 0 belongs to nobody
+    // Page 0 of each belongs to nobody.
+    if (page % c.pages) pools[page / c.pages].fill(page % c.pages, length[page], c.flat);
   }
-  const int first_page = 5, segments = int(c.queries.size());
+  // Before each pool lie kForeign page ids of pools of other kinds.
+  constexpr int kForeign = 5;
+  const int stride = kForeign + c.pages, segments = int(c.queries.size());
   for (int list = 0; list < segments * c.lists_per_segment; ++list) {
     const int n = list % 3 == 2 ? 0 : c.entries / 2 + below(c.entries / 2 + 1);
     for (int i = 0; i < n; ++i) {
-      const int page = 1 + below(c.pages - 1);
-      const bool foreign = below(8) == 0;  // of another pool
-      ids.push_back(foreign ? below(first_page) : first_page + page);
-      lens.push_back(length[page]);
+      const int pool = below(c.pools), page = 1 + below(c.pages - 1);
+      const bool foreign = below(8) == 0;
+      ids.push_back(pool * stride + (foreign ? below(kForeign) : kForeign + page));
+      lens.push_back(length[pool * c.pages + page]);
       variants.push_back(below(c.variants));
       bias.push_back(below(5) == 0 ? -INFINITY : normal());
     }
@@ -162,8 +166,9 @@ Error run(const Case& c, uint32_t seed) {
   std::vector<Unit> units(unit_start(lists, int64_t(ids.size()), c.variants, c.page_size));
   PrepareArgs prepare{q_indptr.data(), page_indptr.data(), ids.data(), lens.data(), c.bias ? bias.data() : nullptr,
                       c.variants > 1 ? variants.data() : nullptr, T, int32_t(ids.size()), segments, c.heads,
-                      c.lists_per_segment, c.variants, first_page, c.pages, c.page_size, c.group, work, units.data(),
+                      c.lists_per_segment, c.variants, c.page_size, c.group, c.pools, {}, work, units.data(),
                       list_start.data(), list_tiles.data()};
+  for (int i = 0; i < c.pools; ++i) prepare.pool[i] = {i * stride + kForeign, c.pages};
   {
     Machine m(kPrepareThreads, seed);
     machine = &m;
@@ -176,23 +181,28 @@ Error run(const Case& c, uint32_t seed) {
   if (!c.accumulate) from.data = nullptr;
   const float scale = 1 / std::sqrt(float(kD));
   AttentionArgs args{reinterpret_cast<char*>(q.data()), int64_t(T) * query_heads * kD, int64_t(query_heads) * kD, kD,
-                     from, rows, lse.data(), pages.k.plane(), pages.v.plane(), q_indptr.data(),
-                     units.data(), list_start.data(), work, T, c.heads, c.group, c.lists_per_segment, c.page_size,
-                     scale * kLog2E, partial_out.data(), partial_lse.data()};
+                     from, rows, lse.data(), c.pools, {}, {}, q_indptr.data(),
+                     units.data(), list_start.data(), work, T, c.heads, c.lists_per_segment, c.page_size,
+                     Divisor(c.group), scale * kLog2E, partial_out.data(), partial_lse.data()};
   const uint64_t slots = uint64_t(c.pages) * c.heads * c.page_size;
   const bool floats = is_float(traits_of(kKind).k);
-  const TensorMap k_map{reinterpret_cast<char*>(pages.k.codes.data()),
-                        floats ? box_of_16_bit_rows(slots, kD) : box_of_8_bit_keys(slots, kD), floats ? 2 : 1};
-  const TensorMap v_map{
-      reinterpret_cast<char*>(pages.v.codes.data()),
-      floats ? box_of_16_bit_rows(slots, kD)
-             : box_of_transposed_values(uint64_t(c.pages) * c.heads * kD, kD, c.page_size),
-      floats ? 2 : 1};
+  TensorMaps maps{};
+  for (int i = 0; i < c.pools; ++i) {
+    args.k[i] = pools[i].k.plane();
+    args.v[i] = pools[i].v.plane();
+    maps.keys[i] = {reinterpret_cast<char*>(pools[i].k.codes.data()),
+                    floats ? box_of_16_bit_rows(slots, kD) : box_of_8_bit_keys(slots, kD), floats ? 2 : 1};
+    maps.values[i] = {reinterpret_cast<char*>(pools[i].v.codes.data()),
+                      floats                   ? box_of_16_bit_rows(slots, kD)
+                      : is_eight_bit(kKind) ? box_of_8_bit_values(slots / c.page_size * kD, kD, c.page_size)
+                                            : box_of_transposed_values(slots / c.page_size * kD, kD, c.page_size),
+                      floats ? 2 : 1};
+  }
   for (int block = 0; block < c.blocks; ++block) {
     Machine m((kConsumers + 1) * kWarpgroup, seed + block);
     machine = &m;
     m.slow = c.slow;
-    m.run(block, 0, [&] { attention_kernel<kKind, kD>(args, k_map, v_map); });
+    m.run(block, 0, [&] { attention_kernel<kKind, kD>(args, maps); });
   }
   for (int block = 0; block < c.blocks; ++block)
     for (int part = 0; part < kMergeParts; ++part) {
@@ -210,8 +220,9 @@ Error run(const Case& c, uint32_t seed) {
         std::vector<double> scores, sum(kD, 0.), magnitude(kD, 0.);
         std::vector<const float*> values;
         for (int e = page_indptr[list]; e < page_indptr[list + 1]; ++e) {
-          const int page = ids[e] - first_page;
+          const int page = ids[e] % stride - kForeign;
           if (page < 0) continue;
+          Pages<kKind, kD>& pages = pools[ids[e] / stride];
           const uint16_t* x = &q[(size_t(c.variants > 1 ? variants[e] : 0) * T * query_heads + row) * kD];
           for (int i = 0; i < lens[e]; ++i) {
             const size_t slot = (size_t(page) * c.heads + head) * c.page_size + i;
@@ -291,11 +302,12 @@ void check_probes(const char* kind, uint32_t seed) {
       for (int d = 0; d < kD; ++d) want += decode(&q[(r * kD + d) * kSize], kKeys) * decode(&k[(n * kD + d) * kSize], kKeys);
       good = good && scores[r * kBlockN + n] == want;
     }
-    for (int d = 0; d < kD; ++d) {
+    for (int column = 0; column < kD; ++column) {
+      const int d = is_eight_bit(kKind) ? key_of_column_8(column) : column;
       float want = 0;
       for (int n = 0; n < kBlockN; ++n) {
         const bool transposed = is_transposed(traits_of(kKind).v);
-        const int at = transposed ? (n / kUnitKeys * kD + d) * kUnitKeys + n % kUnitKeys : n * kD + d;
+        const int at = transposed ? (n / kUnitKeys * kD + column) * kUnitKeys + n % kUnitKeys : n * kD + column;
         want += weights[r * kBlockN + n] * decode(&v[at * kSize], kValues);
       }
       good = good && out[r * kD + d] == want;
@@ -336,6 +348,7 @@ int main(int argc, char** argv) {
       {"grouped heads, ragged", {37, 3, 50}, 2, 3, 64, 8, 1, 1, 3, 6, true, true, false},
       {"lists per head, variants", {9, 30}, 3, 2, 128, 6, 3, 3, 4, 5, true, false, false},
       {"more blocks than work", {1, 2}, 1, 1, 64, 4, 1, 1, 9, 2, false, true, false},
+      {"three pools", {70, 9}, 2, 1, 64, 5, 2, 1, 2, 9, true, false, false, -1, 3},
   };
   const std::vector<Case> any_page_size{
       {"small pages", {70}, 2, 1, 24, 9, 2, 1, 2, 12, true, false, false},

@@ -48,8 +48,8 @@ void product() {
   for (int i = t; i < 192 * 64; i += kWarpgroup) reinterpret_cast<uint16_t*>(tile)[i] = from_float<Bf16>(1.f).bits;
   sync_threads();
   float d[64];
-  const uint32_t address = shared_address(tile);
-  wgmma_ss_bf16(d, k_major_descriptor(address, 128), k_major_descriptor(address + 64 * 128, 128), false);
+  const uint32_t start = shared_address(tile) / kChunk;
+  wgmma_ss_bf16(d, k_major_descriptor(start, 128), k_major_descriptor(start + 64 * 128 / kChunk, 128), false);
   wgmma_commit_group();
   if (has("no wait for the product")) std::memset(tile, 0, 192 * 128);
   wgmma_wait_all();

@@ -39,7 +39,7 @@ void descriptors(Type type, int rows, int columns, bool k_major_operand) {
     }
   if (k_major_operand) {
     for (int step = 0; step < columns / depth; ++step) {
-      const uint64_t d = k_major_descriptor(shared_address(tile), swizzle_bytes(width)) +
+      const uint64_t d = k_major_descriptor(shared_address(tile) / kChunk, swizzle_bytes(width)) +
                          k_major_offset(step, rows, width) / kChunk;
       for (int r = 0; r < rows; ++r)
         for (int k = 0; k < depth; ++k)
@@ -47,7 +47,7 @@ void descriptors(Type type, int rows, int columns, bool k_major_operand) {
     }
   } else {
     for (int step = 0; step < rows / depth; ++step) {
-      const uint64_t d = mn_major_descriptor(shared_address(tile), rows) + mn_major_offset(step) / kChunk;
+      const uint64_t d = mn_major_descriptor(shared_address(tile) / kChunk, rows) + mn_major_offset(step) / kChunk;
       for (int n = 0; n < columns; ++n)
         for (int k = 0; k < depth; ++k)
           check(element(d, false, n, k, type) == want[(step * depth + k) * columns + n], "MN-major descriptor");
@@ -72,8 +72,6 @@ void fragments() {
             // PTX: register r is of row g or g + 8 by its low bit; its high bit is worth half the depth.
             const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8, k = r / 2 * depth / 2 + t % 4 * per + n;
             const int key = i / 32 * kUnitKeys + key_of(t, i, eight_bit);
-            check(a_fragment_row(t, r) == row && a_fragment_byte(t, r) == (k - n) * (eight_bit ? 1 : 2),
-                  "an operand has its place");
             check(accumulator_row(t, i) == row, "a weight is of its row");
             check(key == step * depth + k, "a weight is of its key");
           }
@@ -96,7 +94,24 @@ void boxes() {
     std::vector<bool> taken(kUnitKeys);
     for (int column = 0; column < kUnitKeys; ++column) taken[key_of_column_8(column)] = true;
     for (const bool x : taken) check(x, "key_of_column_8 is a permutation");
-    for (const TensorBox& any : {box, box_of_16_bit_rows(640, D), box_of_transposed_values(640, D, 192)})
+    const TensorBox values = box_of_8_bit_values(640, D, 192);
+    row = 0;
+    for (uint32_t a = 0; a < values.box[4]; ++a)
+      for (uint32_t j = 0; j < values.box[3]; ++j)
+        for (uint32_t c = 0; c < values.box[2]; ++c)
+          for (uint32_t b = 0; b < values.box[1]; ++b, ++row)
+            check(b * values.stride[0] + c * values.stride[1] + j * values.stride[2] + a * values.stride[3] ==
+                      uint64_t(key_of_column_8(row)) * 192,
+                  "8-bit values arrive in the order of channel_of");
+    check(row == D && values.box[0] == uint32_t(kUnitKeys), "a box is a unit");
+    for (int t = 0; t < kWarpgroup; ++t)
+      for (int i = 0; i < D / 2; ++i) {
+        check(channel_of(t, i, true) == channel_of(t, 0, true) + channel_of(0, i, true), "channel_of is a sum");
+        check(channel_of(t, i, true) == key_of_column_8(accumulator_column(t, i)), "a sum is of its channel");
+        // Eight sums of a thread are of four neighbours, by pairs, in its two rows.
+        check(channel_of(0, i, true) == i / 8 * 16 + i % 8 / 4 * 2 + i % 2, "neighbours lie together");
+      }
+    for (const TensorBox& any : {box, values, box_of_16_bit_rows(640, D), box_of_transposed_values(640, D, 192)})
       for (int d = 0; d + 1 < any.rank; ++d) check(any.stride[d] % 16 == 0, "strides are multiples of 16 bytes");
   }
 }
@@ -162,6 +177,18 @@ void work_split() {
   for (const int n : merged) check(n == 1, "each (query tile, key tile) reaches the result once");
 }
 
+// A product and a shift in place of a division.
+void divisors() {
+  constexpr int kMost = 0x7fffffff;
+  for (int value = 1; value < 300; ++value)
+    for (const int n : {0, 1, value - 1, value, value + 1, 64 * value - 1, kMost / value * value - 1, kMost - 1, kMost})
+      check(Divisor(value).quotient(n) == n / value, "a quotient");
+  for (int i = 0; i < 200000; ++i) {
+    const int value = between(0, 1) ? between(1, 1000) : 1 + int(rng() % kMost), n = int(rng() & kMost);
+    check(Divisor(value).quotient(n) == n / value, "a quotient");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -177,6 +204,7 @@ int main() {
     descriptors(Type::bf16, kBlockN, D, false);  // values
   }
   fragments();
+  divisors();
   boxes();
   for (int seed = 0; seed < 20000; ++seed) {
     rng.seed(seed);

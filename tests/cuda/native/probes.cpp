@@ -15,17 +15,20 @@ template <Kind kKind, int kD>
 void load(const ProbeLoadParams& p) {
   using S = SharedStorage<kKind, kD>;
   const uint64_t tiles = uint64_t(p.pages.pages) * p.shape.H, slots = tiles * p.shape.page_size;
-  const TensorMap keys{static_cast<char*>(p.pages.k.codes),
+  TensorMaps maps{};
+  maps.keys[0] = {static_cast<char*>(p.pages.k.codes),
                        S::kEightBit ? box_of_8_bit_keys(slots, kD) : box_of_16_bit_rows(slots, kD), S::kElementBytes};
-  const TensorMap values{
+  maps.values[0] = {
       static_cast<char*>(p.pages.v.codes),
-      S::kTransposed ? box_of_transposed_values(tiles * kD, kD, int(p.shape.page_size)) : box_of_16_bit_rows(slots, kD),
+      S::kEightBit     ? box_of_8_bit_values(tiles * kD, kD, int(p.shape.page_size))
+      : S::kTransposed ? box_of_transposed_values(tiles * kD, kD, int(p.shape.page_size))
+                       : box_of_16_bit_rows(slots, kD),
       S::kTransposed ? 1 : 2};
   AttentionArgs args{};
-  args.k = p.pages.k;
-  args.v = p.pages.v;
+  args.k[0] = p.pages.k;
+  args.v[0] = p.pages.v;
   args.page_size = int32_t(p.shape.page_size);
-  probe_load_kernel<kKind, kD>(args, keys, values, p.first_row, p.second_row, p.head, static_cast<char*>(p.keys),
+  probe_load_kernel<kKind, kD>(args, maps, p.first_row, p.second_row, p.head, static_cast<char*>(p.keys),
                                static_cast<char*>(p.values), p.key_scales, p.value_scales);
 }
 

@@ -108,9 +108,8 @@ template <int kCount>
 void wgmma_rs_e4m3(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b, bool sum) {
   wgmma_rs(d, Type::e4m3, true, a, b, sum);
 }
-inline void wgmma_rs_s8(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b, bool sum) {
-  wgmma_rs(d, Type::s8, true, a, b, sum);
-}
+inline void wgmma_ss_e4m3(float (&d)[64], uint64_t a, uint64_t b, bool sum) { wgmma_ss(d, Type::e4m3, a, b, sum); }
+inline void wgmma_ss_s8(int32_t (&d)[64], uint64_t a, uint64_t b, bool sum) { wgmma_ss(d, Type::s8, a, b, sum); }
 
 inline void wgmma_wait_all() {
   const int warpgroup = thread_index() / kWarpgroup;
