@@ -109,19 +109,20 @@ def launch_attention(
         q, scale = -q, -scale
     chosen = fit_tile_to_pages(chosen, q, pools)
     heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
+    keys, values = tiles_of_pools(pools)
     segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
     block_m = tile_rows(chosen["m"], tokens * group, segments)
-    block_n = max(least, min(chosen["n"], triton.next_power_of_2(page_size)))
+    block_n = max(least, chosen["n"])
     tiles = tokens * group // block_m + segments
     if splits is None:
-        key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(page_size, block_n)
+        listed, pages = triton.cdiv(len(plan.page_ids), max(lists, 1)), pages_of_tile(page_size, block_n)
+        key_tiles = triton.cdiv(listed, pages) * triton.cdiv(page_size, block_n)
         splits = splits_for(tiles * heads * parts, key_tiles, processors(q.device))
     outs, lses = out[None], lse[None]
     # Parts that accumulate would read an lse that another part has just written.
     combined = splits > 1 or (accumulate and parts > 1)
     if combined:
         outs, lses = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
-    keys, values = tiles_of_pools(pools)
     launch(
         kernel,
         tiles * heads * splits * parts,
@@ -255,6 +256,12 @@ def store_output(
 
 
 @triton.constexpr_function
+def pages_of_tile(page_size: int, keys: int) -> int:
+    """How many pages a tile of so many keys spans; each has a power of two of them, so that some may be none."""
+    return max(1, keys // int(triton.next_power_of_2(page_size)))
+
+
+@triton.constexpr_function
 def tile_at(tiles, i) -> Tile:
     return tiles[i]
 
@@ -377,16 +384,16 @@ def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_step(qk, qk_scale, bias, running_max, running_sum):
-    """A step of the online softmax, in base 2, over the scores qk [rows, keys] * qk_scale [rows] + bias.
+def online_softmax_step(qk, qk_scale, running_max, running_sum):
+    """A step of the online softmax, in base 2, over the scores qk [rows, keys] * qk_scale [rows].
 
     Returns p = exp2(score - new maximum), alpha = exp2(old maximum - new maximum), which rescales earlier sums, and the
     new (running_max, running_sum). As qk_scale is positive, the maximum is found before it is applied, and each p costs
     one fma and one exp2.
     """
-    new_max = tl.maximum(running_max, tl.max(qk, 1) * qk_scale + bias)
+    new_max = tl.maximum(running_max, tl.max(qk, 1) * qk_scale)
     safe_max = finite(new_max)
-    p = tl.exp2(qk * qk_scale[:, None] + (bias - safe_max)[:, None])
+    p = tl.exp2(qk * qk_scale[:, None] - safe_max[:, None])
     alpha = tl.exp2(running_max - safe_max)
     return p, alpha, new_max, running_sum * alpha + tl.sum(p, 1)
 
