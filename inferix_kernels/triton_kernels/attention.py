@@ -49,6 +49,7 @@ from .online import (
     max_bias,
     online_softmax_step,
     pages_of_tile,
+    rows_from,
     run_in_pool,
     store_output,
     tile_at,
@@ -204,9 +205,10 @@ def attention_kernel(
     BRANCH: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    head, split, segment, token, query_head, row_mask, first, last = work_of(
-        tl.program_id(0), plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
-    )  # fmt: skip
+    head, split, segment, first_row, first, last = work_of(
+        tl.program_id(0), plan, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
@@ -231,6 +233,7 @@ def attention_kernel(
                 at, low, high, cap, slope, HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N,
                 CAPPED, EIGHT_BIT, E4M3, BRANCH,
             )  # fmt: skip
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     store_output(
         acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, 0,
         WIDTH, ACCUMULATE,

@@ -37,6 +37,7 @@ from .online import (
     max_bias,
     online_softmax_step,
     pages_of_tile,
+    rows_from,
     run_in_pool,
     store_output,
     tile_at,
@@ -125,10 +126,10 @@ def latent_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_D // PART
-    head, split, _, token, query_head, row_mask, first, last = work_of(
-        tl.program_id(0) // PARTS, plan, tokens, segments, entries, splits, tiles,
-        HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
-    )  # fmt: skip
+    head, split, segment, first_row, first, last = work_of(
+        tl.program_id(0) // PARTS, plan, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
@@ -152,6 +153,7 @@ def latent_kernel(
                 begin, end, plan, variant, pools[n], base, head,
                 HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, PARTS, E4M3,
             )  # fmt: skip
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     store_output(
         acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, mine,
         WIDTH, ACCUMULATE,

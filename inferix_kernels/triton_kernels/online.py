@@ -283,26 +283,24 @@ def load_rows(q, variant, token, head, row_mask, start, WIDTH: tl.constexpr, COL
 
 @triton.jit
 def work_of(
-    program, plan, tokens, segments, entries, splits, tiles,
+    program, plan, segments, entries, splits, tiles,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What this program has to do: (head, split, segment, token and query head of each row, which rows there are, first
-    entry of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
+    """What this program has to do: (head, split, segment, first row in the segment, first entry of the page list, one
+    past the last). Tiles of one head run side by side: they read the same pages.
     """
     tile, split, head = program % tiles, program // tiles % splits, program // tiles // splits
-    segment, first_token, first_row, rows = rows_of(tile, plan, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
-    row = first_row + tl.arange(0, BLOCK_M)
-    token, query_head = (first_token + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
+    segment, first_row = place_in_segments(tile, plan, segments, GROUP, SEGMENTS, BLOCK_M)
     at = segment
     if PER_HEAD:
         at = segment * HEADS + head
     first, last = pages_of(plan, entries, at, split, splits)
-    return head, split.to(tl.int64), segment, token, query_head, row < rows, first, last
+    return head, split.to(tl.int64), segment, first_row, first, last
 
 
 @triton.jit
-def rows_of(tile, plan, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(segment, first token, first row in the segment, rows of the segment) of a tile of queries.
+def place_in_segments(tile, plan, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(segment, first row in it) of a tile of queries.
 
     Segment s begins with tile q_indptr[s] * GROUP // BLOCK_M + s, which leaves it enough tiles whatever its length:
     where a tile belongs follows without a running sum, and some tiles have no rows.
@@ -314,10 +312,19 @@ def rows_of(tile, plan, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.cons
         first_tiles = tl.load(plan.q_indptr + s, mask=s < segments, other=0) * GROUP // BLOCK_M + s
         before += tl.sum(((first_tiles <= tile) & (s < segments)).to(tl.int32), 0)
     segment = before - 1
-    first = tl.load(plan.q_indptr + segment)
+    first_tile = tl.load(plan.q_indptr + segment) * GROUP // BLOCK_M + segment
+    return segment, (tile - first_tile) * BLOCK_M
+
+
+@triton.jit
+def rows_from(first_row, segment, head, plan, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(token and query head of each row, which rows there are). To be called again at the end: the load is volatile, so
+    that the compiler can not keep all this in registers through the loop over pages.
+    """
+    first = tl.load(plan.q_indptr + segment, volatile=True)
     end = tl.minimum(tl.load(plan.q_indptr + segment + 1), tokens)
-    first_tile = first * GROUP // BLOCK_M + segment
-    return segment, first, (tile - first_tile) * BLOCK_M, (end - first) * GROUP
+    row = first_row + tl.arange(0, BLOCK_M)
+    return (first + row // GROUP).to(tl.int64), head * GROUP + row % GROUP, row < (end - first) * GROUP
 
 
 @triton.jit
