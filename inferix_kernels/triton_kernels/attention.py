@@ -302,7 +302,7 @@ def attend_pages(
             acc = acc * alpha[:, None] + tile_acc * channel_scale
         else:
             v = load_floats(
-                pool.v, v_at, which, rows, 0, ends, VALUE, DTYPE, BLOCK_D, E4M3, True, not VALUE.transposed
+                pool.v, v_at, which, rows, 0, ends, VALUE, DTYPE, BLOCK_D, E4M3, True, VALUE.kind == "float"
             )
             acc = dot(round_to(p, DTYPE), v, acc * alpha[:, None])
         pages, starts, ends, biases, positions = entries_from(
