@@ -112,7 +112,7 @@ def run_paged_attention(
         CAPPED=call.softcap != 0,
         EIGHT_BIT=eight_bit,
         E4M3=has_e4m3(target),
-        BRANCH=target != 80,
+        MMA_SYNC=target not in (90, 100),
     )
     return call.out, call.lse
 
@@ -202,7 +202,7 @@ def attention_kernel(
     CAPPED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     E4M3: tl.constexpr,
-    BRANCH: tl.constexpr,
+    MMA_SYNC: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     head, split, segment, first_row, first, last = work_of(
@@ -231,7 +231,7 @@ def attention_kernel(
             running_max, running_sum, acc = attend_pages(
                 queries, scale * LOG2E, running_max, running_sum, acc, begin, end, plan, variant, pools[n], base, head,
                 at, low, high, cap, slope, HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N,
-                CAPPED, EIGHT_BIT, E4M3, BRANCH,
+                CAPPED, EIGHT_BIT, E4M3, MMA_SYNC,
             )  # fmt: skip
     token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     store_output(
@@ -245,7 +245,7 @@ def attend_pages(
     queries, qk_scale, running_max, running_sum, acc, first, last, plan, variant, pool, base, head,
     at_row, low, high, cap, slope,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr, BRANCH: tl.constexpr,
+    CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr, MMA_SYNC: tl.constexpr,
 ):  # fmt: skip
     """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant.
 
@@ -288,7 +288,7 @@ def attend_pages(
             qk *= qk_scales[:, None]
         qk = limit_scores(
             qk, rows, spread(ends, which), any_ends_within(row, starts, ends, SPAN),
-            spread(positions, which) + row + (keys & (SPAN - 1)), at_row, low, high, cap, slope, plan, CAPPED, BRANCH,
+            spread(positions, which) + row + (keys & (SPAN - 1)), at_row, low, high, cap, slope, plan, CAPPED, not MMA_SYNC,
         )  # fmt: skip
         if plan.page_bias is not None:
             qk += spread(biases, which)
@@ -304,6 +304,9 @@ def attend_pages(
             v = load_floats(
                 pool.v, v_at, which, rows, 0, ends, VALUE, DTYPE, BLOCK_D, E4M3, True, VALUE.kind == "float"
             )
+            if MMA_SYNC and VALUE.kind != "float":
+                # Each warp would dequantize all values for itself. What is selected is shared among them.
+                v = tl.where((rows < spread(ends, which))[:, None], v, 0.0)
             acc = dot(round_to(p, DTYPE), v, acc * alpha[:, None])
         pages, starts, ends, biases, positions = entries_from(
             (i + PAGES) // PARTS, last, plan, variant, pool, base, KEY.page_size, PAGES
