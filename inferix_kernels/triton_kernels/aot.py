@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ import triton
 
 from .. import hazards, sass
 from .._dispatch import Unsupported
-from ..sass_counts import hot_loops
 from .attention import cases as attention_cases
 from .kv_pages import cases as page_cases
 from .latent import cases as latent_cases
@@ -53,7 +52,6 @@ class Compilation(NamedTuple):
     spilled: int = 0  # bytes of a thread's stack
     shared: int = 0  # bytes of shared memory
     tensor_core: str = ""  # the instruction that most products are made by
-    per_64_keys: tuple[int, ...] = ()  # of attention: instructions of each loop over keys, a warp's for 16 query rows
     followed: int = 0  # asynchronous products whose registers were checked (hazards.py)
     warning: str = ""
     unsupported: str = ""
@@ -91,14 +89,13 @@ def _compile(case: Case, architecture: Architecture) -> Iterator[Compilation]:
 
 def _of_nvidia(row: Compilation, kernel: Any) -> Compilation:
     usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
-    instruction, numbers = tensor_core(ptx), constants(kernel)
-    seen = hazards.inspect_listing(disassemble(kernel.asm["cubin"], True)) if "wgmma" in instruction else []
+    instruction = tensor_core(ptx)
+    seen = hazards.inspect_listing(sass.listing_of(kernel.asm["cubin"], True)) if "wgmma" in instruction else []
     hazard = next((str(hazard) for one in seen for hazard in one.hazards), "")
     return row._replace(
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         tensor_core=instruction,
-        per_64_keys=per_64_keys(disassemble(kernel.asm["cubin"]), kernel.metadata.num_warps, numbers) if "KEYS" in numbers else (),
         followed=sum(one.products for one in seen),
         warning=_warning(row.architecture, row.shared, ptx if "wgmma" in instruction else "") or hazard,
     )
@@ -113,26 +110,6 @@ def _of_amd(row: Compilation, assembly: str) -> Compilation:
         tensor_core=matrix_core(assembly),
         warning=_warning(row.architecture, row.shared, ""),
     )
-
-
-def constants(kernel: Any) -> dict[str, Any]:
-    """What the kernel is compiled for, by parameter."""
-    names = kernel.src.fn.arg_names
-    return {names[place[0]]: value for place, value in kernel.src.constants.items() if len(place) == 1}
-
-
-def per_64_keys(listing: str, warps: int, numbers: Mapping[str, Any]) -> tuple[int, ...]:
-    """Instructions of each loop over tiles of keys, of a warp, as if it had 16 query rows and a tile 64 keys."""
-    share = 64 / numbers["BLOCK_N"] * 16 * warps / numbers["BLOCK_M"]
-    (code,) = sass.functions(listing).values()
-    return tuple(round(len(loop) * share) for loop in hot_loops(code))
-
-
-def disassemble(cubin: bytes, life_ranges: bool = False) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        return sass.disassemble(file, life_ranges)
 
 
 def _warning(architecture: Architecture, shared: int, ptx: str) -> str:
@@ -184,13 +161,13 @@ def _run(*command: str) -> str:
 
 def table(rows: Iterable[Compilation]) -> Iterator[str]:
     """As text, line by line while the kernels are compiled."""
-    layout = "{:16} {:14} {:34} {:>6} {:18} {:>9} {:>7} {:>7} {:>11}  {}"
-    yield layout.format("op", "format", "", "", "kernel", "registers", "spilled", "shared", "per 64 keys", "")
+    layout = "{:14} {:8} {:34} {:>6} {:18} {:>9} {:>7} {:>7}  {}"
+    yield layout.format("op", "format", "", "", "kernel", "registers", "spilled", "shared", "")
     for row in rows:
         said = row.unsupported or row.warning or row.tensor_core
-        loops = " + ".join(map(str, row.per_64_keys))
-        numbers = ("",) * 4 if row.unsupported else (row.registers, row.spilled, row.shared, loops)
-        yield layout.format(row.op, row.format, row.what, architecture_name(row.architecture), row.kernel, *numbers, said).rstrip()
+        numbers = ("", "", "") if row.unsupported else (row.registers, row.spilled, row.shared)
+        name = architecture_name(row.architecture)
+        yield layout.format(row.op, row.format, row.what, name, row.kernel, *numbers, said).rstrip()
 
 
 def markdown(rows: Sequence[Compilation]) -> str:
@@ -214,7 +191,8 @@ def _cell(rows: Sequence[Compilation]) -> str:
         return "none"
     registers = sorted({row.registers for row in compiled})
     said = [" to ".join(map(str, dict.fromkeys((registers[0], registers[-1]))))]
-    said += dict.fromkeys(re.sub(r"(m\d+n\d+k\d+|\d+x\d+x\d+) ", "", row.tensor_core) for row in compiled if row.tensor_core)
+    kinds = (re.sub(r"(m\d+n\d+k\d+|\d+x\d+x\d+) ", "", row.tensor_core) for row in compiled if row.tensor_core)
+    said += dict.fromkeys(kinds)
     said += [f"**{row.format}, {row.what}: {row.spilled} bytes spilled**" for row in compiled if row.spilled]
     formats = dict.fromkeys(row.format for row in compiled)
     said += [f"no `{format}`" for format in dict.fromkeys(row.format for row in rows) if format not in formats]

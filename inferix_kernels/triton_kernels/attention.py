@@ -35,7 +35,6 @@ from .key_tiles import (
     load_codes,
     load_floats,
     spread,
-    tiles_of,
 )
 from .launch import Call, Case, architecture, architecture_name, check_device, has_e4m3
 from .limits import limit_scores, run_in_window, window_of
@@ -273,37 +272,43 @@ def attend_pages(
     # Software pipelining: entries are read one step ahead, so that pages can be loaded at the start of their own step.
     pages, starts, ends, biases, positions = entries_from(first, last, plan, variant, pool, base, KEY.page_size, PAGES)
     for i in range(first * PARTS, last * PARTS, PAGES):
-        at, v_at = tiles_of(pages, head, HEADS, KEY), tiles_of(pages, head, HEADS, VALUE)
         row = (i % PARTS) * BLOCK_N
         rows = row + spread(starts, which) + (keys & (SPAN - 1))
         if CODES:
-            codes = load_codes(pool.k.codes, at, which, rows, 0, ends, KEY, BLOCK_D, TO_THE_END)
+            codes = load_codes(pool.k.codes, pages, head, which, rows, 0, ends, HEADS, KEY, BLOCK_D, TO_THE_END)
             qk = dot_codes(queries, tl.trans(codes), KEY)
         else:
-            k = load_floats(pool.k, at, which, rows, 0, ends, KEY, DTYPE, BLOCK_D, E4M3, KEY.kind == "u4", TO_THE_END)
+            k = load_floats(
+                pool.k, pages, head, which, rows, 0, ends, HEADS, KEY, DTYPE, BLOCK_D, E4M3, KEY.kind == "u4",
+                TO_THE_END,
+            )  # fmt: skip
             qk = dot(queries, tl.trans(k))
         if KEY.kind == "int8" or KEY.kind == "e4m3":
-            qk *= load_by_token(pool.k.scales, at, which, rows, ends, KEY)[None, :]
+            qk *= load_by_token(pool.k.scales, pages, head, which, rows, ends, HEADS, KEY)[None, :]
         if SCALED:
             qk *= qk_scales[:, None]
         qk = limit_scores(
             qk, rows, spread(ends, which), any_ends_within(row, starts, ends, SPAN),
-            spread(positions, which) + row + (keys & (SPAN - 1)), at_row, low, high, cap, slope, plan, CAPPED, not MMA_SYNC,
+            spread(positions, which) + row + (keys & (SPAN - 1)), at_row, low, high, cap, slope, plan,
+            CAPPED, not MMA_SYNC,
         )  # fmt: skip
         if plan.page_bias is not None:
             qk += spread(biases, which)
         p, alpha, running_max, running_sum = online_softmax_step(qk, step_scales, running_max, running_sum)
         if SUMMED:
-            codes = load_codes(pool.v.codes, v_at, which, rows, 0, ends, VALUE, BLOCK_D, False)
+            codes = load_codes(pool.v.codes, pages, head, which, rows, 0, ends, HEADS, VALUE, BLOCK_D, False)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
             tile_acc = dot_codes(as_e4m3(p * WEIGHT_SCALE), codes, VALUE)
             # Read before the products it would be there in time, but sm_100 has no register left for it.
-            channel_scale = load_by_channel(pool.v.scales, v_at, which, 0, ends, VALUE, BLOCK_D) / WEIGHT_SCALE
+            channel_scale = (
+                load_by_channel(pool.v.scales, pages, head, which, 0, ends, HEADS, VALUE, BLOCK_D) / WEIGHT_SCALE
+            )
             acc = acc * alpha[:, None] + tile_acc * channel_scale
         else:
             v = load_floats(
-                pool.v, v_at, which, rows, 0, ends, VALUE, DTYPE, BLOCK_D, E4M3, True, VALUE.kind == "float"
-            )
+                pool.v, pages, head, which, rows, 0, ends, HEADS, VALUE, DTYPE, BLOCK_D, E4M3, True,
+                VALUE.kind == "float",
+            )  # fmt: skip
             if MMA_SYNC and VALUE.kind != "float":
                 # Each warp would dequantize all values for itself. What is selected is shared among them.
                 v = tl.where((rows < spread(ends, which))[:, None], v, 0.0)

@@ -250,7 +250,7 @@ def code_places(codes, index, rows, col, tile: tl.constexpr, COLS: tl.constexpr)
     if len(index.shape) == 1:
         index = index[:, None]
     if tile.strided:
-        return codes + index + rows.to(tl.int64) * tile.row_stride + cols, mask
+        return codes + index + (rows.to(tl.int64) * tile.row_stride + cols), mask
     elif tile.transposed:
         return codes + index * (tile.page_size * WIDTH) + (cols * tile.page_size + rows), mask
     else:

@@ -1,6 +1,6 @@
 """A tile of keys and values, as the attention kernels read it: part of a page, or several entries of the page list.
 
-What belongs to a page (its tile number, its end) comes as a tuple, a number for each page that the tile spans; `spread`
+What belongs to a page (its number, its end) comes as a tuple, a number for each page that the tile spans; `spread`
 gives every key that of its own page. So a tile of one page and one of several are the same code. Which of the keys lie
 in which page is known when the kernel is compiled, so that `spread` costs no instruction.
 """
@@ -26,8 +26,8 @@ def spread(numbers, which):
 
 @triton.jit
 def entries_from(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr, PAGES: tl.constexpr):
-    """Of the entries i to i + PAGES - 1, a tuple each: pages of this pool, first valid slots, one past the last, biases,
-    positions of the first valid tokens. An entry that is none, or of another pool or variant, ends at 0.
+    """Of the entries i to i + PAGES - 1, a tuple each: pages of this pool, first valid slots, one past the last,
+    biases, positions of the first valid tokens. An entry that is none, or of another pool or variant, ends at 0.
     """
     pages, starts, ends, biases, positions = (), (), (), (), ()
     for n in tl.static_range(PAGES):
@@ -44,15 +44,6 @@ def entries_from(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr, PA
 
 
 @triton.jit
-def tiles_of(pages, head, HEADS: tl.constexpr, tile: tl.constexpr):
-    """tile_index of each page."""
-    found = ()
-    for n in tl.static_range(len(pages)):
-        found += (tile_index(pages[n], head, HEADS, tile),)
-    return found
-
-
-@triton.jit
 def any_ends_within(row, starts, ends, SPAN: tl.constexpr):
     """Whether one of the pages has fewer than SPAN valid slots from `row` of its valid ones on."""
     least = ends[0] - starts[0]
@@ -62,61 +53,68 @@ def any_ends_within(row, starts, ends, SPAN: tl.constexpr):
 
 
 @triton.jit
-def load_codes(codes, at, which, rows, col, ends, tile: tl.constexpr, COLS: tl.constexpr, TO_THE_END: tl.constexpr):
+def load_codes(
+    codes, pages, head, which, rows, col, ends, HEADS: tl.constexpr, tile: tl.constexpr, COLS: tl.constexpr,
+    TO_THE_END: tl.constexpr,
+):  # fmt: skip
     """[len(rows), COLS] codes of slots `rows` of each key's page; 0 where a page has no tokens and, TO_THE_END, past
-    the valid ones: else what is stored there, which for keys is masked as a score, and for values has weight 0.
+    the valid ones. Else what is stored there: of a key the score is masked, of a value that is a code the weight is 0.
     """
-    places, mask = code_places(codes, spread(at, which), rows, col, tile, COLS)
+    index = tile_index(spread(pages, which), head, HEADS, tile)
+    places, mask = code_places(codes, index, rows, col, tile, COLS)
     end = spread(ends, which) + tl.zeros_like(rows)
-    if TO_THE_END:
-        mask = mask & (rows < end)[:, None]
-    else:
-        mask = mask & (end > 0)[:, None]
-    return tl.load(places, mask=mask, other=0)
+    there = rows < end if TO_THE_END else end > 0
+    return tl.load(places, mask=mask & there[:, None], other=0)
 
 
 @triton.jit
-def load_by_token(x, at, which, rows, ends, tile: tl.constexpr):
+def load_by_token(x, pages, head, which, rows, ends, HEADS: tl.constexpr, tile: tl.constexpr):
     """[rows] scales or offsets, float32; 0 past the valid tokens."""
-    places = x + spread(at, which) * tile.page_size + rows
+    places = x + tile_index(spread(pages, which), head, HEADS, tile) * tile.page_size + rows
     return tl.load(places, mask=rows < spread(ends, which), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_by_channel(x, at, which, col, ends, tile: tl.constexpr, COLS: tl.constexpr):
-    """Scales or offsets, float32: [1, COLS] of the one page, or of each key those of its page; 0 of pages without tokens."""
+def load_by_channel(
+    x, pages, head, which, col, ends, HEADS: tl.constexpr, tile: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """Scales or offsets, float32: [1, COLS] of the one page, or of each key those of its page; 0 of empty pages."""
     cols = col + tl.arange(0, COLS)
-    found = tl.load(x + at[0] * tile.width + cols, mask=cols < tl.where(ends[0] > 0, tile.width, 0), other=0.0)[None, :]
-    for n in tl.static_range(1, len(at)):
-        other = tl.load(x + at[n] * tile.width + cols, mask=cols < tl.where(ends[n] > 0, tile.width, 0), other=0.0)
-        found = tl.where((which == n)[:, None], other[None, :], found)
+    found = tl.zeros([1, COLS], tl.float32)
+    for n in tl.static_range(len(pages)):
+        places = x + tile_index(pages[n], head, HEADS, tile) * tile.width + cols
+        mine = tl.load(places, mask=cols < tl.where(ends[n] > 0, tile.width, 0), other=0.0)[None, :]
+        found = tl.where((which == n)[:, None], mine, found) if n > 0 else mine
     return found.to(tl.float32)
 
 
 @triton.jit
-def load_along(x, at, which, rows, col, ends, tile: tl.constexpr, COLS: tl.constexpr):
+def load_along(
+    x, pages, head, which, rows, col, ends, HEADS: tl.constexpr, tile: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
     """Scales or offsets as the tile has them, to be broadcast."""
     if tile.axis == 1:
-        return load_by_token(x, at, which, rows, ends, tile)[:, None]
+        return load_by_token(x, pages, head, which, rows, ends, HEADS, tile)[:, None]
     else:
-        return load_by_channel(x, at, which, col, ends, tile, COLS)
+        return load_by_channel(x, pages, head, which, col, ends, HEADS, tile, COLS)
 
 
 @triton.jit
 def load_floats(
-    plane, at, which, rows, col, ends, tile: tl.constexpr, DTYPE: tl.constexpr, COLS: tl.constexpr,
-    E4M3: tl.constexpr, SCALED: tl.constexpr, TO_THE_END: tl.constexpr,
+    plane, pages, head, which, rows, col, ends, HEADS: tl.constexpr, tile: tl.constexpr, DTYPE: tl.constexpr,
+    COLS: tl.constexpr, E4M3: tl.constexpr, SCALED: tl.constexpr, TO_THE_END: tl.constexpr,
 ):  # fmt: skip
     """As load_codes, as floats of this type: dequantized, or unless SCALED the codes, which are exact in every type."""
-    codes = load_codes(plane.codes, at, which, rows, col, ends, tile, COLS, TO_THE_END)
+    codes = load_codes(plane.codes, pages, head, which, rows, col, ends, HEADS, tile, COLS, TO_THE_END)
     if tile.kind == "float" or not SCALED:
         return as_floats(codes, tile, DTYPE, E4M3)
     else:
         if tile.kind == "u4":
             codes = tl.reshape(tl.join(codes & 15, codes >> 4), [codes.shape[0], COLS])
-        x = as_floats(codes, tile, tl.float32, E4M3) * load_along(plane.scales, at, which, rows, col, ends, tile, COLS)
+        scales = load_along(plane.scales, pages, head, which, rows, col, ends, HEADS, tile, COLS)
+        x = as_floats(codes, tile, tl.float32, E4M3) * scales
         if tile.kind == "u4":
-            x += load_along(plane.offsets, at, which, rows, col, ends, tile, COLS)
+            x += load_along(plane.offsets, pages, head, which, rows, col, ends, HEADS, tile, COLS)
         return round_to(x, DTYPE)
 
 

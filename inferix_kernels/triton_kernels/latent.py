@@ -25,7 +25,7 @@ from ..plans import Plan, make_plan
 from . import online
 from .codecs import round_to
 from .config import Config, config
-from .key_tiles import any_ends_within, entries_from, load_by_token, load_floats, spread, tiles_of
+from .key_tiles import any_ends_within, entries_from, load_by_token, load_floats, spread
 from .launch import Call, Case, architecture, check_device, has_e4m3
 from .online import (
     LN2,
@@ -201,22 +201,24 @@ def attend_latent_pages(
     which = keys // SPAN  # page, of those of the tile
     pages, starts, ends, biases, _ = entries_from(first, last, plan, variant, pool, base, LATENT.page_size, PAGES)
     for i in range(first * TILES, last * TILES, PAGES):
-        at, rotary_at = tiles_of(pages, head, HEADS, LATENT), tiles_of(pages, head, HEADS, ROTARY)
         row = (i % TILES) * BLOCK_N
         rows = row + (keys & (SPAN - 1))
         # Latents are values too, and are 0 past the valid tokens.
         latent = load_floats(
-            pool.k, at, which, rows, mine, ends, LATENT, DTYPE, BLOCK_D, E4M3, LATENT.kind == "u4", True
-        )
-        rotary = load_floats(pool.v, rotary_at, which, rows, 0, ends, ROTARY, DTYPE, BLOCK_ROTARY, E4M3, True, True)
+            pool.k, pages, head, which, rows, mine, ends, HEADS, LATENT, DTYPE, BLOCK_D, E4M3, LATENT.kind == "u4", True
+        )  # fmt: skip
+        rotary = load_floats(
+            pool.v, pages, head, which, rows, 0, ends, HEADS, ROTARY, DTYPE, BLOCK_ROTARY, E4M3, True, True
+        )  # fmt: skip
         qk = dot(q_mine, tl.trans(latent))
         if PARTS > 1:
             rest = load_floats(
-                pool.k, at, which, rows, other, ends, LATENT, DTYPE, BLOCK_D, E4M3, LATENT.kind == "u4", True
-            )
+                pool.k, pages, head, which, rows, other, ends, HEADS, LATENT, DTYPE, BLOCK_D, E4M3,
+                LATENT.kind == "u4", True,
+            )  # fmt: skip
             qk = dot(q_other, tl.trans(rest), qk)
         if SCALED:
-            scales = load_by_token(pool.k.scales, at, which, rows, ends, LATENT)
+            scales = load_by_token(pool.k.scales, pages, head, which, rows, ends, HEADS, LATENT)
             qk *= scales[None, :]
         qk = dot(q_rotary, tl.trans(rotary), qk)
         if any_ends_within(row, starts, ends, SPAN):
