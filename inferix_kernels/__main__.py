@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     ahead = commands.add_parser("compile", help="compile the Triton kernels ahead of time; needs no GPU")
     ahead.add_argument("cases", nargs="*", help='what to compile, as "linear" or "kv_append i8f8"; all by default')
-    ahead.add_argument("--arch", nargs="+", metavar="SM", help="80 89 90 100 120 by default; 90a: of CUDA")
+    ahead.add_argument("--arch", nargs="+", metavar="SM", help="80 89 90 100 120 by default; gfx942, gfx950; 90a: CUDA")
     output = ahead.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="a list of kernels, each with all that is known of it")
     output.add_argument("--markdown", action="store_true", help="a line for each op")
@@ -159,19 +159,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: bool, as_markdown: bool) -> int:
     """0 if all is sound, 1 if a kernel spills or ptxas warns, 2 if there is nothing to compile."""
     # sm_90a and its like are targets of the CUDA kernels in csrc/, built ahead; Triton adds the letter itself.
-    if names and not names[0].isdigit():
+    if names and not names[0].isdigit() and not names[0].startswith("gfx"):
         if len(names) > 1 or cases or as_json or as_markdown:
             raise Unsupported(f"--arch {names[0]} must be alone: it is a table of the CUDA kernels that are built")
         print(sass.report(names[0]))
         return 0
-    if others := [name for name in names or () if not name.isdigit()]:
-        raise Unsupported(f"Triton's architectures are numbers, as 90: no {', '.join(others)}")
     from .triton_kernels import aot
 
+    if others := [name for name in names or () if not name.isdigit() and name not in aot.AMD]:
+        raise Unsupported(f"Triton's architectures are numbers, as 90, or {', '.join(aot.AMD)}: no {', '.join(others)}")
+    targets = [int(name) if name.isdigit() else name for name in names] if names else aot.ARCHITECTURES
     rows: list[aot.Compilation] = []
 
     def seen() -> Iterator[aot.Compilation]:
-        for row in aot.compile_ahead([int(name) for name in names or aot.ARCHITECTURES], cases):
+        for row in aot.compile_ahead(targets, cases):
             rows.append(row)
             yield row
 

@@ -256,7 +256,7 @@ def paged_attention(
     """Attention of ragged segments of queries over lists of pages: (out, lse).
 
     One softmax runs across all pages of a list, whatever their formats. Where a list is empty, its window holds no key,
-    or the bias of all its pages is -inf, out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens is read.
+    or the bias of all its pages is -inf, out = 0 and lse = -inf, never NaN. Nothing past a page's valid tokens counts.
 
     Args:
         q: [T, Hq, D] float32, bfloat16 or float16. Hq is a multiple of H; query head j reads KV head j // (Hq // H).

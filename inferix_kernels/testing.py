@@ -13,6 +13,9 @@ from .reference import kv_append, spans
 
 # Bytes that are NaN in every float format, a large code as int8 and a pair of them as 4 bits.
 POISON = 0x7F
+# The largest e4m3 number: of values whose tokens lie side by side, which are read to the end of a page that has tokens,
+# with weight 0 past the valid ones. No op writes a code that is not finite.
+LARGEST_CODE = 0x7E
 
 
 def poisoned_pool(
@@ -34,8 +37,10 @@ def poison_unused(pool: KVPages, where: PageList) -> None:
     """Overwrite every slot past the valid tokens of each page with what must not be read."""
     for page, start, stop in spans("where", where, pool):
         for side in pool.sides:
-            codes = side.codes[page].transpose(1, 2) if side.codec.transposed else side.codes[page]
-            _poison(codes[:, stop - start :])
+            if side.codec.transposed:
+                as_bytes(side.codes)[page, :, :, stop - start :] = LARGEST_CODE if stop > start else POISON
+            else:
+                _poison(side.codes[page, :, stop - start :])
             for tensor in (side.scales, side.offsets):
                 if tensor is not None and side.codec.scaled_by == "token":
                     _poison(tensor[page, :, stop - start :])

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from .._dispatch import Unsupported
 from .attention import cases as attention_cases
 from .kv_pages import cases as page_cases
 from .latent import cases as latent_cases
-from .launch import Case, compile_only
+from .launch import Architecture, Case, architecture_name, compile_only
 from .linear import cases as linear_cases
 from .linear_rows import cases as rows_cases
 from .merge import cases as merge_cases
@@ -33,9 +33,14 @@ from .select import cases as select_cases
 CASES = (
     *(page_cases, prologue_cases, attention_cases, latent_cases, merge_cases, rows_cases, linear_cases, select_cases),
 )
-# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications).
-MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-ARCHITECTURES = (80, 89, 90, 100, 120)
+# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications; AMD's CDNA 3 and
+# CDNA 4 instruction set architectures, local data share).
+MOST_SHARED: dict[Architecture, int] = {
+    80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+    "gfx942": 64 << 10, "gfx950": 160 << 10,
+}  # fmt: skip
+ARCHITECTURES: tuple[Architecture, ...] = (80, 89, 90, 100, 120)
+AMD = ("gfx942", "gfx950")
 
 
 class Compilation(NamedTuple):
@@ -44,7 +49,7 @@ class Compilation(NamedTuple):
     op: str
     format: str
     what: str
-    architecture: int
+    architecture: Architecture
     kernel: str = ""
     registers: int = 0
     spilled: int = 0  # bytes of a thread's stack
@@ -63,7 +68,7 @@ def all_cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     return chain.from_iterable(cases(device) for cases in CASES)
 
 
-def compile_ahead(architectures: Sequence[int], wanted: Sequence[str] = ()) -> Iterator[Compilation]:
+def compile_ahead(architectures: Sequence[Architecture], wanted: Sequence[str] = ()) -> Iterator[Compilation]:
     """Every case on each architecture; if anything is wanted, those that begin with it: "linear" or "linear int8"."""
     for case in all_cases():
         name = f"{case.op} {case.format} {case.what}"
@@ -72,7 +77,7 @@ def compile_ahead(architectures: Sequence[int], wanted: Sequence[str] = ()) -> I
                 yield from _compile(case, architecture)
 
 
-def _compile(case: Case, architecture: int) -> Iterator[Compilation]:
+def _compile(case: Case, architecture: Architecture) -> Iterator[Compilation]:
     row = Compilation(*case[:3], architecture)
     with compile_only(architecture) as kernels:
         try:
@@ -81,30 +86,36 @@ def _compile(case: Case, architecture: int) -> Iterator[Compilation]:
             yield row._replace(unsupported=str(error))
             return
     for kernel in kernels:
-        usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
-        instruction = tensor_core(ptx)
-        seen = follow(kernel.asm["cubin"]) if "wgmma" in instruction else []
-        hazard = next((str(hazard) for one in seen for hazard in one.hazards), "")
-        yield row._replace(
-            kernel=kernel.metadata.name,
-            registers=usage["REG"],
-            spilled=usage["STACK"] + usage["LOCAL"],
-            shared=kernel.metadata.shared,
-            tensor_core=instruction,
-            followed=sum(one.products for one in seen),
-            warning=_warning(architecture, kernel.metadata.shared, ptx if "wgmma" in instruction else "") or hazard,
-        )
+        row = row._replace(kernel=kernel.metadata.name, shared=kernel.metadata.shared)
+        yield _of_amd(row, kernel.asm["amdgcn"]) if isinstance(architecture, str) else _of_nvidia(row, kernel)
 
 
-def follow(cubin: bytes) -> list[hazards.KernelHazards]:
-    """Its kernels that have asynchronous products, with what touches their registers too early."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        return hazards.inspect_listing(sass.disassemble(file, life_ranges=True))
+def _of_nvidia(row: Compilation, kernel: Any) -> Compilation:
+    usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
+    instruction = tensor_core(ptx)
+    seen = hazards.inspect_listing(sass.listing_of(kernel.asm["cubin"], True)) if "wgmma" in instruction else []
+    hazard = next((str(hazard) for one in seen for hazard in one.hazards), "")
+    return row._replace(
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        tensor_core=instruction,
+        followed=sum(one.products for one in seen),
+        warning=_warning(row.architecture, row.shared, ptx if "wgmma" in instruction else "") or hazard,
+    )
 
 
-def _warning(architecture: int, shared: int, ptx: str) -> str:
+def _of_amd(row: Compilation, assembly: str) -> Compilation:
+    """Registers are vector registers, of 64 lanes; those that accumulate count among them."""
+    usage = {name: int(number) for name, number in re.findall(r"\.(\w+): +(\d+)\s*$", assembly, re.MULTILINE)}
+    return row._replace(
+        registers=usage["vgpr_count"],
+        spilled=usage["private_segment_fixed_size"],
+        tensor_core=matrix_core(assembly),
+        warning=_warning(row.architecture, row.shared, ""),
+    )
+
+
+def _warning(architecture: Architecture, shared: int, ptx: str) -> str:
     most = MOST_SHARED.get(architecture, shared)
     if shared > most:
         return f"more shared memory than the {most} bytes that a program may have"
@@ -126,6 +137,12 @@ def tensor_core(ptx: str) -> str:
     found = re.findall(r"\b(wgmma)\.mma_async\S*\.(m\d+n\d+k\d+)\.\w+\.(\w+)", ptx)
     found += re.findall(r"\b(mma)\.sync\S*\.(m\d+n\d+k\d+)\S*?\.(s8|f16|bf16|tf32|e4m3|f64)\b", ptx)
     found += [(name, kind) for name, kind in re.findall(r"\b(tcgen05)\.mma\S*kind::(\w+)", ptx)]
+    return " ".join(Counter(found).most_common(1)[0][0]) if found else ""
+
+
+def matrix_core(assembly: str) -> str:
+    """The commonest of "mfma 32x32x16 bf16", "mfma 16x16x32 fp8"; "" if there is none."""
+    found = re.findall(r"\bv_(mfma)_\w+?_(\d+x\d+x\d+)_?(bf16|f16|i8|fp8|f32|xf32|bf8|f8f6f4)", assembly)
     return " ".join(Counter(found).most_common(1)[0][0]) if found else ""
 
 
@@ -152,14 +169,15 @@ def table(rows: Iterable[Compilation]) -> Iterator[str]:
     for row in rows:
         said = row.unsupported or row.warning or row.tensor_core
         numbers = ("", "", "") if row.unsupported else (row.registers, row.spilled, row.shared)
-        yield layout.format(row.op, row.format, row.what, f"sm_{row.architecture}", row.kernel, *numbers, said).rstrip()
+        name = architecture_name(row.architecture)
+        yield layout.format(row.op, row.format, row.what, name, row.kernel, *numbers, said).rstrip()
 
 
 def markdown(rows: Sequence[Compilation]) -> str:
     """A line for each op: the formats it was compiled for and, by architecture, registers and tensor-core types."""
-    architectures = sorted({row.architecture for row in rows})
+    architectures = list(dict.fromkeys(row.architecture for row in rows))
     lines = [
-        f"| op | formats | {' | '.join(f'sm_{x}' for x in architectures)} |",
+        f"| op | formats | {' | '.join(map(architecture_name, architectures))} |",
         f"|---|---|{'---|' * len(architectures)}",
     ]
     for op in dict.fromkeys(row.op for row in rows):
@@ -176,7 +194,8 @@ def _cell(rows: Sequence[Compilation]) -> str:
         return "none"
     registers = sorted({row.registers for row in compiled})
     said = [" to ".join(map(str, dict.fromkeys((registers[0], registers[-1]))))]
-    said += dict.fromkeys(re.sub(r"m\d+n\d+k\d+ ", "", row.tensor_core) for row in compiled if row.tensor_core)
+    kinds = (re.sub(r"(m\d+n\d+k\d+|\d+x\d+x\d+) ", "", row.tensor_core) for row in compiled if row.tensor_core)
+    said += dict.fromkeys(kinds)
     said += [f"**{row.format}, {row.what}: {row.spilled} bytes spilled**" for row in compiled if row.spilled]
     formats = dict.fromkeys(row.format for row in compiled)
     said += [f"no `{format}`" for format in dict.fromkeys(row.format for row in rows) if format not in formats]

@@ -25,31 +25,30 @@ from .._dispatch import Unsupported
 from ..layout import KV_FORMATS, Codec, KVPages
 from ..plans import Plan, Segment, make_plan
 from . import online
-from .codecs import (
-    INTERPRETED,
-    from_e4m3,
-    read_codes,
-    read_part,
-    round_to,
-    round_to_int,
-    scale_of,
-    scale_places,
-    tile_index,
-    to_e4m3,
-)
+from .codecs import INTERPRETED, round_to, round_to_int, scale_of, to_e4m3
 from .config import Config, config
-from .launch import Call, Case, architecture, check_device
-from .limits import limit_scores, place_of, run_in_window, window_of
+from .key_tiles import (
+    any_ends_within,
+    entries_from,
+    load_by_channel,
+    load_by_token,
+    load_codes,
+    load_floats,
+    spread,
+)
+from .launch import Call, Case, architecture, architecture_name, check_device, has_e4m3
+from .limits import limit_scores, run_in_window, window_of
 from .online import (
     LN2,
     LOG2E,
     NEG_INF,
     dot,
-    entry_of,
     finite,
     load_rows,
     max_bias,
     online_softmax_step,
+    pages_of_tile,
+    rows_from,
     run_in_pool,
     store_output,
     tile_at,
@@ -91,13 +90,18 @@ def run_paged_attention(
     q, pools = call.q, call.pools
     if pools[0].head_dim > _WIDEST:
         raise Unsupported(f"paged_attention: heads must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
-    target = architecture(q.device) or 90
-    if eight_bit and target < 89 and any(multiplies_e4m3(pages) for pages in pools):
-        raise Unsupported(f"paged_attention: sm_{target} multiplies no e4m3; it has 8-bit attention to int8 pages only")
+    target = architecture(q.device)
+    if eight_bit and target and not has_e4m3(target) and any(multiplies_e4m3(pages) for pages in pools):
+        name = architecture_name(target)
+        raise Unsupported(f"paged_attention: {name} multiplies no e4m3; it has 8-bit attention to int8 pages only")
+    chosen = chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device)
+    if eight_bit and any(multiplies_e4m3(pages) for pages in pools):
+        # Sums over a tile are scaled by the page's channels: it has no keys of another.
+        chosen = {**chosen, "n": min(chosen["n"], triton.next_power_of_2(pools[0].page_size))}
     online.launch_attention(
         attention_kernel,
         call,
-        chosen=chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device),
+        chosen=chosen,
         splits=splits,
         least=32 if eight_bit else 16,
         cap=call.softcap * LOG2E.value,
@@ -106,7 +110,8 @@ def run_paged_attention(
         else call.alibi_slopes.expand(len(call.plan.q_indptr) - 1, -1).contiguous(),
         CAPPED=call.softcap != 0,
         EIGHT_BIT=eight_bit,
-        E4M3=target >= 89,
+        E4M3=has_e4m3(target),
+        MMA_SYNC=target not in (90, 100),
     )
     return call.out, call.lse
 
@@ -196,11 +201,13 @@ def attention_kernel(
     CAPPED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     E4M3: tl.constexpr,
+    MMA_SYNC: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    head, split, segment, token, query_head, row_mask, first, last = work_of(
-        tl.program_id(0), plan, tokens, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
-    )  # fmt: skip
+    head, split, segment, first_row, first, last = work_of(
+        tl.program_id(0), plan, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
@@ -223,8 +230,9 @@ def attention_kernel(
             running_max, running_sum, acc = attend_pages(
                 queries, scale * LOG2E, running_max, running_sum, acc, begin, end, plan, variant, pools[n], base, head,
                 at, low, high, cap, slope, HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N,
-                CAPPED, EIGHT_BIT, E4M3,
+                CAPPED, EIGHT_BIT, E4M3, MMA_SYNC,
             )  # fmt: skip
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     store_output(
         acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, 0,
         WIDTH, ACCUMULATE,
@@ -236,7 +244,7 @@ def attend_pages(
     queries, qk_scale, running_max, running_sum, acc, first, last, plan, variant, pool, base, head,
     at_row, low, high, cap, slope,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr,
+    CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr, MMA_SYNC: tl.constexpr,
 ):  # fmt: skip
     """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant.
 
@@ -246,54 +254,69 @@ def attend_pages(
     """
     BLOCK_D: tl.constexpr = queries.shape[1]
     DTYPE: tl.constexpr = queries.dtype
+    SUMMED: tl.constexpr = EIGHT_BIT and VALUE.kind == "e4m3"  # tile by tile, then scaled by channel: one page each
+    PAGES: tl.constexpr = 1 if SUMMED else pages_of_tile(KEY.page_size, BLOCK_N)
     PARTS: tl.constexpr = (KEY.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page
+    SPAN: tl.constexpr = BLOCK_N // PAGES  # keys of a tile in one page
     CODES: tl.constexpr = EIGHT_BIT and (KEY.kind == "int8" or KEY.kind == "e4m3")  # q is multiplied as codes
+    SCALED: tl.constexpr = CAPPED or slope is not None or plan.page_bias is not None  # scores, before the softmax
+    # Keys past the valid ones are read and masked as scores, if they are of the page.
+    TO_THE_END: tl.constexpr = plan.page_starts is not None or KEY.page_size % SPAN != 0
     qk_scales = tl.full([queries.shape[0]], qk_scale, tl.float32)
     if CODES:
         queries, scales = quantize(queries.to(tl.float32), KEY)
         qk_scales *= scales
-    # Software pipelining: an entry is read one step ahead, so that its page can be loaded at the start of its own step.
-    page, length, bias = entry_of(first, last, plan, variant, pool, base, KEY.page_size)
-    start, position = place_of(first, last, plan)
-    for i in range(first * PARTS, last * PARTS):
-        at, v_at = tile_index(page, head, HEADS, KEY), tile_index(page, head, HEADS, VALUE)
-        row = start + (i % PARTS) * BLOCK_N
-        length += start  # one past the last valid slot
-        rows = row + tl.arange(0, BLOCK_N)
+    step_scales = tl.full([queries.shape[0]], 1.0, tl.float32) if SCALED else qk_scales
+    keys = tl.arange(0, BLOCK_N)
+    which = keys // SPAN  # page, of those of the tile
+    # Software pipelining: entries are read one step ahead, so that pages can be loaded at the start of their own step.
+    pages, starts, ends, biases, positions = entries_from(first, last, plan, variant, pool, base, KEY.page_size, PAGES)
+    for i in range(first * PARTS, last * PARTS, PAGES):
+        row = (i % PARTS) * BLOCK_N
+        rows = row + spread(starts, which) + (keys & (SPAN - 1))
         if CODES:
-            codes = read_codes(pool.k.codes, at, row, 0, length, KEY, BLOCK_N, BLOCK_D)
+            codes = load_codes(pool.k.codes, pages, head, which, rows, 0, ends, HEADS, KEY, BLOCK_D, TO_THE_END)
             qk = dot_codes(queries, tl.trans(codes), KEY)
         else:
-            keys = read_keys(pool, at, row, 0, length, KEY, DTYPE, BLOCK_N, BLOCK_D, E4M3)
-            qk = dot(queries, tl.trans(keys))
+            k = load_floats(
+                pool.k, pages, head, which, rows, 0, ends, HEADS, KEY, DTYPE, BLOCK_D, E4M3, KEY.kind == "u4",
+                TO_THE_END,
+            )  # fmt: skip
+            qk = dot(queries, tl.trans(k))
         if KEY.kind == "int8" or KEY.kind == "e4m3":
-            qk *= read_scales(pool.k.scales, at, row, length, KEY, BLOCK_N, BLOCK_D)[None, :]
-        step_scales = qk_scales
-        if CAPPED or slope is not None:
-            qk, step_scales = qk * qk_scales[:, None], tl.full([queries.shape[0]], 1.0, tl.float32)
-        qk = limit_scores(qk, row, length, start, position, at_row, low, high, cap, slope, plan, CAPPED)
-        p, alpha, running_max, running_sum = online_softmax_step(qk, step_scales, bias, running_max, running_sum)
-        if EIGHT_BIT and VALUE.kind == "e4m3":
-            codes = read_codes(pool.v.codes, v_at, row, 0, length, VALUE, BLOCK_N, BLOCK_D)
-            codes = tl.where((rows < length)[:, None], codes, 0).to(tl.uint8)
+            qk *= load_by_token(pool.k.scales, pages, head, which, rows, ends, HEADS, KEY)[None, :]
+        if SCALED:
+            qk *= qk_scales[:, None]
+        qk = limit_scores(
+            qk, rows, spread(ends, which), any_ends_within(row, starts, ends, SPAN),
+            spread(positions, which) + row + (keys & (SPAN - 1)), at_row, low, high, cap, slope, plan,
+            CAPPED, not MMA_SYNC,
+        )  # fmt: skip
+        if plan.page_bias is not None:
+            qk += spread(biases, which)
+        p, alpha, running_max, running_sum = online_softmax_step(qk, step_scales, running_max, running_sum)
+        if SUMMED:
+            codes = load_codes(pool.v.codes, pages, head, which, rows, 0, ends, HEADS, VALUE, BLOCK_D, False)
             # A sum of its own for every tile: float32 where the tensor cores keep less.
             tile_acc = dot_codes(as_e4m3(p * WEIGHT_SCALE), codes, VALUE)
             # Read before the products it would be there in time, but sm_100 has no register left for it.
-            channel_scale = read_scales(pool.v.scales, v_at, row, length, VALUE, BLOCK_N, BLOCK_D) / WEIGHT_SCALE
-            acc = acc * alpha[:, None] + tile_acc * channel_scale[None, :]
+            channel_scale = (
+                load_by_channel(pool.v.scales, pages, head, which, 0, ends, HEADS, VALUE, BLOCK_D) / WEIGHT_SCALE
+            )
+            acc = acc * alpha[:, None] + tile_acc * channel_scale
         else:
-            values = read_values(pool, v_at, row, length, VALUE, DTYPE, BLOCK_N, BLOCK_D, E4M3)
-            acc = dot(round_to(p, DTYPE), values, acc * alpha[:, None])
-        page, length, bias = entry_of((i + 1) // PARTS, last, plan, variant, pool, base, KEY.page_size)
-        start, position = place_of((i + 1) // PARTS, last, plan)
+            v = load_floats(
+                pool.v, pages, head, which, rows, 0, ends, HEADS, VALUE, DTYPE, BLOCK_D, E4M3, True,
+                VALUE.kind == "float",
+            )  # fmt: skip
+            if MMA_SYNC and VALUE.kind != "float":
+                # Each warp would dequantize all values for itself. What is selected is shared among them.
+                v = tl.where((rows < spread(ends, which))[:, None], v, 0.0)
+            acc = dot(round_to(p, DTYPE), v, acc * alpha[:, None])
+        pages, starts, ends, biases, positions = entries_from(
+            (i + PAGES) // PARTS, last, plan, variant, pool, base, KEY.page_size, PAGES
+        )
     return running_max, running_sum, acc
-
-
-@triton.jit
-def read_scales(scales, at, row, length, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of tokens row .. row + ROWS, or of the channels, as the tile has them; 0 for tokens past the length."""
-    along, mask = scale_places(at, row + tl.arange(0, ROWS), tl.arange(0, COLS), length, tile)
-    return tl.load(scales + along, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -325,39 +348,3 @@ def dot_codes(a, b, tile: tl.constexpr):
         MOST: tl.constexpr = 128 if a.shape[1] > 128 else a.shape[1]
         a, b = a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
         return tl.dot(a, b, max_num_imprecise_acc=MOST)
-
-
-@triton.jit
-def read_keys(
-    pool, at, row, col, length, tile: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    E4M3: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, COLS] from (row, col) on; where each token has a scale, without it: codes are exact in every type."""
-    if tile.kind == "u4":
-        return round_to(read_part(pool.k, at, row, col, length, tile, ROWS, COLS), DTYPE)
-    else:
-        return as_floats(read_codes(pool.k.codes, at, row, col, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
-
-
-@triton.jit
-def read_values(
-    pool, at, row, length, tile: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    E4M3: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, COLS] of this type, dequantized; 0 past the length."""
-    if tile.kind == "float":
-        return as_floats(read_codes(pool.v.codes, at, row, 0, length, tile, ROWS, COLS), tile, DTYPE, E4M3)
-    else:
-        return round_to(read_part(pool.v, at, row, 0, length, tile, ROWS, COLS), DTYPE)
-
-
-@triton.jit
-def as_floats(codes, tile: tl.constexpr, DTYPE: tl.constexpr, E4M3: tl.constexpr):
-    if codes.dtype == DTYPE:
-        return codes
-    elif tile.kind != "e4m3":
-        return round_to(codes.to(tl.float32), DTYPE)
-    elif E4M3 and not INTERPRETED:
-        return codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    else:
-        return round_to(from_e4m3(codes), DTYPE)

@@ -236,35 +236,41 @@ def scale_places(index, rows, cols, tokens, tile: tl.constexpr):
 
 
 @triton.jit
-def code_places(index, row, col, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where the codes of a part lie, and which of them exist; a packed pair is one place."""
+def code_places(codes, index, rows, col, tile: tl.constexpr, COLS: tl.constexpr):
+    """Where the codes of some tokens lie, [len(rows), COLS], and which of them exist; a packed pair is one place.
+
+    index: the tile's, or of each token the one that it is in. It is added to the address first: what remains are 32-bit
+    offsets.
+    """
     PACK: tl.constexpr = 2 if tile.kind == "u4" else 1
-    rows = (row + tl.arange(0, ROWS))[:, None]
-    cols = (col // PACK + tl.arange(0, COLS // PACK))[None, :]
     WIDTH: tl.constexpr = tile.width // PACK
+    rows = rows[:, None]
+    cols = (col // PACK + tl.arange(0, COLS // PACK))[None, :]
     mask = (rows < tile.page_size) & (cols < WIDTH)
-    start = index * (tile.page_size * WIDTH)
+    if len(index.shape) == 1:
+        index = index[:, None]
     if tile.strided:
-        return index + rows.to(tl.int64) * tile.row_stride + cols, mask
+        return codes + index + (rows.to(tl.int64) * tile.row_stride + cols), mask
     elif tile.transposed:
-        return start + cols * tile.page_size + rows, mask
+        return codes + index * (tile.page_size * WIDTH) + (cols * tile.page_size + rows), mask
     else:
-        return start + rows * WIDTH + cols, mask
+        return codes + index * (tile.page_size * WIDTH) + (rows * WIDTH + cols), mask
 
 
 @triton.jit
 def read_codes(codes, index, row, col, length, tile: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    places, mask = code_places(index, row, col, tile, ROWS, COLS)
+    rows = row + tl.arange(0, ROWS)
+    places, mask = code_places(codes, index, rows, col, tile, COLS)
     if not tile.transposed:
         # Transposed, tokens lie side by side, and a mask at any length would break the wide loads.
-        mask = mask & (row + tl.arange(0, ROWS) < length)[:, None]
-    return tl.load(codes + places, mask=mask, other=0)
+        mask = mask & (rows < length)[:, None]
+    return tl.load(places, mask=mask, other=0)
 
 
 @triton.jit
 def write_codes(values, codes, index, row, col, tile: tl.constexpr):
-    places, mask = code_places(index, row, col, tile, tile.rows, tile.cols)
-    tl.store(codes + places, values, mask=mask)
+    places, mask = code_places(codes, index, row + tl.arange(0, tile.rows), col, tile, tile.cols)
+    tl.store(places, values, mask=mask)
 
 
 @triton.jit

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from .._dispatch import Unsupported
-from .launch import architecture
+from .launch import Architecture, architecture
 
 FOLDER = Path(__file__).parent / "configs"
+AMD = tuple(sorted(path.stem for path in FOLDER.glob("gfx*.json")))
 Config = dict[str, int]
 _trials: dict[tuple[str, str], Config] = {}  # what the tuner tries, before the table
 
@@ -58,6 +59,10 @@ def file_of(device: torch.device) -> Path:
         if own.exists():
             return own
     target = architecture(device) or 89  # the interpreter's: the first with e4m3
+    if isinstance(target, str):
+        if not (FOLDER / f"{target}.json").exists():
+            raise Unsupported(f"Triton kernels have no tiles for {target}: those of AMD are for {', '.join(AMD)}")
+        return FOLDER / f"{target}.json"
     target = 89 if target == 86 else target  # an sm_86 has as little shared memory, and asks for no row of e4m3
     shipped = sorted(int(path.stem.removeprefix("sm_")) for path in FOLDER.glob("sm_*.json"))
     if target < shipped[0]:
@@ -81,6 +86,6 @@ def write(file: Path, table: dict[str, dict[str, Config]]) -> None:
 
 
 @cache
-def _table(device: torch.device, target: int | None) -> dict[str, dict[str, Config]]:
+def _table(device: torch.device, target: Architecture | None) -> dict[str, dict[str, Config]]:
     table: dict[str, dict[str, Config]] = json.loads(file_of(device).read_text())
     return table

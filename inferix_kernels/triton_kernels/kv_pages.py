@@ -213,8 +213,8 @@ def append_part(x, token_stride, stride, plane, to, part, start, length, tile: t
     places, mask = token_places(token_stride, stride, row, col, length, tile)
     tokens = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
     if WITHIN:
-        slots, there = code_places(to, start + row, col, tile, tile.rows, tile.cols)
-        tl.store(plane.codes + slots, round_to(tokens, plane.codes.dtype.element_ty), mask=mask & there)
+        slots, there = code_places(plane.codes, to, start + row + tl.arange(0, tile.rows), col, tile, tile.cols)
+        tl.store(slots, round_to(tokens, plane.codes.dtype.element_ty), mask=mask & there)
     else:
         write_part(tokens, plane, to, row, col, length, tile)
 

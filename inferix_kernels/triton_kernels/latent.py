@@ -23,20 +23,21 @@ from .._dispatch import Unsupported
 from ..layout import KVPages
 from ..plans import Plan, make_plan
 from . import online
-from .attention import read_keys, read_scales, read_values
-from .codecs import round_to, tile_index
+from .codecs import round_to
 from .config import Config, config
-from .launch import Call, Case, architecture, check_device
+from .key_tiles import any_ends_within, entries_from, load_by_token, load_floats, spread
+from .launch import Call, Case, architecture, check_device, has_e4m3
 from .online import (
     LN2,
     LOG2E,
     NEG_INF,
     dot,
-    entry_of,
     finite,
     load_rows,
     max_bias,
     online_softmax_step,
+    pages_of_tile,
+    rows_from,
     run_in_pool,
     store_output,
     tile_at,
@@ -74,7 +75,7 @@ def run_latent_attention(call: Call, chosen: Config | None = None, splits: int |
         parts=parts,
         PART=max(16, width // parts),
         BLOCK_ROTARY=max(16, triton.next_power_of_2(pools[0].value_dim)),
-        E4M3=(architecture(q.device) or 90) >= 89,
+        E4M3=has_e4m3(architecture(q.device)),
     )
     return call.out, call.lse
 
@@ -125,10 +126,10 @@ def latent_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_D // PART
-    head, split, _, token, query_head, row_mask, first, last = work_of(
-        tl.program_id(0) // PARTS, plan, tokens, segments, entries, splits, tiles,
-        HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M,
-    )  # fmt: skip
+    head, split, segment, first_row, first, last = work_of(
+        tl.program_id(0) // PARTS, plan, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
+    )
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     if tl.max(row_mask.to(tl.int32), 0) == 0:
         return
     WIDTH: tl.constexpr = tile_at(KEYS, 0).width
@@ -152,6 +153,7 @@ def latent_kernel(
                 begin, end, plan, variant, pools[n], base, head,
                 HEADS, tile_at(KEYS, n), tile_at(VALUES, n), BLOCK_N, PARTS, E4M3,
             )  # fmt: skip
+    token, query_head, row_mask = rows_from(first_row, segment, head, plan, tokens, GROUP, BLOCK_M)
     store_output(
         acc, finite(running_max) * LN2 + base, running_sum, out, lse, split, token, query_head, row_mask, mine,
         WIDTH, ACCUMULATE,
@@ -187,29 +189,47 @@ def attend_latent_pages(
     DTYPE: tl.constexpr = q_mine.dtype
     BLOCK_D: tl.constexpr = q_mine.shape[1]
     BLOCK_ROTARY: tl.constexpr = q_rotary.shape[1]
-    TILES: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N  # of keys of a page
-    SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"
+    PAGES: tl.constexpr = pages_of_tile(LATENT.page_size, BLOCK_N)
+    TILES: tl.constexpr = (LATENT.page_size + BLOCK_N - 1) // BLOCK_N  # tiles of keys of a page
+    SPAN: tl.constexpr = BLOCK_N // PAGES
+    SCALED: tl.constexpr = LATENT.kind == "int8" or LATENT.kind == "e4m3"  # by token
     qk_scales = tl.full([q_mine.shape[0]], qk_scale, tl.float32)
-    page, length, bias = entry_of(first, last, plan, variant, pool, base, LATENT.page_size)
-    for i in range(first * TILES, last * TILES):
-        at, rotary_at = tile_index(page, head, HEADS, LATENT), tile_index(page, head, HEADS, ROTARY)
+    step_scales = qk_scales
+    if plan.page_bias is not None:
+        step_scales = tl.full([q_mine.shape[0]], 1.0, tl.float32)
+    keys = tl.arange(0, BLOCK_N)
+    which = keys // SPAN  # page, of those of the tile
+    pages, starts, ends, biases, _ = entries_from(first, last, plan, variant, pool, base, LATENT.page_size, PAGES)
+    for i in range(first * TILES, last * TILES, PAGES):
         row = (i % TILES) * BLOCK_N
-        rows = row + tl.arange(0, BLOCK_N)
-        latent = read_keys(pool, at, row, mine, length, LATENT, DTYPE, BLOCK_N, BLOCK_D, E4M3)
-        rotary = read_values(pool, rotary_at, row, length, ROTARY, DTYPE, BLOCK_N, BLOCK_ROTARY, E4M3)
+        rows = row + (keys & (SPAN - 1))
+        # Latents are values too, and are 0 past the valid tokens.
+        latent = load_floats(
+            pool.k, pages, head, which, rows, mine, ends, HEADS, LATENT, DTYPE, BLOCK_D, E4M3, LATENT.kind == "u4", True
+        )  # fmt: skip
+        rotary = load_floats(
+            pool.v, pages, head, which, rows, 0, ends, HEADS, ROTARY, DTYPE, BLOCK_ROTARY, E4M3, True, True
+        )  # fmt: skip
         qk = dot(q_mine, tl.trans(latent))
         if PARTS > 1:
-            rest = read_keys(pool, at, row, other, length, LATENT, DTYPE, BLOCK_N, BLOCK_D, E4M3)
+            rest = load_floats(
+                pool.k, pages, head, which, rows, other, ends, HEADS, LATENT, DTYPE, BLOCK_D, E4M3,
+                LATENT.kind == "u4", True,
+            )  # fmt: skip
             qk = dot(q_other, tl.trans(rest), qk)
         if SCALED:
-            scales = read_scales(pool.k.scales, at, row, length, LATENT, BLOCK_N, BLOCK_D)
+            scales = load_by_token(pool.k.scales, pages, head, which, rows, ends, HEADS, LATENT)
             qk *= scales[None, :]
         qk = dot(q_rotary, tl.trans(rotary), qk)
-        if row + BLOCK_N > length:
-            qk = tl.where((rows < length)[None, :], qk, NEG_INF)
-        p, alpha, running_max, running_sum = online_softmax_step(qk, qk_scales, bias, running_max, running_sum)
+        if any_ends_within(row, starts, ends, SPAN):
+            qk = tl.where((rows < spread(ends, which))[None, :], qk, NEG_INF)
+        if plan.page_bias is not None:
+            qk = qk * qk_scales[:, None] + spread(biases, which)
+        p, alpha, running_max, running_sum = online_softmax_step(qk, step_scales, running_max, running_sum)
         if SCALED:
             p *= scales[None, :]
         acc = dot(round_to(p, DTYPE), latent, acc * alpha[:, None])
-        page, length, bias = entry_of((i + 1) // TILES, last, plan, variant, pool, base, LATENT.page_size)
+        pages, starts, ends, biases, _ = entries_from(
+            (i + PAGES) // TILES, last, plan, variant, pool, base, LATENT.page_size, PAGES
+        )
     return running_max, running_sum, acc

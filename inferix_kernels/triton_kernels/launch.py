@@ -25,13 +25,14 @@ def _probe() -> None:
 # TRITON_INTERPRET=1 makes Triton's decorator hand out Python functions in place of kernels. Triton reads the variable
 # when it is imported, so what it did is the only trustworthy answer.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
+Architecture = int | str  # 90 of sm_90; of AMD's GPUs their name, "gfx942"
 _ahead: Ahead | None = None
 
 
 class Ahead(NamedTuple):
     """For a GPU that is not here: its architecture, and what becomes of a launch (kernel, programs, args, options)."""
 
-    target: int
+    target: Architecture
     take: Callable[[Any, int, Sequence[Any], dict[str, Any]], None]
 
 
@@ -71,15 +72,30 @@ def check_device(op: str, like: Tensor) -> None:
         )
 
 
-def architecture(device: torch.device) -> int | None:
-    """90 for sm_90; None in the interpreter."""
+def architecture(device: torch.device) -> Architecture | None:
+    """90 for sm_90, "gfx942" for that; None in the interpreter."""
     if _ahead is not None:
         return _ahead.target
     return _capability(device) if device.type == "cuda" else None
 
 
+def architecture_name(target: Architecture) -> str:
+    return target if isinstance(target, str) else f"sm_{target}"
+
+
+def has_e4m3(target: Architecture | None) -> bool:
+    """Whether this hardware converts and multiplies float8_e4m3fn. gfx942 has 8-bit floats of another kind, e4m3fnuz,
+    of which a code means half as much: there e4m3 pages are decoded bit by bit, and nothing is multiplied as e4m3.
+    """
+    if isinstance(target, str):
+        return target == "gfx950"
+    return target is None or target >= 89
+
+
 @cache
-def _capability(device: torch.device) -> int:
+def _capability(device: torch.device) -> Architecture:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -106,7 +122,7 @@ def launch(
 
 
 @contextlib.contextmanager
-def compile_only(target: int) -> Iterator[list[Any]]:
+def compile_only(target: Architecture) -> Iterator[list[Any]]:
     """Inside, ops on CPU tensors compile what they would launch on a GPU of this architecture, and run nothing.
 
     Yields the list of compiled kernels, which grows. Works without a GPU, and not in Triton's interpreter.
@@ -116,7 +132,9 @@ def compile_only(target: int) -> Iterator[list[Any]]:
     class Driver:
         get_current_device = staticmethod(lambda: target)
         get_current_stream = staticmethod(lambda device=None: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", target, 32))
+        get_current_target = staticmethod(
+            lambda: GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
+        )
 
     compiled: list[Any] = []
 
@@ -134,7 +152,7 @@ def compile_only(target: int) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def launch_nothing(target: int) -> Iterator[list[str]]:
+def launch_nothing(target: Architecture) -> Iterator[list[str]]:
     """Inside, ops on CPU tensors do what the host does for a GPU of this architecture, up to each launch.
 
     Yields the names of the kernels that would have been launched, which grows.

@@ -57,10 +57,10 @@ def soft_cap(x, cap):
 @triton.jit
 def limit_scores(
     qk,  # [rows, keys], scaled if CAPPED or with a slope: what softcap, ALiBi and windows make of it
-    row,  # slot of the first key
-    end,  # one past the last valid slot
-    start,  # slot and position of the page's first valid token
-    position,
+    rows,  # [keys], the slot of each in its page, of which those before `end` are valid: of its page, or [keys]
+    end,
+    partial,  # whether one of them is not: worth a BRANCH, if all that it takes is in there
+    position,  # of each key, [keys]
     at_row,  # [rows], where the plan has windows: the position of each, the first and the last that it sees
     low,
     high,
@@ -68,14 +68,18 @@ def limit_scores(
     slope,  # [rows] of ALiBi, or None
     plan,
     CAPPED: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
-    rows = row + tl.arange(0, qk.shape[1])
     if CAPPED:
         qk = soft_cap(qk, cap)
-    if row + qk.shape[1] > end:
+    if not BRANCH:
+        qk = tl.where((rows < end)[None, :], qk, NEG_INF)
+    elif partial:
+        # A load that LLVM can not make in advance: else it would make selects of the branch, executed for every tile.
+        tl.load(plan.page_indptr, volatile=True)
         qk = tl.where((rows < end)[None, :], qk, NEG_INF)
     if plan.windows is not None:
-        at = (position - start + rows)[None, :]
+        at = position[None, :]
         if slope is not None:
             qk -= slope[:, None] * tl.abs(at - at_row[:, None]).to(tl.float32)
         qk = tl.where((at >= low[:, None]) & (at <= high[:, None]), qk, NEG_INF)

@@ -19,7 +19,7 @@ from .._dispatch import Unsupported
 from ..layout import Quantized
 from .codecs import round_to
 from .config import config
-from .launch import Case, architecture, check_device, launch
+from .launch import Case, architecture, architecture_name, check_device, has_e4m3, launch
 from .linear_rows import activate, groups_of, kind_of, load_groups
 
 __all__ = ["linear"]
@@ -55,8 +55,9 @@ def linear(
     device, codes = x.codes.device, x.codes.dtype
     check_device("linear", x.codes)
     target = architecture(device)
-    if codes == torch.float8_e4m3fn and target is not None and target < 89:
-        raise Unsupported(f"linear: e4m3 codes need sm_89 or later, this is sm_{target}; int8 codes run here")
+    if codes == torch.float8_e4m3fn and target is not None and not has_e4m3(target):
+        name = architecture_name(target)
+        raise Unsupported(f"linear: e4m3 codes need sm_89 or later, this is {name}; int8 codes run here")
     (M, K), N = x.codes.shape, len(weight.codes)
     tile = config("linear", f"{kind_of(codes)}, {size_of(M)}", device)
     launch(
@@ -73,7 +74,7 @@ def linear(
         GROUP_SIZE_M=tile["tall"],
         # Tensor cores accumulate e4m3 products with about 13 bits of mantissa on sm_89 and sm_90 (arXiv:2411.10958), so
         # each BLOCK_K is promoted to a float32 accumulator. Those in sm_100's tensor memory are taken for float32.
-        PROMOTE=target is None or not 100 <= target < 120,
+        PROMOTE=target is None or (isinstance(target, int) and not 100 <= target < 120),
         num_warps=tile["warps"],
         num_stages=tile["stages"],
     )  # fmt: skip

@@ -109,19 +109,20 @@ def launch_attention(
         q, scale = -q, -scale
     chosen = fit_tile_to_pages(chosen, q, pools)
     heads, page_size, tokens = pools[0].heads, pools[0].page_size, q.shape[-3]
+    keys, values = tiles_of_pools(pools)
     segments, lists, group = len(plan.q_indptr) - 1, len(plan.page_indptr) - 1, q.shape[-2] // heads
     block_m = tile_rows(chosen["m"], tokens * group, segments)
-    block_n = max(least, min(chosen["n"], triton.next_power_of_2(page_size)))
+    block_n = max(least, chosen["n"])
     tiles = tokens * group // block_m + segments
     if splits is None:
-        key_tiles = triton.cdiv(len(plan.page_ids), max(lists, 1)) * triton.cdiv(page_size, block_n)
+        listed, pages = triton.cdiv(len(plan.page_ids), max(lists, 1)), pages_of_tile(page_size, block_n)
+        key_tiles = triton.cdiv(listed, pages) * triton.cdiv(page_size, block_n)
         splits = splits_for(tiles * heads * parts, key_tiles, processors(q.device))
     outs, lses = out[None], lse[None]
     # Parts that accumulate would read an lse that another part has just written.
     combined = splits > 1 or (accumulate and parts > 1)
     if combined:
         outs, lses = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
-    keys, values = tiles_of_pools(pools)
     launch(
         kernel,
         tiles * heads * splits * parts,
@@ -255,6 +256,12 @@ def store_output(
 
 
 @triton.constexpr_function
+def pages_of_tile(page_size: int, keys: int) -> int:
+    """How many pages a tile of so many keys spans; each has a power of two of them, so that some may be none."""
+    return max(1, keys // int(triton.next_power_of_2(page_size)))
+
+
+@triton.constexpr_function
 def tile_at(tiles, i) -> Tile:
     return tiles[i]
 
@@ -276,26 +283,24 @@ def load_rows(q, variant, token, head, row_mask, start, WIDTH: tl.constexpr, COL
 
 @triton.jit
 def work_of(
-    program, plan, tokens, segments, entries, splits, tiles,
+    program, plan, segments, entries, splits, tiles,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What this program has to do: (head, split, segment, token and query head of each row, which rows there are, first
-    entry of the page list, one past the last). Tiles of one head run side by side: they read the same pages.
+    """What this program has to do: (head, split, segment, first row in the segment, first entry of the page list, one
+    past the last). Tiles of one head run side by side: they read the same pages.
     """
     tile, split, head = program % tiles, program // tiles % splits, program // tiles // splits
-    segment, first_token, first_row, rows = rows_of(tile, plan, tokens, segments, GROUP, SEGMENTS, BLOCK_M)
-    row = first_row + tl.arange(0, BLOCK_M)
-    token, query_head = (first_token + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
+    segment, first_row = place_in_segments(tile, plan, segments, GROUP, SEGMENTS, BLOCK_M)
     at = segment
     if PER_HEAD:
         at = segment * HEADS + head
     first, last = pages_of(plan, entries, at, split, splits)
-    return head, split.to(tl.int64), segment, token, query_head, row < rows, first, last
+    return head, split.to(tl.int64), segment, first_row, first, last
 
 
 @triton.jit
-def rows_of(tile, plan, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(segment, first token, first row in the segment, rows of the segment) of a tile of queries.
+def place_in_segments(tile, plan, segments, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(segment, first row in it) of a tile of queries.
 
     Segment s begins with tile q_indptr[s] * GROUP // BLOCK_M + s, which leaves it enough tiles whatever its length:
     where a tile belongs follows without a running sum, and some tiles have no rows.
@@ -307,10 +312,19 @@ def rows_of(tile, plan, tokens, segments, GROUP: tl.constexpr, SEGMENTS: tl.cons
         first_tiles = tl.load(plan.q_indptr + s, mask=s < segments, other=0) * GROUP // BLOCK_M + s
         before += tl.sum(((first_tiles <= tile) & (s < segments)).to(tl.int32), 0)
     segment = before - 1
-    first = tl.load(plan.q_indptr + segment)
+    first_tile = tl.load(plan.q_indptr + segment) * GROUP // BLOCK_M + segment
+    return segment, (tile - first_tile) * BLOCK_M
+
+
+@triton.jit
+def rows_from(first_row, segment, head, plan, tokens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(token and query head of each row, which rows there are). To be called again at the end: the load is volatile, so
+    that the compiler can not keep all this in registers through the loop over pages.
+    """
+    first = tl.load(plan.q_indptr + segment, volatile=True)
     end = tl.minimum(tl.load(plan.q_indptr + segment + 1), tokens)
-    first_tile = first * GROUP // BLOCK_M + segment
-    return segment, first, (tile - first_tile) * BLOCK_M, (end - first) * GROUP
+    row = first_row + tl.arange(0, BLOCK_M)
+    return (first + row // GROUP).to(tl.int64), head * GROUP + row % GROUP, row < (end - first) * GROUP
 
 
 @triton.jit
@@ -377,16 +391,16 @@ def entry_of(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_step(qk, qk_scale, bias, running_max, running_sum):
-    """A step of the online softmax, in base 2, over the scores qk [rows, keys] * qk_scale [rows] + bias.
+def online_softmax_step(qk, qk_scale, running_max, running_sum):
+    """A step of the online softmax, in base 2, over the scores qk [rows, keys] * qk_scale [rows].
 
     Returns p = exp2(score - new maximum), alpha = exp2(old maximum - new maximum), which rescales earlier sums, and the
     new (running_max, running_sum). As qk_scale is positive, the maximum is found before it is applied, and each p costs
     one fma and one exp2.
     """
-    new_max = tl.maximum(running_max, tl.max(qk, 1) * qk_scale + bias)
+    new_max = tl.maximum(running_max, tl.max(qk, 1) * qk_scale)
     safe_max = finite(new_max)
-    p = tl.exp2(qk * qk_scale[:, None] + (bias - safe_max)[:, None])
+    p = tl.exp2(qk * qk_scale[:, None] - safe_max[:, None])
     alpha = tl.exp2(running_max - safe_max)
     return p, alpha, new_max, running_sum * alpha + tl.sum(p, 1)
 

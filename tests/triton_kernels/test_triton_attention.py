@@ -62,6 +62,21 @@ def test_shapes(shape, formats, device):
     check(*inputs(device, queries, lens, query_heads, heads, head_dim, page_size, formats=formats))
 
 
+@pytest.mark.parametrize("keys", [16, 64])
+@pytest.mark.parametrize("what", ["formats", "bias", "an offset for each page", "one page"])
+def test_tiles_of_one_page_and_of_several(what, keys, device):
+    """Five pages of 16, in tiles of one or of four: the last tile is not full, and pages of other pools lie between."""
+    formats = ("fp32", "i8f8", "int4") if what == "formats" else ("fp32",)
+    lens = (7,) if what == "one page" else (16, 5, 0, 12, 16)
+    q, pools, plan = inputs(device, queries=(3,), lens=lens, heads=1, formats=formats)
+    if what == "bias":
+        plan = plan._replace(page_bias=torch.tensor([2.0, -3.0, 1e30, -torch.inf, 0.5], device=device))
+    if what == "an offset for each page":  # the valid tokens are some in the middle
+        starts = (torch.tensor([3, 1, 0, 2, 9], device=device) * (plan.page_lens > 0)).int()
+        plan = plan._replace(page_starts=starts, page_lens=(plan.page_lens - starts).clamp(min=0))
+    check(q, pools, plan, tiles={**TILES, "n": keys})
+
+
 def test_every_format_in_one_launch(device):
     check(*inputs(device, queries=(3,), lens=(9,), formats=KV_FORMATS))
 
@@ -328,15 +343,17 @@ def test_a_wrong_plan_is_named(mistake, device):
 
 
 def test_an_entry_that_does_not_fit_is_skipped(device, monkeypatch):
-    """On a GPU nobody looks at a plan before the kernel does."""
+    """On a GPU nobody looks at a plan before the kernel does. In tiles of one page: what is beside a page in its tile
+    changes the order of its sum."""
+    tiles = {**TILES, "n": 16}
     q, pools, plan = inputs(device, queries=(3,), lens=(9, 4), heads=1)
     ids, lens = plan.page_ids.tolist(), plan.page_lens.tolist()
     wrong = make_plan([(3, [ids[0], 99, ids[1], 0], [lens[0], 3, lens[1], 99])], device)
     wrong = wrong._replace(page_ids=torch.where(wrong.page_ids == 99, -1, wrong.page_ids))
-    for got, want in zip(attend(q, pools, wrong), attend(q, pools, plan)):
+    for got, want in zip(attend(q, pools, wrong, tiles=tiles), attend(q, pools, plan, tiles=tiles)):
         assert torch.equal(got, want)
     wrong = wrong._replace(page_indptr=torch.tensor([0, 900], dtype=torch.int32, device=device))
-    for got, want in zip(attend(q, pools, wrong), attend(q, pools, plan)):
+    for got, want in zip(attend(q, pools, wrong, tiles=tiles), attend(q, pools, plan, tiles=tiles)):
         assert torch.equal(got, want)
 
 

@@ -84,6 +84,13 @@ def test_attention_compiles_and_spills_nothing(architecture):
     assert (architecture == 90) == any(row.kernel == "combine_kernel" for row in rows)  # where lists are split
 
 
+def test_amd_compiles_and_has_no_e4m3_of_ours_on_gfx942():
+    rows = compile_ahead(["gfx942"], ["paged_attention bf16 bfloat16 q, D 256", "linear e4m3 many rows, gate"])
+    attention, linear = rows
+    assert attention.sound and attention.shared <= 64 << 10 and attention.tensor_core.startswith("mfma")
+    assert linear.unsupported == "linear: e4m3 codes need sm_89 or later, this is gfx942; int8 codes run here"
+
+
 def test_merging_in_place_reads_everything_before_it_writes():
     """Threads of a program read the same lse: without a barrier one might read what another has written already."""
     script = """
@@ -186,7 +193,7 @@ def test_the_table_of_registers_has_every_case():
 
 def test_the_command_says_what_it_can_not_do(capsys):
     assert main(["compile", "--arch", "90", "90a"]) == 2
-    assert "Triton's architectures are numbers, as 90: no 90a" in capsys.readouterr().err
+    assert "Triton's architectures are numbers, as 90, or gfx942, gfx950: no 90a" in capsys.readouterr().err
     assert main(["compile", "--arch", "90a", "--json"]) == 2
     assert "--arch 90a must be alone" in capsys.readouterr().err
     assert main(["compile", "--arch", "75a"]) == 2
