@@ -16,6 +16,7 @@ from .._check import check_index
 from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
 from .attention import Attention, Reads
+from .reading import turned
 from .table_view import TableView, replace_states
 from .turns import in_turn
 
@@ -74,10 +75,17 @@ class Pass:
         [12, 13, 14]
     """
 
-    def __init__(self, reads: Reads, shares: Sequence[Share], predict: bool, attention: Attention):
+    def __init__(
+        self,
+        reads: Reads,
+        shares: Sequence[Share],
+        predict: bool,
+        attention: Attention,
+        turns: Sequence[Tensor] = (),
+    ):
         self.store, self.turn = reads.store, reads.store.turn
         self.plan, self.predict = reads.plan, predict
-        self._shares, self._attend = shares, attention.bind(reads)
+        self._shares, self._attend, self._turns = shares, attention.bind(reads), turns
         self._tokens = sum(block.queries for block in reads.blocks)
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
         self._q: Tensor | None = None  # of every layer in turn
@@ -119,6 +127,8 @@ class Pass:
         q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
         if not self.predict and layer == self.store.num_layers - 1:
             return None
+        if self._turns:
+            q = turned(q, self._turns, interleaved)
         return self._attend(layer, q, out).flatten(1)
 
     @in_turn
@@ -202,6 +212,8 @@ class Pass:
         """
         layer = check_index("layer", layer, self.store.num_layers)
         self._check("q", q)
+        if self._turns:
+            raise ValueError("q must be turned for a policy with time='relative', which attend does and read does not")
         return self._attend(layer, q, out)
 
     @property
@@ -224,6 +236,8 @@ class Pass:
                 parts = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
                 keys = torch.cat(parts)
                 fresh = keys.mean(0)
+                if share.tables[0].policy.time == "relative":  # a mean would weigh otherwise in each variant of q
+                    fresh = torch.zeros_like(fresh)
                 share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:

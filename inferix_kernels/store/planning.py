@@ -18,6 +18,7 @@ from .attention import Attention, BlockReads, Reads
 from .extent import Extent
 from .passes import Pass, Share
 from .past import Block
+from .reading import Met, is_plain, read_by_policy
 from .slots import Slot
 from .storage import Storage
 from .table_view import TableView, replace_states
@@ -85,7 +86,7 @@ def _check_parts(store: Storage, parts: Sequence[Part], rope: Tensor | None) -> 
     if len({id(part.table) for part in parts}) < len(parts):
         raise ValueError("parts must be of different worlds, got one world twice: name its blocks in one part")
     frames = sum(block.end - block.first for part in parts for block in part.blocks)
-    most = store.scratch_blocks * store.block_frames
+    most = store.scratch_frames
     if frames > most:
         raise ValueError(
             f"blocks must be {most} frames at most in one pass, as scratch holds {store.scratch_blocks} blocks of "
@@ -114,8 +115,11 @@ def _check_part(part: Part) -> None:
 
 def _seen(part: Part) -> list[Sequence[Slot | int]]:
     """What each block reads besides itself: see TableView.seen."""
-    see: Sequence[Sequence[int] | None] = part.see or [None] * len(part.blocks)
-    return [part.table.seen(block, part.blocks, frames) for block, frames in zip(part.blocks, see)]
+    return [part.table.seen(block, part.blocks, frames) for block, frames in zip(part.blocks, _sees(part))]
+
+
+def _sees(part: Part) -> Sequence[Sequence[int] | None]:
+    return part.see or [None] * len(part.blocks)
 
 
 def _formats(part: Part) -> list[str]:
@@ -133,12 +137,14 @@ class _Placed(NamedTuple):
     Attributes:
         reads: page ids for one block after another, each block's own last.
         pairs: (pool page in scratch, slot) of each frame that is committed.
+        part: what was asked for.
     """
 
     table: TableView
     blocks: list[BlockReads]
     reads: list[int]
     pairs: list[tuple[int, Slot]]
+    part: Part
 
 
 def _placed(
@@ -174,7 +180,15 @@ def _place(
         reads += [own[frame] for frame in block.frames]
         frames = block.end - block.first
         blocks.append(BlockReads(world, frames * store.frame_tokens, len(past) * size, frames * size))
-    return _Placed(part.table, blocks, reads, pairs)
+    return _Placed(part.table, blocks, reads, pairs, part)
+
+
+def _met(part: Part) -> list[Met]:
+    table, sees = part.table, _sees(part)
+    return [
+        Met(table.policy, block, table.frames_seen(block, part.blocks, see), block is part.commit)
+        for block, see in zip(part.blocks, sees)
+    ]
 
 
 def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
@@ -186,6 +200,10 @@ def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predic
     sizes = [block.queries for block in blocks], [block.past + block.own for block in blocks]
     ids, *lists, q_indptr, page_indptr = store.lists.upload(frames, [list(accumulate(n, initial=0)) for n in sizes])
     plan = Plan(q_indptr, page_indptr, ids, store.lists.lens(len(frames[0])))
+    turns: list[Tensor] = []
+    if not is_plain([each.table.policy for each in placed]):
+        met = [block for each in placed for block in _met(each.part)]
+        plan, turns = read_by_policy(plan, met, store.pages_per_frame, store.frame_tokens, store.turn_back)
     rest = iter([PageList(pages, store.lists.lens(len(group))) for pages, group in zip(lists, frames[1:])])
     shares, row = [], 0
     for group, commit in zip(groups, commits):
@@ -200,7 +218,7 @@ def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predic
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],
             )
         )
-    return Pass(Reads(store, plan, blocks, _precision(store, placed)), shares, predict, attention)
+    return Pass(Reads(store, plan, blocks, _precision(store, placed)), shares, predict, attention, turns)
 
 
 def _precision(store: Storage, placed: Sequence[_Placed]) -> Sequence[Sequence[str]]:
