@@ -26,6 +26,11 @@ PUBLISHED = "Wan2.1_VAE.pth"
 PICTURES = 4  # per latent frame after the first
 
 
+def _pictures_of(latents: int) -> int:
+    """That so many latents give where a stream begins with them."""
+    return 1 + PICTURES * (latents - 1)
+
+
 def has_vae(folder: Path) -> bool:
     return (folder / "vae").is_dir() or (folder / PUBLISHED).exists()
 
@@ -80,8 +85,14 @@ class VAE:
             raise ValueError(f"latents_mean and latents_std must be {size[0]} numbers each, those of std positive")
         self.mean, self.std = (x.view(1, -1, 1, 1, 1).to(model.device, model.dtype) for x in (mean, std))
 
-    def open(self) -> VideoStream:
-        return VideoStream(self)
+    def open(self, overlap: int = 0, goes_on: bool = False) -> VideoStream:
+        """One world's stream.
+
+        Args:
+            overlap: latent frames that `restart` is given, where it is more than a block.
+            goes_on: the pictures go on where a new rollout begins.
+        """
+        return VideoStream(self, overlap, goes_on)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -111,8 +122,8 @@ class VideoStream(PictureStream):
 
     looks_back = True
 
-    def __init__(self, vae: VAE):
-        self.vae = vae
+    def __init__(self, vae: VAE, overlap: int = 0, goes_on: bool = False):
+        self.vae, self.overlap, self.goes_on = vae, overlap, goes_on
         self._reset()
 
     def _reset(self) -> None:
@@ -148,7 +159,8 @@ class VideoStream(PictureStream):
     def __call__(self, latents: Tensor) -> np.ndarray:
         """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
         pictures = self._decode(latents)
-        self._tail = pictures[:, :, -PICTURES * (len(latents) - 1) - 1 :].clone()
+        shown = pictures if self._tail is None else torch.cat([self._tail, pictures], 2)
+        self._tail = shown[:, :, -_pictures_of(max(self.overlap, len(latents))) :].clone()
         return to_bytes(pictures[0].permute(1, 2, 3, 0))
 
     @torch.inference_mode()
@@ -158,11 +170,19 @@ class VideoStream(PictureStream):
         A stream's first latent stands for one picture, not four, so the first of these is encoded again, from the last
         picture that it gave. The others stay. The pictures of the overlap have been shown and are not given again.
 
-        Source: the long-video script of github.com/tianweiy/CausVid.
+        Raises:
+            ValueError: these are more latents than the last block's and `VAE.open` was told of no such overlap.
+
+        Source: the long-video script of github.com/tianweiy/CausVid. Where the pictures go on, that of
+        github.com/krea-ai/realtime-video.
         """
-        assert self._tail is not None and self._tail.shape[2] == PICTURES * (len(latents) - 1) + 1
-        first = self.vae.encode_pictures(self._tail[:, :, :1]).to(latents)
+        assert self._tail is not None
+        if (wanted := _pictures_of(len(latents))) > self._tail.shape[2]:
+            raise ValueError(f"overlap must be {len(latents)} latents of VAE.open, got {self.overlap}")
+        first = self.vae.encode_pictures(self._tail[:, :, -wanted][:, :, None]).to(latents)
         begun = torch.cat([first, latents[1:]])
+        if self.goes_on:
+            return begun
         self._reset()
         self._tail = self._decode(begun)
         return begun
