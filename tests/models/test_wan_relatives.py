@@ -8,7 +8,8 @@ Bounds as in test_wan.py: 1e-6 of float64 code, 2e-5 of float32 code.
 import pytest
 
 from inferix.models.wan import ADAPTERS
-from tests.models.relatives import RUNS, longlive, recorded
+from tests.models.relatives import RUNS, longlive
+from tests.models.replayed import recorded
 from tests.models.test_wan import EXACT, SINGLE, furthest
 
 
