@@ -1,7 +1,11 @@
 """The whole loop, block by block: our attention over pages against the same loop with gather + SDPA, taking turns.
 
 `run e2e --model tiny` is the world that ships with the repository. `--model self-forcing` takes a checkpoint with
-`--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU.
+`--weights`; without one it has random weights, the published 1.3B at 480 x 832 on a GPU and a small one on a CPU, and a
+tiny VAE (TAEHV's architecture) with random weights.
+
+The last row says what it is worth to decode the pictures of a block while the next one is made: latent frames a second
+by the wall clock over runs of blocks, the last one's pictures included, and the same with pictures after each block.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +36,7 @@ from .harness.memory import Peak
 from .harness.rows import Row
 
 KV = "int8"
+RUNS, RUN = 4, 6  # of how many blocks each, with pictures beside and after
 CHECKED = 3  # blocks whose latents are compared: by then the past is read back from its committed pages
 # Both loops read the same codes; they differ by rounding, which the denoising of three blocks carries on.
 LIMIT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -68,6 +74,7 @@ class Loop:
     device: str
     clock: Callable[[], float]
     latents: list[Tensor] = dataclasses.field(default_factory=list)
+    shown: list[Any] = dataclasses.field(default_factory=list)  # pictures of these blocks
     made: list[float] = dataclasses.field(default_factory=list)  # seconds per block, of the network
     clean: list[float] = dataclasses.field(default_factory=list)  # of these, in a clean pass of its own
     decoded: list[float] = dataclasses.field(default_factory=list)
@@ -86,14 +93,14 @@ class Loop:
             if not self.decoder.model.adapter.fused:
                 self.decoder.commit_pending()
             made = self.now()
-            if self.pictures:
-                self.pictures(latents)
+            pictures = self.pictures(latents) if self.pictures else None
             self.decoded.append(self.now() - made)
         self.made.append(made - started)
         self.clean.append(made - denoised)
         self.memory = max(self.memory, peak.bytes)
         if len(self.latents) < CHECKED:
             self.latents.append(latents.float().cpu())
+            self.shown.append(pictures)
 
     def metrics(self) -> dict[str, float]:
         """Per block after the first, which has no past and is often made in more steps."""
@@ -190,7 +197,8 @@ def open_loop(
 
 
 def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
-    """Rows of our loop, of the same with every clean pass by itself, and of the baseline; `shapes` are not used."""
+    """Rows of our loop, of the same with every clean pass by itself, of the baseline, and of our loop with its pictures
+    beside the next block; `shapes` are not used."""
     if settings.model == "tiny" and settings.device == "cuda":
         yield Row("e2e", "loop", "tiny", "ours", KV, "cuda", "unsupported", "the tiny world runs on CPUs")
         return
@@ -208,21 +216,72 @@ def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
         return
     limit = LIMIT[torch.float32 if settings.device == "cpu" else torch.bfloat16]
     *mine, baseline = loops
+    right = True
     for loop in loops:
         shown = dataclasses.replace(row, contender=loop.name, error={}, metrics={})
         if loop in mine:
             error = error_of(torch.cat(loop.latents), torch.cat(baseline.latents))
             shown.error = {**error._asdict(), "limit": limit}
             if not error.relative <= limit:
-                shown.status, shown.note = "wrong", f"latents differ from the baseline's by {error.relative:.1e}"
+                right, shown.status, shown.note = (
+                    False,
+                    "wrong",
+                    f"latents differ from the baseline's by {error.relative:.1e}",
+                )
         if shown.status == "ok":
             shown.metrics = loop.metrics()
             shown.seconds = [a + b for a, b in zip(loop.made, loop.decoded)][1:]
         yield shown
+    if loops[0].pictures is not None and right:
+        yield pictures_beside(dataclasses.replace(row, contender="ours-beside"), loops[0], settings)
+
+
+def pictures_beside(row: Row, after: Loop, settings: Settings) -> Row:
+    """The row, with the rate of a new world whose pictures are decoded beside the next block, and that of one whose
+    pictures come after each block. They must be the same, bit for bit."""
+    from inferix.history import Pictures
+
+    beside = open_loop("ours", after.decoder.model, after.conditioning, settings)
+    pictures = Pictures(beside.decoder.model.stream(), 0, settings.device)
+
+    def run_after(blocks: int) -> list[Any]:
+        assert after.pictures is not None
+        return [after.pictures(after.decoder.step(after.conditioning())) for _ in range(blocks)]
+
+    def run_beside(blocks: int) -> list[Any]:
+        steps = (beside.decoder.step(beside.conditioning()) for _ in range(blocks))
+        return [coming.result() for coming in [pictures.begin(latents, 0, "a block") for latents in steps]]
+
+    made = run_beside(len(after.made))
+    if not all(map(np.array_equal, made, after.shown)):
+        return dataclasses.replace(row, status="wrong", note="pictures beside the next block are not the same")
+    del made
+    rates: dict[str, list[float]] = {"decode beside": [], "decode after": []}
+    runs = (("decode beside", run_beside), ("decode after", run_after))
+    blocks = min(RUN, settings.blocks)
+    for turn in range(RUNS if blocks == RUN else 1):
+        for name, run in runs[:: 1 if turn % 2 else -1]:
+            started = time.perf_counter()  # a result is on the host: a GPU is done with it
+            run(blocks)
+            rates[name].append(blocks * beside.decoder.model.adapter.block_frames / (time.perf_counter() - started))
+    row.metrics = {name: statistics.median(found) for name, found in rates.items()}
+    return row
+
+
+def random_vae(device: str) -> Any:
+    """TAEHV's architecture with random weights: the published size on a GPU, a sixty-fourth of it on a CPU."""
+    from inferix.models.wan.tiny_vae import DECODER, ENCODER, TinyNetwork, TinyVAE
+
+    torch.manual_seed(0)
+    if device == "cuda":
+        return TinyVAE(TinyNetwork().to(device, torch.float16))
+    return TinyVAE(TinyNetwork([n // 8 for n in ENCODER], [n // 8 for n in DECODER]))
 
 
 def open_loops(settings: Settings) -> Iterator[Loop]:
     model, conditioning = load(settings)
+    if settings.model != "tiny" and not settings.weights:
+        model.open_video = random_vae(settings.device).open
     yield open_loop("ours", model, conditioning, settings)
     if model.adapter.fused:  # a clean pass that shares a forward has no time of its own
         apart = copy.copy(model)

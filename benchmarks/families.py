@@ -15,7 +15,10 @@ from .harness.measure import Machine, Settings, measure_case
 from .harness.rows import Row
 from .shapes import Shape, find_shape
 
-FAMILIES = ("attention", "kv_pages", "qkv", "linear", "block", "e2e", "page_table", "formats", "stream", "diffusers")
+FAMILIES = (
+    *("attention", "kv_pages", "qkv", "linear"),
+    *("block", "e2e", "page_table", "host", "formats", "stream", "diffusers"),
+)
 
 
 def family(name: str) -> ModuleType:

@@ -12,7 +12,19 @@ from ._dispatch import Unsupported
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .ops import *
 from .plans import Plan, Segment, even_plan, make_plan
-from .store import Attention, KVStore, Local, NotResident, OutOfPages, PageTable, Part, Pass, Policy, TopK
+from .store import (
+    Attention,
+    KVStore,
+    Local,
+    NotResident,
+    OutOfPages,
+    PageTable,
+    Part,
+    Pass,
+    PassBuffers,
+    Policy,
+    TopK,
+)
 
 __version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it here
 
@@ -28,6 +40,7 @@ __all__ = [
     "PageTable",
     "Part",
     "Pass",
+    "PassBuffers",
     "Plan",
     "Policy",
     "Quantized",

@@ -19,7 +19,7 @@ Each module imports only those above it:
 | slots, extent | places for frames, and who has them; one frame's keys and values |
 | past | what a world holds, as one value that every edit replaces |
 | reading | a bias on the past, and time counted anew: what page lists do not say |
-| page_lists, copies | page lists of frames; copies to and from host memory |
+| page_lists, buffers, copies | page lists of frames; memory that passes share; copies to and from host memory |
 | storage | all pools: taking slots, converting, host memory |
 | table_view | one world, to be read |
 | attention | how the queries of a pass attend |
@@ -30,6 +30,7 @@ Each module imports only those above it:
 """
 
 from .attention import Attention, Local, TopK
+from .buffers import PassBuffers
 from .extent import Extent
 from .kv_store import KVStore
 from .page_table import PageTable
@@ -50,6 +51,7 @@ __all__ = [
     "PageTable",
     "Part",
     "Pass",
+    "PassBuffers",
     "Past",
     "Policy",
     "Pool",

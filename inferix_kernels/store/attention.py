@@ -19,6 +19,7 @@ from .._check import check_counts
 from ..layout import PageList
 from ..ops import page_scores, page_summaries, paged_attention, select_pages
 from ..plans import Plan, even_plan
+from .buffers import Rows
 from .storage import Storage
 
 
@@ -39,12 +40,14 @@ class Reads(NamedTuple):
         plan: a segment of queries and a page list for each block.
         blocks: the same on the host.
         precision: of attention's products, for each world and layer; see ops.paged_attention.
+        rows: room for what has a row for each query.
     """
 
     store: Storage
     plan: Plan
     blocks: tuple[BlockReads, ...]
     precision: Sequence[Sequence[str]]
+    rows: Rows
 
     def part(self, first: int, end: int) -> tuple[slice, Plan]:
         """Of blocks first .. end - 1: their rows of q, and the plan of these rows."""
@@ -106,18 +109,25 @@ class _Local:
     def __init__(self, reads: Reads):
         self.reads = reads
         self._lse: Tensor | None = None  # of every layer in turn
+        wanted = {tuple(reads.precision[block.world]) for block in reads.blocks}
+        self._precision = (
+            next(iter(wanted)) if len(wanted) == 1 else None
+        )  # of each layer, where it is the same for all
 
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
         store, reads = self.reads.store, self.reads
         if self._lse is None:
-            self._lse = torch.empty(q.shape[-3:-1], dtype=torch.float32, device=q.device)
-        attend = partial(paged_attention, pools=store.layers[layer], backend=store.backend)
-        wanted = [reads.precision[block.world][layer] for block in reads.blocks]
-        if len(set(wanted)) == 1:
-            return attend(q, plan=reads.plan, out=out, lse=self._lse, precision=wanted[0])[0]
+            self._lse = reads.rows.of("lse", q.shape[-3:-1], torch.float32, q.device)
+        pools = store.layers[layer]
+        if self._precision is not None:
+            precision = self._precision[layer]
+            return paged_attention(
+                q, pools, reads.plan, out=out, lse=self._lse, precision=precision, backend=store.backend
+            )[0]
         # Worlds that differ in it get what each would get alone.
         out, first = torch.empty_like(q[0] if q.ndim == 4 else q) if out is None else out, 0
-        for precision, run in groupby(wanted):
+        attend = partial(paged_attention, pools=pools, backend=store.backend)
+        for precision, run in groupby(reads.precision[block.world][layer] for block in reads.blocks):
             rows, plan = reads.part(first, end := first + len(list(run)))
             attend(q[..., rows, :, :], plan=plan, out=out[rows], lse=self._lse[rows], precision=precision)
             first = end

@@ -26,6 +26,7 @@ from .._check import whole
 from ..ops import kv_append
 from .attention import Attention, Local
 from .boundary import turn_page
+from .buffers import PassBuffers
 from .extent import Extent
 from .passes import Pass
 from .past import NOTHING, Block
@@ -148,6 +149,7 @@ class PageTable(TableView):
         predict: bool = True,
         see: Sequence[Sequence[int]] | None = None,
         attention: Attention = Local(),
+        buffers: PassBuffers | None = None,
     ) -> Pass:
         """Everything that all layers of a pass over `blocks` share.
 
@@ -161,6 +163,7 @@ class PageTable(TableView):
             see: for each block, the frames before it that it attends to, instead of what the policy says: held ones,
                 and those of other blocks of the pass. A block always attends to itself.
             attention: how queries attend to what they see: to all of it, or as TopK does.
+            buffers: memory that the pass takes over from those planned with it before; None: of its own.
 
         Raises:
             ValueError: a block is not open, or an argument does not fit the others.
@@ -173,7 +176,7 @@ class PageTable(TableView):
             >>> some = table.plan([block], see=[[0, 14]])  # these frames and the block itself
             >>> best = table.plan([block], attention=TopK(pages=4, queries=10))  # the best pages for each 10 queries
         """
-        return plan_pass(self.store, [Part(self, blocks, commit, see)], rope, predict, attention)
+        return plan_pass(self.store, [Part(self, blocks, commit, see)], rope, predict, attention, buffers)
 
     # Changing the past
 

@@ -7,7 +7,7 @@ pages alone, and its keys are written with its own world's mean key taken off.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from .._check import check_index
 from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
-from .attention import Attention, Reads
+from .attention import Attention, Local, Reads
+from .buffers import PassBuffers, Place
 from .reading import turned
 from .table_view import TableView, replace_states
 from .turns import in_turn
@@ -34,6 +35,7 @@ class Share:
         rope: of these rows.
         written: pool pages in scratch.
         commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed.
+        buffers: of a pass that has them; it is one world's then.
         fresh: of the layers committed so far, in the pass that freezes them: the mean key, and whether queries may be
             rounded to 8 bits. It is one world's then.
     """
@@ -43,6 +45,7 @@ class Share:
     rope: Tensor | None
     written: PageList
     commits: Sequence[tuple[str, PageList, PageList]]
+    buffers: PassBuffers | None = None
     fresh: dict[int, tuple[Tensor, bool]] = dataclasses.field(default_factory=dict)
 
     def of(self, x: Tensor) -> Tensor:
@@ -51,7 +54,8 @@ class Share:
 
     def k_mean(self, layer: int) -> Tensor | None:
         """[heads, D], frozen; None: these worlds have none."""
-        return self.tables[0].state.k_means[layer]
+        mean = self.tables[0].state.k_means[layer]
+        return mean if self.buffers is None else self.buffers.mean(layer, mean)
 
 
 class Pass:
@@ -82,13 +86,17 @@ class Pass:
         predict: bool,
         attention: Attention,
         turns: Sequence[Tensor] = (),
+        place: Place | None = None,
     ):
         self.store, self.turn = reads.store, reads.store.turn
         self.plan, self.predict = reads.plan, predict
-        self._shares, self._attend, self._turns = shares, attention.bind(reads), turns
+        self._reads, self._shares, self._attend, self._turns = reads, shares, attention.bind(reads), turns
+        self._follows_lists = attention == Local() and reads.plan.page_bias is None and not turns
         self._tokens = sum(block.queries for block in reads.blocks)
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
-        self._q: Tensor | None = None  # of every layer in turn
+        self._place, self._planned = place, 0 if place is None else place.turn
+        self._q: Tensor | None = None  # of every layer in turn, as what is attended to
+        self._out: Tensor | None = None
 
     @in_turn
     def attend(
@@ -109,13 +117,13 @@ class Pass:
         Args:
             qkv: [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation.
             norm_q, norm_k, eps, norm_q_bias, norm_k_bias, interleaved: as for `qkv_prologue`.
-            out: [T, Hq, D] to write to.
+            out: [T, Hq, D] to write to; without it new memory or, where the pass has `PassBuffers`, these.
 
         Returns:
             [T, Hq * D], or None from the last layer of a pass that predicts nothing.
 
         Raises:
-            RuntimeError: a table was edited since the pass was planned.
+            RuntimeError: a table was edited, or the pass's buffers given to another one, since the pass was planned.
             ValueError: qkv has not a row for each token of the pass.
 
         Example:
@@ -127,6 +135,7 @@ class Pass:
         q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
         if not self.predict and layer == self.store.num_layers - 1:
             return None
+        out = self._output(q) if out is None else out
         if self._turns:
             q = turned(q, self._turns, interleaved)
         return self._attend(layer, q, out).flatten(1)
@@ -214,16 +223,56 @@ class Pass:
         self._check("q", q)
         if self._turns:
             raise ValueError("q must be turned for a policy with time='relative', which attend does and read does not")
-        return self._attend(layer, q, out)
+        return self._attend(layer, q, self._output(q) if out is None else out)
+
+    @in_turn
+    def prepare(self) -> Hashable | None:
+        """Get ready for a forward that no Python accompanies: one that a CUDA graph runs, which was captured of a pass
+        with the same buffers.
+
+        Returns:
+            What that pass must have in common with this one, besides a network: its own `prepare` returned the same.
+            None: a forward of this pass can not be replayed. It has no buffers, or freezes mean keys, or does not
+            attend by page lists alone: it reads by a bias, or with queries that are turned.
+
+        Raises:
+            RuntimeError: as `attend`.
+
+        Example:
+            >>> table.abandon()
+            >>> block, buffers = table.open_block(frames=3), PassBuffers()
+            >>> kinds = [table.plan([block], buffers=buffers).prepare() for _ in range(2)]
+            >>> kinds[0] is not None and kinds[0] == kinds[1]
+            True
+        """
+        self._check_planned()
+        if self._place is None or not self._follows_lists:
+            return None
+        layers = range(self.store.num_layers)
+        means = [share.k_mean(layer) is not None for share in self._shares for layer in layers]
+        if self.store.freezes_mean and not all(means) and any(share.commits for share in self._shares):
+            return None
+        precision = tuple(map(tuple, self._reads.precision))
+        return self._place.kind, len(self.plan.page_ids), self.predict, precision, tuple(means)
 
     @property
     def stale(self) -> bool:
-        """Was a table edited since the pass was planned? It refuses to run then."""
-        return any([table.state.edits != edits for table, edits in self._edits])
+        """Was a table edited, or another pass planned in this one's buffers, since it was planned? It refuses to run
+        then."""
+        return self._overtaken or any([table.state.edits != edits for table, edits in self._edits])
 
-    def _check(self, name: str, x: Tensor) -> None:
+    @property
+    def _overtaken(self) -> bool:
+        return self._place is not None and self._place.turn != self._planned
+
+    def _check_planned(self) -> None:
+        if self._overtaken:
+            raise RuntimeError("this pass was planned before another one in the same buffers: plan it again")
         if self.stale:
             raise RuntimeError("this pass was planned before its table was edited: plan another one")
+
+    def _check(self, name: str, x: Tensor) -> None:
+        self._check_planned()
         if len(x) != self._tokens:
             raise ValueError(f"{name} must have {self._tokens} rows, one for each token of the pass, got {len(x)}")
 
@@ -265,8 +314,15 @@ class Pass:
                 raise ValueError(
                     f"qkv must be (Hq + 2H) * D wide with H={self.store.heads} and D={width}, got {qkv.shape[1]}"
                 )
-            self._q = torch.empty(len(qkv), heads, width, dtype=qkv.dtype, device=qkv.device)
+            self._q = self._reads.rows.of("q", (len(qkv), heads, width), qkv.dtype, qkv.device)
         return self._q
+
+    def _output(self, q: Tensor) -> Tensor | None:
+        """Where to attend to; None: to new memory, which is the caller's."""
+        if self._out is None and self._place is not None:
+            shape = (*q.shape[:2], self.store.scratch.value_dim)
+            self._out = self._reads.rows.of("out", shape, q.dtype, q.device)
+        return self._out
 
 
 def rounds_like_keys(q: Tensor, keys: Tensor) -> bool:

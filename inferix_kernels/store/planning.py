@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, count, groupby
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from .._check import shown
 from ..layout import PageList
 from ..plans import Plan
 from .attention import Attention, BlockReads, Reads
+from .buffers import PassBuffers, Place, Rows
 from .extent import Extent
 from .passes import Pass, Share
 from .past import Block
@@ -24,6 +26,8 @@ from .storage import Storage
 from .table_view import TableView, replace_states
 
 Target = Sequence[tuple[Extent, Slot]]  # what a committed block becomes, frame by frame
+# (format, first pool pages in scratch of the frames that are committed in it, first pool pages of its pool)
+Commit = tuple[str, list[int], list[int]]
 
 
 class Part(NamedTuple):
@@ -53,8 +57,16 @@ class Part(NamedTuple):
         return [frame for block in self.blocks for frame in block.frames]
 
 
-def plan_pass(store: Storage, parts: Sequence[Part], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
-    """One pass over blocks of several worlds of a store. Arguments and errors: as for KVStore.plan."""
+def plan_pass(
+    store: Storage,
+    parts: Sequence[Part],
+    rope: Tensor | None,
+    predict: bool,
+    attention: Attention,
+    buffers: PassBuffers | None = None,
+) -> Pass:
+    """One pass over blocks of several worlds of a store. Arguments and errors: as for KVStore.plan and, of one world,
+    PageTable.plan."""
     # A Part is itself a tuple: without this line a lone one would be read as a list of its fields.
     if isinstance(parts, Part) or not isinstance(parts, Sequence) or not all(isinstance(each, Part) for each in parts):
         raise ValueError(f"parts must be a list of Part, got {shown(parts):.80}")
@@ -65,14 +77,14 @@ def plan_pass(store: Storage, parts: Sequence[Part], rope: Tensor | None, predic
         seen = [_seen(part) for part in parts]
         new = {part.table: _formats(part) for part in parts if part.commit is not None and not part.table.state.target}
         if not new:
-            return _pass(store, _placed(store, parts, seen, {}), rope, predict, attention)
+            return _pass(store, _placed(store, parts, seen, {}), rope, predict, attention, buffers)
         with store.take(list(chain(*new.values()))) as slots:
             free = iter(slots)
             targets = {
                 table: tuple((Extent(format, slot), slot) for format, slot in zip(formats, free))
                 for table, formats in new.items()
             }
-            planned = _pass(store, _placed(store, parts, seen, targets), rope, predict, attention)
+            planned = _pass(store, _placed(store, parts, seen, targets), rope, predict, attention, buffers)
         replace_states([(table, table.state._replace(target=target)) for table, target in targets.items()])
     return planned
 
@@ -191,21 +203,26 @@ def _met(part: Part) -> list[Met]:
     ]
 
 
-def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predict: bool, attention: Attention) -> Pass:
+def _pass(
+    store: Storage,
+    placed: Sequence[_Placed],
+    rope: Tensor | None,
+    predict: bool,
+    attention: Attention,
+    buffers: PassBuffers | None,
+) -> Pass:
     groups = [list(group) for _, group in groupby(placed, lambda each: _mean_of(each.table))]
     commits = [_by_format(group) for group in groups]
     blocks = tuple(block for each in placed for block in each.blocks)
-    # One copy to the device for all lists.
-    frames = [[page for each in placed for page in each.reads], *(p for c in commits for _, *pair in c for p in pair)]
-    sizes = [block.queries for block in blocks], [block.past + block.own for block in blocks]
-    ids, *lists, q_indptr, page_indptr = store.lists.upload(frames, [list(accumulate(n, initial=0)) for n in sizes])
-    plan = Plan(q_indptr, page_indptr, ids, store.lists.lens(len(frames[0])))
+    place = None if buffers is None else _place_of(store, buffers, blocks, commits, rope)
+    plan, pairs = _lists(store, placed, blocks, commits, place, padded=buffers is not None and buffers.padded)
     turns: list[Tensor] = []
     if not is_plain([each.table.policy for each in placed]):
         met = [block for each in placed for block in _met(each.part)]
         plan, turns = read_by_policy(plan, met, store.pages_per_frame, store.frame_tokens, store.turn_back)
-    rest = iter([PageList(pages, store.lists.lens(len(group))) for pages, group in zip(lists, frames[1:])])
-    shares, row = [], 0
+    if rope is not None and place is not None:
+        rope = place.rope(rope)
+    rest, shares, row = iter(pairs), [], 0
     for group, commit in zip(groups, commits):
         rows = slice(row, row + sum(block.queries for each in group for block in each.blocks))
         row = rows.stop
@@ -216,9 +233,57 @@ def _pass(store: Storage, placed: Sequence[_Placed], rope: Tensor | None, predic
                 rope=None if rope is None else rope[rows],
                 written=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],
+                buffers=buffers,
             )
         )
-    return Pass(Reads(store, plan, blocks, _precision(store, placed)), shares, predict, attention, turns)
+    reads = Reads(store, plan, blocks, _precision(store, placed), Rows() if buffers is None else buffers.rows)
+    return Pass(reads, shares, predict, attention, turns, place)
+
+
+def _lists(
+    store: Storage,
+    placed: Sequence[_Placed],
+    blocks: Sequence[BlockReads],
+    commits: Sequence[Sequence[Commit]],
+    place: Place | None,
+    padded: bool,
+) -> tuple[Plan, list[PageList]]:
+    """The plan, and page lists of what is committed: one copy to the device for all."""
+    ids = store.lists.pages([page for each in placed for page in each.reads])
+    queries, pages = ([*accumulate(n, initial=0)] for n in zip(*((b.queries, b.past + b.own) for b in blocks)))
+    kept = [] if place is None else [store.lists.lengths(len(ids))]  # of pages that are the same from pass to pass
+    if padded and (more := _whole_blocks(store, len(ids)) - len(ids)):  # the last list goes on, without tokens
+        pages[-1] += more
+        ids, kept = np.append(ids, [ids[-1]] * more).astype(np.int32), [np.append(kept[0], [0] * more).astype(np.int32)]
+    frames = [part for commit in commits for _, *pair in commit for part in pair]
+    indptrs = (np.array(each, np.int32) for each in (queries, pages))
+    lists = [ids, *indptrs, *map(store.lists.pages, frames), *kept]
+    page_ids, q_indptr, page_indptr, *rest = store.lists.upload(lists, None if place is None else place.lists)
+    page_lens = rest.pop() if kept else store.lists.lens(len(ids) // store.pages_per_frame)
+    committed = [PageList(pages, store.lists.lens(len(part))) for pages, part in zip(rest, frames)]
+    return Plan(q_indptr, page_indptr, page_ids, page_lens), committed
+
+
+def _place_of(
+    store: Storage,
+    buffers: PassBuffers,
+    blocks: Sequence[BlockReads],
+    commits: Sequence[Sequence[Commit]],
+    rope: Tensor | None,
+) -> Place:
+    """Where the passes lie that run the same kernels over as many pages, rounded up to whole blocks."""
+    pages = _whole_blocks(store, sum(block.past + block.own for block in blocks))
+    committed = [(format, len(pages)) for commit in commits for format, pages, _ in commit]
+    turned = None if rope is None else (*rope.shape, rope.dtype)
+    kind = pages, tuple(block.queries for block in blocks), tuple(committed), turned
+    frames = [frames for _, frames in committed for _ in ("source", "target")]
+    sizes = [pages, *[len(blocks) + 1] * 2, *(n * store.pages_per_frame for n in frames), pages]
+    return buffers.place(store, kind, sizes)
+
+
+def _whole_blocks(store: Storage, pages: int) -> int:
+    block = store.block_frames * store.pages_per_frame
+    return -(-pages // block) * block
 
 
 def _precision(store: Storage, placed: Sequence[_Placed]) -> Sequence[Sequence[str]]:
@@ -236,7 +301,7 @@ def _mean_of(table: TableView) -> int:
     return id(mean) if settled else id(table)
 
 
-def _by_format(group: Sequence[_Placed]) -> list[tuple[str, list[int], list[int]]]:
+def _by_format(group: Sequence[_Placed]) -> list[Commit]:
     """(format, pool pages in scratch, pool pages of its pool) of what is committed, by the first page of each frame."""
     pairs = [pair for each in group for pair in each.pairs]
     found = []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..plans import Plan
+from ..uploads import upload
 from .past import Block
 from .policy import Policy
 
@@ -59,7 +60,9 @@ def read_by_policy(
     device = plan.page_ids.device
 
     def of_pages(frames: Sequence[float], dtype: type) -> Tensor:
-        return torch.from_numpy(np.repeat(np.array(frames, dtype), pages_per_frame)).to(device)
+        numbers = np.zeros(len(plan.page_ids), dtype)  # pages that a list is filled up with have no tokens
+        numbers[: len(frames) * pages_per_frame] = np.repeat(np.array(frames, dtype), pages_per_frame)
+        return upload(torch.from_numpy(numbers), device)
 
     count = max(map(len, steps))
     plan = plan._replace(page_bias=of_pages(bias, np.float32) if any(bias) else None)

@@ -25,7 +25,14 @@ def _probe() -> None:
 # TRITON_INTERPRET=1 makes Triton's decorator hand out Python functions in place of kernels. Triton reads the variable
 # when it is imported, so what it did is the only trustworthy answer.
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
-_ahead: tuple[int, list[Any]] | None = None  # while compiling ahead: the architecture, and the kernels compiled for it
+_ahead: Ahead | None = None
+
+
+class Ahead(NamedTuple):
+    """For a GPU that is not here: its architecture, and what becomes of a launch (kernel, programs, args, options)."""
+
+    target: int
+    take: Callable[[Any, int, Sequence[Any], dict[str, Any]], None]
 
 
 class TooMuch(Unsupported):
@@ -67,7 +74,7 @@ def check_device(op: str, like: Tensor) -> None:
 def architecture(device: torch.device) -> int | None:
     """90 for sm_90; None in the interpreter."""
     if _ahead is not None:
-        return _ahead[0]
+        return _ahead.target
     return _capability(device) if device.type == "cuda" else None
 
 
@@ -89,7 +96,7 @@ def launch(
         return  # CUDA refuses an empty grid
     options = {**kwargs, "num_warps": num_warps, "enable_fp_fusion": fma}
     if _ahead is not None:
-        _ahead[1].append(kernel.warmup(*args, **options, grid=(programs,)))
+        _ahead.take(kernel, programs, args, options)
         return
     try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton's: the current
@@ -111,13 +118,37 @@ def compile_only(target: int) -> Iterator[list[Any]]:
         get_current_stream = staticmethod(lambda device=None: 0)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", target, 32))
 
-    global _ahead
+    compiled: list[Any] = []
+
+    def take(kernel: Any, programs: int, args: Sequence[Any], options: dict[str, Any]) -> None:
+        compiled.append(kernel.warmup(*args, **options, grid=(programs,)))
+
     if INTERPRETED:
         raise Unsupported("Triton compiles nothing in its interpreter: unset TRITON_INTERPRET")
-    _ahead = target, []
     triton.runtime.driver.set_active(Driver())
     try:
-        yield _ahead[1]
+        with _given_to(Ahead(target, take)):
+            yield compiled
+    finally:
+        triton.runtime.driver.set_active(None)  # the machine's own again, if it has one
+
+
+@contextlib.contextmanager
+def launch_nothing(target: int) -> Iterator[list[str]]:
+    """Inside, ops on CPU tensors do what the host does for a GPU of this architecture, up to each launch.
+
+    Yields the names of the kernels that would have been launched, which grows.
+    """
+    names: list[str] = []
+    with _given_to(Ahead(target, lambda kernel, *_: names.append(kernel.__name__))):
+        yield names
+
+
+@contextlib.contextmanager
+def _given_to(ahead: Ahead) -> Iterator[None]:
+    global _ahead
+    _ahead = ahead
+    try:
+        yield
     finally:
         _ahead = None
-        triton.runtime.driver.set_active(None)  # the machine's own again, if it has one

@@ -49,8 +49,8 @@ class Facts:
 
     @property
     def released(self) -> bool:
-        """Its pages are given back, and it can't go on."""
-        return self.decoder.released
+        """It can't go on: its pages are given back, or will be with its next call, which says why."""
+        return self.decoder.released or self.pictures.spoiled
 
     @property
     def can_rewind(self) -> bool:

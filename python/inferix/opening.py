@@ -16,6 +16,7 @@ from inferix_kernels.proofs import stored
 
 from .decode.contract import Adapter, Model
 from .decode.decoder import Decoder
+from .decode.graphs import CudaRecorder, Recorder
 from .decode.pipeline import PipelineDecoder
 from .decode.sequential import SequentialDecoder
 
@@ -38,6 +39,25 @@ def check_counts(adapter: Adapter, blocks: int | None, worlds: int) -> None:
             f"blocks must be at least 1, and given only for a model that runs in a pipeline, got {blocks} for "
             f"{adapter.name}"
         )
+
+
+def recorder_for(model: Model, graphs: bool) -> Recorder | None:
+    """What captures the forwards of a model on a GPU; None: nothing does.
+
+    Raises:
+        ValueError: they can not be captured.
+    """
+    if type(graphs) is not bool:
+        raise ValueError(f"graphs must be True or False, got {graphs!r}")
+    if not graphs:
+        return None
+    device = torch.device(model.device)
+    if device.type != "cuda":
+        raise ValueError(f"graphs must be False on {device.type}: forwards are captured on a GPU alone, got True")
+    if model.schedule is not None or model.network is None:
+        why = "has several blocks in flight" if model.schedule is not None else "has no network whose weights are known"
+        raise ValueError(f"graphs must be False for {model.adapter.name}, which {why}, got True")
+    return CudaRecorder(device)
 
 
 def policy_for(
@@ -102,7 +122,12 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
 
 
 def open_decoder(
-    model: Model, table: PageTable, seed: int, negative_conditioning: Any = None, blocks: int | None = None
+    model: Model,
+    table: PageTable,
+    seed: int,
+    negative_conditioning: Any = None,
+    blocks: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Decoder:
     """The decode loop that a model asks for, over an empty table.
 
@@ -110,10 +135,11 @@ def open_decoder(
         seed: of all noise.
         negative_conditioning: of a guided model; see SequentialDecoder.
         blocks: that the world is to have, of a model with several in flight; None: no end.
+        recorder: captures the forwards of a model with one block at a time; see `recorder_for`.
     """
     generator = torch.Generator().manual_seed(int(seed))
     if model.schedule is None:
-        return SequentialDecoder(model, table, generator, negative_conditioning)
+        return SequentialDecoder(model, table, generator, negative_conditioning, recorder)
     return PipelineDecoder(model, table, generator, blocks)
 
 

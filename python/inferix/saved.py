@@ -43,11 +43,13 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
     Raises:
         ValueError: the world is of a kind that can not be saved, or the folder exists, is being saved by someone else,
             would take more than `most`, or can not be written. There is no such folder then, and the world goes on.
+        NotFinite: pictures under way are not finite, which ends the world.
         RuntimeError: another thread is at work on the world.
     """
     decoder, folder = world.decoder, Path(folder)
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
+    world.pictures.check()
     state = {
         **_identity(world),
         "prompt": world.prompt,
@@ -126,7 +128,7 @@ def load(world: World, folder: str | Path) -> World:
         for table in tables:
             table.release()
         raise
-    other.pictures = Pictures(stream, world.table.policy.undo)
+    other.pictures = Pictures(stream, world.table.policy.undo, world.model.device)
     decoder.restart = other.pictures.restart
     other.prompt = state["prompt"]
     return other

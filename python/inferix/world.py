@@ -7,7 +7,8 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,11 +20,12 @@ from inferix_kernels._check import whole
 
 from .decode.contract import Model
 from .facts import Facts
-from .finite import NotFinite, shown
-from .history import Pictures
+from .finite import NotFinite
+from .history import Coming, Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, recache_of
 from .models import load_model
-from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for
+from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for, recorder_for
+from .tracing import shown
 from .turns import one_at_a_time
 
 
@@ -49,6 +51,9 @@ class World(Facts):
         weights: checkpoint file or folder, for models that do not ship one.
         backend: kernels to run on; see `python -m inferix_kernels`.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto"; see inferix_kernels.KVStore.
+        graphs: capture the network's forwards as CUDA graphs, one for each kind of forward, and replay them: the host
+            launches one graph in place of a thousand kernels. On a GPU, for a model with one block at a time; forwards
+            that read the past by a bias or by relative time are launched from Python. Never run on a GPU.
         linear: what the network's inner linear layers are kept in and multiplied in: "int8" or "fp8", or "bf16", the
             whole network in bfloat16; None: as the model's loader has it. A Model is loaded with it.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
@@ -81,6 +86,7 @@ class World(Facts):
         weights: str | None = None,
         backend: str = "auto",
         precision: str = "auto",
+        graphs: bool = False,
         linear: str | None = None,
         **options: Any,
     ):
@@ -92,14 +98,16 @@ class World(Facts):
         adapter = self.model.adapter
         policy = policy_for(adapter, kv, window, sink, undo, past_bias=past_bias, time=time, on_evict=on_evict)
         check_counts(adapter, blocks, worlds)
+        self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
         self.store = open_store(self.model, policy, worlds, backend, precision)
         self._begin(policy, seed)
 
     def _begin(self, policy: Policy, seed: int) -> None:
-        self.decoder = open_decoder(self.model, self.store.open(policy), seed, self._negative, self._blocks)
-        self._show(Pictures(self.model.stream(), policy.undo))
+        table = self.store.open(policy)
+        self.decoder = open_decoder(self.model, table, seed, self._negative, self._blocks, self._recorder)
+        self._show(Pictures(self.model.stream(), policy.undo, self.model.device))
         self.prompt = None
 
     def _show(self, pictures: Pictures) -> None:
@@ -137,9 +145,40 @@ class World(Facts):
             >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
             >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
-        conditioning = self._steer("step", actions, action, prompt, recache)
-        self.latents = self.decoder.step(conditioning)
-        return shown(self, conditioning)
+        return self._taken(self._advance("step", None, actions, action, prompt, recache))
+
+    @one_at_a_time
+    def advance(
+        self,
+        actions: Sequence[Action] | None = None,
+        prompt: str | None = None,
+        *,
+        action: Action | None = None,
+        recache: bool | str | None = None,
+        latents: Tensor | None = None,
+    ) -> Coming:
+        """The same without waiting for the pictures: they are decoded while the next block is made, and are those that
+        `step` gives, bit for bit. There is one block of them under way at a time: the next call waits for them once its
+        own block is made, and so does what needs to know where pictures stand (`fork`, `rewind`, `observe`, saving).
+
+        Args:
+            actions, prompt, action, recache: as for `step`.
+            latents: as for `replay`, the next step of an earlier run, which is taken up.
+
+        Returns:
+            The pictures to come; `result` waits for them.
+
+        Raises:
+            NotFinite: the block is not finite, or pictures of the block before are not; names the layer. This world has
+                ended. And as `step` and `replay`.
+
+        Example:
+            >>> coming = world.advance(action="up")
+            >>> following = world.advance(action="left")  # made while the pictures of `coming` are decoded
+            >>> coming.result().shape
+            (3, 96, 96, 3)
+        """
+        return self._advance("advance", latents, actions, action, prompt, recache)
 
     @one_at_a_time
     def replay(
@@ -172,9 +211,7 @@ class World(Facts):
             True
         """
         self.decoder.check_replay(latents)
-        conditioning = self._steer("replay", actions, action, prompt, recache)
-        self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
-        return shown(self, conditioning)
+        return self._taken(self._advance("replay", latents, actions, action, prompt, recache))
 
     @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
@@ -197,7 +234,7 @@ class World(Facts):
             >>> given = np.repeat(frames[-1:], 3, axis=0)  # uint8 [3, 96, 96, 3]
             >>> seen = world.observe(given, actions=["none"] * 3)
         """
-        self._check_alive("observe")
+        self._settle("observe")
         latents = latents_of(self.model, frames, actions)
         sizes, seen = self.decoder.split_observed(len(latents)), []
         ends = accumulate(sizes, initial=0)
@@ -205,13 +242,9 @@ class World(Facts):
         self.prompt = self.prompt if prompt is None else prompt
         for block, conditioning in zip(latents.split(sizes), conditionings):
             before = self.frames
-            self.pictures.keep(before)
             self.decoder.observe(block, conditioning)
-            try:
-                seen.append(self.pictures(block[: self.frames - before]))
-            except NotFinite:
-                self.release()
-                raise
+            given = f"given latent frames {before} to {before + len(block) - 1} of {self.model.adapter.name}"
+            seen.append(self._taken(self.pictures.begin(block[: self.frames - before], before, given)))
         return np.concatenate(seen)
 
     @one_at_a_time
@@ -239,7 +272,7 @@ class World(Facts):
             >>> bool((other.step(action="up") == world.step(action="up")).all())  # the same past, the same noise
             True
         """
-        self._check_alive("fork")
+        self._settle("fork")
         if seed is not None:
             check_seed(seed)
         other = copy.copy(self)
@@ -265,6 +298,8 @@ class World(Facts):
             >>> world.frames == before
             True
         """
+        with self._ends_if_not_finite():
+            self.pictures.check()
         if self.decoder.can_rewind and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(
@@ -297,28 +332,63 @@ class World(Facts):
         """
         self.decoder.release()
 
-    def _check_alive(self, what: str) -> None:
-        if self.released:
-            raise RuntimeError(f"{what}: this world was released, or lost as it was recached, and can't go on")
+    def _settle(self, call: str, wait: bool = True) -> None:
+        """Raise unless this world can go on.
 
-    def _steer(
+        Args:
+            wait: for the pictures under way, to know it for certain.
+        """
+        if not self.decoder.released:
+            with self._ends_if_not_finite():
+                self.pictures.check(wait)
+        if self.released:
+            raise RuntimeError(f"{call}: this world was released, or lost as it was recached, and can't go on")
+
+    def _advance(
         self,
         call: str,
+        latents: Tensor | None,
         actions: Sequence[Action] | None,
         action: Action | None,
         prompt: str | None,
         recache: bool | str | None,
-    ) -> Any:
-        """Check what a step is asked for and get ready for it; returns the block's conditioning."""
-        self._check_alive(call)
+    ) -> Coming:
+        """Check what a step is asked for, make its block or take these latents for it, and begin its pictures."""
+        self._settle(call, wait=False)
+        if latents is not None:
+            self.decoder.check_replay(latents)
         chosen = actions_of(call, self.model.adapter, self.frames, actions, action)
         wanted = recache_of(self.model.adapter, self.decoder.can_recache, recache)
-        conditioning = self._condition(chosen, prompt)
+        conditioning, before = self._condition(chosen, prompt), self.frames
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
             self.decoder.recache(conditioning, wanted)
+        self._warm_up(conditioning)
         self.prompt = self.prompt if prompt is None else prompt
-        self.pictures.keep(self.frames)
-        return conditioning
+        with self._ends_if_not_finite():
+            if latents is None:
+                self.latents = self.decoder.step(conditioning)
+            else:
+                self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
+            return shown(self, before, conditioning)
+
+    def _taken(self, coming: Coming) -> np.ndarray:
+        with self._ends_if_not_finite():
+            return coming.result()
+
+    @contextmanager
+    def _ends_if_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite:
+            self.decoder.release()
+            raise
+
+    def _warm_up(self, conditioning: Any) -> None:
+        """Before the first block on a GPU. A world that begins with a past has no room to be warmed up: the forwards of
+        its first two blocks compile what they launch."""
+        if not self._warm and not self.frames and self.store.device.type == "cuda":
+            self.decoder.warm_up(conditioning)
+        self._warm = True
 
     def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
         return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,13 +276,3 @@ def test_two_trees_are_measured_in_turns_each_with_its_own_kernels(tmp_path):
     assert [line.row.op for line in appended + gathered] == ["append-from-fp32", "gather-to-fp32"]
     assert appended[0].verdict in ("SAME", "UNSURE") and len(appended[0].row.seconds) >= 10
     assert gathered[0].verdict == BROKEN and gathered[0].note.startswith("wrong: error")
-
-
-def test_the_example_workflow_uses_commands_that_there_are():
-    text = (Path(ROOT) / ".github" / "workflows" / "gpu-benchmarks.yml").read_text()
-    commands = [
-        line.split("python -m benchmarks", 1)[1].split() for line in text.splitlines() if "-m benchmarks" in line
-    ]
-    assert len(commands) >= 3
-    for words in commands:
-        cli.parser().parse_args(words)

@@ -265,11 +265,12 @@ def test_the_loop_on_another_attention_is_shown_as_wrong(monkeypatch):
 
 
 def test_the_loop_is_split_into_its_parts(rows):
-    fused, separate, baseline = rows["e2e"]
+    fused, separate, baseline, beside = rows["e2e"]
     assert "clean pass ms" not in fused.metrics and separate.metrics["clean pass ms"] > 0
     for row in (fused, separate, baseline):
         assert row.metrics["first frame ms"] > 0 and row.metrics["KV MiB"] > 0 and row.metrics["window full %"] == 100
     assert abs(fused.error["relative"]) < 1e-3
+    assert beside.metrics.keys() == {"decode beside", "decode after"} and min(beside.metrics.values()) > 0
 
 
 def test_run_writes_rows_tables_a_plot_and_what_ci_reads(tmp_path, capsys):

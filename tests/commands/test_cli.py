@@ -39,8 +39,8 @@ def generate(weights, out, *options):
 
 
 def fail_at(monkeypatch, method, count, error):
-    """World.step or VideoWriter.write raises this, the count-th time it is called."""
-    where = {"step": World, "write": VideoWriter}[method]
+    """World.advance or VideoWriter.write raises this, the count-th time it is called."""
+    where = {"advance": World, "write": VideoWriter}[method]
     real, calls = getattr(where, method), []
 
     def failing(self, *args, **options):
@@ -331,7 +331,7 @@ def test_what_the_kernels_can_not_do_is_one_line(error, weights, tmp_path, capsy
     def step(*_, **__):
         raise error("kv_append: not\nhere")
 
-    monkeypatch.setattr("inferix.world.World.step", step)
+    monkeypatch.setattr("inferix.world.World.advance", step)
     assert generate(weights, tmp_path / "v.mp4") == 2
     assert capsys.readouterr().err == "inferix generate: kv_append: not here\n"
     assert not list(tmp_path.iterdir())
@@ -353,7 +353,7 @@ def test_ctrl_c_leaves_a_playable_video(weights, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4", "v.png"]
 
 
-@pytest.mark.parametrize("method, made", [("step", 9), ("write", 9), ("step", 0)])
+@pytest.mark.parametrize("method, made", [("advance", 9), ("write", 9), ("advance", 0)])
 def test_a_second_ctrl_c_says_what_was_made(method, made, weights, tmp_path, capsys, monkeypatch):
     fail_at(monkeypatch, method, made // 3 + 1, KeyboardInterrupt)
     assert generate(weights, tmp_path / "v.mp4") == 130
@@ -369,7 +369,7 @@ def test_a_second_ctrl_c_says_what_was_made(method, made, weights, tmp_path, cap
 def test_an_error_in_the_middle_leaves_an_earlier_video_as_it_was(weights, tmp_path, capsys, monkeypatch):
     out, part = tmp_path / "v.mp4", tmp_path / ".v.mp4.part"
     out.write_bytes(b"earlier")
-    fail_at(monkeypatch, "step", 4, ValueError)
+    fail_at(monkeypatch, "advance", 4, ValueError)
     assert generate(weights, out) == 2
     assert f"the first 9 frames are in {part}\n" in capsys.readouterr().err
     assert out.read_bytes() == b"earlier" and frames_in(part) == 9

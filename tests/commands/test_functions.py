@@ -63,7 +63,7 @@ def test_generate_runs_in_any_thread(weights, tmp_path):
 
 @pytest.mark.parametrize("blocks, left", [(0, []), (2, ["v.json", "v.mp4", "v.png"])])
 def test_an_interrupt_comes_up_once_the_video_is_closed(blocks, left, weights, tmp_path, monkeypatch):
-    step, calls = World.step, []
+    step, calls = World.advance, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -71,7 +71,7 @@ def test_an_interrupt_comes_up_once_the_video_is_closed(blocks, left, weights, t
             raise KeyboardInterrupt
         return step(*arguments, **options)
 
-    monkeypatch.setattr(World, "step", interrupted)
+    monkeypatch.setattr(World, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         inferix.generate(weights=weights, seconds=0.5, out=tmp_path / "v.mp4")
     assert sorted(path.name for path in tmp_path.iterdir()) == left
@@ -197,7 +197,7 @@ def test_every_option_is_declared_with_a_type_that_is_checked_and_a_help(config)
 def test_options_that_commands_share_are_declared_once():
     shared = {each.name: each for each in declared(GenerateConfig)}
     both = [each for each in declared(PlayConfig) if each.name in shared]
-    assert len(both) == 13 and all(each == shared[each.name] for each in both)
+    assert len(both) == 14 and all(each == shared[each.name] for each in both)
     own = [name for config in CONFIGS for name in vars(config).get("__annotations__", {})]
     assert sorted(name for name in set(own) if own.count(name) > 1) == ["out"], "of generate and convert, two things"
 

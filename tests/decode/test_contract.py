@@ -118,7 +118,8 @@ def test_every_block_of_a_forward_can_be_predicted(make):
     def predict(*wanted):
         shown = blocks[: len(wanted)]
         rope = model.rope([frame for block in shown for frame in block.frames])
-        inputs = [BlockInput(x[i], 0.5, conditioning, predict) for i, predict in enumerate(wanted)]
+        half = torch.tensor(0.5).double()
+        inputs = [BlockInput(x[i], half, conditioning, predict) for i, predict in enumerate(wanted)]
         with torch.inference_mode():
             return model.predict(inputs, table.plan(shown, rope).attend)
 

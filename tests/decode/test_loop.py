@@ -48,7 +48,7 @@ def test_paged_blocks_equal_the_dense_forward_that_training_uses():
             world.decoder.observe(x[0, i].unflatten(0, (3, -1)), conditions[i])
         block = world.table.open_block(3)
         noisy = world.table.plan([block], world.model.rope(block.frames))
-        given = BlockInput(x[0, 3].unflatten(0, (3, -1)), 0.7, conditions[3])
+        given = BlockInput(x[0, 3].unflatten(0, (3, -1)), torch.tensor(0.7).double(), conditions[3])
         paged = world.model.predict([given], noisy.attend)[-1]
     # Same sums in another order, float32: 1e-5 of values about 1.
     assert torch.allclose(paged.flatten(0, 1), dense[0, 0].clamp(-1, 1), atol=2e-5)

@@ -19,7 +19,10 @@ IMPORTS = graph(FILES)
 
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
-    ("layout", "plans", "_C", "files", "sass", "hazards", "_install", "_printing", "proofs.stored", "proofs.speeds"),
+    (
+        *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
+        *("_install", "_printing", "proofs.stored", "proofs.speeds"),
+    ),
     ("_check", "_dispatch", "_remembered", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
     ("ops", "chosen"),
@@ -38,6 +41,7 @@ FAMILIES = (
     "diffusers",
     "e2e",
     "formats",
+    "host",
     "kv_pages",
     "linear",
     "page_table",

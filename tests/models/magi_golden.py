@@ -196,7 +196,7 @@ class DenseTable:
         self.open_blocks.append(Block(first, first + frames))
         return self.open_blocks[-1]
 
-    def plan(self, blocks, rope, commit=None, predict=True, see=None):
+    def plan(self, blocks, rope, commit=None, predict=True, see=None, buffers=None):
         return self.passes(self, list(blocks), rope, commit, predict, see)
 
     def seal(self, block, horizon=None):

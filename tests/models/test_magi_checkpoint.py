@@ -46,7 +46,7 @@ def outputs(network, seed=1):
         network.cross_cache(network.null_rows()),
     ]
     with torch.inference_mode():
-        return torch.cat(network(blocks, [0.2, 0.9], told, attend, stride=4.0))
+        return torch.cat(network(blocks, torch.tensor([0.2, 0.9]), told, attend, stride=4.0))
 
 
 @pytest.mark.parametrize("name", ["magi-4.5b", "magi-4.5b-distill", "magi-24b", "magi-24b-distill"])
@@ -78,10 +78,10 @@ def test_24b_has_its_own_arithmetic():
     x = [torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))]
     told = [network.cross_cache(network.null_rows())]
     with torch.inference_mode():
-        (got,) = network(x, [0.5], told, attend)
+        (got,) = network(x, torch.tensor([0.5]), told, attend)
         plain = MagiNetwork(dataclasses.replace(config, halved=False, channels=32, x_scale=1.0))
         plain.load_state_dict(network.state_dict())
-        (wide,) = plain([torch.cat([x[0] * 0.1] * 2, 1)], [0.5], told, attend)
+        (wide,) = plain([torch.cat([x[0] * 0.1] * 2, 1)], torch.tensor([0.5]), told, attend)
         hidden = torch.randn(3, config.dim)
         mlp = network.videodit_blocks.layers[0].mlp
         gate, value = (mlp.layer_norm(hidden) @ mlp.linear_fc1.weight.T).split(config.ffn, 1)

@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
     command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog", seconds="4")
     assert main(command) == 0
     whole = np.load(tmp_path / "x.npy")
-    step, calls = World.step, iter(range(99))
+    step, calls = World.advance, iter(range(99))
 
     def killed(world, *args, **options):
         if next(calls) == 5:
@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
         return step(world, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(World, "step", killed)
+        patch.setattr(World, "advance", killed)
         with pytest.raises(SystemExit):
             main(command)
     assert (tmp_path / ".x.journal").exists() and len(np.load(tmp_path / ".x.npy.part")) == 12
@@ -163,7 +163,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, prompt_cache, tmp_path, monkey
 
 def test_ctrl_c_while_the_pipeline_fills_keeps_what_was_made(folder, prompt_cache, tmp_path, capsys, monkeypatch):
     command = options(folder, tmp_path / "x", prompt_cache, "--prompt", "fog")
-    step, calls = World.step, []
+    step, calls = World.advance, []
 
     def interrupted(world, *args, **options):
         calls.append(world)
@@ -172,7 +172,7 @@ def test_ctrl_c_while_the_pipeline_fills_keeps_what_was_made(folder, prompt_cach
         return step(world, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(World, "step", interrupted)
+        patch.setattr(World, "advance", interrupted)
         assert main(command) == 130
     journal = tmp_path / ".x.journal"
     assert f"interrupted before the first frame: --resume goes on with {journal}\n" in capsys.readouterr().err

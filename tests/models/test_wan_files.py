@@ -53,7 +53,11 @@ def test_clips_and_pictures_that_do_not_do_name_what_does(folder, prompt_cache, 
 
 def test_a_run_with_a_journal_is_alone(folder, prompt_cache, tmp_path, monkeypatch, capsys):
     """A second run is refused while the first one is at it, with --resume and without."""
-    command, step, codes = options(folder, tmp_path / "v.mp4", prompt_cache, "--window", 6, seconds=1), World.step, []
+    command, step, codes = (
+        options(folder, tmp_path / "v.mp4", prompt_cache, "--window", 6, seconds=1),
+        World.advance,
+        [],
+    )
 
     def stepping(world, *args, **more):
         if not codes:
@@ -61,7 +65,7 @@ def test_a_run_with_a_journal_is_alone(folder, prompt_cache, tmp_path, monkeypat
             codes[:] = [main(command), main([*command, "--resume"])]
         return step(world, *args, **more)
 
-    monkeypatch.setattr(World, "step", stepping)
+    monkeypatch.setattr(World, "advance", stepping)
     assert main(command) == 0 and codes == [2, 2]
     assert capsys.readouterr().err.count(f"--out: '{tmp_path / 'v.mp4'}' is being written by another run\n") == 2
     assert len(frames_of(tmp_path / "v.mp4")) == 16 and sorted(os.listdir(tmp_path)) == ["v.json", "v.mp4", "v.png"]

@@ -19,9 +19,11 @@ import torch
 from inferix.commands.cli import main
 from inferix.models import load_model
 from inferix.models.wan.text import PromptEncoder, clean, published_encoder
-from inferix.models.wan.vae import VAE, load_vae
+from inferix.models.wan.tiny_vae import MEAN, STD, TinyNetwork
+from inferix.models.wan.vae import VAE, load_vae, read_vae
 from inferix.world import World
-from tests.models.wan_folder import WORDS, write_encoder, write_folder, write_vae
+from tests.models import taehv_golden as golden
+from tests.models.wan_folder import WORDS, write_encoder, write_folder, write_published_vae, write_vae
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: wan)")
 pytest.importorskip("transformers", reason="transformers is not installed (extra: wan)")
@@ -136,7 +138,8 @@ def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, promp
     assert main(options(folder, tmp_path / "first.mp4", prompt_cache, "--image", picture, **more)) == 2
     assert "--image is read from it" in capsys.readouterr().err
     assert picture.read_bytes() == before and os.listdir(tmp_path) == ["first.png"]
-    command, step, calls = options(folder, tmp_path / "v.mp4", prompt_cache, "--image", picture, **more), World.step, []
+    command = options(folder, tmp_path / "v.mp4", prompt_cache, "--image", picture, **more)
+    step, calls = World.advance, []
 
     def killed(world, *args, **options):
         calls.append(world)
@@ -144,7 +147,7 @@ def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, promp
             raise SystemExit
         return step(world, *args, **options)
 
-    monkeypatch.setattr(World, "step", killed)
+    monkeypatch.setattr(World, "advance", killed)
     with pytest.raises(SystemExit):
         main(command)
     Image.fromarray(np.full((50, 60, 3), 91, np.uint8)).save(picture)
@@ -337,39 +340,40 @@ def test_the_encoder_that_wan_published_is_the_same(tmp_path):
 
 def test_the_vae_that_wan_published_is_the_same(tmp_path):
     """Its names carried over: the VAE of diffusers makes the same pictures."""
-    from diffusers import AutoencoderKLWan
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    torch.manual_seed(0)
-    theirs = AutoencoderKLWan(base_dim=8).eval()
-    state, published = theirs.state_dict(), {}
-    leaves = [f"residual.{i}.{leaf}" for i in (0, 2, 3, 6) for leaf in ("gamma", "weight", "bias")]
-    leaves += [f"{part}.{leaf}" for part in ("shortcut", "resample.1", "time_conv") for leaf in ("weight", "bias")]
-    names = [
-        f"{side}.{i}.{leaf}"
-        for side in ("encoder.downsamples", "decoder.upsamples")
-        for i in range(15)
-        for leaf in leaves
-    ]
-    for side in ("encoder", "decoder"):
-        middle = [f"residual.{i}.{leaf}" for i in (0, 2, 3, 6) for leaf in ("gamma", "weight", "bias")]
-        middle += ["norm.gamma", *(f"{part}.{leaf}" for part in ("to_qkv", "proj") for leaf in ("weight", "bias"))]
-        names += [f"{side}.middle.{i}.{leaf}" for i in range(3) for leaf in middle]
-        names += [
-            f"{side}.{part}" for part in ("conv1.weight", "conv1.bias", "head.0.gamma", "head.2.weight", "head.2.bias")
-        ]
-    names += [f"{conv}.{leaf}" for conv in ("conv1", "conv2") for leaf in ("weight", "bias")]
-    for name in names:
-        for called in convert_wan_vae_to_diffusers({name: torch.zeros(1)}):
-            if called in state and called not in published.values():
-                published[name] = called
-    assert set(published.values()) == set(state)
-    torch.save({name: state[called] for name, called in published.items()}, tmp_path / "Wan2.1_VAE.pth")
+    theirs = write_published_vae(tmp_path / "Wan2.1_VAE.pth")
     latents = torch.randn(2, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     assert np.array_equal(load_vae(tmp_path).open()(latents), VAE(theirs).open()(latents))
     torch.save({"encoder.conv1.weight": torch.zeros(8, 3, 3, 3, 3)}, tmp_path / "Wan2.1_VAE.pth")
     with pytest.raises(ValueError, match="is damaged or not a Wan VAE"):
         load_vae(tmp_path)
+
+
+def test_light_vae_is_wans_with_fewer_channels(tmp_path):
+    """A file of Wan's names, 24 channels wide, as LightX2V's pruned one is."""
+    theirs = write_published_vae(tmp_path / "lightvaew2_1.pth", width=24)
+    latents = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    vae = read_vae(tmp_path / "lightvaew2_1.pth")
+    assert np.array_equal(vae.open()(latents), VAE(theirs).open()(latents))
+
+
+def test_a_video_is_made_with_a_tiny_vae(folder, prompt_cache, tmp_path, capsys):
+    file = tmp_path / "taew2_1.pth"
+    torch.save(golden.fill(TinyNetwork()).state_dict(), file)
+    command = options(folder, tmp_path / "v.mp4", prompt_cache, "--vae", file, seconds=0.5)
+    assert main(command) == 0
+    made = (tmp_path / "v.mp4").read_bytes()
+    assert frames_of(tmp_path / "v.mp4").shape == (8, *SIZE, 3)
+    for other, said in (
+        (folder / "m.pt", "must hold tensors, got generator, generator_ema"),
+        (out := tmp_path / "v.mp4", ""),
+    ):
+        assert main([*command, "--vae", str(other)]) == 2
+        *_, error = capsys.readouterr().err.split("inferix generate: ")
+        assert "--vae" in error and said in error and error.count("\n") == 1
+    assert out.read_bytes() == made
+    # The means and deviations that LightTAE needs are those of diffusers.
+    config = write_vae(tmp_path / "vae").config
+    assert (config["latents_mean"], config["latents_std"]) == (list(MEAN), list(STD))
 
 
 def test_absent_parts_are_one_line(folder, prompt_cache, tmp_path, capsys, monkeypatch):

@@ -62,6 +62,39 @@ def write_vae(folder):
     return vae.eval()
 
 
+def write_published_vae(path, width=8):
+    """A VAE in a file under the names that Wan published; returns diffusers' model of it."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKLWan(base_dim=width).eval()
+    state, published = theirs.state_dict(), {}
+    leaves = [f"residual.{i}.{leaf}" for i in (0, 2, 3, 6) for leaf in ("gamma", "weight", "bias")]
+    leaves += [f"{part}.{leaf}" for part in ("shortcut", "resample.1", "time_conv") for leaf in ("weight", "bias")]
+    names = [
+        f"{side}.{i}.{leaf}"
+        for side in ("encoder.downsamples", "decoder.upsamples")
+        for i in range(15)
+        for leaf in leaves
+    ]
+    for side in ("encoder", "decoder"):
+        middle = [f"residual.{i}.{leaf}" for i in (0, 2, 3, 6) for leaf in ("gamma", "weight", "bias")]
+        middle += ["norm.gamma", *(f"{part}.{leaf}" for part in ("to_qkv", "proj") for leaf in ("weight", "bias"))]
+        names += [f"{side}.middle.{i}.{leaf}" for i in range(3) for leaf in middle]
+        names += [
+            f"{side}.{part}" for part in ("conv1.weight", "conv1.bias", "head.0.gamma", "head.2.weight", "head.2.bias")
+        ]
+    names += [f"{conv}.{leaf}" for conv in ("conv1", "conv2") for leaf in ("weight", "bias")]
+    for name in names:
+        for called in convert_wan_vae_to_diffusers({name: torch.zeros(1)}):
+            if called in state and called not in published.values():
+                published[name] = called
+    assert set(published.values()) == set(state)
+    torch.save({name: state[called] for name, called in published.items()}, path)
+    return theirs
+
+
 def write_folder(folder, image=False):
     """`image`: an image-to-video network, with the tower that looks at the picture."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -198,7 +198,7 @@ class DenseTable:
         self.open.append(Block(first, first + frames))
         return self.open[-1]
 
-    def plan(self, blocks, rope, commit=None, predict=True):
+    def plan(self, blocks, rope, commit=None, predict=True, buffers=None):
         return DensePass(self, list(blocks), rope, commit, predict)
 
     def seal(self, block):

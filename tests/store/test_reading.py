@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix_kernels import KVStore, Policy, TopK
+from inferix_kernels import KVStore, PassBuffers, Policy, TopK
 from inferix_kernels.reference.qkv import rotate
 from inferix_kernels.store import Part
 from inferix_kernels.store.snapshot import load, save
@@ -132,6 +132,27 @@ def test_worlds_that_read_in_their_own_ways_share_a_pass():
     got = together.attend(0, torch.cat(qkv), None, None).split(TOKENS)
     for one, other in zip(got, alone):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(window=6, sink=1, time="relative"), Policy(window=6, sink=1, past_bias=-1.0)]
+)
+def test_in_kept_memory_it_reads_the_same_and_is_not_replayed(policy):
+    """A sink of one frame: lists are filled up to whole blocks."""
+    outs, kinds = [], []
+    for buffers in (None, PassBuffers(padded=True)):
+        table = store_of().open(policy)
+        for turn in range(4):
+            block = table.open_block(3)
+            places, qkv = rope_at(list(block.frames)), qkv_of(3, torch.Generator().manual_seed(turn))
+            for commit in (None, block):
+                passed = table.plan([block], places, commit=commit, buffers=buffers)
+                kinds.append(passed.prepare())
+                outs.append(passed.attend(0, qkv, None, None).clone())
+            table.seal(block)
+    assert all(torch.equal(own, kept) for own, kept in zip(outs[:8], outs[8:], strict=True))
+    first_noisy, last_noisy = kinds[8], kinds[-2]
+    assert kinds[:8] == [None] * 8 and first_noisy is not None and last_noisy is None
 
 
 def test_a_snapshot_keeps_how_a_world_reads(tmp_path):

@@ -42,6 +42,11 @@ class WorldOptions(ModelOptions):
     weights: str | Path | None = option(
         "checkpoint file or its folder, for models that do not ship one", None, to="model"
     )
+    vae: str | Path | None = option(
+        "file of another VAE, for Wan: LightVAE, taew2_1.pth, LightTAE (default: the one beside the weights)",
+        None,
+        to="model",
+    )
     size: tuple[int, int] | None = option("pixels of a picture (default: the model's)", None, to="model", metavar="HxW")
     seed: int = option("of all noise", 0, to="world", must=(between(0, 2**64 - 1, "from 0 to 2^64 - 1"),))
     kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
@@ -52,6 +57,7 @@ class WorldOptions(ModelOptions):
     )
     backend: str = option("kernels: auto, compiled, triton or reference", "auto", to="world")
     precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
+    graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
     threads: int | None = option("CPU threads (default: the model's)", None, must=(between(1, MOST_THREADS),))
 
 

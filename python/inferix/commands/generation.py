@@ -98,6 +98,7 @@ class Generation:
             "model": adapter.name,
             "weights": _absolute(config.weights),
             "lora": config.lora,
+            "vae": _absolute(config.vae),
             "size": adapter.size,
             "seed": config.seed,
             "kv": config.kv,
@@ -164,7 +165,7 @@ def _check_outputs(config: GenerateConfig, model: Model) -> None:
         place = require_writable(path, "out").resolve()
         if (other := written.setdefault(place, path)) is not path:
             raise ValueError(f"out: {str(other)!r} and {str(path)!r} must be two files, got links to one")
-        for option in ("weights", "image", "video", "actions", "prompt_file"):
+        for option in ("weights", "vae", "image", "video", "actions", "prompt_file"):
             read = getattr(config, option)
             if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
                 raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")

@@ -1,4 +1,8 @@
-"""The making of a video: the loop over its blocks, and what is written next to it."""
+"""The making of a video: the loop over its blocks, and what is written next to it.
+
+A block is made while the pictures of the one before are decoded and those of the one before that are written, each in a
+thread of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,22 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from inferix_kernels.files import atomic_write
 
+from ..beside import Beside
 from ..media import LatentWriter, VideoWriter, contact_sheet
 from ..media.journal import Journal
+from ..media.output_file import delayed_interrupts
 from ..world import World
 from .controls import Prompts
 
@@ -25,10 +33,15 @@ SHEET_COLUMNS, SHEET_ROWS = 8, 4
 
 
 class Maker:
-    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block, a second one at once.
+    """Makes and writes `total` frames; Ctrl-C ends the video at the last whole block. A second one ends it where it is,
+    with the pictures that are on their way, a third one without them.
 
     What is kept in memory does not grow with the video, but for a number per step and a live world's frames, which are
     small and measured.
+
+    Attributes:
+        made: frames written.
+        begun: frames written or on their way.
     """
 
     def __init__(
@@ -46,13 +59,17 @@ class Maker:
         self.seconds: list[float] = []  # that each step took
         self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
         self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
+        self.begun = 0
+        self._beside = Beside("inferix-writer")
+        self._writing: Future[None] | None = None  # the last block's pictures
+        self._turn, self._given_up = threading.Lock(), False  # to write; nothing is written any more
 
     @property
     def made(self) -> int:
         return self.video.frames
 
     def run(self, given: np.ndarray | None, progress: bool) -> None:
-        adapter, presentation = self.world.model.adapter, self.world.model.presentation
+        adapter = self.world.model.adapter
         made_before = iter(self.journal.blocks if self.journal else [])
         memory = sum(self.world.kv_bytes().values()) / 2**20
         bar = Progress(
@@ -68,22 +85,59 @@ class Maker:
         with bar, _Interrupt() as interrupt:
             task = bar.add_task(f"{adapter.name} world", total=self.total, fps=0.0, memory=memory)
             started = time.perf_counter()
-            if given is not None:
-                self._take(self.world.observe(given, prompt=self.prompts.at(0.0)))
-            while self.made < self.total and not interrupt.asked:
-                chosen = None if self.actions is None else [next(self.actions) for _ in range(adapter.block_frames)]
-                latents = next(made_before, None)
-                begins = self.made + self.world.ahead * presentation.pictures
-                prompt = self.prompts.at(begins / presentation.fps)
-                if latents is not None:
-                    frames = self.world.replay(latents, chosen, prompt=prompt)
-                else:
-                    frames = self.world.step(chosen, prompt=prompt)
-                self.seconds.append(self.world.denoising)
-                self._take(frames)
-                if self.journal is not None and latents is None:
-                    self.journal.append(self.world.latents)
-                bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
+            try:
+                if given is not None:
+                    pictures = self.world.observe(given, prompt=self.prompts.at(0.0))
+                    self._write(lambda: pictures)
+                while self.begun < self.total and not interrupt.asked:
+                    self._make(next(made_before, None))
+                    bar.update(task, completed=self.made, fps=self.made / (time.perf_counter() - started))
+            finally:
+                try:
+                    self._written()
+                except KeyboardInterrupt:
+                    with delayed_interrupts(), self._turn:
+                        self._given_up = True
+                    raise
+                bar.update(task, completed=self.made)
+
+    def _make(self, latents: Tensor | None) -> None:
+        """The next block, or these latents of an earlier run in its place; its pictures are written later."""
+        world, presentation = self.world, self.world.model.presentation
+        chosen = None
+        if self.actions is not None:
+            chosen = [next(self.actions) for _ in range(world.model.adapter.block_frames)]
+        begins = self.begun + world.ahead * presentation.pictures
+        coming = world.advance(chosen, prompt=self.prompts.at(begins / presentation.fps), latents=latents)
+        self.seconds.append(world.denoising)
+        if self.journal is not None and latents is None:
+            self.journal.append(world.latents)
+        self._write(coming.result)
+
+    def _write(self, pictures: Callable[[], np.ndarray]) -> None:
+        """Write the pictures of the last block, once they are there, beside what follows."""
+        self._written()
+        before, self.begun = self.begun, self.world.model.pictures_of(self.world.frames)
+        wanted = self.begun - before
+        self.begun = min(self.begun, self.total)
+
+        def write() -> None:
+            frames = pictures()
+            if len(frames) != wanted:
+                name = self.world.model.adapter.name
+                raise ValueError(f"{name}: its decoder must give {wanted} pictures of this block, got {len(frames)}")
+            with self._turn:
+                if not self._given_up:
+                    self._take(frames)
+
+        self._writing = self._beside.submit(write)
+
+    def _written(self) -> None:
+        """Wait until all pictures on their way are written; raises what went wrong with them."""
+        if self._writing is not None:
+            wait([self._writing])
+            job, self._writing = self._writing, None
+            job.result()
 
     def _take(self, frames: np.ndarray) -> None:
         frames = frames[: self.total - self.made]

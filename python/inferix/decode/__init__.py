@@ -4,6 +4,7 @@ contract.py    what a model and a schedule are asked for: everything another net
 decoder.py     what every decode loop offers a World, and what the loops share
 sequential.py  one block at a time (Self Forcing, CausVid, LongLive, the tiny world, Wan itself)
 branch.py      its keys and values: the open block, and the block whose clean pass is pending
+graphs.py      its forwards, captured and replayed; timesteps.py: timesteps on the model's device
 pipeline.py    several blocks in flight, each at another noise level (MAGI-1)
 samplers.py    from one noise level to the next
 traffic.py     how much of the past a pipeline reads

@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from inferix_kernels import PageTable, Pass
+from inferix_kernels import PageTable, Pass, PassBuffers
 from inferix_kernels.store import Block
 
 from .contract import BlockInput, Model
+from .graphs import Graphs, Recorder
+from .timesteps import Timesteps
 
 
 @dataclasses.dataclass
@@ -39,13 +41,21 @@ class Branch:
 
     Args:
         conditioning: of every block of this branch; None: what the world gives, block by block.
+        recorder: captures and replays its forwards; None: each is launched from Python.
     """
 
-    def __init__(self, model: Model, table: PageTable, conditioning: Any = None):
+    def __init__(self, model: Model, table: PageTable, conditioning: Any = None, recorder: Recorder | None = None):
         self.model, self.table, self.conditioning = model, table, conditioning
         self.pending: CleanBlock | None = None
         self._block: Block | None = None
         self._noisy: Pass | None = None
+        self._times, self._recorder = Timesteps(model), recorder
+        self._own_memory()
+
+    def _own_memory(self) -> None:
+        """Passes of two branches run in turn: each has its own memory, and graphs that hold its addresses."""
+        self._buffers = PassBuffers(padded=self._recorder is not None)
+        self._graphs = None if self._recorder is None else Graphs(self.model, self._recorder)
 
     @property
     def next_frame(self) -> int:
@@ -54,6 +64,8 @@ class Branch:
 
     def open(self, frames: int) -> None:
         """Begin the next block."""
+        if self._graphs is not None:
+            self._graphs.begin_block()
         if self.pending and not (self.model.adapter.fused and self.table.can_fuse):
             self.commit_pending()
         self._block, self._noisy = self.table.open_block(frames), None
@@ -61,16 +73,16 @@ class Branch:
     def predict(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
         """The network's prediction for the open block at x; its first forward may commit what is pending."""
         assert self._block is not None
-        noisy = BlockInput(x, t, self._own(conditioning))
+        noisy = BlockInput(x, self._times(t), self._own(conditioning))
         if self.pending:  # one forward over the clean block and the noisy one, which reads what the former commits
-            clean, block = self.pending.block, self._block
-            both = self.table.plan([clean, block], self._rope(clean, block), commit=clean)
-            predicted = self.model.predict([self._clean_input(self.pending), noisy], both.attend)
+            clean = self.pending.block
+            both = self._plan(clean, self._block, commit=clean)
+            predicted = self._forward([self._clean_input(self.pending), noisy], both)
             self._seal()
             return predicted[-1]
         if self._noisy is None:  # one plan for all layers and steps
-            self._noisy = self.table.plan([self._block], self._rope(self._block))
-        return self.model.predict([noisy], self._noisy.attend)[-1]
+            self._noisy = self._plan(self._block)
+        return self._forward([noisy], self._noisy)[-1]
 
     def close(self, latents: Tensor, conditioning: Any) -> CleanBlock:
         """The open block is done; its clean pass is pending."""
@@ -89,8 +101,7 @@ class Branch:
         """The separate clean pass, if one is pending: only K and V are wanted; the model stops after the last."""
         if pending := self.pending:
             block = pending.block
-            clean = self.table.plan([block], self._rope(block), commit=block, predict=False)
-            self.model.predict([self._clean_input(pending)], clean.attend)
+            self._forward([self._clean_input(pending)], self._plan(block, commit=block, predict=False))
             self._seal()
 
     def abandon(self) -> None:
@@ -98,10 +109,17 @@ class Branch:
         self._block = self._noisy = None
         self.table.abandon(keep=self.pending.block if self.pending else None)
 
+    def beside(self, table: PageTable) -> Branch:
+        """A branch over this empty table, in this one's memory: for blocks between two blocks of this one."""
+        other = copy.copy(self)
+        other.table, other.pending = table, None
+        return other
+
     def fork(self) -> Branch:
         """Another branch with the same past; a clean pass that is pending is pending in both."""
         other = copy.copy(self)
         other.table = self.table.fork()
+        other._own_memory()
         if self.pending:
             frames = len(self.pending.block.frames)
             other.pending = dataclasses.replace(self.pending, block=other.table.open_block(frames))
@@ -155,16 +173,27 @@ class Branch:
         self.table.release()
         self.pending, self.table = None, table
 
+    def without_graphs(self) -> None:
+        """Launch every forward from Python from here on."""
+        self._graphs = self._recorder = None
+
+    def _plan(self, *blocks: Block, **options: Any) -> Pass:
+        rope = self.model.rope([frame for block in blocks for frame in block.frames])
+        return self.table.plan(blocks, rope, buffers=self._buffers, **options)
+
+    def _forward(self, inputs: Sequence[BlockInput], planned: Pass) -> Sequence[Tensor]:
+        if self._graphs is None:
+            return self.model.predict(inputs, planned.attend)
+        return self._graphs.predict(inputs, planned)
+
     def _seal(self) -> None:
         assert self.pending is not None
         self.table.seal(self.pending.block)
         self.pending = None
 
     def _clean_input(self, clean: CleanBlock) -> BlockInput:
-        return BlockInput(clean.latents, self.model.adapter.context_time, clean.conditioning, predict=False)
+        t = self._times(self.model.adapter.context_time)
+        return BlockInput(clean.latents, t, clean.conditioning, predict=False)
 
     def _own(self, conditioning: Any) -> Any:
         return conditioning if self.conditioning is None else self.conditioning
-
-    def _rope(self, *blocks: Block) -> Tensor:
-        return self.model.rope([frame for block in blocks for frame in block.frames])

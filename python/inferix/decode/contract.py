@@ -153,13 +153,13 @@ class BlockInput:
 
     Attributes:
         x: [frames, *latent_shape], noisy or clean.
-        t: its timestep, as the network takes it.
+        t: its timestep, as the network takes it: 0-d float64 on the model's device.
         conditioning: as `Model.conditioning` or `Model.variants` made it.
         predict: False if only its keys and values are wanted.
     """
 
     x: Tensor
-    t: float
+    t: Tensor
     conditioning: Any
     predict: bool = True
 
@@ -261,6 +261,8 @@ class Model(abc.ABC):
     ) -> Sequence[Tensor]:
         """One forward of the network.
 
+        On a GPU it sends nothing there and reads nothing back: it waits for nothing, and can be captured.
+
         Args:
             inputs: the blocks, oldest first.
             attend: does the self-attention of all their tokens, and sees to the cache.
@@ -292,7 +294,8 @@ class Model(abc.ABC):
         self.conditioning(prompt, self.adapter.actions[:1] * self.adapter.block_frames)
 
     def pictures_of(self, latents: int) -> int:
-        """Pictures that `encode` makes so many latent frames of, from the beginning on."""
+        """Pictures that so many latent frames stand for, from the beginning on: `encode` makes them of these, a stream
+        gives these for them."""
         return latents
 
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inferix_kernels import PageTable
 from inferix_kernels._check import check_tensor, device_of
+from inferix_kernels.uploads import upload
 
 from .contract import Model
 
@@ -99,6 +100,7 @@ class Decoder(abc.ABC):
         it committed stays committed."""
         assert self._noise_before is not None
         self._take_back_step()
+        self._without_graphs()
         self.generator.set_state(self._noise_before)
         self.step(conditioning)
 
@@ -119,6 +121,11 @@ class Decoder(abc.ABC):
         Raises:
             ValueError: they make no blocks; says which would. RuntimeError: it is too late for given frames.
         """
+
+    @abc.abstractmethod
+    def warm_up(self, conditioning: Any) -> None:
+        """Run every kind of forward once, over a past that is forgotten, so that no kernel is compiled or loaded while
+        a video is made. The store has room for one world; nothing of this one changes."""
 
     @abc.abstractmethod
     def commit_pending(self) -> None:
@@ -193,6 +200,10 @@ class Decoder(abc.ABC):
         """Undo the last step, as far as repeating it needs."""
 
     @abc.abstractmethod
+    def _without_graphs(self) -> None:
+        """Launch every forward from Python from here on, for who watches its layers."""
+
+    @abc.abstractmethod
     def _observe_block(self, latents: Tensor, conditioning: Any) -> None: ...
 
     @abc.abstractmethod
@@ -211,4 +222,4 @@ class Decoder(abc.ABC):
         """Drawn on the generator's device, so that a seed means the same wherever the model runs."""
         shape = (frames, *self.model.latent_shape)
         drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.table.store.device)
+        return upload(drawn, self.model.device)

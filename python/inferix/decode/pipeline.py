@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inferix_kernels import PageTable, Pass
+from inferix_kernels import PageTable, Pass, PassBuffers
 from inferix_kernels.store import Block
 
 from .contract import BlockInput, Forward, Model
 from .decoder import Decoder
+from .timesteps import Timesteps
 from .traffic import Traffic
 
 
@@ -84,6 +85,7 @@ class PipelineDecoder(Decoder):
         self.begun = 0
         self.given: Tensor | None = None
         self.traffic = Traffic()
+        self._times, self._buffers = Timesteps(model), PassBuffers()
         self._before: _Before | None = None
 
     @property
@@ -190,11 +192,18 @@ class PipelineDecoder(Decoder):
             self.table.seal(self.pending.block)
             self.pending = None
 
+    def warm_up(self, conditioning: Any) -> None:
+        """Nothing: a forward of each kind is met only when a pipeline fills, a stage at a time."""
+
+    def _without_graphs(self) -> None:
+        """There are none: forwards differ from stage to stage."""
+
     def _at_work(self) -> list[InFlight]:
         return [*([self.pending] if self.pending else []), *self.flight]
 
     def _fork_past(self) -> None:
-        self._table = table = self._table.fork()
+        self._table, self._buffers = self._table.fork(), PassBuffers()
+        table = self._table
         moved = [
             dataclasses.replace(flying, block=table.open_block(len(flying.block.frames))) for flying in self._at_work()
         ]
@@ -254,7 +263,7 @@ class PipelineDecoder(Decoder):
         try:
             attend = self._plan(forward, blocks).attend
             inputs = [
-                BlockInput(part.x, segment.t, part.variants[segment.conditioning], segment.weight != 0)
+                BlockInput(part.x, self._times(segment.t), part.variants[segment.conditioning], segment.weight != 0)
                 for segment, part in zip(forward.segments, parts)
             ]
             predicted = self.model.predict(inputs, attend, forward.stride)
@@ -288,7 +297,8 @@ class PipelineDecoder(Decoder):
         positions = [range(len(block.frames)) if forward.apart else block.frames for block in blocks]
         rope = self.model.rope([frame for frames in positions for frame in frames])
         commit = blocks[0] if forward.commit else None
-        return table.plan(blocks, rope, commit, predict=any(s.weight for s in forward.segments), see=see)
+        predict = any(segment.weight for segment in forward.segments)
+        return table.plan(blocks, rope, commit, predict, see=see, buffers=self._buffers)
 
     def _sees(self, block: Block, lookback: int, here: Sequence[int]) -> list[int]:
         """Frames before a block that it attends to, held ones and those of the same forward."""

@@ -6,6 +6,7 @@ keys and values is a `Branch`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from inferix_kernels.store import Block
 from .branch import Branch, CleanBlock
 from .contract import Model
 from .decoder import Decoder
+from .graphs import Recorder
 from .samplers import SAMPLERS, Sampler
 
 
@@ -31,6 +33,7 @@ class SequentialDecoder(Decoder):
         table: empty; where this world's keys and values go.
         generator: of all noise.
         negative_conditioning: of classifier-free guidance, from the model's `conditioning`; None: no guidance.
+        recorder: see Branch.
 
     Attributes:
         recent: the blocks that a new prompt or a new rollout may need again, oldest first.
@@ -41,15 +44,22 @@ class SequentialDecoder(Decoder):
 
     can_rewind = can_recache = commits_alone = True
 
-    def __init__(self, model: Model, table: PageTable, generator: torch.Generator, negative_conditioning: Any = None):
+    def __init__(
+        self,
+        model: Model,
+        table: PageTable,
+        generator: torch.Generator,
+        negative_conditioning: Any = None,
+        recorder: Recorder | None = None,
+    ):
         super().__init__(model, generator)
         name, scale = model.adapter.name, model.adapter.guidance
         if (scale != 1) != (negative_conditioning is not None):
             wanted = "a conditioning" if negative_conditioning is None else "None"
             raise ValueError(f"negative_conditioning must be {wanted}: the guidance of {name} is {scale:g}")
-        self.branches = [Branch(model, table)]
+        self.branches = [Branch(model, table, recorder=recorder)]
         if negative_conditioning is not None:
-            self.branches.append(Branch(model, table.fork(), negative_conditioning))
+            self.branches.append(Branch(model, table.fork(), negative_conditioning, recorder))
         self.recent: list[CleanBlock] = []
         self.opening: Tensor | None = None  # the world's first latent
 
@@ -125,6 +135,30 @@ class SequentialDecoder(Decoder):
     def commit_pending(self) -> None:
         for branch in self.branches:
             branch.commit_pending()
+
+    @torch.inference_mode()
+    def warm_up(self, conditioning: Any) -> None:
+        """As Decoder.warm_up has it: three blocks, for a block is made in other forwards with a past than without one,
+        and in others again once it commits that past; and a clean pass by itself."""
+        adapter = self.model.adapter
+        policy = dataclasses.replace(self.table.policy, on_evict=None)  # which is not shown frames that nobody made
+        branch = self.branches[0].beside(PageTable(self.table.store, policy))
+        try:
+            for _ in range(1 if adapter.at_once else 3):
+                first = branch.next_frame == 0
+                x = torch.zeros(adapter.frames(first), *self.model.latent_shape, device=self.model.device)
+                branch.open(len(x))
+                for _ in range(2):
+                    branch.predict(x, adapter.steps(first)[0][1], conditioning)
+                branch.close(x, conditioning)
+            if not adapter.at_once:
+                branch.commit_pending()
+        finally:
+            branch.table.release()
+
+    def _without_graphs(self) -> None:
+        for branch in self.branches:
+            branch.without_graphs()
 
     def _fork_past(self) -> None:
         self.branches = [branch.fork() for branch in self.branches]

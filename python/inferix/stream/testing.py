@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,12 @@ class BarWorld:
         self.frames += len(pictures)
         self.denoising = time.perf_counter() - started
         return np.stack(pictures)
+
+    def advance(self, **order: Any) -> Future[np.ndarray]:
+        """The same, as pictures to come, which are there."""
+        coming: Future[np.ndarray] = Future()
+        coming.set_result(self.step(**order))
+        return coming
 
     def fork(self) -> BarWorld:
         other = type(self).__new__(type(self))

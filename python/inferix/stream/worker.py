@@ -93,27 +93,37 @@ class Stage:
         from inferix.finite import NotFinite
 
         started, denoising, pictures, ended = time.perf_counter(), 0.0, {}, {}
-        for name, running in self.worlds.items():
-            order, world = orders[name], running.world
-            before = world.frames
+        coming, latents = {}, {}
+        for name, running in self.worlds.items():  # one is denoised while the pictures of the other are decoded
+            order, before = orders[name], running.world.frames
             try:
-                pictures[name] = world.step(action=order.action, prompt=order.prompt, recache=order.recache)
+                coming[name] = running.world.advance(action=order.action, prompt=order.prompt, recache=order.recache)
             except NotFinite as error:  # it has released itself, and only itself
-                ended[name] = str(error)
-                if len(ended) == len(self.worlds):
-                    self.worlds = {"a": running}
-                    raise
+                ended[name] = error
                 continue
-            denoising += world.denoising
+            denoising += running.world.denoising
+            latents[name] = running.world.frames - before
+        for name, there in coming.items():
+            running = self.worlds[name]
+            try:
+                pictures[name] = there.result()
+            except NotFinite as error:
+                running.world.release()
+                ended[name] = error
+                continue
             running.pictures += len(pictures[name])
-            running.blocks.append((len(pictures[name]), world.frames - before))
+            running.blocks.append((len(pictures[name]), latents[name]))
             self._forget_what_rewind_cannot_reach(running)
+        if len(ended) == len(self.worlds):
+            self.worlds = {"a": running}
+            raise next(iter(ended.values()))
         for name in ended:
             self.close(name)
             pictures = {"a": next(iter(pictures.values()))}
         total = time.perf_counter() - started
         seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
-        return {"pictures": pictures, "seconds": seconds, "ended": ended, **self._extent()}
+        said = {name: str(why) for name, why in ended.items()}
+        return {"pictures": pictures, "seconds": seconds, "ended": said, **self._extent()}
 
     def commit_pending(self) -> None:
         """What can be done while a block is shown, so that the next one comes sooner after its controls."""

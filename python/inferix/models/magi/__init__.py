@@ -101,9 +101,14 @@ class Magi(Model):
         self.latent_shape = (config.channels, height, width)
         self.device, self.dtype = network.x_embedder.weight.device, network.dtype
         # Most forwards of a stage are over the same frames.
-        self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, network.rope.bands))
+        self._rope = functools.lru_cache(4)(lambda frames: rope_table(frames, self.grid, self._bands, self.device))
         self._null: dict[str, CrossCache] = {}
         self._conditionings: dict[str, Conditioning] = {}
+
+    @functools.cached_property
+    def _bands(self) -> Tensor:
+        """Of the rotary embedding, on the host."""
+        return self.network.rope.bands.cpu()
 
     def rope(self, frames: Sequence[int]) -> Tensor:
         return self._rope(tuple(frames))
@@ -141,9 +146,9 @@ class Magi(Model):
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
         blocks, times, crosses = zip(*((block.x, block.t, block.conditioning) for block in inputs))
-        velocities = self.network(blocks, times, crosses, attend, stride)
+        velocities = self.network(blocks, torch.stack(times), crosses, attend, stride)
         if velocities is None:
-            return [blocks[-1].new_empty(0, *self.latent_shape)] * len(inputs)
+            return [x[:0] for x in blocks]
         return [velocity.to(x.dtype) for velocity, x in zip(velocities, blocks)]
 
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -158,6 +163,9 @@ class Magi(Model):
     def only_latents(self) -> bool:
         """There is no decoder: a world's pictures are its latents, and `presentation` counts those."""
         return self.open_video is None
+
+    def pictures_of(self, latents: int) -> int:
+        return self.presentation.pictures * latents
 
     def stream(self) -> PictureStream:
         return PictureStream((lambda latents: latents.cpu().numpy()) if self.open_video is None else self.open_video())

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..rope import spread
+
 FREQ_DIM = 256  # sinusoids of t
 TIME_BASE, TIME_SCALE = 10_000.0, 1000.0
 BASE_GRID = 16 * 16  # patches of the resolution that positions are counted in
@@ -85,12 +87,18 @@ class CrossCache:
 Segments = Sequence[tuple[slice, CrossCache]]  # rows of the packed tokens, and what they attend to
 
 
-def rope_table(frames: Sequence[int], grid: tuple[int, int], bands: Tensor) -> Tensor:
+def rope_table(
+    frames: Sequence[int], grid: tuple[int, int], bands: Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
     """(cos, sin) of every token: [len(frames) * rows * columns, 3 * len(bands), 2] float32.
 
     Time is the frame's index; row and column are counted from the middle, in units of a grid of 16 x 16. Places are
     float32 and in the order of the source, which rescales time as well, if only by rounding: with these and the bands
-    that it learned, the network has seen nothing else. Angles are computed from them in float64.
+    that it learned, the network has seen nothing else. Angles are computed from them in float64, on the host, and the
+    table is put together on the device.
+
+    Args:
+        bands: [pairs of an axis], on the host.
     """
     shrink = math.sqrt(grid[0] * grid[1] / BASE_GRID)
     total = frames[-1] + 1
@@ -98,9 +106,9 @@ def rope_table(frames: Sequence[int], grid: tuple[int, int], bands: Tensor) -> T
     axes += [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in grid]
     lengths = [(total, total), *((n, n / shrink) for n in grid)]
     places = [x / (n - 1) * (reference - 1) if n > 1 else x for x, (n, reference) in zip(axes, lengths)]
-    points = torch.stack(torch.meshgrid(*places, indexing="ij"), -1)
-    angles = (points[..., None].double() * bands.double().cpu()).flatten(3).flatten(0, 2)
-    return torch.stack([angles.cos(), angles.sin()], -1).float().to(bands.device)
+    angles = [x.double()[:, None] * bands.double() for x in places]
+    tables = [torch.stack([angle.cos(), angle.sin()], -1).float() for angle in angles]
+    return spread(tables, device)
 
 
 class LayerNorm1p(nn.Module):
@@ -327,7 +335,7 @@ class MagiNetwork(nn.Module):
     def forward(
         self,
         blocks: Sequence[Tensor],
-        times: Sequence[float],
+        times: Tensor,
         crosses: Sequence[CrossCache],
         attend: Attend,
         stride: float | None = None,
@@ -336,7 +344,7 @@ class MagiNetwork(nn.Module):
 
         Args:
             blocks: [frames, channels, height, width] each.
-            times: of each block, 0 (noise) to 1 (clean).
+            times: [blocks], 0 (noise) to 1 (clean).
             crosses: the conditioning of each block, from `cross_cache`.
             attend: carries out self-attention over these blocks and whatever came before them.
             stride: the size of its steps, which a distilled network takes.
@@ -345,7 +353,7 @@ class MagiNetwork(nn.Module):
         x = torch.cat(list(blocks)).to(self.x_embedder.weight.dtype) * config.x_scale
         grid = x.shape[2] // config.patch, x.shape[3] // config.patch
         h = self._patches(x, grid).to(self.dtype)
-        cond = self._cond(times, crosses, stride, x.device).to(self.dtype)
+        cond = self._cond(times.to(x.device), crosses, stride).to(self.dtype)
         ends = accumulate((len(block) * grid[0] * grid[1] for block in blocks), initial=0)
         segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(ends), crosses)]
         for i, layer in enumerate(self.videodit_blocks.layers):
@@ -356,14 +364,13 @@ class MagiNetwork(nn.Module):
         velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
         return list(velocity.split([len(block) for block in blocks]))
 
-    def _cond(
-        self, times: Sequence[float], crosses: Sequence[CrossCache], stride: float | None, device: torch.device
-    ) -> Tensor:
-        cond = self.t_embedder(torch.tensor(times, dtype=torch.float32, device=device))
+    def _cond(self, times: Tensor, crosses: Sequence[CrossCache], stride: float | None) -> Tensor:
+        cond = self.t_embedder(times)
         if stride is not None:
-            cond = cond + self.t_embedder(torch.tensor([stride], dtype=torch.float32, device=device))
+            cond = cond + self.t_embedder(torch.full((1,), stride, dtype=torch.float32, device=times.device))
         # Whatever the caption says, gates learn from a row of the null caption only whether there is one.
-        rows = self.y_embedder.null_caption_embedding[[-1 if cross.dropped else -2 for cross in crosses]]
+        null = self.y_embedder.null_caption_embedding
+        rows = torch.stack([null[-1 if cross.dropped else -2] for cross in crosses])
         return cond + self.y_embedder.y_proj_adaln(rows)
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -77,18 +77,18 @@ class TinyWorld(Model):
             return None if out is None else out.view(1, count, config.block_tokens, -1)
 
         x = torch.stack([block.x.flatten(0, 1) for block in inputs])[None]
-        times = torch.tensor([[block.t for block in inputs]])
+        times = torch.stack([block.t for block in inputs])[None].float()
         actions = torch.cat([block.conditioning[0] for block in inputs], 1)
         per_layer = zip(*(block.conditioning[1] for block in inputs))
         cross = [CrossCache(*map(_side_by_side, zip(*layer))) for layer in per_layer]
         first = first_predicted(inputs)
         predicted = self.network(x.to(self.dtype), times, actions, cross, paged, predict=slice(first, None))
-        nothing = [torch.empty(0, *self.latent_shape)]
+        nothing = [block.x[:0] for block in inputs]
         if predicted is None:
-            return nothing * count
+            return nothing
         made = predicted[0].to(x.dtype).unflatten(1, (config.block_frames, -1))
         made = made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
-        return [*nothing * first, *made]
+        return [*nothing[:first], *made]
 
     def encode(self, frames: np.ndarray) -> Tensor:
         if frames.dtype != np.uint8 or frames.shape[1:] != (SIZE, SIZE, 3):

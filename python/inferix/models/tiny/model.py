@@ -200,6 +200,7 @@ class TinyWorldModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head_modulation = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.head_up, self.head = nn.Linear(dim, config.ffn), nn.Linear(config.ffn, config.patch)
+        self._made: dict[torch.device, Tensor] = {}
 
     def prompt_cache(self, themes: Tensor) -> list[CrossCache]:
         """What cross-attention needs in every layer for themes [B, S, 2] (place, time)."""
@@ -207,6 +208,12 @@ class TinyWorldModel(nn.Module):
         words = torch.cat([start, themes[..., :1] + 1, themes[..., 1:] + 1 + len(PLACES)], -1)
         context = self.text(self.words(words))
         return [layer.cross_cache(context) for layer in self.layers]  # type: ignore[operator]
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """[64] float32, of the noise level's sinusoids; made once for a device."""
+        if device not in self._made:
+            self._made[device] = torch.exp(-math.log(1000) * torch.arange(64, device=device) / 64)
+        return self._made[device]
 
     def action_history(self, actions: Tensor) -> Tensor:
         """[..., frames] actions -> [..., frames, lags] rows of the action tables; before the block's start: empty."""
@@ -237,8 +244,7 @@ class TinyWorldModel(nn.Module):
             [B, len(predict), L, patch].
         """
         history = self.action_history(actions)
-        frequencies = torch.exp(-math.log(1000) * torch.arange(64, device=x.device) / 64)
-        angles = t.float()[..., None] * 1000 * frequencies
+        angles = t.float()[..., None] * 1000 * self._frequencies(x.device)
         time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))))
         condition = time.unsqueeze(-2) + self.action(history).sum(-2)  # [B, S, frames, dim]
         modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, 1, -1)).movedim(-3, 0).contiguous()

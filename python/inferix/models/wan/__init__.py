@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from .image import has_image_encoder, load_image_encoder
 from .lora import Lora, find_lora
 from .network import CrossCache, WanConfig, WanNetwork, rope_table
 from .text import PromptEncoder, has_encoder
-from .vae import PICTURES, has_vae, load_vae
+from .vae import has_vae, load_vae, read_vae
+from .video import PICTURES
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
@@ -99,7 +100,7 @@ class Wan(Model):
     def rope(self, frames: Sequence[int]) -> Tensor:
         # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
         dtype = torch.promote_types(self.network.dtype, torch.float32)
-        return rope_table(frames, self.grid, self.head_dim, dtype).to(self.device)
+        return rope_table(frames, self.grid, self.head_dim, dtype, self.device)
 
     @torch.inference_mode()
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
@@ -166,12 +167,12 @@ class Wan(Model):
         blocks = [block.x for block in inputs]
         if self.concat_latents is not None:
             blocks = [torch.cat([x, self.concat_latents.to(x)], 1) for x in blocks]
-        timesteps = torch.tensor([block.t for block in inputs for _ in block.x], dtype=torch.float64)
+        timesteps = torch.cat([block.t.expand(len(block.x)) for block in inputs])
         first, dtype = first_predicted(inputs), blocks[-1].dtype
         sizes = [0] * first + [len(x) for x in blocks[first:]]
         flow = self.network(blocks, timesteps, [block.conditioning for block in inputs], attend, first)
         if flow is None:
-            return [blocks[-1].new_empty(0, *self.latent_shape)] * len(inputs)
+            return [block.x[:0] for block in inputs]
         return list(flow.to(dtype).split(sizes))
 
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -184,7 +185,7 @@ class Wan(Model):
 
     def pictures_of(self, latents: int) -> int:
         """The first latent frame stands for one picture, every other for four."""
-        return 1 + PICTURES * (latents - 1)
+        return max(0, 1 + PICTURES * (latents - 1))
 
     def stream(self) -> PictureStream:
         if self.open_video is None:
@@ -205,6 +206,7 @@ def load(
     dtype: torch.dtype | None = None,
     linear: str | None = None,
     prompt_cache: str | Path | None = None,
+    vae: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
@@ -222,6 +224,7 @@ def load(
         linear: "int8" or "fp8" keeps the weights of the inner linear layers in 8 bits (WanNetwork.FULL_PRECISION names
             the others) and multiplies in 8 bits; "bf16" is dtype=torch.bfloat16. None: as the checkpoint has them.
         prompt_cache: folder for prompt embeddings; by default text.CACHE, if that can be used.
+        vae: file of another VAE than the one beside the network: LightVAE, taew2_1.pth of TAEHV, LightTAE.
         steps, guidance, negative_prompt: of a model that was not distilled to a few steps; by default the adapter's.
         overlap: latent frames, whole blocks, of a model that begins new rollouts; by default the adapter's.
 
@@ -238,15 +241,22 @@ def load(
     dtype = dtype or (torch.float32 if device.type == "cpu" and linear != "bf16" else torch.bfloat16)
     network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device, linear=linear)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
-    vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
     return Wan(
         network,
         adapter,
         text,
-        open_video=None
-        if vae is None
-        else lambda: vae().open(adapter.overlap, goes_on=adapter.rollout_begins != "restarted"),
-        encode_video=None if vae is None else lambda frames: vae().encode(frames),
-        encode_start=None if vae is None else lambda picture, frames: vae().encode_start(picture, frames),
+        **_pictures(vae, folder, device, adapter),
         look=(lambda picture: load_image_encoder(folder)(picture)) if has_image_encoder(folder) else None,
     )
+
+
+def _pictures(vae: str | Path | None, folder: Path, device: torch.device, adapter: Adapter) -> dict[str, Any]:
+    """Wan's arguments open_video, encode_video and encode_start, over a VAE that is opened when it is first needed."""
+    if vae is None and not has_vae(folder):
+        return {}
+    open_vae = functools.cache(lambda: load_vae(folder, device) if vae is None else read_vae(Path(vae), device))
+    return {
+        "open_video": lambda: open_vae().open(adapter.overlap, goes_on=adapter.rollout_begins != "restarted"),
+        "encode_video": lambda frames: open_vae().encode(frames),
+        "encode_start": lambda picture, frames: open_vae().encode_start(picture, frames),
+    }

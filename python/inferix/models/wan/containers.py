@@ -105,18 +105,27 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") if names else "none"
 
 
-def shape_of(tensors: Mapping[str, Tensor], name: str, dims: Sequence[int], source: str, what: str) -> torch.Size:
+def shape_of(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    dims: Sequence[int],
+    source: str,
+    what: str,
+    argument: str = "weights",
+) -> torch.Size:
     """The shape of a tensor that shows sizes of a network.
 
     Raises:
         ValueError: there is none of this name, it has not one of `dims` dimensions, or one of them is 0.
     """
     if name not in tensors:
-        raise ValueError(f"weights: {source} is no {what}: it has no {name}")
+        raise ValueError(f"{argument}: {source} is no {what}: it has no {name}")
     shape = tensors[name].shape
     if len(shape) not in dims or 0 in shape:
         count = " or ".join(map(str, dims))
-        raise ValueError(f"weights: {source}: {name} must have {count} dimensions, none of them 0, got {list(shape)}")
+        raise ValueError(
+            f"{argument}: {source}: {name} must have {count} dimensions, none of them 0, got {list(shape)}"
+        )
     return shape
 
 
@@ -132,11 +141,12 @@ def count_layers(names: Iterable[str], prefix: str, source: str) -> int:
     return len(numbers)
 
 
-def check_floating(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> None:
+def check_floating(tensors: Mapping[str, Tensor], names: Iterable[str], source: str, argument: str = "weights") -> None:
     """Weights must be numbers with a fraction, of whatever width."""
     for name in names:
         if not tensors[name].is_floating_point():
-            raise ValueError(f"weights: {source}: {name} must be floating-point numbers, got {tensors[name].dtype}")
+            kind = tensors[name].dtype
+            raise ValueError(f"{argument}: {source}: {name} must be floating-point numbers, got {kind}")
 
 
 def pretrained(kind: Any, folder: Path, what: str, **options: Any) -> Any:

@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inferix_kernels.quantize import linear_input, linear_output
+from inferix_kernels.uploads import upload
+
+from ..rope import spread
 
 ROPE_BASE = TIME_BASE = 10_000.0
 IMAGE_HIDDEN = 1280  # width of CLIP's image tokens where a checkpoint does not say
@@ -80,19 +83,27 @@ class CrossCache:
     image: list[tuple[Tensor, Tensor]] | None = None
 
 
-def rope_table(frames: Sequence[int], grid: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Tensor:
+def rope_table(
+    frames: Sequence[int],
+    grid: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """(cos, sin) of every token of these frames: [len(frames) * rows * columns, head_dim / 2, 2].
 
     The channel pairs of a head are split over time, row and column, 2 * (head_dim // 6) channels for each of the last
-    two. Angles are computed in float64 from the frame's global index, so there is no table to run off the end of.
+    two. Angles are computed in float64 from the frame's global index, so there is no table to run off the end of. An
+    angle depends on the place along one axis alone: the host takes sine and cosine once for each place and rate, the
+    same on every machine, and the table of all tokens is put together on the device.
     """
     spatial = 2 * (head_dim // 6)
     sizes = (head_dim - 2 * spatial, spatial, spatial)
-    places = (torch.tensor(frames), torch.arange(grid[0]), torch.arange(grid[1]))
-    axes = torch.meshgrid(*places, indexing="ij")
-    rates = (ROPE_BASE ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for n in sizes)
-    angles = torch.cat([at.double()[..., None] * rate for at, rate in zip(axes, rates)], -1).flatten(0, 2)
-    return torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
+    axes = []
+    for places, n in zip((torch.tensor(frames), torch.arange(grid[0]), torch.arange(grid[1])), sizes):
+        angles = places.double()[:, None] * ROPE_BASE ** (-torch.arange(0, n, 2, dtype=torch.float64) / n)
+        axes.append(torch.stack([angles.cos(), angles.sin()], -1).to(dtype))
+    return spread(axes, device)
 
 
 class SelfAttention(nn.Module):
@@ -236,6 +247,7 @@ class WanNetwork(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.layers))
         self.head = Head(config)
+        self._time_rates: dict[torch.device, Tensor] = {}  # no buffer: they stay float64
         if config.image_dim:
             self.img_emb = ImageEmbedding(config)
 
@@ -315,9 +327,11 @@ class WanNetwork(nn.Module):
 
     def _time(self, timesteps: Tensor) -> Tensor:
         """[F] -> [F, dim]. The sinusoids are computed in float64: at t = 1000 a float32 angle is off by 3e-5."""
-        half = self.config.freq_dim // 2
-        rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
-        angles = timesteps.double()[:, None] * rates
+        if timesteps.device not in self._time_rates:
+            half = self.config.freq_dim // 2
+            rates = TIME_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+            self._time_rates[timesteps.device] = upload(rates, timesteps.device)
+        angles = timesteps.double()[:, None] * self._time_rates[timesteps.device]
         return self.time_embedding(torch.cat([angles.cos(), angles.sin()], 1).to(self.dtype))
 
     def _unpatch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

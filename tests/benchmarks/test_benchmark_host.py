@@ -1,0 +1,35 @@
+"""`python -m benchmarks run host`: what it counts is there, and its kernels do nothing."""
+
+import torch
+
+from benchmarks import host
+from benchmarks.harness.measure import Settings
+from inferix_kernels import KVPages, PageList, make_plan, paged_attention
+from inferix_kernels.triton_kernels.launch import launch_nothing
+
+
+def test_every_row_says_what_the_host_does():
+    rows = {(row.op, row.contender): row for row in host.run(Settings(rounds=1), [])}
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert rows["of a block", "ours"].metrics["made or moved"] == 0
+    for contender in ("ours-null", "ours-triton"):
+        assert set(rows["python of a layer", contender].metrics) == {"noisy us", "fused us"}
+
+
+def test_what_counts_as_made_or_moved():
+    with host.Counting() as counting:
+        x = torch.zeros(3)
+        assert counting.count == 1
+        _ = (x + 1).double().sum()
+        assert counting.count == 1
+        assert float(x[0]) == 0 and counting.count == 2
+
+
+def test_a_launch_of_nothing_writes_nothing():
+    pages, q = KVPages.empty("bf16", 2, 2, 16, 32), torch.zeros(4, 2, 32, dtype=torch.bfloat16)
+    pages.k.zero_(), pages.v.fill_(1)
+    out = torch.full_like(q, 7)
+    where = PageList.of([0, 1], [16, 3])
+    with launch_nothing(90) as launched:
+        paged_attention(q, [pages], make_plan([(4, where.ids.tolist(), [16, 3])]), out=out, backend="triton")
+    assert "attention_kernel" in launched and (out == 7).all()
