@@ -340,7 +340,7 @@ def of_attention(name: str, code: Sequence[sass.Line]) -> Estimate:
         mine = _produced(code)
         tile = 2 * KEY_TILE * D * 2 // QUARTERS  # bytes of bf16 keys and values that one warp of four writes
         loops = hot_loops(code, lambda line: stored_bytes(line) if line.address in mine else 0, tile)
-        more = cycles_of(min((loop.lines for loop in loops), key=len), gpu)
+        more = cycles_of(min(loops, key=lambda loop: len(loop.lines)).lines, gpu)
         cycles = Cycles(*(mine + its / CONSUMERS for mine, its in zip(cycles, more, strict=True)))
     return Estimate("compiled paged_attention", what, gpu, cycles, loop.work, D)
 

@@ -25,7 +25,7 @@ LAYERS = (
     ),
     ("_check", "_dispatch", "_remembered", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
-    ("ops", "chosen"),
+    ("ops", "chosen", "estimate"),
     ("quantize", "store"),
     ("integrations", "proofs"),
     ("", "__main__"),
