@@ -60,7 +60,7 @@ def read_by_policy(
     device = plan.page_ids.device
 
     def of_pages(frames: Sequence[float], dtype: type) -> Tensor:
-        numbers = np.zeros(len(plan.page_ids), dtype)  # pages that a list is filled up with have no tokens
+        numbers: np.ndarray = np.zeros(len(plan.page_ids), dtype)  # pages that a list is filled up with have no tokens
         numbers[: len(frames) * pages_per_frame] = np.repeat(np.array(frames, dtype), pages_per_frame)
         return upload(torch.from_numpy(numbers), device)
 
