@@ -421,7 +421,8 @@ PYBIND11_MODULE(_C, m) {
   define<MergeAttentionParams>(m, "merge_attention", merge_attention_cpu, INFERIX_CUDA_KERNEL(merge_attention_cuda));
   define<QkvPrologueParams>(m, "qkv_prologue", qkv_prologue_cpu, INFERIX_CUDA_KERNEL(qkv_prologue_cuda),
                             INFERIX_CUDA_KERNEL(qkv_prologue_workspace));
-  define<QuantizeRowsParams>(m, "quantize_rows", quantize_rows_cpu, nullptr);
+  define<RowsParams>(m, "quantize_rows", rows_cpu, nullptr);
+  define<RowsParams>(m, "add_norm", rows_cpu, nullptr);
   define<LinearParams>(m, "linear", linear_cpu, nullptr);
 #ifdef INFERIX_CUDA
   define<ProbeLoadParams>(m, "probe_load", nullptr, probe_load_cuda);

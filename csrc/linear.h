@@ -1,4 +1,4 @@
-// quantize_rows, linear: see inferix_kernels/reference.py for what they mean.
+// quantize_rows, add_norm, linear: see inferix_kernels/reference for what they mean.
 #pragma once
 #include "cpu.h"
 #include "dtypes.h"
@@ -19,20 +19,25 @@ struct Groups {
   INFERIX_FIELDS(data, groups)
 };
 
-struct QuantizeRowsParams {
+// quantize_rows and add_norm: what a row becomes on its way into a layer, as codes or as floats.
+struct RowsParams {
   const void* x;  // [M, K]  x_dtype; rows x_stride elements apart
   int64_t x_stride;
+  Groups gate;                 // K wide
+  const void* residual;        // [M, K]  residual_dtype, or null
+  void* summed;                // [M, K]  summed_dtype, written, or null; may be residual
   const float *weight, *bias;  // [K] or null
   Groups scale, shift;         // K wide
-  void* codes;                 // [M, K]  codec's, written
-  float* scales;               // [M]     written
+  void* out;                   // [M, K]  codec's, written; may be residual or x, if they are as wide
+  float* scales;               // [M]     written; null where the codec has none
   int64_t M, K;
   float eps;
   Norm norm;
   Activation activation;
-  Codec codec;  // i8_token or e4m3_token
-  DType x_dtype;
-  INFERIX_FIELDS(x, x_stride, weight, bias, scale, shift, codes, scales, M, K, eps, norm, activation, codec, x_dtype)
+  Codec codec;  // i8_token, e4m3_token or a float's
+  DType x_dtype, residual_dtype, summed_dtype;
+  INFERIX_FIELDS(x, x_stride, gate, residual, summed, weight, bias, scale, shift, out, scales, M, K, eps, norm,
+                 activation, codec, x_dtype, residual_dtype, summed_dtype)
 };
 
 struct LinearParams {
@@ -53,7 +58,7 @@ struct LinearParams {
 // int8 sums are 32 bits wide: of more products than this they could overflow.
 constexpr int64_t kMaxInt8Terms = 131071;
 
-void quantize_rows_cpu(const QuantizeRowsParams& params, const Cpu& cpu);
+void rows_cpu(const RowsParams& params, const Cpu& cpu);
 void linear_cpu(const LinearParams& params, const Cpu& cpu);
 
 }  // namespace inferix

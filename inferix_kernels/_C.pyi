@@ -105,6 +105,13 @@ class Precision:
 
 class Unsupported(Exception): ...
 
+def add_norm(
+    arguments: dict,
+    *,
+    stream: int | None = None,
+    cpu: object = None,
+    workspace: object = None,
+) -> None: ...
 def best_isa() -> Isa: ...
 def default_isa() -> Isa: ...
 def describe(

@@ -82,6 +82,7 @@ def call_for(op: str, backend: str, device: str) -> Callable[[], object]:
         "merge_attention": lambda: ops.merge_attention(q, lse, q, lse, backend=backend),
         "qkv_prologue": lambda: ops.qkv_prologue(qkv, None, None, None, pool, where, backend=backend),
         "quantize_rows": lambda: ops.quantize_rows(qkv, backend=backend),
+        "add_norm": lambda: ops.add_norm(qkv, residual=qkv, norm="layer", backend=backend),
         "linear": lambda: ops.linear(matrix, matrix, backend=backend),
         "page_summaries": lambda: ops.page_summaries([pool], where, backend=backend),
         "page_scores": lambda: ops.page_scores(q, plan.q_indptr, summaries, where, backend=backend),

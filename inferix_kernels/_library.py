@@ -67,10 +67,11 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {}
 
 
-def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
+def op(*, writes: Sequence[str], optional: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Register the decorated function's op as inferix_kernels::<name>; `writes` names the arguments that it mutates.
 
-    A written argument is one that the backends are always given, whatever the public function makes when it is None.
+    A written argument is one that the backends are always given, whatever the public function makes when it is None;
+    but for those in `optional`, of which None is written nowhere.
     """
 
     def register(function: Function) -> Function:
@@ -78,13 +79,12 @@ def op(*, writes: Sequence[str]) -> Callable[[Function], Function]:
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "backend"]
         if unknown := set(writes) - {p.name for p in parameters}:
             raise ValueError(f"writes must name arguments of {function.__name__}, got {', '.join(unknown)}")
-        new = OPS[function.__name__] = Op(
-            function.__name__,
-            [
-                Argument(p.name, p.kind is p.KEYWORD_ONLY, *_flat(p.name, kinds[p.name], letters, p.name in writes))
-                for p in parameters
-            ],
-        )
+        arguments = []
+        for p in parameters:
+            written, absent = p.name in writes, p.name not in writes or p.name in optional
+            flat = _flat(p.name, kinds[p.name], letters, written, absent)
+            arguments.append(Argument(p.name, p.kind is p.KEYWORD_ONLY, *flat))
+        new = OPS[function.__name__] = Op(function.__name__, arguments)
         name = f"{NAMESPACE}::{new.name}"
         torch.library.define(name, new.schema)
         torch.library.impl(name, "CompositeExplicitAutograd", new.body)
@@ -167,13 +167,13 @@ def call(op: str, accepted: Accepted | None, backend: str, device: torch.device,
 
 
 def _flat(
-    name: str, kind: Any, letters: Iterator[str], written: bool, field: bool = False
+    name: str, kind: Any, letters: Iterator[str], written: bool, absent: bool
 ) -> tuple[list[str], Callable[[Any], list[Any]], Callable[..., Any]]:
     """Of an argument, or a field of one, by its annotation: Argument's last three fields. Of a union the first counts,
-    and whether None is in it."""
+    and, if it may be absent, whether None is in it."""
     union = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     kind, mark = union[0], lambda: f"({next(letters)}!)" if written else ""
-    none = "?" if types.NoneType in union and (field or not written) else ""
+    none = "?" if types.NoneType in union and absent else ""
     if kind is KVPages:
         return _pools(name, mark()), lambda pages: flat_pools(pages), lambda *flat: pools_of(*flat)[0]
     if typing.get_origin(kind) is not None and typing.get_args(kind) == (KVPages,):

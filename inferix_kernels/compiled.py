@@ -264,29 +264,71 @@ def quantize_rows(
     activation: str | None = None,
     out: Quantized,
 ) -> Quantized:
+    vectors = (weight, bias, scale, shift)
+    _run_rows("quantize_rows", x, None, None, norm, vectors, eps, activation, None, out.codes, out.scales)
+    return out
+
+
+def add_norm(
+    x: Tensor,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    summed: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    vectors = (weight, bias, scale, shift)
+    _run_rows("add_norm", x, gate, residual, norm, vectors, eps, activation, summed, out, None)
+    return out
+
+
+def _run_rows(
+    op: str,
+    x: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    norm: str | None,
+    vectors: Sequence[Tensor | None],
+    eps: float,
+    activation: str | None,
+    summed: Tensor | None,
+    out: Tensor,
+    scales: Tensor | None,
+) -> None:
     if x.stride(1) != 1:
         raise Unsupported(f"x must be contiguous in its last dimension, got strides {x.stride()}")
-    weight, bias, scale, shift = (_float(vector) for vector in (weight, bias, scale, shift))  # held, as above
+    gate, weight, bias, scale, shift = (_float(vector) for vector in (gate, *vectors))  # held, as above
     _run(
-        "quantize_rows",
+        op,
         x,
         x=_pointer("x", x),
         x_stride=x.stride(0),
+        gate=_groups("gate", gate),
+        residual=_address("residual", residual),
+        summed=_address("summed", summed),
         weight=_address("weight", weight),
         bias=_address("bias", bias),
         scale=_groups("scale", scale),
         shift=_groups("shift", shift),
-        codes=_address("out.codes", out.codes),
-        scales=_address("out.scales", out.scales),
+        out=_address("out" if scales is None else "out.codes", out),
+        scales=_address("out.scales", scales),
         M=x.shape[0],
         K=x.shape[1],
         eps=eps,
         norm=_NORMS[norm],
         activation=_ACTIVATIONS[activation],
-        codec=_CODECS[Codec(out.codes.dtype, "token")],
+        codec=_CODECS[Codec(out.dtype, None if scales is None else "token")],
         x_dtype=_DTYPES[x.dtype],
+        residual_dtype=_DTYPES[x.dtype if residual is None else residual.dtype],
+        summed_dtype=_DTYPES[x.dtype if summed is None else summed.dtype],
     )
-    return out
 
 
 def linear(

@@ -58,6 +58,7 @@ from .layout import FORMATS, KVPages, PageList, Quantized
 from .plans import Plan
 
 __all__ = [
+    "add_norm",
     "kv_append",
     "kv_commit",
     "kv_gather",
@@ -686,6 +687,23 @@ def _accept_rows(
     activation: str | None,
     out: Quantized | None,
 ) -> Sizes:
+    sizes = _check_rows(x, norm, vectors, groups, eps, activation)
+    if out is None:
+        check_dtype("out.codes", dtype, CODES)
+    else:
+        check_quantized("out", out, CODES, "M K", sizes, x.device)
+    return sizes
+
+
+def _check_rows(
+    x: Tensor,
+    norm: str | None,
+    vectors: Sequence[Tensor | None],
+    groups: Sequence[Tensor | None],
+    eps: float,
+    activation: str | None,
+) -> dict[str, int]:
+    """What quantize_rows and add_norm have in common."""
     sizes: dict[str, int] = {}
     device = device_of("x", x)
     check_tensor("x", x, FLOATS, "M K", sizes, device)
@@ -696,10 +714,6 @@ def _accept_rows(
         check_optional(name, vector, FLOATS, "K", sizes, device)
     for name, each in zip(("scale", "shift"), groups, strict=True):
         check_groups(name, each, "K", sizes, device)
-    if out is None:
-        check_dtype("out.codes", dtype, CODES)
-    else:
-        check_quantized("out", out, CODES, "M K", sizes, device)
     return sizes
 
 
@@ -761,6 +775,97 @@ def quantize_rows(
         shift=shift,
         eps=eps,
         activation=activation,
+        out=out,
+    )
+    return out
+
+
+@remembered
+def _accept_add_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    norm: str | None,
+    vectors: Sequence[Tensor | None],  # weight, bias
+    groups: Sequence[Tensor | None],  # scale, shift
+    eps: float,
+    activation: str | None,
+    summed: Tensor | None,
+    out: Tensor | None,
+) -> Sizes:
+    sizes = _check_rows(x, norm, vectors, groups, eps, activation)
+    check_groups("gate", gate, "K", sizes, x.device)
+    for name, rows in (("residual", residual), ("summed", summed), ("out", out)):
+        check_optional(name, rows, FLOATS, "M K", sizes, x.device)
+    if summed is not None and summed is out:
+        raise ValueError("summed must be another tensor than out, got the same")
+    return sizes
+
+
+@op(writes=["summed", "out"], optional=["summed"])
+def add_norm(
+    x: Tensor,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    summed: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What stands between two linear layers, in one pass: gate and residual of the first, norm, modulation and
+    activation before the second.
+
+    h = residual + gate * x;  y = activation((norm(h) * weight + bias) * (1 + scale) + shift), each step only if it is
+    given. All arithmetic is float32. Where h is kept, y is computed from it as it was rounded, so that one call and two
+    give the same.
+
+    Args:
+        x: [M, K] float32, bfloat16 or float16.
+        gate: [G, K] of these dtypes, G a divisor of M, as scale.
+        residual: [M, K] of these dtypes.
+        norm, weight, bias, scale, shift, eps, activation: as in quantize_rows, which gives codes where this gives y.
+        summed: [M, K] of these dtypes, to write h to; may be residual. None: it is not kept.
+        out: [M, K] of these dtypes, to write y to; may be x or residual. None: a new one in x's dtype.
+
+    Returns:
+        y, [M, K].
+
+    Source: "Add & Norm" of arXiv:1706.03762; adaLN with gates, arXiv:2212.09748.
+
+    Example:
+        >>> x, attended, gate, scale, shift = torch.randn(8, 64), torch.randn(8, 64), *torch.randn(3, 2, 64)
+        >>> y = add_norm(x, norm="layer", scale=scale, shift=shift)  # two frames of four tokens, each modulated
+        >>> x_after = torch.empty_like(x)
+        >>> y = add_norm(attended, gate=gate, residual=x, norm="layer", summed=x_after)
+        >>> torch.allclose(x_after, x + attended * gate.repeat_interleave(4, 0), atol=1e-5)
+        True
+    """
+    accepted = _accept_add_norm(x, gate, residual, norm, (weight, bias), (scale, shift), eps, activation, summed, out)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    call(
+        "add_norm",
+        accepted,
+        backend,
+        x.device,
+        x,
+        gate=gate,
+        residual=residual,
+        norm=norm,
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=activation,
+        summed=summed,
         out=out,
     )
     return out

@@ -43,6 +43,7 @@ def kernels_of(format: str) -> dict[str, Callable[[str, str], None]]:
     if format in FLOATS:
         cases[kernel("qkv_prologue", format)] = lambda backend, device: _prologue(format, backend, device)
         cases[kernel("merge_attention", format)] = lambda backend, device: _merge(format, backend, device)
+        cases[kernel("add_norm", format)] = lambda backend, device: _add_norm(format, backend, device)
     if format in ROWS:
         cases[kernel("quantize_rows", format)] = lambda backend, device: _quantize(format, backend, device)
         cases[kernel("linear", format)] = lambda backend, device: _linear(format, backend, device)
@@ -145,6 +146,24 @@ def _quantize(format: str, backend: str, device: str) -> None:
         )
         require_close("scales", got.scales, want.scales, 1e-5)
         require_close("codes", got.codes, want.codes, off)
+
+
+def _add_norm(format: str, backend: str, device: str) -> None:
+    """All of it, and the sum alone, which is rounded as the reference rounds it."""
+    dtype = FLOATS[format]
+    x, residual = (torch.randn(70, 257, generator=_random(i)).to(dtype) for i in range(2))
+    gate, scale, shift = torch.randn(3, 2, 257, generator=_random(2))
+    found = []
+    for place, which in ((device, backend), ("cpu", "reference")):
+        rows, added_to, factor, *modulation = _to((x, residual, gate, scale, shift), place)
+        kept = torch.empty_like(rows)
+        steps = {"norm": "layer", **dict(zip(("scale", "shift"), modulation)), "activation": "gelu_tanh"}
+        y = ops.add_norm(rows, gate=factor, residual=added_to, **steps, summed=kept, backend=which)  # type: ignore[arg-type]
+        found.append((kept, y))
+    for name, a, b, off in zip(
+        ("summed", "out"), *found, (0.0, 1e-5 if format == "fp32" else 2 * torch.finfo(dtype).eps)
+    ):
+        require_close(name, a, b, off)
 
 
 def _linear(format: str, backend: str, device: str) -> None:

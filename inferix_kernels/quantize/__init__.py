@@ -11,7 +11,7 @@ gradient. docs/quantize.md has the whole of it.
 """
 
 from .convert import convert, prepare, quantize_dynamic, quantize_linears
-from .fused import linear_input, linear_output
+from .fused import Residual, linear_input, linear_output
 from .layer import Linear8
 from .qconfig import (
     QConfig,
@@ -33,6 +33,7 @@ from .recipe import load, recipe_of, save
 __all__ = [
     "Linear8",
     "QConfig",
+    "Residual",
     "Scheme",
     "convert",
     "get_default_dist_profile_qconfig",

@@ -1,30 +1,41 @@
-"""A layer with what stands before and after it, in one call each: the same code for float layers and 8-bit ones.
+"""Layers with what stands before, after and between them: the same code for float layers and 8-bit ones.
 
-    x_norm = linear_input(self.qkv, x, norm="layer", scale=scale, shift=shift)   # adaLN
-    qkv = linear_output(self.qkv, x_norm, dtype=x.dtype)
+    x = Residual(x)
+    x, y = x.before(self.qkv, norm="layer", scale=scale, shift=shift)   # adaLN
+    qkv = linear_output(self.qkv, y, dtype=y_dtype)
     ...
-    x = linear_output(self.out, attended, gate=gate, residual=x)
+    x = x.plus(self.out, attended, gate=gate)
+    x, y = x.before(self.up, norm="layer")                              # adds what `out` gave on the way
+    ...
+    return x.sum()
 
-With an `nn.Linear`, or any other module, these are the torch functions that they read as, with gradients. With a
-`Linear8` the norm, the modulation and the quantization are one kernel, and the product, the bias, the activation, the
-gate and the residual another. A network that is written with them is quantized by replacing its layers.
+All that stands between two layers is one kernel: `add_norm` where both are `nn.Linear`, or any other module. With a
+`Linear8` the norm, the modulation and the quantization are one, and the product, the bias, the activation, the gate and
+the residual another. A network that is written with them is quantized by replacing its layers.
+
+Float layers give what the torch functions give that their docstrings read as, but rounded once, at the end. In float64,
+with gradients, on devices that have no kernels and for tensors of classes of their own, these functions are what runs.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import check_word
+from .._check import FLOATS, check_word
 from ..layout import Quantized
+from ..ops import add_norm
 from .layer import Linear8
 
+PLAIN = (Tensor, nn.Parameter)
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # by the error function, and its approximation
 
 
 def linear_input(
-    layer: nn.Module,
+    layer: nn.Module | None,
     x: Tensor,
     *,
     norm: str | None = None,
@@ -39,6 +50,7 @@ def linear_input(
     Layers of one kind (dtype of the codes, smoothing) that take the same input can share it.
 
     Args:
+        layer: None: its input is to be a tensor.
         x: [..., K] float.
         norm: "layer" or "rms", over the last dimension; None is no norm.
         weight, bias: [K], the norm's; an RMS norm has no bias.
@@ -59,21 +71,7 @@ def linear_input(
         >>> list(codes.shape), list(scales.shape)
         ([3, 10, 64], [3, 10])
     """
-    check_word("norm", norm, ("layer", "rms"))
-    if (norm is None and weight is not None) or (norm != "layer" and bias is not None):
-        raise ValueError(f"weight and bias must be those of a norm, and bias that of a layer norm, got norm={norm!r}")
-    for name, groups in (("scale", scale), ("shift", shift)):
-        if groups is not None and groups.shape != (*x.shape[:-2], 1, x.shape[-1]):
-            raise ValueError(f"{name} must be {[*x.shape[:-2], 1, x.shape[-1]]}, got {list(groups.shape)}")
-    if isinstance(layer, Linear8):
-        flat, norms = x.reshape(-1, x.shape[-1]), {"weight": weight, "bias": bias}
-        codes, scales = layer.quantize(flat, norm=norm, **norms, scale=_rows(scale), shift=_rows(shift), eps=eps)
-        return Quantized(codes.view(x.shape), scales.view(x.shape[:-1]))
-    if norm is not None:
-        size = x.shape[-1:]
-        x = F.layer_norm(x, size, weight, bias, eps) if norm == "layer" else F.rms_norm(x, size, weight, eps)
-    x = x if scale is None else x * (1 + scale)
-    return x if shift is None else x + shift
+    return Residual(x).before(layer, norm=norm, weight=weight, bias=bias, scale=scale, shift=shift, eps=eps)[1]
 
 
 def linear_output(
@@ -110,16 +108,214 @@ def linear_output(
         if given is not None and given.shape[:-1] != shape:
             raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
     if isinstance(layer, Linear8):
-        y: Tensor = layer(x, activation=activation, gate=_rows(gate), residual=residual, dtype=dtype)
+        y: Tensor = layer(x, activation=activation, gate=_groups(gate), residual=residual, dtype=dtype)
         return y
     if isinstance(x, Quantized):
         raise TypeError(f"x must be a tensor for a {type(layer).__name__}, got codes, which only a Linear8 takes")
     y = layer(x)
-    y = y if activation is None else F.gelu(y, approximate=GELU[activation])
-    y = y if gate is None else y * gate
-    return y if residual is None else residual + y
+    y = y if activation is None else _activated(y, activation)
+    if gate is None and residual is None:
+        return y
+    return _sum(y, gate, residual, y.dtype if residual is None else torch.promote_types(y.dtype, residual.dtype))
 
 
-def _rows(groups: Tensor | None) -> Tensor | None:
+class _Steps(NamedTuple):
+    """(norm(x) * weight + bias) * (1 + scale) + shift, as `linear_input` has it."""
+
+    norm: str | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float = 1e-6
+
+    def check(self, x: Tensor) -> None:
+        norm = self.norm
+        check_word("norm", norm, ("layer", "rms"))
+        if (norm is None and self.weight is not None) or (norm != "layer" and self.bias is not None):
+            raise ValueError(
+                f"weight and bias must be those of a norm, and bias that of a layer norm, got norm={norm!r}"
+            )
+        _check_groups(x, scale=self.scale, shift=self.shift)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[1:5]
+
+    @property
+    def given(self) -> bool:
+        return not (self.norm is self.scale is self.shift is None)
+
+    @property
+    def operands(self) -> dict[str, Any]:
+        """As the ops take them."""
+        norm, weight, bias, scale, shift, eps = self
+        return {
+            "norm": norm,
+            "weight": weight,
+            "bias": bias,
+            "scale": _groups(scale),
+            "shift": _groups(shift),
+            "eps": eps,
+        }
+
+    def codes(self, layer: Linear8, x: Tensor) -> Quantized:
+        codes, scales = layer.quantize(_rows(x), **self.operands)
+        return Quantized(codes.view(x.shape), scales.view(x.shape[:-1]))
+
+    def of(self, x: Tensor) -> Tensor:
+        """In torch's functions."""
+        size = x.shape[-1:]
+        if self.norm == "layer":
+            x = F.layer_norm(x, size, self.weight, self.bias, self.eps)
+        if self.norm == "rms":
+            x = F.rms_norm(x, size, self.weight, self.eps)
+        x = x if self.scale is None else x * (1 + self.scale)
+        return x if self.shift is None else x + self.shift
+
+    def of_product(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Of gate * y."""
+        if not _has_kernel(y, gate, *self.tensors):
+            y = y.to(dtype)
+            return self.of(y if gate is None else y * gate).to(dtype)
+        out = torch.empty(y.shape, dtype=dtype, device=y.device)
+        add_norm(_rows(y), gate=_groups(gate), **self.operands, out=_rows(out))
+        return out
+
+
+class Residual(NamedTuple):
+    """The residual stream of a network, and what its last layer adds, which is added on the way into the next one.
+
+    Attributes:
+        x: [..., K].
+        added: [..., K], still to be added; None: nothing is.
+        gate: [..., 1, K], of `added`, as in `linear_output`; None: 1.
+
+    Example:
+        >>> from inferix_kernels.quantize import Residual, linear_output
+        >>> up, down = torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)
+        >>> x = Residual(torch.randn(3, 10, 64))
+        >>> for _ in range(2):  # two feed-forward layers
+        ...     x, y = x.before(up, norm="layer")
+        ...     x = x.plus(down, linear_output(up, y, activation="gelu"), gate=torch.randn(3, 1, 64))
+        >>> list(x.sum().shape)
+        [3, 10, 64]
+    """
+
+    x: Tensor
+    added: Tensor | None = None
+    gate: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def plus(self, layer: nn.Module, y: Tensor | Quantized, *, gate: Tensor | None = None, **steps: Any) -> Residual:
+        """x + gate * layer(y). An 8-bit layer adds it to its product; of another the sum is left for later.
+
+        Args:
+            y: [..., N], the layer's input.
+            gate: [..., 1, K].
+            steps: those of `linear_input`, between the gate and the sum: a norm of what is added. It has the dtype of
+                what the layer gives or of the norm's weight, whichever holds both.
+
+        Example:
+            >>> x = Residual(torch.randn(3, 10, 64)).plus(down, torch.randn(3, 10, 256), norm="rms")
+            >>> list(x.added.shape)
+            [3, 10, 64]
+        """
+        x = self.sum()
+        _check_groups(x, gate=gate)
+        after = _Steps(**steps)
+        if after.given:
+            after.check(x)
+            made = linear_output(layer, y, dtype=x.dtype)
+            like = made if after.weight is None else after.weight
+            return Residual(x, after.of_product(made, gate, torch.promote_types(made.dtype, like.dtype)))
+        if isinstance(layer, Linear8):
+            return Residual(linear_output(layer, y, gate=gate, residual=x))
+        return Residual(x, linear_output(layer, y), gate)
+
+    def before(self, layer: nn.Module | None, **steps: Any) -> tuple[Residual, Any]:
+        """The stream with nothing left to add, and what `linear_input` makes of it for `layer` with these `steps`.
+
+        Args:
+            layer: None: the input is a tensor, for whatever takes one.
+
+        Example:
+            >>> x, y = x.before(up, norm="layer", scale=torch.randn(3, 1, 64))
+            >>> x.added, list(y.shape)
+            (None, [3, 10, 64])
+        """
+        x, added, gate = self
+        after = _Steps(**steps)
+        after.check(x)
+        if isinstance(layer, Linear8) or not after.given or not _has_kernel(x, added, gate, *after.tensors):
+            x = self.sum()
+            return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
+        rows = _rows(x)
+        if added is None:
+            return self, add_norm(rows, **after.operands).view(x.shape)
+        summed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        y = torch.empty_like(summed)
+        add_norm(_rows(added), gate=_groups(gate), residual=rows, **after.operands, summed=summed, out=y)
+        return Residual(summed.view(x.shape)), y.view(x.shape)
+
+    def sum(self) -> Tensor:
+        """x + gate * added, [..., K].
+
+        Example:
+            >>> Residual(torch.ones(2, 3), torch.ones(2, 3), torch.full((1, 3), 0.5)).sum()[0].tolist()
+            [1.5, 1.5, 1.5]
+        """
+        return self.x if self.added is None else _sum(self.added, self.gate, self.x, self.dtype)
+
+
+def _sum(y: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """residual + gate * y, each only if it is given."""
+    if not _has_kernel(y, gate, residual):
+        y = y if gate is None else y * gate
+        return (y if residual is None else residual + y).to(dtype)
+    out = torch.empty(y.shape, dtype=dtype, device=y.device)
+    rows = None if residual is None else _rows(residual)
+    add_norm(_rows(y), gate=_groups(gate), residual=rows, out=_rows(out))
+    return out
+
+
+def _activated(y: Tensor, activation: str) -> Tensor:
+    if activation == "gelu_tanh" and y.is_cpu and _has_kernel(y):  # where torch's takes three times as long
+        return add_norm(_rows(y), activation=activation).view(y.shape)
+    return F.gelu(y, approximate=GELU[activation])
+
+
+def _has_kernel(*tensors: Tensor | None) -> bool:
+    """Does an op take these? It has no gradient, and wants numbers in memory."""
+    gradients = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in PLAIN or x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda):
+            return False
+        if gradients and x.requires_grad:
+            return False
+    return not torch.jit.is_tracing()
+
+
+def _check_groups(x: Tensor, **given: Tensor | None) -> None:
+    *places, _, width = (1, *x.shape) if x.ndim == 1 else x.shape
+    for name, groups in given.items():
+        if groups is not None and groups.shape != (*places, 1, width):
+            raise ValueError(f"{name} must be {[*places, 1, width]}, got {list(groups.shape)}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _groups(groups: Tensor | None) -> Tensor | None:
     """[..., 1, K] -> [G, K], as the ops take them."""
     return None if groups is None else groups.reshape(-1, groups.shape[-1]).contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..layout import Codec, Quantized, as_bytes
 from .codecs import encode
 
-__all__ = ["linear", "quantize_rows"]
+__all__ = ["add_norm", "linear", "quantize_rows"]
 
 
 def quantize_rows(
@@ -31,6 +31,27 @@ def quantize_rows(
     return out
 
 
+def add_norm(
+    x: Tensor,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: str | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    summed: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    y = x.float() if gate is None else x.float() * per_row(gate, len(x))
+    y = y if residual is None else y + residual.float()
+    y = y if summed is None else summed.copy_(y)
+    return out.copy_(before(y, norm, weight, bias, scale, shift, eps, activation))
+
+
 def before(
     x: Tensor,
     norm: str | None,
@@ -41,7 +62,7 @@ def before(
     eps: float,
     activation: str | None = None,
 ) -> Tensor:
-    """What stands before the codes: [M, K] float32."""
+    """From the norm to the activation: [M, K] float32."""
     y = x.float()
     if norm == "layer":
         y = y - y.mean(-1, keepdim=True)

@@ -12,6 +12,7 @@ from .attention import *
 from .kv_pages import *
 from .latent import *
 from .linear import *
+from .linear_rows import *
 from .merge import *
 from .qkv import *
 from .select import *

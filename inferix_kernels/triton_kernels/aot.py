@@ -25,11 +25,14 @@ from .kv_pages import cases as page_cases
 from .latent import cases as latent_cases
 from .launch import Case, compile_only
 from .linear import cases as linear_cases
+from .linear_rows import cases as rows_cases
 from .merge import cases as merge_cases
 from .qkv import cases as prologue_cases
 from .select import cases as select_cases
 
-CASES = (page_cases, prologue_cases, attention_cases, latent_cases, merge_cases, linear_cases, select_cases)
+CASES = (
+    *(page_cases, prologue_cases, attention_cases, latent_cases, merge_cases, rows_cases, linear_cases, select_cases),
+)
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications).
 MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = (80, 89, 90, 100, 120)

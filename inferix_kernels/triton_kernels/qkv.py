@@ -1,15 +1,16 @@
-"""qkv_prologue in Triton: the statistics that the norms need, then a program per entry of the page list, head and part.
+"""qkv_prologue in Triton: a program per entry of the page list, head and part of the tile. What a head needs is in the
+program: both channels of each pair to be rotated and, for a norm of each head, all of them.
 
 A norm over all heads and a scale over a page cross: neither a program for whole rows nor one for whole pages sees
-both. So a first launch reads q and k for two numbers per row, and the second, which finds most of them still in the
-cache, does the rest where it is stored. Without norms there is no first launch.
+both. For such a norm a first launch reads q and k for two numbers per row, and the second finds most of them still in
+the cache.
 
 Held to the reference in Triton's interpreter, compiled for sm_80 to sm_120, never run on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layout import KV_FORMATS, Codec, KVPages, PageList
-from .codecs import part_of, planes_of, round_to, tile_index, tile_of, write_part
+from .codecs import part_of, planes_of, round_to, side_tile, tile_index, tile_of, write_part
 from .config import config, rows_and_warps, warps_of
 from .kv_pages import (
     entries,
@@ -43,10 +44,9 @@ class Heads(NamedTuple):
     column: int  # where the first one begins
     heads: int
     width: int  # of one
-    norms: int  # groups of channels that are normalised together: none, 1 or one for each head
-    group: int  # channels of one
+    norm: str  # over what: "head", "all" heads, or "" for none
     layer: bool  # takes off the mean before
-    first_group: int  # in the statistics of q and k
+    stats: int  # of a norm over all heads: which of the statistics
 
 
 class Source(NamedTuple):
@@ -83,20 +83,22 @@ def qkv_prologue(
     H, D, query_heads = pages.heads, pages.head_dim, out.shape[1]
     q_norm, k_norm = _norm(norm_q, norm_q_bias), _norm(norm_k, norm_k_bias)
     q = _heads(0, query_heads, D, q_norm, 0)
-    k = _heads(query_heads, H, D, k_norm, q.norms)
+    k = _heads(query_heads, H, D, k_norm, int(q.norm == "all"))
     v = _heads(query_heads + H, H, D, Norm(None, None), 0)
     source = Source(qkv, qkv.stride(0), qkv.stride(1), None if bias is None else bias.contiguous())
-    stats = _norm_stats(source, q, k, eps)
+    stats = _norm_stats(source, [side for side in (q, k) if side.norm == "all"], eps)
     rotary_dim = 0 if rope is None else 2 * rope.shape[1]
-    # Smaller parts than those of kv_append: each channel needs its partner, a cosine and a sine too.
+    # Smaller parts than those of kv_append: each channel needs a cosine and a sine too.
     parts = config("qkv_prologue", "any", qkv.device)
     query = tile_of(Codec(out.dtype), pages.page_size, D, numbers=parts["numbers"])
     key, value = tiles_of(pages, numbers=parts["numbers"])
+    if key.split == 1 and (k.norm == "head" or not interleaved):  # a part is some channels: here it must have them all
+        key = side_tile(pages, 0, numbers=key.rows * triton.next_power_of_2(D))
     launch(
         prologue_kernel,
         len(where.ids) * (query_heads * query.parts + H * (key.parts + value.parts)),
         qkv.device,
-        source, len(qkv), stats, q_norm, k_norm, rope.contiguous() if rope is not None and rotary_dim else None,
+        source, len(qkv), stats, eps, q_norm, k_norm, rope.contiguous() if rope is not None and rotary_dim else None,
         None if k_mean is None else k_mean.contiguous(), (out, *out.stride()),
         *list_tensors(where), *planes_of(pages), pages.pages,
         ENTRIES=entries(where),
@@ -136,27 +138,27 @@ def _norm(weight: Tensor | None, bias: Tensor | None) -> Norm:
     return Norm(*(None if x is None else x.contiguous() for x in (weight, bias)))
 
 
-def _heads(before: int, count: int, width: int, norm: Norm, first_group: int) -> Heads:
-    group = 0 if norm.weight is None else len(norm.weight)
-    norms = count * width // group if group else 0
-    return Heads(before * width, count, width, norms, group, norm.bias is not None, first_group)
+def _heads(before: int, count: int, width: int, norm: Norm, stats: int) -> Heads:
+    over = "" if norm.weight is None else "head" if len(norm.weight) == width else "all"
+    return Heads(before * width, count, width, over, norm.bias is not None, stats)
 
 
-def _norm_stats(source: Source, q: Heads, k: Heads, eps: float) -> Tensor | None:
-    """[groups of q, then of k, T, 2] float32: the mean (0 for an RMS norm) and the reciprocal standard deviation."""
-    if not q.norms + k.norms:
+def _norm_stats(source: Source, sides: Sequence[Heads], eps: float) -> Tensor | None:
+    """[len(sides), T, 2] float32: the mean (0 for an RMS norm) and the reciprocal standard deviation over all heads."""
+    if not sides:
         return None
     qkv = source.qkv
-    stats = torch.empty(q.norms + k.norms, len(qkv), 2, dtype=torch.float32, device=qkv.device)
-    cols = triton.next_power_of_2(max(q.group, k.group))
+    stats = torch.empty(len(sides), len(qkv), 2, dtype=torch.float32, device=qkv.device)
+    cols = triton.next_power_of_2(max(side.heads * side.width for side in sides))
     rows, warps = rows_and_warps("qkv_prologue", cols, qkv.device)
     launch(
         norm_stats_kernel,
-        triton.cdiv(len(qkv), rows) * (q.norms + k.norms),
+        triton.cdiv(len(qkv), rows) * len(sides),
         qkv.device,
         source, len(qkv), eps, stats,
-        QUERIES=q,
-        KEYS=k,
+        SIDES=len(sides),
+        FIRST=sides[0],
+        LAST=sides[-1],
         ROWS=rows,
         COLS=cols,
         num_warps=warps,
@@ -169,35 +171,41 @@ def norm_stats_kernel(
     source,  # Source
     tokens,
     eps,
-    stats,  # [groups, tokens, 2], written
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    stats,  # [SIDES, tokens, 2], written
+    SIDES: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    GROUPS: tl.constexpr = QUERIES.norms + KEYS.norms
-    group, row = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS * ROWS
-    at = stats + (group.to(tl.int64) * tokens + row) * 2
-    if group < QUERIES.norms:
-        store_norm_stats(source, tokens, eps, at, group, row, QUERIES, ROWS, COLS)
+    side, row = tl.program_id(0) % SIDES, tl.program_id(0) // SIDES * ROWS
+    at = stats + (side.to(tl.int64) * tokens + row) * 2
+    if side == 0:
+        store_norm_stats(source, tokens, eps, at, row, FIRST, ROWS, COLS)
     else:
-        store_norm_stats(source, tokens, eps, at, group - QUERIES.norms, row, KEYS, ROWS, COLS)
+        store_norm_stats(source, tokens, eps, at, row, LAST, ROWS, COLS)
 
 
 @triton.jit
-def store_norm_stats(
-    source, tokens, eps, stats, group, row, heads: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def store_norm_stats(source, tokens, eps, stats, row, heads: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    WIDTH: tl.constexpr = heads.heads * heads.width
     row_mask = row + rows < tokens
-    mask = row_mask[:, None] & (cols < heads.group)[None, :]
-    x = load_biased(source, row + rows, heads.column + group * heads.group + cols, mask)
-    mean = tl.zeros([ROWS], tl.float32)
-    if heads.layer:
-        mean = tl.sum(x, 1) / heads.group
-        x = tl.where(mask, x - mean[:, None], 0.0)
+    mask = row_mask[:, None] & (cols < WIDTH)[None, :]
+    x = load_biased(source, row + rows, heads.column + cols, mask)
+    mean, inverse = mean_and_inverse(x, mask, eps, WIDTH, heads.layer)
     tl.store(stats + 2 * rows, mean, mask=row_mask)
-    tl.store(stats + 2 * rows + 1, tl.rsqrt(tl.sum(x * x, 1) / heads.group + eps), mask=row_mask)
+    tl.store(stats + 2 * rows + 1, inverse, mask=row_mask)
+
+
+@triton.jit
+def mean_and_inverse(x, mask, eps, WIDTH: tl.constexpr, LAYER: tl.constexpr):
+    """Of each row: its mean, 0 for an RMS norm, and the reciprocal of its standard deviation, or root mean square."""
+    mean = tl.zeros([x.shape[0]], tl.float32)
+    if LAYER:
+        mean = tl.sum(x, 1) / WIDTH
+        x = tl.where(mask, x - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
 
 
 @triton.jit(do_not_specialize=["tokens", "pages"])
@@ -205,6 +213,7 @@ def prologue_kernel(
     source,  # Source
     tokens,
     stats,  # of norm_stats_kernel, or None
+    eps,
     norm_q,  # Norm, and norm_k
     norm_k,
     rope,  # [tokens, ROTARY_DIM / 2, 2] or None
@@ -237,7 +246,7 @@ def prologue_kernel(
             head = part // QUERY.parts
             row, col = part_of(QUERY, part % QUERY.parts)
             queries = rotated_part(
-                source, stats, tokens, norm_q, rope, head, first, row, col, length,
+                source, stats, tokens, eps, norm_q, rope, head, first, row, col, length,
                 QUERIES, QUERY, ROTARY_DIM, INTERLEAVED,
             )  # fmt: skip
             write_queries(queries, *out, first, head, row, col, length, QUERY)
@@ -245,7 +254,7 @@ def prologue_kernel(
             head = (part - FIRST_KEY) // KEY.parts
             row, col = part_of(KEY, (part - FIRST_KEY) % KEY.parts)
             keys = rotated_part(
-                source, stats, tokens, norm_k, rope, head, first, row, col, length,
+                source, stats, tokens, eps, norm_k, rope, head, first, row, col, length,
                 KEYS, KEY, ROTARY_DIM, INTERLEAVED,
             )  # fmt: skip
             if k_mean is not None:
@@ -255,7 +264,7 @@ def prologue_kernel(
             head = (part - FIRST_VALUE) // VALUE.parts
             row, col = part_of(VALUE, (part - FIRST_VALUE) % VALUE.parts)
             values = rotated_part(
-                source, None, tokens, norm_k, None, head, first, row, col, length,
+                source, None, tokens, eps, norm_k, None, head, first, row, col, length,
                 VALUES, VALUE, 0, True,
             )  # fmt: skip
             write_part(values, v_plane, tile_index(page, head, KEYS.heads, VALUE), row, col, length, VALUE)
@@ -263,26 +272,43 @@ def prologue_kernel(
 
 @triton.jit
 def rotated_part(
-    source, stats, tokens, norm, rope, head, first, row, col, length,
+    source, stats, tokens, eps, norm, rope, head, first, row, col, length,
     heads: tl.constexpr, tile: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """A part of one head, normalised and rotated: [rows, cols] float32, 0 where there is no token or channel."""
     rows, cols = row + tl.arange(0, tile.rows), col + tl.arange(0, tile.cols)
     row_mask, token = rows < length, first + rows
-    x = normalised(source, stats, tokens, norm, head, token, row_mask, cols, heads, tile.width)
+    x = normalised(source, stats, tokens, eps, norm, head, token, row_mask, cols, heads, tile.width)
     if rope is not None:
-        # Each channel is computed from its own value and its partner's: a part need not hold both.
-        HALF: tl.constexpr = ROTARY_DIM // 2
-        STEP: tl.constexpr = 1 if INTERLEAVED else HALF
-        pair = cols // 2 if INTERLEAVED else cols % HALF
-        is_first = cols % 2 == 0 if INTERLEAVED else cols < HALF
-        partner = tl.where(is_first, cols + STEP, cols - STEP)
-        mask = row_mask[:, None] & (cols < ROTARY_DIM)[None, :]
-        angle = rope + token[:, None] * ROTARY_DIM + pair[None, :] * 2
-        cos, sin = tl.load(angle, mask=mask, other=1.0), tl.load(angle + 1, mask=mask, other=0.0)
-        y = normalised(source, stats, tokens, norm, head, token, row_mask, partner, heads, ROTARY_DIM)
-        x = tl.where(mask, x * cos + tl.where(is_first[None, :], -y, y) * sin, x)
+        x = rotated(x, rope + token[:, None] * ROTARY_DIM, row_mask, col, ROTARY_DIM, INTERLEAVED)
     return x
+
+
+@triton.jit
+def rotated(x, angles, row_mask, col, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """x [rows, cols]: channels col .. col + cols of a head, all of them unless pairs are neighbours. angles: addresses
+    of each row's cosines and sines, [rows, 1]."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLS: tl.constexpr = x.shape[1]
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    if INTERLEAVED:
+        # A pair's cosine and sine lie as its channels do: all of them are one load, and taken apart alike.
+        at = col + tl.arange(0, COLS)
+        both = tl.load(angles + at[None, :], mask=row_mask[:, None] & (at < ROTARY_DIM)[None, :], other=0.0)
+        cos, sin = tl.split(tl.reshape(both, [ROWS, COLS // 2, 2]))
+        mask = (col // 2 + tl.arange(0, COLS // 2) < HALF)[None, :]
+        a, b = tl.split(tl.reshape(x, [ROWS, COLS // 2, 2]))
+        turned = tl.join(tl.where(mask, a * cos - b * sin, a), tl.where(mask, a * sin + b * cos, b))
+        return tl.reshape(turned, [ROWS, COLS])
+    else:
+        cols = tl.arange(0, COLS)
+        is_first, pair = cols < HALF, cols % HALF
+        mask = row_mask[:, None] & (cols < ROTARY_DIM)[None, :]
+        cos = tl.load(angles + 2 * pair[None, :], mask=mask, other=1.0)
+        sin = tl.load(angles + 2 * pair[None, :] + 1, mask=mask, other=0.0)
+        partner = tl.where(is_first, cols + HALF, tl.where(cols < ROTARY_DIM, cols - HALF, cols))
+        y = tl.gather(x, tl.broadcast_to(partner[None, :], [ROWS, COLS]), 1)
+        return tl.where(mask, x * cos + tl.where(is_first[None, :], -y, y) * sin, x)
 
 
 @triton.jit
@@ -293,18 +319,23 @@ def write_queries(x, out, token_stride, head_stride, stride, first, head, row, c
 
 
 @triton.jit
-def normalised(source, stats, tokens, norm, head, token, row_mask, cols, heads: tl.constexpr, WIDTH: tl.constexpr):
+def normalised(source, stats, tokens, eps, norm, head, token, row_mask, cols, heads: tl.constexpr, WIDTH: tl.constexpr):
     """These channels of a head after bias and norm: [tokens, cols] float32, 0 where there is none."""
-    col_mask = (cols >= 0) & (cols < WIDTH)
+    col_mask = cols < WIDTH
     mask = row_mask[:, None] & col_mask[None, :]
     x = load_biased(source, token, heads.column + head * heads.width + cols, mask)
-    if heads.norms > 0:
-        group = heads.first_group + head if heads.norms > 1 else heads.first_group
-        stats += (group * tokens + token) * 2
+    if heads.norm != "":
+        at = cols
+        if heads.norm == "all":
+            at = head * heads.width + cols
+            stats += (heads.stats * tokens + token) * 2
+            mean, inverse = tl.load(stats, mask=row_mask, other=0.0), tl.load(stats + 1, mask=row_mask, other=0.0)
+        else:
+            mean, inverse = mean_and_inverse(x, mask, eps, heads.width, heads.layer)
+            inverse = tl.where(row_mask, inverse, 0.0)  # without an eps that of a row of zeros is infinite
         if heads.layer:
-            x -= tl.load(stats, mask=row_mask, other=0.0)[:, None]
-        x *= tl.load(stats + 1, mask=row_mask, other=0.0)[:, None]
-        at = cols if heads.group == heads.width else head * heads.width + cols
+            x -= mean[:, None]
+        x *= inverse[:, None]
         x *= tl.load(norm.weight + at, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         if heads.layer:
             x += tl.load(norm.bias + at, mask=col_mask, other=0.0).to(tl.float32)[None, :]

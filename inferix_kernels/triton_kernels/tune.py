@@ -44,7 +44,7 @@ CANDIDATES: dict[str, list[Config]] = {
     ],
     **{
         op: [{"numbers": n, "numbers_per_thread": t} for n, t in product((1024, 2048, 4096, 8192), (4, 8, 16, 32))]
-        for op in ("merge_attention", "qkv_prologue", "quantize_rows")
+        for op in ("add_norm", "merge_attention", "qkv_prologue", "quantize_rows")
     },
 }
 

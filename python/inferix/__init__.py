@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from inferix_kernels import __version__
 
-    from .commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
+    from .commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, InspectKvConfig, PlayConfig
     from .commands.convert import convert
     from .commands.doctor import doctor
     from .commands.generate import generate
+    from .commands.inspect_kv import inspect_kv
     from .commands.play import play
     from .world import World
 
@@ -19,17 +20,19 @@ __all__ = [
     "ConvertConfig",
     "DoctorConfig",
     "GenerateConfig",
+    "InspectKvConfig",
     "PlayConfig",
     "World",
     "__version__",
     "convert",
     "doctor",
     "generate",
+    "inspect_kv",
     "play",
 ]
 
-_CONFIGS = ("ConvertConfig", "DoctorConfig", "GenerateConfig", "PlayConfig")
-_COMMANDS = ("convert", "doctor", "generate", "play")
+_CONFIGS = ("ConvertConfig", "DoctorConfig", "GenerateConfig", "InspectKvConfig", "PlayConfig")
+_COMMANDS = ("convert", "doctor", "generate", "inspect_kv", "play")
 _MODULE_OF = {"World": ".world", "__version__": "inferix_kernels"} | dict.fromkeys(_CONFIGS, ".commands.configs")
 _MODULE_OF |= {name: f".commands.{name}" for name in _COMMANDS}
 

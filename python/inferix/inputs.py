@@ -62,6 +62,8 @@ def recache_of(adapter: Adapter, can_recache: bool, recache: bool | str | None) 
 
 def conditioning_of(model: Model, actions: Sequence[Action], prompt: str | None) -> Any:
     """The conditioning of one block."""
+    if prompt is None and not model.adapter.words:
+        prompt = ""
     if prompt is None:
         raise ValueError("prompt must be given with the first block: the world has no look yet")
     if not isinstance(prompt, str):

@@ -54,8 +54,13 @@ def recorder_for(model: Model, graphs: bool) -> Recorder | None:
     device = torch.device(model.device)
     if device.type != "cuda":
         raise ValueError(f"graphs must be False on {device.type}: forwards are captured on a GPU alone, got True")
-    if model.schedule is not None or model.network is None:
-        why = "has several blocks in flight" if model.schedule is not None else "has no network whose weights are known"
+    reasons = {
+        "has several blocks in flight": model.schedule is not None,
+        "has no network whose weights are known": model.network is None,
+        # A graph's conditionings are copies: what a forward leaves in one is not there for the next block.
+        "keeps what its blocks leave in their conditionings": type(model).placed is not Model.placed,
+    }
+    if why := next((why for why, holds in reasons.items() if holds), None):
         raise ValueError(f"graphs must be False for {model.adapter.name}, which {why}, got True")
     return CudaRecorder(device)
 

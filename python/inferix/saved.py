@@ -162,6 +162,7 @@ def _right(world: World, state: dict[str, Any]) -> dict[str, bool]:
         "generator": _is_generator_state(world, state.get("generator")),
         "recent": all(_is_block(world, block) for block in blocks),
         "opening": opening is None or _is_block(world, (0, 1, opening)),
+        "carried": _is_carried(world, state.get("carried"), len(blocks)),
         "pictures": isinstance(state.get("pictures", 0), dict if world.pictures.stream.looks_back else type(None)),
     }
 
@@ -182,13 +183,23 @@ def _is_block(world: World, block: Any) -> bool:
     return 0 <= first < end and tuple(latents.shape) == shape and latents.is_floating_point()
 
 
+def _is_carried(world: World, carried: Any, blocks: int) -> bool:
+    """None, as in folders of earlier versions, is nothing for each block."""
+    try:
+        each = [None] * blocks if carried is None else carried
+        return isinstance(each, list) and len([world.model.resumed(one) for one in each]) == blocks
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def _identity(world: World) -> dict[str, Any]:
     """What must agree for a world to go on as another one over this one's model and store."""
     adapter, policy = world.model.adapter, world.table.policy
     return {
         "version": VERSION,
         "model": adapter.name,
-        "weights": _fingerprint(world.model),
+        "weights": fingerprint(world.model),
+        "picture": world.model.begun_with,
         "latent_shape": list(world.model.latent_shape),
         "format": policy.format,
         "window": policy.window,
@@ -202,7 +213,7 @@ def _identity(world: World) -> dict[str, Any]:
     }
 
 
-def _fingerprint(model: Model) -> str:
+def fingerprint(model: Model) -> str:
     """Of a few numbers of every tensor of the network: cheap, and no two trainings agree in all of them."""
     digest = hashlib.sha256()
     for name, x in () if model.network is None else model.network.state_dict().items():

@@ -12,14 +12,14 @@ import torch
 
 import inferix
 from inferix.commands import cli, doctor
-from inferix.commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
+from inferix.commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, InspectKvConfig, PlayConfig
 from inferix.commands.options import KINDS, declared
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
 from inferix.models.tiny.train import export
 from inferix.world import World
 from inferix_kernels.layout import KV_FORMATS
 
-CONFIGS = (GenerateConfig, PlayConfig, ConvertConfig, DoctorConfig)
+CONFIGS = (GenerateConfig, PlayConfig, ConvertConfig, DoctorConfig, InspectKvConfig)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +197,11 @@ def test_every_option_is_declared_with_a_type_that_is_checked_and_a_help(config)
 def test_options_that_commands_share_are_declared_once():
     shared = {each.name: each for each in declared(GenerateConfig)}
     both = [each for each in declared(PlayConfig) if each.name in shared]
-    assert len(both) == 14 and all(each == shared[each.name] for each in both)
+    assert len(both) == 16 and all(each == shared[each.name] for each in both)
     own = [name for config in CONFIGS for name in vars(config).get("__annotations__", {})]
-    assert sorted(name for name in set(own) if own.count(name) > 1) == ["out"], "of generate and convert, two things"
+    assert sorted(name for name in set(own) if own.count(name) > 1) == ["out"], (
+        "of generate, convert and inspect-kv, three things"
+    )
 
 
 def test_the_command_line_leaves_defaults_to_the_dataclass():

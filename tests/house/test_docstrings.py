@@ -21,7 +21,7 @@ import inferix_kernels
 from inferix.models import load_model
 from inferix.models.linears import weight_bytes
 from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, quantize
-from inferix_kernels.quantize import Linear8, QConfig, linear_input, linear_output, quantize_linears
+from inferix_kernels.quantize import Linear8, QConfig, Residual, linear_input, linear_output, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
 from inferix_kernels.store.snapshot import save
 
@@ -45,6 +45,7 @@ ALONE = [
     quantize_linears,
     linear_input,
     linear_output,
+    Residual,
     weight_bytes,
 ]
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
@@ -65,7 +66,7 @@ def methods(kind: type) -> list[str]:
     return [n for n, x in found.items() if inspect.isfunction(x) and not n.startswith("_") and n not in PLAIN]
 
 
-METHODS = [(kind, name) for kind in (PageTable, Pass, Policy) for name in methods(kind)]
+METHODS = [(kind, name) for kind in (PageTable, Pass, Policy, Residual) for name in methods(kind)]
 METHODS += [(KVStore, "open"), (KVPages, "empty"), (PageList, "of")]
 
 

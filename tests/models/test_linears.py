@@ -17,7 +17,7 @@ from inferix.models.linears import eight_bit_names, weight_bytes
 from inferix.models.tiny.measures import true_video
 from inferix.models.tiny.model import Layer, TinyConfig, TinyWorldModel
 from inferix.models.tiny.simulator import THEMES, TIMES
-from inferix_kernels.quantize import Linear8, quantize_linears
+from inferix_kernels.quantize import Linear8, Residual, quantize_linears
 from tests.models.test_wan_world import wan
 from tests.models.wan_golden import random_network, tiny_config
 
@@ -129,11 +129,11 @@ def test_the_tiny_worlds_cross_attention_is_attention_to_the_words():
     k, v = layer.cross_kv(words).unflatten(-1, (2, 4, 32)).transpose(-4, -2).unbind(-3)
     q = layer.cross_q(layer.norm_cross(x)).flatten(2, 3).unflatten(-1, (4, 32)).transpose(-3, -2)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).reshape(x.shape)
-    made = layer.cross_attention(x, layer.cross_cache(words))
+    made = layer.cross_attention(Residual(x), layer.cross_cache(words)).sum()
     torch.testing.assert_close(made, x + layer.cross_out(attended), rtol=0, atol=1e-12)
     for name in ("cross_q", "cross_kv", "cross_out"):  # a user may quantize these too
         layer.set_submodule(name, Linear8.from_linear(getattr(layer, name).float()))
-    rough = layer.float().cross_attention(x.float(), layer.cross_cache(words.float()))
+    rough = layer.float().cross_attention(Residual(x.float()), layer.cross_cache(words.float())).sum()
     assert (rough - made).norm() < 0.02 * (made - x).norm()
 
 

@@ -52,16 +52,19 @@ def tiny_config(**changes):
 
 
 def random_network(config, seed=0, dtype=torch.float32):
+    return fill(WanNetwork(config), seed).to(dtype).eval().requires_grad_(False)
+
+
+def fill(network, seed=0):
     """Weights large enough that nothing is nearly the identity; the published head would be zero."""
     generator = torch.Generator().manual_seed(seed)
-    network = WanNetwork(config)
     for name, x in network.named_parameters():
         drawn = torch.randn(x.shape, generator=generator)
         if x.ndim > 1 and "modulation" not in name:
             x.data = drawn * (2 / x[0].numel()) ** 0.5
         else:
             x.data = 0.1 * drawn + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return network.to(dtype).eval().requires_grad_(False)
+    return network
 
 
 class Replay(SequentialDecoder):

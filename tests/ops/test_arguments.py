@@ -59,6 +59,16 @@ def calls() -> dict[str, dict]:
             "scale": torch.zeros(2, 24),
             "out": x,
         },
+        "add_norm": {
+            "x": torch.randn(6, 24),
+            "gate": torch.ones(3, 24),
+            "residual": torch.zeros(6, 24),
+            "norm": "layer",
+            "weight": torch.ones(24),
+            "scale": torch.zeros(2, 24),
+            "summed": torch.zeros(6, 24),
+            "out": torch.zeros(6, 24),
+        },
         "linear": {
             "x": x,
             "weight": weight,

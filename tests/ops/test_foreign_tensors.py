@@ -53,9 +53,10 @@ FOREIGN = {
 
 def may_be_none(op, name, way):
     optional = {"k_mean", "lse", "norm_q", "norm_k", "norm_k_bias", "rope", "bias", "scale", "gate", "residual", "keep"}
+    optional |= {"summed"}
     if name == "out":
         return way == ()
-    alone = way == () and (name in optional or (op, name) == ("quantize_rows", "weight"))
+    alone = way == () and (name in optional or (op != "linear" and name == "weight"))
     return alone or (name, way) == ("plan", (4,))  # its bias
 
 

@@ -10,6 +10,13 @@ from inferix_kernels.__main__ import OPS
 from inferix_kernels.testing import attention_inputs, filled_pool, mixed_pools, rope_table
 
 
+def add_norm_call(modulate: dict) -> tuple:
+    added = {"gate": torch.randn(3, 16), "residual": torch.randn(6, 16), "summed": torch.empty(6, 16)}
+    order = ("gate", "residual", *modulate, "eps", "activation", "summed", "out")
+    given = {**added, **modulate, "eps": 1e-6, "activation": None, "out": torch.empty(6, 16)}
+    return (torch.randn(6, 16),), {name: given[name] for name in order}
+
+
 def calls() -> dict[str, tuple]:
     """op -> (args, kwargs) of a call in which every output is passed in."""
     lens = [8, 3]
@@ -52,6 +59,7 @@ def calls() -> dict[str, tuple]:
             (torch.randn(6, 16), torch.int8),
             {**modulate, "eps": 1e-6, "activation": None, "out": quantized},
         ),
+        "add_norm": add_norm_call(modulate),
         "page_summaries": (
             (attention_pools, PageList(plan.page_ids[:2], plan.page_lens[:2]), True),
             {"out": torch.zeros(sum(pool.pages for pool in attention_pools), 2, 2, 16)},

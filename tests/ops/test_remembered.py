@@ -18,6 +18,7 @@ ACCEPT = {
     "merge_attention": ops._accept_merge,
     "qkv_prologue": ops._accept_prologue,
     "quantize_rows": ops._accept_rows,
+    "add_norm": ops._accept_add_norm,
     "linear": ops._accept_linear,
 }
 WHICH = ("compiled", "reference")

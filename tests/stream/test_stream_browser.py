@@ -230,6 +230,19 @@ def test_redoing_memory_is_offered_where_it_can_be_done(page, monkeypatch):
     assert not page.run(f"return {box}.hidden")
 
 
+def test_a_world_without_words_shows_its_keys(page, monkeypatch):
+    page.open("?transport=websocket")
+    told = {"words": False, "actions": ["nomove", "forward", "camera_l"]}
+    told["keys"] = {" ": "nomove", "w": "forward", "j": "camera_l", "arrowleft": "camera_l"}
+    for name, value in told.items():
+        monkeypatch.setitem(page.server.session.model, name, value)
+    page.open("?transport=websocket")
+    page.until("document.getElementById('hint').textContent.startsWith('w forward · j camera_l · p pauses')")
+    assert page.run("return ['say', 'pad'].every((id) => document.getElementById(id).hidden)")
+    page.run("inferix.pads.set('gamepad', 'up')")
+    assert page.run("return inferix.pads.held.length") == 0, "it knows no such action"
+
+
 def test_pause_stops_the_pictures_and_step_makes_one_block(page):
     page.open()
     page.watch(3)

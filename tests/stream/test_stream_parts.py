@@ -81,6 +81,15 @@ def test_keys_are_state_and_the_last_pressed_wins():
     assert wheel.orders(["a"], now=0.1 + SILENCE + 1)[0] == {"a": Order("none")}, "a driver that fell silent let go"
 
 
+def test_what_is_held_at_once_is_done_at_once_where_a_model_can():
+    wheel = Steering(("nomove", "forward", "camera_l"), {"w": "forward", "j": "camera_l"}, together=True)
+    assert wheel.orders(["a"], now=0.0)[0] == {"a": Order("nomove")}
+    wheel.press(1, ["w", "j", "w"], now=0.0)
+    assert wheel.orders(["a"], now=0.1)[0] == {"a": Order("forward+camera_l")}
+    wheel.press(2, [], now=0.2)
+    assert wheel.orders(["a"], now=0.3)[0] == {"a": Order("nomove")}
+
+
 def test_a_tap_is_kept_for_one_block():
     wheel = steering()
     wheel.press(1, ["w"], now=0.0)

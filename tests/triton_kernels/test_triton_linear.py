@@ -1,12 +1,13 @@
-"""quantize_rows and linear in Triton against the reference: in its interpreter, or on a GPU where there is one."""
+"""quantize_rows, add_norm and linear in Triton against the reference: in its interpreter, or on a GPU."""
 
 import importlib
 
 import pytest
 import torch
 
+import tests.ops.test_add_norm as sums
 import tests.ops.test_linear as cases
-from inferix_kernels import Quantized, Unsupported, linear, quantize_rows
+from inferix_kernels import Quantized, Unsupported, add_norm, linear, quantize_rows
 from inferix_kernels._check import CODES
 from inferix_kernels.triton_kernels import launch
 from tests.triton_kernels import triton_mode
@@ -23,6 +24,23 @@ REAL_SHAPES = [(4680, 1536, 1536), (4680, 8960, 1536), (4680, 1536, 8960)]
 @pytest.mark.parametrize("shape, dtype", list(zip(SHAPES, cases.DTYPES)), ids=str)
 def test_quantized_rows_match_the_reference(shape, dtype, steps, codes, device):
     cases.test_quantized_rows_match_the_reference(shape, steps, dtype, codes, "triton", device)
+
+
+@pytest.mark.parametrize("steps", sums.STEPS)
+@pytest.mark.parametrize("shape, dtype", list(zip(sums.SHAPES, sums.DTYPES)), ids=str)
+def test_sums_and_norms_match_the_reference(shape, dtype, steps, device):
+    sums.test_it_matches_the_reference(shape, steps, dtype, True, "triton", device)
+
+
+@pytest.mark.parametrize("dtype", sums.DTYPES, ids=str)
+def test_one_call_is_two(dtype, device):
+    sums.test_one_call_is_two(dtype, "triton", device)
+    sums.test_the_stream_may_be_written_in_place("triton", device)
+    sums.test_rows_may_lie_apart("triton", device)
+
+
+def test_each_tensor_may_be_of_a_dtype_of_its_own(device):
+    sums.test_each_tensor_may_be_of_a_dtype_of_its_own((1, 0, 2, 1), "triton", device)
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)
@@ -71,8 +89,9 @@ def test_no_rows_are_no_error(device):
 
 
 def test_what_can_not_run_is_said(device, monkeypatch):
-    with pytest.raises(Unsupported, match="x must be at most 32768 wide, got 32769"):
-        quantize_rows(torch.empty(1, 32769, device=device), backend="triton")
+    for op in (quantize_rows, add_norm):
+        with pytest.raises(Unsupported, match=f"{op.__name__}: x must be at most 32768 wide, got 32769"):
+            op(torch.empty(1, 32769, device=device), backend="triton")
     x = quantize_rows(torch.ones(2, 32, device=device), torch.float8_e4m3fn, backend="triton")
     module = importlib.import_module("inferix_kernels.triton_kernels.linear")  # the package's "linear" is the op
     monkeypatch.setattr(module, "architecture", lambda device: 80)

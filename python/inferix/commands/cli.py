@@ -1,4 +1,4 @@
-"""The command line: `inferix generate`, `inferix play`, `inferix convert`, `inferix doctor`.
+"""The command line: `inferix generate`, `inferix play`, `inferix convert`, `inferix inspect-kv`, `inferix doctor`.
 
 Built from the declarations in configs.py; a command is the module of its name and has `run(config) -> exit code`.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .configs import ConvertConfig, DoctorConfig, GenerateConfig, PlayConfig
+from .configs import ConvertConfig, DoctorConfig, GenerateConfig, InspectKvConfig, PlayConfig
 from .options import KINDS, Declared, Options, declared
 
 USAGE, INTERRUPTED = 2, 130
@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
     "generate": (GenerateConfig, "make a video of a world"),
     "play": (PlayConfig, "steer a world in the browser, or in this terminal"),
     "convert": (ConvertConfig, "write a Wan checkpoint as one safetensors file that needs no other"),
+    "inspect-kv": (InspectKvConfig, "measure a model's keys and values, and what each page format costs it"),
     "doctor": (DoctorConfig, "what this machine can run, and what is missing"),
 }
 
@@ -45,7 +46,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
         return code
 
     try:
-        return int(importlib.import_module(f".{command}", __package__).run(options(**given)))
+        return int(importlib.import_module(f".{command.replace('-', '_')}", __package__).run(options(**given)))
     except ValueError as error:
         return fail(as_typed(str(error), options), USAGE)
     except ImportError as error:

@@ -36,8 +36,8 @@ class ModelOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldOptions(ModelOptions):
-    """A world, and where it runs."""
+class PlaceOptions(ModelOptions):
+    """A world of one seed, and where it runs."""
 
     weights: str | Path | None = option(
         "checkpoint file or its folder, for models that do not ship one", None, to="model"
@@ -49,20 +49,41 @@ class WorldOptions(ModelOptions):
     )
     size: tuple[int, int] | None = option("pixels of a picture (default: the model's)", None, to="model", metavar="HxW")
     seed: int = option("of all noise", 0, to="world", must=(between(0, 2**64 - 1, "from 0 to 2^64 - 1"),))
-    kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
     window: int | None = option("frames a block sees, its own included (default: the model's)", None, to="world")
     sink: int | None = option("first frames that are never forgotten (default: the model's)", None, to="world")
     device: str | None = option(
         "where the network runs: cpu or cuda (default: a GPU, if there is one)", None, to="model"
     )
     backend: str = option("kernels: auto, compiled, triton or reference", "auto", to="world")
-    precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
-    graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
+    image: str | Path | None = option(
+        "picture that the video begins with, for models that take one; white where it is transparent", None
+    )
     threads: int | None = option("CPU threads (default: the model's)", None, must=(between(1, MOST_THREADS),))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(WorldOptions):
+class WorldOptions(PlaceOptions):
+    """And what its pages hold."""
+
+    kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
+    precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
+    graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptOptions(Options):
+    """What is done and said where nobody is at the keys."""
+
+    seconds: float = option("length of the video", 10.0, must=(POSITIVE, at_most(MOST_SECONDS, "about 11 days")))
+    actions: str | Path = option("a file has one ACTION [FRAMES] a line", "random", metavar="FILE|random|scripted")
+    prompt: str | None = option('words for the whole video, for example "desert night"', None)
+    prompt_cache: str | Path | None = option(
+        "folder for prompt embeddings (default: ~/.cache/inferix/prompts)", None, to="model"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(WorldOptions, ScriptOptions):
     """A video of a world, and the files it is written to.
 
     Example:
@@ -72,9 +93,6 @@ class GenerateConfig(WorldOptions):
     """
 
     out: str | Path = option("MP4 to write; a PNG sheet and a JSON summary go next to it", "world.mp4")
-    seconds: float = option("length of the video", 10.0, must=(POSITIVE, at_most(MOST_SECONDS, "about 11 days")))
-    actions: str | Path = option("a file has one ACTION [FRAMES] a line", "random", metavar="FILE|random|scripted")
-    prompt: str | None = option('words for the whole video, for example "desert night"', None)
     prompt_file: str | Path | None = option(
         "one SECOND PROMPT a line; a line that begins with # says nothing", None, instead_of="prompt"
     )
@@ -86,9 +104,6 @@ class GenerateConfig(WorldOptions):
     )
     scale: int | None = option(
         "pixels of the video per pixel of the world (default: the model's)", None, must=(at_least(1),)
-    )
-    image: str | Path | None = option(
-        "picture that the video begins with, for models that take one; white where it is transparent", None
     )
     video: str | Path | None = option(
         "video whose start the video goes on from, as long as makes whole blocks, for models that take one",
@@ -105,9 +120,6 @@ class GenerateConfig(WorldOptions):
         "rows before the caption, for models that know them", None, to="model", metavar="A,B", parse=comma_separated
     )
     resume: bool = option("go on with the video that a kill or Ctrl-C ended", False)
-    prompt_cache: str | Path | None = option(
-        "folder for prompt embeddings (default: ~/.cache/inferix/prompts)", None, to="model"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +170,19 @@ class PlayConfig(WorldOptions):
     )
     worlds: int = option("how many worlds there is room for: a fork needs 2", 2, page_only=True, must=(at_least(1),))
     terminal: bool = option("play in this terminal instead", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectKvConfig(PlaceOptions, ScriptOptions):
+    """A world to be measured, and the file that says what was found.
+
+    Example:
+        >>> config = inferix.InspectKvConfig(model="tiny", seconds=5)
+        >>> config.out, config.seconds
+        ('kv.json', 5.0)
+    """
+
+    out: str | Path = option("JSON to write", "kv.json")
 
 
 @dataclass(frozen=True, kw_only=True)

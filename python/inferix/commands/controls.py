@@ -1,4 +1,4 @@
-"""Where actions and prompts come from when nobody is at the keys: files, chance, or a fixed tour.
+"""Where actions, prompts and a first picture come from when nobody is at the keys: files, chance, or a fixed tour.
 
 Files are UTF-8 text, with or without a byte order mark.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..models import Adapter
+from ..media import read_picture
+from ..models import Adapter, Model
 
 MOST_TEXT = 1 << 24  # characters of a file
 
@@ -36,6 +37,15 @@ def actions_from(actions: str | Path, adapter: Adapter, seed: int) -> Iterator[s
         )
     held = _read_actions(Path(actions), adapter)
     return itertools.chain.from_iterable(itertools.repeat(*action) for action in itertools.cycle(held))
+
+
+def begun_with(model: Model, image: str | Path | None) -> Model:
+    """The model, for worlds that begin with the picture in this file; itself, if there is none and it takes none."""
+    if not model.adapter.picture:
+        if image is not None:
+            raise ValueError(f"image: {model.adapter.name} is conditioned on no picture")
+        return model
+    return model.with_picture(None if image is None else read_picture(image, model.adapter.size, "image")[0])
 
 
 def _wander(actions: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
@@ -67,10 +77,10 @@ def _read_actions(path: Path, adapter: Adapter) -> list[tuple[str, int]]:
     actions: list[tuple[str, int]] = []
     for number, line in _read_lines(path, "actions"):
         name, *count = line.partition("#")[0].split()
-        if name not in adapter.actions:
-            raise ValueError(
-                f"actions: {path}:{number}: action must be one of {', '.join(adapter.actions)}, got {name!r}"
-            )
+        try:
+            adapter.done(name)
+        except ValueError as error:
+            raise ValueError(f"actions: {path}:{number}: {error}") from None
         if len(count) > 1 or (count and not re.fullmatch("0*[1-9][0-9]{0,8}", count[0], re.ASCII)):
             said = " ".join(count)[:40]
             raise ValueError(

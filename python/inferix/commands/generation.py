@@ -52,6 +52,8 @@ class Generation:
         self.digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
         if adapter.at_once:
             model, given = model.for_video(self.total, None if given is None else given[0]), None
+        elif adapter.picture:
+            model, given = model.with_picture(None if given is None else given[0]), None
         self.given = given
         # A pipeline begins no block that nobody will see.
         blocks = -(-self.total // (adapter.block_frames * presentation.pictures)) if adapter.stages else None
@@ -180,11 +182,12 @@ def _given(config: GenerateConfig, model: Model, total: int) -> np.ndarray | Non
     """What the video begins with; of a clip the longest start that makes whole blocks."""
     adapter = model.adapter
     for option in ("image", "video"):
-        if getattr(config, option) is not None and adapter.actions:
-            raise ValueError(f"{option} must not be given: {adapter.name} begins with words and actions alone")
+        if getattr(config, option) is not None and adapter.actions and not (adapter.picture and option == "image"):
+            what = "a picture" if adapter.picture else "words"
+            raise ValueError(f"{option} must not be given: {adapter.name} begins with {what} and actions alone")
     if config.image is not None:
         picture = read_picture(config.image, adapter.size, "image")
-        if not adapter.at_once and not whole_start(model, 1):
+        if not adapter.at_once and not adapter.picture and not whole_start(model, 1):
             raise ValueError(f"image: {adapter.name} begins with several pictures{_beginning_with_one(config)}")
         return picture
     if config.video is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +12,13 @@ UNDO_SECONDS = 15.0
 
 
 def open_world(
-    model: str, *, undo_seconds: float | None, worlds: int, threads: int | None = None, **options: Any
+    model: str,
+    *,
+    undo_seconds: float | None,
+    worlds: int,
+    threads: int | None = None,
+    image: str | Path | None = None,
+    **options: Any,
 ) -> World:
     """A world with room for forks and to rewind.
 
@@ -21,6 +28,7 @@ def open_world(
             gigabytes, for every block.
         worlds: that the store has room for.
         threads: of the CPU; None: what suits the model.
+        image: file of the picture that the world begins with, of a model that is conditioned on one.
         options: of World (kv, window, sink, seed, backend: all of them) and of the model's loader.
 
     Raises:
@@ -31,6 +39,7 @@ def open_world(
 
     from ..models import load_model
     from ..world import World
+    from .controls import begun_with
 
     of_world = ("kv", "window", "sink", "seed", "backend", "precision")
     settings = {name: options.pop(name) for name in of_world if name in options}
@@ -43,6 +52,7 @@ def open_world(
             else "several blocks at a time, the next ones begun before one is shown,"
         )
         raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
+    loaded = begun_with(loaded, image)
     if wanted := threads or loaded.presentation.threads:
         torch.set_num_threads(wanted)
     if undo_seconds is None:

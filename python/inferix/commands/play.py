@@ -36,7 +36,8 @@ def play(config: PlayConfig | None = None, /, **options: Any) -> None:
         Ctrl-C ends it.
     """
     config = configured(PlayConfig, config, options)
-    settings = {"threads": config.threads} | config.arguments("model") | config.arguments("world")
+    settings = {"threads": config.threads, "image": config.image}
+    settings |= config.arguments("model") | config.arguments("world")
     if config.terminal:
         _in_terminal(config, settings)
     else:

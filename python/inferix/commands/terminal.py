@@ -48,7 +48,7 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
             for frame in frames:
                 due = max(due + pace, time.perf_counter())  # late frames slip; they are never rushed
                 time.sleep(max(0.0, due - time.perf_counter()))
-                said = f"{prompt} · {action}" if action else prompt
+                said = " · ".join(filter(None, (prompt, action)))
                 sys.stdout.write(f"\x1b[H{picture(frame)}\x1b[0m {said} · {speed:.0f} FPS · {HELP}\x1b[K")
                 sys.stdout.flush()
 

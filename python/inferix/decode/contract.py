@@ -2,7 +2,7 @@
 
 A model is a network and data. `Adapter` says how its blocks are sampled, `Presentation` how its videos are shown, and
 a `Model` maps noisy blocks to predictions. What is special about one with several blocks in flight lies in its
-`Schedule`.
+`Schedule`. Long because it is the manual of models: more than half of it is docstrings.
 
 The way of a prompt has one name for each thing: prompt (text) -> embedding (of the text encoder) -> conditioning (what
 the network attends to, or adds) -> cross-attention.
@@ -63,6 +63,9 @@ class Adapter:
         stages: of a model with a `Schedule`: blocks in flight, each a stage ahead of the next. 0: one block at a time.
         size: pixels (height, width).
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
+        together: several actions may be done in one frame, named "forward+left".
+        words: a world is given a prompt.
+        picture: a world is conditioned on the picture that it begins with: `Model.with_picture`.
     """
 
     name: str
@@ -90,6 +93,9 @@ class Adapter:
     stages: int = 0
     size: tuple[int, int] = (480, 832)
     actions: tuple[str, ...] = ()
+    together: bool = False
+    words: bool = True
+    picture: bool = False
 
     def __post_init__(self) -> None:
         if self.recache not in ("", *RECACHES):
@@ -113,6 +119,18 @@ class Adapter:
         if first and self.first_times:
             times, timesteps = self.first_times, self.first_timesteps
         return list(zip(times, timesteps or times, strict=True))
+
+    def done(self, action: str) -> tuple[str, ...]:
+        """The actions that a name stands for: itself or, `together`, those joined with +.
+
+        Raises:
+            ValueError: the model does not know it.
+        """
+        names = tuple(action.split("+")) if self.together else (action,)
+        if any(name not in self.actions for name in names):
+            several = " (or several of them, joined with +)" if self.together else ""
+            raise ValueError(f"action must be one of {', '.join(self.actions)}{several}, got {action!r}")
+        return names
 
     def frames(self, first: bool) -> int:
         """Latent frames of a block; `first`: it is the first of its world."""
@@ -221,6 +239,7 @@ class Model(abc.ABC):
         linear: what the network's 8-bit linear layers are in, "int8" or "fp8"; None: its loader made none.
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
+        begun_with: digest of the picture that conditions it (`with_picture`); None: none does.
     """
 
     adapter: Adapter
@@ -235,6 +254,7 @@ class Model(abc.ABC):
     network: torch.nn.Module | None = None
     linear: str | None = None
     schedule: Schedule | None = None
+    begun_with: str | None = None
 
     @property
     def only_latents(self) -> bool:
@@ -280,6 +300,37 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def stream(self) -> PictureStream:
         """The pictures of one world."""
+
+    def placed(self, conditioning: Any, first: int, before: Sequence[Any]) -> Any:
+        """A conditioning where its block stands, for a network that looks back on more than `attend` keeps.
+
+        Args:
+            first: index of the block's first frame.
+            before: the conditionings of blocks before it, oldest first, as this method returned them: of those that
+                the window still holds, at least.
+        """
+        return conditioning
+
+    def carried(self, conditioning: Any) -> Any:
+        """What a later block needs of a block's conditioning, as plain values and tensors in host memory; None:
+        nothing. It is saved with a world."""
+        return None
+
+    def resumed(self, carried: Any) -> Any:
+        """The conditioning of an earlier block, for `placed`, from what `carried` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is nothing that `carried` returned.
+        """
+        return None
+
+    def with_picture(self, picture: np.ndarray | None) -> Model:
+        """The same model for worlds that begin with this picture, uint8 [height, width, 3]; see `Adapter.picture`.
+
+        Raises:
+            ValueError: it is none that the model can begin with, or the model is conditioned on none.
+        """
+        raise ValueError(f"image: {self.adapter.name} is conditioned on no picture")
 
     def variants(self, conditioning: Any, remaining: int | None) -> Mapping[str, Any]:
         """The conditionings that a schedule chooses from for each segment, by name (`Segment.conditioning`).

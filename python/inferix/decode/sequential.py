@@ -78,7 +78,7 @@ class SequentialDecoder(Decoder):
 
     def _step(self, conditioning: Any) -> Tensor:
         adapter = self.model.adapter
-        with self._open_block(conditioning) as (x, steps, sampler):
+        with self._open_block(conditioning) as (x, steps, sampler, conditioning):
             for i, (level, t) in enumerate(steps):
                 predicted = self._predict(x, t, conditioning)
                 clean = predicted if adapter.prediction == "x0" else x - level * predicted
@@ -86,7 +86,7 @@ class SequentialDecoder(Decoder):
         return self._close_block(x, conditioning)
 
     def _replay(self, conditioning: Any, latents: Tensor) -> Tensor:
-        with self._open_block(conditioning) as (x, steps, sampler):
+        with self._open_block(conditioning) as (x, steps, sampler, conditioning):
             if any(branch.pending for branch in self.branches):
                 self._predict(x, steps[0][1], conditioning)  # what commits the pending block
             for i in range(len(steps) - 1):  # for the noise that the sampler draws
@@ -94,17 +94,18 @@ class SequentialDecoder(Decoder):
         return self._close_block(latents, conditioning)
 
     @contextmanager
-    def _open_block(self, conditioning: Any) -> Iterator[tuple[Tensor, list[tuple[float, float]], Sampler]]:
-        """The next block as noise, its (level, timestep)s and its sampler. If anything fails, it is forgotten."""
+    def _open_block(self, conditioning: Any) -> Iterator[tuple[Tensor, list[tuple[float, float]], Sampler, Any]]:
+        """The next block as noise, its (level, timestep)s, its sampler, and its conditioning where it stands. If
+        anything fails, it is forgotten."""
         adapter = self.model.adapter
         if adapter.rollout and self._next_frame >= adapter.rollout:
             self._new_rollout(conditioning)
         first = self._next_frame == 0
-        frames, steps = adapter.frames(first), adapter.steps(first)
+        frames, steps, conditioning = adapter.frames(first), adapter.steps(first), self._placed(conditioning)
         try:
             for branch in self.branches:
                 branch.open(frames)
-            yield self._noise(frames), steps, self._sampler([level for level, _ in steps], frames)
+            yield self._noise(frames), steps, self._sampler([level for level, _ in steps], frames), conditioning
         except BaseException:
             for branch in self.branches:
                 branch.abandon()
@@ -127,6 +128,7 @@ class SequentialDecoder(Decoder):
         return sizes
 
     def _observe_block(self, latents: Tensor, conditioning: Any) -> None:
+        conditioning = self._placed(conditioning)
         taken, *_ = [branch.take(latents, conditioning) for branch in self.branches]
         self._remember(taken)
         self.commit_pending()
@@ -227,6 +229,7 @@ class SequentialDecoder(Decoder):
             "generator": self.generator.get_state(),
             "opening": None if self.opening is None else self.opening.cpu(),
             "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in self.recent],
+            "carried": [self.model.carried(clean.conditioning) for clean in self.recent],
         }
 
     def restore(self, tables: list[PageTable], state: dict[str, Any]) -> None:
@@ -237,8 +240,10 @@ class SequentialDecoder(Decoder):
         self.frames, self.released = state["frames"], False
         opening = state.get("opening")  # folders of before it was there have none
         self.opening = None if opening is None else opening.to(device)
+        carried = state.get("carried") or [None] * len(state["recent"])
         self.recent = [
-            CleanBlock(Block(first, end), latents.to(device), None) for first, end, latents in state["recent"]
+            CleanBlock(Block(first, end), latents.to(device), self.model.resumed(each))
+            for (first, end, latents), each in zip(state["recent"], carried, strict=True)
         ]
 
     def _new_rollout(self, conditioning: Any) -> None:
@@ -256,6 +261,10 @@ class SequentialDecoder(Decoder):
         for block in given.split(self.model.adapter.block_frames):
             self._observe_block(block, conditioning)
         self.frames -= overlap
+
+    def _placed(self, conditioning: Any) -> Any:
+        """The next block's conditioning, told where it stands."""
+        return self.model.placed(conditioning, self._next_frame, [clean.conditioning for clean in self.recent])
 
     def _predict(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
         """The prediction or, guided, the negative one and `guidance` times the way from there."""

@@ -24,7 +24,7 @@ def whole_start(model: Model, pictures: int) -> int:
     return whole
 
 
-_WAN, _MAGI = "inferix.models.wan", "inferix.models.magi"
+_WAN, _MAGI, _MATRIX_GAME = "inferix.models.wan", "inferix.models.magi", "inferix.models.matrix_game"
 # name -> module with load(weights, name, **options) -> Model
 MODELS = {
     "tiny": "inferix.models.tiny",
@@ -51,6 +51,9 @@ MODELS = {
     "magi-24b": _MAGI,
     "magi-24b-distill": _MAGI,
     "magi-24b-distill-quant": _MAGI,
+    "matrix-game-2": _MATRIX_GAME,
+    "matrix-game-2-gta": _MATRIX_GAME,
+    "matrix-game-2-templerun": _MATRIX_GAME,
 }
 
 

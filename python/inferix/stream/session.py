@@ -220,7 +220,7 @@ class Session(Commands):
         self.model = await self.remote.opened()
         fps = self.model["fps"]
         self.player.configure(fps, tuple(self.model["size"]), self.model["scale"])
-        self.steering = Steering(self.model["actions"], self.model["keys"])
+        self.steering = Steering(self.model["actions"], self.model["keys"], self.model["together"])
         self.steering.say(["a"], self.model["prompts"][0], None, None)
         self.kv_bytes = self.model["kv_bytes"]
         self.lead = Lead(limit=AHEAD * self.model["block"] / fps)

@@ -28,10 +28,11 @@ class Steering:
         actions: what can be done, the first being nothing; empty for a model that is steered by words alone; None as
             long as no world is open.
         keys: key -> action.
+        together: what is held at once is done at once, named "forward+left"; else the action that came last.
     """
 
-    def __init__(self, actions: Sequence[str] | None, keys: Mapping[str, str] | None = None):
-        self.opened, self.actions = actions is not None, tuple(actions or ())
+    def __init__(self, actions: Sequence[str] | None, keys: Mapping[str, str] | None = None, together: bool = False):
+        self.opened, self.actions, self.together = actions is not None, tuple(actions or ()), together
         self._names = dict(keys or {}) | {action: action for action in self.actions}
         self.worlds = ["a"]  # that follow
         self.prompts: dict[str, str | None] = {}  # in force
@@ -97,6 +98,8 @@ class Steering:
         tapped, self._tapped = self._tapped, None
         if now - self._heard > SILENCE:
             self._held = ()
+        if self.together and self._held:
+            return "+".join(dict.fromkeys(self._held))
         return self._held[-1] if self._held else tapped or self.actions[0]
 
     # Worlds come and go

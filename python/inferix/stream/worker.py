@@ -72,6 +72,8 @@ class Stage:
             "block": adapter.block_frames,
             "actions": list(adapter.actions),
             "keys": dict(presentation.keys),
+            "together": adapter.together,
+            "words": adapter.words,
             "prompts": list(presentation.example_prompts),
             "recache": bool(adapter.recache),
             # Of what was done in past blocks nothing is kept: they can be computed again for words alone.

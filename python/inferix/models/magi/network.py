@@ -16,10 +16,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from inferix_kernels import Quantized
+from inferix_kernels.quantize import Residual, linear_output
 
 from ..rope import spread
 
@@ -123,6 +127,11 @@ class LayerNorm1p(nn.Module):
     def scale(self) -> Tensor:
         return self.weight + 1
 
+    @property
+    def steps(self) -> dict[str, Any]:
+        """As a stream takes them."""
+        return {"norm": "layer", "weight": self.scale, "bias": self.bias, "eps": self.eps}
+
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.scale, self.bias, self.eps)
 
@@ -156,10 +165,9 @@ class Attentions(nn.Module):
         k, v = self.k_layernorm_xattn(both[:, :, 0]).to(both.dtype), both[:, :, 1]
         return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
-    def forward(self, layer: int, x: Tensor, segments: Segments, attend: Attend) -> Tensor | None:
-        """x [T, dim] -> [T, dim]."""
+    def forward(self, layer: int, y: Tensor, segments: Segments, attend: Attend) -> Tensor | None:
+        """Normed y [T, dim] -> what both give, before their projection, [T, 2 * heads * head_dim]."""
         config, norms = self.config, (self.q_layernorm, self.k_layernorm)
-        y = self.linear_qkv.layer_norm(x)
         attended = attend(
             layer,
             self.linear_qkv.qkv(y),
@@ -173,7 +181,7 @@ class Attentions(nn.Module):
             return None
         crossed = self._cross(layer, self.linear_qkv.qx(y), segments)
         parts = [part.unflatten(1, (GROUPS, -1)) for part in (attended, crossed)]
-        return self.linear_proj(torch.stack(parts, 2).flatten(1))
+        return torch.stack(parts, 2).flatten(1)
 
     def _cross(self, layer: int, qx: Tensor, segments: Segments) -> Tensor:
         """Each segment of the rows attends to its own caption alone."""
@@ -184,8 +192,7 @@ class Attentions(nn.Module):
             F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer], enable_gqa=grouped)
             for rows, cross in segments
         ]
-        joined: Tensor = torch.cat(parts, 2)[0].transpose(0, 1).flatten(1)
-        return joined
+        return torch.cat([part[0].transpose(0, 1) for part in parts]).flatten(1)
 
 
 class MLP(nn.Module):
@@ -196,14 +203,12 @@ class MLP(nn.Module):
         self.linear_fc1 = nn.Linear(config.dim, config.ffn * (2 if config.gated else 1), bias=False)
         self.linear_fc2 = nn.Linear(config.ffn, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear_fc1(self.layer_norm(x))
-        if self.gated:
-            gate, value = hidden.chunk(2, 1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = F.gelu(hidden)
-        return self.linear_fc2(hidden)
+    def hidden(self, y: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+        """Of normed y, as linear_fc1 takes it: the input of linear_fc2, in this dtype."""
+        if not self.gated:
+            return linear_output(self.linear_fc1, y, activation="gelu", dtype=dtype)
+        gate, value = linear_output(self.linear_fc1, y, dtype=dtype).chunk(2, -1)
+        return F.silu(gate) * value
 
 
 class Gates(nn.Module):
@@ -214,8 +219,8 @@ class Gates(nn.Module):
         self.proj = nn.Sequential(nn.Linear(config.cond_dim, 2 * config.dim))
 
     def forward(self, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """[segments, cond_dim] -> two of [segments, dim]."""
-        attention, mlp = self.proj(F.silu(cond)).tanh().chunk(2, 1)
+        """[..., cond_dim] -> two of [..., dim]."""
+        attention, mlp = self.proj(F.silu(cond)).tanh().chunk(2, -1)
         return attention, mlp
 
 
@@ -226,20 +231,23 @@ class MagiLayer(nn.Module):
         self.self_attention, self.mlp = Attentions(config), MLP(config)
         self.self_attn_post_norm, self.mlp_post_norm = (LayerNorm1p(config.dim, config.eps) for _ in range(2))
 
-    def forward(self, layer: int, x: Tensor, cond: Tensor, segments: Segments, attend: Attend) -> Tensor | None:
-        """x [T, dim], segments one after another; cond [segments, cond_dim]."""
-        added = self.self_attention(layer, x, segments, attend)
-        if added is None:
+    def forward(self, layer: int, x: Residual, cond: Tensor, segments: Segments, attend: Attend) -> Residual | None:
+        """x [S, n, dim]; cond [S, 1, cond_dim], of the rows at its place; segments of all S * n rows."""
+        attention, mlp = self.self_attention, self.mlp
+        x, y = x.before(None, **plain_norm(attention.linear_qkv.layer_norm))
+        attended = attention(layer, y.flatten(0, 1), segments, attend)
+        if attended is None:
             return None
         gate_attention, gate_mlp = self.ada_modulate_layer(cond)
-        x = self._add(x, added, gate_attention, self.self_attn_post_norm, segments)
-        return self._add(x, self.mlp(x), gate_mlp, self.mlp_post_norm, segments)
+        attended = attended.unflatten(0, x.shape[:2])
+        x = x.plus(attention.linear_proj, attended, gate=gate_attention, **self.self_attn_post_norm.steps)
+        x, y = x.before(mlp.linear_fc1, **plain_norm(mlp.layer_norm))
+        return x.plus(mlp.linear_fc2, mlp.hidden(y, x.dtype), gate=gate_mlp, **self.mlp_post_norm.steps)
 
-    @staticmethod
-    def _add(x: Tensor, added: Tensor, gate: Tensor, norm: LayerNorm1p, segments: Segments) -> Tensor:
-        added = added.to(norm.weight.dtype)  # float32 among bfloat16 layers
-        gated = torch.cat([added[rows] * gate[i] for i, (rows, _) in enumerate(segments)])
-        return (x + norm(gated)).to(x.dtype)
+
+def plain_norm(norm: nn.LayerNorm) -> dict[str, Any]:
+    """As a stream takes it."""
+    return {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
 
 
 class TimestepEmbedder(nn.Module):
@@ -354,13 +362,18 @@ class MagiNetwork(nn.Module):
         grid = x.shape[2] // config.patch, x.shape[3] // config.patch
         h = self._patches(x, grid).to(self.dtype)
         cond = self._cond(times.to(x.device), crosses, stride).to(self.dtype)
-        ends = accumulate((len(block) * grid[0] * grid[1] for block in blocks), initial=0)
-        segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(ends), crosses)]
+        lengths = [len(block) * grid[0] * grid[1] for block in blocks]
+        segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(accumulate(lengths, initial=0)), crosses)]
+        # As many rows in each place, of one noise level: a segment's or, where segments differ, a frame's.
+        places = [len(block) for block in blocks] if len(set(lengths)) > 1 else [1] * len(blocks)
+        cond = torch.cat([row.expand(count, -1) for row, count in zip(cond.split(1), places)])[:, None]
+        stream = Residual(h.unflatten(0, (len(cond), -1)))
         for i, layer in enumerate(self.videodit_blocks.layers):
-            h = layer(i, h, cond, segments, attend)
-            if h is None:
+            made = layer(i, stream, cond, segments, attend)
+            if made is None:
                 return None
-        out = self.final_linear.linear(self.videodit_blocks.final_layernorm(h))
+            stream = made
+        out = self.final_linear.linear(self.videodit_blocks.final_layernorm(stream.sum().flatten(0, 1)))
         velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
         return list(velocity.split([len(block) for block in blocks]))
 

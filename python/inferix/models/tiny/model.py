@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inferix_kernels.quantize import linear_input, linear_output
+from inferix_kernels.quantize import Residual, linear_input, linear_output
 
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
 
@@ -147,28 +147,31 @@ class Layer(nn.Module):
         values = values + out_bias / self.heads  # a head's weights sum to 1
         return CrossCache(keys, biases, values)
 
-    def cross_attention(self, x: Tensor, cross: CrossCache) -> Tensor:
+    def cross_attention(self, x: Residual, cross: CrossCache) -> Residual:
         """x [B, S, frames, n, dim] -> x + attention of its normed rows to their block's words."""
-        rows, y = x.flatten(2, 3).flatten(0, 1), self.norm_cross(x).flatten(2, 3).flatten(0, 1)  # [B * S, L, dim]
+        norm = self.norm_cross
+        x, y = x.before(None, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        rows, y = (part.flatten(2, 3).flatten(0, 1) for part in (x.x, y))  # [B * S, L, dim]
         keys, biases, values = (part.to(y.dtype).flatten(0, 1) for part in cross)
         scores = torch.baddbmm(biases.flatten(1)[..., None], keys.flatten(1, 2), y.mT)  # [B * S, words * heads, L]
         weights = scores.unflatten(1, biases.shape[1:]).softmax(1).flatten(1, 2)
-        return torch.baddbmm(rows, weights.mT, values.flatten(1, 2)).view(x.shape)
+        return Residual(torch.baddbmm(rows, weights.mT, values.flatten(1, 2)).view(x.shape))
 
-    def forward(self, i: int, x: Tensor, modulation: Tensor, cross: CrossCache, attend: Attend) -> Tensor | None:
+    def forward(self, i: int, x: Residual, modulation: Tensor, cross: CrossCache, attend: Attend) -> Residual | None:
         """x [B, S, frames, n, dim]; modulation [6, B, S, frames, 1, dim]; cross from `cross_cache`."""
         own = self.modulation.view(6, 1, 1, 1, 1, -1)
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (modulation + own).unbind()
-        y = linear_input(self.qkv, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
-        attended = attend(i, linear_output(self.qkv, y, dtype=x.dtype).flatten(2, 3), self.norm_q, self.norm_k)
+        x, y = x.before(self.qkv, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        qkv = linear_output(self.qkv, y, dtype=x.dtype).flatten(2, 3)
+        attended = attend(i, qkv, self.norm_q, self.norm_k)
         if attended is None:
             return None
-        x = linear_output(self.out, attended.unflatten(2, x.shape[2:4]), gate=gate, residual=x)
+        x = x.plus(self.out, attended.unflatten(2, x.shape[2:4]), gate=gate)
 
         x = self.cross_attention(x, cross)
-        y = linear_input(self.up, x, norm="layer", scale=scale_ffn, shift=shift_ffn, eps=self.eps)
+        x, y = x.before(self.up, norm="layer", scale=scale_ffn, shift=shift_ffn, eps=self.eps)
         hidden = linear_output(self.up, y, activation="gelu_tanh", dtype=x.dtype)
-        return linear_output(self.down, hidden, gate=gate_ffn, residual=x)
+        return x.plus(self.down, hidden, gate=gate_ffn)
 
 
 class TinyWorldModel(nn.Module):
@@ -250,11 +253,13 @@ class TinyWorldModel(nn.Module):
         modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, 1, -1)).movedim(-3, 0).contiguous()
         h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
         h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
+        stream = Residual(h)
         for i, layer in enumerate(self.layers):
-            h = layer(i, h, modulation, cross[i], attend)
-            if h is None:
+            made = layer(i, stream, modulation, cross[i], attend)
+            if made is None:
                 return None
-        h, condition = h[:, predict], condition[:, predict]
+            stream = made
+        h, condition = stream.sum()[:, predict], condition[:, predict]
         scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
-        h = F.layer_norm(h, h.shape[-1:], eps=self.config.eps)
-        return self.head(F.gelu(self.head_up((h * (1 + scale) + shift).flatten(-3, -2)), approximate="tanh"))
+        y: Any = linear_input(self.head_up, h, norm="layer", scale=scale, shift=shift, eps=self.config.eps)
+        return self.head(linear_output(self.head_up, y.flatten(-3, -2), activation="gelu_tanh"))

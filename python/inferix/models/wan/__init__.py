@@ -79,7 +79,7 @@ class Wan(Model):
                 f"have {CHANNELS}"
             )
         more = config.channels_in - config.channels_out  # of images concatenated to the latents, a whole video of them
-        if more not in ((0, MASK + config.channels_out) if adapter.at_once else (0,)):
+        if more not in ((0, MASK + config.channels_out) if adapter.at_once or adapter.picture else (0,)):
             raise ValueError(
                 f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}, which "
                 f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * config.channels_out} channels, are "
@@ -105,7 +105,7 @@ class Wan(Model):
     @torch.inference_mode()
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
         """The model for a video of so many pictures, made at once; `picture`, uint8 [height, width, 3], begins it."""
-        adapter, config = self.adapter, self.network.config
+        adapter = self.adapter
         if not adapter.at_once:
             return super().for_video(frames, picture)  # which refuses
         if frames < 1:
@@ -117,20 +117,26 @@ class Wan(Model):
         other = copy.copy(self)
         other.adapter, other._conditionings = dataclasses.replace(adapter, block_frames=count, window=count), {}
         if picture is not None:
-            picture = np.ascontiguousarray(picture)  # torch takes no negative strides
-            if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
-                raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
-            if self.encode_start is None or (config.image_dim and self.look is None):
-                raise ValueError(
-                    f"image: the weights of {adapter.name} need a VAE next to them and, to look at it, image_encoder/ "
-                    "or the file that Wan published"
-                )
-            latents = self.encode_start(picture, count).to(self.device)
-            given = torch.zeros(count, MASK, *latents.shape[2:]).to(latents)
-            given[0] = 1
-            other.concat_latents = torch.cat([given, latents], 1)
-            other.tokens = self.look(picture).to(self.device) if self.look and config.image_dim else None
+            other.concat_latents, other.tokens = self.seen(picture, count)
         return other
+
+    def seen(self, picture: np.ndarray, frames: int) -> tuple[Tensor, Tensor | None]:
+        """What the network is given of a picture that a video of so many latent frames begins with: further channels of
+        each frame, [frames, MASK + channels, h, w], and the tokens of CLIP, if it takes them."""
+        adapter, takes_tokens = self.adapter, bool(self.network.config.image_dim)
+        picture = np.ascontiguousarray(picture)  # torch takes no negative strides
+        if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
+            raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
+        if self.encode_start is None or (takes_tokens and self.look is None):
+            raise ValueError(
+                f"image: the weights of {adapter.name} need a VAE next to them and, to look at it, image_encoder/ "
+                "or the file that Wan published"
+            )
+        latents = self.encode_start(picture, frames).to(self.device)
+        given = torch.zeros(frames, MASK, *latents.shape[2:]).to(latents)
+        given[0] = 1
+        tokens = self.look(picture).to(self.device) if self.look and takes_tokens else None
+        return torch.cat([given, latents], 1), tokens
 
     @torch.inference_mode()
     def conditioning(self, prompt: str, actions: Sequence[int | str]) -> CrossCache:
@@ -164,9 +170,7 @@ class Wan(Model):
         return self.network.cross_cache(embedding.to(self.device), self.tokens)
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
-        blocks = [block.x for block in inputs]
-        if self.concat_latents is not None:
-            blocks = [torch.cat([x, self.concat_latents.to(x)], 1) for x in blocks]
+        blocks = [self.channels(block) for block in inputs]
         timesteps = torch.cat([block.t.expand(len(block.x)) for block in inputs])
         first, dtype = first_predicted(inputs), blocks[-1].dtype
         sizes = [0] * first + [len(x) for x in blocks[first:]]
@@ -174,6 +178,11 @@ class Wan(Model):
         if flow is None:
             return [block.x[:0] for block in inputs]
         return list(flow.to(dtype).split(sizes))
+
+    def channels(self, block: BlockInput) -> Tensor:
+        """A block's latents with what else an image-to-video network is given of each frame."""
+        given = self.concat_latents
+        return block.x if given is None else torch.cat([block.x, given.to(block.x)], 1)
 
     def encode(self, frames: np.ndarray) -> Tensor:
         height, width = self.adapter.size

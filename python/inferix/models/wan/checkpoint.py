@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ HINTS = {
     "text_len": ("text_len",),
     "image_dim": ("image_dim",),
     "eps": ("eps",),
+    "action_heads": ("action_config.heads_num",),
 }
 
 
@@ -88,10 +89,19 @@ def find_checkpoint(weights: str | Path | None) -> Path:
     )
 
 
+# (tensors by their published names, what a config file says, the file's name) -> the network, without its weights
+Build = Callable[[Mapping[str, Tensor], Mapping[str, Any], str], WanNetwork]
+
+
+def wan_network(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str) -> WanNetwork:
+    return WanNetwork(config_of(tensors, hints, source))
+
+
 def load_network(
     path: Path,
     parts: Sequence[str] = ("generator_ema", "generator"),
     *,
+    build: Build = wan_network,
     lora: Lora = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -102,6 +112,7 @@ def load_network(
     Args:
         path: from `find_checkpoint`.
         parts: names of the state dicts to take, if the file holds several; the first that is there.
+        build: the network that the file's tensors are of; a relative of Wan may have layers of its own.
         lora: low-rank updates to merge into the weights; see lora.Lora.
         dtype: of the weights, and so of the network's products.
         linear: what the linear layers between the first and the last ones are kept in: "int8" or "fp8"; None: as the
@@ -114,9 +125,8 @@ def load_network(
     raw, metadata = read_tensors(path, parts)
     tensors = canonical(raw, str(path))
     with reading(path, "a Wan transformer"):
-        config = config_of(tensors, _hints(path, metadata), str(path))
         with torch.device("meta"):
-            network = WanNetwork(config)
+            network = build(tensors, _hints(path, metadata), str(path))
         layers = eight_bit_names(network)
         stored = stored_layers(tensors, layers, str(path))
         wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
@@ -196,7 +206,7 @@ def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: s
         "channels_in": patch[1],
         "channels_out": shape("head.head.weight")[0] // (patch[3] * patch[4]),
         "freq_dim": shape("time_embedding.0.weight")[1],
-        "text_dim": shape("text_embedding.0.weight")[1],
+        "text_dim": 0 if _wordless(tensors) else shape("text_embedding.0.weight")[1],
         "image_dim": shape("img_emb.proj.0.weight", 1)[0] if "img_emb.proj.0.weight" in tensors else 0,
     }
     for name, size in found.items():
@@ -212,6 +222,11 @@ def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: s
     return WanConfig(heads=int(heads), patch=(patch[3], patch[4]), **found, **given)
 
 
+def _wordless(tensors: Mapping[str, Tensor]) -> bool:
+    """A network that looks at a picture and takes no words."""
+    return "img_emb.proj.0.weight" in tensors and not any(name.startswith("text_embedding.") for name in tensors)
+
+
 def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What our own metadata, or a config.json next to the file, says about sizes: whole numbers, and eps."""
     config_file, ours = path.parent / "config.json", metadata.get("format") == FORMAT
@@ -219,6 +234,8 @@ def _hints(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         source, config = f"{path}: its header", json.loads(metadata["config"])
     elif config_file.exists():
         source, config = str(config_file), read_json(config_file)
+        actions = config.get("action_config")
+        config |= {f"action_config.{key}": x for key, x in (actions if isinstance(actions, dict) else {}).items()}
     else:
         return {}
 

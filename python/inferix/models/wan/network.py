@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inferix_kernels.quantize import linear_input, linear_output
+from inferix_kernels.quantize import Residual, linear_input, linear_output
 from inferix_kernels.uploads import upload
 
 from ..rope import spread
@@ -43,7 +43,8 @@ class WanConfig:
         channels_in, channels_out: of the latents; an image-to-video model takes more in than it gives out.
         patch: pixels of the latent per token, (rows, columns).
         freq_dim: sinusoids of the timestep.
-        text_dim, text_len: of the prompt embedding; shorter prompts are padded with zeros, which are attended to.
+        text_dim, text_len: of the prompt embedding; shorter prompts are padded with zeros, which are attended
+            to. text_dim 0: a network without words.
         image_dim: width of the image tokens of an image-to-video model; 0: a text-to-video model.
         eps: of every norm.
     """
@@ -124,7 +125,7 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(config.dim, config.eps) for _ in range(2))
-        if config.image_dim:
+        if config.image_dim and config.text_dim:
             self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
@@ -139,19 +140,21 @@ class CrossAttention(nn.Module):
         return self.split(self.norm_k_img(self.k_img(context))), self.split(self.v_img(context))
 
     def forward(
-        self, x: Tensor, norm: nn.LayerNorm, layer: int, segments: Sequence[tuple[slice, CrossCache]]
-    ) -> Tensor:
+        self, x: Residual, norm: nn.LayerNorm, layer: int, segments: Sequence[tuple[slice, CrossCache]]
+    ) -> Residual:
         """x [F, n, dim] -> x + attention; each segment of its rows attends to the prompt of its block."""
-        y = linear_input(self.q, x, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        q = self.split(self.norm_q(linear_output(self.q, y, dtype=x.dtype).flatten(0, 1)))
+        x, y = x.before(self.q, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        q = linear_output(self.q, y, dtype=x.dtype).flatten(0, 1)
+        _, q = Residual(q).before(None, norm="rms", weight=self.norm_q.weight, eps=self.norm_q.eps)
+        q = self.split(q)
         parts = []
         for rows, cross in segments:
             out = F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer])
             if cross.image is not None:
                 out = out + F.scaled_dot_product_attention(q[:, :, rows], *cross.image[layer])
-            parts.append(out)
-        joined = torch.cat(parts, 2)[0].transpose(0, 1).reshape(x.shape)
-        return linear_output(self.o, joined, residual=x)
+            parts.append(out.transpose(1, 2))  # as it lies in memory
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return x.plus(self.o, joined.reshape(x.shape))
 
 
 class FeedForward(nn.Sequential):
@@ -163,12 +166,12 @@ class FeedForward(nn.Sequential):
         )
         self.eps = config.eps
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Residual, shift: Tensor, scale: Tensor, gate: Tensor) -> Residual:  # type: ignore[override]
         """x [F, n, dim] -> x + gate * what the layers make of it, normed and modulated; the others [F, 1, dim]."""
         up, _, down = self
-        y = linear_input(up, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        x, y = x.before(up, norm="layer", scale=scale, shift=shift, eps=self.eps)
         hidden = linear_output(up, y, activation="gelu_tanh", dtype=x.dtype)
-        return linear_output(down, hidden, gate=gate, residual=x)
+        return x.plus(down, hidden, gate=gate)
 
 
 class WanBlock(nn.Module):
@@ -183,20 +186,28 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) * config.dim**-0.5)
 
     def forward(
-        self, layer: int, x: Tensor, e: Tensor, segments: Sequence[tuple[slice, CrossCache]], attend: Attend
-    ) -> Tensor | None:
-        """x [F, n, dim]: F frames of n tokens; e [F, 6, dim]."""
-        shift, scale, gate, *for_ffn = (self.modulation + e).unsqueeze(2).unbind(1)
+        self,
+        layer: int,
+        x: Residual,
+        modulation: Tensor,
+        segments: Sequence[tuple[slice, CrossCache]],
+        attend: Attend,
+    ) -> Residual | None:
+        """x [F, n, dim]: F frames of n tokens; modulation [6, F, 1, dim], of this layer and the frames' noise."""
+        shift, scale, gate, *for_ffn = modulation.unbind()
         attention = self.self_attn
-        y = linear_input(attention.qkv, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        x, y = x.before(attention.qkv, norm="layer", scale=scale, shift=shift, eps=self.eps)
         qkv = linear_output(attention.qkv, y, dtype=x.dtype).flatten(0, 1)
         attended = attend(layer, qkv, attention.norm_q.weight, attention.norm_k.weight, self.eps)
         if attended is None:
             return None
-        x = linear_output(attention.o, attended.view_as(x), gate=gate, residual=x)
-        x = self.cross_attn(x, self.norm3, layer, segments)
-        made: Tensor = self.ffn(x, *for_ffn)
+        x = x.plus(attention.o, attended.view(x.shape), gate=gate)
+        made: Residual = self.ffn(self.conditioned(layer, x, segments), *for_ffn)
         return made
+
+    def conditioned(self, layer: int, x: Residual, segments: Sequence[tuple[slice, CrossCache]]) -> Residual:
+        """x [F, n, dim] with what its conditioning adds."""
+        return self.cross_attn(x, self.norm3, layer, segments)
 
 
 class Head(nn.Module):
@@ -209,7 +220,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [F, n, dim], e [F, dim] -> [F, n, patch * channels]."""
         shift, scale = (self.modulation + e[:, None]).unsqueeze(2).unbind(1)
-        return self.head(F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift)
+        y = linear_input(self.head, x, norm="layer", scale=scale, shift=shift, eps=self.eps)
+        return linear_output(self.head, y, dtype=x.dtype)
 
 
 class ImageEmbedding(nn.Module):
@@ -233,16 +245,17 @@ class WanNetwork(nn.Module):
         FULL_PRECISION: submodules whose linear layers stay as they are where the others are in 8 bits.
     """
 
-    FULL_PRECISION = ("text_embedding", "img_emb", "time_embedding", "time_projection", "head")
+    FULL_PRECISION: tuple[str, ...] = ("text_embedding", "img_emb", "time_embedding", "time_projection", "head")
 
     def __init__(self, config: WanConfig):
         super().__init__()
         self.config, dim = config, config.dim
         kernel = (1, *config.patch)
         self.patch_embedding = nn.Conv3d(config.channels_in, dim, kernel, kernel)  # for its parameters; see _patches
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        if config.text_dim:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.layers))
@@ -302,16 +315,22 @@ class WanNetwork(nn.Module):
         """
         x = torch.cat([block.to(self.dtype) for block in blocks])
         grid = x.shape[2] // self.config.patch[0], x.shape[3] // self.config.patch[1]
-        h = self._patches(x, grid)
+        h = Residual(self._patches(x, grid))
         e = self._time(timesteps.to(x.device))
-        modulation = self.time_projection(e).unflatten(1, (6, -1))
+        modulation = self._modulation(self.time_projection(e))
         segments = _segments([len(block) * grid[0] * grid[1] for block in blocks], crosses)
         for i, layer in enumerate(self.blocks):
-            h = layer(i, h, modulation, segments, attend)
+            h = layer(i, h, modulation[i], segments, attend)
             if h is None:
                 return None
         last = sum(len(block) for block in blocks[first:])
-        return self._unpatch(self.head(h[-last:], e[-last:]), grid)
+        return self._unpatch(self.head(h.sum()[-last:], e[-last:]), grid)
+
+    def _modulation(self, e: Tensor) -> Tensor:
+        """What every layer makes of e [F, 6 * dim], at once: [layers, 6, F, 1, dim] in float32 or better."""
+        own = torch.cat([block.modulation for block in self.blocks])  # type: ignore[misc]
+        frames = e.unflatten(1, (6, 1, -1)).transpose(0, 1).contiguous()  # [6, F, 1, dim]
+        return own.to(torch.promote_types(e.dtype, torch.float32))[:, :, None, None] + frames
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[F, C, height, width] -> [F, rows * columns, dim]: the convolution, as the matrix product that it is."""

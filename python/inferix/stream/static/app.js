@@ -137,7 +137,8 @@ function render() {
   $("viewers").textContent = `${state.viewers} watching`;
   $("pushing").hidden = !state.pushing?.length;
   $("pushing").textContent = (state.pushing ?? []).map(({ to, state }) => `${to} ${state}`).join(" · ");
-  $("pad").hidden = !(drive && ["up", "down", "left", "right"].every((action) => welcome?.actions.includes(action)));
+  $("pad").hidden = !(drive && fourWays());
+  $("say").hidden = !welcome?.words;
   for (const control of $("controls").querySelectorAll("button, input")) {
     if (control.id !== "step" || !drive) control.disabled = !drive || state.phase !== "running";
   }
@@ -156,10 +157,20 @@ function veil() {
 }
 
 function hint() {
-  const steering = welcome?.actions.length ? "WASD, arrows, touch or gamepad steer" : `${welcome?.model} is steered by words alone`;
-  if (driving()) $("hint").textContent = `${steering} · number keys say an example · p pauses · f forks · h figures`;
+  const steering = !welcome?.actions.length ? `${welcome?.model} is steered by words alone` : fourWays() ? "WASD, arrows, touch or gamepad steer" : keysShown();
+  const examples = welcome?.words ? " · number keys say an example" : "";
+  if (driving()) $("hint").textContent = `${steering}${examples} · p pauses · f forks · h figures`;
   else if (state.driver) $("hint").textContent = "You are watching: somebody else is at the wheel.";
   else $("hint").replaceChildren("Nobody is at the wheel. ", button("Take it", () => request("wheel", { take: true })));
+}
+
+function fourWays() {
+  return ["up", "down", "left", "right"].every((action) => welcome?.actions.includes(action));
+}
+
+function keysShown() {
+  const keys = Object.entries(welcome.keys).filter(([key]) => key.length === 1 && key !== " ");
+  return keys.map(([key, action]) => `${key} ${action}`).join(" · ");
 }
 
 function timeline() {

@@ -37,6 +37,7 @@ export class Pads extends EventTarget {
   }
 
   set(source, action, when = performance.now()) {
+    if (!this.actions.includes(action)) action = null; // a gamepad's four ways, of a model that has others
     const before = this.held.find(([name]) => name === source)?.[1] ?? null;
     if (before === action) return;
     this.held = this.held.filter(([name]) => name !== source);

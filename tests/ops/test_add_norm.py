@@ -1,0 +1,173 @@
+"""add_norm: the reference against the formulas, every backend against the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inferix_kernels import add_norm, quantize_rows
+from inferix_kernels.testing import assert_close
+
+# M, K: one number, odd sizes, a row that fills no register; the tiny world's block; wider than what is held at once.
+SHAPES = [(1, 1), (6, 33), (192, 128), (5, 4100)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STEPS = {
+    "nothing": {},
+    "a gate": {"gate": 3},
+    "a gated residual": {"gate": 1, "residual": True},
+    "a residual and an affine layer norm": {"residual": True, "norm": "layer", "weight": True, "bias": True},
+    "an RMS norm": {"norm": "rms", "weight": True},
+    "a layer norm, modulated": {"norm": "layer", "scale": 3, "shift": 3},
+    "GELU": {"activation": "gelu_tanh"},
+    "all": {"gate": 3, "residual": True, "norm": "layer", "weight": True, "bias": True, "scale": 1, "shift": 2,
+            "activation": "gelu"},
+}  # fmt: skip
+ROWS = ("residual",)
+
+
+def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def steps_for(options, rows, columns, dtype=torch.float32, device="cpu"):
+    """True is a vector, or rows; a number so many groups, if they divide the rows."""
+    made = {}
+    for seed, (name, value) in enumerate(options.items(), 1):
+        if isinstance(value, str):
+            made[name] = value
+            continue
+        groups = value if rows % value == 0 else 1
+        shape = (rows, columns) if name in ROWS else (columns,) if value is True else (groups, columns)
+        made[name] = random(*shape, seed=seed, dtype=dtype, device=device)
+    return made
+
+
+def formula(x, gate=None, residual=None, norm=None, weight=None, bias=None, scale=None, shift=None, eps=1e-6,
+            activation=None):  # fmt: skip
+    """In float64, by torch's functions: the sum, and what follows it."""
+    each = [None if t is None else t.double() for t in (x, gate, residual, weight, bias, scale, shift)]
+    h, gate, residual, weight, bias, scale, shift = each
+    rows = lambda groups: groups.repeat_interleave(len(x) // len(groups), 0)  # noqa: E731
+    h = h if gate is None else h * rows(gate)
+    h = h if residual is None else residual + h
+    y = h
+    if norm == "layer":
+        y = F.layer_norm(h, h.shape[1:], weight, bias, eps)
+    if norm == "rms":
+        y = F.rms_norm(h, h.shape[1:], weight, eps)
+    y = y if scale is None else y * (1 + rows(scale))
+    y = y if shift is None else y + rows(shift)
+    return h, F.gelu(y, approximate={"gelu": "none"}.get(activation, "tanh")) if activation else y
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_is_the_formula(shape, steps):
+    x, options = random(*shape), steps_for(STEPS[steps], *shape)
+    h, y = formula(x, **options)
+    summed = torch.empty_like(x)
+    got = add_norm(x, **options, summed=summed, backend="reference")
+    assert_close("summed", summed, h.float(), 2)
+    assert_close("y", got, y.float(), shape[1])
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "not kept"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_matches_the_reference(shape, steps, dtype, keep, backend, device):
+    x, options = random(*shape, dtype=dtype, device=device), steps_for(STEPS[steps], *shape, device=device)
+    if "residual" in options:
+        options["residual"] = options["residual"].to(dtype)
+    sums = [torch.full_like(x, torch.nan) if keep else None for _ in range(2)]
+    got, want = (add_norm(x, **options, summed=h, backend=b) for h, b in zip(sums, (backend, "reference")))
+    if keep:  # a product and a sum, each rounded
+        assert torch.equal(*sums)
+    assert_close("y", got, want, shape[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_call_is_two(dtype, backend, device):
+    """The sum, and the norm of it as it was rounded: bit for bit."""
+    rows, residual = random(6, 96, dtype=dtype, device=device), random(6, 96, seed=1, dtype=dtype, device=device)
+    gate, scale, shift = (random(2, 96, seed=seed, device=device) for seed in (2, 3, 4))
+    after = {"norm": "layer", "scale": scale, "shift": shift, "backend": backend}
+    h = add_norm(rows, gate=gate, residual=residual, backend=backend)
+    summed = torch.empty_like(rows)
+    y = add_norm(rows, gate=gate, residual=residual, summed=summed, **after)
+    assert torch.equal(summed, h) and torch.equal(y, add_norm(h, **after))
+
+
+def test_it_is_what_quantize_rows_quantizes(backend, device):
+    x, steps = random(6, 96, device=device), steps_for(STEPS["all"], 6, 96, device=device)
+    steps = {name: value for name, value in steps.items() if name not in ("gate", "residual")}
+    codes = quantize_rows(x, **steps, backend=backend)
+    plain = quantize_rows(add_norm(x, **steps, backend=backend), backend=backend)
+    assert torch.equal(codes.codes, plain.codes) and torch.equal(codes.scales, plain.scales)
+
+
+@pytest.mark.parametrize("dtypes", [(0, 1, 2, 0), (1, 0, 0, 1), (2, 1, 1, 2)], ids=str)
+def test_each_tensor_may_be_of_a_dtype_of_its_own(dtypes, backend, device):
+    x, residual, summed, out = (random(6, 40, seed=s, dtype=DTYPES[i], device=device) for s, i in enumerate(dtypes))
+    gate, weight = random(3, 40, seed=5, device=device).half(), random(40, seed=6, device=device).bfloat16()
+    results = []
+    for which in (backend, "reference"):
+        kept, made = torch.empty_like(summed), torch.empty_like(out)
+        add_norm(x, gate=gate, residual=residual, norm="rms", weight=weight, summed=kept, out=made, backend=which)
+        results.append((kept, made))
+    assert torch.equal(results[0][0], results[1][0])
+    assert_close("out", results[0][1], results[1][1], 40)
+
+
+def test_the_stream_may_be_written_in_place(backend, device):
+    x, added = random(6, 96, device=device), random(6, 96, seed=1, device=device)
+    gate = random(2, 96, seed=2, device=device)
+    want, y = torch.empty_like(x), add_norm(added, gate=gate, residual=x, norm="rms", backend=backend)
+    add_norm(added, gate=gate, residual=x, summed=want, backend=backend)
+    assert add_norm(added, gate=gate, residual=x, norm="rms", summed=x, out=added, backend=backend) is added
+    assert torch.equal(x, want) and torch.equal(added, y)
+
+
+def test_rows_may_lie_apart(backend, device):
+    wide = random(6, 120, device=device)
+    apart, dense = (add_norm(x, norm="rms", backend=backend) for x in (wide[:, 24:88], wide[:, 24:88].contiguous()))
+    assert torch.equal(apart, dense)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_stays_in_its_row(bad, backend, device):
+    x = random(5, 33, device=device)
+    x[2, 7] = bad
+    y = add_norm(x, norm="layer", backend=backend)
+    assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
+    h = add_norm(x, residual=torch.zeros_like(x), backend=backend)
+    assert torch.equal(h.isfinite(), x.isfinite())
+
+
+def test_no_rows_are_no_error(backend, device):
+    assert add_norm(random(0, 32, device=device), norm="layer", backend=backend).shape == (0, 32)
+
+
+WRONG = {
+    r"x must be \[M, K\], got \[24\]": {"x": random(24)},
+    r"gate must have a number of rows that divides M=6, got 4": {"gate": random(4, 24)},
+    r"residual must be \[M=6, K=24\], got \[6, 23\]": {"residual": random(6, 23)},
+    r"summed must be \[M=6, K=24\], got \[5, 24\]": {"summed": random(5, 24)},
+    r"norm must be 'layer', 'rms' or None, got 'batch'": {"norm": "batch"},
+    r"eps must be a finite number, got nan": {"eps": float("nan")},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_is_wrong_is_named_and_nothing_is_written(said):
+    out = torch.full((6, 24), 7.0)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        add_norm(**{"x": random(6, 24), "out": out} | WRONG[said])
+    assert (out == 7).all()
+
+
+def test_the_sum_and_the_result_are_two_tensors():
+    x = random(6, 24)
+    with pytest.raises(ValueError, match=r"^summed must be another tensor than out, got the same$"):
+        add_norm(x, summed=x, out=x)
+    with pytest.raises(TypeError, match=r"^residual must be float32 or bfloat16 or float16, got float64$"):
+        add_norm(x, residual=x.double())
