@@ -24,11 +24,11 @@ import torch
 
 import inferix_kernels
 from inferix_kernels._printing import while_read
+from inferix_kernels.verdict import MARGIN
 
 from . import commands, families, sweep
 from .harness.plan import FIRST
 from .harness.timing import TIMERS
-from .harness.verdict import MARGIN
 
 
 def names(text: str) -> tuple[str, ...]:

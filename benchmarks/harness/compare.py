@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import verdict
+from inferix_kernels import verdict
+from inferix_kernels.verdict import MARGIN, Interval
+
 from .ledger import ROOT
 from .measure import Settings, bounding_peak
 from .rows import Document, Row
 from .table import markdown, time_of
-from .verdict import MARGIN, Interval
 
 LOOK_EVERY = 5  # rounds
 BROKEN = "BROKEN"  # it ran right in A, and in B it does not

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from . import verdict
+from inferix_kernels import verdict
+
 from .measure import best_peer
 from .rows import Row
 from .table import bytes_of, markdown, time_of

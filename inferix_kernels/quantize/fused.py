@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import profile
 from .._check import FLOATS, check_word
 from ..layout import Quantized
 from ..ops import add_norm
@@ -74,6 +75,7 @@ def linear_input(
     return Residual(x).before(layer, norm=norm, weight=weight, bias=bias, scale=scale, shift=shift, eps=eps)[1]
 
 
+@profile.profiled("linear")
 def linear_output(
     layer: nn.Module,
     x: Tensor | Quantized,
@@ -240,6 +242,7 @@ class Residual(NamedTuple):
             return Residual(linear_output(layer, y, gate=gate, residual=x))
         return Residual(x, linear_output(layer, y), gate)
 
+    @profile.profiled("norm")
     def before(self, layer: nn.Module | None, **steps: Any) -> tuple[Residual, Any]:
         """The stream with nothing left to add, and what `linear_input` makes of it for `layer` with these `steps`.
 

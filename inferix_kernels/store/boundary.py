@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from .. import profile
 from .past import Past
 from .table_view import TableView
 
@@ -43,6 +44,7 @@ def turn_page(table: TableView, block_end: int, seal: bool = False) -> Past:
         leaving = [frame for frame in leaving if frame in past.held and frame not in past.pinned]
         _check_ageing(table, past, leaving, block_end)
     if leaving:
+        profile.count("pages evicted", len(leaving) * store.pages_per_frame * store.num_layers)
         past = past.away(leaving, keep=False) if policy.archive else past.without(leaving)
     ageing = _ageing(table, past, block_end)
     if not ageing:

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from .. import profile
 from .._check import check_index
 from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
@@ -93,6 +94,7 @@ class Pass:
         self._reads, self._shares, self._attend, self._turns = reads, shares, attention.bind(reads), turns
         self._follows_lists = attention == Local() and reads.plan.page_bias is None and not turns
         self._tokens = sum(block.queries for block in reads.blocks)
+        self._pages = sum(block.past + block.own for block in reads.blocks)  # without what fills a list up
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
         self._place, self._planned = place, 0 if place is None else place.turn
         self._q: Tensor | None = None  # of every layer in turn, as what is attended to
@@ -132,13 +134,16 @@ class Pass:
             [30, 64]
         """
         norms = {"norm_q_bias": norm_q_bias, "norm_k_bias": norm_k_bias}
-        q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
+        with profile.span("prologue"):
+            q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
         if not self.predict and layer == self.store.num_layers - 1:
             return None
         out = self._output(q) if out is None else out
-        if self._turns:
-            q = turned(q, self._turns, interleaved)
-        return self._attend(layer, q, out).flatten(1)
+        profile.count("pages read", self._pages)
+        with profile.span("attention"):
+            if self._turns:
+                q = turned(q, self._turns, interleaved)
+            return self._attend(layer, q, out).flatten(1)
 
     @in_turn
     def write(
@@ -255,6 +260,19 @@ class Pass:
         precision = tuple(map(tuple, self._reads.precision))
         return self._place.kind, len(self.plan.page_ids), self.predict, precision, tuple(means)
 
+    def count(self) -> None:
+        """Have the profiler count what all layers read and commit, as `attend` does: of a forward that was replayed.
+
+        Example:
+            >>> table.abandon()
+            >>> table.plan([table.open_block(frames=3)]).count()
+        """
+        layers = self.store.num_layers
+        profile.count("pages read", (layers if self.predict else layers - 1) * self._pages)
+        for share in self._shares:
+            for format, _, target in share.commits:
+                profile.count(f"pages committed {format}", layers * len(target.ids))
+
     @property
     def stale(self) -> bool:
         """Was a table edited, or another pass planned in this one's buffers, since it was planned? It refuses to run
@@ -290,6 +308,7 @@ class Pass:
                 share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:
+                profile.count(f"pages committed {format}", len(target.ids))
                 kv_commit(
                     store.scratch, source, store.pools[format].layers[layer], target, fresh, backend=store.backend
                 )

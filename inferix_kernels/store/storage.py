@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
+from .. import layout, profile
 from .._check import check_counts, check_device, check_page_size, check_precision
 from ..layout import FORMATS, KVPages, PageList
 from ..ops import kv_commit, kv_gather
@@ -158,6 +158,11 @@ class Storage:
         sizes = {format: pool.pages.nbytes for format, pool in self.pools.items()} | {"scratch": self.scratch.nbytes}
         return sizes | ({"host": sum(pool.pages.nbytes for pool in self.host.values())} if self.host else {})
 
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of the pools on the device that somebody holds, by format."""
+        return {name: (pool.frames - len(pool.free)) * pool.frame_bytes for name, pool in self.pools.items()}
+
     @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """kv_gather of whole frames. How many tokens that makes is known here: nothing is read from the device."""
@@ -253,6 +258,7 @@ class Storage:
         """The same frames in another format: found if a fork made them already, else made."""
         known = [extent.resident_as(format) for extent, _ in frames]  # held from here on
         fresh = [frame for frame, found in zip(frames, known) if found is None]
+        profile.count("pages converted", len(fresh) * self.pages_per_frame * self.num_layers)
         with self.take([format] * len(fresh)) as slots:
             for source in {extent.format for extent, _ in fresh}:
                 pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source]
@@ -287,6 +293,7 @@ class Storage:
         new = [(extent, slot) for extent, slot in frames if extent.host is None]
         with self.take([extent.format for extent, _ in new], in_host=True) as places:
             self.copies.start([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
+        profile.count("pages offloaded", len(new) * self.pages_per_frame * self.num_layers)
         for (extent, _), place in zip(new, places):
             extent.host = place
 
@@ -303,6 +310,7 @@ class Storage:
             pairs = [(place, extent.host) for extent, place in zip(new, places) if extent.host is not None]
             assert len(pairs) == len(new), "a frame that is nowhere on the device is in host memory"
             self.copies.start(pairs, to_host=False)
+        profile.count("pages prefetched", len(new) * self.pages_per_frame * self.num_layers)
         for extent, place in zip(new, places):
             extent.device = weakref.ref(place)
         rest = iter(places)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inferix_kernels import profile
+
 from .beside import Beside
 from .decode.contract import PictureStream
 from .finite import NotFinite
@@ -37,6 +39,7 @@ class Coming:
                 well, and gives its pages back.
         """
         try:
+            self.wait()
             return self._job.result()
         except NotFinite:
             raise NotFinite(f"{self._frames} are not finite, first in what the decoder of pictures gives") from None
@@ -49,7 +52,9 @@ class Coming:
 
     def wait(self) -> None:
         """Return when they are done, whatever became of them."""
-        wait([self._job])
+        if not self._job.done():
+            with profile.timed("wait for pictures"):
+                wait([self._job])
 
     @property
     def spoiled(self) -> bool:
@@ -80,7 +85,7 @@ class Pictures:
     """
 
     def __init__(self, stream: PictureStream, undo: int, device: torch.device | str = "cpu"):
-        self._stream, self.undo, self._device = stream, undo, device
+        self._stream, self.undo, self._device = stream, undo, torch.device(device)
         self._kept: list[tuple[int, PictureStream]] = []  # (frames made, the stream as it was then)
         self._beside = Beside("inferix-pictures", device)
         self.coming: Coming | None = None
@@ -108,7 +113,12 @@ class Pictures:
         if self.undo and stream.looks_back:
             self._kept = [(at, kept) for at, kept in self._kept if before - self.undo <= at < before]
             self._kept.append((before, stream.fork()))
-        self.coming = Coming(self._beside.submit(lambda: stream(latents)), frames)
+
+        def decode() -> np.ndarray:
+            with profile.timed("pictures", self._device):
+                return stream(latents)
+
+        self.coming = Coming(self._beside.submit(decode), frames)
         return self.coming
 
     def __call__(self, latents: Tensor) -> np.ndarray:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inferix_kernels import profile
+
 from .facts import Facts
 from .finite import NotFinite
 from .history import Coming
@@ -31,7 +33,9 @@ def shown(world: Facts, before: int, conditioning: Any) -> Coming:
     end = world.frames + world.ahead
     frames = f"latent frames {max(0, end - len(latents))} to {end - 1} of {world.model.adapter.name}"
     coming = world.pictures.begin(latents[: decoder.finished], before, frames)
-    if not finite:  # a GPU is waited for once: until the block is made, not until it is decoded
+    with profile.timed("finite check"):  # a GPU is waited for once: until the block is made, not until it is decoded
+        whole = bool(finite)
+    if not whole:
         coming.wait()
         raise NotFinite(f"{frames} are not finite, first in {_traced(world, conditioning)}")
     return coming

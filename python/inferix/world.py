@@ -1,4 +1,4 @@
-"""A running world: actions and prompts in, pictures out.
+"""A running world: actions and prompts in, pictures out. Long because almost half of it is docstrings.
 
 world = World("tiny", kv="int8", seed=0)
 frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3, 96, 96, 3]
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from inferix_kernels import PageTable, Policy
+from inferix_kernels import PageTable, Policy, profile
 from inferix_kernels._check import whole
 
 from .decode.contract import Model
@@ -145,7 +145,8 @@ class World(Facts):
             >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
             >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
-        return self._taken(self._advance("step", None, actions, action, prompt, recache))
+        with profile.block(self.store.device) as block:
+            return self._taken(self._advance(block, "step", None, actions, action, prompt, recache))
 
     @one_at_a_time
     def advance(
@@ -178,7 +179,8 @@ class World(Facts):
             >>> coming.result().shape
             (3, 96, 96, 3)
         """
-        return self._advance("advance", latents, actions, action, prompt, recache)
+        with profile.block(self.store.device) as block:
+            return self._advance(block, "advance", latents, actions, action, prompt, recache)
 
     @one_at_a_time
     def replay(
@@ -211,7 +213,8 @@ class World(Facts):
             True
         """
         self.decoder.check_replay(latents)
-        return self._taken(self._advance("replay", latents, actions, action, prompt, recache))
+        with profile.block(self.store.device) as block:
+            return self._taken(self._advance(block, "replay", latents, actions, action, prompt, recache))
 
     @one_at_a_time
     def observe(self, frames: np.ndarray, actions: Sequence[Action] = (), prompt: str | None = None) -> np.ndarray:
@@ -346,6 +349,7 @@ class World(Facts):
 
     def _advance(
         self,
+        block: profile.Block,
         call: str,
         latents: Tensor | None,
         actions: Sequence[Action] | None,
@@ -369,7 +373,13 @@ class World(Facts):
                 self.latents = self.decoder.step(conditioning)
             else:
                 self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
-            return shown(self, before, conditioning)
+            coming = shown(self, before, conditioning)
+        block.frames = self.model.pictures_of(self.frames) - self.model.pictures_of(before)
+        if profile.level() != "off":
+            for format, size in self.store.held_bytes.items():
+                profile.metric(f"KV bytes {format}", size)
+            profile.metric("frames held", len(self.table.held))
+        return coming
 
     def _taken(self, coming: Coming) -> np.ndarray:
         with self._ends_if_not_finite():
@@ -387,8 +397,10 @@ class World(Facts):
         """Before the first block on a GPU. A world that begins with a past has no room to be warmed up: the forwards of
         its first two blocks compile what they launch."""
         if not self._warm and not self.frames and self.store.device.type == "cuda":
-            self.decoder.warm_up(conditioning)
+            with profile.timed("warm up"):
+                self.decoder.warm_up(conditioning)
         self._warm = True
 
     def _condition(self, actions: Sequence[Action], prompt: str | None) -> Any:
-        return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)
+        with profile.timed("conditioning"):
+            return conditioning_of(self.model, actions, self.prompt if prompt is None else prompt)

@@ -9,11 +9,12 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import families
-from benchmarks.harness import environment, evidence, ledger, report, rows, verdict
+from benchmarks.harness import environment, evidence, ledger, report, rows
 from benchmarks.harness.compare import BROKEN, compare_recorded, compare_trees, failed, table
 from benchmarks.harness.ledger import ROOT, fingerprint, kernels
 from benchmarks.harness.measure import Settings
 from benchmarks.harness.rows import BadRecord, Document, Row
+from inferix_kernels import verdict
 
 HEADER = {
     "date": "2026-11-21T12:00:00+00:00", "device": "NVIDIA H200", "architecture": "sm_90", "commit": "abc", "note": "",

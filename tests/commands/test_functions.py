@@ -197,7 +197,7 @@ def test_every_option_is_declared_with_a_type_that_is_checked_and_a_help(config)
 def test_options_that_commands_share_are_declared_once():
     shared = {each.name: each for each in declared(GenerateConfig)}
     both = [each for each in declared(PlayConfig) if each.name in shared]
-    assert len(both) == 16 and all(each == shared[each.name] for each in both)
+    assert len(both) == 17 and all(each == shared[each.name] for each in both)
     own = [name for config in CONFIGS for name in vars(config).get("__annotations__", {})]
     assert sorted(name for name in set(own) if own.count(name) > 1) == ["out"], (
         "of generate, convert and inspect-kv, three things"
@@ -214,7 +214,7 @@ def test_the_command_line_leaves_defaults_to_the_dataclass():
 def test_argparse_is_known_to_one_module_of_the_driver_alone():
     folder = Path(inferix.__file__).parent
     users = {path for path in folder.rglob("*.py") if "import argparse" in path.read_text()}
-    programs = {folder / "models/tiny" / name for name in ("evaluate.py", "train.py")}  # of their own
+    programs = {folder / name for name in ("models/tiny/evaluate.py", "models/tiny/train.py", "profile/__main__.py")}
     assert users - programs == {folder / "commands/cli.py"}
 
 

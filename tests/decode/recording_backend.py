@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
-from inferix_kernels import _dispatch, compiled
+from inferix_kernels import _dispatch, _library, compiled
 
 NAME = "recording"
 _listeners: list[Callable[..., None]] = []
@@ -35,9 +36,10 @@ def listening(listen: Callable[..., None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def installed() -> Iterator[str]:
-    """Inside, the backend can be asked for by this name."""
-    _dispatch.BACKENDS[NAME] = __name__
-    try:
+    """Inside, the backend can be asked for by this name, and is what "auto" means."""
+    with (
+        mock.patch.dict(_dispatch.BACKENDS, {NAME: __name__}),
+        mock.patch.dict(_dispatch.AUTO, {"cpu": (NAME,)}),
+        mock.patch.object(_library, "runs_compiled", lambda *_: False),
+    ):
         yield NAME
-    finally:
-        del _dispatch.BACKENDS[NAME]

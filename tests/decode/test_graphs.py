@@ -9,7 +9,7 @@ from inferix import World
 from inferix.decode.graphs import Graphs
 from inferix.decode.sequential import SequentialDecoder
 from inferix.trees import parts_of, rebuilt
-from inferix_kernels import PassBuffers
+from inferix_kernels import PassBuffers, profile
 from tests.decode.recording_backend import installed
 from tests.decode.tape import TapeRecorder
 from tests.decode.test_contract import Plain
@@ -75,6 +75,23 @@ def test_forwards_that_read_by_policy_are_launched_among_replays(reading):
     before = recorder.tapes, recorder.replays
     steps(world, (graphs, eager), ["glacier day"] * 2)
     assert (recorder.tapes, recorder.replays) == before
+
+
+def test_what_a_replay_reads_and_commits_is_counted_and_it_is_one_span():
+    """As if Python had launched it; what fills a page list up is not read."""
+    world = tiny(kv="int8", window=6, sink=1, worlds=2)
+    counts, spans = [], []
+    *pair, recorder = captured(world)
+    for decoder in pair:
+        profile.start("layer")
+        for i in range(6):
+            decoder.step(conditioning(world, "desert day", i))
+        counts.append((made := profile.stop()).counts())
+        made.collect()
+        spans.append(made.sums)
+    assert counts[0] == counts[1] and counts[0]["pages read"] > 0 and counts[0]["pages committed int8"] > 0
+    assert spans[0]["graph"].number == recorder.replays and "graph" not in spans[1]
+    assert spans[0]["attention"].number < spans[1]["attention"].number
 
 
 def test_wan_keeps_its_prompts_apart_in_a_captured_forward():

@@ -17,9 +17,13 @@ import pytest
 import torch
 
 import inferix
+import inferix.profile
 import inferix_kernels
+import inferix_kernels.profile
 from inferix.models import load_model
 from inferix.models.linears import weight_bytes
+from inferix.profile.overhead import overhead, span_cost
+from inferix.profile.rows import Figures
 from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, quantize
 from inferix_kernels.quantize import Linear8, QConfig, Residual, linear_input, linear_output, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
@@ -49,6 +53,12 @@ ALONE = [
     weight_bytes,
 ]
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
+
+
+# Of the profiler, all that needs more than a name to be understood.
+_SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", "Change", "merge", "read"}
+ALONE += [getattr(inferix.profile, name) for name in inferix.profile.__all__ if name not in _SIMPLE]
+ALONE += [overhead, span_cost, Figures]
 
 
 def example(thing: object) -> str:

@@ -19,6 +19,7 @@ IMPORTS = graph(FILES)
 
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
+    ("profile", "_recording", "_gpu_times", "verdict"),
     (
         *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
         *("_install", "_printing", "proofs.stored", "proofs.speeds"),
@@ -45,6 +46,7 @@ FAMILIES = (
     "kv_pages",
     "linear",
     "page_table",
+    "profiler",
     "qkv",
     "stream",
     "wan_block",

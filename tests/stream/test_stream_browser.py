@@ -230,6 +230,16 @@ def test_redoing_memory_is_offered_where_it_can_be_done(page, monkeypatch):
     assert not page.run(f"return {box}.hidden")
 
 
+def test_where_the_time_goes_is_shown_and_looked_at_closer(page):
+    page.open("?transport=websocket")
+    page.until("document.getElementById('split-key').textContent.includes('denoise')")
+    assert not page.run("return document.getElementById('profile').checked")
+    page.click("#profile")
+    page.until("inferix.state().profile === 'layer'")
+    page.click("#profile")
+    page.until("inferix.state().profile === 'block'")
+
+
 def test_a_world_without_words_shows_its_keys(page, monkeypatch):
     page.open("?transport=websocket")
     told = {"words": False, "actions": ["nomove", "forward", "camera_l"]}

@@ -38,6 +38,7 @@ def test_the_document_is_whole():
 
 def test_every_request_has_an_example_that_is_taken_and_someone_who_follows_it():
     session = {"pause", "resume", "step", "reset", "fork", "close", "steer", "rewind", "save", "load", "record"}
+    session.add("profile")
     connection = {"hello", "keys", "prompt", "wheel", "video", "offer", "ping"}
     assert {name for name in validators("client")} == session | connection
     assert {name.removeprefix("_do_") for name in dir(Session) if name.startswith("_do_")} == session

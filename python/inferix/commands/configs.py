@@ -68,6 +68,12 @@ class WorldOptions(PlaceOptions):
     kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
     precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
     graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
+    profile: str | Path | None = option(
+        "folder for a report of where the time goes: a page, numbers, and a trace for Perfetto",
+        None,
+        to="server",
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +124,9 @@ class GenerateConfig(WorldOptions, ScriptOptions):
     )
     special_tokens: Sequence[str] | None = option(
         "rows before the caption, for models that know them", None, to="model", metavar="A,B", parse=comma_separated
+    )
+    profile_torch: int = option(
+        "blocks that torch.profiler records as well, in the folder of `profile`", 0, must=(at_least(0),), metavar="N"
     )
     resume: bool = option("go on with the video that a kill or Ctrl-C ended", False)
 

@@ -18,6 +18,7 @@ from ..media import LatentWriter, VideoWriter, read_picture, read_video
 from ..media.journal import Journal, journal_path, refuse_unfinished
 from ..media.output_file import partial_path
 from ..models import MODELS, Model, load_model, whole_start
+from ..profile import profiling
 from ..world import World
 from .configs import GenerateConfig
 from .controls import Prompts, actions_from
@@ -76,8 +77,11 @@ class Generation:
             progress: draw a bar on the terminal.
         """
         self.journal, whole = None if self.world.model.presentation.live else self._open_journal(), False
+        folder, title = self.config.profile, f"{self.config.model}: {self.config.out}"
+        level, looked_at = "block" if folder is None else "layer", self.config.profile_torch
+        profiled = profiling(level, folder, title=title, torch_blocks=looked_at)
         try:
-            with self._writer() as self.video:
+            with self._writer() as self.video, profiled:
                 self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
                 with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
                     self.maker.run(self.given, progress)

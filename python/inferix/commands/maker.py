@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from inferix_kernels import profile
 from inferix_kernels.files import atomic_write
 
 from ..beside import Beside
@@ -111,7 +112,8 @@ class Maker:
         coming = world.advance(chosen, prompt=self.prompts.at(begins / presentation.fps), latents=latents)
         self.seconds.append(world.denoising)
         if self.journal is not None and latents is None:
-            self.journal.append(world.latents)
+            with profile.timed("journal"):
+                self.journal.append(world.latents)
         self._write(coming.result)
 
     def _write(self, pictures: Callable[[], np.ndarray]) -> None:
@@ -135,7 +137,8 @@ class Maker:
     def _written(self) -> None:
         """Wait until all pictures on their way are written; raises what went wrong with them."""
         if self._writing is not None:
-            wait([self._writing])
+            with profile.timed("wait for the writer"):
+                wait([self._writing])
             job, self._writing = self._writing, None
             job.result()
 
@@ -144,7 +147,8 @@ class Maker:
         self.shown |= {i: frames[i - self.made] for i in self.wanted if 0 <= i - self.made < len(frames)}
         if self.world.model.presentation.live:
             self.all.append(frames)
-        self.video.write(frames)
+        with profile.timed("encode"):
+            self.video.write(frames)
 
     def summary(self) -> dict[str, Any]:
         adapter, presentation = self.world.model.adapter, self.world.model.presentation

@@ -50,6 +50,7 @@ def run(config: PlayConfig) -> int:
 
 
 def _in_terminal(config: PlayConfig, settings: dict[str, Any]) -> None:
+    from ..profile import profiling
     from . import terminal
 
     page_only = [each for each in declared(PlayConfig) if each.option.page_only]
@@ -57,7 +58,9 @@ def _in_terminal(config: PlayConfig, settings: dict[str, Any]) -> None:
         raise ValueError(f"{', '.join(given)}: for the page only, not with `terminal`")
     world = open_world(config.model, undo_seconds=0, worlds=1, **settings)
     presentation = world.model.presentation
-    terminal.play(world, presentation.example_prompts, presentation.keys)
+    level = "block" if config.profile is None else "layer"
+    with profiling(level, config.profile, title=f"{config.model}, played in a terminal"):
+        terminal.play(world, presentation.example_prompts, presentation.keys)
 
 
 def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:

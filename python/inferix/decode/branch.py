@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from inferix_kernels import PageTable, Pass, PassBuffers
+from inferix_kernels import PageTable, Pass, PassBuffers, profile
 from inferix_kernels.store import Block
 
 from .contract import BlockInput, Model
@@ -101,8 +101,9 @@ class Branch:
         """The separate clean pass, if one is pending: only K and V are wanted; the model stops after the last."""
         if pending := self.pending:
             block = pending.block
-            self._forward([self._clean_input(pending)], self._plan(block, commit=block, predict=False))
-            self._seal()
+            with profile.timed("clean pass"):
+                self._forward([self._clean_input(pending)], self._plan(block, commit=block, predict=False))
+                self._seal()
 
     def abandon(self) -> None:
         """Forget the open block; what is pending stays pending."""

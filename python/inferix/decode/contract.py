@@ -2,7 +2,7 @@
 
 A model is a network and data. `Adapter` says how its blocks are sampled, `Presentation` how its videos are shown, and
 a `Model` maps noisy blocks to predictions. What is special about one with several blocks in flight lies in its
-`Schedule`. Long because it is the manual of models: more than half of it is docstrings.
+`Schedule`. Long because it is the manual of models: almost half of it is docstrings.
 
 The way of a prompt has one name for each thing: prompt (text) -> embedding (of the text encoder) -> conditioning (what
 the network attends to, or adds) -> cross-attention.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import abc
 import copy
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inferix_kernels import PageTable
+from inferix_kernels import PageTable, profile
 from inferix_kernels._check import check_tensor, device_of
 from inferix_kernels.uploads import upload
 
@@ -212,10 +211,10 @@ class Decoder(abc.ABC):
 
     @torch.inference_mode()
     def _timed(self, make: Callable[..., Tensor], *given: Any) -> Tensor:
-        started = time.perf_counter()
-        self._noise_before = self.generator.get_state()
-        made = make(*given)
-        self.seconds = time.perf_counter() - started
+        with profile.timed("denoise") as taken:
+            self._noise_before = self.generator.get_state()
+            made = make(*given)
+        self.seconds = taken.seconds
         return made
 
     def _noise(self, frames: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from inferix_kernels import Pass
+from inferix_kernels import Pass, profile
 
 from ..trees import parts_of, rebuilt
 from .contract import BlockInput, Model
@@ -154,6 +154,8 @@ class Graphs:
                     self._met.add(kind)
                     return self._model.predict(inputs, planned.attend)
                 self._captured[kind] = self._capture(inputs, conditionings, planned)
+            else:
+                planned.count()
             return self._replayed(self._captured[kind], inputs)
 
     def _capture(self, inputs: Sequence[BlockInput], conditionings: Sequence[Any], planned: Pass) -> Captured:
@@ -165,6 +167,7 @@ class Graphs:
         predicted, replay = self._recorder.record(lambda: self._model.predict(static, planned.attend))
         return Captured(given, predicted, replay)
 
+    @profile.profiled("graph")
     def _replayed(self, captured: Captured, inputs: Sequence[BlockInput]) -> Predictions:
         for (x, t), block in zip(captured.given, inputs):
             x.copy_(block.x)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inferix_kernels import PageTable, Pass, PassBuffers
+from inferix_kernels import PageTable, Pass, PassBuffers, profile
 from inferix_kernels.store import Block
 
 from .contract import BlockInput, Forward, Model
@@ -110,8 +110,9 @@ class PipelineDecoder(Decoder):
 
     def _step(self, conditioning: Any) -> Tensor:
         with self._stage(conditioning) as flight:
-            for _ in range(self.schedule.stage_steps):
-                velocities = self._velocities(flight)
+            for i in range(self.schedule.stage_steps):
+                with profile.span("step", step=i):
+                    velocities = self._velocities(flight)
                 for flying in flight:
                     self._advance(flying, velocities[flying.block.first])
             return torch.cat([flying.x for flying in flight])
@@ -250,7 +251,8 @@ class PipelineDecoder(Decoder):
     def _clean_pass(self) -> None:
         assert self.pending is not None
         block = self.pending.block.first // self.model.adapter.block_frames
-        self._forward(self.schedule.clean_pass(block), [])
+        with profile.timed("clean pass"):
+            self._forward(self.schedule.clean_pass(block), [])
 
     def _forward(self, forward: Forward, flight: Sequence[InFlight]) -> tuple[Sequence[Tensor], list[Block]]:
         """One forward of the network: a prediction per segment, and the segments' blocks."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inferix_kernels import OutOfPages, PageTable
+from inferix_kernels import OutOfPages, PageTable, profile
 from inferix_kernels.store import Block
 
 from .branch import Branch, CleanBlock
@@ -80,7 +80,8 @@ class SequentialDecoder(Decoder):
         adapter = self.model.adapter
         with self._open_block(conditioning) as (x, steps, sampler, conditioning):
             for i, (level, t) in enumerate(steps):
-                predicted = self._predict(x, t, conditioning)
+                with profile.span("step", step=i):
+                    predicted = self._predict(x, t, conditioning)
                 clean = predicted if adapter.prediction == "x0" else x - level * predicted
                 x = sampler(i, x, clean) if i + 1 < len(steps) else clean
         return self._close_block(x, conditioning)

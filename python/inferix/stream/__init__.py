@@ -10,6 +10,7 @@ protocol.py  messages, checked against asyncapi.json, which is their definition
 client.py    viewers: limits, replies, who drives
 webrtc.py    aiortc, handed our packets
 server.py    the page, the WebSocket, the recordings
+measured.py  where the time goes: for the page, for Prometheus, in a folder
 door.py      connections: strangers are few and short; access.py: who may come in; log.py: a line a second
 """
 

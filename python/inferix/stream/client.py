@@ -12,6 +12,8 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
+from inferix_kernels import profile
+
 from . import protocol
 from .protocol import Invalid, Message
 from .remote import Broken, Refused
@@ -278,7 +280,10 @@ class Client:
             if subscription and packet:
                 codec = protocol.CODECS[subscription.codec]
                 header = protocol.HEADER.pack(1, packet.keyframe, codec, 0, packet.frame, packet.pts)
+                began = profile.clock()
                 await self.socket.send_bytes(header + packet.data)
+                profile.record("send", began, profile.clock(), track="viewers")
+                profile.count("bytes sent", len(packet.data))
             elif not self._events:
                 self._wake.clear()
                 await self._wake.wait()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .archive import Archive
+from .measured import Measured
 from .player import Player
 from .protocol import Message
 from .recorder import Recorder
@@ -23,6 +24,7 @@ class Commands:
 
     announce: Callable[[Message], None]
     archive: Archive
+    measured: Measured
     remote: Remote | None
     model: dict[str, Any]
     player: Player
@@ -126,6 +128,9 @@ class Commands:
         self.steering.begin(None, reply["prompt"])
         if reply["picture"] is not None:
             await self.player.show({"a": reply["picture"]})
+
+    async def _do_profile(self, level: str) -> None:
+        await self.measured.set_level(level, self.remote)
 
     async def _do_record(self, on: bool) -> dict[str, Any] | None:
         if not on:

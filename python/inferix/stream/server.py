@@ -20,11 +20,13 @@ from urllib.parse import quote
 
 from aiohttp import web
 
+from ..profile.rows import CONTENT_TYPE
 from . import MAX_FILES, MAX_GB, protocol
 from .access import is_loopback, is_welcome
 from .archive import Archive
 from .client import Client, Lobby
 from .door import Door
+from .measured import Measured
 from .push import Sink
 from .session import Session
 
@@ -56,6 +58,7 @@ class Server:
         token: whoever comes must know it; None makes one, unless the host is this machine alone.
         folder: for saved worlds and recordings; max_files, max_gb: see Archive.
         push: addresses and files that the video also goes to.
+        profile: folder for a report of where the time went, written at the end.
     """
 
     def __init__(
@@ -70,12 +73,16 @@ class Server:
         push: tuple[str, ...] = (),
         max_files: int = MAX_FILES,
         max_gb: float = MAX_GB,
+        profile: str | None = None,
     ):
         self.host, self.port = host, port
         self.token = token or (None if is_loopback(host) else secrets.token_urlsafe(16))
         self.archive = Archive(folder, max_files, max_gb)
         sinks = tuple(Sink(target) for target in push)
-        self.session = Session(opener, lambda message: self.lobby.announce(message), self.archive, seed, sinks)
+        self.measured = Measured(profile)
+        self.session = Session(
+            opener, lambda message: self.lobby.announce(message), self.archive, seed, sinks, self.measured
+        )
         self.lobby = Lobby(self.session)
         self.pages = _pages()
         self._runner: web.AppRunner | None = None
@@ -97,6 +104,8 @@ class Server:
         app.router.add_get("/", self._page)
         app.router.add_get("/ws", self._socket)
         app.router.add_get("/files/{name}", self._file)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/profile", self._profile)
         app.router.add_get("/{page}", self._page)
         self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0.5)
         await self._runner.setup()
@@ -144,6 +153,17 @@ class Server:
             raise web.HTTPNotFound(text="There is no such page.\n")
         body, kind = self.pages[name]
         return web.Response(body=body, content_type=kind, charset="utf-8", headers=HEADERS)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        """For Prometheus."""
+        return web.Response(body=self.measured.figures.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _profile(self, request: web.Request) -> web.Response:
+        """Where the time has gone so far, as a page."""
+        remote = self.session.remote if self.session.phase == "running" else None
+        text = await self.measured.report(remote)
+        headers = HEADERS | {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return web.Response(text=text, content_type="text/html", charset="utf-8", headers=headers)
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         path = self.archive.videos().get(request.match_info["name"])

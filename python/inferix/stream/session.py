@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,8 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from inferix_kernels import profile
+
 from .archive import Archive
 from .commands import Commands
+from .measured import Measured
 from .player import Picture, Player
 from .playout import Lead
 from .protocol import Message
@@ -51,6 +53,7 @@ class Session(Commands):
         archive: where saved worlds and recordings lie.
         seed: of the first world.
         sinks: where the pictures of world "a" are pushed to.
+        measured: where its time goes.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class Session(Commands):
         archive: Archive,
         seed: int = 0,
         sinks: tuple[Sink, ...] = (),
+        measured: Measured | None = None,
     ):
+        self.measured = measured or Measured()
         self.opener, self.announce, self.archive = opener, announce, archive
         self.remote: Remote | None = None
         self.model: dict[str, Any] = {}  # Stage.describe
@@ -85,6 +90,7 @@ class Session(Commands):
 
     async def start(self) -> None:
         """Begin to open the world; returns at once."""
+        self.measured.start()
         self._making = asyncio.create_task(self._make(), name="session make")
         for sink in self.player.sinks:
             sink.start(lambda: self.announce(self.state()))
@@ -97,6 +103,8 @@ class Session(Commands):
                 task.cancel()
             _, tasks = await asyncio.wait(tasks, timeout=0.1)
         self._fail_commands("the server is closing")
+        await self.measured.write(self.remote)
+        self.measured.stop()
         if self.remote:
             await self.remote.close()
         await self.player.close()
@@ -120,6 +128,7 @@ class Session(Commands):
             "made": self.made,
             "undo": self.undo,
             "recording": self.player.recorder.name if self.player.recorder else None,
+            "profile": self.measured.level,
             "pushing": [{"to": sink.label, "state": sink.state} for sink in self.player.sinks],
         }
 
@@ -225,6 +234,7 @@ class Session(Commands):
         self.kv_bytes = self.model["kv_bytes"]
         self.lead = Lead(limit=AHEAD * self.model["block"] / fps)
         await self._call("reset", seed=self.seed)
+        await self.measured.opened(self.remote)
         self.phase = "running"
         self.tried.set()
         self.announce(self.welcome())
@@ -273,12 +283,14 @@ class Session(Commands):
         if self._steps:
             self._steps, self.player.until = self._steps - 1, block
         ahead, positions = self.player.left(), dict(self.made)
-        started = time.perf_counter()
+        started = profile.clock()
         try:
             made = await self._call("step", orders=orders)
         except Refused as refusal:  # not even the model's own words: nothing will ever come
             raise Broken(f"the world refuses its next block: {refusal}") from None
-        total = time.perf_counter() - started
+        ended = profile.clock()
+        profile.record("request", started, ended, track="worlds")
+        total = ended - started
         if all(positions.values()):  # a block without a past takes many more steps
             self.lead.made(total)
         for name, why in made["ended"].items():
@@ -296,7 +308,8 @@ class Session(Commands):
             worlds = {name: frames[min(i, len(frames) - 1)] for name, frames in pictures.items()}
             self.player.queue.append(Picture(first + i, block, worlds))
         self._blocks, self._frames = block + 1, first + count
-        spent = made["seconds"]
+        spent, queue, late = made["seconds"], len(self.player.queue), self.player.clock.slips
+        beside = {"transfer": max(0.0, total - spent["total"]), "encode": self.player.broadcast.encode_seconds * count}
         event = {
             "type": "block",
             "block": block,
@@ -308,16 +321,11 @@ class Session(Commands):
             "made": self.made,
             "undo": self.undo,
             "ahead": ahead,
-            "queue": len(self.player.queue),
-            "seconds": {
-                "denoise": spent["denoise"],
-                "pictures": spent["pictures"],
-                "transfer": max(0.0, total - spent["total"]),
-                "encode": self.player.broadcast.encode_seconds * count,
-                "total": total,
-            },
+            "queue": queue,
+            "seconds": {"denoise": spent["denoise"], "pictures": spent["pictures"], **beside, "total": total},
+            "spans": self.measured.block(made, total, queue, late) | beside,
             "kv_bytes": self.kv_bytes,
-            "slips": self.player.clock.slips,
+            "slips": late,
         }
         self.recent.append(event)
         self.announce(event)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from inferix_kernels import profile
+
 from ..decode.contract import Adapter, Presentation
 
 CELL = 16
@@ -67,7 +69,13 @@ class BarWorld:
         self._ground = _noise(size) if texture else np.full((*size, 3), 90, np.uint8)
 
     def step(self, *, action: str | None, prompt: str | None, recache: bool | None = None) -> np.ndarray:
-        started = time.perf_counter()
+        with profile.block() as block, profile.timed("denoise") as taken:
+            pictures = self._block(action, prompt)
+            block.frames = len(pictures)
+        self.denoising = taken.seconds
+        return np.stack(pictures)
+
+    def _block(self, action: str | None, prompt: str | None) -> list[np.ndarray]:
         self.prompt = self.prompt if prompt is None else prompt
         if self.prompt == "crash":
             raise RuntimeError("asked to crash")
@@ -83,8 +91,7 @@ class BarWorld:
             picture[:CELL, : BITS * CELL] = bars(number, index, words)
             pictures.append(picture)
         self.frames += len(pictures)
-        self.denoising = time.perf_counter() - started
-        return np.stack(pictures)
+        return pictures
 
     def advance(self, **order: Any) -> Future[np.ndarray]:
         """The same, as pictures to come, which are there."""

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import functools
 import io
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,8 @@ import av
 import numpy as np
 from av.video.frame import PictureType
 from PIL import Image
+
+from inferix_kernels import profile
 
 TICKS = 90_000  # per second, of all timestamps: RTP's for video
 DEPTH = 12  # packets that may wait for one viewer: most of a second
@@ -231,11 +232,11 @@ class Broadcast:
         self, codec: str, picture: np.ndarray, frame: int, pts: int, keyframe: bool
     ) -> tuple[Packet | None, float]:
         height, width = (side * self.scale // 2 * 2 for side in picture.shape[:2])
-        started = time.perf_counter()
-        encoder = self._encoders.get(codec)
-        if encoder is None or encoder.size != (height, width):
-            size = height, width
-            encoder = JpegEncoder(size) if codec == "jpeg" else Encoder(codec, size, self.fps)
-            self._encoders[codec] = encoder
-        packet = encoder.encode(picture, frame, pts, keyframe)
-        return packet, time.perf_counter() - started
+        with profile.timed("encode") as taken:
+            encoder = self._encoders.get(codec)
+            if encoder is None or encoder.size != (height, width):
+                size = height, width
+                encoder = JpegEncoder(size) if codec == "jpeg" else Encoder(codec, size, self.fps)
+                self._encoders[codec] = encoder
+            packet = encoder.encode(picture, frame, pts, keyframe)
+        return packet, taken.seconds

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from inferix_kernels import profile
+
 PROCESS = "inferix-worlds"  # its name
 REFUSED, BROKEN = "refused", "broken"
 HEARTBEAT = 1.0  # seconds
@@ -55,10 +57,15 @@ class Stage:
 
     Args:
         opener: opens the first one: a `World`, with room for a second one if there may be a fork.
+        profiled: a Profiling, of what happens in this process.
     """
 
-    def __init__(self, opener: Callable[[], Any]):
+    def __init__(self, opener: Callable[[], Any], profiled: Any = None):
         self.worlds = {"a": Running(opener())}
+        self.profiled = profiled
+        self._rows: list[profile.Row] = []  # of this step's blocks
+        if profiled is not None:
+            profile.on_block(self._rows.append)
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to know of the model."""
@@ -92,9 +99,18 @@ class Stage:
         Raises:
             NotFinite: no world is left that can go on; a reset or a load begins anew.
         """
+        with profile.timed("request") as taken:
+            pictures, ended, denoising = self._blocks(orders)
+        total = taken.seconds
+        seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
+        measured = {"profile": self._measured()} if self.profiled is not None else {}
+        return {"pictures": pictures, "seconds": seconds, "ended": ended, **measured, **self._extent()}
+
+    def _blocks(self, orders: dict[str, Order]) -> tuple[dict[str, Any], dict[str, str], float]:
+        """(pictures by name, why worlds have ended by name, seconds of denoising)."""
         from inferix.finite import NotFinite
 
-        started, denoising, pictures, ended = time.perf_counter(), 0.0, {}, {}
+        denoising, pictures, ended = 0.0, {}, {}
         coming, latents = {}, {}
         for name, running in self.worlds.items():  # one is denoised while the pictures of the other are decoded
             order, before = orders[name], running.world.frames
@@ -122,10 +138,25 @@ class Stage:
         for name in ended:
             self.close(name)
             pictures = {"a": next(iter(pictures.values()))}
-        total = time.perf_counter() - started
-        seconds = {"denoise": denoising, "pictures": total - denoising, "total": total}
-        said = {name: str(why) for name, why in ended.items()}
-        return {"pictures": pictures, "seconds": seconds, "ended": said, **self._extent()}
+        return pictures, {name: str(why) for name, why in ended.items()}, denoising
+
+    def _measured(self) -> dict[str, Any]:
+        """The profiler's: seconds by span of this step's blocks, those within apart, and totals since it began."""
+        spans: dict[str, float] = {}
+        for row in self._rows:
+            for name, each in row.spans.items():
+                spans[name] = spans.get(name, 0.0) + each.own
+        self._rows.clear()
+        return {"spans": spans, "totals": self.profiled.totals()}
+
+    def set_level(self, level: str) -> None:
+        """How much the profiler records from now on."""
+        profile.set_level(level)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the profiler has recorded."""
+        taken: dict[str, Any] = self.profiled.snapshot()
+        return taken
 
     def commit_pending(self) -> None:
         """What can be done while a block is shown, so that the next one comes sooner after its controls."""
@@ -247,7 +278,9 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
             connection.send((number, result, error))
 
     def open_stage() -> dict[str, Any]:
-        stage.append(Stage(opener))
+        from ..profile import Profiling
+
+        stage.append(Stage(opener, Profiling("block", "worlds")))
         return stage[0].describe()
 
     def beat() -> None:

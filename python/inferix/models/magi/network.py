@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inferix_kernels import Quantized
+from inferix_kernels import Quantized, profile
 from inferix_kernels.quantize import Residual, linear_output
 
 from ..rope import spread
@@ -183,6 +183,7 @@ class Attentions(nn.Module):
         parts = [part.unflatten(1, (GROUPS, -1)) for part in (attended, crossed)]
         return torch.stack(parts, 2).flatten(1)
 
+    @profile.profiled("cross-attention")
     def _cross(self, layer: int, qx: Tensor, segments: Segments) -> Tensor:
         """Each segment of the rows attends to its own caption alone."""
         config = self.config
@@ -369,7 +370,8 @@ class MagiNetwork(nn.Module):
         cond = torch.cat([row.expand(count, -1) for row, count in zip(cond.split(1), places)])[:, None]
         stream = Residual(h.unflatten(0, (len(cond), -1)))
         for i, layer in enumerate(self.videodit_blocks.layers):
-            made = layer(i, stream, cond, segments, attend)
+            with profile.span("layer", layer=i):
+                made = layer(i, stream, cond, segments, attend)
             if made is None:
                 return None
             stream = made

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferix_kernels import profile
 from inferix_kernels.quantize import Residual, linear_input, linear_output
 
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
@@ -147,6 +148,7 @@ class Layer(nn.Module):
         values = values + out_bias / self.heads  # a head's weights sum to 1
         return CrossCache(keys, biases, values)
 
+    @profile.profiled("cross-attention")
     def cross_attention(self, x: Residual, cross: CrossCache) -> Residual:
         """x [B, S, frames, n, dim] -> x + attention of its normed rows to their block's words."""
         norm = self.norm_cross
@@ -255,7 +257,8 @@ class TinyWorldModel(nn.Module):
         h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
         stream = Residual(h)
         for i, layer in enumerate(self.layers):
-            made = layer(i, stream, modulation, cross[i], attend)
+            with profile.span("layer", layer=i):
+                made = layer(i, stream, modulation, cross[i], attend)
             if made is None:
                 return None
             stream = made

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferix_kernels import profile
 from inferix_kernels.quantize import Residual, linear_input, linear_output
 from inferix_kernels.uploads import upload
 
@@ -205,6 +206,7 @@ class WanBlock(nn.Module):
         made: Residual = self.ffn(self.conditioned(layer, x, segments), *for_ffn)
         return made
 
+    @profile.profiled("cross-attention")
     def conditioned(self, layer: int, x: Residual, segments: Sequence[tuple[slice, CrossCache]]) -> Residual:
         """x [F, n, dim] with what its conditioning adds."""
         return self.cross_attn(x, self.norm3, layer, segments)
@@ -320,7 +322,8 @@ class WanNetwork(nn.Module):
         modulation = self._modulation(self.time_projection(e))
         segments = _segments([len(block) * grid[0] * grid[1] for block in blocks], crosses)
         for i, layer in enumerate(self.blocks):
-            h = layer(i, h, modulation[i], segments, attend)
+            with profile.span("layer", layer=i):
+                h = layer(i, h, modulation[i], segments, attend)
             if h is None:
                 return None
         last = sum(len(block) for block in blocks[first:])

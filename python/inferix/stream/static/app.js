@@ -133,6 +133,8 @@ function render() {
   $("record").classList.toggle("on", Boolean(state.recording));
   $("record").lastChild.textContent = state.recording ? "Stop" : "Record";
   $("recache-choice").hidden = !welcome?.can_recache;
+  $("profile").checked = state.profile === "layer";
+  $("profile").disabled = !drive || state.phase !== "running";
   $("viewers").hidden = !(state.viewers > 1);
   $("viewers").textContent = `${state.viewers} watching`;
   $("pushing").hidden = !state.pushing?.length;
@@ -232,6 +234,7 @@ $("both").onclick = () => steer(state.steered.length > 1 ? ["b"] : ["a", "b"]);
 $("save").onclick = () => link.request("save").then(({ name }) => note(`saved as ${name}`)).catch((error) => note(error.message, true));
 $("record").onclick = () => request("record", { on: !state.recording }).then((made) => made?.frames && note(`${made.name}: under Files`));
 $("reset").onclick = $("restart").onclick = () => request("reset", { seed: Number($("seed").value) || 0 });
+$("profile").onchange = () => request("profile", { level: $("profile").checked ? "layer" : "block" });
 $("show-files").onclick = () => $("files").showModal();
 $("show-figures").onclick = () => {
   $("figures").hidden = !$("figures").hidden;

@@ -1,6 +1,7 @@
 // The figures next to the picture. All are measured: in this browser, or by the server and sent with each block.
 
-const PARTS = { denoise: "denoise", pictures: "to pictures", transfer: "hand over", encode: "encode" };
+const NAMES = { pictures: "to pictures", transfer: "hand over", block: "rest of the block" };
+const SMALL = 0.005; // of a block: not worth a line
 const KEEP = 200; // samples that the percentiles are of
 
 export class Figures {
@@ -11,15 +12,7 @@ export class Figures {
     this.ways = [];
     this.clocks = [];
     this.offset = null;
-    this.$("split").replaceChildren(...Object.keys(PARTS).map((part) => Object.assign(document.createElement("i"), { className: part })));
-    this.$("split-key").replaceChildren(
-      ...Object.entries(PARTS).map(([part, name]) => {
-        const line = document.createElement("li");
-        line.className = part;
-        line.append(name, document.createElement("b"));
-        return line;
-      }),
-    );
+    this.parts = []; // names of spans, in the order of their colours
   }
 
   // ms from pressing a key to seeing the first picture that follows it
@@ -51,20 +44,44 @@ export class Figures {
     if (this.ways.length % 8 === 0) this.$("f-way").textContent = Math.round([...this.ways].sort((a, b) => a - b)[this.ways.length >> 1]);
   }
 
-  block({ frames, queue, slips, seconds, kv_bytes }) {
-    this.blocks = [...this.blocks, { frames, seconds }].slice(-16);
-    const sum = (part) => this.blocks.reduce((total, block) => total + block.seconds[part], 0);
+  block({ frames, queue, slips, seconds, spans, kv_bytes }) {
+    this.blocks = [...this.blocks, { frames, seconds, spans }].slice(-16);
     const made = this.blocks.reduce((total, block) => total + block.frames, 0);
-    this.$("f-made").textContent = (made / sum("total")).toFixed(1);
+    const spent = this.blocks.reduce((total, block) => total + block.seconds.total, 0);
+    this.$("f-made").textContent = (made / spent).toFixed(1);
     this.$("f-queue").textContent = queue;
     this.$("f-slips").textContent = slips;
-    const whole = Object.keys(PARTS).reduce((total, part) => total + sum(part), 0);
-    this.$("f-block").textContent = `${((1000 * sum("total")) / this.blocks.length).toFixed(0)} ms, ${frames} pictures`;
-    for (const part of Object.keys(PARTS)) {
-      this.$("split").querySelector(`.${part}`).style.flexGrow = sum(part) / whole;
-      this.$("split-key").querySelector(`.${part} b`).textContent = `${((1000 * sum(part)) / this.blocks.length).toFixed(1)} ms`;
-    }
+    this.$("f-block").textContent = `${((1000 * spent) / this.blocks.length).toFixed(0)} ms, ${frames} pictures`;
+    this.split();
     this.memory(kv_bytes);
+  }
+
+  // Where a block's time goes: what the profiler measured, a colour for each span's name.
+  split() {
+    const sums = {};
+    for (const { spans } of this.blocks) for (const [part, time] of Object.entries(spans)) sums[part] = (sums[part] ?? 0) + Math.max(0, time);
+    const whole = Object.values(sums).reduce((total, sum) => total + sum, 0);
+    const shown = Object.keys(sums).filter((part) => sums[part] > SMALL * whole);
+    for (const part of shown) if (!this.parts.includes(part)) this.parts.push(part);
+    const hue = (part) => `hsl(${(38 + 137.5 * this.parts.indexOf(part)) % 360} 62% 62%)`;
+    this.$("split").replaceChildren(
+      ...shown.map((part) => {
+        const piece = document.createElement("i");
+        piece.style.background = hue(part);
+        piece.style.flexGrow = sums[part] / whole;
+        return piece;
+      }),
+    );
+    this.$("split-key").replaceChildren(
+      ...shown.map((part) => {
+        const line = document.createElement("li");
+        line.style.setProperty("--hue", hue(part));
+        const time = document.createElement("b");
+        time.textContent = `${((1000 * sums[part]) / this.blocks.length).toFixed(1)} ms`;
+        line.append(NAMES[part] ?? part, time);
+        return line;
+      }),
+    );
   }
 
   memory(bytes) {

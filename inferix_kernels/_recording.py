@@ -1,0 +1,291 @@
+"""What the profiler keeps, and how it adds it up: see profile.py, which fills it.
+
+All of it is bounded: a ring of spans per thread, of which the oldest are dropped and counted; a row per block, of which
+every second one is dropped when there are too many; sums by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from ._gpu_times import GpuTimes
+
+MOST_ROWS = 2048  # of blocks, before every second one is dropped
+MOST_TRACKS = 64  # threads, those that have ended among them
+MOST_TEXTS = 64  # different things that are said to be lost
+MOST_NAMES = 1024  # of spans and metrics: more is a mistake, such as a number in a name
+DEEPEST = 64  # spans within each other
+
+Args = Mapping[str, Any]
+SpanRow = tuple[str, float, float, int, Args]  # name, start, end, how many spans it is within, arguments
+T = TypeVar("T")
+
+
+class Sum(NamedTuple):
+    """Spans of one name.
+
+    Attributes:
+        own: seconds, without those of the spans within.
+        seconds: with them.
+        number: of spans.
+    """
+
+    own: float = 0.0
+    seconds: float = 0.0
+    number: int = 0
+
+    def plus(self, other: Sum) -> Sum:
+        return Sum(self.own + other.own, self.seconds + other.seconds, self.number + other.number)
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """One block, as hooks are handed it. Times are seconds of `time.perf_counter`.
+
+    Attributes:
+        number: of the blocks of its thread, from 0.
+        track: its thread's name.
+        start, end: of the block.
+        wall: seconds from the end of the block before to the end of this one, or from the thread's first span.
+        frames: that the block said it made.
+        spans: by name, all that ended in `wall` on this thread.
+        counts: by name, what was counted in `wall` on this thread.
+        values: by name, the metrics as they were last given.
+    """
+
+    number: int
+    track: str
+    start: float
+    end: float
+    wall: float
+    frames: int
+    spans: dict[str, Sum]
+    counts: dict[str, float]
+    values: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+    @property
+    def elsewhere(self) -> float:
+        """Seconds of `wall` that no span has."""
+        return max(0.0, self.wall - sum(each.own for each in self.spans.values()))
+
+
+class Thinned(Generic[T]):
+    """A list that keeps all that is put into it until there are `most`, then every second, every fourth, ..."""
+
+    def __init__(self, most: int = MOST_ROWS):
+        self.most, self.stride, self.seen = most, 1, 0
+        self.kept: list[T] = []
+
+    def append(self, one: T) -> None:
+        if self.seen % self.stride == 0:
+            self.kept.append(one)
+            if len(self.kept) > self.most:
+                self.kept, self.stride = self.kept[::2], 2 * self.stride
+        self.seen += 1
+
+
+class Track:
+    """The spans of one thread, newest over oldest in a ring, and what was counted there.
+
+    Attributes:
+        count: spans that ended so far; the last `capacity` are in `rows`.
+        open: spans that are under way, the innermost last.
+        spans: what stands for one that is open at each depth, made once.
+        gpu: times them on a GPU as well; None: there is none.
+        shift: seconds to add to the rows' times: a GPU's clock has its own zero.
+        overlapping: its spans may overlap without one being within the other.
+    """
+
+    def __init__(self, name: str, thread: int, capacity: int, overlapping: bool = False):
+        self.name, self.thread, self.mask, self.overlapping = name, thread, capacity - 1, overlapping
+        self.rows: list[SpanRow | None] = [None] * capacity
+        self.count = self.added = self.blocks = 0
+        self.open: list[Any] = []
+        self.spans: list[Any] = []  # profile.Span, one for each depth
+        self.counts: dict[str, float] = {}
+        self.values: dict[str, float] = {}
+        self.gpu: GpuTimes | None = None
+        self.shift = 0.0
+        self._within = [0.0] * (DEEPEST + 2)  # seconds of the spans at each depth since one closed around them
+        self._since = [0.0] * (DEEPEST + 2)  # when the first of these began
+        self._before: dict[str, float] = {}  # counts at the last block
+        self.ended: float | None = None  # when the last block did
+        self.sums: dict[str, Sum] = {}  # since the last block
+
+    @property
+    def dropped(self) -> int:
+        return max(0, self.count - self.mask - 1)
+
+    def write(self, row: SpanRow) -> None:
+        self.rows[self.count & self.mask] = row
+        self.count += 1
+
+    def kept(self) -> list[SpanRow]:
+        """The spans that the ring holds, as they ended."""
+        found = [self.rows[i & self.mask] for i in range(self.dropped, self.count)]
+        return [row for row in found if row is not None]
+
+    def add_up(self) -> int:
+        """Spans that ended since the last call go into `sums`; returns how many of them the ring had dropped."""
+        first, last, mask = max(self.added, self.dropped), self.count, self.mask
+        missed, self.added = first - self.added, last
+        rows, within, since, sums = self.rows, self._within, self._since, self.sums
+        for i in range(first, last):
+            name, start, end, depth, _ = rows[i & mask]  # type: ignore[misc]  # they have ended
+            if self.ended is None and depth == 0:
+                self.ended = start
+            depth = min(depth, DEEPEST)
+            seconds = end - start
+            inner = depth + 1
+            own = seconds - within[inner] if since[inner] >= start else seconds  # else: what was around them is lost
+            within[inner] = 0.0
+            if not within[depth]:
+                since[depth] = start
+            within[depth] += seconds
+            old = sums.get(name)
+            sums[name] = Sum(own, seconds, 1) if old is None else Sum(old[0] + own, old[1] + seconds, old[2] + 1)
+        return missed
+
+    def row(self, start: float, end: float, frames: int) -> Row:
+        """The block that has just ended; what comes is the next one's."""
+        counts = {name: n - self._before.get(name, 0) for name, n in self.counts.items()}
+        began = start if self.ended is None else self.ended
+        made = Row(self.blocks, self.name, start, end, end - began, frames, self.sums, counts, dict(self.values))
+        self._before, self.sums, self.ended = dict(self.counts), {}, end
+        self.blocks += 1
+        return made
+
+
+class Recording:
+    """What was recorded since `profile.start`.
+
+    Attributes:
+        tracks: one per thread, and those with a name of their own.
+        blocks: a Row per block, thinned out once there are many.
+        sums: by name, of all spans so far.
+        lost: what could not be recorded, and how often.
+        perf, unix: when it began, by `time.perf_counter` and by `time.time`: what merges several processes.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.tracks: list[Track] = []
+        self.blocks: Thinned[Row] = Thinned()
+        self.sums: dict[str, Sum] = {}
+        self.lost: dict[str, int] = {}
+        self.kinds: dict[str, str] = {}
+        self.frames = 0
+        self.lock = threading.Lock()
+        self.perf, self.unix = time.perf_counter(), time.time()
+        self._named: dict[str, Track] = {}
+        self._counted: dict[str, float] = {}  # on tracks that are gone
+
+    def lose(self, text: str, times: int = 1) -> None:
+        """Something is not recorded; the report says so."""
+        if text in self.lost or len(self.lost) < MOST_TEXTS:
+            self.lost[text] = self.lost.get(text, 0) + times
+
+    def declare(self, name: str, kind: str) -> bool:
+        """A name is a "count" or a "metric", and there are not too many; False: not so."""
+        if not isinstance(name, str) or (name not in self.kinds and len(self.kinds) >= MOST_NAMES):
+            return False
+        return self.kinds.setdefault(name, kind) == kind
+
+    def track(self, name: str | None = None) -> Track:
+        """A new track, of this thread; with a name, the one of this name, which any thread may write to."""
+        with self.lock:
+            if name is not None and name in self._named:
+                return self._named[name]
+            if len(self.tracks) >= MOST_TRACKS:
+                self._forget_an_ended_one()
+            thread = threading.current_thread()
+            made = Track(name or thread.name, threading.get_ident(), self.capacity, overlapping=name is not None)
+            self.tracks.append(made)
+            if name is not None:
+                self._named[name] = made
+            return made
+
+    def _forget_an_ended_one(self) -> None:
+        alive = {thread.ident for thread in threading.enumerate()}
+        ended = [track for track in self.tracks if track.thread not in alive and not track.overlapping]
+        if ended:
+            self._collect(ended[0])
+            self._counted = _added(self._counted, ended[0].counts)
+            self.tracks.remove(ended[0])
+            self.lose("spans of the thread that ended first, as there were too many threads", ended[0].count)
+
+    def write(self, track: str, row: SpanRow) -> None:
+        """A span that has ended, onto the track of this name."""
+        where = self.track(track)
+        with self.lock:
+            where.write(row)
+
+    def block(self, track: Track, start: float, end: float, frames: int) -> Row:
+        """A block has ended on this track: what was measured since the one before."""
+        with self.lock:
+            self._collect(track)
+            row = track.row(start, end, frames)
+            self.blocks.append(row)
+            self.frames += frames
+            return row
+
+    def collect(self) -> None:
+        """Spans of all threads go into `sums`."""
+        with self.lock:
+            for track in self.tracks:
+                self._collect(track)
+
+    def _collect(self, track: Track) -> None:
+        before = dict(track.sums)
+        if missed := track.add_up():
+            self.lose(f"spans of {track.name} that no sum has, as more ended in a block than the ring holds", missed)
+        for name, now in track.sums.items():
+            old = before.get(name, Sum())
+            if now is not old:
+                new = Sum(now[0] - old[0], now[1] - old[1], now[2] - old[2])
+                if name in self.sums or len(self.sums) < MOST_NAMES:
+                    self.sums[name] = self.sums.get(name, Sum()).plus(new)
+                else:
+                    self.lose(f"spans of further names than the first {MOST_NAMES}", new.number)
+        if not track.blocks and len(track.sums) > MOST_NAMES:
+            track.sums.clear()
+
+    def counts(self) -> dict[str, float]:
+        """By name, what was counted so far, on all threads."""
+        return _added(self._counted, *(dict(track.counts) for track in self.tracks))
+
+    def values(self) -> dict[str, float]:
+        """By name, the metrics as they were last given."""
+        return {name: value for track in self.tracks for name, value in dict(track.values).items()}
+
+    def problems(self) -> list[str]:
+        """A line for whatever was lost."""
+        lines = [f"{text}: {times}" for text, times in self.lost.items()]
+        lines += [
+            f"{track.name}: the oldest {track.dropped:,} spans, as the ring holds {self.capacity:,}"
+            for track in self.tracks
+            if track.dropped
+        ]
+        lines += [f"{track.name}: {span.name!r} is still open" for track in self.tracks for span in list(track.open)]
+        lines += [
+            f"{track.name}: {track.gpu.lost:,} spans have no time on the GPU: events came too late, or were too few"
+            for track in self.tracks
+            if track.gpu is not None and track.gpu.lost
+        ]
+        return lines
+
+
+def _added(*all_counts: Mapping[str, float]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for counts in all_counts:
+        for name, count in counts.items():
+            total[name] = total.get(name, 0) + count
+    return total

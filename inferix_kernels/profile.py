@@ -1,0 +1,541 @@
+"""Where the time of a block goes: spans, metrics and hooks, cheap enough to be left on. Needs nothing but Python.
+Long because half of it is docstrings.
+
+    recording = profile.start("layer")
+    with profile.span("attention", layer=3):          # recorded at level "layer"
+        ...
+    with profile.timed("denoise") as denoise:         # at levels "block" and "layer"; measured at any
+        ...
+    with profile.block() as block:                    # one block: a row of the report, and the hooks
+        block.frames = 3
+    profile.count("pages evicted", 4)                 # added up
+    profile.metric("queue", 2)                        # as it is now
+    profile.stop()
+
+Level "block" has a few spans per block, "layer" has one for each step, each layer and its parts. It can be changed at
+any time (`set_level`), and is "off" until there is a recording. A mistake, such as a span that is left open, ends
+nothing: it is counted, and the report says so in a line. What is made of a recording (traces, reports, comparisons) is
+in the package inferix.profile.
+
+Spans belong to the thread that they were opened on. Across an `await`, where another task may come in between, use
+`record` with the two times.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from math import isfinite
+from threading import get_ident
+from time import perf_counter as clock
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, overload
+
+from ._gpu_times import GpuTimes
+from ._recording import Recording, Row, Track
+
+__all__ = [
+    "LEVELS",
+    "Block",
+    "Recording",
+    "Row",
+    "Timed",
+    "block",
+    "clock",
+    "count",
+    "level",
+    "metric",
+    "on_block",
+    "profiled",
+    "record",
+    "recording",
+    "set_level",
+    "span",
+    "start",
+    "stop",
+    "timed",
+]
+
+LEVELS = ("off", "block", "layer")
+OFF, BLOCK, LAYER = range(3)
+CAPACITY = 1 << 15  # spans of a thread
+P = ParamSpec("P")
+T = TypeVar("T")
+Hook = Callable[[Row], object]
+
+_level = OFF
+_recording: Recording | None = None
+_local = threading.local()  # .track; another one for each recording
+_hooks: list[Hook] = []
+
+
+# A recording
+
+
+def start(level: str = "block", capacity: int = CAPACITY) -> Recording:
+    """Begin to record.
+
+    Args:
+        level: "off", "block" or "layer".
+        capacity: spans that are kept of each thread, a power of two; older ones are in the sums alone.
+
+    Raises:
+        RuntimeError: there is a recording already.
+        ValueError: there is no such level, or the capacity is none.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> recording = profile.start("layer", capacity=1024)
+        >>> with profile.span("attention", layer=3):
+        ...     pass
+        >>> _ = profile.stop()
+        >>> recording.collect()
+        >>> recording.sums["attention"].number
+        1
+    """
+    global _recording, _local
+    if _recording is not None:
+        raise RuntimeError("start: a recording is under way: stop it, or use set_level")
+    if capacity < 1 or capacity & (capacity - 1):
+        raise ValueError(f"capacity must be a power of two, got {capacity}")
+    number = _number_of(level)
+    _recording, _local = Recording(capacity), threading.local()
+    _set(number)
+    return _recording
+
+
+def stop() -> Recording | None:
+    """End the recording, which is returned; None: there was none. Spans that are open now belong to none."""
+    global _recording
+    ended, _recording = _recording, None
+    _set(OFF)
+    return ended
+
+
+def recording() -> Recording | None:
+    """The one that is under way."""
+    return _recording
+
+
+def level() -> str:
+    """What is recorded now."""
+    return LEVELS[_level]
+
+
+def set_level(level: str) -> None:
+    """Record this much from now on; nothing that is recorded is lost.
+
+    Raises:
+        ValueError: there is no such level. RuntimeError: there is no recording.
+    """
+    number = _number_of(level)
+    if _recording is None:
+        raise RuntimeError("set_level: there is no recording: start one")
+    _set(number)
+
+
+def _number_of(level: str) -> int:
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    return LEVELS.index(level)
+
+
+def _set(number: int) -> None:
+    global _level
+    _level = number
+
+
+def _track() -> Track:
+    """This thread's; without a recording, one that nobody will look at."""
+    try:
+        track: Track = _local.track
+    except AttributeError:
+        local, current = _local, _recording
+        track = Track("", 0, 1) if current is None else current.track()
+        local.track = track
+    return track
+
+
+def _lose(text: str) -> None:
+    if _recording is not None:
+        _recording.lose(text)
+
+
+# Spans
+
+
+class Span:
+    """A stretch of time on one thread, which begins when `span` gives it: a context that ends it.
+
+    There is one for each depth of each thread, made once: a span makes no other object than its row.
+    """
+
+    __slots__ = ("args", "end", "gpu", "name", "start", "track")
+    name: str
+    args: dict[str, Any]
+    start: float
+    end: float
+    gpu: Any
+
+    # What `with` calls and nobody needs: a function in C, as one in Python costs as much as all the rest.
+    __enter__ = staticmethod(int)
+
+    def __init__(self, track: Track | None = None):
+        self.track, self.gpu = track, None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self.end = end = clock()
+        track: Any = self.track
+        nest = track.open
+        if (not nest or nest[-1] is not self or track.thread != get_ident()) and not self._misplaced(track):
+            return
+        nest.pop()
+        if self.gpu is not None:
+            track.gpu.end(self.gpu, self.name, len(nest), self.args)
+            self.gpu = None
+        count = track.count
+        track.rows[count & track.mask] = (self.name, self.start, end, len(nest), self.args)
+        track.count = count + 1
+
+    def _misplaced(self, track: Track) -> bool:
+        """It is not the innermost open one of this thread: say what is wrong. True if it is open, and can be kept."""
+        if self not in track.open:
+            _lose(f"{self.name!r} was closed without being open")
+            return False
+        if track.thread != get_ident():
+            _lose(f"{self.name!r} was closed on another thread than it was opened on")
+            track.open.remove(self)
+            return False
+        while track.open[-1] is not self:
+            _lose(f"{track.open.pop().name!r} was left open")
+        return True
+
+
+class Timed(Span):
+    """A span that measures whether or not it is recorded. `timed` makes it.
+
+    Attributes:
+        seconds: that it took, once it has ended.
+    """
+
+    __slots__ = ("opened",)
+
+    def __init__(self, name: str, args: dict[str, Any]):
+        super().__init__()
+        self.name, self.args, self.opened = name, args, False
+
+    def __enter__(self) -> Any:  # type: ignore[override]
+        if self.opened:
+            _lose(f"{self.name!r} was opened twice")
+            return self
+        self.opened = True
+        if _level:
+            self.track = track = _track()
+            track.open.append(self)
+            if track.gpu is not None:
+                self.gpu = track.gpu.begin()
+        self.start = clock()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if not self.opened:
+            _lose(f"{self.name!r} was closed without being open")
+            return
+        self.opened = False
+        if self.track is None:
+            self.end = clock()
+        else:
+            super().__exit__(*error)
+            self.track = None
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+class Block(Timed):
+    """A block of a world, or a step of one that has several in flight. `block` makes it.
+
+    Attributes:
+        frames: that came out; who makes the block sets it.
+        row: what was measured, once it has ended; None: nothing is recorded, or the block failed.
+    """
+
+    __slots__ = ("frames", "row")
+
+    def __init__(self) -> None:
+        super().__init__("block", {})
+        self.frames = 0
+        self.row: Row | None = None
+
+    def __exit__(self, *error: Any) -> None:
+        track = self.track
+        super().__exit__(*error)
+        if track is not None and _recording is not None and (not error or error[0] is None):
+            self.row = _ended(_recording, track, self)
+
+
+class _Nothing:
+    """A span that is not recorded."""
+
+    __slots__ = ()
+    __enter__ = staticmethod(int)
+    __exit__ = staticmethod("".format)  # in C, of any arguments, and its "" swallows no exception
+
+
+_NOTHING: Any = _Nothing()
+_PLAIN = frozenset((int, float, bool, str))
+_annotated: Callable[[str, dict[str, Any]], Any] | None = None  # makes spans while torch.profiler runs
+
+
+def span(name: str, **args: Any) -> AbstractContextManager[Any]:
+    """A context whose time is recorded at level "layer". It begins here: open it where it is made, by `with`.
+
+    Args:
+        name: one of a few: what changes from span to span is an argument.
+        args: numbers and short texts that the trace shows with it.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> with profile.span("attention", layer=3):  # nothing is recorded: this costs 0.1 microseconds
+        ...     pass
+    """
+    if _level < LAYER:
+        return _NOTHING
+    for value in args.values():
+        if value.__class__ not in _PLAIN:
+            args = _without_others(name, args)
+            break
+    if _annotated is not None:
+        return _annotated(name, args)
+    try:
+        track = _local.track
+    except AttributeError:
+        track = _track()
+    nest = track.open
+    try:
+        one = track.spans[len(nest)]
+    except IndexError:
+        one = Span(track)
+        track.spans.append(one)
+    nest.append(one)
+    one.name, one.args = name, args
+    if track.gpu is not None and track.gpu.active:
+        one.gpu = track.gpu.begin()
+    one.start = clock()
+    return one
+
+
+def _without_others(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    _lose(f"arguments of {name!r} that are neither numbers nor texts")
+    return {key: value for key, value in args.items() if value.__class__ in _PLAIN}
+
+
+def timed(name: str, device: Any = None, **args: Any) -> Timed:
+    """A context that says how long it took, recorded from level "block" on: for a few spans per block.
+
+    Args:
+        name, args: as for `span`.
+        device: torch.device of the work, on a thread that makes no blocks; on "cuda" it is timed there as well.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> with profile.timed("denoise") as denoise:
+        ...     pass
+        >>> 0 < denoise.seconds < 1
+        True
+    """
+    if _level and device is not None and device.type == "cuda":
+        track = _track()
+        if track.gpu is None:
+            _use_gpu(track)
+        else:  # where blocks are made, `block` looks at the events of those before
+            track.gpu.block()
+    return Timed(name, args)
+
+
+@overload
+def profiled(what: Callable[P, T]) -> Callable[P, T]: ...
+
+
+@overload
+def profiled(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]: ...
+
+
+def profiled(what: Any) -> Any:
+    """A function, each call of which is a span of its name, or of the name given.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> @profile.profiled
+        ... def project(x):
+        ...     return 2 * x
+        >>> @profile.profiled("norm")
+        ... def layer_norm(x):
+        ...     return x
+        >>> project(layer_norm(3))
+        6
+    """
+    if isinstance(what, str):
+        return lambda function: _profiled(function, what)
+    return _profiled(what, what.__name__)
+
+
+def _profiled(function: Callable[P, T], name: str) -> Callable[P, T]:
+    @functools.wraps(function)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _level < LAYER:
+            return function(*args, **kwargs)
+        with span(name):
+            return function(*args, **kwargs)
+
+    return measured
+
+
+def record(name: str, start: float, end: float, track: str, **args: Any) -> None:
+    """A stretch of time that has passed, by `profile.clock`, from level "block" on.
+
+    Args:
+        track: of its own in the trace, where spans may overlap.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> begun = profile.clock()
+        >>> profile.record("send", begun, profile.clock(), track="viewers")
+    """
+    if _level and _recording is not None:
+        _recording.write(track, (name, start, end, 0, args))
+
+
+# Blocks
+
+
+def block(device: Any = None) -> Block:
+    """A context for the making of one block: what was measured in it becomes a Row, which hooks are handed.
+
+    Args:
+        device: torch.device of the work; on "cuda", spans of this thread are timed there as well.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> with profile.block() as made:
+        ...     made.frames = 3
+    """
+    if _level and device is not None and device.type == "cuda":
+        _use_gpu(_track())
+    return Block()
+
+
+def on_block(hook: Hook) -> Callable[[], None]:
+    """Have `hook` called with the Row of each block that is recorded, on the thread that made it. Its own time is a
+    span, "hook NAME". One that fails is not called again.
+
+    Returns:
+        What ends this.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> seen = []
+        >>> end = profile.on_block(seen.append)
+        >>> _ = profile.start("block")
+        >>> with profile.block() as made:
+        ...     made.frames = 3
+        >>> _ = profile.stop(), end()
+        >>> seen[0].frames, list(seen[0].spans)
+        (3, ['block'])
+    """
+    _hooks.append(hook)
+
+    def end() -> None:
+        if hook in _hooks:
+            _hooks.remove(hook)
+
+    return end
+
+
+def _ended(recording: Recording, track: Track, made: Block) -> Row:
+    """Adds a block up, and calls the hooks."""
+    with Timed("profiler", {}):
+        if track.gpu is not None:
+            track.gpu.block()
+        row = recording.block(track, made.start, made.end, made.frames)
+    for hook in tuple(_hooks):
+        name = getattr(hook, "__name__", type(hook).__name__)
+        try:
+            with Timed(f"hook {name}", {}):
+                hook(row)
+        except Exception as error:
+            recording.lose(f"hook {name} failed ({type(error).__name__}: {error}) and is not called again")
+            _hooks.remove(hook)
+    return row
+
+
+def _use_gpu(track: Track) -> None:
+    if track.gpu is not None or _recording is None:
+        return
+    import torch
+
+    on_gpu = _recording.track(f"GPU of {track.name}")
+
+    def keep(row: Any) -> None:
+        on_gpu.write(row)
+        on_gpu.shift = (track.gpu and track.gpu.shift) or 0.0
+
+    def make() -> Any:
+        return torch.cuda.Event(enable_timing=True)
+
+    track.gpu = GpuTimes(make, keep, torch.cuda.is_current_stream_capturing)
+
+
+# Metrics
+
+
+def count(name: str, amount: float = 1) -> None:
+    """Add to what has been counted under this name.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> profile.count("pages evicted", 4)
+    """
+    if _level:
+        counts = _track().counts
+        number = _number(name, amount, "count", counts)
+        if number is not None:
+            counts[name] = counts.get(name, 0) + number
+
+
+def metric(name: str, value: float) -> None:
+    """A number as it is now: of the next row, and of those after it until it is given again.
+
+    Example:
+        >>> from inferix_kernels import profile
+        >>> profile.metric("pictures waiting", 2)
+    """
+    if _level:
+        values = _track().values
+        number = _number(name, value, "metric", values)
+        if number is not None:
+            values[name] = number
+
+
+def _number(name: str, given: Any, kind: str, known: dict[str, float]) -> float | None:
+    """What was given, if it is a number and the name is of this kind."""
+    if type(given) not in (int, float):
+        try:
+            given = None if isinstance(given, str | bool) else float(given)
+        except (TypeError, ValueError):
+            given = None
+    if given is None or not isfinite(given):
+        _lose(f"{name!r} was given what is no finite number")
+        return None
+    if name not in known and not (_recording is not None and _recording.declare(name, kind)):
+        _lose(f"{name!r} was given as a {kind}, and was something else before or is one name too many")
+        return None
+    return given
