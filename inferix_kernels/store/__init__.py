@@ -18,6 +18,7 @@ Each module imports only those above it:
 | turns, policy | threads one at a time; what a world keeps |
 | slots, extent | places for frames, and who has them; one frame's keys and values |
 | past | what a world holds, as one value that every edit replaces |
+| reading | a bias on the past, and time counted anew: what page lists do not say |
 | page_lists, buffers, copies | page lists of frames; memory that passes share; copies to and from host memory |
 | storage | all pools: taking slots, converting, host memory |
 | table_view | one world, to be read |

@@ -59,16 +59,18 @@ class Reads(NamedTuple):
         rows = slice(start, start + sum(block.queries for block in self.blocks[first:end]))
         begin = sum(block.past + block.own for block in self.blocks[:first])
         pages = slice(begin, begin + sum(block.past + block.own for block in self.blocks[first:end]))
-        q_indptr, page_indptr, ids, lens, *_ = self.plan
+        q_indptr, page_indptr, ids, lens, bias, variants, *_ = self.plan
         ends = slice(first, end + 1)
-        return rows, Plan(q_indptr[ends] - start, page_indptr[ends] - begin, ids[pages], lens[pages])
+        more = [None if x is None else x[pages] for x in (bias, variants)]
+        return rows, Plan(q_indptr[ends] - start, page_indptr[ends] - begin, ids[pages], lens[pages], *more)
 
 
 class Attend(Protocol):
     """Attention in one pass. Called once per layer, when the layer's keys and values are written and committed."""
 
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
-        """q [T, Hq, D], out to write to, the same -> [T, Hq, Dv]: `out`, if it is given."""
+        """q [T, Hq, D], or [V, T, Hq, D] where the plan has page_variants; out to write to, [T, Hq, Dv] -> the same:
+        `out`, if it is given."""
 
 
 class Attention(Protocol):
@@ -119,7 +121,7 @@ class _Local:
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
         store, reads = self.reads.store, self.reads
         if self._lse is None:
-            self._lse = reads.rows.of("lse", q.shape[:2], torch.float32, q.device)
+            self._lse = reads.rows.of("lse", q.shape[-3:-1], torch.float32, q.device)
             if not reads.captured:
                 plan = prepared_plan(q, store.layers[layer], reads.plan, store.backend)
                 self.reads = reads = reads._replace(plan=plan)
@@ -130,11 +132,11 @@ class _Local:
                 q, pools, reads.plan, out=out, lse=self._lse, precision=precision, backend=store.backend
             )[0]
         # Worlds that differ in it get what each would get alone.
-        out, first = torch.empty_like(q) if out is None else out, 0
+        out, first = torch.empty_like(q[0] if q.ndim == 4 else q) if out is None else out, 0
         attend = partial(paged_attention, pools=pools, backend=store.backend)
         for precision, run in groupby(reads.precision[block.world][layer] for block in reads.blocks):
             rows, plan = reads.part(first, end := first + len(list(run)))
-            attend(q[rows], plan=plan, out=out[rows], lse=self._lse[rows], precision=precision)
+            attend(q[..., rows, :, :], plan=plan, out=out[rows], lse=self._lse[rows], precision=precision)
             first = end
         return out
 
@@ -171,6 +173,8 @@ class TopK:
         check_counts({"queries": self.queries})
 
     def bind(self, reads: Reads) -> Attend:
+        if reads.plan.page_bias is not None or reads.plan.page_variants is not None:
+            raise ValueError("attention: TopK needs a policy without past_bias and with time='absolute'")
         worlds = [block.world for block in reads.blocks]
         if len(set(worlds)) < len(worlds):
             most = max(worlds.count(world) for world in worlds)

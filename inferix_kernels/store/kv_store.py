@@ -33,7 +33,7 @@ class KVStore(Storage):
         layers, heads, head_dim: of the keys and values (heads is the number of KV heads). head_dim may be the widths
             of keys and values, (D, Dv), for rows of latents (MLA, with heads=1).
         frame_tokens: tokens per latent frame; any count.
-        block_frames: frames per block, at most.
+        block_frames: frames per block, at most, of blocks that are open beside others.
         scratch_blocks: blocks that a world can have open at once, and that a pass can have, of all its worlds. Two are
             enough to denoise one block of one world at a time: it, and the one before it, whose clean pass shares its
             first forward.
@@ -46,6 +46,8 @@ class KVStore(Storage):
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto", as for paged_attention.
             On a CPU "auto" becomes "8bit" in the layers of a world whose first block showed that rounding q costs
             hardly more than the rounding of its keys.
+        turn_back: frames -> [R / 2, 2], cos and sin of the rotation that takes queries back by so many frames; only
+            worlds whose policy has time="relative" need it.
 
     Raises:
         ValueError: an argument is not what it must be; nothing was allocated.

@@ -31,6 +31,7 @@ from .extent import Extent
 from .passes import Pass
 from .past import NOTHING, Block
 from .planning import Part, plan_pass
+from .slots import OutOfPages
 from .table_view import TableView
 from .turns import in_turn
 
@@ -59,7 +60,8 @@ class PageTable(TableView):
     @in_turn
     def open_block(self, frames: int) -> Block:
         """The next `frames` frames. One block may be open to be committed and one to be denoised or, where the store's
-        `scratch_blocks` say so, more that are denoised together.
+        `scratch_blocks` say so, more that are denoised together. A block that is open by itself may be as long as
+        scratch: frames that are to see each other when they are computed again, say.
 
         Raises:
             OutOfPages: there is no room for frames that leave the window to host memory, or that change format; nothing
@@ -71,8 +73,9 @@ class PageTable(TableView):
             range(15, 18)
         """
         store, blocks, frames = self.store, self.state.open_blocks, whole("frames", frames)
-        if not 1 <= frames <= store.block_frames:
-            raise ValueError(f"frames must be 1 to {store.block_frames}, got {frames}")
+        most = store.block_frames if blocks else store.scratch_frames
+        if not 1 <= frames <= most:
+            raise ValueError(f"frames must be 1 to {most}, got {frames}")
         if len(blocks) >= store.scratch_blocks:
             raise RuntimeError(
                 f"{store.scratch_blocks} blocks are open, and scratch holds no more: seal the first one before opening "
@@ -256,12 +259,16 @@ class PageTable(TableView):
 
     @in_turn
     def check_room(self, blocks: Sequence[Block], leaving: Sequence[int]) -> None:
-        """Could these blocks be committed, one after another, once the held frames `leaving` are forgotten?
+        """Could these blocks be opened and committed, one after another, once the held frames `leaving` are forgotten?
 
         Raises:
-            OutOfPages: not so.
+            OutOfPages: the pools have no room, or scratch has none for one of the blocks.
         """
-        leaving, slots = self.check_held(leaving), self.state.slots
+        leaving, slots, most = self.check_held(leaving), self.state.slots, self.store.scratch_frames
+        if (longest := max((len(block.frames) for block in blocks), default=0)) > most:
+            raise OutOfPages(
+                f"scratch: a block of {longest} frames was asked for, and it holds {most}: give it more scratch_blocks"
+            )
         formats = [self.policy.format_of(frame, block.end) for block in blocks for frame in block.frames]
         self.store.check_room(self, formats, [slots[frame] for frame in leaving if frame in slots])
 

@@ -18,6 +18,7 @@ from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
 from .attention import Attention, Local, Reads
 from .buffers import PassBuffers, Place
+from .reading import turned
 from .table_view import TableView, replace_states
 from .turns import in_turn
 
@@ -80,12 +81,18 @@ class Pass:
     """
 
     def __init__(
-        self, reads: Reads, shares: Sequence[Share], predict: bool, attention: Attention, place: Place | None = None
+        self,
+        reads: Reads,
+        shares: Sequence[Share],
+        predict: bool,
+        attention: Attention,
+        turns: Sequence[Tensor] = (),
+        place: Place | None = None,
     ):
         self.store, self.turn = reads.store, reads.store.turn
         self.plan, self.predict = reads.plan, predict
-        self._reads, self._shares, self._attend = reads, shares, attention.bind(reads)
-        self._follows_lists = attention == Local()
+        self._reads, self._shares, self._attend, self._turns = reads, shares, attention.bind(reads), turns
+        self._follows_lists = attention == Local() and reads.plan.page_bias is None and not turns
         self._tokens = sum(block.queries for block in reads.blocks)
         self._pages = sum(block.past + block.own for block in reads.blocks)  # without what fills a list up
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
@@ -131,9 +138,12 @@ class Pass:
             q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
         if not self.predict and layer == self.store.num_layers - 1:
             return None
+        out = self._output(q) if out is None else out
         profile.count("pages read", self._pages)
         with profile.span("attention"):
-            return self._attend(layer, q, self._output(q) if out is None else out).flatten(1)
+            if self._turns:
+                q = turned(q, self._turns, interleaved)
+            return self._attend(layer, q, out).flatten(1)
 
     @in_turn
     def write(
@@ -216,6 +226,8 @@ class Pass:
         """
         layer = check_index("layer", layer, self.store.num_layers)
         self._check("q", q)
+        if self._turns:
+            raise ValueError("q must be turned for a policy with time='relative', which attend does and read does not")
         return self._attend(layer, q, self._output(q) if out is None else out)
 
     @in_turn
@@ -226,7 +238,7 @@ class Pass:
         Returns:
             What that pass must have in common with this one, besides a network: its own `prepare` returned the same.
             None: a forward of this pass can not be replayed. It has no buffers, or freezes mean keys, or does not
-            attend by page lists alone.
+            attend by page lists alone: it reads by a bias, or with queries that are turned.
 
         Raises:
             RuntimeError: as `attend`.
@@ -291,6 +303,8 @@ class Pass:
                 parts = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
                 keys = torch.cat(parts)
                 fresh = keys.mean(0)
+                if share.tables[0].policy.time == "relative":  # a mean would weigh otherwise in each variant of q
+                    fresh = torch.zeros_like(fresh)
                 share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:

@@ -20,6 +20,7 @@ from .buffers import PassBuffers, Place, Rows
 from .extent import Extent
 from .passes import Pass, Share
 from .past import Block
+from .reading import Met, is_plain, read_by_policy
 from .slots import Slot
 from .storage import Storage
 from .table_view import TableView, replace_states
@@ -97,7 +98,7 @@ def _check_parts(store: Storage, parts: Sequence[Part], rope: Tensor | None) -> 
     if len({id(part.table) for part in parts}) < len(parts):
         raise ValueError("parts must be of different worlds, got one world twice: name its blocks in one part")
     frames = sum(block.end - block.first for part in parts for block in part.blocks)
-    most = store.scratch_blocks * store.block_frames
+    most = store.scratch_frames
     if frames > most:
         raise ValueError(
             f"blocks must be {most} frames at most in one pass, as scratch holds {store.scratch_blocks} blocks of "
@@ -126,8 +127,11 @@ def _check_part(part: Part) -> None:
 
 def _seen(part: Part) -> list[Sequence[Slot | int]]:
     """What each block reads besides itself: see TableView.seen."""
-    see: Sequence[Sequence[int] | None] = part.see or [None] * len(part.blocks)
-    return [part.table.seen(block, part.blocks, frames) for block, frames in zip(part.blocks, see)]
+    return [part.table.seen(block, part.blocks, frames) for block, frames in zip(part.blocks, _sees(part))]
+
+
+def _sees(part: Part) -> Sequence[Sequence[int] | None]:
+    return part.see or [None] * len(part.blocks)
 
 
 def _formats(part: Part) -> list[str]:
@@ -145,12 +149,14 @@ class _Placed(NamedTuple):
     Attributes:
         reads: page ids for one block after another, each block's own last.
         pairs: (pool page in scratch, slot) of each frame that is committed.
+        part: what was asked for.
     """
 
     table: TableView
     blocks: list[BlockReads]
     reads: list[int]
     pairs: list[tuple[int, Slot]]
+    part: Part
 
 
 def _placed(
@@ -186,7 +192,15 @@ def _place(
         reads += [own[frame] for frame in block.frames]
         frames = block.end - block.first
         blocks.append(BlockReads(world, frames * store.frame_tokens, len(past) * size, frames * size))
-    return _Placed(part.table, blocks, reads, pairs)
+    return _Placed(part.table, blocks, reads, pairs, part)
+
+
+def _met(part: Part) -> list[Met]:
+    table, sees = part.table, _sees(part)
+    return [
+        Met(table.policy, block, table.frames_seen(block, part.blocks, see), block is part.commit)
+        for block, see in zip(part.blocks, sees)
+    ]
 
 
 def _pass(
@@ -202,6 +216,10 @@ def _pass(
     blocks = tuple(block for each in placed for block in each.blocks)
     place = None if buffers is None else _place_of(store, buffers, blocks, commits, rope)
     plan, pairs = _lists(store, placed, blocks, commits, place, padded=buffers is not None and buffers.padded)
+    turns: list[Tensor] = []
+    if not is_plain([each.table.policy for each in placed]):
+        met = [block for each in placed for block in _met(each.part)]
+        plan, turns = read_by_policy(plan, met, store.pages_per_frame, store.frame_tokens, store.turn_back)
     if rope is not None and place is not None:
         rope = place.rope(rope)
     rest, shares, row = iter(pairs), [], 0
@@ -221,7 +239,7 @@ def _pass(
     captured = buffers is not None and buffers.padded
     rows = Rows() if buffers is None else buffers.rows
     reads = Reads(store, plan, blocks, _precision(store, placed), rows, captured)
-    return Pass(reads, shares, predict, attention, place)
+    return Pass(reads, shares, predict, attention, turns, place)
 
 
 def _lists(

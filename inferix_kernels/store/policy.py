@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from .._check import check_counts, is_whole
+
+TIMES = ("absolute", "relative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Policy:
         older: (age, format): past so many recent frames, the block's own included, a frame is held in this format.
             With format "int8" and older (9, "int4"), the last 9 frames are int8 and the rest of the window int4.
         undo: frames kept out of sight behind the window, so that `rewind` by as many finds what was seen then.
+        past_bias: added to the scaled scores of all that a block sees of the past while it is denoised, but for the
+            sink: below 0, the past counts less. log 0.3 gives its keys 0.3 of their weight against the block's own.
+            Clean passes see the past as it is.
+        time: when rotary positions are counted. "absolute": as frames are made, without end. "relative": anew for each
+            block, through the frames that it sees and its own, 0, 1, 2 ..., so that the sink moves along. Keys stay as
+            they were rotated, and queries are turned instead; no mean is taken off such keys.
         archive: frames that leave the window go to host memory instead of being forgotten.
         on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink, convert,
             pin, fork and so on, but neither open, seal or forget blocks of this world nor rewind it.
@@ -39,6 +48,8 @@ class Policy:
     sink_format: str | None = None
     older: tuple[int, str] | None = None
     undo: int = 0
+    past_bias: float = 0.0
+    time: str = "absolute"
     archive: bool = False
     on_evict: Callable[[Any, int], None] | None = None
 
@@ -63,6 +74,14 @@ class Policy:
         for name in ("format", "sink_format"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be the name of a format, got {getattr(self, name)!r}")
+        if isinstance(self.past_bias, bool) or not isinstance(self.past_bias, int | float):
+            raise ValueError(f"past_bias must be a number, got {self.past_bias!r}")
+        if not math.isfinite(self.past_bias):
+            raise ValueError(
+                f"past_bias must be finite, got {self.past_bias}: what is not to be seen is out of the window"
+            )
+        if self.time not in TIMES:
+            raise ValueError(f"time must be one of {', '.join(TIMES)}, got {self.time!r}")
         if not isinstance(self.archive, bool):
             raise ValueError(f"archive must be True or False, got {self.archive!r}")
         if self.on_evict is not None and not callable(self.on_evict):

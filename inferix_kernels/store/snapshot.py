@@ -233,6 +233,8 @@ def _by_layer(eight_bit: object, layers: int) -> tuple[bool, ...]:
 
 
 def _policy(saved: dict[str, Any]) -> Policy:
+    came_later: dict[str, Any] = {"past_bias": 0.0, "time": "absolute"}  # than files of version 2
+    saved = came_later | saved
     if wrong := sorted(set(_policy_fields()) ^ saved.keys()):
         raise _Damaged(f"its header is damaged: the policy lacks, or has besides, {', '.join(wrong)[:80]}")
     if isinstance(saved["older"], list):

@@ -28,6 +28,7 @@ from .copies import Copies
 from .extent import Extent
 from .page_lists import PageLists
 from .past import Holder
+from .reading import TurnBack
 from .slots import OutOfPages, Pool, Slot
 from .turns import StreamTurns, in_turn
 
@@ -70,6 +71,7 @@ class Storage:
         device: torch.device | str = "cpu",
         backend: str = "auto",
         precision: str = "auto",
+        turn_back: TurnBack | None = None,
     ):
         self.device = device = check_device("device", device)
         check_precision(precision)
@@ -80,8 +82,7 @@ class Storage:
         least_width = min(head_dim) if isinstance(head_dim, Sequence) else head_dim
         counts |= {"scratch_blocks": scratch_blocks, "head_dim": least_width}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
-        counts |= {f"host[{format!r}]": frames for format, frames in host.items()}
-        check_counts(counts)
+        check_counts(counts | {f"host[{format!r}]": frames for format, frames in host.items()})
         check_page_size(page_size)
         _check_formats(pools, host, scratch_format)
         # NumPy's numbers, too, are whole; snapshots hold Python's.
@@ -91,7 +92,7 @@ class Storage:
         if frame_tokens >= 1 << 31:
             raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
-        self.block_frames, self.scratch_blocks = int(block_frames), int(scratch_blocks)
+        self.block_frames, self.scratch_blocks, self.turn_back = int(block_frames), int(scratch_blocks), turn_back
         self.page_size, self.model, self.backend, self.precision = page_size, model, backend, precision
         on_gpu = device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
@@ -103,7 +104,7 @@ class Storage:
             self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_page_id, False)
             self.scratch_page_id += self.pools[format].num_pages
         self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
-        pages = scratch_blocks * block_frames * self.pages_per_frame
+        pages = self.scratch_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
         self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
         self._scratch_lists: dict[tuple[int, int], PageList] = {}  # those that were asked for, which are few
@@ -113,6 +114,11 @@ class Storage:
         self.copies = Copies(self.device)
         self._keeping: list[weakref.ref[Holder]] = []  # of these `sync_copies` takes what they kept
         self._tables: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+    @property
+    def scratch_frames(self) -> int:
+        """That a pass can have, of all its worlds."""
+        return self.scratch_blocks * self.block_frames
 
     def _pool(
         self, name: str, format: str, frames: int, device: torch.device | str, first_page_id: int, pin: bool

@@ -171,13 +171,25 @@ class TableView:
             As `select` does.
         """
         others = [frame for other in blocks if other is not block for frame in other.frames]
-        before = [frame for frame in others if frame < block.first and self.policy.sees(frame, block.end)]
-        frames = self.past(block) + before if see is None else [whole("see", frame) for frame in see]
+        frames = self.frames_seen(block, blocks, see)
         if not others:
             return self.resident(frames)
         held = [frame for frame in frames if frame not in others]
         slots = dict(zip(held, self.resident(held)))
         return [slots.get(frame, frame) for frame in frames]
+
+    def frames_seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> list[int]:
+        """What a block of a pass reads besides itself: the frames that `seen` finds.
+
+        Example:
+            >>> block = table.open_block(frames=3)
+            >>> table.frames_seen(block, [block], see=[0, 14])
+            [0, 14]
+        """
+        if see is not None:
+            return [whole("see", frame) for frame in see]
+        others = [frame for other in blocks if other is not block for frame in other.frames]
+        return self.past(block) + [f for f in others if f < block.first and self.policy.sees(f, block.end)]
 
     @property
     def can_fuse(self) -> bool:

@@ -34,7 +34,7 @@ class Facts:
 
     @property
     def table(self) -> PageTable:
-        """The world's page table; a new one with every rollout."""
+        """The world's page table."""
         return self.decoder.table
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decode.contract import Adapter, Model
+from .decode.contract import RECACHES, Adapter, Model
 from .finite import NotFinite
 
 Action = int | str
@@ -31,9 +31,20 @@ def actions_of(
     return [] if action is None else [action] * adapter.block_frames
 
 
-def wants_recache(adapter: Adapter, can_recache: bool, recache: bool | None) -> bool:
-    """Is the past to be computed again when the prompt changes? None: as the adapter says."""
-    wanted = adapter.recache if recache is None else recache
+def recache_of(adapter: Adapter, can_recache: bool, recache: bool | str | None) -> str:
+    """How the past is to be computed again when the prompt changes, one of RECACHES; "": it is not.
+
+    Args:
+        recache: a name of RECACHES; None: as the adapter says; True: so too or, where it says nothing, "block-causal".
+    """
+    if not isinstance(recache, bool | None) and recache not in RECACHES:
+        raise ValueError(f"recache must be True, False or one of {', '.join(RECACHES)}, got {recache!r}")
+    if isinstance(recache, str):
+        wanted = recache
+    elif recache is None:
+        wanted = adapter.recache
+    else:
+        wanted = (adapter.recache or "block-causal") if recache else ""
     if wanted and adapter.actions:
         raise ValueError(
             f"recache must not be asked for: each block of {adapter.name} was made under actions of its own, under "
@@ -41,6 +52,11 @@ def wants_recache(adapter: Adapter, can_recache: bool, recache: bool | None) -> 
         )
     if wanted and not can_recache:
         raise ValueError(f"recache must not be asked for: {adapter.name} has several blocks in flight")
+    if wanted == "bidirectional" != adapter.recache:
+        raise ValueError(
+            f"recache must be True, False or block-causal: {adapter.name} is not one that computes its window again in "
+            "one forward, got 'bidirectional'"
+        )
     return wanted
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,16 +65,32 @@ def recorder_for(model: Model, graphs: bool) -> Recorder | None:
     return CudaRecorder(device)
 
 
-def policy_for(adapter: Adapter, kv: str, window: int | None, sink: int | None, undo: int) -> Policy:
-    """What a world keeps of its past; None: as the model was trained.
+def policy_for(
+    adapter: Adapter,
+    kv: str,
+    window: int | None,
+    sink: int | None,
+    undo: int,
+    past_bias: float | None = None,
+    time: str | None = None,
+    on_evict: Callable[[PageTable, int], None] | None = None,
+) -> Policy:
+    """What a world keeps of its past, and how it reads it; None: as the model was trained.
 
     Raises:
         ValueError: a block would not see all of itself, or a model without a past is asked to keep one.
     """
-    if adapter.at_once and (window is not None or sink is not None):
-        raise ValueError(f"window and sink must not be given: {adapter.name} makes a video at once, from no past")
+    given = {"window": window, "sink": sink, "past_bias": past_bias, "time": time, "on_evict": on_evict}
+    if adapter.at_once and (names := [name for name, value in given.items() if value is not None]):
+        raise ValueError(f"{names[0]} must not be given: {adapter.name} makes a video at once, from no past")
     window, sink = adapter.window if window is None else window, adapter.sink if sink is None else sink
     policy, largest = Policy(window, sink, format=kv, undo=undo), _largest_block(adapter)
+    policy = dataclasses.replace(
+        policy,
+        past_bias=adapter.past_bias if past_bias is None else past_bias,
+        time=adapter.time if time is None else time,
+        on_evict=adapter.on_evict if on_evict is None else on_evict,
+    )
     if policy.window is None or policy.window < largest:
         raise ValueError(f"window must be at least the {largest} frames of one block, which it counts, got {window}")
     return policy
@@ -83,19 +101,25 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
     adapter, device = model.adapter, torch.device(model.device)
     # A guided world has two pasts; where nothing sees a past, nothing is ever committed.
     pasts = 0 if adapter.at_once else worlds * (1 if adapter.guidance == 1 else 2)
+    block = _largest_block(adapter)
+    # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one. Or all that a
+    # model computes again as one block.
+    scratch_blocks = 2 + adapter.stages
+    if adapter.recache == "bidirectional" and policy.window is not None:
+        scratch_blocks = max(scratch_blocks, -(-(policy.window + policy.sink) // block))
     store = KVStore(
         layers=model.layers,
         heads=model.heads,
         head_dim=model.head_dim,
         frame_tokens=model.frame_tokens,
-        block_frames=_largest_block(adapter),
-        # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one.
-        scratch_blocks=2 + adapter.stages,
+        block_frames=block,
+        scratch_blocks=scratch_blocks,
         scratch_format=scratch_format(device, torch.bfloat16 if model.linear else model.dtype),  # 8 bits give no more
         pools={format: max(1, pasts * frames) for format, frames in policy.capacity().items()},
         device=device,
         backend=backend,
         precision=precision,
+        turn_back=model.turn_back,
     )
     if backend == "auto" and (unproved := stored.notice(device)):
         logging.getLogger("inferix").warning(unproved)

@@ -154,12 +154,14 @@ def read(world: World, folder: str | Path) -> dict[str, Any]:
 def _right(world: World, state: dict[str, Any]) -> dict[str, bool]:
     """What else `state` holds, by name: is it of the kind that `save` writes? A checksum can be right all the same."""
     prompt, frames, recent = state.get("prompt", 0), state.get("frames"), state.get("recent")
+    opening = state.get("opening")
     blocks = recent if isinstance(recent, list) else [None]
     return {
         "prompt": isinstance(prompt, str | None),
         "frames": type(frames) is int and frames >= 0,
         "generator": _is_generator_state(world, state.get("generator")),
         "recent": all(_is_block(world, block) for block in blocks),
+        "opening": opening is None or _is_block(world, (0, 1, opening)),
         "carried": _is_carried(world, state.get("carried"), len(blocks)),
         "pictures": isinstance(state.get("pictures", 0), dict if world.pictures.stream.looks_back else type(None)),
     }
@@ -202,6 +204,9 @@ def _identity(world: World) -> dict[str, Any]:
         "format": policy.format,
         "window": policy.window,
         "sink": policy.sink,
+        # As folders of before they were there have it, where they change nothing.
+        "past_bias": policy.past_bias or None,
+        "time": None if policy.time == "absolute" else policy.time,
         "precision": world.store.precision,
         "linear": world.model.linear,
         "pasts": 1 if adapter.guidance == 1 else 2,

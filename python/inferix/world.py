@@ -1,4 +1,4 @@
-"""A running world: actions and prompts in, pictures out.
+"""A running world: actions and prompts in, pictures out. Long because almost half of it is docstrings.
 
 world = World("tiny", kv="int8", seed=0)
 frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3, 96, 96, 3]
@@ -7,7 +7,7 @@ frames = world.step(actions=["right"] * 3, prompt="desert night")     # uint8 [3
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
@@ -15,24 +15,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from inferix_kernels import Policy, profile
+from inferix_kernels import PageTable, Policy, profile
 from inferix_kernels._check import whole
 
 from .decode.contract import Model
 from .facts import Facts
 from .finite import NotFinite
 from .history import Coming, Pictures
-from .inputs import Action, actions_of, conditioning_of, latents_of, wants_recache
+from .inputs import Action, actions_of, conditioning_of, latents_of, recache_of
 from .models import load_model
-from .opening import (
-    check_counts,
-    check_format,
-    check_seed,
-    open_decoder,
-    open_store,
-    policy_for,
-    recorder_for,
-)
+from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for, recorder_for
 from .tracing import shown
 from .turns import one_at_a_time
 
@@ -48,6 +40,9 @@ class World(Facts):
         kv: format of the committed pages, see inferix_kernels.layout.FORMATS.
         window: frames a block sees, its own included; by default what the model was trained for.
         sink: first frames that are never forgotten.
+        past_bias, time: how a block reads the past, and when its rotary positions are counted, "absolute" or
+            "relative"; see inferix_kernels.Policy. By default as the model's adapter says.
+        on_evict: called as on_evict(table, frame) before a frame leaves the window; see inferix_kernels.Policy.
         undo: frames that `rewind` can take back, besides the block made last. A VAE that looks back in time keeps its
             state for each of these blocks, gigabytes at 480p; with 0, such a world can not be rewound.
         blocks: that the world is to have, for a model with several in flight: after them it begins none. None: no end.
@@ -57,8 +52,8 @@ class World(Facts):
         backend: kernels to run on; see `python -m inferix_kernels`.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto"; see inferix_kernels.KVStore.
         graphs: capture the network's forwards as CUDA graphs, one for each kind of forward, and replay them: the host
-            launches one graph in place of a thousand kernels. On a GPU, for a model with one block at a time. Never run
-            on a GPU.
+            launches one graph in place of a thousand kernels. On a GPU, for a model with one block at a time; forwards
+            that read the past by a bias or by relative time are launched from Python. Never run on a GPU.
         linear: what the network's inner linear layers are kept in and multiplied in: "int8" or "fp8", or "bf16", the
             whole network in bfloat16; None: as the model's loader has it. A Model is loaded with it.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
@@ -81,6 +76,9 @@ class World(Facts):
         kv: str = "int8",
         window: int | None = None,
         sink: int | None = None,
+        past_bias: float | None = None,
+        time: str | None = None,
+        on_evict: Callable[[PageTable, int], None] | None = None,
         undo: int = 0,
         blocks: int | None = None,
         worlds: int = 1,
@@ -98,7 +96,7 @@ class World(Facts):
             raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
         self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
-        policy = policy_for(adapter, kv, window, sink, undo)
+        policy = policy_for(adapter, kv, window, sink, undo, past_bias=past_bias, time=time, on_evict=on_evict)
         check_counts(adapter, blocks, worlds)
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
@@ -124,7 +122,7 @@ class World(Facts):
         prompt: str | None = None,
         *,
         action: Action | None = None,
-        recache: bool | None = None,
+        recache: bool | str | None = None,
     ) -> np.ndarray:
         """Make the next block or, of a model with several in flight, begin one and move all by a stage.
 
@@ -132,8 +130,9 @@ class World(Facts):
             actions: one per frame of the block; none for a model that takes none.
             action: in their place, one held for the whole block.
             prompt: of the world from this block on; None keeps the last prompt.
-            recache: when the prompt changes, compute what the window remembers again under the new one; None does as
-                the model's adapter says. Not for a model that takes actions: each block was made under its own.
+            recache: when the prompt changes, compute what the window remembers again under the new one, in the way of
+                the model's adapter (True) or one that is named; see inferix.decode.contract.RECACHES. None does as the
+                adapter says. Not for a model that takes actions: each block was made under its own.
 
         Returns:
             uint8 [pictures, height, width, 3]: none as long as a pipeline fills. A model without a VAE gives its
@@ -156,7 +155,7 @@ class World(Facts):
         prompt: str | None = None,
         *,
         action: Action | None = None,
-        recache: bool | None = None,
+        recache: bool | str | None = None,
         latents: Tensor | None = None,
     ) -> Coming:
         """The same without waiting for the pictures: they are decoded while the next block is made, and are those that
@@ -191,7 +190,7 @@ class World(Facts):
         prompt: str | None = None,
         *,
         action: Action | None = None,
-        recache: bool | None = None,
+        recache: bool | str | None = None,
     ) -> np.ndarray:
         """Take up an earlier run: the next step, from what `World.latents` was after it. Costs one forward.
 
@@ -356,17 +355,17 @@ class World(Facts):
         actions: Sequence[Action] | None,
         action: Action | None,
         prompt: str | None,
-        recache: bool | None,
+        recache: bool | str | None,
     ) -> Coming:
         """Check what a step is asked for, make its block or take these latents for it, and begin its pictures."""
         self._settle(call, wait=False)
         if latents is not None:
             self.decoder.check_replay(latents)
         chosen = actions_of(call, self.model.adapter, self.frames, actions, action)
-        wanted = wants_recache(self.model.adapter, self.decoder.can_recache, recache)
+        wanted = recache_of(self.model.adapter, self.decoder.can_recache, recache)
         conditioning, before = self._condition(chosen, prompt), self.frames
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
-            self.decoder.recache(conditioning)
+            self.decoder.recache(conditioning, wanted)
         self._warm_up(conditioning)
         self.prompt = self.prompt if prompt is None else prompt
         with self._ends_if_not_finite():

@@ -66,6 +66,17 @@ def test_a_captured_world_is_the_world_that_python_launches(kv, sink):
     assert recorder.tapes == before[0] and recorder.replays == before[1] + 2 * 3  # a full window: replays alone
 
 
+@pytest.mark.parametrize("reading", [{"time": "relative"}, {"past_bias": -1.0}])
+def test_forwards_that_read_by_policy_are_launched_among_replays(reading):
+    world = tiny(kv="int8", window=6, sink=1, worlds=2, **reading)
+    graphs, eager, recorder = captured(world)
+    steps(world, (graphs, eager), ["desert day"] * 3 + ["glacier day"])
+    assert recorder.replays > 0
+    before = recorder.tapes, recorder.replays
+    steps(world, (graphs, eager), ["glacier day"] * 2)
+    assert (recorder.tapes, recorder.replays) == before
+
+
 def test_what_a_replay_reads_and_commits_is_counted_and_it_is_one_span():
     """As if Python had launched it; what fills a page list up is not read."""
     world = tiny(kv="int8", window=6, sink=1, worlds=2)

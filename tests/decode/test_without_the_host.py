@@ -189,8 +189,10 @@ def test_a_world_that_was_warmed_up_meets_no_kernel_of_another_kind(world):
 
 
 def test_a_world_that_was_warmed_up_makes_the_same_frames():
-    cold, warm = (small_world(kv="int8", window=6) for _ in range(2))
+    gone = []
+    cold, warm = (small_world(kv="int8", window=6, on_evict=lambda table, frame: gone.append(frame)) for _ in range(2))
     warm.decoder.warm_up(warm.model.conditioning("meadow night", ["left"] * 3))
+    assert not gone
     for _ in range(4):
         assert (cold.step(action="up", prompt="desert day") == warm.step(action="up", prompt="desert day")).all()
 

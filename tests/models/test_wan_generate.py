@@ -81,7 +81,11 @@ def test_8_bit_layers_give_the_same_video_from_a_converted_checkpoint(folder, pr
 
 @pytest.mark.parametrize(
     "model, seconds",
-    [("causvid", 6.5), ("longlive", 2.0), ("self-forcing-first-frame", 2.0), ("wan-causal", 2.0), ("wan-t2v", 2.0)],
+    [
+        *(("causvid", 6.5), ("longlive", 2.0), ("longlive-infinity", 2.0), ("krea-realtime", 2.0)),
+        *(("causal-forcing-framewise-2step", 0.5), ("self-forcing-first-frame", 2.0)),
+        *(("wan-causal", 2.0), ("wan-t2v", 2.0)),
+    ],
 )
 def test_the_other_models_run_too(model, seconds, folder, prompt_cache, tmp_path):
     out = tmp_path / "v.mp4"
@@ -134,11 +138,8 @@ def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, promp
     assert main(options(folder, tmp_path / "first.mp4", prompt_cache, "--image", picture, **more)) == 2
     assert "--image is read from it" in capsys.readouterr().err
     assert picture.read_bytes() == before and os.listdir(tmp_path) == ["first.png"]
-    command, step, calls = (
-        options(folder, tmp_path / "v.mp4", prompt_cache, "--image", picture, **more),
-        World.advance,
-        [],
-    )
+    command = options(folder, tmp_path / "v.mp4", prompt_cache, "--image", picture, **more)
+    step, calls = World.advance, []
 
     def killed(world, *args, **options):
         calls.append(world)
@@ -241,6 +242,20 @@ def test_restart_encodes_the_first_overlapping_frame_again(folder):
     afresh = vae.open()
     afresh(begun)
     assert np.array_equal(stream(more), afresh(more))
+
+
+def test_an_overlap_of_several_blocks_needs_their_pictures(folder):
+    vae = VAE(write_vae(folder))
+    latents = torch.randn(9, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    stream = vae.open(overlap=6)
+    pictures = np.concatenate([stream(block) for block in latents.split(3)])
+    begun = stream.restart(latents[3:])
+    assert torch.equal(begun[1:], latents[4:]) and len(pictures) == 33
+    assert torch.allclose(begun[:1], vae.encode(pictures[12:13]), atol=0.05)  # the last one of latent 3
+    other = vae.open()
+    other(latents[:3])
+    with pytest.raises(ValueError, match=r"overlap must be 6 latents of VAE.open, got 0"):
+        other.restart(latents[3:])
 
 
 def test_prompts_are_encoded_once(folder, tmp_path, monkeypatch):

@@ -254,7 +254,7 @@ def test_the_published_tables():
         (lambda: customised(ADAPTERS["causvid"], steps=9), "steps: causvid was distilled, to 3 steps unguided"),
         (lambda: customised(ADAPTERS["longlive"], guidance=5.0), "guidance: longlive was distilled"),
         (lambda: customised(ADAPTERS["wan-t2v"], steps=0), "steps must be at least 1, got 0"),
-        (lambda: world(adapter_for("euler"), window=9), "window and sink must not be given: wan-t2v makes a video at"),
+        (lambda: world(adapter_for("euler"), window=9), "window must not be given: wan-t2v makes a video at"),
         (lambda: play(world(adapter_for("euler")), ["fog"] * 2), "step: wan-t2v has made its video, at once"),
         (lambda: world(adapter_for("euler")).observe(np.zeros((9, *SIZE, 3), np.uint8), prompt="fog"), "from no past"),
         (

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix.decode.contract import PictureStream
+from inferix.decode.contract import RECACHES, PictureStream
 from inferix.decode.sequential import SequentialDecoder
 from inferix.models import load_model
 from inferix.models.wan import ADAPTERS, Wan
@@ -94,9 +94,9 @@ def test_a_new_rollout_begins_with_the_overlap():
     assert torch.equal(fresh.step(condition), blocks[3])
 
 
-def test_a_new_prompt_recaches_the_window_as_longlive_does():
-    """Its published code: one forward over the last window + sink frames, in which row j of the keys is the sink's for
-    the first frames and is made anew after those, and a block sees the rows up to its own end.
+def test_a_new_prompt_recaches_block_by_block_as_longlives_pull_request_does():
+    """Number 21: one forward over the last window + sink frames, in which row j of the keys is the sink's for the first
+    frames and is made anew after those, and a block sees the rows up to its own end.
     """
     model, window, sink = wan("longlive", window=9, sink=3), 9, 3
     network, tokens = model.network.double(), model.frame_tokens
@@ -108,8 +108,7 @@ def test_a_new_prompt_recaches_the_window_as_longlive_does():
     decoder.commit_pending()
     kept = [table.gather(layer, range(sink)) for layer in range(2)]
     before = table.gather(1, range(12, 21))
-    decoder.recache(rain)
-    decoder.commit_pending()
+    decoder.recache(rain, "block-causal")
     rows, made = torch.arange(len(frames) * tokens), []
     mask = rows < ((rows // (3 * tokens) + 1) * 3 * tokens)[:, None]
     rope = model.rope(range(9, 21))
@@ -142,7 +141,7 @@ def test_a_recached_world_goes_on_as_one_that_was_told_so():
     fog, rain = model.conditioning_from(text("fog")), model.conditioning_from(text("rain"))
     decoder = SequentialDecoder(model, table_for(model, policy), torch.Generator().manual_seed(0))
     blocks = [decoder.step(fog) for _ in range(6)]  # frames 0..17
-    decoder.recache(rain)
+    decoder.recache(rain, "block-causal")
     oracle = SequentialDecoder(model, table_for(model, policy), torch.Generator())
     oracle.generator.set_state(decoder.generator.get_state())
     oracle.observe(blocks[0], fog)
@@ -156,9 +155,45 @@ def test_a_recached_world_goes_on_as_one_that_was_told_so():
 
 def test_recaching_is_the_adapters_choice():
     prompts = ["fog"] * 4 + ["rain"] * 2
-    kept, recached = (play(World(wan("longlive", recache=choice), kv="fp32"), prompts) for choice in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(kept[:4], recached[:4]))
-    assert not torch.allclose(kept[4], recached[4], atol=1e-3)
+    kept, *others = (play(World(wan("longlive", recache=how), kv="fp32"), prompts) for how in ("", *RECACHES))
+    for i, recached in enumerate(others):
+        assert all(torch.equal(a, b) for a, b in zip(kept[:4], recached[:4]))
+        assert not torch.allclose(kept[4], recached[4], atol=1e-3)
+        assert not torch.allclose(others[i - 1][4], recached[4], atol=1e-3)
+
+
+def test_recaching_can_be_asked_for_by_name():
+    """Step by step, by the name of either way; True is the adapter's."""
+    told = {}
+    for asked in (None, True, False, *RECACHES):
+        world = World(wan("longlive", window=6, sink=3), kv="fp32")
+        play(world, ["fog"] * 3)
+        world.step(prompt="rain", recache=asked)
+        told[asked] = world.latents
+    assert torch.equal(told[None], told["bidirectional"]) and torch.equal(told[True], told["bidirectional"])
+    assert len({x.sum().item() for x in told.values()}) == 3
+    world = World(wan("self-forcing", window=6), kv="fp32")
+    play(world, ["fog"] * 3)
+    before = dict(world.table.held)
+    for asked, said in (
+        ("bidirectional", "recache must be True, False or block-causal: self-forcing is not one that"),
+        ("sideways", "recache must be True, False or one of bidirectional, block-causal, got 'sideways'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            world.step(prompt="rain", recache=asked)
+    assert world.table.held == before and world.prompt == "fog"
+
+
+def test_a_window_that_scratch_does_not_hold_is_not_recached_in_one_forward():
+    model = wan("longlive", window=6, sink=3)
+    decoder = SequentialDecoder(model, table_for(model, Policy(window=6, sink=3)), torch.Generator().manual_seed(0))
+    fog = model.conditioning("fog", [])
+    for _ in range(3):
+        decoder.step(fog)
+    pending, held = decoder.pending, dict(decoder.table.held)
+    with pytest.raises(OutOfPages, match="scratch: a block of 9 frames was asked for, and it holds 6"):
+        decoder.recache(fog, "bidirectional")
+    assert decoder.pending is pending and decoder.table.held == held
 
 
 def longlive(**options):
@@ -195,6 +230,28 @@ def test_a_recache_that_breaks_off_says_that_the_world_is_lost():
     assert [len(pool.free) for pool in world.store.pools.values()] == [18]
     world.reset(0)
     assert torch.equal(play(world, ["fog"])[0], play(longlive(), ["fog"])[0])
+
+
+@pytest.mark.parametrize("reading", [{"past_bias": -1.2}, {"time": "relative"}])
+def test_how_the_past_is_read_is_the_adapters_choice_or_the_worlds(reading):
+    prompts, sizes = ["fog"] * 5, {"window": 5, "sink": 1}
+    plain = play(World(wan(**sizes), kv="fp32"), prompts)
+    chosen = [World(wan(**sizes, **reading), kv="fp32"), World(wan(**sizes), kv="fp32", **reading)]
+    first, second = (play(world, prompts) for world in chosen)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert torch.equal(plain[0], first[0]) and not torch.allclose(plain[4], first[4], atol=1e-3)
+
+
+def test_what_leaves_the_window_is_shown_to_on_evict():
+    gone = []
+    world = World(
+        wan(), kv="fp32", window=6, sink=1, on_evict=lambda table, frame: gone.append((frame, table.next_frame))
+    )
+    play(world, ["fog"] * 4)
+    assert gone == [(1, 6), (2, 6), (3, 9), (4, 9), (5, 9)]
+    adapter_too = World(wan(on_evict=lambda table, frame: gone.clear()), kv="fp32", window=6)
+    play(adapter_too, ["fog"] * 3)
+    assert not gone
 
 
 def test_a_first_block_of_one_frame_may_be_a_given_picture():
@@ -288,6 +345,16 @@ def test_memory_does_not_grow_with_the_video():
     "do, message",
     [
         (lambda: wan().conditioning("fog", ["up"]), "actions must be none: self-forcing is steered by words alone"),
+        (lambda: wan("longlive", recache=True), 'recache must be "" or one of bidirectional, block-causal, got True'),
+        (lambda: wan("causvid", rollout_begins="again"), "rollout_begins must be one of restarted, .* got 'again'"),
+        (
+            lambda: World(wan("wan-t2v", guidance=1.0), time="relative"),
+            "time must not be given: wan-t2v makes a video at",
+        ),
+        (lambda: World(wan(), time="soon"), "time must be one of absolute, relative, got 'soon'"),
+        (lambda: wan("causvid", overlap=4), "overlap must be whole blocks of 3 frames, got 4"),
+        (lambda: wan("causvid", overlap=21), "overlap must be less than the rollout of 21 frames, got 21"),
+        (lambda: load_model("longlive", "x", overlap=3), "overlap must not be given: longlive is one rollout without"),
         (
             lambda: Wan(random_network(tiny_config()), ADAPTERS["causvid"]).conditioning("fog", []),
             "no text encoder next to",
@@ -300,6 +367,10 @@ def test_memory_does_not_grow_with_the_video():
         (
             lambda: Wan(random_network(tiny_config(channels_in=36)), ADAPTERS["causvid"]),
             "takes 36 channels and gives 16",
+        ),
+        (
+            lambda: Wan(random_network(tiny_config(channels_in=48, channels_out=48)), ADAPTERS["longlive"]),
+            "weights: head.head.weight gives latents of 48 channels, those of longlive have 16",
         ),
         (lambda: wan().network.cross_cache(torch.zeros(25, 40)), r"text must be \[<= 24, 40\], got \[25, 40\]"),
         (

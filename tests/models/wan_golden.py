@@ -1,4 +1,4 @@
-"""The recorded runs of Self Forcing and CausVid in tests/models/golden, and what replays them through the decode loop.
+"""The recorded runs of Wan's relatives in tests/models/golden, and what replays them through the decode loop.
 
 `replay` runs the loop over a KVStore; `replay_dense` runs the same loop and network in float64 over `DenseTable`, which
 stands in for a page table and keeps plain lists of K and V: what the paper says, without a page.
@@ -97,7 +97,8 @@ class Replay(SequentialDecoder):
 
 
 def model_for(tensors, name, dtype=torch.float32, **changes):
-    height, width = (8 * side for side in tensors["inputs.noise"].shape[-2:])
+    noise = next(tensors[name] for name in ("inputs.noise", "noise", "noise.0") if name in tensors)
+    height, width = (8 * side for side in noise.shape[-2:])
     adapter = dataclasses.replace(ADAPTERS[name], size=(height, width), **changes)
     return Wan(network_from(tensors, dtype), adapter)
 
@@ -113,7 +114,7 @@ def draws_of(tensors, block_frames, blocks):
     return order
 
 
-def table_for(model, policy, kv="fp32", backend="reference", frames=None):
+def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratch_blocks=2):
     size = model.adapter.block_frames
     store = KVStore(
         layers=model.layers,
@@ -121,8 +122,10 @@ def table_for(model, policy, kv="fp32", backend="reference", frames=None):
         head_dim=model.head_dim,
         frame_tokens=model.frame_tokens,
         block_frames=size,
+        scratch_blocks=scratch_blocks,
         pools={kv: frames or policy.window + policy.sink},
         page_size=PAGE,
+        turn_back=model.turn_back,
         backend=backend,
     )
     return store.open(policy)
@@ -151,9 +154,10 @@ class DensePass:
         table, dim = self.table, qkv.shape[1] // 3
         q, k, v = qkv.split(dim, 1)
         q, k = (
-            rotate(normalise(x, weight, None, eps).unflatten(1, (table.heads, -1)), self.rope, True)
-            for x, weight in ((q, norm_q), (k, norm_k))
+            normalise(x, weight, None, eps).unflatten(1, (table.heads, -1)) for x, weight in ((q, norm_q), (k, norm_k))
         )
+        if table.policy.time == "absolute":
+            q, k = (rotate(x, self.rope, True) for x in (q, k))
         v = v.unflatten(1, (table.heads, -1))
         out, row = [], 0
         for block in self.blocks:
@@ -162,18 +166,28 @@ class DensePass:
             if block is self.commit:
                 table.cache[layer].update(own)
             seen = {f: kv for f, kv in table.cache[layer].items() if table.policy.sees(f, block.end)} | own
-            keys, values = (torch.cat(part).transpose(0, 1) for part in zip(*seen.values()))
-            out.append(F.scaled_dot_product_attention(q[rows].transpose(0, 1), keys, values).transpose(0, 1))
+            queries, (keys, values) = q[rows], (torch.cat(part) for part in zip(*seen.values()))
+            if table.policy.time == "relative":
+                assert list(seen) == sorted(seen)
+                rope = table.rope(range(len(seen)))
+                keys, queries = rotate(keys, rope, True), rotate(queries, rope[-len(queries) :], True)
+            past = 0.0 if block is self.commit else table.policy.past_bias
+            bias = torch.tensor([past * (f not in own and f >= table.policy.sink) for f in seen], dtype=q.dtype)
+            attended = F.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in (queries, keys, values)), bias.repeat_interleave(table.frame_tokens)[None]
+            )
+            out.append(attended.transpose(0, 1))
         return torch.cat(out).flatten(1)
 
 
 class DenseTable:
-    """As much of a PageTable as the loop asks for, with K and V in lists of the network's own dtype."""
+    """As much of a PageTable as the loop asks for, with K and V in lists of the network's own dtype; where the policy
+    counts time anew, K is not rotated until it is read."""
 
     can_fuse = True
 
     def __init__(self, model, policy=Policy()):
-        self.policy, self.heads, self.frame_tokens = policy, model.heads, model.frame_tokens
+        self.policy, self.heads, self.frame_tokens, self.rope = policy, model.heads, model.frame_tokens, model.rope
         self.cache = [{} for _ in range(model.layers)]  # per layer: frame -> (k, v)
         self.sealed, self.open, self.next_frame, self.pinned = [], [], 0, set()
 

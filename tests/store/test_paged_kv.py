@@ -350,7 +350,7 @@ def test_latent_rows_are_stored_and_read_back(format):
         (lambda: open_store(pools={}), "pools must name at least one format, got none"),
         (lambda: open_store("fp7"), "format must be one of fp32, .*, got 'fp7'"),
         (lambda: open_store(scratch_format="int8"), "noise is never quantized"),
-        (lambda: open_store().open(Policy(6)).open_block(4), "frames must be 1 to 3, got 4"),
+        (lambda: open_store().open(Policy(6)).open_block(7), "frames must be 1 to 6, got 7"),
         (lambda: open_store().open(Policy(6)).rewind(1), "frames must be 0 to 0, as many as there are, got 1"),
     ],
 )

@@ -350,9 +350,9 @@ def test_recaching_can_be_chosen():
         for _ in range(2):
             world.step({"a": Order(None, "fog")})
         inner = world.worlds["a"].world
-        inner.decoder.recache = lambda condition, recache=recache: told.append(recache)
+        inner.decoder.recache = lambda condition, how: told.append(how)
         world.step({"a": Order(None, "rain", recache)})
-    assert told == [True]
+    assert told == ["block-causal"]
     acting = stage()
     assert not acting.describe()["can_recache"]
     run(acting, "ud", prompt="desert day")

@@ -209,4 +209,4 @@ def _beginning_with_one(config: GenerateConfig) -> str:
     """Names the models of the same family that take one picture."""
     rows = getattr(importlib.import_module(MODELS[config.model]), "ADAPTERS", {})
     names = [name for name, row in rows.items() if row.frames(first=True) == 1 and not row.at_once]
-    return f": {' and '.join(names)} take one picture" if names else ""
+    return f": {', '.join(names)} take one picture" if names else ""

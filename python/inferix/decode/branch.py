@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -142,27 +143,36 @@ class Branch:
                 raise
             self.pending = None
 
-    def retake(self, blocks: Sequence[CleanBlock], conditioning: Any) -> list[CleanBlock]:
-        """Take these blocks, the last ones, again under another conditioning, with the sink and pinned frames alone
-        before them; the last one's clean pass is pending.
+    def retake(self, begin: int, blocks: Sequence[Tensor], conditioning: Any) -> None:
+        """Take the frames from `begin` on again, as blocks of these latents, under another conditioning, with the sink
+        and pinned frames alone before them.
 
         Raises:
-            OutOfPages: a fork holds what would have to go; nothing has changed.
+            OutOfPages: a fork holds what would have to go, or scratch does not hold one of the blocks; nothing has
+                changed.
         """
-        table, begin = self.table, blocks[0].block.first
+        table = self.table
         stay = {frame for frame in table.held if frame < begin and (frame < table.policy.sink or frame in table.pinned)}
-        table.check_room([clean.block for clean in blocks], [frame for frame in table.held if frame not in stay])
+        spans = [Block(first, end) for first, end in pairwise(accumulate(map(len, blocks), initial=begin))]
+        table.check_room(spans, [frame for frame in table.held if frame not in stay])
         self.pending = None
         table.abandon()
         table.truncate(begin)
         table.forget([frame for frame in table.held if frame not in stay])
-        return [self.take(clean.latents, conditioning) for clean in blocks]
+        for latents in blocks:
+            self.take(latents, conditioning)
+        self.commit_pending()
 
-    def restart(self, table: PageTable | None = None) -> None:
-        """Begin again over this table; None: at frame 0, without a past."""
-        self.table.release()
+    def restart(self) -> None:
+        """Begin again at frame 0, without a past."""
         self.pending = None
-        self.table = PageTable(self.table.store, self.table.policy) if table is None else table
+        self.table.abandon()
+        self.table.truncate(0)
+
+    def go_on_from(self, table: PageTable) -> None:
+        """Have this past in the place of what was there."""
+        self.table.release()
+        self.pending, self.table = None, table
 
     def without_graphs(self) -> None:
         """Launch every forward from Python from here on."""

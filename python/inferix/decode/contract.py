@@ -2,7 +2,7 @@
 
 A model is a network and data. `Adapter` says how its blocks are sampled, `Presentation` how its videos are shown, and
 a `Model` maps noisy blocks to predictions. What is special about one with several blocks in flight lies in its
-`Schedule`.
+`Schedule`. Long because it is the manual of models: almost half of it is docstrings.
 
 The way of a prompt has one name for each thing: prompt (text) -> embedding (of the text encoder) -> conditioning (what
 the network attends to, or adds) -> cross-attention.
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# How the past is computed again under a new prompt. "bidirectional": in one forward, all frames of the window seeing
+# each other; the sink is among them while the window still reaches it, and stays as it is later. "block-causal": block
+# by block, each seeing the sink, which stays as it is, and the blocks before it.
+RECACHES = ("bidirectional", "block-causal")
+
+# How a new rollout begins. "restarted": its first latent is encoded again, from the last picture that it gave, and the
+# pictures begin anew with it (CausVid). "encoded": the same, and the pictures go on. "kept": the world's very first
+# latent takes its place, and the pictures go on (both Krea's).
+ROLLOUTS = ("restarted", "encoded", "kept")
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """How a model is sampled.
@@ -31,7 +42,7 @@ class Adapter:
         first_block_frames: the same for the first block of a world; 0: as `block_frames`.
         times: noise levels of a block's denoising steps, descending from 1: x = (1 - t) x0 + t noise.
         timesteps: the network's input at each of `times`; empty: `times`.
-        first_times: `times` for a block without a past, which has more to invent. Empty: as `times`.
+        first_times, first_timesteps: the same for a block without a past, which has more to invent. Empty: as others'.
         prediction: what the network returns: "x0" or "flow" (x0 = x - t flow).
         sampler: how a block gets from one level to the next: "renoise" (few-step models), "euler" or "unipc"; see
             inferix.decode.samplers.
@@ -42,8 +53,13 @@ class Adapter:
         fused: run a block's clean pass in one forward with the next block's first step.
         window, sink: frames a block sees; see inferix_kernels.Policy.
         rollout, overlap: after `rollout` frames begin again at frame 0 with the last `overlap` frames as the past,
-            whose keys and values are computed anew (CausVid's long videos). None: one rollout without end.
-        recache: when the prompt changes, compute the keys and values of the window again under the new one (LongLive).
+            whose keys and values are computed anew, block by block (CausVid's long videos). None: one rollout without
+            end.
+        rollout_begins: what the first latent of the overlap is in a new rollout, one of ROLLOUTS.
+        recache: how the keys and values of the window are computed again when the prompt changes, one of RECACHES; "":
+            they are not.
+        past_bias, time, on_evict: how a block reads the past, and what is done with a frame before it leaves the
+            window; see inferix_kernels.Policy.
         stages: of a model with a `Schedule`: blocks in flight, each a stage ahead of the next. 0: one block at a time.
         size: pixels (height, width).
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
@@ -58,6 +74,7 @@ class Adapter:
     timesteps: tuple[float, ...] = ()
     first_block_frames: int = 0
     first_times: tuple[float, ...] = ()
+    first_timesteps: tuple[float, ...] = ()
     prediction: str = "x0"
     sampler: str = "renoise"
     guidance: float = 1.0
@@ -68,13 +85,28 @@ class Adapter:
     sink: int = 0
     rollout: int | None = None
     overlap: int = 0
-    recache: bool = False
+    rollout_begins: str = "restarted"
+    recache: str = ""
+    past_bias: float = 0.0
+    time: str = "absolute"
+    on_evict: Callable[[Any, int], None] | None = None
     stages: int = 0
     size: tuple[int, int] = (480, 832)
     actions: tuple[str, ...] = ()
     together: bool = False
     words: bool = True
     picture: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recache not in ("", *RECACHES):
+            raise ValueError(f'recache must be "" or one of {", ".join(RECACHES)}, got {self.recache!r}')
+        if self.rollout_begins not in ROLLOUTS:
+            raise ValueError(f"rollout_begins must be one of {', '.join(ROLLOUTS)}, got {self.rollout_begins!r}")
+        if self.rollout is not None:
+            if self.overlap % self.block_frames:
+                raise ValueError(f"overlap must be whole blocks of {self.block_frames} frames, got {self.overlap}")
+            if self.overlap >= self.rollout:
+                raise ValueError(f"overlap must be less than the rollout of {self.rollout} frames, got {self.overlap}")
 
     @property
     def at_once(self) -> bool:
@@ -83,9 +115,10 @@ class Adapter:
 
     def steps(self, first: bool) -> list[tuple[float, float]]:
         """(noise level, timestep of the network) of every step of a block; `first`: it has no past."""
+        times, timesteps = self.times, self.timesteps
         if first and self.first_times:
-            return [(t, t) for t in self.first_times]
-        return list(zip(self.times, self.timesteps or self.times, strict=True))
+            times, timesteps = self.first_times, self.first_timesteps
+        return list(zip(times, timesteps or times, strict=True))
 
     def done(self, action: str) -> tuple[str, ...]:
         """The actions that a name stands for: itself or, `together`, those joined with +.
@@ -234,6 +267,13 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def conditioning(self, prompt: str, actions: Sequence[int | str]) -> Any:
         """What steers one block. Raises ValueError for a prompt or an action it does not know."""
+
+    def turn_back(self, frames: int) -> Tensor:
+        """[R / 2, 2] (cos, sin) of the rotation that takes queries back by so many frames in time; see Policy.time."""
+        import torch
+
+        (cos, sin), (cos_0, sin_0) = (self.rope([frame])[0].unbind(-1) for frame in (frames, 0))
+        return torch.stack([cos * cos_0 + sin * sin_0, cos * sin_0 - sin * cos_0], -1)
 
     @abc.abstractmethod
     def predict(

@@ -131,8 +131,8 @@ class Decoder(abc.ABC):
         """Run the clean pass that is pending, if one is, so that the last block's K and V can be read."""
 
     @torch.inference_mode()
-    def recache(self, conditioning: Any) -> None:
-        """Compute K and V of what the window holds again, as if it had been made under this conditioning.
+    def recache(self, conditioning: Any, how: str) -> None:
+        """Compute K and V of what the window holds again under this conditioning, in one of the ways of RECACHES.
 
         Raises:
             OutOfPages: the store has no room; nothing has changed. After any other failure the loop is released.

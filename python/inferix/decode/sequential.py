@@ -6,6 +6,7 @@ keys and values is a `Branch`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,7 @@ class SequentialDecoder(Decoder):
         if negative_conditioning is not None:
             self.branches.append(Branch(model, table.fork(), negative_conditioning, recorder))
         self.recent: list[CleanBlock] = []
+        self.opening: Tensor | None = None  # the world's first latent
 
     @property
     def tables(self) -> list[PageTable]:
@@ -142,7 +144,8 @@ class SequentialDecoder(Decoder):
         """As Decoder.warm_up has it: three blocks, for a block is made in other forwards with a past than without one,
         and in others again once it commits that past; and a clean pass by itself."""
         adapter = self.model.adapter
-        branch = self.branches[0].beside(PageTable(self.table.store, self.table.policy))
+        policy = dataclasses.replace(self.table.policy, on_evict=None)  # which is not shown frames that nobody made
+        branch = self.branches[0].beside(PageTable(self.table.store, policy))
         try:
             for _ in range(1 if adapter.at_once else 3):
                 first = branch.next_frame == 0
@@ -170,7 +173,7 @@ class SequentialDecoder(Decoder):
         with."""
         end, sizes = self._next_frame, [0]
         for clean in reversed(self.recent):
-            given = clean.block.first == 0 and self.frames != end  # a later rollout's overlap
+            given = clean.block.first < self.model.adapter.overlap and self.frames != end  # to a later rollout
             if given or self.table.gone(clean.block.first):
                 break
             sizes.append(end - clean.block.first)
@@ -188,24 +191,29 @@ class SequentialDecoder(Decoder):
             branch.pending = None
 
     @torch.inference_mode()
-    def recache(self, conditioning: Any) -> None:
-        """Compute K and V of what the window holds again, as if it had been made under this conditioning.
+    def recache(self, conditioning: Any, how: str) -> None:
+        """Compute K and V of what the window holds again under this conditioning, in one of the ways of RECACHES.
 
-        Oldest block first, each seeing the sink, which keeps what it has, and those before it that are made anew. The
-        last block's clean pass is pending.
+        The frames that are to see each other are taken as one block, however many blocks they were made in.
 
-        Source: _recache_after_switch of github.com/NVlabs/LongLive (4f69408), with its global sink.
+        Source: _recache_after_switch of github.com/NVlabs/LongLive with its global sink: branch v1.0 (e52d9ef) is
+        "bidirectional", pull request 21 (4f69408) "block-causal".
 
         Raises:
-            OutOfPages: the store has no room; nothing has changed. After any other failure half of the past is gone,
-                and the loop is released.
+            OutOfPages: the store has no room, or its scratch none for such a block; nothing has changed. After any
+                other failure half of the past is gone, and the loop is released.
         """
-        policy = self.table.policy
-        begin = max(policy.sink, self._next_frame - (policy.window or self._next_frame))
-        if blocks := [clean for clean in self.recent if clean.block.first >= begin]:
-            older = [clean for clean in self.recent if clean.block.end <= blocks[0].block.first]
+        policy, end = self.table.policy, self._next_frame
+        begin = max(0, end - (policy.window or end))
+        if how == "bidirectional":
+            begin = 0 if begin <= policy.sink else begin
+            blocks = [torch.cat([clean.latents for clean in self.recent])[begin - end :]] if end else []
+        else:
+            again = [clean for clean in self.recent if clean.block.first >= max(policy.sink, begin)]
+            blocks, begin = [clean.latents for clean in again], again[0].block.first if again else end
+        if blocks:
             try:
-                self.recent = older + self.branches[0].retake(blocks, conditioning)
+                self.branches[0].retake(begin, blocks, conditioning)
             except OutOfPages:
                 raise
             except BaseException:
@@ -220,6 +228,7 @@ class SequentialDecoder(Decoder):
         return {
             "frames": self.frames,
             "generator": self.generator.get_state(),
+            "opening": None if self.opening is None else self.opening.cpu(),
             "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in self.recent],
             "carried": [self.model.carried(clean.conditioning) for clean in self.recent],
         }
@@ -227,9 +236,11 @@ class SequentialDecoder(Decoder):
     def restore(self, tables: list[PageTable], state: dict[str, Any]) -> None:
         device = self.table.store.device
         for branch, table in zip(self.branches, tables, strict=True):
-            branch.restart(table)
+            branch.go_on_from(table)
         self.generator.set_state(state["generator"])
         self.frames, self.released = state["frames"], False
+        opening = state.get("opening")  # folders of before it was there have none
+        self.opening = None if opening is None else opening.to(device)
         carried = state.get("carried") or [None] * len(state["recent"])
         self.recent = [
             CleanBlock(Block(first, end), latents.to(device), self.model.resumed(each))
@@ -239,11 +250,17 @@ class SequentialDecoder(Decoder):
     def _new_rollout(self, conditioning: Any) -> None:
         """Begin again at frame 0, with the last frames as the past."""
         overlap = self.model.adapter.overlap
-        given = self.restart(torch.cat([clean.latents for clean in self.recent])[-overlap:])
+        given = torch.cat([clean.latents for clean in self.recent])[-overlap:]
+        if self.model.adapter.rollout_begins == "kept":
+            assert self.opening is not None
+            given = torch.cat([self.opening, given[1:]])
+        else:
+            given = self.restart(given)
         for branch in self.branches:
             branch.restart()
         self.recent = []
-        self._observe_block(given, conditioning)
+        for block in given.split(self.model.adapter.block_frames):
+            self._observe_block(block, conditioning)
         self.frames -= overlap
 
     def _placed(self, conditioning: Any) -> Any:
@@ -259,7 +276,9 @@ class SequentialDecoder(Decoder):
 
     def _remember(self, clean: CleanBlock) -> None:
         policy, end = self.table.policy, clean.block.end
-        depth = max(self.model.adapter.overlap, policy.window or end) + policy.undo
+        depth = max(self.model.adapter.overlap, policy.sink + policy.window if policy.window else end) + policy.undo
+        if self.frames == 0:
+            self.opening = clean.latents[:1]
         self.frames += len(clean.latents)
         self.finished = len(clean.latents)
         self.recent = [old for old in self.recent if old.block.end > end - depth] + [clean]

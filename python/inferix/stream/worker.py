@@ -82,7 +82,7 @@ class Stage:
             "together": adapter.together,
             "words": adapter.words,
             "prompts": list(presentation.example_prompts),
-            "recache": adapter.recache,
+            "recache": bool(adapter.recache),
             # Of what was done in past blocks nothing is kept: they can be computed again for words alone.
             "can_recache": not adapter.actions,
             "can_rewind": bool(world.can_rewind),

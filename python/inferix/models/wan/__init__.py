@@ -1,5 +1,5 @@
-"""Wan2.1, made causal: Self Forcing, CausVid, LongLive and what differs from them by a table entry. And Wan2.1 itself,
-their teacher, which makes a video at once: a block without a past.
+"""Wan2.1, made causal: Self Forcing, CausVid, LongLive, Causal-Forcing and what differs from them by a table entry. And
+Wan2.1 itself, their teacher, which makes a video at once: a block without a past.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .video import PICTURES
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
 LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direction
+CHANNELS = 16  # of the latents of Wan2.1
 MASK = PICTURES  # channels that say, of each picture that a latent frame stands for, whether it is given
 
 
@@ -72,6 +73,11 @@ class Wan(Model):
         step = [LATENT_STRIDE * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
+        if config.channels_out != CHANNELS:
+            raise ValueError(
+                f"weights: head.head.weight gives latents of {config.channels_out} channels, those of {adapter.name} "
+                f"have {CHANNELS}"
+            )
         more = config.channels_in - config.channels_out  # of images concatenated to the latents, a whole video of them
         if more not in ((0, MASK + config.channels_out) if adapter.at_once or adapter.picture else (0,)):
             raise ValueError(
@@ -213,6 +219,7 @@ def load(
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
+    overlap: int | None = None,
 ) -> Wan:
     """A model of ADAPTERS from its checkpoint.
 
@@ -228,12 +235,13 @@ def load(
         prompt_cache: folder for prompt embeddings; by default text.CACHE, if that can be used.
         vae: file of another VAE than the one beside the network: LightVAE, taew2_1.pth of TAEHV, LightTAE.
         steps, guidance, negative_prompt: of a model that was not distilled to a few steps; by default the adapter's.
+        overlap: latent frames, whole blocks, of a model that begins new rollouts; by default the adapter's.
 
     Raises:
         ValueError: something is missing, damaged or of another architecture; says what.
     """
     check_linear(linear, dtype)
-    adapter = customised(ADAPTERS[name], size, steps, guidance, negative_prompt)
+    adapter = customised(ADAPTERS[name], size, steps, guidance, negative_prompt, overlap)
     path = find_checkpoint(weights)
     folder = path.parent if weights is None or Path(weights).is_file() else Path(weights)
     if lora is None and weights is not None and Path(weights).is_dir():
@@ -246,18 +254,18 @@ def load(
         network,
         adapter,
         text,
-        **_pictures(vae, folder, device),
+        **_pictures(vae, folder, device, adapter),
         look=(lambda picture: load_image_encoder(folder)(picture)) if has_image_encoder(folder) else None,
     )
 
 
-def _pictures(vae: str | Path | None, folder: Path, device: torch.device) -> dict[str, Any]:
+def _pictures(vae: str | Path | None, folder: Path, device: torch.device, adapter: Adapter) -> dict[str, Any]:
     """Wan's arguments open_video, encode_video and encode_start, over a VAE that is opened when it is first needed."""
     if vae is None and not has_vae(folder):
         return {}
     open_vae = functools.cache(lambda: load_vae(folder, device) if vae is None else read_vae(Path(vae), device))
     return {
-        "open_video": lambda: open_vae().open(),
+        "open_video": lambda: open_vae().open(adapter.overlap, goes_on=adapter.rollout_begins != "restarted"),
         "encode_video": lambda frames: open_vae().encode(frames),
         "encode_start": lambda picture, frames: open_vae().encode_start(picture, frames),
     }

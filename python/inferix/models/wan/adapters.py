@@ -8,7 +8,9 @@ The teachers, undistilled, take many steps, guided: Wan's own bidirectional mode
 that distillation begins with, block by block.
 
 Sources: configs and inference loops of github.com/guandeh17/Self-Forcing (33593df), github.com/tianweiy/CausVid
-(ca21150), github.com/NVlabs/LongLive and github.com/Wan-Video/Wan2.1 (9737cba).
+(ca21150), github.com/NVlabs/LongLive (e52d9ef, branch v1.0), github.com/thu-ml/Causal-Forcing (1fc7bbc),
+github.com/yesiltepe-hidir/infinity-rope (63d7b84), github.com/krea-ai/realtime-video (acf4b7b) and
+github.com/Wan-Video/Wan2.1 (9737cba). What each row was compared with: docs/models.md.
 """
 
 from __future__ import annotations
@@ -45,6 +47,12 @@ def warped(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]:
     return {"times": tuple(levels.tolist()), "timesteps": tuple((levels * TRAIN_STEPS).tolist())}
 
 
+def to_the_end(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]:
+    """`warped` steps and one more, told 0, at the last level of the table."""
+    last = {"times": noise_table(shift)[-1].item(), "timesteps": 0.0}
+    return {field: (*numbers, last[field]) for field, numbers in warped(steps, shift).items()}
+
+
 def unwarped(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]:
     """Steps that are timesteps as they stand; their noise is that of the nearest one in the table."""
     table = noise_table(shift)
@@ -70,6 +78,10 @@ SELF_FORCING = Adapter(
     **warped((1000, 750, 500, 250), shift=5.0),  # type: ignore[arg-type]
 )
 
+# Self Forcing's loop over other weights. With 2 steps or 1 it makes frames one by one, and the first one with 4.
+CAUSAL_FORCING = dataclasses.replace(SELF_FORCING, name="causal-forcing")
+CAUSAL_FORCING_FRAMEWISE = dataclasses.replace(SELF_FORCING, name="causal-forcing-framewise", block_frames=1)
+
 CAUSVID = Adapter(
     name="causvid",
     block_frames=3,
@@ -89,13 +101,18 @@ def customised(
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | None = None,
+    overlap: int | None = None,
 ) -> Adapter:
     """An adapter with what a user wants otherwise; None is as it was.
 
     Raises:
-        ValueError: steps or guidance of a model that was distilled to steps of its own and to no guidance.
+        ValueError: steps or guidance of a model that was distilled to steps of its own and to no guidance; an overlap
+            of one that begins no new rollouts, or of no whole blocks.
     """
     wanted: dict[str, Any] = {"size": size, "guidance": guidance, "negative_prompt": negative_prompt}
+    if overlap is not None and adapter.rollout is None:
+        raise ValueError(f"overlap must not be given: {adapter.name} is one rollout without end, got {overlap}")
+    wanted["overlap"] = overlap
     if adapter.name not in SHIFTS:
         for option, value in (("steps", steps), ("guidance", guidance), ("negative_prompt", negative_prompt)):
             if value is not None:
@@ -105,6 +122,11 @@ def customised(
             raise ValueError(f"steps must be at least 1, got {steps}")
         wanted |= many(steps, SHIFTS[adapter.name])
     return dataclasses.replace(adapter, **{field: value for field, value in wanted.items() if value is not None})
+
+
+def first_block(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]:
+    """`warped` steps of a block without a past."""
+    return {f"first_{field}": numbers for field, numbers in warped(steps, shift).items()}
 
 
 def variant(base: Adapter, name: str, **changes: object) -> Adapter:
@@ -133,7 +155,36 @@ ADAPTERS = {
         variant(SELF_FORCING, "self-forcing-first-frame", first_block_frames=1),
         CAUSVID,
         # LongLive's cache of 12 frames counts its sink of 3; our window does not.
-        variant(SELF_FORCING, "longlive", window=9, sink=3, recache=True),
+        variant(SELF_FORCING, "longlive", window=9, sink=3, recache="bidirectional"),
+        # With time counted anew for each block, LongLive's videos have no end.
+        variant(SELF_FORCING, "longlive-infinity", window=9, sink=3, recache="bidirectional", time="relative"),
+        # The same of Self Forcing's weights; its cache of 6 frames counts its sink of 1.
+        variant(SELF_FORCING, "infinity-rope", window=5, sink=1, time="relative"),
+        # A rollout of one block: what lies before it is computed anew each time. Its last step is told 0, where the
+        # table still has a little noise.
+        *(
+            variant(
+                SELF_FORCING,
+                name,
+                window=6,
+                rollout=6,
+                overlap=3,
+                rollout_begins=begins,
+                **to_the_end((1000, 750, 500, 250), shift=5.0),
+            )
+            for name, begins in (("krea-realtime", "encoded"), ("krea-realtime-first-frame", "kept"))
+        ),
+        CAUSAL_FORCING,
+        CAUSAL_FORCING_FRAMEWISE,
+        *(
+            variant(
+                CAUSAL_FORCING_FRAMEWISE,
+                f"causal-forcing-framewise-{len(steps)}step",
+                **warped(steps, shift=5.0),
+                **first_block((1000, 750, 500, 250), shift=5.0),
+            )
+            for steps in ((1000, 500), (1000,))
+        ),
         TEACHER,
         variant(TEACHER, "wan-i2v-480p", **many(40, SHIFTS["wan-i2v-480p"])),
         variant(TEACHER, "wan-i2v-720p", size=(720, 1280), **many(40, SHIFTS["wan-i2v-720p"])),
@@ -144,4 +195,6 @@ ADAPTERS = {
 
 # Which weights of a checkpoint that holds several; the first that is there.
 PARTS = {name: ("generator_ema", "generator") for name in ADAPTERS}
-PARTS |= {name: ("generator", "generator_ema") for name in ("causvid", "longlive")}
+PARTS |= {
+    name: ("generator", "generator_ema") for name in ("causvid", "longlive", "longlive-infinity", "causal-forcing")
+}

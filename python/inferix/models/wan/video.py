@@ -21,6 +21,11 @@ from ...finite import to_bytes
 PICTURES = 4  # per latent frame after the first
 
 
+def _pictures_of(latents: int) -> int:
+    """That so many latents give where a stream begins with them."""
+    return 1 + PICTURES * (latents - 1)
+
+
 class VideoVAE(abc.ABC):
     """One VAE for all worlds; `open` gives each its own stream. Any thread may use it.
 
@@ -45,8 +50,14 @@ class VideoVAE(abc.ABC):
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """[1 + 4 k, 3, height, width] in [-1, 1] -> latents [1 + k, channels, h, w] float32."""
 
-    def open(self) -> VideoStream:
-        return VideoStream(self)
+    def open(self, overlap: int = 0, goes_on: bool = False) -> VideoStream:
+        """One world's stream.
+
+        Args:
+            overlap: latent frames that `restart` is given, where it is more than a block.
+            goes_on: the pictures go on where a new rollout begins.
+        """
+        return VideoStream(self, overlap, goes_on)
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
@@ -69,8 +80,8 @@ class VideoStream(PictureStream):
 
     looks_back = True
 
-    def __init__(self, vae: VideoVAE):
-        self.vae = vae
+    def __init__(self, vae: VideoVAE, overlap: int = 0, goes_on: bool = False):
+        self.vae, self.overlap, self.goes_on = vae, overlap, goes_on
         self._memory = vae.begin()
         self._tail: Tensor | None = None  # the last pictures, for `restart`
 
@@ -101,7 +112,8 @@ class VideoStream(PictureStream):
     def __call__(self, latents: Tensor) -> np.ndarray:
         """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
         pictures = self._decode(latents)
-        self._tail = pictures[-PICTURES * (len(latents) - 1) - 1 :].clone()
+        shown = pictures if self._tail is None else torch.cat([self._tail, pictures])
+        self._tail = shown[-_pictures_of(max(self.overlap, len(latents))) :].clone()
         return to_bytes(pictures.permute(0, 2, 3, 1))
 
     @torch.inference_mode()
@@ -111,11 +123,19 @@ class VideoStream(PictureStream):
         A stream's first latent stands for one picture, not four, so the first of these is encoded again, from the last
         picture that it gave. The others stay. The pictures of the overlap have been shown and are not given again.
 
-        Source: the long-video script of github.com/tianweiy/CausVid.
+        Raises:
+            ValueError: these are more latents than the last block's and `VAE.open` was told of no such overlap.
+
+        Source: the long-video script of github.com/tianweiy/CausVid. Where the pictures go on, that of
+        github.com/krea-ai/realtime-video.
         """
-        assert self._tail is not None and len(self._tail) == PICTURES * (len(latents) - 1) + 1
-        first = self.vae.encode_pictures(self._tail[:1].to(self.vae.dtype)).to(latents)
+        assert self._tail is not None
+        if (wanted := _pictures_of(len(latents))) > len(self._tail):
+            raise ValueError(f"overlap must be {len(latents)} latents of VAE.open, got {self.overlap}")
+        first = self.vae.encode_pictures(self._tail[-wanted][None].to(self.vae.dtype)).to(latents)
         begun = torch.cat([first, latents[1:]])
+        if self.goes_on:
+            return begun
         self._memory = self.vae.begin()
         self._tail = self._decode(begun)
         return begun

@@ -1,0 +1,103 @@
+"""Runs of relatives' own code (tests/models/golden), replayed through the decode loop and measured.
+
+`python -m tests.models.relatives` prints the table of docs/models.md.
+"""
+
+import functools
+
+import torch
+
+from inferix_kernels import Policy
+from tests.models.replayed import Replayed, cached, in_turn, over, played, recorded
+from tests.models.wan_golden import Replay
+
+
+def longlive(file, switch, way, kv="fp32", name="longlive", blocks=8, time="absolute", **changes):
+    """Its cache of 12 frames counts its sink of 3. A new prompt from frame `switch` on."""
+    tensors, policy = recorded(file), Policy(window=9, sink=3, time=time)
+    model, table = over(way, tensors, name, policy, kv, 4, **changes)
+    noise = tensors["noise"][0].split(3)[:blocks]
+    decoder = Replay(model, table, in_turn(tensors, noise, [3] * blocks))
+    fog, rain = (model.conditioning_from(tensors[f"prompts.p{i}"][0]) for i in range(2))
+    played(decoder, [fog] * (switch // 3))
+    decoder.recache(rain, model.adapter.recache)
+    pairs = {}
+    for layer in range(model.layers):
+        for made, letter in zip(table.gather(layer, list(table.held)), "kv"):
+            if letter == "v" or time == "absolute" or way == "dense":  # else theirs is not rotated
+                pairs[f"recached.{layer}.{letter}"] = made, tensors[f"recached.{layer}.{letter}"][0]
+    latents = played(decoder, [rain] * (blocks - switch // 3))
+    pairs["latents"] = latents, tensors["latents"][: 3 * blocks]
+    return Replayed(decoder, pairs, cached(range(3, 3 * blocks + 1, 3), 12, sink=3))
+
+
+def infinity_rope(way, kv="fp32"):
+    """Its cache of 6 frames counts its sink of 1."""
+    tensors, policy = recorded("infinity_rope"), Policy(window=5, sink=1, time="relative")
+    model, table = over(way, tensors, "infinity-rope", policy, kv)
+    decoder = Replay(model, table, in_turn(tensors, tensors["noise"][0].split(3)[:6], [3] * 6))
+    latents = played(decoder, [model.conditioning_from(tensors["prompts.p0"][0])] * 6)
+    return Replayed(decoder, {"latents": (latents, tensors["latents"])}, cached(range(3, 19, 3), 6, sink=1))
+
+
+def causal_forcing(way, kv="fp32"):
+    """A first block of four steps, then two."""
+    tensors = recorded("causal_forcing_2step")
+    model, table = over(way, tensors, "causal-forcing-framewise-2step", Policy(window=6), kv)
+    decoder = Replay(model, table, in_turn(tensors, tensors["noise"][0].split(1), [3] + [1] * 8))
+    latents = played(decoder, [model.conditioning_from(tensors["prompts.p0"][0])] * 9)
+    return Replayed(decoder, {"latents": (latents, tensors["latents"])}, cached(range(1, 10), 6))
+
+
+def encoded_again(latents):
+    """What stood for a VAE in the recordings: the first latent of the overlap."""
+    return torch.cat([latents[:1] * 0.9 + 0.1, latents[1:]])
+
+
+def causvid(way, kv="fp32"):
+    """Two rollouts of 12 frames, the second one after the last 6 of the first."""
+    tensors = recorded("causvid_overlap6")
+    model, table = over(way, tensors, "causvid", Policy(window=12), kv, rollout=12, overlap=6)
+    draws = in_turn(tensors, tensors["noise.0"][0].split(3), [2] * 4)
+    draws += in_turn(tensors, tensors["noise.1"][0].split(3)[2:], [2] * 2, first=8)
+    decoder = Replay(model, table, draws)
+    decoder.restart = encoded_again
+    latents = played(decoder, [model.conditioning_from(tensors["prompt"][0])] * 6)
+    theirs = torch.cat([tensors["latents.0"], tensors["latents.1"][6:]])
+    return Replayed(decoder, {"latents": (latents, theirs)}, cached((3, 6, 9, 12, 9, 12), 12))
+
+
+def krea(name, way, kv="fp32"):
+    """Its context of 3 frames is computed anew before each block."""
+    tensors = recorded("krea_realtime")
+    model, table = over(way, tensors, name, Policy(window=6), kv)
+    decoder = Replay(model, table, in_turn(tensors, tensors["noise"][0].split(3), [4] * 6))
+    decoder.restart = encoded_again
+    latents = played(decoder, [model.conditioning_from(tensors["prompts.p0"][0])] * 6)
+    theirs = tensors[f"latents.{model.adapter.rollout_begins}"]
+    return Replayed(decoder, {"latents": (latents, theirs)}, cached((3, 6, 6, 6, 6, 6), 6))
+
+
+RUNS = {
+    "longlive, a new prompt at frame 12": functools.partial(longlive, "longlive_switch12", 12),
+    "longlive, a new prompt at frame 15": functools.partial(longlive, "longlive_switch15", 15),
+    "longlive-infinity, a new prompt at frame 15": functools.partial(
+        longlive, "longlive_infinity", 15, name="longlive-infinity", time="relative"
+    ),
+    "infinity-rope": infinity_rope,
+    "causal-forcing-framewise-2step": causal_forcing,
+    "causvid, overlap of 6": causvid,
+    "krea-realtime": functools.partial(krea, "krea-realtime"),
+    "krea-realtime-first-frame": functools.partial(krea, "krea-realtime-first-frame"),
+}
+
+
+def main():
+    print("| run | float64, dense | float32, fp32 pages | int8 pages, PSNR |\n|---|---|---|---|")
+    for name, run in RUNS.items():
+        errors = [f"{run(way=way).error:.1e}" for way in ("dense", "compiled")]
+        print(f"| {name} | {' | '.join(errors)} | {run(way='compiled', kv='int8').psnr:.1f} dB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
