@@ -24,15 +24,7 @@ from .finite import NotFinite
 from .history import Coming, Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, wants_recache
 from .models import load_model
-from .opening import (
-    check_counts,
-    check_format,
-    check_seed,
-    open_decoder,
-    open_store,
-    policy_for,
-    recorder_for,
-)
+from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for, recorder_for
 from .tracing import shown
 from .turns import one_at_a_time
 
