@@ -1,4 +1,5 @@
 """The MAGI-1 transformer: denoises chunks of latent frames, each under its own noise level and its own caption.
+Long because most of it declares layers under the names of checkpoints.
 
     x ── patches ──┐                              (per layer)
     t, stride ─────┴─ gate       ┌─ self-attention over pages ─┐
