@@ -127,11 +127,6 @@ class LayerNorm1p(nn.Module):
     def scale(self) -> Tensor:
         return self.weight + 1
 
-    @property
-    def steps(self) -> dict[str, Any]:
-        """As a stream takes them."""
-        return {"norm": "layer", "weight": self.scale, "bias": self.bias, "eps": self.eps}
-
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.scale, self.bias, self.eps)
 
@@ -235,20 +230,21 @@ class MagiLayer(nn.Module):
     def forward(self, layer: int, x: Residual, cond: Tensor, segments: Segments, attend: Attend) -> Residual | None:
         """x [S, n, dim]; cond [S, 1, cond_dim], of the rows at its place; segments of all S * n rows."""
         attention, mlp = self.self_attention, self.mlp
-        x, y = x.before(None, **plain_norm(attention.linear_qkv.layer_norm))
+        x, y = x.before(None, **steps_of(attention.linear_qkv.layer_norm))
         attended = attention(layer, y.flatten(0, 1), segments, attend)
         if attended is None:
             return None
         gate_attention, gate_mlp = self.ada_modulate_layer(cond)
         attended = attended.unflatten(0, x.shape[:2])
-        x = x.plus(attention.linear_proj, attended, gate=gate_attention, **self.self_attn_post_norm.steps)
-        x, y = x.before(mlp.linear_fc1, **plain_norm(mlp.layer_norm))
-        return x.plus(mlp.linear_fc2, mlp.hidden(y, x.dtype), gate=gate_mlp, **self.mlp_post_norm.steps)
+        x = x.plus(attention.linear_proj, attended, gate=gate_attention, **steps_of(self.self_attn_post_norm))
+        x, y = x.before(mlp.linear_fc1, **steps_of(mlp.layer_norm))
+        return x.plus(mlp.linear_fc2, mlp.hidden(y, x.dtype), gate=gate_mlp, **steps_of(self.mlp_post_norm))
 
 
-def plain_norm(norm: nn.LayerNorm) -> dict[str, Any]:
-    """As a stream takes it."""
-    return {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+def steps_of(norm: nn.LayerNorm | LayerNorm1p) -> dict[str, Any]:
+    """As a stream takes them."""
+    weight = norm.scale if isinstance(norm, LayerNorm1p) else norm.weight
+    return {"norm": "layer", "weight": weight, "bias": norm.bias, "eps": norm.eps}
 
 
 class TimestepEmbedder(nn.Module):
