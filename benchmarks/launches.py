@@ -46,9 +46,7 @@ NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strid
 
 def cuda_kernels(op: str, args: Sequence[Any]) -> list[str]:
     """What the CUDA function of an op launches for these arguments."""
-    names = []
-    for name in CUDA[op]:
-        names += [name] if isinstance(name, str) else [each for _ in args[1] for each in name]
+    names = [each for name in CUDA[op] for each in ([name] if isinstance(name, str) else name * len(args[1]))]
     return names[1:] if op == "qkv_prologue" and args[1] is args[2] is None else names
 
 
@@ -97,10 +95,9 @@ class Launches(TorchDispatchMode):
     def call(self, run: Callable[..., None], op: str, *given: Any, **kwargs: Any) -> None:
         """In place of ops.call: notes an op's launches, and runs it on the CPU."""
         args = given[3:]  # after what was accepted, the backend and the device
-        if self.backend == "compiled" and op in CUDA:
-            names = cuda_kernels(op, args)
-        else:  # what it asks of torch on the way counts too
-            names = triton_kernels(op, args, kwargs)
+        in_cuda = self.backend == "compiled" and op in CUDA
+        # What it asks of torch on the way counts too.
+        names = cuda_kernels(op, args) if in_cuda else triton_kernels(op, args, kwargs)
         self.names += [f"{op}: {name}" for name in names]
         self._ours = True
         try:
@@ -142,10 +139,11 @@ def of_a_layer(network: WanNetwork, kv: str, backend: str, size: tuple[int, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
-    parser.add_argument("--model", choices=SIZES, default="1.3B")
-    parser.add_argument("--linear", choices=["bf16", *CODES], default="bf16")
-    parser.add_argument("--kv", default="int8")
-    parser.add_argument("--backend", choices=["triton", "compiled"], default="triton")
+    add = parser.add_argument
+    add("--model", choices=SIZES, default="1.3B")
+    add("--linear", choices=["bf16", *CODES], default="bf16")
+    add("--kv", default="int8")
+    add("--backend", choices=["triton", "compiled"], default="triton")
     args = parser.parse_args()
     network = random_network(dataclasses.replace(SIZES[args.model], layers=3), torch.bfloat16)
     if args.linear in CODES:

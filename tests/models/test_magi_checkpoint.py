@@ -84,8 +84,10 @@ def test_24b_has_its_own_arithmetic():
         (wide,) = plain([torch.cat([x[0] * 0.1] * 2, 1)], torch.tensor([0.5]), told, attend)
         hidden = torch.randn(3, config.dim)
         mlp = network.videodit_blocks.layers[0].mlp
-        gate, value = (mlp.layer_norm(hidden) @ mlp.linear_fc1.weight.T).split(config.ffn, 1)
-        assert torch.allclose(mlp(hidden), (gate * gate.sigmoid() * value) @ mlp.linear_fc2.weight.T, atol=1e-5)
+        normed = mlp.layer_norm(hidden)
+        gate, value = (normed @ mlp.linear_fc1.weight.T).split(config.ffn, 1)
+        made = mlp.linear_fc2(mlp(normed, normed.dtype))
+        assert torch.allclose(made, (gate * gate.sigmoid() * value) @ mlp.linear_fc2.weight.T, atol=1e-5)
     assert torch.allclose(got, wide[:, :16] / 0.1, atol=1e-5) and not torch.allclose(got, wide[:, 16:] / 0.1, atol=1e-2)
 
 

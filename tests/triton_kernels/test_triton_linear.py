@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tests.ops.test_add_norm as sums
+import tests.ops.test_add_norm_arguments as arguments
 import tests.ops.test_linear as cases
 from inferix_kernels import Quantized, Unsupported, add_norm, linear, quantize_rows
 from inferix_kernels._check import CODES
@@ -35,12 +36,12 @@ def test_sums_and_norms_match_the_reference(shape, dtype, steps, device):
 @pytest.mark.parametrize("dtype", sums.DTYPES, ids=str)
 def test_one_call_is_two(dtype, device):
     sums.test_one_call_is_two(dtype, "triton", device)
-    sums.test_the_stream_may_be_written_in_place("triton", device)
-    sums.test_rows_may_lie_apart("triton", device)
+    arguments.test_the_stream_may_be_written_in_place("triton", device)
+    arguments.test_rows_may_lie_apart("triton", device)
 
 
 def test_each_tensor_may_be_of_a_dtype_of_its_own(device):
-    sums.test_each_tensor_may_be_of_a_dtype_of_its_own((1, 0, 2, 1), "triton", device)
+    arguments.test_each_tensor_may_be_of_a_dtype_of_its_own((1, 0, 2, 1), "triton", device)
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)

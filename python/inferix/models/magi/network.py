@@ -128,11 +128,6 @@ class LayerNorm1p(nn.Module):
     def scale(self) -> Tensor:
         return self.weight + 1
 
-    @property
-    def steps(self) -> dict[str, Any]:
-        """As a stream takes them."""
-        return {"norm": "layer", "weight": self.scale, "bias": self.bias, "eps": self.eps}
-
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.scale, self.bias, self.eps)
 
@@ -205,7 +200,7 @@ class MLP(nn.Module):
         self.linear_fc1 = nn.Linear(config.dim, config.ffn * (2 if config.gated else 1), bias=False)
         self.linear_fc2 = nn.Linear(config.ffn, config.dim, bias=False)
 
-    def hidden(self, y: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    def forward(self, y: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
         """Of normed y, as linear_fc1 takes it: the input of linear_fc2, in this dtype."""
         if not self.gated:
             return linear_output(self.linear_fc1, y, activation="gelu", dtype=dtype)
@@ -236,20 +231,21 @@ class MagiLayer(nn.Module):
     def forward(self, layer: int, x: Residual, cond: Tensor, segments: Segments, attend: Attend) -> Residual | None:
         """x [S, n, dim]; cond [S, 1, cond_dim], of the rows at its place; segments of all S * n rows."""
         attention, mlp = self.self_attention, self.mlp
-        x, y = x.before(None, **plain_norm(attention.linear_qkv.layer_norm))
+        x, y = x.before(None, **steps_of(attention.linear_qkv.layer_norm))
         attended = attention(layer, y.flatten(0, 1), segments, attend)
         if attended is None:
             return None
         gate_attention, gate_mlp = self.ada_modulate_layer(cond)
         attended = attended.unflatten(0, x.shape[:2])
-        x = x.plus(attention.linear_proj, attended, gate=gate_attention, **self.self_attn_post_norm.steps)
-        x, y = x.before(mlp.linear_fc1, **plain_norm(mlp.layer_norm))
-        return x.plus(mlp.linear_fc2, mlp.hidden(y, x.dtype), gate=gate_mlp, **self.mlp_post_norm.steps)
+        x = x.plus(attention.linear_proj, attended, gate=gate_attention, **steps_of(self.self_attn_post_norm))
+        x, y = x.before(mlp.linear_fc1, **steps_of(mlp.layer_norm))
+        return x.plus(mlp.linear_fc2, mlp(y, x.dtype), gate=gate_mlp, **steps_of(self.mlp_post_norm))
 
 
-def plain_norm(norm: nn.LayerNorm) -> dict[str, Any]:
-    """As a stream takes it."""
-    return {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+def steps_of(norm: nn.LayerNorm | LayerNorm1p) -> dict[str, Any]:
+    """As a stream takes them."""
+    weight = norm.scale if isinstance(norm, LayerNorm1p) else norm.weight
+    return {"norm": "layer", "weight": weight, "bias": norm.bias, "eps": norm.eps}
 
 
 class TimestepEmbedder(nn.Module):
@@ -362,20 +358,18 @@ class MagiNetwork(nn.Module):
         config = self.config
         x = torch.cat(list(blocks)).to(self.x_embedder.weight.dtype) * config.x_scale
         grid = x.shape[2] // config.patch, x.shape[3] // config.patch
-        h = self._patches(x, grid).to(self.dtype)
         cond = self._cond(times.to(x.device), crosses, stride).to(self.dtype)
         lengths = [len(block) * grid[0] * grid[1] for block in blocks]
         segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(accumulate(lengths, initial=0)), crosses)]
         # As many rows in each place, of one noise level: a segment's or, where segments differ, a frame's.
         places = [len(block) for block in blocks] if len(set(lengths)) > 1 else [1] * len(blocks)
         cond = torch.cat([row.expand(count, -1) for row, count in zip(cond.split(1), places)])[:, None]
-        stream = Residual(h.unflatten(0, (len(cond), -1)))
+        stream: Any = Residual(self._patches(x, grid).to(self.dtype).unflatten(0, (len(cond), -1)))
         for i, layer in enumerate(self.videodit_blocks.layers):
             with profile.span("layer", layer=i):
-                made = layer(i, stream, cond, segments, attend)
-            if made is None:
+                stream = layer(i, stream, cond, segments, attend)
+            if stream is None:
                 return None
-            stream = made
         out = self.final_linear.linear(self.videodit_blocks.final_layernorm(stream.sum().flatten(0, 1)))
         velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
         return list(velocity.split([len(block) for block in blocks]))
