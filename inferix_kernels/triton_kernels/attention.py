@@ -98,6 +98,9 @@ def run_paged_attention(
     if eight_bit and any(multiplies_e4m3(pages) for pages in pools):
         # Sums over a tile are scaled by the page's channels: it has no keys of another.
         chosen = {**chosen, "n": min(chosen["n"], triton.next_power_of_2(pools[0].page_size))}
+    if call.softcap or call.plan.windows is not None:
+        # What limits scores needs registers, and with 255 of them nvdisasm cannot look for hazards.
+        chosen = {**chosen, "n": min(chosen["n"], 64)}
     online.launch_attention(
         attention_kernel,
         call,
