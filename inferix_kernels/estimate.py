@@ -173,41 +173,45 @@ def hot_loops(
 ) -> list[Loop]:
     """The loops of a function in which `measure` is not 0, each by its cheapest way around.
 
-    The cheapest in instructions, of the ways that do `work` in all: an inner loop is gone through as often as that
-    takes. Without `work`, of the ways that go through no line twice and do the most. Loops that share what is measured
-    are one, the one that costs the least for it.
+    The cheapest in instructions. With `work`, the one cheapest way that does so much: an inner loop is gone through as
+    often as that takes. Without, of each loop the ways that go through no line twice and do the most; loops that share
+    what is measured are one, the one that costs the least for it.
     """
-    following = sass.successors(code)
+    following, amounts, issued = (
+        sass.successors(code),
+        [measure(line) for line in code],
+        [bool(x.address) for x in code],
+    )
     heads = {j for i, lines in enumerate(following) for j in lines if j <= i}
-    ways = (_cheapest(code, following, measure, head, work) for head in sorted(heads))
-    found = [(way, _around(code, measure, way)) for way in ways if way]
+    found, most = [], len(code) ** 2
+    for head in sorted(heads, reverse=True):  # inner loops first: with their cost no outer one is looked at for long
+        if way := _cheapest(following, amounts, issued, head, work, most):
+            found.append((way, sum(amounts[i] for i in way)))
+            most = most if work is None else sum(issued[i] for i in way)
+    found = found if work is None else found[-1:]
     loops: list[tuple[list[int], int]] = []
-    for way, done in sorted(found, key=lambda one: (_length(code, one[0]) / one[1], one[0])):
-        if all(not measure(code[i]) or all(i not in other for other, _ in loops) for i in way):
+    for way, done in sorted(found, key=lambda one: (sum(issued[i] for i in one[0]) / one[1], one[0])):
+        if all(not amounts[i] or all(i not in other for other, _ in loops) for i in way):
             loops.append((way, done))
     loops.sort(key=lambda loop: min(loop[0]))
     return [Loop(tuple(code[i] for i in way if code[i].address), done) for way, done in loops]
 
 
-def _around(code: Sequence[sass.Line], measure: Callable[[sass.Line], int], way: Iterable[int]) -> int:
-    return sum(measure(code[i]) for i in way)
-
-
-def _length(code: Sequence[sass.Line], way: Iterable[int]) -> int:
-    return sum(bool(code[i].address) for i in way)
-
-
 def _cheapest(
-    code: Sequence[sass.Line],
     following: Sequence[Sequence[int]],
-    measure: Callable[[sass.Line], int],
+    amounts: Sequence[int],
+    issued: Sequence[bool],
     head: int,
     work: int | None,
+    limit: int,
 ) -> list[int] | None:
-    """The lines of the way around from `head` to before it; it comes by `head` once. None: no way does the work."""
+    """The lines of the way around from `head` to before it; it comes by `head` once. None: no way does the work for at
+    most so many instructions."""
     body = _body(following, head)
-    start = (head, measure(code[head]))
-    cost, before = {start: int(bool(code[head].address))}, {start: start}
+    if not any(amounts[i] for i in body):
+        return None
+    start = (head, amounts[head])
+    cost, before = {start: int(issued[head])}, {start: start}
     ends: dict[int, tuple[int, tuple[int, int]]] = {}  # by work done: the cost, and the last state
     ahead = [(cost[start], start)]
     while ahead:
@@ -219,10 +223,10 @@ def _cheapest(
             if j == head:
                 ends.setdefault(done, (spent, state))
             elif j in body and (work is not None or j > i):
-                total = done + measure(code[j])
+                total = done + amounts[j]
                 new = (j, total if work is None else min(total, work))
-                price = spent + bool(code[j].address)
-                if price < cost.get(new, price + 1):
+                price = spent + issued[j]
+                if price <= limit and price < cost.get(new, price + 1):
                     cost[new], before[new] = price, state
                     heapq.heappush(ahead, (price, new))
     most = work if work is not None else max(ends, default=0)
