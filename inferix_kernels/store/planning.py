@@ -237,8 +237,8 @@ def _pass(
             )
         )
     captured = buffers is not None and buffers.padded
-    rows = Rows() if buffers is None else buffers.rows
-    reads = Reads(store, plan, blocks, _precision(store, placed), rows, captured)
+    room = Rows() if buffers is None else buffers.rows
+    reads = Reads(store, plan, blocks, _precision(store, placed), room, captured)
     return Pass(reads, shares, predict, attention, turns, place)
 
 

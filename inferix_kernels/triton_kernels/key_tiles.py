@@ -35,11 +35,11 @@ def entries_from(i, last, plan, variant, pool, base, PAGE_SIZE: tl.constexpr, PA
         start, position = place_of(i + n, last, plan)
         if plan.page_starts is not None:
             length = tl.where(length > 0, start + length, 0)
-        pages += (page,)
-        starts += (start,)
-        ends += (length,)
-        biases += (bias,)
-        positions += (position,)
+        pages += (page,)  # type: ignore[assignment]
+        starts += (start,)  # type: ignore[assignment]
+        ends += (length,)  # type: ignore[assignment]
+        biases += (bias,)  # type: ignore[assignment]
+        positions += (position,)  # type: ignore[assignment]
     return pages, starts, ends, biases, positions
 
 
