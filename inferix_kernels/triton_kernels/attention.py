@@ -45,15 +45,12 @@ from .online import (
     dot,
     finite,
     load_rows,
-    max_bias,
     online_softmax_step,
     pages_of_tile,
-    rows_from,
-    run_in_pool,
     store_output,
     tile_at,
-    work_of,
 )
+from .work import max_bias, rows_from, run_in_pool, work_of
 
 __all__ = ["paged_attention"]
 
@@ -191,22 +188,11 @@ def attention_kernel(
     tiles,  # of queries, for each head and split
     cap,  # softcap, times log2(e)
     slopes,  # [segments, HEADS * GROUP] of ALiBi, or None
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
-    VARIANTS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAPPED: tl.constexpr,
-    EIGHT_BIT: tl.constexpr,
-    E4M3: tl.constexpr,
-    MMA_SYNC: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):
+    HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, VARIANTS: tl.constexpr,
+    SEGMENTS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr, E4M3: tl.constexpr,
+    MMA_SYNC: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
     head, split, segment, first_row, first, last = work_of(
         tl.program_id(0), plan, segments, entries, splits, tiles, HEADS, GROUP, SEGMENTS, PER_HEAD, BLOCK_M
     )
@@ -254,6 +240,8 @@ def attend_pages(
     qk_scale: of q . k, including log2(e): probabilities are powers of two. base: the largest bias, to which the others
     are relative. at_row, low, high, slope: [rows], the position of each, the first and the last that it sees, and
     its slope of ALiBi, where the plan has windows.
+
+    Long because it is one loop: its parts would need most of these arguments again.
     """
     BLOCK_D: tl.constexpr = queries.shape[1]
     DTYPE: tl.constexpr = queries.dtype

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .codecs import INTERPRETED, code_places, from_e4m3, round_to, tile_index
 from .limits import place_of
-from .online import entry_of
+from .work import entry_of
 
 
 @triton.jit

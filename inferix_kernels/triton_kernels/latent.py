@@ -34,15 +34,12 @@ from .online import (
     dot,
     finite,
     load_rows,
-    max_bias,
     online_softmax_step,
     pages_of_tile,
-    rows_from,
-    run_in_pool,
     store_output,
     tile_at,
-    work_of,
 )
+from .work import max_bias, rows_from, run_in_pool, work_of
 
 __all__ = ["latent_attention"]
 
@@ -185,7 +182,10 @@ def attend_latent_pages(
     PARTS: tl.constexpr,
     E4M3: tl.constexpr,
 ):
-    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant."""
+    """Continues the online softmax over the entries [first, last) that are pages of this pool, of this variant.
+
+    Long because it is one loop: its parts would need most of these arguments again.
+    """
     DTYPE: tl.constexpr = q_mine.dtype
     BLOCK_D: tl.constexpr = q_mine.shape[1]
     BLOCK_ROTARY: tl.constexpr = q_rotary.shape[1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .online import LOG2E, NEG_INF, STEP
+from .online import LOG2E, NEG_INF
+from .work import STEP
 
 MOST = tl.constexpr(2**31 - 1)
 

@@ -11,7 +11,7 @@ import torch
 from inferix_kernels import PageList, Unsupported, kv_append, kv_gather, make_plan, paged_attention, reference
 from inferix_kernels.layout import FORMATS, KV_FORMATS, Codec
 from inferix_kernels.testing import assert_close, attention_inputs, clustered_keys_and_values, filled_pool
-from inferix_kernels.triton_kernels import attention, online
+from inferix_kernels.triton_kernels import attention, online, work
 from inferix_kernels.triton_kernels.launch import Call
 from tests.triton_kernels import triton_mode
 
@@ -359,51 +359,9 @@ def test_an_entry_that_does_not_fit_is_skipped(device, monkeypatch):
 
 @triton_mode.IN_INTERPRETER
 def test_plans_of_many_segments_are_looked_through_in_steps(device, monkeypatch):
-    monkeypatch.setattr(online, "STEP", type(online.STEP)(2))
+    monkeypatch.setattr(work, "STEP", type(work.STEP)(2))
     q, pools, plan = inputs(device, queries=(1, 0, 20, 0, 3), lens=(5, 3), heads=1, formats=("fp32", "bf16"))
     check(q, pools, plan)
-
-
-def wan(format, queries=4680, frames=21):
-    """A layer of Wan 1.3B: (q, pools, plan), 1,560 tokens a frame in pages of 64."""
-    lens = ([64] * 24 + [24]) * frames
-    pool, where = filled_pool(format, lens, 12, 64, 128, "cuda")
-    q = torch.randn(queries, 12, 128, device="cuda", dtype=torch.bfloat16)
-    return q, [pool], make_plan([(queries, where.ids.tolist(), lens)], "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("format", KV_FORMATS)
-def test_real_sizes(format):
-    q, pools, plan = wan(format)
-    out, _ = paged_attention(q, pools, plan, backend="triton")
-    k, v = kv_gather(pools, PageList(plan.page_ids, plan.page_lens), torch.bfloat16)
-    q, k, v = (x.transpose(0, 1)[None].float() for x in (q, k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-    assert float((out.float() - want).norm() / want.norm()) < 0.01
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_graph_follows_its_plan():
-    """Fixed addresses, other contents: a longer list, other pages, another length of the last."""
-    q, pools, plan = wan("int8", queries=300, frames=3)
-    short = plan._replace(page_indptr=torch.tensor([0, 20], dtype=torch.int32, device="cuda"))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    held = type(plan)(*(None if x is None else x.clone() for x in short))
-    call = {"out": out, "lse": lse, "backend": "triton"}
-    paged_attention(q, pools, held, **call)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        paged_attention(q, pools, held, **call)
-    for now in (short, plan, plan._replace(page_ids=plan.page_ids.flip(0), page_lens=plan.page_lens.flip(0))):
-        for field, content in zip(held, now):
-            if field is not None:
-                field.copy_(content)
-        graph.replay()
-        want_out, want_lse = paged_attention(q, pools, now, backend="triton")
-        assert torch.equal(out, want_out) and torch.equal(lse, want_lse)
 
 
 def test_parameters_are_the_references():
