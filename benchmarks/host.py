@@ -36,6 +36,8 @@ from .harness.rows import Row
 LAYERS, HEADS, WIDTH, TOKENS = 30, 12, 128, 24
 TARGET = 90
 TORCH = str(Path(torch.__file__).parent)
+READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
+SENDS = ("lift_fresh", "pin_memory")
 RESULTS = {Path(ops.__file__), Path(fused.__file__)}  # where tensors are made for what our ops return
 
 
@@ -64,10 +66,10 @@ def block_metrics(settings: Settings, rounds: int) -> dict[str, float]:
     loop = e2e.open_loop("ours", model, conditioning, settings)
     for _ in range(3):  # the third one commits the block before it in its first forward, as all later ones do
         loop.decoder.step(conditioning())
-    predict, counting = model.predict, Counting()
+    predict, found = model.predict, list[str]()
 
     def counted(*args: Any) -> Any:
-        with counting:
+        with OnTheDevice(found.append):
             return predict(*args)
 
     with mock.patch.object(model, "predict", counted):
@@ -75,7 +77,7 @@ def block_metrics(settings: Settings, rounds: int) -> dict[str, float]:
     wide = copy.copy(model)
     wide.grid, wide.head_dim = (30, 52), WIDTH
     times = {f"rope of {n} frames ms": 1e3 * min(seconds(wide.rope, range(n)) for _ in range(rounds)) for n in (3, 6)}
-    return {**times, "made or moved": counting.count}
+    return {**times, "made or moved": len(found)}
 
 
 def seconds(call: Callable[..., object], *args: object) -> float:
@@ -84,27 +86,45 @@ def seconds(call: Callable[..., object], *args: object) -> float:
     return time.process_time() - started
 
 
+def tensors_in(*values: object) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
 def makes_a_result() -> bool:
     """Is a tensor being made for what an op of ours returns? As torch's own ops make theirs, it comes from torch's
     allocator and, in a capture, from the graph's own memory."""
-    frame: Any = sys._getframe(2)
-    while frame.f_code.co_filename.startswith(TORCH):
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_filename.startswith((TORCH, __file__)):  # the mode that watches, and what calls it
         frame = frame.f_back
     return Path(frame.f_code.co_filename) in RESULTS
 
 
-class Counting(TorchDispatchMode):
-    """Counts the operations that make a tensor of no other, bring numbers from the host, or read them back."""
+class OnTheDevice(TorchDispatchMode):
+    """While it is entered, hands to `complain` what operations of torch do besides being launched: make a tensor that
+    is no op's result, bring numbers from the host or read them back, or go from one device to another.
 
-    count = 0
+    Args:
+        complain: called with "zeros makes a tensor", "item reads from the device", ...
+    """
+
+    def __init__(self, complain: Callable[[str], None]):
+        super().__init__()
+        self.complain = complain
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
         name = func.name().removeprefix("aten::").partition(".")[0]
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        makes = (not given and name != "promote_types") or name.startswith("new_") or name.endswith("_like")
-        makes = makes and not (name.startswith(("empty", "new_empty")) and makes_a_result())
-        self.count += makes or name in ("lift_fresh", "pin_memory", "_local_scalar_dense", "nonzero")
-        return func(*args, **(kwargs or {}))
+        given, got = tensors_in(args, kwargs), tensors_in(made)
+        makes = name.startswith("new_") or name.endswith("_like") or (got and not given)
+        if name in READS:
+            self.complain(f"{name} reads from the device")
+        elif name in SENDS:
+            self.complain(f"{name} brings numbers from the host")
+        elif makes and not (name.startswith(("empty", "new_empty")) and makes_a_result()):
+            self.complain(f"{name} makes a tensor")
+        elif len(devices := {x.device for x in [*given, *got] if x.ndim}) > 1:
+            self.complain(f"{name} goes from one device to another: {devices}")
+        return made
 
 
 def measure(contender: str, rounds: int) -> dict[str, float]:

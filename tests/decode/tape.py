@@ -1,4 +1,4 @@
-"""What stands for a CUDA graph on a CPU, and what a step on a GPU must not do.
+"""What stands for a CUDA graph on a CPU.
 
 `Tape` notes every operation of torch and every call of a kernel, with the very tensors that they were given, and plays
 them again. Python is not run again, and addresses are those of the recording: what lies elsewhere, or is stale, shows
@@ -7,18 +7,10 @@ in the results.
 
 from __future__ import annotations
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from benchmarks.host import makes_a_result
+from benchmarks.host import tensors_in
 from tests.decode.recording_backend import listening
-
-HOST_READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
-
-
-def tensors_in(*values):
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 def storage(x):
@@ -78,22 +70,3 @@ class TapeRecorder:
             tape.replay()
 
         return made, replay
-
-
-class OnTheDevice(TorchDispatchMode):
-    """Fails where a step makes tensors that are no op's result, moves numbers from one device to another, or reads them
-    back."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        given = tensors_in(args, kwargs)
-        if name.startswith(("empty", "new_empty")) and makes_a_result():
-            return func(*args, **(kwargs or {}))
-        assert not name.startswith("new_") and not name.endswith("_like"), f"{name} makes a tensor"
-        assert name not in HOST_READS, f"{name} reads from the device"
-        assert name not in ("lift_fresh", "pin_memory"), f"{name} brings numbers from the host"
-        made = func(*args, **(kwargs or {}))
-        assert given or not tensors_in(made), f"{name} makes a tensor of no other"
-        devices = {x.device for x in [*given, *tensors_in(made)] if x.ndim}
-        assert len(devices) <= 1, f"{name} goes from one device to another: {devices}"
-        return made

@@ -6,11 +6,11 @@ from collections import defaultdict
 import pytest
 import torch
 
+from benchmarks.host import OnTheDevice, tensors_in
 from inferix import World
 from inferix.decode.timesteps import Timesteps
 from inferix_kernels import KVPages, ops
 from tests.decode.recording_backend import installed, listening
-from tests.decode.tape import OnTheDevice, tensors_in
 from tests.decode.test_loop import small_world
 from tests.models.test_wan_world import wan
 from tests.models.wan_golden import random_network, tiny_config
@@ -49,7 +49,7 @@ def watched(world, mode):
 def test_a_step_makes_no_tensor_and_moves_none(world):
     """From the first block of a world that was warmed up on."""
     world.decoder.warm_up(conditioning(world))
-    watched(world, OnTheDevice())
+    watched(world, OnTheDevice(pytest.fail))
     for _ in range(6):
         step(world)
 
@@ -65,9 +65,9 @@ def test_the_watch_sees_what_it_is_for():
         lambda: x.to("meta"),
         lambda: bool(x.isfinite().all()),
     ):
-        with pytest.raises(AssertionError), OnTheDevice():
+        with pytest.raises(pytest.fail.Exception), OnTheDevice(pytest.fail):
             wrong()
-    with OnTheDevice():
+    with OnTheDevice(pytest.fail):
         assert (x.double() + x.sum()).tolist is not None
 
 
@@ -84,7 +84,7 @@ def test_a_network_on_a_device_takes_nothing_from_the_host():
 
     for crosses in ([cross, cross], [cross, other]):
         meta(*given, crosses, attend)  # what is sent once is there now
-        with OnTheDevice():
+        with OnTheDevice(pytest.fail):
             flow = meta(*given, crosses, attend)
         assert flow.device.type == "meta" and flow.shape == x.shape
 
