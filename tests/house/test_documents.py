@@ -3,9 +3,13 @@
 import ast
 import functools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from inferix_kernels import __main__ as command
+from inferix_kernels._library import OPS
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(
@@ -73,6 +77,19 @@ def test_files_and_modules_that_are_named_exist(path):
         assert any(file.exists() for file in found), module
     for target in re.findall(r"make ([a-z]+)`", said):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+@pytest.mark.parametrize("path", DOCS, ids=named)
+def test_commands_that_compile_take_what_they_are_given(path, monkeypatch):
+    """An option that takes several values would swallow the cases behind it."""
+    given = []
+    monkeypatch.setattr(command, "estimate_command", lambda archs, cases, *_: given.append((archs, cases)) or 0)
+    monkeypatch.setattr(command, "compile_command", lambda archs, cases, *_: given.append((archs, cases)) or 0)
+    for said in re.findall(r"`(python -m inferix_kernels compile [^`[]+)`", prose(path)):
+        command.main(shlex.split(said)[3:])
+    for archs, cases in given:
+        assert all(re.fullmatch(r"gfx\d+|\d+a?", arch) for arch in archs or ()), archs
+        assert all(case.split()[0] in OPS for case in cases), cases
 
 
 def test_every_document_can_be_found_from_the_first_pages():
