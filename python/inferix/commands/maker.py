@@ -201,7 +201,7 @@ class _Bar(Console):
 
 
 class _Interrupt:
-    """Ctrl-C as a flag: the block in the making is finished and the file closed. A second Ctrl-C ends at once."""
+    """Ctrl-C as a flag: the block is finished and the file closed. A second one raises KeyboardInterrupt."""
 
     asked = False
 
