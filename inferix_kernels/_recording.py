@@ -199,23 +199,27 @@ class Recording:
             return False
         return self.kinds.setdefault(name, kind) == kind
 
-    def track(self, name: str | None = None) -> Track:
-        """A new track, of this thread; with a name, the one of this name, which any thread may write to."""
+    def track(self, name: str | None = None, shared: bool = True) -> Track:
+        """A new track, of this thread; with a name that is shared, the one of this name, which any thread may write
+        to."""
         with self.lock:
-            if name is not None and name in self._named:
+            shared = shared and name is not None
+            if shared and name in self._named:
                 return self._named[name]
             if len(self.tracks) >= MOST_TRACKS:
                 self._forget_an_ended_one()
             thread = threading.current_thread()
             made = Track(name or thread.name, threading.get_ident(), self.capacity, overlapping=name is not None)
             self.tracks.append(made)
-            if name is not None:
+            if shared:
                 self._named[name] = made
             return made
 
     def _forget_an_ended_one(self) -> None:
         alive = {thread.ident for thread in threading.enumerate()}
-        ended = [track for track in self.tracks if track.thread not in alive and not track.overlapping]
+        ended = [
+            track for track in self.tracks if track.thread not in alive and track is not self._named.get(track.name)
+        ]
         if ended:
             self._collect(ended[0])
             self._counted = _added(self._counted, ended[0].counts)
