@@ -254,6 +254,36 @@ def test_the_tiny_world_takes_its_pictures_back():
     assert same(made, wanted) and np.array_equal(world.last_picture(), wanted[-1][-1])
 
 
+def test_a_world_that_was_released_is_neither_rewound_nor_saved(tmp_path):
+    world = small_world(window=6)
+    coming = world.advance(action="up", prompt="desert day")
+    world.release()
+    assert coming.result().shape[0] == 3
+    with pytest.raises(RuntimeError, match="^rewind: this world was released"):
+        world.rewind(3)
+    with pytest.raises(RuntimeError, match="^save: this world was released"):
+        saved.save(world, tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_failed_is_made_again_with_the_same_noise():
+    """Here a user's function fails as frames leave the window."""
+    calls = []
+
+    def on_evict(table, frame):
+        calls.append(frame)
+        if len(calls) == 2:
+            raise RuntimeError("no room on the disk")
+
+    world, straight = (small_world(kv="fp32", window=6, on_evict=on_evict) for on_evict in (on_evict, None))
+    for _ in range(2):
+        world.step(action="up", prompt="desert day"), straight.step(action="up", prompt="desert day")
+    with pytest.raises(RuntimeError, match="no room on the disk"):
+        world.advance(action="left")
+    world.step(action="left"), straight.step(action="left")
+    torch.testing.assert_close(world.latents, straight.latents, rtol=0, atol=1e-5)
+
+
 def test_jobs_run_in_turn_and_one_that_fails_holds_nobody_up():
     beside, seen = Beside("test"), []
     failed = beside.submit(lambda: 1 / 0)
