@@ -81,11 +81,14 @@ class Generation:
         level, looked_at = "block" if folder is None else "layer", self.config.profile_torch
         profiled = profiling(level, folder, title=title, torch_blocks=looked_at)
         try:
-            with self._writer() as self.video, profiled:
-                self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
-                with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
-                    self.maker.run(self.given, progress)
-            whole = self.frames == self.total
+            with (
+                profiled
+            ):  # the video is whole before the profile, which is what an error or Ctrl-C may cost, is written
+                with self._writer() as self.video:
+                    self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
+                    with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
+                        self.maker.run(self.given, progress)
+                whole = self.frames == self.total
         finally:  # once the video is closed: until then the journal is all there is
             if self.journal is not None:
                 self.journal.close(done=whole or not self.journal.count)
