@@ -78,7 +78,8 @@ class Policy:
             raise ValueError(f"past_bias must be a number, got {self.past_bias!r}")
         if not abs(self.past_bias) <= MOST_BIAS:
             raise ValueError(
-                f"past_bias must be finite in float32, got {self.past_bias}: what is not to be seen is out of the window"
+                f"past_bias must be finite in float32, got {self.past_bias}: what is not to be seen is out of the "
+                "window"
             )
         if self.time not in TIMES:
             raise ValueError(f"time must be one of {', '.join(TIMES)}, got {self.time!r}")

@@ -21,7 +21,7 @@ from ..models import MODELS, Model, load_model, whole_start
 from ..profile import profiling
 from ..world import World
 from .configs import GenerateConfig
-from .controls import Prompts, actions_from
+from .controls import Prompts, actions_from, refuse_inputs
 from .maker import Maker
 
 
@@ -174,10 +174,7 @@ def _check_outputs(config: GenerateConfig, model: Model) -> None:
         place = require_writable(path, "out").resolve()
         if (other := written.setdefault(place, path)) is not path:
             raise ValueError(f"out: {str(other)!r} and {str(path)!r} must be two files, got links to one")
-        for option in ("weights", "vae", "image", "video", "actions", "prompt_file"):
-            read = getattr(config, option)
-            if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
-                raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")
+        refuse_inputs(path, config)
     journal = journal_path(Path(config.out), "out")
     if journal.exists() and not model.presentation.live:
         with open_locked(journal, "out", config.out):  # no other run is at it
