@@ -114,6 +114,7 @@ class Track:
         self.values: dict[str, float] = {}
         self.gpu: GpuTimes | None = None
         self.shift = 0.0
+        self.owner: threading.Thread | None = None  # whose ident may be another's once it has ended
         self._within = [0.0] * (DEEPEST + 2)  # seconds of the spans at each depth since one closed around them
         self._since = [0.0] * (DEEPEST + 2)  # when the first of these began
         self._before: dict[str, float] = {}  # counts at the last block
@@ -199,23 +200,28 @@ class Recording:
             return False
         return self.kinds.setdefault(name, kind) == kind
 
-    def track(self, name: str | None = None) -> Track:
-        """A new track, of this thread; with a name, the one of this name, which any thread may write to."""
+    def track(self, name: str | None = None, shared: bool = True) -> Track:
+        """A new track, of this thread; with a name that is shared, the one of this name, which any thread may write
+        to."""
         with self.lock:
-            if name is not None and name in self._named:
+            if shared and name is not None and name in self._named:
                 return self._named[name]
             if len(self.tracks) >= MOST_TRACKS:
                 self._forget_an_ended_one()
             thread = threading.current_thread()
             made = Track(name or thread.name, threading.get_ident(), self.capacity, overlapping=name is not None)
+            made.owner = thread
             self.tracks.append(made)
-            if name is not None:
+            if shared and name is not None:
                 self._named[name] = made
             return made
 
     def _forget_an_ended_one(self) -> None:
-        alive = {thread.ident for thread in threading.enumerate()}
-        ended = [track for track in self.tracks if track.thread not in alive and not track.overlapping]
+        ended = [
+            track
+            for track in self.tracks
+            if track.owner is not None and not track.owner.is_alive() and track is not self._named.get(track.name)
+        ]
         if ended:
             self._collect(ended[0])
             self._counted = _added(self._counted, ended[0].counts)

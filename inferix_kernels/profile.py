@@ -27,7 +27,7 @@ import functools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from math import isfinite
+from sys import float_info
 from threading import get_ident
 from time import perf_counter as clock
 from types import TracebackType
@@ -61,6 +61,7 @@ __all__ = [
 LEVELS = ("off", "block", "layer")
 OFF, BLOCK, LAYER = range(3)
 CAPACITY = 1 << 15  # spans of a thread
+LARGEST = float_info.max
 P = ParamSpec("P")
 T = TypeVar("T")
 Hook = Callable[[Row], object]
@@ -278,7 +279,9 @@ class Block(Timed):
     def __exit__(self, *error: Any) -> None:
         track = self.track
         super().__exit__(*error)
-        if track is not None and _recording is not None and (not error or error[0] is None):
+        if track is None or _recording is None or (error and error[0] is not None):
+            return
+        if any(track is each for each in _recording.tracks):  # else: of a recording that was stopped meanwhile
             self.row = _ended(_recording, track, self)
 
 
@@ -473,7 +476,8 @@ def _ended(recording: Recording, track: Track, made: Block) -> Row:
                 hook(row)
         except Exception as error:
             recording.lose(f"hook {name} failed ({type(error).__name__}: {error}) and is not called again")
-            _hooks.remove(hook)
+            if hook in _hooks:  # it may have ended itself
+                _hooks.remove(hook)
     return row
 
 
@@ -482,7 +486,7 @@ def _use_gpu(track: Track) -> None:
         return
     import torch
 
-    on_gpu = _recording.track(f"GPU of {track.name}")
+    on_gpu = _recording.track(f"GPU of {track.name}", shared=False)  # a GPU's clock has a zero for each thread
 
     def keep(row: Any) -> None:
         on_gpu.write(row)
@@ -530,9 +534,9 @@ def _number(name: str, given: Any, kind: str, known: dict[str, float]) -> float 
     if type(given) not in (int, float):
         try:
             given = None if isinstance(given, str | bool) else float(given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             given = None
-    if given is None or not isfinite(given):
+    if given is None or not abs(given) <= LARGEST:  # NaN is not, either
         _lose(f"{name!r} was given what is no finite number")
         return None
     if name not in known and not (_recording is not None and _recording.declare(name, kind)):

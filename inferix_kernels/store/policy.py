@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 from .._check import check_counts, is_whole
 
 TIMES = ("absolute", "relative")
+MOST_BIAS = 3.4028234663852886e38  # float32, in which kernels are given it, ends here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +76,10 @@ class Policy:
                 raise ValueError(f"{name} must be the name of a format, got {getattr(self, name)!r}")
         if isinstance(self.past_bias, bool) or not isinstance(self.past_bias, int | float):
             raise ValueError(f"past_bias must be a number, got {self.past_bias!r}")
-        if not math.isfinite(self.past_bias):
+        if not abs(self.past_bias) <= MOST_BIAS:
             raise ValueError(
-                f"past_bias must be finite, got {self.past_bias}: what is not to be seen is out of the window"
+                f"past_bias must be finite in float32, got {self.past_bias}: what is not to be seen is out of the "
+                "window"
             )
         if self.time not in TIMES:
             raise ValueError(f"time must be one of {', '.join(TIMES)}, got {self.time!r}")

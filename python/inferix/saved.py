@@ -44,12 +44,14 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
         ValueError: the world is of a kind that can not be saved, or the folder exists, is being saved by someone else,
             would take more than `most`, or can not be written. There is no such folder then, and the world goes on.
         NotFinite: pictures under way are not finite, which ends the world.
-        RuntimeError: another thread is at work on the world.
+        RuntimeError: another thread is at work on the world, or it was released.
     """
     decoder, folder = world.decoder, Path(folder)
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
     world.pictures.check()
+    if decoder.released:
+        raise RuntimeError("save: this world was released, or lost as it was recached, and nothing of it is left")
     state = {
         **_identity(world),
         "prompt": world.prompt,

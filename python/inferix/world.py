@@ -292,7 +292,7 @@ class World(Facts):
         be taken back to before it.
 
         Raises:
-            ValueError: it is not one of `rewinds`; nothing has changed.
+            ValueError: it is not one of `rewinds`; nothing has changed. RuntimeError: the world was released.
 
         Example:
             >>> before = world.frames
@@ -301,8 +301,7 @@ class World(Facts):
             >>> world.frames == before
             True
         """
-        with self._ends_if_not_finite():
-            self.pictures.check()
+        self._settle("rewind")
         if self.decoder.can_rewind and (frames := whole("frames", frames)) not in self.rewinds:
             sizes = ", ".join(map(str, self.rewinds))
             raise ValueError(

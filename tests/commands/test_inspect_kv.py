@@ -113,3 +113,12 @@ def test_a_wan_without_vae_is_measured(tmp_path, capsys):
 def test_bad_input_is_refused(more, said, capsys):
     assert main(["inspect-kv", *more]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_written_over(tmp_path, capsys):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    given = ["--model", "self-forcing", "--weights", str(weights), "--out", str(weights)]
+    assert main(["inspect-kv", *given]) == 2
+    assert "would be written, but --weights is read from it" in capsys.readouterr().err
+    assert weights.read_bytes() == b"weights"

@@ -10,6 +10,7 @@ from inferix.decode.graphs import Graphs
 from inferix.decode.sequential import SequentialDecoder
 from inferix.trees import parts_of, rebuilt
 from inferix_kernels import PassBuffers, profile
+from inferix_kernels.store.page_lists import Packed
 from tests.decode.recording_backend import installed
 from tests.decode.tape import TapeRecorder
 from tests.decode.test_contract import Plain
@@ -157,6 +158,18 @@ def test_a_forward_on_another_stream_waits_for_the_one_before():
     recorder.here = "side"
     steps(world, (graphs, eager), ["desert day"] * 2)
     assert recorder.waits == [("side", "main")]
+
+
+def test_page_lists_are_not_written_before_the_forward_on_another_stream_is_done_with_them(monkeypatch):
+    world = tiny(kv="fp32", window=6)
+    graphs, _, recorder = captured(world)
+    for i in range(3):
+        graphs.step(conditioning(world, "desert day", i))
+    write, done = Packed.write, []
+    monkeypatch.setattr(Packed, "write", lambda *given: done.append(list(recorder.waits)) or write(*given))
+    recorder.here = "side"
+    graphs.step(conditioning(world, "desert day"))
+    assert done and done[0] == [("side", "main")]
 
 
 def test_a_pass_that_is_stale_is_not_replayed():

@@ -11,6 +11,7 @@ from inferix import saved
 from inferix.beside import Beside
 from inferix.decode.contract import PictureStream
 from inferix.finite import NotFinite, to_bytes
+from inferix.models.wan.video import VideoVAE
 from inferix.world import World
 from tests.decode.test_loop import small_world
 from tests.models.test_wan_world import encode, wan
@@ -252,6 +253,67 @@ def test_the_tiny_world_takes_its_pictures_back():
     thread.start()
     thread.join()
     assert same(made, wanted) and np.array_equal(world.last_picture(), wanted[-1][-1])
+
+
+class Halting(VideoVAE):
+    """Two layers that look back; the second one may have no room."""
+
+    failing = False
+
+    def begin(self):
+        return [torch.zeros(1), torch.zeros(1)]
+
+    def decode(self, latents, memory):
+        memory[0] = memory[0] + latents.mean()
+        if self.failing:
+            raise MemoryError
+        memory[1] = memory[1] + memory[0]
+        return (memory[0] - memory[1]).expand(len(latents), 3, 8, 8).tanh()
+
+    def encode_pictures(self, pictures):
+        raise NotImplementedError
+
+
+def test_a_stream_whose_block_could_not_be_decoded_is_where_it_was():
+    vae = Halting(torch.device("cpu"), torch.float32)
+    stream, straight = vae.open(), vae.open()
+    blocks = torch.linspace(-1, 1, 18).reshape(3, 3, 2, 1, 1)
+    assert np.array_equal(stream(blocks[0]), straight(blocks[0]))
+    vae.failing = True
+    with pytest.raises(MemoryError):
+        stream(blocks[1])
+    vae.failing = False
+    assert np.array_equal(stream(blocks[2]), straight(blocks[2]))
+
+
+def test_a_world_that_was_released_is_neither_rewound_nor_saved(tmp_path):
+    world = small_world(window=6)
+    coming = world.advance(action="up", prompt="desert day")
+    world.release()
+    assert coming.result().shape[0] == 3
+    with pytest.raises(RuntimeError, match=r"^rewind: this world was released"):
+        world.rewind(3)
+    with pytest.raises(RuntimeError, match=r"^save: this world was released"):
+        saved.save(world, tmp_path / "w")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_failed_is_made_again_with_the_same_noise():
+    """Here a user's function fails as frames leave the window."""
+    calls = []
+
+    def on_evict(table, frame):
+        calls.append(frame)
+        if len(calls) == 2:
+            raise RuntimeError("no room on the disk")
+
+    world, straight = (small_world(kv="fp32", window=6, on_evict=on_evict) for on_evict in (on_evict, None))
+    for _ in range(2):
+        world.step(action="up", prompt="desert day"), straight.step(action="up", prompt="desert day")
+    with pytest.raises(RuntimeError, match="no room on the disk"):
+        world.advance(action="left")
+    world.step(action="left"), straight.step(action="left")
+    torch.testing.assert_close(world.latents, straight.latents, rtol=0, atol=1e-5)
 
 
 def test_jobs_run_in_turn_and_one_that_fails_holds_nobody_up():

@@ -124,6 +124,17 @@ def test_names_cannot_break_the_page_or_the_trace(clock):
     assert len(json.loads(profile.trace(taken))["traceEvents"]) > 4
 
 
+def test_a_trace_is_json_whatever_the_arguments_are(clock):
+    recording = profile.start("layer")
+    with profile.span("loss", now=float("nan"), most=float("inf"), step=3, kind="x"):
+        clock.now += 1
+    profile.stop()
+    events = json.loads(profile.trace(profile.snapshot(recording)), parse_constant=pytest.fail)["traceEvents"]
+    assert [event["args"] for event in events if event["name"] == "loss"] == [
+        {"now": "nan", "most": "inf", "step": 3, "kind": "x"}
+    ]
+
+
 def test_axes_have_round_numbers():
     assert ticks(0, 97) == [0, 20, 40, 60, 80] and ticks(0, 0.0031)[1] == pytest.approx(0.001)
     assert ticks(3, 3) == [3] and ticks(0, math.inf) == [0]

@@ -142,6 +142,16 @@ def test_a_video_is_profiled(tmp_path, capsys):
     assert "the profile of this run is lost" in capsys.readouterr().err and (tmp_path / "b.mp4").exists()
 
 
+def test_a_video_is_whole_whatever_becomes_of_its_profile(tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inferix.profile.session.written_or_said", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        inferix.generate(seconds=0.1, out=tmp_path / "a.mp4", profile=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"], "no journal of an unfinished one"
+
+
 def test_torch_looks_at_some_blocks(tmp_path):
     world = opened()
     with profile.profiling("layer", folder=tmp_path, torch_blocks=5):  # it ends with the recording, if not before

@@ -164,7 +164,10 @@ def test_a_snapshot_keeps_how_a_world_reads(tmp_path):
 @pytest.mark.parametrize(
     "do, message",
     [
-        (lambda: Policy(past_bias=math.inf), "past_bias must be finite, got inf"),
+        (lambda: Policy(past_bias=math.inf), "past_bias must be finite in float32, got inf"),
+        (lambda: Policy(past_bias=math.nan), "past_bias must be finite in float32, got nan"),
+        (lambda: Policy(past_bias=-1e39), "past_bias must be finite in float32, got -1e\\+39"),
+        (lambda: Policy(past_bias=10**400), "past_bias must be finite in float32, got 1000"),
         (lambda: Policy(past_bias="0"), "past_bias must be a number, got '0'"),
         (lambda: Policy(time="sideways"), "time must be one of absolute, relative, got 'sideways'"),
         (

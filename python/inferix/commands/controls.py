@@ -18,6 +18,15 @@ from ..media import read_picture
 from ..models import Adapter, Model
 
 MOST_TEXT = 1 << 24  # characters of a file
+READ = ("weights", "vae", "image", "video", "actions", "prompt_file")  # options that name files
+
+
+def refuse_inputs(path: Path, config: object) -> None:
+    """Raise ValueError, naming `out`, if `path`, which is to be written, is a file that a config has read."""
+    for option in READ:
+        read = getattr(config, option, None)
+        if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+            raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")
 
 
 def actions_from(actions: str | Path, adapter: Adapter, seed: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ..models import MODELS, Model, load_model, whole_start
 from ..profile import profiling
 from ..world import World
 from .configs import GenerateConfig
-from .controls import Prompts, actions_from
+from .controls import Prompts, actions_from, refuse_inputs
 from .maker import Maker
 
 
@@ -81,11 +81,14 @@ class Generation:
         level, looked_at = "block" if folder is None else "layer", self.config.profile_torch
         profiled = profiling(level, folder, title=title, torch_blocks=looked_at)
         try:
-            with self._writer() as self.video, profiled:
-                self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
-                with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
-                    self.maker.run(self.given, progress)
-            whole = self.frames == self.total
+            with (
+                profiled
+            ):  # the video is whole before the profile, which is what an error or Ctrl-C may cost, is written
+                with self._writer() as self.video:
+                    self.maker = Maker(self.world, self.actions, self.prompts, self.total, self.video, self.journal)
+                    with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C: the video ends here
+                        self.maker.run(self.given, progress)
+                whole = self.frames == self.total
         finally:  # once the video is closed: until then the journal is all there is
             if self.journal is not None:
                 self.journal.close(done=whole or not self.journal.count)
@@ -171,10 +174,7 @@ def _check_outputs(config: GenerateConfig, model: Model) -> None:
         place = require_writable(path, "out").resolve()
         if (other := written.setdefault(place, path)) is not path:
             raise ValueError(f"out: {str(other)!r} and {str(path)!r} must be two files, got links to one")
-        for option in ("weights", "vae", "image", "video", "actions", "prompt_file"):
-            read = getattr(config, option)
-            if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
-                raise ValueError(f"out: {str(path)!r} would be written, but `{option}` is read from it")
+        refuse_inputs(path, config)
     journal = journal_path(Path(config.out), "out")
     if journal.exists() and not model.presentation.live:
         with open_locked(journal, "out", config.out):  # no other run is at it

@@ -24,7 +24,7 @@ from ..models import Model, load_model
 from ..opening import check_seed, open_decoder, open_store, policy_for
 from ..saved import fingerprint
 from .configs import InspectKvConfig
-from .controls import actions_from, begun_with
+from .controls import actions_from, begun_with, refuse_inputs
 from .options import configured
 
 TRIED = 4  # blocks over whose past every format is tried
@@ -65,6 +65,7 @@ def inspect_kv(config: InspectKvConfig | None = None, /, **options: Any) -> Insp
 
 def _inspect(config: InspectKvConfig, progress: bool = False) -> InspectedKV:
     path = require_writable(Path(config.out), "out")
+    refuse_inputs(path, config)
     check_seed(config.seed)
     model = _model(config)
     adapter = model.adapter

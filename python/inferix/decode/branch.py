@@ -179,6 +179,8 @@ class Branch:
         self._graphs = self._recorder = None
 
     def _plan(self, *blocks: Block, **options: Any) -> Pass:
+        if self._graphs is not None:  # planning writes to memory that a forward on another stream may still read
+            self._graphs.follow_stream()
         rope = self.model.rope([frame for block in blocks for frame in block.frames])
         return self.table.plan(blocks, rope, buffers=self._buffers, **options)
 

@@ -143,7 +143,7 @@ class Graphs:
             RuntimeError: the pass is stale.
         """
         with planned.turn:  # a replay has the store's scratch to itself from its first layer to its last
-            self._follow_stream()
+            self.follow_stream()
             kind = planned.prepare()
             if kind is None:
                 return self._model.predict(inputs, planned.attend)
@@ -175,7 +175,7 @@ class Graphs:
         captured.replay()
         return [x.clone() for x in captured.predicted]
 
-    def _follow_stream(self) -> None:
+    def follow_stream(self) -> None:
         """The memory of the last forward is written again: on another stream, once that one is done with it."""
         stream = self._recorder.stream()
         if self._stream is not None and stream != self._stream:

@@ -97,7 +97,7 @@ class SequentialDecoder(Decoder):
     @contextmanager
     def _open_block(self, conditioning: Any) -> Iterator[tuple[Tensor, list[tuple[float, float]], Sampler, Any]]:
         """The next block as noise, its (level, timestep)s, its sampler, and its conditioning where it stands. If
-        anything fails, it is forgotten."""
+        anything fails, it is forgotten, and its noise is drawn again by the next one."""
         adapter = self.model.adapter
         if adapter.rollout and self._next_frame >= adapter.rollout:
             self._new_rollout(conditioning)
@@ -110,6 +110,8 @@ class SequentialDecoder(Decoder):
         except BaseException:
             for branch in self.branches:
                 branch.abandon()
+            assert self._noise_before is not None
+            self.generator.set_state(self._noise_before)
             raise
 
     def _close_block(self, latents: Tensor, conditioning: Any) -> Tensor:

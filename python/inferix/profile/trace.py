@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .snapshot import Snapshot
@@ -46,7 +46,7 @@ def _process(pid: int, process: dict[str, Any], away: float) -> Iterator[str]:
         where = f'"pid":{pid},"tid":{tid}'
         for name, start, end, _, args in track["spans"]:
             shown = names.get(name) or names.setdefault(name, json.dumps(name))
-            more = f',"args":{json.dumps(args)}' if args else ""
+            more = f',"args":{_arguments(args)}' if args else ""
             ts = 1e6 * (start + away)
             if track["overlapping"]:
                 id = next(ids)
@@ -56,6 +56,15 @@ def _process(pid: int, process: dict[str, Any], away: float) -> Iterator[str]:
             else:
                 yield f'{{"name":{shown},"ph":"X",{where},"ts":{ts:.3f},"dur":{1e6 * (end - start):.3f}{more}}}'
     yield from _counters(pid, process, away)
+
+
+def _arguments(args: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(args, allow_nan=False)
+    except ValueError:  # JSON has no NaN and no infinity: they are shown as text
+        return json.dumps(
+            {name: x if x is None or isinstance(x, str) or x - x == 0 else str(x) for name, x in args.items()}
+        )
 
 
 def _counters(pid: int, process: dict[str, Any], away: float) -> Iterator[str]:

@@ -142,5 +142,7 @@ class VideoStream(PictureStream):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """[pictures, 3, height, width] float32 in [-1, 1]."""
-        made = self.vae.decode(latents, self._memory).float()
+        memory = list(self._memory)
+        made = self.vae.decode(latents, memory).float()
+        self._memory = memory  # only now: a stream whose block could not be decoded is where it was
         return made.clamp(-1, 1) + 0 * made  # what is infinite must not look like white: it becomes NaN
