@@ -226,7 +226,7 @@ def test_tangents_and_transforms_go_through_a_stream():
     gate = random(2, 1, 64, seed=2)
 
     def stream(x):
-        made, y = Residual(x).before(layer, norm="layer", scale=gate)
+        made, y = Residual(x).before(layer, norm="rms", scale=gate)
         return made.plus(layer, y, gate=gate).sum()
 
     with torch.no_grad():
