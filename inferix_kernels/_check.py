@@ -352,10 +352,10 @@ def check_word(name: str, word: str | None, words: Sequence[str]) -> None:
 
 
 def check_groups(name: str, groups: Tensor | None, width: str, sizes: dict[str, int], device: torch.device) -> None:
-    """[G, width], each row for M / G rows in turn."""
+    """[G, width], each row for M / G rows in turn; of no rows there may be no groups."""
     sizes.pop("G", None)  # each has its own
     check_optional(name, groups, FLOATS, f"G {width}", sizes, device)
-    if groups is not None and (not len(groups) or sizes["M"] % len(groups)):
+    if groups is not None and sizes["M"] % (len(groups) or sizes["M"] + 1):
         raise ValueError(f"{name} must have a number of rows that divides M={sizes['M']}, got {len(groups)}")
 
 

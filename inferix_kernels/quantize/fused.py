@@ -14,7 +14,8 @@ All that stands between two layers is one kernel: `add_norm` where both are `nn.
 the residual another. A network that is written with them is quantized by replacing its layers.
 
 Float layers give what the torch functions give that their docstrings read as, but rounded once, at the end. In float64,
-with gradients, on devices that have no kernels and for tensors of classes of their own, these functions are what runs.
+with gradients (forward ones too), under torch.func, on devices that have no kernels and for tensors of classes of their
+own, these functions are what runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import profile
 from .._check import FLOATS, check_word
@@ -172,14 +174,14 @@ class _Steps(NamedTuple):
             x = F.layer_norm(x, size, self.weight, self.bias, self.eps)
         if self.norm == "rms":
             x = F.rms_norm(x, size, self.weight, self.eps)
-        x = x if self.scale is None else x * (1 + self.scale)
-        return x if self.shift is None else x + self.shift
+        x = x if self.scale is None else x * (1 + _beside(x, self.scale))
+        return x if self.shift is None else x + _beside(x, self.shift)
 
     def of_product(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Of gate * y."""
         if not _has_kernel(y, gate, *self.tensors):
             y = y.to(dtype)
-            return self.of(y if gate is None else y * gate).to(dtype)
+            return self.of(y if gate is None else y * _beside(y, gate)).to(dtype)
         out = torch.empty(y.shape, dtype=dtype, device=y.device)
         add_norm(_rows(y), gate=_groups(gate), **self.operands, out=_rows(out))
         return out
@@ -281,7 +283,7 @@ class Residual(NamedTuple):
 def _sum(y: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """residual + gate * y, each only if it is given."""
     if not _has_kernel(y, gate, residual):
-        y = y if gate is None else y * gate
+        y = y if gate is None else y * _beside(y, gate)
         return (y if residual is None else residual + y).to(dtype)
     out = torch.empty(y.shape, dtype=dtype, device=y.device)
     rows = None if residual is None else _rows(residual)
@@ -305,7 +307,11 @@ def _has_kernel(*tensors: Tensor | None) -> bool:
             return False
         if gradients and x.requires_grad:
             return False
-    return not torch.jit.is_tracing()
+    if torch.compiler.is_compiling():
+        return True
+    # torch has no public question for either: is a tangent carried along, is a transform of torch.func at work?
+    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and not torch.jit.is_tracing()
 
 
 def _check_groups(x: Tensor, **given: Tensor | None) -> None:
@@ -313,6 +319,11 @@ def _check_groups(x: Tensor, **given: Tensor | None) -> None:
     for name, groups in given.items():
         if groups is not None and groups.shape != (*places, 1, width):
             raise ValueError(f"{name} must be {[*places, 1, width]}, got {list(groups.shape)}")
+
+
+def _beside(x: Tensor, groups: Tensor) -> Tensor:
+    """[..., 1, K] as it is multiplied with x [..., K]; one row x [K] has groups [1, K], and stays one."""
+    return groups if x.ndim > 1 else groups[0]
 
 
 def _rows(x: Tensor) -> Tensor:

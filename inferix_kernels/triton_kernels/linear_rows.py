@@ -161,7 +161,7 @@ def _rows(x: Tensor | None) -> Rows:
 
 
 def groups_of(groups: Tensor | None, rows: int) -> Groups:
-    return Groups(None) if groups is None else Groups(groups.contiguous(), max(rows // len(groups), 1))
+    return Groups(None) if groups is None else Groups(groups.contiguous(), max(rows // max(len(groups), 1), 1))
 
 
 def _steps(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Steps:

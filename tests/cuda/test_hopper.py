@@ -37,7 +37,7 @@ def program(tmp_path_factory):
     def run(source: str, *arguments: str) -> subprocess.CompletedProcess:
         if source not in made:
             made[source] = machine.build(f"{source}.cpp", tmp_path_factory.mktemp(source))
-        return subprocess.run([made[source], *arguments], capture_output=True, text=True, timeout=120)
+        return subprocess.run([made[source], *arguments], capture_output=True, text=True, timeout=600)
 
     return run
 

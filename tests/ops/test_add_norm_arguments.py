@@ -47,12 +47,15 @@ def test_a_number_that_is_not_finite_stays_in_its_row(bad, backend, device):
 
 
 def test_no_rows_are_no_error(backend, device):
-    assert add_norm(random(0, 32, device=device), norm="layer", backend=backend).shape == (0, 32)
+    x = random(0, 32, device=device)
+    assert add_norm(x, norm="layer", backend=backend).shape == (0, 32)
+    assert add_norm(x, gate=x, residual=x, norm="layer", scale=x, backend=backend).shape == (0, 32)
 
 
 WRONG = {
     r"x must be \[M, K\], got \[24\]": {"x": random(24)},
     r"gate must have a number of rows that divides M=6, got 4": {"gate": random(4, 24)},
+    r"scale must have a number of rows that divides M=6, got 0": {"scale": random(0, 24)},
     r"residual must be \[M=6, K=24\], got \[6, 23\]": {"residual": random(6, 23)},
     r"summed must be \[M=6, K=24\], got \[5, 24\]": {"summed": random(5, 24)},
     r"norm must be 'layer', 'rms' or None, got 'batch'": {"norm": "batch"},

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from inferix_kernels import Quantized, add_norm, ops, quantize_rows
 from inferix_kernels.quantize import Linear8, Residual, fused, linear_input, linear_output
@@ -217,6 +218,34 @@ def test_a_stream_may_be_more_precise_than_what_is_added():
     x, layer = Residual(random(5, 64)), layer_of(64, 64, torch.bfloat16)
     stream, y = x.plus(layer, random(5, 64, dtype=torch.bfloat16)).before(None, norm="layer")
     assert stream.dtype == y.dtype == torch.float32 and stream.shape == y.shape == (5, 64)
+
+
+def test_tangents_and_transforms_go_through_a_stream():
+    """What has no gradient to ask for: forward-mode ones, without and with torch.func, and vmap."""
+    x, tangent, layer = random(2, 5, 64), random(2, 5, 64, seed=1), layer_of(64, 64)
+    gate = random(2, 1, 64, seed=2)
+
+    def stream(x):
+        made, y = Residual(x).before(layer, norm="rms", scale=gate)
+        return made.plus(layer, y, gate=gate).sum()
+
+    with torch.no_grad():
+        step = 1e-2
+        want = (stream(x + step * tangent) - stream(x - step * tangent)) / (2 * step)
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(stream(forward_ad.make_dual(x, tangent))).tangent
+        torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(torch.func.jvp(stream, (x,), (tangent,))[1], found)
+        torch.testing.assert_close(torch.func.vmap(stream)(x[None])[0], stream(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_row_is_a_stream_too(dtype):
+    x, added, (gate, scale, shift) = random(64).to(dtype), random(64, seed=1).to(dtype), random(3, 1, 64).to(dtype)
+    stream, y = Residual(x, added, gate).before(None, norm="rms", scale=scale, shift=shift)
+    h = x + added * gate[0]
+    torch.testing.assert_close(stream.x, h)
+    torch.testing.assert_close(y, F.rms_norm(h, (64,), eps=1e-6) * (1 + scale[0]) + shift[0])
 
 
 def test_gradients_go_through_a_stream():
