@@ -278,18 +278,18 @@ def test_diffusers_transformer_is_ours(image_dim):
     theirs = diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
-        in_channels=8,
-        out_channels=8,
+        in_channels=16,
+        out_channels=16,
         text_dim=16,
         freq_dim=32,
-        ffn_dim=80,
+        ffn_dim=160,
         num_layers=2,
         image_dim=image_dim or None,
         added_kv_proj_dim=48 if image_dim else None,
     )
     reference = random_network(
         tiny_config(
-            dim=48, heads=2, ffn=80, freq_dim=32, text_dim=16, channels_in=8, channels_out=8, image_dim=image_dim
+            dim=48, heads=2, ffn=160, freq_dim=32, text_dim=16, channels_in=16, channels_out=16, image_dim=image_dim
         )
     )
     drawn = published(reference)

@@ -71,7 +71,8 @@ class Generation:
         return 0 if self.video is None else self.video.frames
 
     def run(self, progress: bool = False) -> bool:
-        """Make and write the video; False if Ctrl-C ended it at the last whole block. A second Ctrl-C ends it at once.
+        """Make and write the video; False if Ctrl-C ended it at the last whole block. A second Ctrl-C
+        ends it once pictures on their way are written, a third at once.
 
         Args:
             progress: draw a bar on the terminal.
