@@ -282,14 +282,14 @@ def test_diffusers_transformer_is_ours(image_dim):
         out_channels=16,
         text_dim=16,
         freq_dim=32,
-        ffn_dim=160,
+        ffn_dim=80,
         num_layers=2,
         image_dim=image_dim or None,
         added_kv_proj_dim=48 if image_dim else None,
     )
     reference = random_network(
         tiny_config(
-            dim=48, heads=2, ffn=160, freq_dim=32, text_dim=16, channels_in=16, channels_out=16, image_dim=image_dim
+            dim=48, heads=2, ffn=80, freq_dim=32, text_dim=16, channels_in=16, channels_out=16, image_dim=image_dim
         )
     )
     drawn = published(reference)
@@ -302,7 +302,7 @@ def test_diffusers_transformer_is_ours(image_dim):
     ours.config = dataclasses.replace(ours.config, text_len=text_len)
     theirs = theirs.double().eval()
     model = Wan(ours, dataclasses.replace(ADAPTERS["self-forcing"], size=(48, 80)))
-    x, text = torch.randn(3, 8, 6, 10).double(), torch.randn(text_len, 16).double()
+    x, text = torch.randn(3, 16, 6, 10).double(), torch.randn(text_len, 16).double()
     image = torch.randn(7, image_dim).double() if image_dim else None
     table = DenseTable(model)
     block = table.open_block(3)
