@@ -78,7 +78,7 @@ class Results:
                 raise ValueError(f"{path} holds a run of other sources: choose a new file")
             if head["device"] != environment.device_name(settings.device):
                 raise ValueError(f"{path} holds a run on {head['device']}: choose a new file")
-            if ledger.setting_of(head) != ledger.setting_of(environment.header(settings)):
+            if "settings" in head and ledger.setting_of(head) != ledger.setting_of(environment.header(settings)):
                 raise ValueError(f"{path} holds a run with {ledger.setting_of(head)}: choose a new file")
 
     def add(self, rows: Sequence[Row]) -> None:

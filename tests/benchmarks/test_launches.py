@@ -68,7 +68,7 @@ def test_the_table_of_cuda_kernels_is_what_the_sources_launch(op):
     table = [name for entry in launches.CUDA[op] for name in ([entry] if isinstance(entry, str) else entry)]
     assert re.findall(r"\b(\w+_kernel)\b(?=[<,)])", body.replace("with_kernel", "")) == table
     if len(table) > len(launches.CUDA[op]):
-        assert "for (int i = 0; i < p.pools.count; ++i) {" in body
+        assert "for (int n = 0; n < passes.count; ++n) {" in body
 
 
 def test_what_counts():

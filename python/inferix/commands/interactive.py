@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ def open_world(
     from ..world import World
     from .controls import begun_with
 
-    of_world = ("kv", "window", "sink", "seed", "backend", "precision")
-    settings = {name: options.pop(name) for name in of_world if name in options}
+    of_world = inspect.signature(World).parameters.keys() - {"model", "weights", "linear"}
+    settings = {name: options.pop(name) for name in of_world & options.keys()}
     loaded = load_model(model, **options)
     adapter = loaded.adapter
     if adapter.at_once or adapter.stages:
