@@ -32,8 +32,8 @@ from inferix_kernels.triton_kernels.launch import launch_nothing
 from .wan_block import SIZES, random_network
 
 ARCHITECTURE, PROCESSORS = 90, 132  # of an H100 or H200: into how many parts attention splits a list goes by them
-# The kernels of each op's CUDA function; those in a list of their own once for each kind of pool. What attention makes of
-# a plan is made once for all layers.
+# The kernels of each op's CUDA function; those in a list of their own once for each kind of pool. What attention makes
+# of a plan is made once for all layers.
 CUDA: dict[str, Sequence[str | list[str]]] = {
     "kv_append": ["kv_append_kernel"],
     "kv_commit": ["kv_commit_kernel"],
