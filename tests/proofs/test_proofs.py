@@ -217,6 +217,7 @@ def stand_in(name: str) -> SimpleNamespace:
         linear=None,
         device=torch.device("meta"),
         stream=lambda: None,
+        turn_back=None,
         schedule=None,
     )
 
