@@ -155,7 +155,7 @@ def test_the_picture_it_begins_with_is_kept_and_must_stay_the_same(folder, promp
     assert "--resume: what --image or --video shows (its SHA-256) must be" in capsys.readouterr().err
     picture.write_bytes(before)
     with monkeypatch.context() as patch:  # until the video is closed the journal is all there is
-        patch.setattr("inferix.media.VideoWriter.close", lambda *_, **__: 1 / 0)
+        patch.setattr("inferix.media.VideoWriter._rename", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main([*command, "--resume"])
     assert main([*command, "--resume"]) == 0

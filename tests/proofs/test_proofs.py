@@ -11,7 +11,8 @@ from inferix import World
 from inferix.commands import cli
 from inferix.models import MODELS
 from inferix.models.magi.adapters import adapter_for, scheduled
-from inferix.models.wan.adapters import ADAPTERS
+from inferix.models.matrix_game import adapters as matrix_game
+from inferix.models.wan import adapters as wan
 from inferix_kernels import Unsupported, _dispatch, chosen, compiled, layout
 from inferix_kernels import __main__ as kernels_cli
 from inferix_kernels.layout import KV_FORMATS, scratch_format
@@ -205,7 +206,8 @@ ON_HOPPER = dict.fromkeys(KV_FORMATS, "compiled") | {"fp32": "triton", "fp16": "
 
 def stand_in(name: str) -> SimpleNamespace:
     """A model of this name as World sees it before the first block, on a device that holds nothing."""
-    adapter = ADAPTERS[name] if name in ADAPTERS else adapter_for(name, scheduled(name))
+    tables = wan.ADAPTERS | matrix_game.ADAPTERS
+    adapter = tables[name] if name in tables else adapter_for(name, scheduled(name))
     return SimpleNamespace(
         adapter=dataclasses.replace(adapter, guidance=1.0),
         layers=1,

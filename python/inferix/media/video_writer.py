@@ -6,6 +6,7 @@ when it is closed, also by Ctrl-C. If the process is killed, the temporary file 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -118,7 +119,7 @@ class VideoWriter:
         if not self._open:
             return
         self._open, known = False, self._file.error
-        with delayed_interrupts():
+        with delayed_interrupts(), contextlib.closing(self._file):  # unlocked, whatever happens
             if self.frames and known is None:
                 self._mux(None)
             if self._file.error is not None or not self._packets:
@@ -127,7 +128,6 @@ class VideoWriter:
             if self._file.error is None and self._packets:
                 self._file.sync()
             self._rename(whole)
-            self._file.close()
         if known is None:  # and else it has been raised before
             self._check()
 
