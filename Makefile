@@ -1,5 +1,7 @@
 # Everything happens in .venv, from package registries alone. `make demo` and `make test` need only Python >= 3.10,
 # a C++ compiler and make.
+# Compiled modules are kept, whatever the shell says: the tests start a hundred processes.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0

@@ -1,10 +1,11 @@
 """No import circle, none upward: what lies below does not know what stands on it."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
-from tests.house.imports import circles, graph, modules
+from tests.house.imports import Graph, circles, graph, modules
 
 ROOT = Path(__file__).parents[2]
 FILES = modules(
@@ -15,7 +16,12 @@ FILES = modules(
         "tests": ROOT / "tests",
     }
 )
-IMPORTS = graph(FILES)
+
+
+@functools.cache
+def imports() -> Graph:
+    return graph(FILES)
+
 
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
@@ -85,7 +91,7 @@ def layer_of(name: str) -> int:
 
 
 def upward() -> set[tuple[str, str]]:
-    pairs = {(a, b) for a, others in IMPORTS.items() for b in others}
+    pairs = {(a, b) for a, others in imports().items() for b in others}
     kernels = {(a, b) for a, b in pairs if inside(a, "inferix_kernels") and inside(b, "inferix_kernels")}
     return {(a, b) for a, b in kernels if layer_of(b) > layer_of(a)} | {
         (a, b)
@@ -102,17 +108,17 @@ def test_nothing_imports_upward():
 
 
 def test_nobody_imports_a_script():
-    assert not {(a, b) for a, others in IMPORTS.items() for b in others & SCRIPTS if not inside(a, "tests")}
+    assert not {(a, b) for a, others in imports().items() for b in others & SCRIPTS if not inside(a, "tests")}
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert not circles({a: {b for b in others if (a, b) not in CLOSING} for a, others in IMPORTS.items()})
+    assert not circles({a: {b for b in others if (a, b) not in CLOSING} for a, others in imports().items()})
 
 
 @pytest.mark.parametrize("importer, imported", sorted(CLOSING))
 def test_an_import_that_closes_a_circle_is_taken_off_the_list_once_it_is_mended(importer, imported):
     rest = CLOSING - {(importer, imported)}
-    assert circles({a: {b for b in others if (a, b) not in rest} for a, others in IMPORTS.items()})
+    assert circles({a: {b for b in others if (a, b) not in rest} for a, others in imports().items()})
 
 
 def tree(tmp_path, **files):
