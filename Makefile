@@ -33,6 +33,7 @@ soak: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_kills --times 100 --seed 0
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_checkpoints --times 2000 --seed 0
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_hopper --count 20 --seed 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_viewers --seconds 120 --seed 0
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_world --blocks 5000 --seed 0 --through process
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_world --blocks 5000 --seed 0 --through worker
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.soak_world --blocks 5000 --seed 0 --through server

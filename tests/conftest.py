@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 # The longest files by the clock, waiting included: they begin first, so that none of them is left alone at the end.
 # `make test` hands files out in this order.
 LONGEST = (
-    "stream/test_stream_endurance.py",
+    "soak/test_soak_viewers.py",
     "cuda/test_hopper.py",
     "benchmarks/test_benchmarks.py",
     "soak/test_soak_kills.py",

@@ -25,7 +25,7 @@ def build(source: str, folder: Path, *options: str) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler here")
     made = folder / Path(source).stem
-    command = [*compiler.split(), "-std=c++17", "-O2", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *options,
+    command = [*compiler.split(), "-std=c++17", "-O1", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *options,
                f"-I{NATIVE}", "-o", str(made), str(NATIVE / source)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -145,10 +145,10 @@ def state(client):
     return held, list(client.session.followed), client.lobby.driver
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(st.text(max_size=40) | st.binary(max_size=40) | almost() | spoiled(), min_size=10, max_size=10))
-def test_ten_thousand_messages_no_crash_and_a_bad_one_changes_nothing(messages):
-    """1,000 lists of ten. What the document does not allow is answered by an error, and nothing else happens."""
+def test_thousands_of_messages_no_crash_and_a_bad_one_changes_nothing(messages):
+    """250 lists of ten. What the document does not allow is answered by an error, and nothing else happens."""
 
     async def deliver():
         session, told = Recording(), []
