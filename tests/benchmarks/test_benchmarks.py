@@ -38,15 +38,18 @@ def contender(name, call, format="bf16", **more):
 @pytest.fixture(scope="module")
 def rows():
     """Of a run of all families: the smoke test of CI. FlexAttention is left out, it compiles for half a minute; so are
-    all browsers but one, each of which takes ten seconds to start, and most of what the profiler repeats.
+    Triton, which is an interpreter here, all browsers but one, each of which takes ten seconds to start, and most of
+    what the profiler repeats.
     """
-    settings = dataclasses.replace(QUICK, backends=("ours", "torch", "sdpa", "gather-sdpa"))
+    backends = ("ours-compiled", "ours-reference", "ours-torch", "torch", "sdpa", "gather-sdpa")
+    settings = dict.fromkeys(families.FAMILIES, dataclasses.replace(QUICK, backends=backends))
+    settings["host"] = QUICK
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "CASES", stream.CASES[:1])
         patch.setattr(profiler, "SPANS", 1000)
         patch.setattr(overhead, "ENOUGH", 2)
         patch.setattr(overhead, "span_cost", functools.partial(overhead.span_cost, count=1000, repeats=1))
-        found = {name: families.run([name], ["smoke"], settings, MACHINE) for name in families.FAMILIES}
+        found = {name: families.run([name], ["smoke"], settings[name], MACHINE) for name in families.FAMILIES}
         return {name: [row for rows in cases for row in rows] for name, cases in found.items()}
 
 
