@@ -19,10 +19,10 @@ PORT ?= 8000
 play: build
 	$(BIN)/inferix play --model tiny --seed 6 --port $(PORT)
 
-# Two files of tests at a time, in the order of tests/conftest.py: the longest first. One thread each: the tests' operations are
+# Three files of tests at a time, as some of them wait, in the order of tests/conftest.py: the longest first. One thread each: the tests' operations are
 # too small for two, and torch's threads get in each other's way on a busy machine.
 test: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 # Hours of hostile use, seeded: each command prints what was tried, and fails if anything did not hold. On a CPU core of its
 # own, without a GPU: kills and damaged checkpoints take ten minutes each, a world of 5,000 blocks 25 on each of its three

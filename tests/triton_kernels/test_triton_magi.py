@@ -33,7 +33,7 @@ def test_one_layer_of_a_forward_over_six_segments(monkeypatch):
     schedule = MagiSchedule(8, distilled=True)
     model = Magi(
         random_network(tiny_config(layers=1, heads=3, kv_heads=1)),
-        adapter_for("magi-4.5b", schedule, (16, 48)),
+        adapter_for("magi-4.5b", schedule, (16, 32)),
         schedule,
     )
     pipeline = PipelineDecoder(model, table_for(model, "int8"), torch.Generator().manual_seed(0))
