@@ -8,7 +8,7 @@ import functools
 import torch
 
 from inferix_kernels import Policy
-from tests.models.replayed import Replayed, cached, in_turn, over, played, recorded
+from tests.models.replayed import KeepsAll, PipelineReplay, Replayed, cached, in_turn, over, played, recorded
 from tests.models.wan_golden import Replay
 
 
@@ -78,6 +78,33 @@ def krea(name, way, kv="fp32"):
     return Replayed(decoder, {"latents": (latents, theirs)}, cached((3, 6, 6, 6, 6, 6), 6))
 
 
+def rolling_forcing(way, kv="fp32"):
+    """Ten blocks, five in flight; the last two see a past whose keys were evicted, but for the sink."""
+    tensors, blocks, stages = recorded("rolling_forcing"), 10, 5
+    policy = Policy(window=21, sink=3, time="relative")
+    model, table = over(way, tensors, "rolling-forcing", policy, kv, stages + 2)
+    if way == "dense":
+        table = KeepsAll(model, policy)
+    noise, renoised, draws = tensors["noise"][0].split(3), iter(range(4 * blocks)), []
+    for step in range(blocks + stages - 1):  # the new block's own noise, then that of all but one that is done
+        draws += noise[step : step + 1]
+        draws += [tensors[f"draws.{next(renoised)}"] for block in range(step - 3, step + 1) if 0 <= block < blocks]
+    decoder, made = PipelineReplay(model, table, draws, blocks), []
+    condition = model.conditioning_from(tensors["prompts.p0"][0])
+    for _ in range(blocks + stages - 1):
+        latents = decoder.step(condition)
+        made.append(latents[: decoder.finished])
+    decoder.commit_pending()
+    seen = [[frame for frame in row if frame >= 0] for row in tensors["seen.noisy"].tolist()]
+    # Theirs are five for the first block, of which the last is kept.
+    clean = [[frame for frame in row if frame >= 0] for row in tensors["seen.clean"][stages - 1 :].tolist()]
+    held = [frame for frame in table.held if frame < 3 or frame >= 9]
+    rows = [15 * (frame if frame < 3 else frame - 6) for frame in held]
+    theirs = torch.cat([tensors["cache.1.v"][0, row : row + 15] for row in rows])
+    pairs = {"latents": (torch.cat(made), tensors["latents"]), "cache": (table.gather(1, held)[1], theirs)}
+    return Replayed(decoder, pairs, [seen, clean])
+
+
 RUNS = {
     "longlive, a new prompt at frame 12": functools.partial(longlive, "longlive_switch12", 12),
     "longlive, a new prompt at frame 15": functools.partial(longlive, "longlive_switch15", 15),
@@ -89,6 +116,7 @@ RUNS = {
     "causvid, overlap of 6": causvid,
     "krea-realtime": functools.partial(krea, "krea-realtime"),
     "krea-realtime-first-frame": functools.partial(krea, "krea-realtime-first-frame"),
+    "rolling-forcing": rolling_forcing,
 }
 
 

@@ -374,6 +374,8 @@ class Segment:
         step: how many denoising steps it has made; all of them: it is clean.
         t: its timestep, as the network takes it.
         lookback: blocks it attends to, its own included: committed ones, and those of this forward.
+        lookahead: blocks after its own that it attends to as well, of those of this forward.
+        sink: it sees the sink, however far back that lies.
         conditioning: the name of one of `Model.variants`.
         weight: of its prediction in what moves the block.
         copy: a second segment of a block of this forward, behind the others and out of their sight.
@@ -386,6 +388,8 @@ class Segment:
     conditioning: str = ""
     weight: float = 1.0
     copy: bool = False
+    lookahead: int = 0
+    sink: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +420,7 @@ class Schedule(Protocol):
 
     Attributes:
         stages: blocks in flight at most; stage_steps: denoising steps until the next block may begin.
+        partly_given: the first frames of a block may be given, and the others are made around them.
     """
 
     @property
@@ -423,6 +428,9 @@ class Schedule(Protocol):
 
     @property
     def stage_steps(self) -> int: ...
+
+    @property
+    def partly_given(self) -> bool: ...
 
     def forwards(self, flight: Sequence[tuple[int, int]], clean: int | None) -> Sequence[Forward]:
         """The forwards of one step, of which one commits `clean` if there is a clean block to commit.

@@ -37,6 +37,7 @@ MODELS = {
     "infinity-rope": _WAN,
     "krea-realtime": _WAN,
     "krea-realtime-first-frame": _WAN,
+    "rolling-forcing": _WAN,
     "causal-forcing": _WAN,
     "causal-forcing-framewise": _WAN,
     "causal-forcing-framewise-2step": _WAN,
