@@ -114,7 +114,7 @@ def draws_of(tensors, block_frames, blocks):
     return order
 
 
-def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratch_blocks=2):
+def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratch_blocks=2, pools=None):
     size = model.adapter.block_frames
     store = KVStore(
         layers=model.layers,
@@ -123,7 +123,7 @@ def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratc
         frame_tokens=model.frame_tokens,
         block_frames=size,
         scratch_blocks=scratch_blocks,
-        pools={kv: frames or policy.window + policy.sink},
+        pools=pools or {kv: frames or policy.window + policy.sink},
         page_size=PAGE,
         turn_back=model.turn_back,
         backend=backend,

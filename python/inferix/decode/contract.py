@@ -60,6 +60,9 @@ class Adapter:
             they are not.
         past_bias, time, on_evict: how a block reads the past, and what is done with a frame before it leaves the
             window; see inferix_kernels.Policy.
+        moving_sink: on_evict rewrites the sink, by little each time. So the sink is held in working precision, that of
+            scratch, whatever the format of other frames, which would round such changes off; and nothing that left
+            the window can be taken back.
         stages: of a model with a `Schedule`: blocks in flight, each a stage ahead of the next. 0: one block at a time.
         size: pixels (height, width).
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
@@ -90,6 +93,7 @@ class Adapter:
     past_bias: float = 0.0
     time: str = "absolute"
     on_evict: Callable[[Any, int], None] | None = None
+    moving_sink: bool = False
     stages: int = 0
     size: tuple[int, int] = (480, 832)
     actions: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...decode.contract import Adapter, Presentation
+from .sink import MovingSink
 
 TRAIN_STEPS = 1000
 FPS = 16
@@ -183,6 +184,18 @@ ADAPTERS = {
             stages=5,
             time="relative",
             **warped((1000, 800, 600, 400, 200), shift=5.0),
+        ),
+        # Its cache of 9 frames counts its sink of 3, into which what leaves is merged before the next block is begun.
+        # The clean pass of the block before sees the sink as it was: so it is a forward of its own.
+        variant(
+            SELF_FORCING,
+            "reward-forcing",
+            window=6,
+            sink=3,
+            time="relative",
+            on_evict=MovingSink(0.999),
+            moving_sink=True,
+            fused=False,
         ),
         CAUSAL_FORCING,
         CAUSAL_FORCING_FRAMEWISE,
