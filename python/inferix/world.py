@@ -105,8 +105,8 @@ class World(Facts):
             raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
         self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
-        reading = {"past_bias": past_bias, "time": time, "on_evict": on_evict}
-        policy = policy_for(adapter, kv, window, sink, undo, **reading, working=working_format(self.model))
+        working = working_format(self.model)
+        policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
         check_counts(adapter, blocks, worlds)
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
