@@ -10,7 +10,8 @@ says itself in segments, and so lies in its `Schedule`:
 
 - a clean pass is a segment of weight 0 whose keys and values stay;
 - guidance is one block in several forwards, under several conditionings, with weights that sum to 1;
-- a nearly clean block whose prediction without a past is wanted too is in one forward twice.
+- a nearly clean block whose prediction without a past is wanted too is in one forward twice;
+- blocks that see later ones say how many of them: rolling.py.
 
 With one block in flight this is the loop of sequential.py, bit for bit; that one also rewinds and starts over.
 """
@@ -278,8 +279,8 @@ class PipelineDecoder(Decoder):
         return predicted, blocks
 
     def _horizon(self, forward: Forward, blocks: Sequence[Block]) -> int | None:
-        """Where the window must be counted from to reach the first frame that a block in flight sees, or the next one
-        to be committed in its clean pass.
+        """Where the window must be counted from to reach the first frame that a block in flight sees, now or, if it is
+        the next to be committed, in its clean pass.
 
         The cleaner a block, the less it sees, and the next one to begin sees less than this forward's newest.
         """
