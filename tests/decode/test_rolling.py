@@ -8,6 +8,7 @@ import torch
 
 from inferix.decode.contract import Adapter, Segment
 from inferix.decode.rolling import RollingSchedule
+from inferix.models import blocks_for, whole_start
 from inferix.world import World
 from tests.models.test_wan_world import play, wan
 
@@ -86,3 +87,10 @@ def test_given_frames_are_whole_blocks():
     world.step()
     with pytest.raises(ValueError, match="frames must make whole blocks of 3 latents, got 1"):
         rolling().observe(given[:1], prompt="fog")
+
+
+def test_a_clip_is_cut_to_whole_blocks_and_a_video_has_as_many_as_it_needs():
+    """Three latents are nine pictures at the beginning, and twelve after it."""
+    model = wan("rolling-forcing")
+    assert [whole_start(model, pictures) for pictures in (1, 8, 9, 20, 21)] == [0, 0, 9, 9, 21]
+    assert [blocks_for(model, pictures) for pictures in (1, 9, 10, 21, 22)] == [1, 1, 2, 2, 3]
