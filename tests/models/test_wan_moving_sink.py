@@ -14,8 +14,9 @@ from tests.models.wan_golden import table_for
 PROMPTS = ["fog"] * 3 + ["rain"] * 3
 
 
-def world(kv="int8", **options):
-    return World(wan("reward-forcing"), kv=kv, backend="compiled", **options)
+def world(**options):
+    model = wan("reward-forcing", times=(1.0, 0.7), timesteps=(1000.0, 700.0))
+    return World(model, kv="int8", backend="compiled", **options)
 
 
 @pytest.mark.parametrize("time", ["relative", "absolute"])
