@@ -160,8 +160,8 @@ class PageTable(TableView):
                 of the same pass already reads its committed pages, so the fused clean pass equals the separate one.
                 Of blocks that are not committed, later ones read what this pass writes to scratch.
             predict: False if only K and V are wanted: `attend` of the last layer then writes them and returns None.
-            see: for each block, the frames before it that it attends to, instead of what the policy says: held ones,
-                and those of other blocks of the pass. A block always attends to itself.
+            see: for each block, the frames that it attends to, instead of what the policy says: held ones, and those of
+                other blocks of the pass, later ones too. A block always attends to itself.
             attention: how queries attend to what they see: to all of it, or as TopK does.
             buffers: memory that the pass takes over from those planned with it before; None: of its own.
 

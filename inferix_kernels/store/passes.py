@@ -16,9 +16,9 @@ from .. import profile
 from .._check import check_index
 from ..layout import PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
+from . import reading
 from .attention import Attention, Local, Reads
 from .buffers import PassBuffers, Place
-from .reading import turned
 from .table_view import TableView, replace_states
 from .turns import in_turn
 
@@ -141,9 +141,7 @@ class Pass:
         out = self._output(q) if out is None else out
         profile.count("pages read", self._pages)
         with profile.span("attention"):
-            if self._turns:
-                q = turned(q, self._turns, interleaved)
-            return self._attend(layer, q, out).flatten(1)
+            return self._attend(layer, self.turned(q, interleaved=interleaved), out).flatten(1)
 
     @in_turn
     def write(
@@ -208,13 +206,23 @@ class Pass:
             kv_append(keys, share.of(v), self.store.scratch, share.written, backend=self.store.backend)
         self._commit(layer)
 
+    def turned(self, q: Tensor, *, interleaved: bool = True) -> Tensor:
+        """Queries [T, Hq, D] as the pages meet them: [V, T, Hq, D] where the plan has `page_variants`, under a policy
+        with time="relative"; else as they are.
+
+        Example:
+            >>> noisy.turned(torch.randn(30, 4, 16)).shape
+            torch.Size([30, 4, 16])
+        """
+        return reading.turned(q, self._turns, interleaved) if self._turns else q
+
     @in_turn
     def read(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         """The second half of `attend`, for queries that are ready: attend to what the pass reads and has written.
 
         Args:
-            q: [T, Hq, D], normalised and rotated.
-            out: the same, to write to.
+            q: [T, Hq, D], normalised and rotated, or as `turned` returns them.
+            out: [T, Hq, D], to write to.
 
         Returns:
             [T, Hq, Dv].
@@ -225,10 +233,11 @@ class Pass:
             [30, 4, 16]
         """
         layer = check_index("layer", layer, self.store.num_layers)
-        self._check("q", q)
-        if self._turns:
-            raise ValueError("q must be turned for a policy with time='relative', which attend does and read does not")
-        return self._attend(layer, q, self._output(q) if out is None else out)
+        variants, first = (len(q), q[0]) if q.ndim == 4 else (1, q)
+        self._check("q", first)
+        if variants != 1 + len(self._turns):
+            raise ValueError(f"q must be in the {1 + len(self._turns)} variants of Pass.turned, got {list(q.shape)}")
+        return self._attend(layer, q, self._output(first) if out is None else out)
 
     @in_turn
     def prepare(self) -> Hashable | None:

@@ -37,7 +37,7 @@ class Part(NamedTuple):
         table: the world's PageTable.
         blocks: open blocks of it, oldest first; each is one segment of the queries.
         commit: the block whose K and V this pass makes final; see PageTable.plan.
-        see: for each block, the frames before it that it attends to; None: as the policy says.
+        see: for each block, the frames that it attends to besides its own; None: as the policy says.
 
     Example:
         >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, pools={"int8": 12})

@@ -135,24 +135,29 @@ class Watched:
         return self._model.predict(inputs, attend, *more, **named)
 
     def _try(self, layer: int, q: Tensor, over: Pass) -> None:
-        """Attention of the newest block that has a past: of its queries q over each format, beside what it is."""
+        """Attention of the newest block that has a past: of its queries, which are in q as `Pass.read` takes them, over
+        each format, beside what it is."""
         plan, store, statistics = over.plan, over.store, self.layers[layer]
         rows, pages = (list(map(slice, ends[:-1], ends[1:])) for ends in (plan.q_indptr, plan.page_indptr))
         known = [i for i, own in enumerate(pages) if (plan.page_ids[own] < store.scratch_page_id).any()]
-        if statistics.mean is None or plan.page_variants is not None or not known:
+        if statistics.mean is None or not known:
             return
         ids, lens = plan.page_ids[pages[known[-1]]], plan.page_lens[pages[known[-1]]]
-        past, q = ids < store.scratch_page_id, q[rows[known[-1]]]
-        q = q[:: max(1, len(q) // QUERIES)].float()
+        past, q = ids < store.scratch_page_id, q[..., rows[known[-1]], :, :]
+        q = q[..., :: max(1, q.shape[-3] // QUERIES), :, :].float()
+        variants = None
+        if plan.page_variants is not None:  # of each token: those of the past first, as they are read below
+            of_pages = plan.page_variants[pages[known[-1]]].long()
+            variants = torch.cat([of_pages[some].repeat_interleave(lens[some]) for some in (past, ~past)])
         k, v = kv_gather(store.layers[layer], PageList(ids[past], lens[past]))
         own_k, own_v = kv_gather(store.layers[layer], PageList(ids[~past], lens[~past]))
         mean = statistics.mean.to(k)
-        right = attention(q, torch.cat([k, own_k]), torch.cat([v, own_v]))
+        right = attention(q, torch.cat([k, own_k]), torch.cat([v, own_v]), variants)
         for format in self.formats:
             k8, v8 = through(format, k - mean, v, lens[past], store.page_size)
             whole, _ = through(format, k, v, lens[past], store.page_size)
             values = torch.cat([v8, own_v])
-            made, as_is = (attention(q, torch.cat([keys, own_k]), values) for keys in (k8 + mean, whole))
+            made, as_is = (attention(q, torch.cat([keys, own_k]), values, variants) for keys in (k8 + mean, whole))
             statistics.compare(format, [(k8, k - mean), (v8, v), (made, right), (as_is, right)])
 
 
@@ -165,7 +170,7 @@ class _Attend:
     def __call__(self, layer: int, *given: Any, out: Tensor | None = None, **norms: Any) -> Tensor | None:
         over = self.over
         with over.turn:
-            q = over.write(layer, *given, **norms)
+            q = over.turned(over.write(layer, *given, **norms), interleaved=norms.get("interleaved", True))
             self.show(layer, q, over)
             if not over.predict and layer == over.store.num_layers - 1:
                 return None
@@ -180,12 +185,18 @@ def through(format: str, k: Tensor, v: Tensor, lens: Tensor, page_size: int) -> 
     return kv_gather([pages], where)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [T, query heads, D] over k, v [tokens, heads, D] -> [T, query heads, D], in float32."""
-    groups = q.shape[1] // k.shape[1]
+def attention(q: Tensor, k: Tensor, v: Tensor, variants: Tensor | None = None) -> Tensor:
+    """q [T, query heads, D] over k, v [tokens, heads, D] -> [T, query heads, D], in float32.
+
+    Args:
+        variants: [tokens], of q [V, T, query heads, D] the one that each token meets.
+    """
+    groups = q.shape[-2] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))
-    weights = (q.transpose(0, 1) @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(-1)
-    return (weights @ v).transpose(0, 1)
+    scores = q.transpose(-3, -2) @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    if variants is not None:
+        scores = scores[variants, ..., torch.arange(len(variants), device=q.device)].movedim(0, -1)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
 def _described(size: Tensor) -> dict[str, Any]:

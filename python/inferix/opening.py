@@ -74,11 +74,16 @@ def policy_for(
     past_bias: float | None = None,
     time: str | None = None,
     on_evict: Callable[[PageTable, int], None] | None = None,
+    working: str | None = None,
 ) -> Policy:
     """What a world keeps of its past, and how it reads it; None: as the model was trained.
 
+    Args:
+        working: the format of a sink that moves; None: as of other frames.
+
     Raises:
-        ValueError: a block would not see all of itself, or a model without a past is asked to keep one.
+        ValueError: a block would not see all of itself, a model without a past is asked to keep one, or one that merges
+            what leaves its window is asked to take it back.
     """
     given = {"window": window, "sink": sink, "past_bias": past_bias, "time": time, "on_evict": on_evict}
     if adapter.at_once and (names := [name for name, value in given.items() if value is not None]):
@@ -93,7 +98,14 @@ def policy_for(
     )
     if policy.window is None or policy.window < largest:
         raise ValueError(f"window must be at least the {largest} frames of one block, which it counts, got {window}")
-    return policy
+    if adapter.moving_sink and undo:
+        raise ValueError(f"undo must be 0: {adapter.name} merges what leaves its window into its sink, got {undo}")
+    return dataclasses.replace(policy, sink_format=working) if adapter.moving_sink and policy.sink else policy
+
+
+def working_format(model: Model) -> str:
+    """Of scratch, and of what else is not to be rounded."""
+    return scratch_format(model.device, torch.bfloat16 if model.linear else model.dtype)  # 8 bits give no more
 
 
 def open_store(model: Model, policy: Policy, worlds: int, backend: str, precision: str) -> KVStore:
@@ -107,6 +119,9 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
     scratch_blocks = 2 + adapter.stages
     if adapter.recache == "bidirectional" and policy.window is not None:
         scratch_blocks = max(scratch_blocks, -(-(policy.window + policy.sink) // block))
+    pools = {format: max(1, pasts * frames) for format, frames in policy.capacity().items()}
+    if adapter.moving_sink and policy.sink:  # while it is rewritten, there are two of it
+        pools[policy.format_of(0, block_end=0)] += policy.sink
     store = KVStore(
         layers=model.layers,
         heads=model.heads,
@@ -114,8 +129,8 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
         frame_tokens=model.frame_tokens,
         block_frames=block,
         scratch_blocks=scratch_blocks,
-        scratch_format=scratch_format(device, torch.bfloat16 if model.linear else model.dtype),  # 8 bits give no more
-        pools={format: max(1, pasts * frames) for format, frames in policy.capacity().items()},
+        scratch_format=working_format(model),
+        pools=pools,
         device=device,
         backend=backend,
         precision=precision,

@@ -24,7 +24,16 @@ from .finite import NotFinite
 from .history import Coming, Pictures
 from .inputs import Action, actions_of, conditioning_of, latents_of, recache_of
 from .models import load_model
-from .opening import check_counts, check_format, check_seed, open_decoder, open_store, policy_for, recorder_for
+from .opening import (
+    check_counts,
+    check_format,
+    check_seed,
+    open_decoder,
+    open_store,
+    policy_for,
+    recorder_for,
+    working_format,
+)
 from .tracing import shown
 from .turns import one_at_a_time
 
@@ -96,7 +105,8 @@ class World(Facts):
             raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
         self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
         adapter = self.model.adapter
-        policy = policy_for(adapter, kv, window, sink, undo, past_bias=past_bias, time=time, on_evict=on_evict)
+        working = working_format(self.model)
+        policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
         check_counts(adapter, blocks, worlds)
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks

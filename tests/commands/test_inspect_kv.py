@@ -1,5 +1,6 @@
 """`inferix inspect-kv` measures what is there: what is planted in keys and values is found."""
 
+import dataclasses
 import json
 
 import pytest
@@ -45,6 +46,10 @@ def test_attention_is_torchs():
     wide = [x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)]
     right = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *wide).transpose(0, 1)
     assert torch.allclose(attention(q, k, v), right, atol=1e-6)
+    met, other = torch.tensor([1, 0, 0, 1, 0, 0, 1, 1, 0]), torch.randn(5, 4, 8)  # of each token, its variant of q
+    scores = torch.stack([(other if n else q).transpose(0, 1) @ wide[0][:, i, :, None] for i, n in enumerate(met)], 2)
+    right = ((scores[..., 0] / 8**0.5).softmax(-1) @ wide[1]).transpose(0, 1)
+    assert torch.allclose(attention(torch.stack([q, other]), k, v, met), right, atol=1e-6)
 
 
 def test_what_goes_through_pages_of_floats_comes_back():
@@ -54,8 +59,11 @@ def test_what_goes_through_pages_of_floats_comes_back():
     assert not torch.equal(through("int8", k, v, lens, 16)[0], k)
 
 
-def test_watching_changes_nothing():
-    model, policy = wan(), Policy(6, format="fp32")
+@pytest.mark.parametrize(
+    "name, policy", [("self-forcing", Policy(6)), ("infinity-rope", Policy(5, 1, time="relative"))]
+)
+def test_watching_changes_nothing(name, policy):
+    model, policy = wan(name), dataclasses.replace(policy, format="fp32")
     plain, decoder = (open_decoder(model, open_store(model, policy, 1, "auto", "exact").open(policy), 0) for _ in "ab")
     watched, conditioning = Watched(decoder, ["int8"]), model.conditioning("fog", [])
     for _ in range(3):
@@ -64,8 +72,7 @@ def test_watching_changes_nothing():
         watched.step(conditioning, trying=True)
         assert torch.equal(decoder.last_latents(), plain.last_latents())
     first = watched.layers[1]
-    keys, _ = plain.table.gather(1, range(3, 9))  # what the window holds
-    assert first.keys.tokens == len(keys) // 6 * 9
+    assert first.keys.tokens == 9 * model.frame_tokens
     errors = first.report()["error"]["int8"]
     assert 0 < errors["keys"] < 0.02 and 0 < errors["values"] < 0.02 and 0 < errors["attention"] < 0.02
 

@@ -7,9 +7,11 @@ import functools
 
 import torch
 
+from inferix.models.wan import ADAPTERS
 from inferix_kernels import Policy
-from tests.models.replayed import Replayed, cached, in_turn, over, played, recorded
-from tests.models.wan_golden import Replay
+from inferix_kernels.reference.qkv import rotate
+from tests.models.replayed import KeepsAll, PipelineReplay, Replayed, cached, in_turn, over, played, recorded
+from tests.models.wan_golden import DenseTable, Replay, model_for, table_for
 
 
 def longlive(file, switch, way, kv="fp32", name="longlive", blocks=8, time="absolute", **changes):
@@ -78,6 +80,64 @@ def krea(name, way, kv="fp32"):
     return Replayed(decoder, {"latents": (latents, theirs)}, cached((3, 6, 6, 6, 6, 6), 6))
 
 
+def rolling_forcing(way, kv="fp32"):
+    """Ten blocks, five in flight; the last two see a past whose keys were evicted, but for the sink."""
+    tensors, blocks, stages = recorded("rolling_forcing"), 10, 5
+    policy = Policy(window=21, sink=3, time="relative")
+    model, table = over(way, tensors, "rolling-forcing", policy, kv, stages + 2)
+    if way == "dense":
+        table = KeepsAll(model, policy)
+    noise, renoised, draws = tensors["noise"][0].split(3), iter(range(4 * blocks)), []
+    for step in range(blocks + stages - 1):  # the new block's own noise, then that of all but one that is done
+        draws += noise[step : step + 1]
+        draws += [tensors[f"draws.{next(renoised)}"] for block in range(step - 3, step + 1) if 0 <= block < blocks]
+    decoder, made = PipelineReplay(model, table, draws, blocks), []
+    condition = model.conditioning_from(tensors["prompts.p0"][0])
+    for _ in range(blocks + stages - 1):
+        latents = decoder.step(condition)
+        made.append(latents[: decoder.finished])
+    decoder.commit_pending()
+    seen = [[frame for frame in row if frame >= 0] for row in tensors["seen.noisy"].tolist()]
+    # Theirs are five for the first block, of which the last is kept.
+    clean = [[frame for frame in row if frame >= 0] for row in tensors["seen.clean"][stages - 1 :].tolist()]
+    held = [frame for frame in table.held if frame < 3 or frame >= 9]
+    rows = [15 * (frame if frame < 3 else frame - 6) for frame in held]
+    theirs = torch.cat([tensors["cache.1.v"][0, row : row + 15] for row in rows])
+    pairs = {"latents": (torch.cat(made), tensors["latents"]), "cache": (table.gather(1, held)[1], theirs)}
+    return Replayed(decoder, pairs, [seen, clean])
+
+
+class Merging(DenseTable):
+    """Reward Forcing's merge as its code has it, in unrotated keys, before a block is begun."""
+
+    def open_block(self, frames):
+        block = super().open_block(frames)
+        for frame in [frame for frame in self.sealed if not self.policy.sees(frame, block.end)]:
+            for layer in self.cache:
+                sink, leaving = layer[frame % self.policy.sink], layer.pop(frame)
+                layer[frame % self.policy.sink] = tuple(0.999 * a + 0.001 * b for a, b in zip(sink, leaving))
+            self.sealed.remove(frame)
+        return block
+
+
+def reward_forcing(way, kv="fp32"):
+    """Its cache of 9 frames counts its sink of 3, into which five blocks are merged."""
+    tensors, adapter = recorded("reward_forcing"), ADAPTERS["reward-forcing"]
+    policy = Policy(6, 3, format=kv, sink_format="fp32", time="relative", on_evict=adapter.on_evict)
+    model = model_for(tensors, "reward-forcing", torch.float64 if way == "dense" else torch.float32)
+    pools = {"fp32": 3 + 3} | {kv: 9 + 3 if kv == "fp32" else 6}
+    table = Merging(model, policy) if way == "dense" else table_for(model, policy, kv, way, pools=pools)
+    decoder = Replay(model, table, in_turn(tensors, tensors["noise"][0].split(3), [3] * 8))
+    latents = played(decoder, [model.conditioning_from(tensors["prompts.p0"][0])] * 8)
+    pairs = {"latents": (latents, tensors["latents"])}
+    for layer in range(model.layers):
+        k, v = (tensors[f"sink.{layer}.{letter}"] for letter in "kv")
+        if way != "dense":  # theirs is not rotated
+            k = rotate(k, model.rope(range(3)), True)
+        pairs |= zip((f"sink.{layer}.k", f"sink.{layer}.v"), zip(table.gather(layer, range(3)), (k, v)))
+    return Replayed(decoder, pairs, cached(range(3, 25, 3), 9, sink=3))
+
+
 RUNS = {
     "longlive, a new prompt at frame 12": functools.partial(longlive, "longlive_switch12", 12),
     "longlive, a new prompt at frame 15": functools.partial(longlive, "longlive_switch15", 15),
@@ -89,6 +149,8 @@ RUNS = {
     "causvid, overlap of 6": causvid,
     "krea-realtime": functools.partial(krea, "krea-realtime"),
     "krea-realtime-first-frame": functools.partial(krea, "krea-realtime-first-frame"),
+    "rolling-forcing": rolling_forcing,
+    "reward-forcing": reward_forcing,
 }
 
 

@@ -1,11 +1,14 @@
 """A recorded run of a relative's own code, replayed through the decode loop and compared with what was recorded."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
+from inferix.decode.pipeline import PipelineDecoder
 from tests.models.wan_golden import DenseTable, Replay, golden, model_for, table_for
 
 
@@ -15,10 +18,11 @@ class Replayed:
 
     Attributes:
         pairs: what is compared, by name: (ours, recorded).
-        seen: the frames that each block attended to, as the repository's cache holds them.
+        seen: the frames that each block attended to, as the repository's cache holds them; of a pipeline, those of each
+            forward's blocks in flight, and those of each clean pass.
     """
 
-    decoder: Replay
+    decoder: Replay | PipelineReplay
     pairs: dict[str, tuple[Tensor, Tensor]]
     seen: list[list[int]]
 
@@ -70,3 +74,41 @@ def played(decoder, prompts):
     for prompt in prompts:
         decoder.step(prompt)
     return torch.cat([steps[-1] for steps in decoder.x0])
+
+
+class KeepsAll(DenseTable):
+    """A dense table for blocks in flight: nothing leaves it, and what is seen is what the loop says."""
+
+    @property
+    def held(self):
+        return list(self.sealed)
+
+
+class PipelineReplay(PipelineDecoder):
+    """The loop with recorded noise instead of drawn, which notes what its blocks see in each forward: those in flight,
+    and clean ones, by block."""
+
+    def __init__(self, model, table, draws, total):
+        super().__init__(model, table, torch.Generator(), total)
+        self.draws, self.noisy, self.clean = iter(draws), [], {}
+
+    @property
+    def held(self):
+        return [self.noisy, list(self.clean.values())]
+
+    def _velocities(self, flight):
+        self.noisy.append([])
+        return super()._velocities(flight)
+
+    def _sees(self, block, segment, here):
+        seen = super()._sees(block, segment, here)
+        attended = sorted([*seen, *block.frames])
+        if segment.weight:  # all in flight see the same
+            assert self.noisy[-1] in ([], attended)
+            self.noisy[-1] = attended
+        else:
+            self.clean[segment.block] = attended
+        return seen
+
+    def _noise(self, frames):
+        return next(self.draws).to(self.model.network.dtype)

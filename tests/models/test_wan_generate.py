@@ -84,6 +84,7 @@ def test_8_bit_layers_give_the_same_video_from_a_converted_checkpoint(folder, pr
     [
         *(("causvid", 6.5), ("longlive", 2.0), ("longlive-infinity", 2.0), ("krea-realtime", 2.0)),
         *(("causal-forcing-framewise-2step", 0.5), ("self-forcing-first-frame", 2.0)),
+        *(("rolling-forcing", 1.0), ("reward-forcing", 1.0)),
         *(("wan-causal", 2.0), ("wan-t2v", 2.0)),
     ],
 )

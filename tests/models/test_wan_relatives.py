@@ -48,7 +48,8 @@ def test_a_first_block_is_told_its_own_timesteps():
 
 def test_schedules_are_the_recorded_ones():
     files = {"causal-forcing-framewise-2step": "causal_forcing_2step", "longlive": "longlive_switch12"}
-    for name, file in {**files, "krea-realtime": "krea_realtime"}.items():
+    files |= {"krea-realtime": "krea_realtime", "rolling-forcing": "rolling_forcing"}
+    for name, file in files.items():
         assert ADAPTERS[name].timesteps == tuple(recorded(file)["times"].tolist())
 
 

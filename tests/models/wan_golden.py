@@ -114,7 +114,7 @@ def draws_of(tensors, block_frames, blocks):
     return order
 
 
-def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratch_blocks=2):
+def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratch_blocks=2, pools=None):
     size = model.adapter.block_frames
     store = KVStore(
         layers=model.layers,
@@ -123,7 +123,7 @@ def table_for(model, policy, kv="fp32", backend="reference", frames=None, scratc
         frame_tokens=model.frame_tokens,
         block_frames=size,
         scratch_blocks=scratch_blocks,
-        pools={kv: frames or policy.window + policy.sink},
+        pools=pools or {kv: frames or policy.window + policy.sink},
         page_size=PAGE,
         turn_back=model.turn_back,
         backend=backend,
@@ -149,6 +149,7 @@ class DensePass:
     rope: torch.Tensor
     commit: Block | None
     predict: bool = True
+    see: list | None = None
 
     def attend(self, layer, qkv, norm_q, norm_k, eps):
         table, dim = self.table, qkv.shape[1] // 3
@@ -159,25 +160,32 @@ class DensePass:
         if table.policy.time == "absolute":
             q, k = (rotate(x, self.rope, True) for x in (q, k))
         v = v.unflatten(1, (table.heads, -1))
-        out, row = [], 0
-        for block in self.blocks:
-            rows = slice(row, row := row + len(block.frames) * table.frame_tokens)
-            own = dict(zip(block.frames, zip(k[rows].split(table.frame_tokens), v[rows].split(table.frame_tokens))))
-            if block is self.commit:
-                table.cache[layer].update(own)
-            seen = {f: kv for f, kv in table.cache[layer].items() if table.policy.sees(f, block.end)} | own
-            queries, (keys, values) = q[rows], (torch.cat(part) for part in zip(*seen.values()))
+        frames = [frame for block in self.blocks for frame in block.frames]
+        made = dict(zip(frames, zip(k.split(table.frame_tokens), v.split(table.frame_tokens))))
+        if self.commit is not None:
+            table.cache[layer].update({frame: made[frame] for frame in self.commit.frames})
+        held, out = table.cache[layer] | made, []
+        sees = self.see or [[f for f in held if f < b.first and table.policy.sees(f, b.end)] for b in self.blocks]
+        for block, others in zip(self.blocks, sees):
+            seen = sorted({*others, *block.frames})
+            queries, (keys, values) = self._rows(q, block), (torch.cat(part) for part in zip(*(held[f] for f in seen)))
             if table.policy.time == "relative":
-                assert list(seen) == sorted(seen)
-                rope = table.rope(range(len(seen)))
-                keys, queries = rotate(keys, rope, True), rotate(queries, rope[-len(queries) :], True)
+                places = range(seen.index(block.first), seen.index(block.end - 1) + 1)
+                keys, queries = (
+                    rotate(x, table.rope(f), True) for x, f in ((keys, range(len(seen))), (queries, places))
+                )
             past = 0.0 if block is self.commit else table.policy.past_bias
-            bias = torch.tensor([past * (f not in own and f >= table.policy.sink) for f in seen], dtype=q.dtype)
+            bias = [past * (f not in block.frames and f >= table.policy.sink) for f in seen]
             attended = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in (queries, keys, values)), bias.repeat_interleave(table.frame_tokens)[None]
+                *(x.transpose(0, 1) for x in (queries, keys, values)),
+                torch.tensor(bias, dtype=q.dtype).repeat_interleave(table.frame_tokens)[None],
             )
             out.append(attended.transpose(0, 1))
         return torch.cat(out).flatten(1)
+
+    def _rows(self, q, block):
+        first = sum(len(other.frames) for other in self.blocks[: self.blocks.index(block)])
+        return q[first * self.table.frame_tokens : (first + len(block.frames)) * self.table.frame_tokens]
 
 
 class DenseTable:
@@ -201,10 +209,10 @@ class DenseTable:
         self.open.append(Block(first, first + frames))
         return self.open[-1]
 
-    def plan(self, blocks, rope, commit=None, predict=True, buffers=None):
-        return DensePass(self, list(blocks), rope, commit, predict)
+    def plan(self, blocks, rope, commit=None, predict=True, see=None, buffers=None):
+        return DensePass(self, list(blocks), rope, commit, predict, see)
 
-    def seal(self, block):
+    def seal(self, block, horizon=None):
         self.open.remove(block)
         self.sealed += block.frames
         self.next_frame = block.end

@@ -177,7 +177,7 @@ def test_a_snapshot_keeps_how_a_world_reads(tmp_path):
         (lambda: after_a_gap(store_of(), attention=TopK(pages=1)), "TopK needs a policy without past_bias and with"),
         (
             lambda: after_a_gap(store_of()).read(0, torch.zeros(TOKENS, HEADS, HEAD_DIM)),
-            "q must be turned for a policy with time='relative'",
+            "q must be in the 2 variants of Pass.turned, got",
         ),
     ],
 )

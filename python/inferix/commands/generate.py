@@ -124,6 +124,6 @@ def _print(video: GeneratedVideo) -> None:
     print(f"{'' if sheet is None else f'{sheet}: contact sheet · '}{video.summary_path}: summary")
     if read := summary.get("kv_read_per_layer_and_step"):
         ours, theirs = (f"{size / 2**20:.2f} MiB" for size in read.values())
-        print(f"  of the past each layer read {ours} a step; MAGI-1's own code copies all of it: {theirs}")
+        print(f"  of the past each layer read {ours} a step; all of it since the beginning, in bf16: {theirs}")
     for name, value in video.measures.items():
         print(f"  {name}: {value:.1%}")

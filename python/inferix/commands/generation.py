@@ -17,7 +17,7 @@ from inferix_kernels.files import destination, open_locked, require_writable
 from ..media import LatentWriter, VideoWriter, read_picture, read_video
 from ..media.journal import Journal, journal_path, refuse_unfinished
 from ..media.output_file import partial_path
-from ..models import MODELS, Model, load_model, whole_start
+from ..models import MODELS, Model, blocks_for, load_model, whole_start
 from ..profile import profiling
 from ..world import World
 from .configs import GenerateConfig
@@ -57,7 +57,7 @@ class Generation:
             model, given = model.with_picture(None if given is None else given[0]), None
         self.given = given
         # A pipeline begins no block that nobody will see.
-        blocks = -(-self.total // (adapter.block_frames * presentation.pictures)) if adapter.stages else None
+        blocks = blocks_for(model, self.total) if adapter.stages else None
         self.world = World(model, blocks=blocks, **config.arguments("world"))
         if threads := config.threads or presentation.threads:
             torch.set_num_threads(threads)

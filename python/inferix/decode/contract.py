@@ -60,6 +60,9 @@ class Adapter:
             they are not.
         past_bias, time, on_evict: how a block reads the past, and what is done with a frame before it leaves the
             window; see inferix_kernels.Policy.
+        moving_sink: on_evict rewrites the sink, by little each time. So the sink is held in working precision, that of
+            scratch, whatever the format of other frames, which would round such changes off; and nothing that left
+            the window can be taken back.
         stages: of a model with a `Schedule`: blocks in flight, each a stage ahead of the next. 0: one block at a time.
         size: pixels (height, width).
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
@@ -90,6 +93,7 @@ class Adapter:
     past_bias: float = 0.0
     time: str = "absolute"
     on_evict: Callable[[Any, int], None] | None = None
+    moving_sink: bool = False
     stages: int = 0
     size: tuple[int, int] = (480, 832)
     actions: tuple[str, ...] = ()
@@ -374,6 +378,8 @@ class Segment:
         step: how many denoising steps it has made; all of them: it is clean.
         t: its timestep, as the network takes it.
         lookback: blocks it attends to, its own included: committed ones, and those of this forward.
+        lookahead: blocks after its own that it attends to as well, of those of this forward.
+        sink: it sees the sink, however far back that lies.
         conditioning: the name of one of `Model.variants`.
         weight: of its prediction in what moves the block.
         copy: a second segment of a block of this forward, behind the others and out of their sight.
@@ -386,6 +392,8 @@ class Segment:
     conditioning: str = ""
     weight: float = 1.0
     copy: bool = False
+    lookahead: int = 0
+    sink: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +424,7 @@ class Schedule(Protocol):
 
     Attributes:
         stages: blocks in flight at most; stage_steps: denoising steps until the next block may begin.
+        partly_given: the first frames of a block may be given, and the others are made around them.
     """
 
     @property
@@ -423,6 +432,9 @@ class Schedule(Protocol):
 
     @property
     def stage_steps(self) -> int: ...
+
+    @property
+    def partly_given(self) -> bool: ...
 
     def forwards(self, flight: Sequence[tuple[int, int]], clean: int | None) -> Sequence[Forward]:
         """The forwards of one step, of which one commits `clean` if there is a clean block to commit.

@@ -10,7 +10,8 @@ says itself in segments, and so lies in its `Schedule`:
 
 - a clean pass is a segment of weight 0 whose keys and values stay;
 - guidance is one block in several forwards, under several conditionings, with weights that sum to 1;
-- a nearly clean block whose prediction without a past is wanted too is in one forward twice.
+- a nearly clean block whose prediction without a past is wanted too is in one forward twice;
+- blocks that see later ones say how many of them: rolling.py.
 
 With one block in flight this is the loop of sequential.py, bit for bit; that one also rewinds and starts over.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from inferix_kernels import PageTable, Pass, PassBuffers, profile
 from inferix_kernels.store import Block
 
-from .contract import BlockInput, Forward, Model
+from .contract import BlockInput, Forward, Model, Segment
 from .decoder import Decoder
 from .timesteps import Timesteps
 from .traffic import Traffic
@@ -166,10 +167,12 @@ class PipelineDecoder(Decoder):
 
     def split_observed(self, frames: int) -> list[int]:
         """Whole blocks, which become the past at once, and what is left over: the first frames of the next block, which
-        is made around them."""
+        is made around them, if the schedule has such blocks."""
         if self.flight or self.given is not None:
             raise RuntimeError("observe: frames can be given before the first block is begun, not after")
         size = self.model.adapter.block_frames
+        if frames % size and not self.schedule.partly_given:
+            raise ValueError(f"frames must make whole blocks of {size} latents, got {frames}")
         sizes = [size] * (frames // size) + ([frames % size] if frames % size else [])
         if self.total is not None and self.begun + len(sizes) > self.total:
             raise ValueError(f"frames: {frames} latent frames are more than the {self.total} blocks of the world")
@@ -276,7 +279,8 @@ class PipelineDecoder(Decoder):
         return predicted, blocks
 
     def _horizon(self, forward: Forward, blocks: Sequence[Block]) -> int | None:
-        """Where the window must be counted from to reach the first frame that a block in flight sees.
+        """Where the window must be counted from to reach the first frame that a block in flight sees, now or, if it is
+        the next to be committed, in its clean pass.
 
         The cleaner a block, the less it sees, and the next one to begin sees less than this forward's newest.
         """
@@ -284,6 +288,9 @@ class PipelineDecoder(Decoder):
         noisy = [(block, s.lookback) for block, s in zip(blocks[1:], forward.segments[1:]) if not s.copy]
         if window is None or not noisy:
             return None
+        following = noisy[0][0]
+        clean = self.schedule.clean_pass(following.first // len(following.frames)).segments[0]
+        noisy.append((following, clean.lookback))
         return window + min(block.end - min(lookback * len(block.frames), window) for block, lookback in noisy)
 
     def _plan(self, forward: Forward, blocks: Sequence[Block]) -> Pass:
@@ -291,7 +298,7 @@ class PipelineDecoder(Decoder):
         here = [frame for block, segment in zip(blocks, forward.segments) if not segment.copy for frame in block.frames]
         alone = [forward.apart or segment.copy for segment in forward.segments]
         see = [
-            [] if apart else self._sees(block, segment.lookback, here)
+            [] if apart else self._sees(block, segment, here)
             for block, segment, apart in zip(blocks, forward.segments, alone)
         ]
         coming = blocks[0].frames if forward.commit else ()
@@ -302,12 +309,11 @@ class PipelineDecoder(Decoder):
         predict = any(segment.weight for segment in forward.segments)
         return table.plan(blocks, rope, commit, predict, see=see, buffers=self._buffers)
 
-    def _sees(self, block: Block, lookback: int, here: Sequence[int]) -> list[int]:
-        """Frames before a block that it attends to, held ones and those of the same forward."""
-        table = self.table
-        near = block.end - lookback * len(block.frames)
-        always = {frame for frame in table.held if frame < table.policy.sink} | table.pinned
-        frames = sorted({*table.held, *here})
-        return [
-            f for f in frames if f < block.first and (f in always or (f >= near and table.policy.sees(f, block.end)))
-        ]
+    def _sees(self, block: Block, segment: Segment, here: Sequence[int]) -> list[int]:
+        """Frames other than its own that a block attends to, held ones and those of the same forward."""
+        policy, held, size = self.table.policy, self.table.held, len(block.frames)
+        near, far = block.end - segment.lookback * size, block.end + segment.lookahead * size
+        always = {frame for frame in held if segment.sink and frame < policy.sink} | self.table.pinned
+        before = [f for f in held if f in always or (f >= near and policy.sees(f, block.end))]
+        beside = [f for f in here if near <= f < far and f not in block.frames and policy.sees(f, block.end)]
+        return sorted({*before, *beside})

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 from typing import Any
 
 from ..decode.contract import Adapter, Model, PictureStream, Presentation
 
-__all__ = ["MODELS", "Adapter", "Model", "PictureStream", "Presentation", "load_model", "whole_start"]
+__all__ = ["MODELS", "Adapter", "Model", "PictureStream", "Presentation", "blocks_for", "load_model", "whole_start"]
 
 
 def whole_start(model: Model, pictures: int) -> int:
-    """The most of so many given pictures that `World.observe` takes as the beginning: whole blocks of latents, or, of a
-    model with several blocks in flight, whole latents."""
+    """The most of so many given pictures that `World.observe` takes as the beginning: whole blocks of latents or, where
+    the first frames of a block may be given, whole latents."""
     adapter = model.adapter
-    if adapter.stages:
+    if model.schedule is not None and model.schedule.partly_given:
         return pictures if pictures == 1 else pictures - pictures % model.presentation.pictures
     end, following, whole = 0, adapter.frames(first=True), 0
     while model.pictures_of(end + following) <= pictures:
         end, following = end + following, adapter.block_frames
         whole = model.pictures_of(end)
     return whole
+
+
+def blocks_for(model: Model, pictures: int) -> int:
+    """The blocks that so many pictures take, at the beginning of a video."""
+    return next(n for n in itertools.count(1) if model.pictures_of(n * model.adapter.block_frames) >= pictures)
 
 
 _WAN, _MAGI, _MATRIX_GAME = "inferix.models.wan", "inferix.models.magi", "inferix.models.matrix_game"
@@ -37,6 +43,8 @@ MODELS = {
     "infinity-rope": _WAN,
     "krea-realtime": _WAN,
     "krea-realtime-first-frame": _WAN,
+    "rolling-forcing": _WAN,
+    "reward-forcing": _WAN,
     "causal-forcing": _WAN,
     "causal-forcing-framewise": _WAN,
     "causal-forcing-framewise-2step": _WAN,

@@ -14,6 +14,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,7 @@ class MagiSchedule:
     text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)
     nearly_clean: float = 0.3
     own_share: float = 0.7
+    partly_given: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, parts in (("stages", self.stages), ("ranges", len(self.ranges))):

@@ -18,6 +18,7 @@ from torch import Tensor
 from inferix_kernels._check import check_device
 
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
+from ...decode.rolling import RollingSchedule
 from ..linears import check_linear, linear_of
 from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
 from .checkpoint import find_checkpoint, load_network
@@ -95,6 +96,7 @@ class Wan(Model):
         self.latent_shape = (config.channels_out, height, width)
         self.device, self.dtype = network.head.modulation.device, network.dtype
         self.linear = linear_of(network)
+        self.schedule = RollingSchedule(adapter) if adapter.stages else None
         self._conditionings: dict[str, CrossCache] = {}
 
     def rope(self, frames: Sequence[int]) -> Tensor:

@@ -9,7 +9,8 @@ that distillation begins with, block by block.
 
 Sources: configs and inference loops of github.com/guandeh17/Self-Forcing (33593df), github.com/tianweiy/CausVid
 (ca21150), github.com/NVlabs/LongLive (e52d9ef, branch v1.0), github.com/thu-ml/Causal-Forcing (1fc7bbc),
-github.com/yesiltepe-hidir/infinity-rope (63d7b84), github.com/krea-ai/realtime-video (acf4b7b) and
+github.com/yesiltepe-hidir/infinity-rope (63d7b84), github.com/krea-ai/realtime-video (acf4b7b),
+github.com/TencentARC/RollingForcing (a1477d0), github.com/JaydenLyh/Reward-Forcing (4317f5a) and
 github.com/Wan-Video/Wan2.1 (9737cba). What each row was compared with: docs/models.md.
 """
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...decode.contract import Adapter, Presentation
+from .sink import MovingSink
 
 TRAIN_STEPS = 1000
 FPS = 16
@@ -173,6 +175,27 @@ ADAPTERS = {
                 **to_the_end((1000, 750, 500, 250), shift=5.0),
             )
             for name, begins in (("krea-realtime", "encoded"), ("krea-realtime-first-frame", "kept"))
+        ),
+        # Five blocks in flight, which see each other: inferix.decode.rolling. The sink moves along.
+        variant(
+            SELF_FORCING,
+            "rolling-forcing",
+            sink=3,
+            stages=5,
+            time="relative",
+            **warped((1000, 800, 600, 400, 200), shift=5.0),
+        ),
+        # Its cache of 9 frames counts its sink of 3, into which what leaves is merged before the next block is begun.
+        # The clean pass of the block before sees the sink as it was: so it is a forward of its own.
+        variant(
+            SELF_FORCING,
+            "reward-forcing",
+            window=6,
+            sink=3,
+            time="relative",
+            on_evict=MovingSink(0.999),
+            moving_sink=True,
+            fused=False,
         ),
         CAUSAL_FORCING,
         CAUSAL_FORCING_FRAMEWISE,

@@ -110,7 +110,10 @@ class VideoStream(PictureStream):
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> np.ndarray:
-        """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]."""
+        """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]; no pictures of no frames, as a pipeline fills."""
+        if not len(latents):
+            height, width = (8 * side for side in latents.shape[2:])
+            return np.empty((0, height, width, 3), np.uint8)
         pictures = self._decode(latents)
         shown = pictures if self._tail is None else torch.cat([self._tail, pictures])
         self._tail = shown[-_pictures_of(max(self.overlap, len(latents))) :].clone()
