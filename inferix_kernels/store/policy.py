@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._check import check_counts, is_whole
@@ -25,6 +25,8 @@ class Policy:
         sink_format: the same for frames of the sink; None: as the others.
         older: (age, format): past so many recent frames, the block's own included, a frame is held in this format.
             With format "int8" and older (9, "int4"), the last 9 frames are int8 and the rest of the window int4.
+        pins_in_window: pinned frames that the window has left behind take their room from it: a block sees no more than
+            sink + window frames. Otherwise they are seen besides these.
         undo: frames kept out of sight behind the window, so that `rewind` by as many finds what was seen then.
         past_bias: added to the scaled scores of all that a block sees of the past while it is denoised, but for the
             sink: below 0, the past counts less. log 0.3 gives its keys 0.3 of their weight against the block's own.
@@ -47,6 +49,7 @@ class Policy:
     format: str | None = None
     sink_format: str | None = None
     older: tuple[int, str] | None = None
+    pins_in_window: bool = False
     undo: int = 0
     past_bias: float = 0.0
     time: str = "absolute"
@@ -83,8 +86,9 @@ class Policy:
             )
         if self.time not in TIMES:
             raise ValueError(f"time must be one of {', '.join(TIMES)}, got {self.time!r}")
-        if not isinstance(self.archive, bool):
-            raise ValueError(f"archive must be True or False, got {self.archive!r}")
+        for name in ("archive", "pins_in_window"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.on_evict is not None and not callable(self.on_evict):
             raise ValueError(f"on_evict must be a function of (table, frame), got {self.on_evict!r}")
 
@@ -100,6 +104,21 @@ class Policy:
 
     def keeps(self, frame: int, block_end: int) -> bool:
         return self.window is None or frame < self.sink or frame >= block_end - self.window - self.undo
+
+    def crowded(self, block_end: int, pinned: Iterable[int]) -> int:
+        """How many frames pinned ones take from the window of a block that ends before `block_end`: it sees, and the
+        world keeps, the recent frames of a block that ends so many later.
+
+        Example:
+            >>> policy = Policy(window=12, sink=4, pins_in_window=True)
+            >>> policy.crowded(20, pinned=range(8, 12)), policy.crowded(24, pinned=range(8, 12))
+            (0, 4)
+        """
+        taken = 0
+        if self.pins_in_window and self.window is not None:
+            for frame in sorted(pinned):
+                taken += self.sink <= frame < block_end - self.window + taken
+        return taken
 
     def format_of(self, frame: int, block_end: int) -> str:
         """The format of a frame while the block that ends before `block_end` is made.

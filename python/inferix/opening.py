@@ -95,7 +95,10 @@ def policy_for(
         past_bias=adapter.past_bias if past_bias is None else past_bias,
         time=adapter.time if time is None else time,
         on_evict=adapter.on_evict if on_evict is None else on_evict,
+        pins_in_window=adapter.shots is not None,
     )
+    if adapter.shots is not None and policy.time != "absolute":
+        raise ValueError(f"time must be absolute: {adapter.name} counts it through the shots of a video, got {time!r}")
     if policy.window is None or policy.window < largest:
         raise ValueError(f"window must be at least the {largest} frames of one block, which it counts, got {window}")
     if adapter.moving_sink and undo:

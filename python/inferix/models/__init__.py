@@ -40,6 +40,7 @@ MODELS = {
     "causvid": _WAN,
     "longlive": _WAN,
     "longlive-infinity": _WAN,
+    "longlive-2": _WAN,
     "infinity-rope": _WAN,
     "krea-realtime": _WAN,
     "krea-realtime-first-frame": _WAN,

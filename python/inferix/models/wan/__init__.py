@@ -20,7 +20,7 @@ from inferix_kernels._check import check_device
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...decode.rolling import RollingSchedule
 from ..linears import check_linear, linear_of
-from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
+from .adapters import ADAPTERS, PARTS, customised, latents_of, presentation_of
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
 from .lora import Lora, find_lora
@@ -31,8 +31,6 @@ from .video import PICTURES
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
-LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direction
-CHANNELS = 16  # of the latents of Wan2.1
 MASK = PICTURES  # channels that say, of each picture that a latent frame stands for, whether it is given
 
 
@@ -68,16 +66,16 @@ class Wan(Model):
         encode_video: Callable[[np.ndarray], Tensor] | None = None,
         encode_start: Callable[[np.ndarray, int], Tensor] | None = None,
         look: Callable[[np.ndarray], Tensor] | None = None,
-        presentation: Presentation = PRESENTATION,
+        presentation: Presentation | None = None,
     ):
-        config = network.config
-        step = [LATENT_STRIDE * side for side in config.patch]
+        config, (channels, stride) = network.config, latents_of(adapter)
+        step = [stride * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
-        if config.channels_out != CHANNELS:
+        if config.channels_out != channels:
             raise ValueError(
                 f"weights: head.head.weight gives latents of {config.channels_out} channels, those of {adapter.name} "
-                f"have {CHANNELS}"
+                f"have {channels}{_rows_of(config.channels_out)}"
             )
         more = config.channels_in - config.channels_out  # of images concatenated to the latents, a whole video of them
         if more not in ((0, MASK + config.channels_out) if adapter.at_once or adapter.picture else (0,)):
@@ -86,11 +84,12 @@ class Wan(Model):
                 f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * config.channels_out} channels, are "
                 "run as wan-i2v-480p and wan-i2v-720p"
             )
-        self.network, self.adapter, self.presentation = network.eval().requires_grad_(False), adapter, presentation
+        self.network, self.adapter = network.eval().requires_grad_(False), adapter
+        self.presentation = presentation or presentation_of(adapter)
         self.text, self.open_video, self.encode_video = text, open_video, encode_video
         self.encode_start, self.look, self.needs_picture = encode_start, look, bool(more)
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
-        height, width = (side // LATENT_STRIDE for side in adapter.size)
+        height, width = (side // stride for side in adapter.size)
         self.grid = height // config.patch[0], width // config.patch[1]
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
@@ -103,6 +102,9 @@ class Wan(Model):
         # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
         dtype = torch.promote_types(self.network.dtype, torch.float32)
         return rope_table(frames, self.grid, self.head_dim, dtype, self.device)
+
+    def begins_shot(self, conditioning: CrossCache) -> bool:
+        return conditioning.begins_shot
 
     @torch.inference_mode()
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
@@ -147,7 +149,8 @@ class Wan(Model):
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
         made = self._conditionings.get(prompt)
         if made is None:
-            made = self.conditioning_from(self.embed(prompt))
+            shots = self.adapter.shots
+            made = self.conditioning_from(self.embed(prompt), shots is not None and prompt.startswith(shots.cut))
             self._conditionings = {prompt: made}  # the last prompt alone: 190 MB for 1.3B
         return made
 
@@ -165,11 +168,12 @@ class Wan(Model):
         return self.text(prompt)
 
     @torch.inference_mode()
-    def conditioning_from(self, embedding: Tensor) -> CrossCache:
+    def conditioning_from(self, embedding: Tensor, begins_shot: bool = False) -> CrossCache:
         """The same from a prompt's embedding [tokens, text_dim]."""
         if self.needs_picture and self.concat_latents is None:
             raise ValueError(f"image: {self.adapter.name} is conditioned on the first picture: see for_video")
-        return self.network.cross_cache(embedding.to(self.device), self.tokens)
+        made = self.network.cross_cache(embedding.to(self.device), self.tokens)
+        return dataclasses.replace(made, begins_shot=begins_shot)
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
         blocks = [self.channels(block) for block in inputs]
@@ -205,6 +209,12 @@ class Wan(Model):
                 "the file that Wan published"
             )
         return self.open_video()
+
+
+def _rows_of(channels: int) -> str:
+    """The rows whose latents have so many channels, for an error."""
+    names = [name for name, adapter in ADAPTERS.items() if latents_of(adapter).channels == channels]
+    return f": that is a network of {', '.join(names)}" if len(names) == 1 else ""
 
 
 def load(
