@@ -25,8 +25,6 @@ class Policy:
         sink_format: the same for frames of the sink; None: as the others.
         older: (age, format): past so many recent frames, the block's own included, a frame is held in this format.
             With format "int8" and older (9, "int4"), the last 9 frames are int8 and the rest of the window int4.
-        pins_in_window: pinned frames that the window has left behind take their room from it: a block sees no more than
-            sink + window frames. Otherwise they are seen besides these.
         undo: frames kept out of sight behind the window, so that `rewind` by as many finds what was seen then.
         past_bias: added to the scaled scores of all that a block sees of the past while it is denoised, but for the
             sink: below 0, the past counts less. log 0.3 gives its keys 0.3 of their weight against the block's own.
@@ -37,6 +35,8 @@ class Policy:
         archive: frames that leave the window go to host memory instead of being forgotten.
         on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink, convert,
             pin, fork and so on, but neither open, seal or forget blocks of this world nor rewind it.
+        pins_in_window: pinned frames that the window has left behind take their room from it: a block sees no more than
+            sink + window frames. Otherwise they are seen besides these.
 
     Example:
         >>> policy = Policy(window=18, sink=3, format="int8", older=(9, "int4"))
@@ -49,12 +49,12 @@ class Policy:
     format: str | None = None
     sink_format: str | None = None
     older: tuple[int, str] | None = None
-    pins_in_window: bool = False
     undo: int = 0
     past_bias: float = 0.0
     time: str = "absolute"
     archive: bool = False
     on_evict: Callable[[Any, int], None] | None = None
+    pins_in_window: bool = False
 
     def __post_init__(self) -> None:
         for name in ("window", "sink", "undo"):

@@ -142,7 +142,7 @@ def reward_forcing(way, kv="fp32"):
 def longlive_2(way, kv="fp32", picture=False):
     """Twelve blocks of 4 frames in four shots; its cache of 16 frames counts its sink of 4 and what is pinned. Or three
     blocks, two shots, of a video that begins with a picture."""
-    tensors, name = recorded("longlive_2"), "longlive-2-first-frame" if picture else "longlive-2"
+    tensors, name = recorded("longlive_2"), "longlive-2-i2v" if picture else "longlive-2"
     policy, shots = Policy(window=12, sink=4, pins_in_window=True), dataclasses.replace(ADAPTERS[name].shots, offset=4)
     model, table = over(way, tensors, name, policy, kv, block_frames=4, shots=shots)
     model.opening = tensors["picture"] if picture else None
@@ -170,6 +170,7 @@ RUNS = {
     "causvid, overlap of 6": causvid,
     "krea-realtime": functools.partial(krea, "krea-realtime"),
     "longlive-2": longlive_2,
+    "longlive-2-i2v": functools.partial(longlive_2, picture=True),
     "krea-realtime-first-frame": functools.partial(krea, "krea-realtime-first-frame"),
     "rolling-forcing": rolling_forcing,
     "reward-forcing": reward_forcing,

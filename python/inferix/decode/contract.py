@@ -34,9 +34,9 @@ ROLLOUTS = ("restarted", "encoded", "kept")
 
 @dataclasses.dataclass(frozen=True)
 class Shots:
-    """How a video of several shots is made: a prompt that begins with `cut` begins another one with its block. The first
-    `sink` frames of the newest shot are pinned once they are clean, in the place of those of the shot before it, and
-    take their room from the window. Source: multi_shot_sink and multi_shot_rope_offset of github.com/NVlabs/LongLive
+    """How a video of several shots is made: a prompt that begins with `cut` begins another one with its block. The
+    first `sink` frames of the newest shot are pinned once they are clean, in the place of those of the shot before it,
+    and take their room from the window. Source: multi_shot_sink, multi_shot_rope_offset of github.com/NVlabs/LongLive
     (7860ad9).
 
     Attributes:
@@ -263,8 +263,8 @@ class Model(abc.ABC):
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
         begun_with: digest of the picture that conditions it (`with_picture`); None: none does.
-        opening: latents [n, *latent_shape] that the first block of a world begins with, clean in each of its steps, from
-            `with_picture`; None: it begins with noise.
+        opening: latents [n, *latent_shape] that the first block of a world begins with, clean in each of its steps,
+            from `with_picture`; None: it is all noise.
     """
 
     adapter: Adapter

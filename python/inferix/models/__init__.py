@@ -41,6 +41,7 @@ MODELS = {
     "longlive": _WAN,
     "longlive-infinity": _WAN,
     "longlive-2": _WAN,
+    "longlive-2-i2v": _WAN,
     "infinity-rope": _WAN,
     "krea-realtime": _WAN,
     "krea-realtime-first-frame": _WAN,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from .lora import Lora, find_lora
 from .network import CrossCache, WanConfig, WanNetwork, rope_table
 from .text import PromptEncoder, has_encoder
 from .vae import has_vae, load_vae, read_vae
-from .video import PICTURES
+from .video import PICTURES, VideoVAE
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
@@ -124,13 +125,30 @@ class Wan(Model):
             other.concat_latents, other.tokens = self.seen(picture, count)
         return other
 
+    @torch.inference_mode()
+    def with_picture(self, picture: np.ndarray | None) -> Model:
+        if not self.adapter.picture:
+            return super().with_picture(picture)  # which refuses
+        if picture is None:
+            raise ValueError(f"image must be given: videos of {self.adapter.name} begin with a picture")
+        picture = self._checked(picture)
+        other = copy.copy(self)
+        other.opening = self.encode(picture[None]).to(self.device)
+        other.begun_with = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
+        return other
+
+    def _checked(self, picture: np.ndarray) -> np.ndarray:
+        picture = np.ascontiguousarray(picture)  # torch takes no negative strides
+        if picture.dtype != np.uint8 or picture.shape != (*self.adapter.size, 3):
+            wanted = [*self.adapter.size, 3]
+            raise ValueError(f"image must be uint8 {wanted}, got {picture.dtype} {list(picture.shape)}")
+        return picture
+
     def seen(self, picture: np.ndarray, frames: int) -> tuple[Tensor, Tensor | None]:
         """What the network is given of a picture that a video of so many latent frames begins with: further channels of
         each frame, [frames, MASK + channels, h, w], and the tokens of CLIP, if it takes them."""
         adapter, takes_tokens = self.adapter, bool(self.network.config.image_dim)
-        picture = np.ascontiguousarray(picture)  # torch takes no negative strides
-        if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
-            raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
+        picture = self._checked(picture)
         if self.encode_start is None or (takes_tokens and self.look is None):
             raise ValueError(
                 f"image: the weights of {adapter.name} need a VAE next to them and, to look at it, image_encoder/ "
@@ -172,6 +190,8 @@ class Wan(Model):
         """The same from a prompt's embedding [tokens, text_dim]."""
         if self.needs_picture and self.concat_latents is None:
             raise ValueError(f"image: {self.adapter.name} is conditioned on the first picture: see for_video")
+        if self.adapter.picture and self.opening is None:
+            raise ValueError(f"image: videos of {self.adapter.name} begin with a picture: see with_picture")
         made = self.network.cross_cache(embedding.to(self.device), self.tokens)
         return dataclasses.replace(made, begins_shot=begins_shot)
 
@@ -275,7 +295,17 @@ def _pictures(vae: str | Path | None, folder: Path, device: torch.device, adapte
     """Wan's arguments open_video, encode_video and encode_start, over a VAE that is opened when it is first needed."""
     if vae is None and not has_vae(folder):
         return {}
-    open_vae = functools.cache(lambda: load_vae(folder, device) if vae is None else read_vae(Path(vae), device))
+
+    @functools.cache
+    def open_vae() -> VideoVAE:
+        opened = load_vae(folder, device) if vae is None else read_vae(Path(vae), device)
+        if opened.channels != (channels := latents_of(adapter).channels):
+            raise ValueError(
+                f"{'weights' if vae is None else 'vae'}: {vae or folder} holds a VAE of latents of {opened.channels} "
+                f"channels, those of {adapter.name} have {channels}"
+            )
+        return opened
+
     return {
         "open_video": lambda: open_vae().open(adapter.overlap, goes_on=adapter.rollout_begins != "restarted"),
         "encode_video": lambda frames: open_vae().encode(frames),

@@ -26,6 +26,7 @@ from torch import Tensor
 from ...decode.contract import Adapter, Presentation, Shots
 from .sink import MovingSink
 
+
 class Latents(NamedTuple):
     """Of a VAE: channels, and pixels of the video per pixel of the latent, in each direction."""
 
@@ -157,8 +158,8 @@ TEACHER = Adapter(
     **many(50, SHIFTS["wan-t2v"]),  # type: ignore[arg-type]
 )
 
-# Of Wan2.2-TI2V-5B: 4 steps of UniPC. Its cache of 32 frames counts its sink of 8 and what is pinned; our window does not
-# count the sink.
+# Of Wan2.2-TI2V-5B: 4 steps of UniPC. Its cache of 32 frames counts its sink of 8 and what is pinned; our window does
+# not count the sink.
 LONGLIVE_2 = Adapter(
     name="longlive-2",
     block_frames=8,
@@ -233,6 +234,8 @@ ADAPTERS = {
             for steps in ((1000, 500), (1000,))
         ),
         LONGLIVE_2,
+        # Its first latent is a given picture, clean in every step of the first block.
+        variant(LONGLIVE_2, "longlive-2-i2v", picture=True),
         TEACHER,
         variant(TEACHER, "wan-i2v-480p", **many(40, SHIFTS["wan-i2v-480p"])),
         variant(TEACHER, "wan-i2v-720p", size=(720, 1280), **many(40, SHIFTS["wan-i2v-720p"])),
@@ -242,7 +245,7 @@ ADAPTERS = {
 }
 
 # Rows over another VAE than Wan2.1's.
-LATENTS = {"longlive-2": WAN22}
+LATENTS = {"longlive-2": WAN22, "longlive-2-i2v": WAN22}
 
 
 def latents_of(adapter: Adapter) -> Latents:
@@ -258,5 +261,5 @@ def presentation_of(adapter: Adapter) -> Presentation:
 PARTS = {name: ("generator_ema", "generator") for name in ADAPTERS}
 PARTS |= {
     name: ("generator", "generator_ema")
-    for name in ("causvid", "longlive", "longlive-infinity", "longlive-2", "causal-forcing")
+    for name in ("causvid", "longlive", "longlive-infinity", "longlive-2", "longlive-2-i2v", "causal-forcing")
 }
