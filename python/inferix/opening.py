@@ -111,6 +111,14 @@ def working_format(model: Model) -> str:
     return scratch_format(model.device, torch.bfloat16 if model.linear else model.dtype)  # 8 bits give no more
 
 
+def say_unusual(adapter: Adapter, policy: Policy) -> None:
+    """Log, as a warning of one line, how a world reads its past otherwise than its model was made for."""
+    fields = ("window", "sink", "past_bias", "time")
+    if other := [name for name in fields if getattr(policy, name) != getattr(adapter, name)]:
+        made, run = (", ".join(f"{name}={getattr(of, name)}" for name in other) for of in (adapter, policy))
+        logging.getLogger("inferix").warning(f"{adapter.name} was made for {made}, and is run with {run}")
+
+
 def open_store(model: Model, policy: Policy, worlds: int, backend: str, precision: str) -> KVStore:
     """A store with room for so many worlds under this policy, on the model's device."""
     adapter, device = model.adapter, torch.device(model.device)

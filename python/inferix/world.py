@@ -32,6 +32,7 @@ from .opening import (
     open_store,
     policy_for,
     recorder_for,
+    say_unusual,
     working_format,
 )
 from .tracing import shown
@@ -108,6 +109,7 @@ class World(Facts):
         working = working_format(self.model)
         policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
         check_counts(adapter, blocks, worlds)
+        say_unusual(adapter, policy)
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])

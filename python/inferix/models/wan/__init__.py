@@ -280,7 +280,7 @@ def load(
         lora = find_lora(weights)
     device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" and linear != "bf16" else torch.bfloat16)
-    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device, linear=linear)
+    network = load_network(path, PARTS[name], row=name, lora=lora, dtype=dtype, device=device, linear=linear)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
     return Wan(
         network,

@@ -38,7 +38,13 @@ LATENTS22 = [
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 ]
 # fmt: on
-SIZES22 = {"z_dim": 48, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+SIZES22: dict[str, Any] = {
+    "z_dim": 48,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
 SIZES22 |= {"is_residual": True, "latents_mean": LATENTS22[:48], "latents_std": LATENTS22[48:]}
 # Wan2.2's names of the tensors in a level -> diffusers', applied in this order.
 LEVEL = r"^(encoder\.down|decoder\.up)samples\.(\d+)\.(?:down|up)samples"
@@ -92,7 +98,8 @@ def read_vae(path: Path, device: torch.device | str = "cpu", argument: str = "va
         return tiny_vae(tensors, path, device, argument)
     # diffusers' defaults are Wan2.1's sizes, but for the width.
     width = shape_of(tensors, "encoder.conv1.weight", (5,), str(path), "Wan VAE", argument)[0]
-    sizes, renamed = {"base_dim": width}, {}
+    sizes: dict[str, Any] = {"base_dim": width}
+    renamed: dict[str, Tensor] = {}
     if any(re.match(LEVEL, name) for name in tensors):
         deepest = shape_of(tensors, "decoder.conv1.weight", (5,), str(path), "Wan VAE", argument)[0]
         sizes |= SIZES22 | {"decoder_base_dim": deepest // 4}  # the last of dim_mult
