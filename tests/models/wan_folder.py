@@ -95,6 +95,49 @@ def write_published_vae(path, width=8):
     return theirs
 
 
+def vae22():
+    """Wan2.2's VAE, thin, as diffusers has it."""
+    from diffusers import AutoencoderKLWan
+
+    from inferix.models.wan.vae import SIZES22
+
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=4, decoder_base_dim=4, **SIZES22).eval().requires_grad_(False)
+
+
+def write_vae22(folder):
+    vae = vae22()
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+def write_published_vae22(path):
+    """The same in a file under the names that Wan published; returns diffusers' model of it."""
+    vae, state = vae22(), {}
+    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    parts |= {"conv_shortcut": "shortcut"}
+    whole = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
+    whole |= {f"{side}.conv_in": f"{side}.conv1" for side in ("encoder", "decoder")}
+    whole |= {f"{side}.norm_out": f"{side}.head.0" for side in ("encoder", "decoder")}
+    whole |= {f"{side}.conv_out": f"{side}.head.2" for side in ("encoder", "decoder")}
+    for name, x in vae.state_dict().items():
+        module, leaf = name.rsplit(".", 1)
+        side, *rest = module.split(".")
+        if module in whole:
+            module = whole[module]
+        elif rest[0] == "mid_block":
+            rest = rest[1:]
+            middle = "1" if rest[0] == "attentions" else str(2 * int(rest[1]))
+            module = f"{side}.middle.{middle}.{parts.get(rest[2], rest[2])}"
+        else:  # a level: its residual blocks, and what changes the size behind them
+            way, last, rest = "down" if side == "encoder" else "up", 2 if side == "encoder" else 3, rest[1:]
+            at, tail = (rest[2], parts[rest[3]]) if rest[1] == "resnets" else (last, ".".join(rest[2:]))
+            module = f"{side}.{way}samples.{rest[0]}.{way}samples.{at}.{tail}"
+        state[f"{module}.{leaf}"] = x
+    torch.save(state, path)
+    return vae
+
+
 def write_folder(folder, image=False):
     """`image`: an image-to-video network, with the tower that looks at the picture."""
     folder.mkdir(parents=True, exist_ok=True)
