@@ -32,6 +32,7 @@ from .video import PICTURES, VideoVAE
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
+SHOWN = 3  # rows named in an error
 MASK = PICTURES  # channels that say, of each picture that a latent frame stands for, whether it is given
 
 
@@ -234,7 +235,7 @@ class Wan(Model):
 def _rows_of(channels: int) -> str:
     """The rows whose latents have so many channels, for an error."""
     names = [name for name, adapter in ADAPTERS.items() if latents_of(adapter).channels == channels]
-    return f": that is a network of {', '.join(names)}" if len(names) == 1 else ""
+    return f": {' and '.join(names)} have so many" if 0 < len(names) <= SHOWN else ""
 
 
 def load(
