@@ -145,7 +145,7 @@ def longlive_2(way, kv="fp32", picture=False):
     tensors, name = recorded("longlive_2"), "longlive-2-i2v" if picture else "longlive-2"
     policy, shots = Policy(window=12, sink=4, pins_in_window=True), dataclasses.replace(ADAPTERS[name].shots, offset=4)
     model, table = over(way, tensors, name, policy, kv, block_frames=4, shots=shots)
-    model.opening = tensors["picture"] if picture else None
+    model.first_latents = tensors["picture"] if picture else None
     prompts = [0, 0, 1] if picture else [0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 5, 5]
     decoder = Replay(model, table, tensors["noise"][0].split(4)[: len(prompts)])
     # The recorded prompts: fog, another shot with rain, rain, another with snow, another with sun, sun.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import inferix
 from inferix.models import load_model
 from inferix.models.wan.network import WanConfig
 from inferix.models.wan.relatives import say_whose
@@ -34,11 +35,15 @@ def said(caplog, folder, row="causal-forcing", **options):
     return caplog.messages
 
 
-def test_a_name_says_whose_weights_they_are(state, folder, caplog):
+def test_a_name_says_whose_weights_they_are(state, folder, tmp_path, caplog):
     torch.save({"generator": state, "generator_ema": state}, folder / "self_forcing_dmd.pt")
     (message,) = said(caplog, folder)
     assert "self_forcing_dmd.pt is self-forcing's by its name" in message and "takes causal-forcing's" in message
     assert not said(caplog, folder, "self-forcing") and not said(caplog, folder, "infinity-rope")
+    converted = tmp_path / "ours.safetensors"
+    inferix.convert(source=str(folder), out=str(converted), model="self-forcing")
+    (message,) = said(caplog, converted)
+    assert "ours.safetensors is self-forcing's by its source, 'self_forcing_dmd.pt'" in message
     (folder / "self_forcing_dmd.pt").rename(folder / "model.pt")
     assert not said(caplog, folder)  # nothing is known then
 

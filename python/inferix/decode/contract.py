@@ -194,7 +194,7 @@ class BlockInput:
     Attributes:
         x: [frames, *latent_shape], noisy or clean.
         t: its timestep, as the network takes it: 0-d float64 on the model's device. [frames] where a block begins with
-            given frames, which are clean (`Model.opening`).
+            given frames, which are clean (`Model.first_latents`).
         conditioning: as `Model.conditioning` or `Model.variants` made it.
         predict: False if only its keys and values are wanted.
     """
@@ -263,8 +263,8 @@ class Model(abc.ABC):
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
         begun_with: digest of the picture that conditions it (`with_picture`); None: none does.
-        opening: latents [n, *latent_shape] that the first block of a world begins with, clean in each of its steps,
-            from `with_picture`; None: it is all noise.
+        first_latents: [n, *latent_shape] that the first block of a world begins with, clean in each of its steps, from
+            `with_picture`; None: it is all noise.
     """
 
     adapter: Adapter
@@ -280,7 +280,7 @@ class Model(abc.ABC):
     linear: str | None = None
     schedule: Schedule | None = None
     begun_with: str | None = None
-    opening: Tensor | None = None
+    first_latents: Tensor | None = None
 
     @property
     def only_latents(self) -> bool:

@@ -78,15 +78,15 @@ class SequentialDecoder(Decoder):
 
     def _step(self, conditioning: Any) -> Tensor:
         adapter = self.model.adapter
-        opening = self.model.opening if self._next_frame == 0 else None
+        given = self.model.first_latents if self._next_frame == 0 else None
         with self._open_block(conditioning) as (x, steps, sampler, conditioning):
             for i, (level, t) in enumerate(steps):
-                x = _begun(x, opening)
+                x = _begun(x, given)
                 with profile.span("step", step=i):
-                    predicted = self._predict(x, t, conditioning, given=0 if opening is None else len(opening))
+                    predicted = self._predict(x, t, conditioning, given=0 if given is None else len(given))
                 clean = predicted if adapter.prediction == "x0" else x - level * predicted
                 x = sampler(i, x, clean) if i + 1 < len(steps) else clean
-            x = _begun(x, opening)
+            x = _begun(x, given)
         return self._close_block(x, conditioning)
 
     def _replay(self, conditioning: Any, latents: Tensor) -> Tensor:
@@ -178,9 +178,9 @@ class SequentialDecoder(Decoder):
         """As far as all is held that a block would see from there; there is no way back into what a rollout began
         with, nor to before a shot whose first frames are pinned."""
         end, sizes = self._next_frame, [0]
-        branch = self.branches[0]
+        pinned = [shot for shot in self.branches[0].shots if shot < self.table.next_frame]
         for clean in reversed(self.recent):
-            if clean.block.first in branch.shots and clean is not branch.pending:
+            if clean.block.first in pinned:
                 break
             given = clean.block.first < self.model.adapter.overlap and self.frames != end  # to a later rollout
             if given or self.table.gone(clean.block.first):
@@ -306,6 +306,6 @@ class SequentialDecoder(Decoder):
         return SAMPLERS[self.model.adapter.sampler](levels, lambda: self._noise(frames))
 
 
-def _begun(x: Tensor, opening: Tensor | None) -> Tensor:
+def _begun(x: Tensor, given: Tensor | None) -> Tensor:
     """A block that begins with these frames, if any are given."""
-    return x if opening is None else torch.cat([opening.to(x), x[len(opening) :]])
+    return x if given is None else torch.cat([given.to(x), x[len(given) :]])

@@ -134,7 +134,7 @@ class Wan(Model):
             raise ValueError(f"image must be given: videos of {self.adapter.name} begin with a picture")
         picture = self._checked(picture)
         other = copy.copy(self)
-        other.opening = self.encode(picture[None]).to(self.device)
+        other.first_latents = self.encode(picture[None]).to(self.device)
         other.begun_with = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
         return other
 
@@ -191,7 +191,7 @@ class Wan(Model):
         """The same from a prompt's embedding [tokens, text_dim]."""
         if self.needs_picture and self.concat_latents is None:
             raise ValueError(f"image: {self.adapter.name} is conditioned on the first picture: see for_video")
-        if self.adapter.picture and self.opening is None:
+        if self.adapter.picture and self.first_latents is None:
             raise ValueError(f"image: videos of {self.adapter.name} begin with a picture: see with_picture")
         made = self.network.cross_cache(embedding.to(self.device), self.tokens)
         return dataclasses.replace(made, begins_shot=begins_shot)

@@ -202,8 +202,11 @@ def _eight_bit_layer(
     return quantized_layer(name, _assemble(tensors, name + WEIGHT).to(device), bias, linear)
 
 
-def save_network(network: WanNetwork, path: Path) -> None:
+def save_network(network: WanNetwork, path: Path, source: str = "") -> None:
     """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file.
+
+    Args:
+        source: name of the file that it was made from, which may say whose weights they are.
 
     Raises:
         ValueError: the file can't be written; what was at `path` is as it was.
@@ -211,7 +214,7 @@ def save_network(network: WanNetwork, path: Path) -> None:
     config = json.dumps(dataclasses.asdict(network.config))
     state = checkpoint_tensors(network)
     with atomic_write(path, "out") as part:
-        save_file(state, part, metadata={"format": FORMAT, "config": config})
+        save_file(state, part, metadata={"format": FORMAT, "config": config, "source": source})
 
 
 def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str) -> WanConfig:
