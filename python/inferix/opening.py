@@ -113,9 +113,14 @@ def working_format(model: Model) -> str:
 
 def say_unusual(adapter: Adapter, policy: Policy) -> None:
     """Log, as a warning of one line, how a world reads its past otherwise than its model was made for."""
-    fields = ("window", "sink", "past_bias", "time")
-    if other := [name for name in fields if getattr(policy, name) != getattr(adapter, name)]:
-        made, run = (", ".join(f"{name}={getattr(of, name)}" for name in other) for of in (adapter, policy))
+    fields = {
+        "window": (adapter.window, policy.window),
+        "sink": (adapter.sink, policy.sink),
+        "past_bias": (adapter.past_bias, policy.past_bias),
+        "time": (adapter.time, policy.time),
+    }
+    if other := {name: pair for name, pair in fields.items() if pair[0] != pair[1]}:
+        made, run = (", ".join(f"{name}={pair[i]}" for name, pair in other.items()) for i in range(2))
         logging.getLogger("inferix").warning(f"{adapter.name} was made for {made}, and is run with {run}")
 
 

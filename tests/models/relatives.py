@@ -165,12 +165,12 @@ RUNS = {
     "longlive-infinity, a new prompt at frame 15": functools.partial(
         longlive, "longlive_infinity", 15, name="longlive-infinity", time="relative"
     ),
+    "longlive-2": longlive_2,
+    "longlive-2-i2v": functools.partial(longlive_2, picture=True),
     "infinity-rope": infinity_rope,
     "causal-forcing-framewise-2step": causal_forcing,
     "causvid, overlap of 6": causvid,
     "krea-realtime": functools.partial(krea, "krea-realtime"),
-    "longlive-2": longlive_2,
-    "longlive-2-i2v": functools.partial(longlive_2, picture=True),
     "krea-realtime-first-frame": functools.partial(krea, "krea-realtime-first-frame"),
     "rolling-forcing": rolling_forcing,
     "reward-forcing": reward_forcing,

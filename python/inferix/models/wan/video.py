@@ -116,7 +116,7 @@ class VideoStream(PictureStream):
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> np.ndarray:
-        """[frames, channels, h, w] -> uint8 [pictures, height, width, 3]; no pictures of no frames, as a pipeline fills."""
+        """[frames, channels, h, w] -> uint8 [pictures, height, width, 3]; none of no frames, as a pipeline fills."""
         if not len(latents):
             height, width = (self.vae.stride * side for side in latents.shape[2:])
             return np.empty((0, height, width, 3), np.uint8)
