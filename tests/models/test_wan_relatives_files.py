@@ -72,6 +72,15 @@ def test_weights_that_are_not_those_a_row_is_published_as(state, folder, caplog)
     assert "holds generator and no generator_ema, as which self-forcing is published" in message
 
 
+def test_weights_that_were_trained_for_four_bits(folder, caplog):
+    other = published(random_network(tiny_config(ffn=64, channels_in=48, channels_out=48)))
+    torch.save({"generator": other, "checkpoint_format": "longlive_generator_merged_bf16"}, folder / "model_te.pt")
+    with caplog.at_level(logging.WARNING, "inferix"):
+        load_model("longlive-2", str(folder), size=(64, 96))
+    (message,) = caplog.messages
+    assert "model_te.pt was trained to be rounded to NVFP4 as it runs" in message
+
+
 def test_the_size_of_another_relative(tmp_path, caplog):
     config = WanConfig(dim=5120, layers=40, heads=40, ffn=13824)
     for row, told in (("krea-realtime", 0), ("wan-t2v", 0), ("self-forcing", 1), ("longlive-2", 1)):

@@ -31,6 +31,8 @@ FAMILIES = (
     "wan",
 )
 OF_ANOTHER = {"infinity-rope": "self-forcing"}  # a way to sample another family's weights
+# What LongLive 2's save_merged_nvfp4_generator.py calls its files for TransformerEngine (model_te.pt).
+FOR_FOUR_BITS = "longlive_generator_merged_bf16"
 # (width, layers) that a family was published with; two of Wan itself.
 SMALL, FIVE, LARGE = (1536, 30), (3072, 30), (5120, 40)
 SIZES = {"krea-realtime": (LARGE,), "longlive-2": (FIVE,), "wan": (SMALL, LARGE)}
@@ -83,6 +85,8 @@ def say_whose(
     held = metadata.get("holds", "").split(", ")
     if len(parts) > 1 and parts[0] not in held and parts[1] in held:
         log.warning(f"weights: {path} holds {parts[1]} and no {parts[0]}, as which {row} is published")
+    if metadata.get("checkpoint_format") == FOR_FOUR_BITS:
+        log.warning(f"weights: {path} was trained to be rounded to NVFP4 as it runs, and is run here without")
     size, sizes = (config.dim, config.layers), SIZES.get(own, (SMALL,))
     if own and size not in sizes and size in (SMALL, FIVE, LARGE):
         wide = " or ".join(str(dim) for dim, _ in sizes)
