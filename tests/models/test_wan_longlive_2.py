@@ -15,7 +15,7 @@ from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.vae import VAE, load_vae
 from inferix.world import World
 from tests.models.test_wan_world import Pictures, text
-from tests.models.wan_folder import write_encoder, write_network, write_published_vae22, write_vae22
+from tests.models.wan_folder import write_folder, write_network, write_published_vae22, write_vae22
 from tests.models.wan_golden import random_network, tiny_config
 
 SIZE, CUT = (64, 96), ADAPTERS["longlive-2"].shots.cut
@@ -93,6 +93,14 @@ def test_a_world_of_shots_is_saved_forked_and_rewound(model, tmp_path):
         saved.load(world, tmp_path / "world")
 
 
+def test_a_run_of_shots_is_taken_up_bit_for_bit(model):
+    prompts = ["fog", None, CUT + "rain", None, None, CUT + "snow", None]
+    whole, again = made(World(model, kv="int8"), prompts), World(model, kv="int8")
+    for latents, prompt in zip(whole[:8].split(2), prompts):
+        again.replay(latents, prompt=prompt)
+    assert torch.equal(made(again, prompts[4:]), whole[8:])
+
+
 def test_recaching_keeps_to_the_room_that_there_is(model):
     """Under a new prompt, with a shot pinned behind the window: the store has room for 8 frames."""
     world = World(model, kv="fp32")
@@ -158,11 +166,7 @@ def test_blocks_are_decoded_as_the_whole_video_is(tmp_path):
 def folder(tmp_path_factory):
     for library in ("diffusers", "transformers", "ftfy"):
         pytest.importorskip(library, reason=f"{library} is not installed (extra: wan)")
-    folder = tmp_path_factory.mktemp("weights")
-    write_network(folder, **FIVE)
-    write_encoder(folder)
-    write_vae22(folder)
-    return folder
+    return write_folder(tmp_path_factory.mktemp("weights"), wan22=True)
 
 
 @pytest.mark.parametrize("model", ["longlive-2", "longlive-2-i2v"])

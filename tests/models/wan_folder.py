@@ -1,7 +1,7 @@
 """A folder as people have it on disk, with tiny random weights: network, text encoder, tokenizer and VAE.
 
-Needs diffusers and transformers. `python -m tests.models.wan_folder FOLDER [--image]` writes one,
-with --image that of an image-to-video model.
+Needs diffusers and transformers. `python -m tests.models.wan_folder FOLDER [--image | --wan22]` writes
+one, with --image that of an image-to-video model, with --wan22 LongLive 2's.
 """
 
 import argparse
@@ -138,12 +138,13 @@ def write_published_vae22(path):
     return vae
 
 
-def write_folder(folder, image=False):
-    """`image`: an image-to-video network, with the tower that looks at the picture."""
+def write_folder(folder, image=False, wan22=False):
+    """With `image` an image-to-video network and the tower that looks at the picture, with `wan22` Wan2.2's latents."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_network(folder, **({"channels_in": 36, "image_dim": 160} if image else {}))
+    sizes = {"channels_in": 36, "image_dim": 160} if image else {}
+    write_network(folder, **({"channels_in": 48, "channels_out": 48} if wan22 else sizes))
     write_encoder(folder)
-    write_vae(folder)
+    (write_vae22 if wan22 else write_vae)(folder)
     if image:
         write_image_encoder(folder)
     return folder
@@ -153,5 +154,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--image", action="store_true", help="an image-to-video model")
+    parser.add_argument("--wan22", action="store_true", help="LongLive 2's latents of 48 channels")
     args = parser.parse_args()
-    print(write_folder(args.folder, args.image))
+    print(write_folder(args.folder, args.image, args.wan22))
