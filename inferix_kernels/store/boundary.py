@@ -29,7 +29,8 @@ def turn_page(table: TableView, block_end: int, seal: bool = False) -> Past:
     past = table.state.sealed() if seal else table.state
     fetched, past = past.fetched, past.turned()
     stay = past.pinned | (past.held.keys() - past.slots.keys()) if policy.archive else past.pinned
-    leaving = [frame for frame in past.held if frame not in stay and not policy.keeps(frame, block_end)]
+    window_end = block_end + policy.crowded(block_end, past.pinned)
+    leaving = [frame for frame in past.held if frame not in stay and not policy.keeps(frame, window_end)]
     if policy.archive:
         # What was fetched from beyond the window is there for the next block, and then waits again.
         back = [frame for frame in leaving if frame in fetched]

@@ -224,7 +224,7 @@ class PageTable(TableView):
     def gone(self, end: int) -> list[int]:
         """Frames before `end`, ten at most, that the next block would see from there and that are held no more."""
         policy, end = self.policy, whole("end", end)
-        held, horizon = self.state.held, end + self.store.block_frames
+        held, horizon = self.state.held, self.window_end(end + self.store.block_frames)
         recent = 0 if policy.window is None else min(end, max(0, horizon - policy.window))
         seen = chain(range(min(policy.sink, recent)), range(recent, end))
         return list(islice((frame for frame in seen if frame not in held), 10))

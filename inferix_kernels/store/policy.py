@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._check import check_counts, is_whole
@@ -35,6 +35,8 @@ class Policy:
         archive: frames that leave the window go to host memory instead of being forgotten.
         on_evict: called as on_evict(table, frame) before a frame leaves the window; it may rewrite the sink, convert,
             pin, fork and so on, but neither open, seal or forget blocks of this world nor rewind it.
+        pins_in_window: pinned frames that the window has left behind take their room from it: a block sees no more than
+            sink + window frames. Otherwise they are seen besides these.
 
     Example:
         >>> policy = Policy(window=18, sink=3, format="int8", older=(9, "int4"))
@@ -52,6 +54,7 @@ class Policy:
     time: str = "absolute"
     archive: bool = False
     on_evict: Callable[[Any, int], None] | None = None
+    pins_in_window: bool = False
 
     def __post_init__(self) -> None:
         for name in ("window", "sink", "undo"):
@@ -83,8 +86,9 @@ class Policy:
             )
         if self.time not in TIMES:
             raise ValueError(f"time must be one of {', '.join(TIMES)}, got {self.time!r}")
-        if not isinstance(self.archive, bool):
-            raise ValueError(f"archive must be True or False, got {self.archive!r}")
+        for name in ("archive", "pins_in_window"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.on_evict is not None and not callable(self.on_evict):
             raise ValueError(f"on_evict must be a function of (table, frame), got {self.on_evict!r}")
 
@@ -100,6 +104,21 @@ class Policy:
 
     def keeps(self, frame: int, block_end: int) -> bool:
         return self.window is None or frame < self.sink or frame >= block_end - self.window - self.undo
+
+    def crowded(self, block_end: int, pinned: Iterable[int]) -> int:
+        """How many frames pinned ones take from the window of a block that ends before `block_end`: it sees, and the
+        world keeps, the recent frames of a block that ends so many later.
+
+        Example:
+            >>> policy = Policy(window=12, sink=4, pins_in_window=True)
+            >>> policy.crowded(20, pinned=range(8, 12)), policy.crowded(24, pinned=range(8, 12))
+            (0, 4)
+        """
+        taken = 0
+        if self.pins_in_window and self.window is not None:
+            for frame in sorted(pinned):
+                taken += self.sink <= frame < block_end - self.window + taken
+        return taken
 
     def format_of(self, frame: int, block_end: int) -> str:
         """The format of a frame while the block that ends before `block_end` is made.

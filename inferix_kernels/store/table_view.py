@@ -160,8 +160,18 @@ class TableView:
             >>> table.past(block)
             [0, 9, 10, 11, 12, 13, 14]
         """
-        past, sees = self.state, self.policy.sees
-        return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, block.end))]
+        past, sees, end = self.state, self.policy.sees, self.window_end(block.end)
+        return [f for f in past.held if f < block.first and (f in past.pinned or sees(f, end))]
+
+    def window_end(self, block_end: int) -> int:
+        """Where a block that ends before `block_end` would end if its window had no pinned frames to make room for:
+        what `Policy.sees` and `Policy.keeps` are asked about.
+
+        Example:
+            >>> table.window_end(18)  # pinned frames take no room from the window, unless the policy says so
+            18
+        """
+        return block_end + self.policy.crowded(block_end, self.state.pinned)
 
     def seen(self, block: Block, blocks: Sequence[Block], see: Sequence[int] | None) -> Sequence[Slot | int]:
         """What a block of a pass reads besides itself, in the order of `see` or as the policy says: slots of frames
@@ -189,7 +199,8 @@ class TableView:
         if see is not None:
             return [whole("see", frame) for frame in see]
         others = [frame for other in blocks if other is not block for frame in other.frames]
-        return self.past(block) + [f for f in others if f < block.first and self.policy.sees(f, block.end)]
+        end = self.window_end(block.end)
+        return self.past(block) + [f for f in others if f < block.first and self.policy.sees(f, end)]
 
     @property
     def can_fuse(self) -> bool:

@@ -74,6 +74,11 @@ def conditioning_of(model: Model, actions: Sequence[Action], prompt: str | None)
     return model.conditioning(prompt, actions)
 
 
+def lasting(adapter: Adapter, prompt: str | None) -> str | None:
+    """The prompt of the blocks after the one that this was given with: without what begins a shot."""
+    return prompt.removeprefix(adapter.shots.cut) if prompt and adapter.shots else prompt
+
+
 def latents_of(model: Model, frames: np.ndarray, actions: Sequence[Action]) -> Tensor:
     """Given pictures uint8 [n, height, width, 3], encoded: [frames, *latent_shape].
 

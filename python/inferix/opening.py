@@ -95,7 +95,10 @@ def policy_for(
         past_bias=adapter.past_bias if past_bias is None else past_bias,
         time=adapter.time if time is None else time,
         on_evict=adapter.on_evict if on_evict is None else on_evict,
+        pins_in_window=adapter.shots is not None,
     )
+    if adapter.shots is not None and policy.time != "absolute":
+        raise ValueError(f"time must be absolute: {adapter.name} counts it through the shots of a video, got {time!r}")
     if policy.window is None or policy.window < largest:
         raise ValueError(f"window must be at least the {largest} frames of one block, which it counts, got {window}")
     if adapter.moving_sink and undo:
@@ -106,6 +109,19 @@ def policy_for(
 def working_format(model: Model) -> str:
     """Of scratch, and of what else is not to be rounded."""
     return scratch_format(model.device, torch.bfloat16 if model.linear else model.dtype)  # 8 bits give no more
+
+
+def say_unusual(adapter: Adapter, policy: Policy) -> None:
+    """Log, as a warning of one line, how a world reads its past otherwise than its model was made for."""
+    fields = {
+        "window": (adapter.window, policy.window),
+        "sink": (adapter.sink, policy.sink),
+        "past_bias": (adapter.past_bias, policy.past_bias),
+        "time": (adapter.time, policy.time),
+    }
+    if other := {name: pair for name, pair in fields.items() if pair[0] != pair[1]}:
+        made, run = (", ".join(f"{name}={pair[i]}" for name, pair in other.items()) for i in range(2))
+        logging.getLogger("inferix").warning(f"{adapter.name} was made for {made}, and is run with {run}")
 
 
 def open_store(model: Model, policy: Policy, worlds: int, backend: str, precision: str) -> KVStore:

@@ -156,7 +156,7 @@ def read(world: World, folder: str | Path) -> dict[str, Any]:
 def _right(world: World, state: dict[str, Any]) -> dict[str, bool]:
     """What else `state` holds, by name: is it of the kind that `save` writes? A checksum can be right all the same."""
     prompt, frames, recent = state.get("prompt", 0), state.get("frames"), state.get("recent")
-    opening = state.get("opening")
+    opening, shots = state.get("opening"), state.get("shots") or []
     blocks = recent if isinstance(recent, list) else [None]
     return {
         "prompt": isinstance(prompt, str | None),
@@ -164,6 +164,9 @@ def _right(world: World, state: dict[str, Any]) -> dict[str, bool]:
         "generator": _is_generator_state(world, state.get("generator")),
         "recent": all(_is_block(world, block) for block in blocks),
         "opening": opening is None or _is_block(world, (0, 1, opening)),
+        "shots": isinstance(shots, list)
+        and all(type(shot) is int and shot > 0 for shot in shots)
+        and shots == sorted(set(shots)),
         "carried": _is_carried(world, state.get("carried"), len(blocks)),
         "pictures": isinstance(state.get("pictures", 0), dict if world.pictures.stream.looks_back else type(None)),
     }

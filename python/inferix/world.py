@@ -22,7 +22,7 @@ from .decode.contract import Model
 from .facts import Facts
 from .finite import NotFinite
 from .history import Coming, Pictures
-from .inputs import Action, actions_of, conditioning_of, latents_of, recache_of
+from .inputs import Action, actions_of, conditioning_of, lasting, latents_of, recache_of
 from .models import load_model
 from .opening import (
     check_counts,
@@ -32,6 +32,7 @@ from .opening import (
     open_store,
     policy_for,
     recorder_for,
+    say_unusual,
     working_format,
 )
 from .tracing import shown
@@ -108,6 +109,7 @@ class World(Facts):
         working = working_format(self.model)
         policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
         check_counts(adapter, blocks, worlds)
+        say_unusual(adapter, policy)
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
@@ -139,7 +141,8 @@ class World(Facts):
         Args:
             actions: one per frame of the block; none for a model that takes none.
             action: in their place, one held for the whole block.
-            prompt: of the world from this block on; None keeps the last prompt.
+            prompt: of the world from this block on; None keeps the last prompt. Of a model whose videos have several
+                shots, one that begins with `Shots.cut` of its adapter begins another.
             recache: when the prompt changes, compute what the window remembers again under the new one, in the way of
                 the model's adapter (True) or one that is named; see inferix.decode.contract.RECACHES. None does as the
                 adapter says. Not for a model that takes actions: each block was made under its own.
@@ -251,8 +254,9 @@ class World(Facts):
         latents = latents_of(self.model, frames, actions)
         sizes, seen = self.decoder.split_observed(len(latents)), []
         ends = accumulate(sizes, initial=0)
-        conditionings = [self._condition(actions[start:end], prompt) for start, end in pairwise(ends)]
-        self.prompt = self.prompt if prompt is None else prompt
+        then = lasting(self.model.adapter, prompt)
+        conditionings = [self._condition(actions[i:end], then if i else prompt) for i, end in pairwise(ends)]
+        self.prompt = self.prompt if then is None else then
         for block, conditioning in zip(latents.split(sizes), conditionings):
             before = self.frames
             self.decoder.observe(block, conditioning)
@@ -376,7 +380,7 @@ class World(Facts):
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
             self.decoder.recache(conditioning, wanted)
         self._warm_up(conditioning)
-        self.prompt = self.prompt if prompt is None else prompt
+        self.prompt = self.prompt if prompt is None else lasting(self.model.adapter, prompt)
         with self._ends_if_not_finite():
             if latents is None:
                 self.latents = self.decoder.step(conditioning)

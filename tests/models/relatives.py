@@ -3,6 +3,7 @@
 `python -m tests.models.relatives` prints the table of docs/models.md.
 """
 
+import dataclasses
 import functools
 
 import torch
@@ -138,12 +139,34 @@ def reward_forcing(way, kv="fp32"):
     return Replayed(decoder, pairs, cached(range(3, 25, 3), 9, sink=3))
 
 
+def longlive_2(way, kv="fp32", picture=False):
+    """Twelve blocks of 4 frames in four shots; its cache of 16 frames counts its sink of 4 and what is pinned. Or three
+    blocks, two shots, of a video that begins with a picture."""
+    tensors, name = recorded("longlive_2"), "longlive-2-i2v" if picture else "longlive-2"
+    policy, shots = Policy(window=12, sink=4, pins_in_window=True), dataclasses.replace(ADAPTERS[name].shots, offset=4)
+    model, table = over(way, tensors, name, policy, kv, block_frames=4, shots=shots)
+    model.first_latents = tensors["picture"] if picture else None
+    prompts = [0, 0, 1] if picture else [0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 5, 5]
+    decoder = Replay(model, table, tensors["noise"][0].split(4)[: len(prompts)])
+    # The recorded prompts: fog, another shot with rain, rain, another with snow, another with sun, sun.
+    said = [model.conditioning_from(tensors[f"prompts.p{i}"][0], begins_shot=i in (1, 3, 4)) for i in range(6)]
+    latents = played(decoder, [said[i] for i in prompts])
+    theirs = tensors["latents.picture" if picture else "latents"]
+    # The blocks in its cache, as recorded.
+    blocks = ((0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 2, 3, 4), (0, 2, 4, 5), (0, 2, 5, 6), (0, 5, 6, 7))
+    blocks += ((0, 6, 7, 8), (0, 7, 8, 9), (0, 7, 9, 10), (0, 7, 10, 11))
+    held = [[frame for block in each for frame in range(4 * block, 4 * block + 4)] for each in blocks]
+    return Replayed(decoder, {"latents": (latents, theirs)}, held[: len(prompts)])
+
+
 RUNS = {
     "longlive, a new prompt at frame 12": functools.partial(longlive, "longlive_switch12", 12),
     "longlive, a new prompt at frame 15": functools.partial(longlive, "longlive_switch15", 15),
     "longlive-infinity, a new prompt at frame 15": functools.partial(
         longlive, "longlive_infinity", 15, name="longlive-infinity", time="relative"
     ),
+    "longlive-2": longlive_2,
+    "longlive-2-i2v": functools.partial(longlive_2, picture=True),
     "infinity-rope": infinity_rope,
     "causal-forcing-framewise-2step": causal_forcing,
     "causvid, overlap of 6": causvid,

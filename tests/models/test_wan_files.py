@@ -41,7 +41,10 @@ def test_clips_and_pictures_that_do_not_do_name_what_does(folder, prompt_cache, 
         video.write(np.zeros((8, *SIZE, 3), np.uint8))
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "first.png")
     steps = [f"causal-forcing-framewise{steps}" for steps in ("", "-2step", "-1step")]
-    rows = f"{', '.join(['self-forcing-framewise', 'self-forcing-first-frame', *steps])} take one picture"
+    rows = (
+        ", ".join(["self-forcing-framewise", "self-forcing-first-frame", *steps, "longlive-2-i2v"])
+        + " take one picture"
+    )
     cases = [
         (["--video", tmp_path / "clip.mp4"], "--video: self-forcing goes on from at least 9 pictures, got 8"),
         (["--image", tmp_path / "first.png"], f"--image: self-forcing begins with several pictures: {rows}"),

@@ -1,7 +1,7 @@
 """A folder as people have it on disk, with tiny random weights: network, text encoder, tokenizer and VAE.
 
-Needs diffusers and transformers. `python -m tests.models.wan_folder FOLDER [--image]` writes one,
-with --image that of an image-to-video model.
+Needs diffusers and transformers. `python -m tests.models.wan_folder FOLDER [--image | --wan22]` writes
+one, with --image that of an image-to-video model, with --wan22 LongLive 2's.
 """
 
 import argparse
@@ -95,12 +95,56 @@ def write_published_vae(path, width=8):
     return theirs
 
 
-def write_folder(folder, image=False):
-    """`image`: an image-to-video network, with the tower that looks at the picture."""
+def vae22():
+    """Wan2.2's VAE, thin, as diffusers has it."""
+    from diffusers import AutoencoderKLWan
+
+    from inferix.models.wan.vae import SIZES22
+
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=4, decoder_base_dim=4, **SIZES22).eval().requires_grad_(False)
+
+
+def write_vae22(folder):
+    vae = vae22()
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+def write_published_vae22(path):
+    """The same in a file under the names that Wan published; returns diffusers' model of it."""
+    vae, state = vae22(), {}
+    parts = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    parts |= {"conv_shortcut": "shortcut"}
+    whole = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
+    whole |= {f"{side}.conv_in": f"{side}.conv1" for side in ("encoder", "decoder")}
+    whole |= {f"{side}.norm_out": f"{side}.head.0" for side in ("encoder", "decoder")}
+    whole |= {f"{side}.conv_out": f"{side}.head.2" for side in ("encoder", "decoder")}
+    for name, x in vae.state_dict().items():
+        module, leaf = name.rsplit(".", 1)
+        side, *rest = module.split(".")
+        if module in whole:
+            module = whole[module]
+        elif rest[0] == "mid_block":
+            rest = rest[1:]
+            middle = "1" if rest[0] == "attentions" else str(2 * int(rest[1]))
+            module = f"{side}.middle.{middle}.{parts.get(rest[2], rest[2])}"
+        else:  # a level: its residual blocks, and what changes the size behind them
+            way, last, rest = "down" if side == "encoder" else "up", 2 if side == "encoder" else 3, rest[1:]
+            at, tail = (rest[2], parts[rest[3]]) if rest[1] == "resnets" else (last, ".".join(rest[2:]))
+            module = f"{side}.{way}samples.{rest[0]}.{way}samples.{at}.{tail}"
+        state[f"{module}.{leaf}"] = x
+    torch.save(state, path)
+    return vae
+
+
+def write_folder(folder, image=False, wan22=False):
+    """With `image` an image-to-video network and the tower that looks at the picture, with `wan22` Wan2.2's latents."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_network(folder, **({"channels_in": 36, "image_dim": 160} if image else {}))
+    sizes = {"channels_in": 36, "image_dim": 160} if image else {}
+    write_network(folder, **({"channels_in": 48, "channels_out": 48} if wan22 else sizes))
     write_encoder(folder)
-    write_vae(folder)
+    (write_vae22 if wan22 else write_vae)(folder)
     if image:
         write_image_encoder(folder)
     return folder
@@ -110,5 +154,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--image", action="store_true", help="an image-to-video model")
+    parser.add_argument("--wan22", action="store_true", help="LongLive 2's latents of 48 channels")
     args = parser.parse_args()
-    print(write_folder(args.folder, args.image))
+    print(write_folder(args.folder, args.image, args.wan22))

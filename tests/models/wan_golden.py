@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from inferix.decode.sequential import SequentialDecoder
 from inferix.models.wan import ADAPTERS, Wan
+from inferix.models.wan.adapters import latents_of
 from inferix.models.wan.checkpoint import config_of
 from inferix.models.wan.names import canonical
 from inferix.models.wan.network import WanConfig, WanNetwork
@@ -98,7 +99,7 @@ class Replay(SequentialDecoder):
 
 def model_for(tensors, name, dtype=torch.float32, **changes):
     noise = next(tensors[name] for name in ("inputs.noise", "noise", "noise.0") if name in tensors)
-    height, width = (8 * side for side in noise.shape[-2:])
+    height, width = (latents_of(ADAPTERS[name]).stride * side for side in noise.shape[-2:])
     adapter = dataclasses.replace(ADAPTERS[name], size=(height, width), **changes)
     return Wan(network_from(tensors, dtype), adapter)
 
@@ -165,7 +166,7 @@ class DensePass:
         if self.commit is not None:
             table.cache[layer].update({frame: made[frame] for frame in self.commit.frames})
         held, out = table.cache[layer] | made, []
-        sees = self.see or [[f for f in held if f < b.first and table.policy.sees(f, b.end)] for b in self.blocks]
+        sees = self.see or [[f for f in held if f < b.first and table.sees(f, b.end)] for b in self.blocks]
         for block, others in zip(self.blocks, sees):
             seen = sorted({*others, *block.frames})
             queries, (keys, values) = self._rows(q, block), (torch.cat(part) for part in zip(*(held[f] for f in seen)))
@@ -202,7 +203,19 @@ class DenseTable:
     @property
     def held(self):
         end = self.open[-1].end if self.open else self.next_frame
-        return [frame for frame in self.sealed if self.policy.sees(frame, end)]
+        return [frame for frame in self.sealed if self.sees(frame, end)]
+
+    def sees(self, frame, end):
+        return frame in self.pinned or self.policy.sees(frame, self.window_end(end))
+
+    def window_end(self, end):
+        return end + self.policy.crowded(end, self.pinned)
+
+    def pin(self, frames):
+        self.pinned |= set(frames)
+
+    def unpin(self, frames):
+        self.pinned -= set(frames)
 
     def open_block(self, frames):
         first = self.open[-1].end if self.open else self.next_frame
@@ -229,6 +242,7 @@ class DenseTable:
 
     def forget(self, frames):
         self.sealed = [frame for frame in self.sealed if frame not in frames]
+        self.unpin(frames)
         for layer in self.cache:
             for frame in frames:
                 layer.pop(frame, None)
@@ -236,6 +250,7 @@ class DenseTable:
     def fork(self):
         other = copy.copy(self)
         other.cache, other.sealed, other.open = [dict(layer) for layer in self.cache], list(self.sealed), []
+        other.pinned = set(self.pinned)
         return other
 
     def gather(self, layer, frames):

@@ -145,6 +145,24 @@ def test_pinned_frames_stay_and_are_seen():
     assert 1 not in table.held
 
 
+def test_pinned_frames_behind_the_window_take_their_room_from_it():
+    """As many frames are held and seen as the store has room for, and the way back is as short as what is held."""
+    table = open_store(frames=8, block_frames=2).open(Policy(window=6, sink=2, pins_in_window=True, undo=0))
+    add_blocks(table, 2, frames=2)
+    table.pin([2, 3])
+    add_blocks(table, 2, frames=2)
+    block = table.open_block(2)
+    assert table.past(block) == [0, 1, 2, 3, 6, 7]  # 4 and 5 made room
+    table.abandon()
+    assert not table.gone(8) and table.gone(6) == [4, 5]
+    add_blocks(table, 4, frames=2)
+    assert list(table.held) == [0, 1, 2, 3, 12, 13, 14, 15]
+    table.unpin([2, 3])
+    table.pin([14, 15])  # still in the window, where they take no room from it
+    block = table.open_block(2)
+    assert table.past(block) == [0, 1, 12, 13, 14, 15]
+
+
 def test_a_policy_may_pin_what_leaves_the_window():
     """The last two even frames that left stay, and are seen."""
 

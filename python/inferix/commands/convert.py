@@ -54,7 +54,7 @@ def convert(config: ConvertConfig | None = None, /, **options: Any) -> Converted
     """
     config = configured(ConvertConfig, config, options)
     from ..models.wan import Wan
-    from ..models.wan.checkpoint import save_network
+    from ..models.wan.checkpoint import find_checkpoint, save_network
 
     out = Path(config.out)
     if out.suffix != ".safetensors":  # by which a checkpoint's format is recognised
@@ -63,7 +63,7 @@ def convert(config: ConvertConfig | None = None, /, **options: Any) -> Converted
     model = load_model(config.model, str(config.source), dtype=DTYPES[config.dtype], **config.arguments("model"))
     if not isinstance(model, Wan):
         raise ValueError(f"model must be a Wan model, got {config.model!r}")
-    save_network(model.network, out)
+    save_network(model.network, out, source=find_checkpoint(config.source).name)
     network = model.network.config
     return ConvertedCheckpoint(out, network.layers, network.dim, network.heads, config.dtype, model.linear)
 

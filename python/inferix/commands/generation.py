@@ -187,9 +187,12 @@ def _given(config: GenerateConfig, model: Model, total: int) -> np.ndarray | Non
     """What the video begins with; of a clip the longest start that makes whole blocks."""
     adapter = model.adapter
     for option in ("image", "video"):
-        if getattr(config, option) is not None and adapter.actions and not (adapter.picture and option == "image"):
-            what = "a picture" if adapter.picture else "words"
-            raise ValueError(f"{option} must not be given: {adapter.name} begins with {what} and actions alone")
+        alone = adapter.actions or adapter.picture
+        if getattr(config, option) is not None and alone and not (adapter.picture and option == "image"):
+            what = " and ".join(
+                ["a picture"] * adapter.picture + ["words"] * adapter.words + ["actions"] * bool(adapter.actions)
+            )
+            raise ValueError(f"{option} must not be given: {adapter.name} begins with {what} alone")
     if config.image is not None:
         picture = read_picture(config.image, adapter.size, "image")
         if not adapter.at_once and not adapter.picture and not whole_start(model, 1):
@@ -209,5 +212,5 @@ def _given(config: GenerateConfig, model: Model, total: int) -> np.ndarray | Non
 def _beginning_with_one(config: GenerateConfig) -> str:
     """Names the models of the same family that take one picture."""
     rows = getattr(importlib.import_module(MODELS[config.model]), "ADAPTERS", {})
-    names = [name for name, row in rows.items() if row.frames(first=True) == 1 and not row.at_once]
+    names = [name for name, row in rows.items() if (row.frames(first=True) == 1 or row.picture) and not row.at_once]
     return f": {', '.join(names)} take one picture" if names else ""

@@ -61,6 +61,7 @@ class Maker:
         self.wanted = np.linspace(0, total - 1, min(total, SHEET_COLUMNS * SHEET_ROWS)).astype(int).tolist()
         self.shown: dict[int, np.ndarray] = {}  # frames for the contact sheet
         self.begun = 0
+        self._said: str | None = None  # the prompt that holds
         self._beside = Beside("inferix-writer")
         self._writing: Future[None] | None = None  # the last block's pictures
         self._turn, self._given_up = threading.Lock(), False  # to write; nothing is written any more
@@ -88,7 +89,7 @@ class Maker:
             started = time.perf_counter()
             try:
                 if given is not None:
-                    pictures = self.world.observe(given, prompt=self.prompts.at(0.0))
+                    pictures = self.world.observe(given, prompt=self._new_prompt(0.0))
                     self._write(lambda: pictures)
                 while self.begun < self.total and not interrupt.asked:
                     self._make(next(made_before, None))
@@ -109,12 +110,17 @@ class Maker:
         if self.actions is not None:
             chosen = [next(self.actions) for _ in range(world.model.adapter.block_frames)]
         begins = self.begun + world.ahead * presentation.pictures
-        coming = world.advance(chosen, prompt=self.prompts.at(begins / presentation.fps), latents=latents)
+        coming = world.advance(chosen, prompt=self._new_prompt(begins / presentation.fps), latents=latents)
         self.seconds.append(world.denoising)
         if self.journal is not None and latents is None:
             with profile.timed("journal"):
                 self.journal.append(world.latents)
         self._write(coming.result)
+
+    def _new_prompt(self, seconds: float) -> str | None:
+        """The prompt from there on; None: the last one holds. If given again, it might begin another shot."""
+        before, self._said = self._said, self.prompts.at(seconds)
+        return None if self._said == before else self._said
 
     def _write(self, pictures: Callable[[], np.ndarray]) -> None:
         """Write the pictures of the last block, once they are there, beside what follows."""

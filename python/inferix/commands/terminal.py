@@ -33,6 +33,7 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
     if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         raise ValueError("play needs a terminal for keys and picture; `inferix generate` writes a video instead")
     adapter, pace, prompt = world.model.adapter, 1 / world.model.presentation.fps, prompts[0]
+    new: str | None = prompt
     action = adapter.actions[0] if adapter.actions else None  # None: steered by words alone
     with _raw_terminal():
         due = time.perf_counter()
@@ -41,9 +42,10 @@ def play(world: World, prompts: Sequence[str], keys: Mapping[str, str]) -> None:
                 if key in ("q", "\x03"):
                     return
                 action = keys.get(key, action)
-                prompt = prompts[int(key) - 1] if key.isdigit() and 0 < int(key) <= len(prompts) else prompt
+                if key.isdigit() and 0 < int(key) <= len(prompts):
+                    prompt = new = prompts[int(key) - 1]
             started = time.perf_counter()
-            frames = world.step(action=action, prompt=prompt)
+            frames, new = world.step(action=action, prompt=new), None
             speed = len(frames) / (time.perf_counter() - started)
             for frame in frames:
                 due = max(due + pace, time.perf_counter())  # late frames slip; they are never rushed

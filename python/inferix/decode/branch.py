@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inferix_kernels import PageTable, Pass, PassBuffers, profile
@@ -42,11 +44,15 @@ class Branch:
     Args:
         conditioning: of every block of this branch; None: what the world gives, block by block.
         recorder: captures and replays its forwards; None: each is launched from Python.
+
+    Attributes:
+        shots: the frames that shots after the first one begin with; see contract.Shots.
     """
 
     def __init__(self, model: Model, table: PageTable, conditioning: Any = None, recorder: Recorder | None = None):
         self.model, self.table, self.conditioning = model, table, conditioning
         self.pending: CleanBlock | None = None
+        self.shots: tuple[int, ...] = ()
         self._block: Block | None = None
         self._noisy: Pass | None = None
         self._times, self._recorder = Timesteps(model), recorder
@@ -62,18 +68,23 @@ class Branch:
         """Index of the frame after the last one made."""
         return self.pending.block.end if self.pending else self.table.next_frame
 
-    def open(self, frames: int) -> None:
-        """Begin the next block."""
+    def open(self, frames: int, shot: bool = False) -> None:
+        """Begin the next block, and another shot with it if it is to be one."""
         if self._graphs is not None:
             self._graphs.begin_block()
-        if self.pending and not (self.model.adapter.fused and self.table.can_fuse):
+        # What a shot's first block pins is seen, and makes others unseen, from the next block's first forward on.
+        alone = self.pending is not None and self.pending.block.first in self.shots[-1:]
+        if alone or not (self.model.adapter.fused and self.table.can_fuse):
             self.commit_pending()
         self._block, self._noisy = self.table.open_block(frames), None
+        if shot and self._block.first:
+            self.shots += (self._block.first,)
 
-    def predict(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
-        """The network's prediction for the open block at x; its first forward may commit what is pending."""
+    def predict(self, x: Tensor, t: float, conditioning: Any, given: int = 0) -> Tensor:
+        """The network's prediction for the open block at x, whose first `given` frames are clean; its first forward may
+        commit what is pending."""
         assert self._block is not None
-        noisy = BlockInput(x, self._times(t), self._own(conditioning))
+        noisy = BlockInput(x, self._told(t, len(x), given), self._own(conditioning))
         if self.pending:  # one forward over the clean block and the noisy one, which reads what the former commits
             clean = self.pending.block
             both = self._plan(clean, self._block, commit=clean)
@@ -91,10 +102,10 @@ class Branch:
         self._block = self._noisy = None
         return self.pending
 
-    def take(self, latents: Tensor, conditioning: Any) -> CleanBlock:
+    def take(self, latents: Tensor, conditioning: Any, shot: bool = False) -> CleanBlock:
         """A given clean block as the next one."""
         self.commit_pending()
-        self._block = self.table.open_block(len(latents))
+        self.open(len(latents), shot)
         return self.close(latents, conditioning)
 
     def commit_pending(self) -> None:
@@ -107,13 +118,14 @@ class Branch:
 
     def abandon(self) -> None:
         """Forget the open block; what is pending stays pending."""
+        self._forget_shots(self.next_frame)
         self._block = self._noisy = None
         self.table.abandon(keep=self.pending.block if self.pending else None)
 
     def beside(self, table: PageTable) -> Branch:
         """A branch over this empty table, in this one's memory: for blocks between two blocks of this one."""
         other = copy.copy(self)
-        other.table, other.pending = table, None
+        other.table, other.pending, other.shots = table, None, ()
         return other
 
     def fork(self) -> Branch:
@@ -142,6 +154,7 @@ class Branch:
                 self.pending = dataclasses.replace(pending, block=table.open_block(size))
                 raise
             self.pending = None
+        self._forget_shots(self.next_frame)
 
     def retake(self, begin: int, blocks: Sequence[Tensor], conditioning: Any) -> None:
         """Take the frames from `begin` on again, as blocks of these latents, under another conditioning, with the sink
@@ -165,14 +178,14 @@ class Branch:
 
     def restart(self) -> None:
         """Begin again at frame 0, without a past."""
-        self.pending = None
+        self.pending, self.shots = None, ()
         self.table.abandon()
         self.table.truncate(0)
 
-    def go_on_from(self, table: PageTable) -> None:
+    def go_on_from(self, table: PageTable, shots: Sequence[int] = ()) -> None:
         """Have this past in the place of what was there."""
         self.table.release()
-        self.pending, self.table = None, table
+        self.pending, self.table, self.shots = None, table, tuple(shots)
 
     def without_graphs(self) -> None:
         """Launch every forward from Python from here on."""
@@ -181,7 +194,7 @@ class Branch:
     def _plan(self, *blocks: Block, **options: Any) -> Pass:
         if self._graphs is not None:  # planning writes to memory that a forward on another stream may still read
             self._graphs.follow_stream()
-        rope = self.model.rope([frame for block in blocks for frame in block.frames])
+        rope = self.model.rope([self._time(frame) for block in blocks for frame in block.frames])
         return self.table.plan(blocks, rope, buffers=self._buffers, **options)
 
     def _forward(self, inputs: Sequence[BlockInput], planned: Pass) -> Sequence[Tensor]:
@@ -191,8 +204,28 @@ class Branch:
 
     def _seal(self) -> None:
         assert self.pending is not None
-        self.table.seal(self.pending.block)
+        block = self.pending.block
+        self.table.seal(block)
         self.pending = None
+        if block.first in self.shots[-1:]:
+            sink = self.table.policy.sink
+            self.table.unpin(frame for shot in self.shots for frame in range(shot, shot + sink))
+            self.table.pin(block.frames[:sink])
+
+    def _told(self, t: float, frames: int, given: int) -> Tensor:
+        """The timestep of a block or, where frames at its front are given, of each frame."""
+        if not given:
+            return self._times(t)
+        clean = self._times(self.model.adapter.context_time)
+        return torch.cat([clean.expand(given), self._times(t).expand(frames - given)])
+
+    def _time(self, frame: int) -> int:
+        """Where a frame stands in rotary time."""
+        shots = self.model.adapter.shots
+        return frame + shots.offset * bisect_right(self.shots, frame) if shots else frame
+
+    def _forget_shots(self, end: int) -> None:
+        self.shots = self.shots[: bisect_left(self.shots, end)]
 
     def _clean_input(self, clean: CleanBlock) -> BlockInput:
         t = self._times(self.model.adapter.context_time)

@@ -33,6 +33,22 @@ ROLLOUTS = ("restarted", "encoded", "kept")
 
 
 @dataclasses.dataclass(frozen=True)
+class Shots:
+    """How a video of several shots is made: a prompt that begins with `cut` begins another one with its block. The
+    first `sink` frames of the newest shot are pinned once they are clean, in the place of those of the shot before it,
+    and take their room from the window. Source: multi_shot_sink, multi_shot_rope_offset of github.com/NVlabs/LongLive
+    (7860ad9).
+
+    Attributes:
+        cut: what the prompt of a shot's first block begins with; blocks after it have the rest of that prompt.
+        offset: frames by which rotary time jumps where a shot begins.
+    """
+
+    cut: str
+    offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
     """How a model is sampled.
 
@@ -63,6 +79,7 @@ class Adapter:
         moving_sink: on_evict rewrites the sink, by little each time. So the sink is held in working precision, that of
             scratch, whatever the format of other frames, which would round such changes off; and nothing that left
             the window can be taken back.
+        shots: of a model whose videos may have several; None: a video is one shot.
         stages: of a model with a `Schedule`: blocks in flight, each a stage ahead of the next. 0: one block at a time.
         size: pixels (height, width).
         actions: names of what can be done each frame, the first being nothing; empty if a model takes none.
@@ -94,6 +111,7 @@ class Adapter:
     time: str = "absolute"
     on_evict: Callable[[Any, int], None] | None = None
     moving_sink: bool = False
+    shots: Shots | None = None
     stages: int = 0
     size: tuple[int, int] = (480, 832)
     actions: tuple[str, ...] = ()
@@ -175,7 +193,8 @@ class BlockInput:
 
     Attributes:
         x: [frames, *latent_shape], noisy or clean.
-        t: its timestep, as the network takes it: 0-d float64 on the model's device.
+        t: its timestep, as the network takes it: 0-d float64 on the model's device. [frames] where a block begins with
+            given frames, which are clean (`Model.first_latents`).
         conditioning: as `Model.conditioning` or `Model.variants` made it.
         predict: False if only its keys and values are wanted.
     """
@@ -244,6 +263,8 @@ class Model(abc.ABC):
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
         begun_with: digest of the picture that conditions it (`with_picture`); None: none does.
+        first_latents: [n, *latent_shape] that the first block of a world begins with, clean in each of its steps, from
+            `with_picture`; None: it is all noise.
     """
 
     adapter: Adapter
@@ -259,6 +280,7 @@ class Model(abc.ABC):
     linear: str | None = None
     schedule: Schedule | None = None
     begun_with: str | None = None
+    first_latents: Tensor | None = None
 
     @property
     def only_latents(self) -> bool:
@@ -271,6 +293,10 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def conditioning(self, prompt: str, actions: Sequence[int | str]) -> Any:
         """What steers one block. Raises ValueError for a prompt or an action it does not know."""
+
+    def begins_shot(self, conditioning: Any) -> bool:
+        """Does a block under this conditioning begin another shot? See `Adapter.shots`."""
+        return False
 
     def turn_back(self, frames: int) -> Tensor:
         """[R / 2, 2] (cos, sin) of the rotation that takes queries back by so many frames in time; see Policy.time."""

@@ -148,7 +148,7 @@ class Graphs:
             if kind is None:
                 return self._model.predict(inputs, planned.attend)
             conditionings, forms = self._conditionings.of([block.conditioning for block in inputs])
-            kind = kind, forms, tuple((*block.x.shape, block.x.dtype, block.predict) for block in inputs)
+            kind = kind, forms, tuple((*block.x.shape, block.t.ndim, block.x.dtype, block.predict) for block in inputs)
             if kind not in self._captured:
                 if kind not in self._met:
                     self._met.add(kind)

@@ -78,12 +78,15 @@ class SequentialDecoder(Decoder):
 
     def _step(self, conditioning: Any) -> Tensor:
         adapter = self.model.adapter
+        given = self.model.first_latents if self._next_frame == 0 else None
         with self._open_block(conditioning) as (x, steps, sampler, conditioning):
             for i, (level, t) in enumerate(steps):
+                x = _begun(x, given)
                 with profile.span("step", step=i):
-                    predicted = self._predict(x, t, conditioning)
+                    predicted = self._predict(x, t, conditioning, given=0 if given is None else len(given))
                 clean = predicted if adapter.prediction == "x0" else x - level * predicted
                 x = sampler(i, x, clean) if i + 1 < len(steps) else clean
+            x = _begun(x, given)
         return self._close_block(x, conditioning)
 
     def _replay(self, conditioning: Any, latents: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class SequentialDecoder(Decoder):
         frames, steps, conditioning = adapter.frames(first), adapter.steps(first), self._placed(conditioning)
         try:
             for branch in self.branches:
-                branch.open(frames)
+                branch.open(frames, self.model.begins_shot(conditioning))
             yield self._noise(frames), steps, self._sampler([level for level, _ in steps], frames), conditioning
         except BaseException:
             for branch in self.branches:
@@ -132,7 +135,8 @@ class SequentialDecoder(Decoder):
 
     def _observe_block(self, latents: Tensor, conditioning: Any) -> None:
         conditioning = self._placed(conditioning)
-        taken, *_ = [branch.take(latents, conditioning) for branch in self.branches]
+        shot = self.model.begins_shot(conditioning)
+        taken, *_ = [branch.take(latents, conditioning, shot) for branch in self.branches]
         self._remember(taken)
         self.commit_pending()
 
@@ -172,9 +176,12 @@ class SequentialDecoder(Decoder):
     @property
     def rewinds(self) -> list[int]:
         """As far as all is held that a block would see from there; there is no way back into what a rollout began
-        with."""
+        with, nor to before a shot whose first frames are pinned."""
         end, sizes = self._next_frame, [0]
+        pinned = [shot for shot in self.branches[0].shots if shot < self.table.next_frame]
         for clean in reversed(self.recent):
+            if clean.block.first in pinned:
+                break
             given = clean.block.first < self.model.adapter.overlap and self.frames != end  # to a later rollout
             if given or self.table.gone(clean.block.first):
                 break
@@ -206,7 +213,7 @@ class SequentialDecoder(Decoder):
                 other failure half of the past is gone, and the loop is released.
         """
         policy, end = self.table.policy, self._next_frame
-        begin = max(0, end - (policy.window or end))
+        begin = max(0, self.table.window_end(end) - (policy.window or end))
         if how == "bidirectional":
             begin = 0 if begin <= policy.sink else begin
             blocks = [torch.cat([clean.latents for clean in self.recent])[begin - end :]] if end else []
@@ -231,6 +238,7 @@ class SequentialDecoder(Decoder):
             "frames": self.frames,
             "generator": self.generator.get_state(),
             "opening": None if self.opening is None else self.opening.cpu(),
+            "shots": list(self.branches[0].shots),
             "recent": [(clean.block.first, clean.block.end, clean.latents.cpu()) for clean in self.recent],
             "carried": [self.model.carried(clean.conditioning) for clean in self.recent],
         }
@@ -238,7 +246,7 @@ class SequentialDecoder(Decoder):
     def restore(self, tables: list[PageTable], state: dict[str, Any]) -> None:
         device = self.table.store.device
         for branch, table in zip(self.branches, tables, strict=True):
-            branch.go_on_from(table)
+            branch.go_on_from(table, state.get("shots") or ())
         self.generator.set_state(state["generator"])
         self.frames, self.released = state["frames"], False
         opening = state.get("opening")  # folders of before it was there have none
@@ -269,9 +277,13 @@ class SequentialDecoder(Decoder):
         """The next block's conditioning, told where it stands."""
         return self.model.placed(conditioning, self._next_frame, [clean.conditioning for clean in self.recent])
 
-    def _predict(self, x: Tensor, t: float, conditioning: Any) -> Tensor:
-        """The prediction or, guided, the negative one and `guidance` times the way from there."""
-        predicted, *negative = (branch.predict(x, t, conditioning) for branch in self.branches)
+    def _predict(self, x: Tensor, t: float, conditioning: Any, given: int = 0) -> Tensor:
+        """The prediction or, guided, the negative one and `guidance` times the way from there.
+
+        Args:
+            given: frames at the front of x that are clean.
+        """
+        predicted, *negative = (branch.predict(x, t, conditioning, given) for branch in self.branches)
         for other in negative:
             predicted = other + self.model.adapter.guidance * (predicted - other)
         return predicted
@@ -292,3 +304,8 @@ class SequentialDecoder(Decoder):
 
     def _sampler(self, levels: Sequence[float], frames: int) -> Sampler:
         return SAMPLERS[self.model.adapter.sampler](levels, lambda: self._noise(frames))
+
+
+def _begun(x: Tensor, given: Tensor | None) -> Tensor:
+    """A block that begins with these frames, if any are given."""
+    return x if given is None else torch.cat([given.to(x), x[len(given) :]])

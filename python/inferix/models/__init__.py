@@ -40,6 +40,8 @@ MODELS = {
     "causvid": _WAN,
     "longlive": _WAN,
     "longlive-infinity": _WAN,
+    "longlive-2": _WAN,
+    "longlive-2-i2v": _WAN,
     "infinity-rope": _WAN,
     "krea-realtime": _WAN,
     "krea-realtime-first-frame": _WAN,

@@ -147,7 +147,7 @@ def load(
     device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" and linear != "bf16" else torch.bfloat16)
     build = functools.partial(matrix_game_network, name=name)
-    network = load_network(path, build=build, dtype=dtype, device=device, linear=linear)
+    network = load_network(path, build=build, row=name, dtype=dtype, device=device, linear=linear)
     assert isinstance(network, MatrixGameNetwork)
     vae = functools.cache(lambda: load_vae(folder, device)) if has_vae(folder) else None
     return MatrixGame(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,19 +21,18 @@ from inferix_kernels._check import check_device
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...decode.rolling import RollingSchedule
 from ..linears import check_linear, linear_of
-from .adapters import ADAPTERS, PARTS, PRESENTATION, customised
+from .adapters import ADAPTERS, PARTS, customised, latents_of, presentation_of
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
 from .lora import Lora, find_lora
 from .network import CrossCache, WanConfig, WanNetwork, rope_table
 from .text import PromptEncoder, has_encoder
 from .vae import has_vae, load_vae, read_vae
-from .video import PICTURES
+from .video import PICTURES, VideoVAE
 
 __all__ = ["ADAPTERS", "PARTS", "Wan", "WanConfig", "WanNetwork", "load"]
 
-LATENT_STRIDE = 8  # pixels of the video per pixel of the latent, in each direction
-CHANNELS = 16  # of the latents of Wan2.1
+SHOWN = 3  # rows named in an error
 MASK = PICTURES  # channels that say, of each picture that a latent frame stands for, whether it is given
 
 
@@ -68,16 +68,16 @@ class Wan(Model):
         encode_video: Callable[[np.ndarray], Tensor] | None = None,
         encode_start: Callable[[np.ndarray, int], Tensor] | None = None,
         look: Callable[[np.ndarray], Tensor] | None = None,
-        presentation: Presentation = PRESENTATION,
+        presentation: Presentation | None = None,
     ):
-        config = network.config
-        step = [LATENT_STRIDE * side for side in config.patch]
+        config, (channels, stride) = network.config, latents_of(adapter)
+        step = [stride * side for side in config.patch]
         if any(side < 1 or side % unit for side, unit in zip(adapter.size, step)):
             raise ValueError(f"size must be multiples of {step[0]} x {step[1]} pixels, got {adapter.size}")
-        if config.channels_out != CHANNELS:
+        if config.channels_out != channels:
             raise ValueError(
                 f"weights: head.head.weight gives latents of {config.channels_out} channels, those of {adapter.name} "
-                f"have {CHANNELS}"
+                f"have {channels}{_rows_of(config.channels_out)}"
             )
         more = config.channels_in - config.channels_out  # of images concatenated to the latents, a whole video of them
         if more not in ((0, MASK + config.channels_out) if adapter.at_once or adapter.picture else (0,)):
@@ -86,11 +86,12 @@ class Wan(Model):
                 f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * config.channels_out} channels, are "
                 "run as wan-i2v-480p and wan-i2v-720p"
             )
-        self.network, self.adapter, self.presentation = network.eval().requires_grad_(False), adapter, presentation
+        self.network, self.adapter = network.eval().requires_grad_(False), adapter
+        self.presentation = presentation or presentation_of(adapter)
         self.text, self.open_video, self.encode_video = text, open_video, encode_video
         self.encode_start, self.look, self.needs_picture = encode_start, look, bool(more)
         self.layers, self.heads, self.head_dim = config.layers, config.heads, config.head_dim
-        height, width = (side // LATENT_STRIDE for side in adapter.size)
+        height, width = (side // stride for side in adapter.size)
         self.grid = height // config.patch[0], width // config.patch[1]
         self.frame_tokens = self.grid[0] * self.grid[1]
         self.latent_shape = (config.channels_out, height, width)
@@ -103,6 +104,9 @@ class Wan(Model):
         # The kernels take float32; a float64 network, which only tests have, gets what it needs to be exact.
         dtype = torch.promote_types(self.network.dtype, torch.float32)
         return rope_table(frames, self.grid, self.head_dim, dtype, self.device)
+
+    def begins_shot(self, conditioning: CrossCache) -> bool:
+        return conditioning.begins_shot
 
     @torch.inference_mode()
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
@@ -122,13 +126,30 @@ class Wan(Model):
             other.concat_latents, other.tokens = self.seen(picture, count)
         return other
 
+    @torch.inference_mode()
+    def with_picture(self, picture: np.ndarray | None) -> Model:
+        if not self.adapter.picture:
+            return super().with_picture(picture)  # which refuses
+        if picture is None:
+            raise ValueError(f"image must be given: videos of {self.adapter.name} begin with a picture")
+        picture = self._checked(picture)
+        other = copy.copy(self)
+        other.first_latents = self.encode(picture[None]).to(self.device)
+        other.begun_with = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
+        return other
+
+    def _checked(self, picture: np.ndarray) -> np.ndarray:
+        picture = np.ascontiguousarray(picture)  # torch takes no negative strides
+        if picture.dtype != np.uint8 or picture.shape != (*self.adapter.size, 3):
+            wanted = [*self.adapter.size, 3]
+            raise ValueError(f"image must be uint8 {wanted}, got {picture.dtype} {list(picture.shape)}")
+        return picture
+
     def seen(self, picture: np.ndarray, frames: int) -> tuple[Tensor, Tensor | None]:
         """What the network is given of a picture that a video of so many latent frames begins with: further channels of
         each frame, [frames, MASK + channels, h, w], and the tokens of CLIP, if it takes them."""
         adapter, takes_tokens = self.adapter, bool(self.network.config.image_dim)
-        picture = np.ascontiguousarray(picture)  # torch takes no negative strides
-        if picture.dtype != np.uint8 or picture.shape != (*adapter.size, 3):
-            raise ValueError(f"image must be uint8 {[*adapter.size, 3]}, got {picture.dtype} {list(picture.shape)}")
+        picture = self._checked(picture)
         if self.encode_start is None or (takes_tokens and self.look is None):
             raise ValueError(
                 f"image: the weights of {adapter.name} need a VAE next to them and, to look at it, image_encoder/ "
@@ -147,7 +168,8 @@ class Wan(Model):
             raise ValueError(f"actions must be none: {self.adapter.name} is steered by words alone, got {actions!r}")
         made = self._conditionings.get(prompt)
         if made is None:
-            made = self.conditioning_from(self.embed(prompt))
+            shots = self.adapter.shots
+            made = self.conditioning_from(self.embed(prompt), shots is not None and prompt.startswith(shots.cut))
             self._conditionings = {prompt: made}  # the last prompt alone: 190 MB for 1.3B
         return made
 
@@ -165,11 +187,14 @@ class Wan(Model):
         return self.text(prompt)
 
     @torch.inference_mode()
-    def conditioning_from(self, embedding: Tensor) -> CrossCache:
+    def conditioning_from(self, embedding: Tensor, begins_shot: bool = False) -> CrossCache:
         """The same from a prompt's embedding [tokens, text_dim]."""
         if self.needs_picture and self.concat_latents is None:
             raise ValueError(f"image: {self.adapter.name} is conditioned on the first picture: see for_video")
-        return self.network.cross_cache(embedding.to(self.device), self.tokens)
+        if self.adapter.picture and self.first_latents is None:
+            raise ValueError(f"image: videos of {self.adapter.name} begin with a picture: see with_picture")
+        made = self.network.cross_cache(embedding.to(self.device), self.tokens)
+        return dataclasses.replace(made, begins_shot=begins_shot)
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
         blocks = [self.channels(block) for block in inputs]
@@ -205,6 +230,12 @@ class Wan(Model):
                 "the file that Wan published"
             )
         return self.open_video()
+
+
+def _rows_of(channels: int) -> str:
+    """The rows whose latents have so many channels, for an error."""
+    names = [name for name, adapter in ADAPTERS.items() if latents_of(adapter).channels == channels]
+    return f": {' and '.join(names)} have so many" if 0 < len(names) <= SHOWN else ""
 
 
 def load(
@@ -250,7 +281,7 @@ def load(
         lora = find_lora(weights)
     device = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" and linear != "bf16" else torch.bfloat16)
-    network = load_network(path, PARTS[name], lora=lora, dtype=dtype, device=device, linear=linear)
+    network = load_network(path, PARTS[name], row=name, lora=lora, dtype=dtype, device=device, linear=linear)
     text = PromptEncoder(folder, network.config.text_len, prompt_cache) if has_encoder(folder) else None
     return Wan(
         network,
@@ -265,7 +296,17 @@ def _pictures(vae: str | Path | None, folder: Path, device: torch.device, adapte
     """Wan's arguments open_video, encode_video and encode_start, over a VAE that is opened when it is first needed."""
     if vae is None and not has_vae(folder):
         return {}
-    open_vae = functools.cache(lambda: load_vae(folder, device) if vae is None else read_vae(Path(vae), device))
+
+    @functools.cache
+    def open_vae() -> VideoVAE:
+        opened = load_vae(folder, device) if vae is None else read_vae(Path(vae), device)
+        if opened.channels != (channels := latents_of(adapter).channels):
+            raise ValueError(
+                f"{'weights' if vae is None else 'vae'}: {vae or folder} holds a VAE of latents of {opened.channels} "
+                f"channels, those of {adapter.name} have {channels}"
+            )
+        return opened
+
     return {
         "open_video": lambda: open_vae().open(adapter.overlap, goes_on=adapter.rollout_begins != "restarted"),
         "encode_video": lambda frames: open_vae().encode(frames),

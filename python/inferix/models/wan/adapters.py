@@ -8,9 +8,9 @@ The teachers, undistilled, take many steps, guided: Wan's own bidirectional mode
 that distillation begins with, block by block.
 
 Sources: configs and inference loops of github.com/guandeh17/Self-Forcing (33593df), github.com/tianweiy/CausVid
-(ca21150), github.com/NVlabs/LongLive (e52d9ef, branch v1.0), github.com/thu-ml/Causal-Forcing (1fc7bbc),
-github.com/yesiltepe-hidir/infinity-rope (63d7b84), github.com/krea-ai/realtime-video (acf4b7b),
-github.com/TencentARC/RollingForcing (a1477d0), github.com/JaydenLyh/Reward-Forcing (4317f5a) and
+(ca21150), github.com/NVlabs/LongLive (e52d9ef, branch v1.0; 7860ad9, version 2), github.com/thu-ml/Causal-Forcing
+(1fc7bbc), github.com/yesiltepe-hidir/infinity-rope (63d7b84), github.com/krea-ai/realtime-video
+(acf4b7b), github.com/TencentARC/RollingForcing (a1477d0), github.com/JaydenLyh/Reward-Forcing (4317f5a) and
 github.com/Wan-Video/Wan2.1 (9737cba). What each row was compared with: docs/models.md.
 """
 
@@ -18,14 +18,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...decode.contract import Adapter, Presentation
+from ...decode.contract import Adapter, Presentation, Shots
 from .sink import MovingSink
 
+
+class Latents(NamedTuple):
+    """Of a VAE: channels, and pixels of the video per pixel of the latent, in each direction."""
+
+    channels: int
+    stride: int
+
+
+WAN21, WAN22 = Latents(16, 8), Latents(48, 16)
 TRAIN_STEPS = 1000
 FPS = 16
 SIZE = (480, 832)
@@ -63,8 +72,9 @@ def unwarped(steps: Sequence[int], shift: float) -> dict[str, tuple[float, ...]]
 
 
 def many(steps: int, shift: float) -> dict[str, tuple[float, ...]]:
-    """So many steps, even before the shift; timesteps are whole numbers."""
-    u = torch.linspace(1 - 1 / TRAIN_STEPS, 0.0, steps + 1, dtype=torch.float64)[:-1]
+    """So many steps, even before the shift, from what 1 - 1 / 1000 is in float32; timesteps are whole numbers."""
+    first = torch.tensor(1 - 1 / TRAIN_STEPS).item()
+    u = torch.linspace(first, 0.0, steps + 1, dtype=torch.float64)[:-1]
     levels = shift * u / (1 + (shift - 1) * u)
     return {"times": tuple(levels.float().tolist()), "timesteps": tuple((levels * TRAIN_STEPS).floor().tolist())}
 
@@ -148,6 +158,21 @@ TEACHER = Adapter(
     **many(50, SHIFTS["wan-t2v"]),  # type: ignore[arg-type]
 )
 
+# Of Wan2.2-TI2V-5B: 4 steps of UniPC. Its cache of 32 frames counts its sink of 8 and what is pinned; our window does
+# not count the sink.
+LONGLIVE_2 = Adapter(
+    name="longlive-2",
+    block_frames=8,
+    prediction="flow",
+    sampler="unipc",
+    context_time=0.0,
+    window=24,
+    sink=8,
+    shots=Shots(cut="The scene transitions. ", offset=8),
+    size=(704, 1280),
+    **many(4, shift=5.0),  # type: ignore[arg-type]
+)
+
 ADAPTERS = {
     adapter.name: adapter
     for adapter in (
@@ -208,6 +233,9 @@ ADAPTERS = {
             )
             for steps in ((1000, 500), (1000,))
         ),
+        LONGLIVE_2,
+        # Its first latent is a given picture, clean in every step of the first block.
+        variant(LONGLIVE_2, "longlive-2-i2v", picture=True),
         TEACHER,
         variant(TEACHER, "wan-i2v-480p", **many(40, SHIFTS["wan-i2v-480p"])),
         variant(TEACHER, "wan-i2v-720p", size=(720, 1280), **many(40, SHIFTS["wan-i2v-720p"])),
@@ -216,8 +244,22 @@ ADAPTERS = {
     )
 }
 
+# Rows over another VAE than Wan2.1's.
+LATENTS = {"longlive-2": WAN22, "longlive-2-i2v": WAN22}
+
+
+def latents_of(adapter: Adapter) -> Latents:
+    return LATENTS.get(adapter.name, WAN21)
+
+
+def presentation_of(adapter: Adapter) -> Presentation:
+    """Wan2.2's 5B model makes 24 pictures a second, Wan2.1's make 16."""
+    return dataclasses.replace(PRESENTATION, fps=24) if latents_of(adapter) == WAN22 else PRESENTATION
+
+
 # Which weights of a checkpoint that holds several; the first that is there.
 PARTS = {name: ("generator_ema", "generator") for name in ADAPTERS}
 PARTS |= {
-    name: ("generator", "generator_ema") for name in ("causvid", "longlive", "longlive-infinity", "causal-forcing")
+    name: ("generator", "generator_ema")
+    for name in ("causvid", "longlive", "longlive-infinity", "longlive-2", "longlive-2-i2v", "causal-forcing")
 }

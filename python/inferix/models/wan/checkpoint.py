@@ -37,6 +37,7 @@ from .containers import check_floating, count_layers, read_json, read_tensors, r
 from .lora import SUFFIXES, Lora, is_lora, merge
 from .names import PACKED, canonical, thirds
 from .network import WanConfig, WanNetwork
+from .relatives import say_whose
 
 FORMAT = "inferix-wan/1"
 HEAD_DIM = 128  # of every published Wan: the one size that no tensor's shape shows
@@ -102,6 +103,7 @@ def load_network(
     parts: Sequence[str] = ("generator_ema", "generator"),
     *,
     build: Build = wan_network,
+    row: str = "",
     lora: Lora = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -112,6 +114,7 @@ def load_network(
     Args:
         path: from `find_checkpoint`.
         parts: names of the state dicts to take, if the file holds several; the first that is there.
+        row: the name it is run under; what the file says against that is logged. "": nothing is.
         build: the network that the file's tensors are of; a relative of Wan may have layers of its own.
         lora: low-rank updates to merge into the weights; see lora.Lora.
         dtype: of the weights, and so of the network's products.
@@ -123,10 +126,14 @@ def load_network(
             bits, and in others than `linear`, or there are updates to merge.
     """
     raw, metadata = read_tensors(path, parts)
+    _refuse_four_bits(raw, str(path))
     tensors = canonical(raw, str(path))
     with reading(path, "a Wan transformer"):
         with torch.device("meta"):
             network = build(tensors, _hints(path, metadata), str(path))
+        if row:
+            beside = path.parent / "config.json"
+            say_whose(row, path, metadata, read_json(beside) if beside.exists() else {}, parts, network.config)
         layers = eight_bit_names(network)
         stored = stored_layers(tensors, layers, str(path))
         wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
@@ -147,6 +154,29 @@ def load_network(
         network.set_submodule(name, _eight_bit_layer(tensors, name, stored, quantized, device, dtype))
     network.load_state_dict(state, assign=True, strict=False)  # what there must be has been checked above
     return network.eval().requires_grad_(False)
+
+
+def _refuse_four_bits(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Layers in NVFP4, whoever wrote them: no kernel here multiplies in 4 bits.
+
+    Source: fouroversix/model/modules/linear.py and utils/nvfp4_checkpoint.py of github.com/NVlabs/LongLive (7860ad9);
+    codes in a uint8 weight with e4m3 scales of its blocks beside them are NVIDIA's ModelOpt and LightX2V.
+    """
+    for name, x in tensors.items():
+        scale = tensors.get(f"{name}_scale", tensors.get(f"{name.removesuffix('_packed')}_scale"))
+        blocks = scale is not None and scale.dtype == torch.float8_e4m3fn and scale.ndim == 2
+        if name.endswith("quantized_weight_values"):
+            writer = "FourOverSix"
+        elif name.endswith("._extra_state"):
+            writer = "TransformerEngine"
+        elif x.dtype == torch.float4_e2m1fn_x2 or (x.dtype == torch.uint8 and blocks):
+            writer = "packed codes"
+        else:
+            continue
+        raise ValueError(
+            f"weights: {source} holds layers in NVFP4 ({writer}: {name}), in which nothing here multiplies: take the "
+            "model's bfloat16 checkpoint (of LongLive 2 model_bf16.pt), with linear fp8 or int8 for 8 bits"
+        )
 
 
 def _check_stored(stored: str | None, linear: str | None, lora: Lora, source: str) -> None:
@@ -172,8 +202,11 @@ def _eight_bit_layer(
     return quantized_layer(name, _assemble(tensors, name + WEIGHT).to(device), bias, linear)
 
 
-def save_network(network: WanNetwork, path: Path) -> None:
+def save_network(network: WanNetwork, path: Path, source: str = "") -> None:
     """Write our safetensors: parameters as they lie in memory, sizes in the metadata, loaded by mapping the file.
+
+    Args:
+        source: name of the file that it was made from, which may say whose weights they are.
 
     Raises:
         ValueError: the file can't be written; what was at `path` is as it was.
@@ -181,7 +214,7 @@ def save_network(network: WanNetwork, path: Path) -> None:
     config = json.dumps(dataclasses.asdict(network.config))
     state = checkpoint_tensors(network)
     with atomic_write(path, "out") as part:
-        save_file(state, part, metadata={"format": FORMAT, "config": config})
+        save_file(state, part, metadata={"format": FORMAT, "config": config, "source": source})
 
 
 def config_of(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], source: str) -> WanConfig:

@@ -40,7 +40,8 @@ MOST_SIZE, MOST_LAYERS = 1 << 20, 1 << 10  # in the config of a text encoder, a 
 def read_tensors(
     path: Path, parts: Sequence[str] = (), argument: str = "weights"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, mapped rather than read where the format allows it, and its string metadata.
+    """All tensors of a file, mapped rather than read where the format allows it, and its string metadata; of a pickle
+    that holds several things the strings among them, and under "holds" the names of the others.
 
     Args:
         path: safetensors or the JSON index of shards (both may be compressed by zstd), or a torch pickle.
@@ -55,7 +56,8 @@ def read_tensors(
     with reading(path, "a checkpoint", argument):
         kind = _kind(path, argument)
         if kind == "pickle":
-            tensors = _state_dict(_read_pickle(path, argument), parts, path, argument)
+            content = _read_pickle(path, argument)
+            tensors, header = _state_dict(content, parts, path, argument), _said(content)
         elif kind == "index":
             tensors = _read_shards(path, argument)
         else:
@@ -308,6 +310,13 @@ def _read_pickle(path: Path, argument: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{argument}: {path} holds more than tensors, or is no checkpoint; it was not run") from None
+
+
+def _said(content: Any) -> dict[str, str]:
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return {}
+    strings = {str(key): value for key, value in content.items() if isinstance(value, str)}
+    return strings | {"holds": ", ".join(str(key) for key in content if str(key) not in strings)}
 
 
 def _state_dict(content: Any, parts: Sequence[str], path: Path, argument: str) -> dict[str, Tensor]:

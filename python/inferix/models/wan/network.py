@@ -79,10 +79,12 @@ class CrossCache:
     Attributes:
         text: per layer (k, v), each [1, heads, text_len, head_dim].
         image: the same for the image tokens of an image-to-video model, or None.
+        begins_shot: a block under it begins another shot (decode.contract.Shots).
     """
 
     text: list[tuple[Tensor, Tensor]]
     image: list[tuple[Tensor, Tensor]] | None = None
+    begins_shot: bool = False
 
 
 def rope_table(

@@ -31,7 +31,13 @@ class VideoVAE(abc.ABC):
 
     Args:
         device, dtype: of its weights.
+
+    Attributes:
+        channels: of its latents.
+        stride: pixels per pixel of the latent, in each direction.
     """
+
+    channels, stride = 16, 8
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -43,8 +49,8 @@ class VideoVAE(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, latents: Tensor, memory: list[Any]) -> Tensor:
-        """The next latents [frames, channels, h, w] -> [pictures, 3, 8 h, 8 w], about in [-1, 1]. Entries of `memory`
-        are replaced; the tensors in it are never changed."""
+        """The next latents [frames, channels, h, w] -> [pictures, 3, height, width], about in [-1, 1]. Entries of
+        `memory` are replaced; the tensors in it are never changed."""
 
     @abc.abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ class VideoVAE(abc.ABC):
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray) -> Tensor:
-        """uint8 [1 + 4 k, height, width, 3] -> latents [1 + k, channels, height / 8, width / 8] float32."""
+        """uint8 [1 + 4 k, height, width, 3] -> latents [1 + k, channels, h, w] float32."""
         if (len(frames) - 1) % PICTURES:
             raise ValueError(f"frames must be 1 + {PICTURES} k for the VAE to encode, got {len(frames)}")
         pictures = torch.tensor(frames).permute(0, 3, 1, 2)
@@ -110,9 +116,9 @@ class VideoStream(PictureStream):
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> np.ndarray:
-        """[frames, channels, h, w] -> uint8 [pictures, 8 h, 8 w, 3]; no pictures of no frames, as a pipeline fills."""
+        """[frames, channels, h, w] -> uint8 [pictures, height, width, 3]; none of no frames, as a pipeline fills."""
         if not len(latents):
-            height, width = (8 * side for side in latents.shape[2:])
+            height, width = (self.vae.stride * side for side in latents.shape[2:])
             return np.empty((0, height, width, 3), np.uint8)
         pictures = self._decode(latents)
         shown = pictures if self._tail is None else torch.cat([self._tail, pictures])
