@@ -124,7 +124,7 @@ def test_a_span_closed_twice_or_never_opened_or_opened_twice_is_said(clock):
     recording = profile.start("layer")
     with profile.span("x") as _:
         clock.now += 1
-        open_one = recording.tracks[0].open[0]
+        open_one = recording.tracks[0].ring.open[0]
     open_one.__exit__(None, None, None)
     timed = profile.timed("y")
     timed.__exit__()
@@ -157,7 +157,7 @@ def test_a_span_ends_with_an_exception_which_passes(clock):
     recording = profile.start("layer")
     with pytest.raises(KeyError), profile.span("outer"), profile.span("inner"):
         raise KeyError
-    assert set(sums(recording)) == {"inner", "outer"} and not recording.tracks[0].open
+    assert set(sums(recording)) == {"inner", "outer"} and not recording.tracks[0].ring.open
 
 
 def test_a_full_ring_drops_the_oldest_and_says_how_many(clock):

@@ -94,7 +94,7 @@ def _turn(step: Callable[[], object], blocks: int) -> float:
 
 
 def _spans(run: Profiling) -> int:
-    return sum(track.count for track in run.recording.tracks)
+    return sum(track.ring.count for track in run.recording.tracks)
 
 
 def _cost(level: str, times: dict[str, list[float]], spans: float, blocks: int) -> Cost:
