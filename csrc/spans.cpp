@@ -1,7 +1,8 @@
 // Spans of the profiler, at the price of a few pointers: inferix_kernels/profile.py says what a span means and does all
 // that is not the common case; inferix_kernels/_ring.py is Ring in Python, and says what it does.
 //
-// Plain CPython types, as the way through pybind11 costs as much as a span. The GIL guards all of it.
+// Plain CPython types, as the way through pybind11 costs as much as a span. The GIL guards all of it. Long because such
+// types are tables.
 #include "spans.h"
 
 #include <Python.h>
@@ -112,7 +113,8 @@ Held* held(Held* what) {
 }
 
 bool read_clock(const Spans* spans, double& now) {
-  PyObject* const given = PyObject_CallNoArgs(spans->clock);
+  PyObject* const given = spans->clock ? PyObject_CallNoArgs(spans->clock) : nullptr;
+  if (!given && !PyErr_Occurred()) PyErr_SetString(PyExc_AttributeError, "clock was deleted");
   if (!given) return false;
   now = PyFloat_AsDouble(given);
   Py_DECREF(given);
@@ -159,6 +161,7 @@ int ring_traverse(PyObject* self, visitproc visit, void* arg) {
 
 int ring_clear(PyObject* self) {
   Ring* const ring = as<Ring>(self);
+  ++valid;
   clear(ring->open), clear(ring->gpu);
   for (Span*& spare : ring->spare) clear(spare);
   return 0;
@@ -166,7 +169,6 @@ int ring_clear(PyObject* self) {
 
 int ring_end(PyObject* self) {
   Ring* const ring = as<Ring>(self);
-  ++valid;
   ring_clear(self);
   for (long long i = 0; i < std::min(ring->count, ring->mask + 1); ++i)
     Py_XDECREF(ring->rows[i].name), Py_XDECREF(ring->rows[i].args);
@@ -282,7 +284,7 @@ PyType_Spec kRing = {"inferix_kernels._C.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFA
 // The common way to end: it is the innermost one that is open, of this thread.
 bool is_innermost(const Span* span) {
   const Ring* const ring = span->ring;
-  const Py_ssize_t depth = ring ? PyList_GET_SIZE(ring->open) : 0;
+  const Py_ssize_t depth = ring && ring->open ? PyList_GET_SIZE(ring->open) : 0;
   return depth && PyList_GET_ITEM(ring->open, depth - 1) == object(const_cast<Span*>(span)) &&
          ring->thread == PyThread_get_thread_ident();
 }
@@ -321,12 +323,10 @@ int span_end(PyObject* self) {
   return 0;
 }
 
-// `with` looks both up in the type. These are functions and no methods: they are not bound, which would make an object.
-PyObject* enter(PyObject*, PyObject*) { Py_RETURN_NONE; }
-PyObject* leave(PyObject*, PyObject* const*, Py_ssize_t) { Py_RETURN_NONE; }
-PyMethodDef kEnter = {"__enter__", enter, METH_NOARGS, nullptr};
-PyMethodDef kLeave = {"__exit__", fast(leave), METH_FASTCALL,
-                      nullptr};
+// What `with` calls and nobody needs. A function in a type is no method: it is not bound, which would make an object.
+PyObject* ignore(PyObject*, PyObject* const*, Py_ssize_t) { Py_RETURN_NONE; }
+PyMethodDef kEnter = {"__enter__", fast(ignore), METH_FASTCALL, nullptr};
+PyMethodDef kExit = {"__exit__", fast(ignore), METH_FASTCALL, nullptr};
 
 PyMethodDef kSpanMethods[] = {
     {"__exit__", fast(span_exit), METH_FASTCALL, nullptr},
@@ -347,7 +347,7 @@ PyType_Spec kSpan = {"inferix_kernels._C.Span", sizeof(Span), 0,
 
 // Whether a GPU times the spans of this block, too; -1: a Python exception is set.
 int on_gpu(const Ring* ring) {
-  if (ring->gpu == Py_None) return 0;
+  if (!ring->gpu || ring->gpu == Py_None) return 0;
   PyObject* const active = PyObject_GetAttrString(ring->gpu, "active");
   if (!active) return -1;
   const int is = PyObject_IsTrue(active);
@@ -370,7 +370,8 @@ PyObject* plain(PyObject* const* values, PyObject* names) {
 }
 
 // The one of this depth, if nobody has it any more, or a new one. A new reference; null: a Python exception is set.
-Span* take_span(Spans* spans, Ring* ring, Py_ssize_t depth) {
+Span* take_span(Spans* spans, Ring* ring) {
+  const Py_ssize_t depth = PyList_GET_SIZE(ring->open);
   Span** const spare = depth < kDeepest ? &ring->spare[depth] : nullptr;
   if (spare && *spare && Py_REFCNT(*spare) == 1) return held(*spare);
   Span* const made = as<Span>(span_type->tp_alloc(span_type, 0));
@@ -385,16 +386,17 @@ PyObject* spans_call(PyObject* self, PyObject* const* given, size_t count, PyObj
   Spans* const spans = as<Spans>(self);
   const bool common = PyVectorcall_NARGS(count) == 1 && PyUnicode_CheckExact(given[0]);
   if (common && spans->mode == 0) return held(nothing);
-  Ring* const ring = common && spans->mode == 1 && current_of == valid ? current : nullptr;
-  const int timed_there = ring ? on_gpu(ring) : 1;
-  if (timed_there < 0) return nullptr;
-  PyObject* const args = names && !timed_there ? plain(given + 1, names) : nullptr;
-  if (timed_there || (names && !args))
+  PyObject* const args = common && names ? plain(given + 1, names) : nullptr;
+  if (PyErr_Occurred()) return nullptr;
+  const bool here = common && spans->mode == 1 && current_of == valid && (args || !names);
+  Ring* const ring = here ? held(current) : nullptr;
+  const int timed_there = here ? on_gpu(ring) : 0;
+  Span* const span = here && !timed_there ? take_span(spans, ring) : nullptr;
+  if (!span) {
+    Py_XDECREF(args), Py_XDECREF(ring);
     return PyErr_Occurred() ? nullptr : PyObject_Vectorcall(spans->reference, given, count, names);
-  const Py_ssize_t depth = PyList_GET_SIZE(ring->open);
-  Span* const span = take_span(spans, ring, depth);
-  if (!span) return Py_XDECREF(args), nullptr;
-  replace(span->ring, held(ring)), replace(span->name, held(given[0])), replace(span->args, args);
+  }
+  replace(span->ring, ring), replace(span->name, held(given[0])), replace(span->args, args);
   if (!read_clock(spans, span->start) || PyList_Append(ring->open, object(span))) return Py_DECREF(span), nullptr;
   return object(span);
 }
@@ -439,7 +441,7 @@ PyMethodDef kSpansMethods[] = {{"adopt", spans_adopt, METH_O, "adopt(ring: Ring,
 
 PyMemberDef kSpansMembers[] = {{"__dictoffset__", T_PYSSIZET, offsetof(Spans, attributes), READONLY, nullptr},
                                {"__vectorcalloffset__", T_PYSSIZET, offsetof(Spans, call), READONLY, nullptr},
-                               {"clock", T_OBJECT, offsetof(Spans, clock), 0, "Callable[[], float]"},
+                               {"clock", T_OBJECT, offsetof(Spans, clock), 0, "object"},
                                {"mode", T_INT, offsetof(Spans, mode), 0, "int"},
                                {nullptr, 0, 0, 0, nullptr}};
 
@@ -455,7 +457,7 @@ PyType_Slot kSpansSlots[] = {
     {Py_tp_methods, kSpansMethods},
     {Py_tp_members, kSpansMembers},
     {Py_tp_getset, kSpansGetSet},
-    {Py_tp_doc, const_cast<char*>("Spans(reference: Callable, misplaced: Callable, clock: Callable)\n\n"
+    {Py_tp_doc, const_cast<char*>("Spans(reference: object, misplaced: object, clock: object)\n\n"
                                   "Called as profile.span, it makes a span; what is not common is `reference`'s.")},
     {0, nullptr}};
 PyType_Spec kSpans = {"inferix_kernels._C.Spans", sizeof(Spans), 0,
@@ -481,7 +483,7 @@ bool define_spans(PyObject* module) {
   ring_type = made_type(kRing, {});
   span_type = made_type(kSpan, {&kEnter});
   PyTypeObject* const spans_type = made_type(kSpans, {});
-  PyTypeObject* const nothing_type = made_type(kNothing, {&kEnter, &kLeave});
+  PyTypeObject* const nothing_type = made_type(kNothing, {&kEnter, &kExit});
   if (!ring_type || !span_type || !spans_type || !nothing_type) return false;
   nothing = nothing_type->tp_alloc(nothing_type, 0);
   return nothing && PyModule_AddType(module, ring_type) == 0 && PyModule_AddType(module, spans_type) == 0;

@@ -178,7 +178,7 @@ class Recording:
 
     def declare(self, name: str, kind: str) -> bool:
         """A name is a "count" or a "metric", and there are not too many; False: not so."""
-        if not isinstance(name, str) or (name not in self.kinds and len(self.kinds) >= MOST_NAMES):
+        if name not in self.kinds and len(self.kinds) >= MOST_NAMES:
             return False
         return self.kinds.setdefault(name, kind) == kind
 
@@ -259,11 +259,12 @@ class Recording:
             for track in self.tracks
             if track.dropped
         ]
-        lines += [f"{track.name}: {span.name!r} is still open" for track in self.tracks for span in list(track.ring.open)]
+        rings = [(track.name, track.ring) for track in self.tracks]
+        lines += [f"{name}: {span.name!r} is still open" for name, ring in rings for span in list(ring.open)]
         lines += [
-            f"{track.name}: {track.ring.gpu.lost:,} spans have no time on the GPU: events came too late, or were too few"
-            for track in self.tracks
-            if track.ring.gpu is not None and track.ring.gpu.lost
+            f"{name}: {ring.gpu.lost:,} spans have no time on the GPU: events came too late, or were too few"
+            for name, ring in rings
+            if ring.gpu is not None and ring.gpu.lost
         ]
         return lines
 

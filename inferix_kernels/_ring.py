@@ -39,7 +39,7 @@ class Ring:
 
     def write(self, name: str, start: float, end: float, depth: int, args: dict[str, Any]) -> None:
         """A span has ended."""
-        self._rows[self.count & self._mask] = (name, start, end, depth, args)
+        self._rows[self.count & self._mask] = (str(name), start, end, depth, args)  # of no subclass
         self.count += 1
 
     def kept(self) -> list[SpanRow]:

@@ -214,8 +214,8 @@ class Span:
     start: float
     end: float
 
-    # What `with` calls and nobody needs: a function in C, as one in Python costs as much as all the rest.
-    __enter__ = staticmethod(int)
+    # What `with` calls and nobody needs: a function in C, of any arguments, as one in Python costs as much as the rest.
+    __enter__ = staticmethod("".format)
 
     def __init__(self, name: str, args: dict[str, Any]):
         self.name, self.args = _checked(name), args
@@ -237,18 +237,16 @@ class Span:
         trace: TracebackType | None = None,
     ) -> None:
         self.end = end = clock()
-        ring = self.ring
-        if (ring is None or not ring.open or ring.open[-1] is not self or ring.thread != get_ident()) and not _misplaced(
-            self, ring
-        ):
-            self.ring = None
+        ring: Any = self.ring
+        self.ring = None
+        innermost = ring is not None and ring.open and ring.open[-1] is self and ring.thread == get_ident()
+        if not innermost and not _misplaced(self, ring):
             return
-        assert ring is not None
         ring.open.pop()
         if self.gpu is not None:
             ring.gpu.end(self.gpu, self.name, len(ring.open), self.args)
+            self.gpu = None
         ring.write(self.name, self.start, end, len(ring.open), self.args)
-        self.ring = self.gpu = None
 
 
 def _misplaced(span: Any, ring: Ring | None) -> bool:
@@ -340,8 +338,7 @@ class _Nothing:
     """A span that is not recorded."""
 
     __slots__ = ()
-    __enter__ = staticmethod(int)
-    __exit__ = staticmethod("".format)  # in C, of any arguments, and its "" swallows no exception
+    __enter__ = __exit__ = staticmethod("".format)  # whose "" swallows no exception
 
 
 _NOTHING: Any = _Nothing()
@@ -373,8 +370,9 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
     return one
 
 
-_fast = None if Spans is None else Spans(span, _misplaced, clock)
-if _fast is not None:
+_fast: Any = None
+if Spans is not None:
+    _fast = Spans(span, _misplaced, clock)
     span = functools.update_wrapper(_fast, span)
 
 
@@ -583,6 +581,9 @@ def _number(name: str, given: Any, kind: str, known: dict[str, float]) -> float 
             given = None
     if given is None or not abs(given) <= LARGEST:  # NaN is not, either
         _lose(f"{name!r} was given what is no finite number")
+        return None
+    if not isinstance(name, str):
+        _lose(f"{name!r} was given as the name of a {kind}, and is no text")
         return None
     if name not in known and not (_recording is not None and _recording.declare(name, kind)):
         _lose(f"{name!r} was given as a {kind}, and was something else before or is one name too many")
