@@ -1,10 +1,10 @@
-// inferix_kernels._C: every compiled kernel, as functions over raw addresses. With spans.cpp the only file that knows Python.
+// inferix_kernels._C: every compiled kernel, as functions over raw addresses. The only file that knows Python.
 //
 // A kernel takes one dict, which has a value for every field of its struct and nothing else; a struct within it is a
 // dict in turn. Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU
 // kernel as `cpu` says; a number is a cudaStream_t.
 //
-// Long because no kernel's file knows Python: structs are read here, arguments described, calls made again.
+// Long because it is the only file that knows Python: structs are read here, arguments described, calls made again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,7 +23,6 @@
 #include "kv_pages.h"
 #include "linear.h"
 #include "qkv.h"
-#include "spans.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -412,7 +411,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("replays") = py::dict();  // by name: from the arguments of a call on the CPU, and its tensors, what makes it again
   m.def("read_tensors_of", read_tensors_of, "The types of tensors, and of their dtypes, that describe and replays know.",
         py::kw_only(), "dtype"_a);
-  if (PyModule_AddFunctions(m.ptr(), kDescribe) || !define_spans(m.ptr())) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), kDescribe)) throw py::error_already_set();
   m.attr("cuda_ops") = py::set();  // names of the functions that have a CUDA kernel
   define<KvAppendParams>(m, "kv_append", kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
   define<KvCommitParams>(m, "kv_commit", kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));

@@ -1,10 +1,8 @@
-// Spans of the profiler, at the price of a few pointers: inferix_kernels/profile.py says what a span means and does all
-// that is not the common case; inferix_kernels/_ring.py is Ring in Python, and says what it does.
+// inferix_kernels._spans: spans of the profiler, at the price of a few pointers. inferix_kernels/profile.py says what a
+// span means and does all that is not the common case; inferix_kernels/_ring.py is Ring in Python, and says what it does.
 //
 // Plain CPython types, as the way through pybind11 costs as much as a span. The GIL guards all of it. Long because such
 // types are tables.
-#include "spans.h"
-
 #include <Python.h>
 #include <structmember.h>
 
@@ -14,7 +12,6 @@
 #include <initializer_list>
 #include <vector>
 
-namespace inferix {
 namespace {
 
 constexpr Py_ssize_t kDeepest = 64;  // spans within each other whose own times are told apart, as in _ring.py
@@ -255,18 +252,16 @@ PyObject* ring_take(PyObject* self, PyObject*) {
   return Py_BuildValue("NLN", indices, missed, began);
 }
 
-PyMethodDef kRingMethods[] = {
-    {"write", fast(ring_write), METH_FASTCALL,
-     "write(name: str, start: float, end: float, depth: int, args: dict, /) -> None"},
-    {"kept", ring_kept, METH_NOARGS, "kept() -> list[tuple[str, float, float, int, dict]]"},
-    {"take", ring_take, METH_NOARGS, "take() -> tuple[dict[str, tuple[float, float, int]], int, float | None]"},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef kRingMethods[] = {{"write", fast(ring_write), METH_FASTCALL, nullptr},
+                              {"kept", ring_kept, METH_NOARGS, nullptr},
+                              {"take", ring_take, METH_NOARGS, nullptr},
+                              {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef kRingMembers[] = {
-    {"count", T_LONGLONG, offsetof(Ring, count), READONLY, "int"},
-    {"gpu", T_OBJECT, offsetof(Ring, gpu), 0, "Any"},
-    {"open", T_OBJECT, offsetof(Ring, open), READONLY, "list"},
-    {"thread", T_ULONG, offsetof(Ring, thread), READONLY, "int"},
+    {"count", T_LONGLONG, offsetof(Ring, count), READONLY, nullptr},
+    {"gpu", T_OBJECT, offsetof(Ring, gpu), 0, nullptr},
+    {"open", T_OBJECT, offsetof(Ring, open), READONLY, nullptr},
+    {"thread", T_ULONG, offsetof(Ring, thread), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr}};
 
 PyType_Slot kRingSlots[] = {{Py_tp_new, reinterpret_cast<void*>(ring_new)},
@@ -275,9 +270,10 @@ PyType_Slot kRingSlots[] = {{Py_tp_new, reinterpret_cast<void*>(ring_new)},
                             {Py_tp_clear, reinterpret_cast<void*>(ring_clear)},
                             {Py_tp_methods, kRingMethods},
                             {Py_tp_members, kRingMembers},
-                            {Py_tp_doc, const_cast<char*>("Ring(capacity: int, thread: int)\n\nAs _ring.py has it.")},
+                            {Py_tp_doc, const_cast<char*>("As _ring.py has it.")},
                             {0, nullptr}};
-PyType_Spec kRing = {"inferix_kernels._C.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, kRingSlots};
+PyType_Spec kRing = {"inferix_kernels._spans.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+                     kRingSlots};
 
 // Span: what `with` is given
 
@@ -328,11 +324,9 @@ PyObject* ignore(PyObject*, PyObject* const*, Py_ssize_t) { Py_RETURN_NONE; }
 PyMethodDef kEnter = {"__enter__", fast(ignore), METH_FASTCALL, nullptr};
 PyMethodDef kExit = {"__exit__", fast(ignore), METH_FASTCALL, nullptr};
 
-PyMethodDef kSpanMethods[] = {
-    {"__exit__", fast(span_exit), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef kSpanMethods[] = {{"__exit__", fast(span_exit), METH_FASTCALL, nullptr}, {nullptr, nullptr, 0, nullptr}};
 
-PyMemberDef kSpanMembers[] = {{"name", T_OBJECT, offsetof(Span, name), READONLY, "str"}, {nullptr, 0, 0, 0, nullptr}};
+PyMemberDef kSpanMembers[] = {{"name", T_OBJECT, offsetof(Span, name), READONLY, nullptr}, {nullptr, 0, 0, 0, nullptr}};
 
 PyType_Slot kSpanSlots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(dealloc<span_end>)},
                             {Py_tp_traverse, reinterpret_cast<void*>(span_traverse)},
@@ -340,7 +334,7 @@ PyType_Slot kSpanSlots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(dealloc<span
                             {Py_tp_methods, kSpanMethods},
                             {Py_tp_members, kSpanMembers},
                             {0, nullptr}};
-PyType_Spec kSpan = {"inferix_kernels._C.Span", sizeof(Span), 0,
+PyType_Spec kSpan = {"inferix_kernels._spans.Span", sizeof(Span), 0,
                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, kSpanSlots};
 
 // Spans: what makes them
@@ -348,7 +342,8 @@ PyType_Spec kSpan = {"inferix_kernels._C.Span", sizeof(Span), 0,
 // Whether a GPU times the spans of this block, too; -1: a Python exception is set.
 int on_gpu(const Ring* ring) {
   if (!ring->gpu || ring->gpu == Py_None) return 0;
-  PyObject* const active = PyObject_GetAttrString(ring->gpu, "active");
+  static PyObject* const name = PyUnicode_InternFromString("active");
+  PyObject* const active = PyObject_GetAttr(ring->gpu, name);
   if (!active) return -1;
   const int is = PyObject_IsTrue(active);
   Py_DECREF(active);
@@ -435,14 +430,14 @@ int spans_clear(PyObject* self) {
   return 0;
 }
 
-PyMethodDef kSpansMethods[] = {{"adopt", spans_adopt, METH_O, "adopt(ring: Ring, /) -> None"},
-                               {"forget", spans_forget, METH_NOARGS, "forget() -> None"},
+PyMethodDef kSpansMethods[] = {{"adopt", spans_adopt, METH_O, nullptr},
+                               {"forget", spans_forget, METH_NOARGS, nullptr},
                                {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef kSpansMembers[] = {{"__dictoffset__", T_PYSSIZET, offsetof(Spans, attributes), READONLY, nullptr},
                                {"__vectorcalloffset__", T_PYSSIZET, offsetof(Spans, call), READONLY, nullptr},
-                               {"clock", T_OBJECT, offsetof(Spans, clock), 0, "object"},
-                               {"mode", T_INT, offsetof(Spans, mode), 0, "int"},
+                               {"clock", T_OBJECT, offsetof(Spans, clock), 0, nullptr},
+                               {"mode", T_INT, offsetof(Spans, mode), 0, nullptr},
                                {nullptr, 0, 0, 0, nullptr}};
 
 PyGetSetDef kSpansGetSet[] = {{"__dict__", PyObject_GenericGetDict, nullptr, nullptr, nullptr},
@@ -457,14 +452,13 @@ PyType_Slot kSpansSlots[] = {
     {Py_tp_methods, kSpansMethods},
     {Py_tp_members, kSpansMembers},
     {Py_tp_getset, kSpansGetSet},
-    {Py_tp_doc, const_cast<char*>("Spans(reference: object, misplaced: object, clock: object)\n\n"
-                                  "Called as profile.span, it makes a span; what is not common is `reference`'s.")},
+    {Py_tp_doc, const_cast<char*>("profile.span")},
     {0, nullptr}};
-PyType_Spec kSpans = {"inferix_kernels._C.Spans", sizeof(Spans), 0,
+PyType_Spec kSpans = {"inferix_kernels._spans.Spans", sizeof(Spans), 0,
                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, kSpansSlots};
 
 PyType_Slot kNothingSlots[] = {{0, nullptr}};
-PyType_Spec kNothing = {"inferix_kernels._C.Nothing", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT, kNothingSlots};
+PyType_Spec kNothing = {"inferix_kernels._spans.Nothing", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT, kNothingSlots};
 
 PyTypeObject* made_type(PyType_Spec& spec, std::initializer_list<PyMethodDef*> functions) {
   PyObject* const type = PyType_FromSpec(&spec);
@@ -479,14 +473,16 @@ PyTypeObject* made_type(PyType_Spec& spec, std::initializer_list<PyMethodDef*> f
 
 }  // namespace
 
-bool define_spans(PyObject* module) {
+PyMODINIT_FUNC PyInit__spans() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_spans", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr};
   ring_type = made_type(kRing, {});
   span_type = made_type(kSpan, {&kEnter});
   PyTypeObject* const spans_type = made_type(kSpans, {});
   PyTypeObject* const nothing_type = made_type(kNothing, {&kEnter, &kExit});
-  if (!ring_type || !span_type || !spans_type || !nothing_type) return false;
+  if (!ring_type || !span_type || !spans_type || !nothing_type) return nullptr;
   nothing = nothing_type->tp_alloc(nothing_type, 0);
-  return nothing && PyModule_AddType(module, ring_type) == 0 && PyModule_AddType(module, spans_type) == 0;
+  PyObject* const module = nothing ? PyModule_Create(&definition) : nullptr;
+  if (!module || PyModule_AddType(module, ring_type) || PyModule_AddType(module, spans_type)) return nullptr;
+  return module;
 }
-
-}  // namespace inferix

@@ -5,7 +5,7 @@ op's struct in csrc/, and nothing else; a struct within it is a dict in turn. An
 where the tensor is optional and absent.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 cuda_ops: set
 has_cuda: bool
@@ -102,32 +102,6 @@ class Precision:
     def name(self) -> str: ...
     @property
     def value(self) -> int: ...
-
-class Ring:
-    count: int
-    gpu: Any
-    open: list
-    thread: int
-    def __init__(
-        self,
-        capacity: int,
-        thread: int,
-    ) -> None: ...
-    def write(self, name: str, start: float, end: float, depth: int, args: dict, /) -> None: ...
-    def kept(self) -> list[tuple[str, float, float, int, dict]]: ...
-    def take(self) -> tuple[dict[str, tuple[float, float, int]], int, float | None]: ...
-
-class Spans:
-    clock: object
-    mode: int
-    def __init__(
-        self,
-        reference: object,
-        misplaced: object,
-        clock: object,
-    ) -> None: ...
-    def adopt(self, ring: Ring, /) -> None: ...
-    def forget(self) -> None: ...
 
 class Unsupported(Exception): ...
 

@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 from ._ring import SpanRow
 
 try:
-    from ._C import Ring
+    from ._spans import Ring
 except ImportError:  # not built: slower
     from ._ring import Ring  # type: ignore[assignment]
 

@@ -19,7 +19,7 @@ op's struct in csrc/, and nothing else; a struct within it is a dict in turn. An
 where the tensor is optional and absent.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 '''
 CUDA = "\n# Only in a build with CUDA.\n"
 # What pybind11 says (3.x, and 2.x where it differs), and what callers have to give.
@@ -61,8 +61,6 @@ def written(signature: str, indent: str = "") -> str:
 def of_class(name: str, kind: type) -> str:
     if issubclass(kind, Exception):
         return f"class {name}(Exception): ...\n"
-    if type(kind) is type:
-        return of_plain_class(name, kind)
     members = getattr(kind, "__members__", None)
     if members is None:
         signature = kind.__init__.__doc__.splitlines()[0]
@@ -71,16 +69,6 @@ def of_class(name: str, kind: type) -> str:
     lines = "".join(f"    {member}: ClassVar[{name}]\n" for member in members)
     order = ORDER.format(name=name) if "__lt__" in vars(kind) else ""
     return f"class {name}:\n{lines}" + ENUM.format(name=name) + order
-
-
-def of_plain_class(name: str, kind: type) -> str:
-    """One that is not pybind11's: the first lines of its documentation and of its members' are its signatures."""
-    made = written(kind.__doc__.splitlines()[0] + " -> None").replace(f"def {name}(\n", "def __init__(\n    self,\n")
-    members = {member: x for member, x in vars(kind).items() if not member.startswith("__")}
-    fields = "".join(f"    {m}: {x.__doc__}\n" for m, x in members.items() if isinstance(x, types.MemberDescriptorType))
-    methods = [x.__doc__.splitlines()[0] for x in members.values() if isinstance(x, types.MethodDescriptorType)]
-    methods = "".join(f"    def {each.replace('(', '(self, ', 1).replace(', )', ')')}: ...\n" for each in methods)
-    return f"class {name}:\n{fields}" + "".join(f"    {line}\n" for line in made.splitlines()) + methods
 
 
 def of_name(name: str) -> str:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from inferix_kernels import _C, _recording, profile
+from inferix_kernels import _recording, _spans, profile
 from inferix_kernels._ring import Ring
 
 
@@ -29,7 +29,7 @@ def nested(generator, depth=0, now=0.0):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_ring_keeps_and_adds_up_as_pythons_does(seed):
     generator = random.Random(seed)
-    ours, theirs = _C.Ring(64, 1), Ring(64, 1)
+    ours, theirs = _spans.Ring(64, 1), Ring(64, 1)
     for row in (row for i in range(12) for row in nested(generator, generator.choice([0, 60]), 100.0 * i)):
         for ring in (ours, theirs):
             ring.write(*row)
@@ -39,7 +39,7 @@ def test_a_ring_keeps_and_adds_up_as_pythons_does(seed):
     assert ours.take() == theirs.take() and ours.take() == ({}, 0, None)
 
 
-@pytest.mark.parametrize("make", [Ring, _C.Ring])
+@pytest.mark.parametrize("make", [Ring, _spans.Ring])
 def test_a_ring_refuses_what_it_cannot_hold(make):
     for capacity in (0, -4, 12):
         with pytest.raises(ValueError, match=f"capacity must be a power of two, got {capacity}"):
@@ -47,7 +47,7 @@ def test_a_ring_refuses_what_it_cannot_hold(make):
 
 
 def test_the_extension_refuses_what_it_cannot_read():
-    ring = _C.Ring(4, 1)
+    ring = _spans.Ring(4, 1)
     for wrong in ((), ("x", 0.0, 1.0, 0), ("x", "0", 1.0, 0, {}), (3, 0.0, 1.0, 0, {}), ("x", 0.0, 1.0, -1, {})):
         with pytest.raises(TypeError):
             ring.write(*wrong)
@@ -134,7 +134,7 @@ def test_a_recording_is_freed_whatever_is_open():
 def test_without_the_extension_spans_are_pythons_and_so_are_pythons_own_profilers():
     """Our module is called profile, as one of Python's is, which cProfile imports."""
     code = (
-        "import sys; sys.modules['inferix_kernels._C'] = None\n"
+        "import sys; sys.modules['inferix_kernels._spans'] = None\n"
         "from inferix_kernels import profile as ours\n"
         "recording = ours.start('layer')\n"
         "with ours.span('x', layer=3): pass\n"
