@@ -430,6 +430,9 @@ int spans_clear(PyObject* self) {
   return 0;
 }
 
+// As of a static method. What has one is a routine to inspect, and so to what writes documentation.
+PyObject* spans_get(PyObject* self, PyObject*, PyObject*) { return held(self); }
+
 PyMethodDef kSpansMethods[] = {{"adopt", spans_adopt, METH_O, nullptr},
                                {"forget", spans_forget, METH_NOARGS, nullptr},
                                {nullptr, nullptr, 0, nullptr}};
@@ -446,13 +449,13 @@ PyGetSetDef kSpansGetSet[] = {{"__dict__", PyObject_GenericGetDict, nullptr, nul
 PyType_Slot kSpansSlots[] = {
     {Py_tp_new, reinterpret_cast<void*>(spans_new)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_descr_get, reinterpret_cast<void*>(spans_get)},
     {Py_tp_dealloc, reinterpret_cast<void*>(dealloc<spans_clear>)},
     {Py_tp_traverse, reinterpret_cast<void*>(spans_traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(spans_clear)},
     {Py_tp_methods, kSpansMethods},
     {Py_tp_members, kSpansMembers},
     {Py_tp_getset, kSpansGetSet},
-    {Py_tp_doc, const_cast<char*>("profile.span")},
     {0, nullptr}};
 PyType_Spec kSpans = {"inferix_kernels._spans.Spans", sizeof(Spans), 0,
                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, kSpansSlots};

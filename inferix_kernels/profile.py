@@ -353,6 +353,9 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
         name: one of a few: what changes from span to span is an argument.
         args: numbers and short texts that the trace shows with it.
 
+    Raises:
+        TypeError: name is no str, at any level.
+
     Example:
         >>> from inferix_kernels import profile
         >>> with profile.span("attention", layer=3):  # nothing is recorded: this costs 0.06 microseconds

@@ -57,6 +57,7 @@ def main() -> int:
         "LD_PRELOAD": runtime(),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch never free all they have
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # Python's own allocator would hide what is wrong with its objects
         "PYTHONPATH": str(BUILD / "package"),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={BUILD / 'package'}"]

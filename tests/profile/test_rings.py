@@ -1,6 +1,7 @@
 """Spans and rings of the extension: as Python's, of the right thread, and freed."""
 
 import gc
+import inspect
 import random
 import subprocess
 import sys
@@ -129,6 +130,13 @@ def test_a_recording_is_freed_whatever_is_open():
     with profile.span("of a new one"):
         pass
     assert len(profile.stop().tracks[0].kept()) == 1
+
+
+def test_span_is_a_documented_function():
+    assert inspect.isroutine(profile.span) and profile.span.__qualname__ == "span"
+    assert str(inspect.signature(profile.span)).startswith("(name: 'str', **args: 'Any')")
+    assert "Example:" in inspect.getdoc(profile.span)
+    assert type("C", (), {"span": profile.span})().span is profile.span
 
 
 def test_without_the_extension_spans_are_pythons_and_so_are_pythons_own_profilers():
