@@ -396,9 +396,14 @@ PyObject* spans_call(PyObject* self, PyObject* const* given, size_t count, PyObj
   return object(span);
 }
 
-PyObject* spans_adopt(PyObject*, PyObject* ring) {
-  if (Py_TYPE(ring) != ring_type) return PyErr_SetString(PyExc_TypeError, "ring must be a Ring"), nullptr;
-  current = as<Ring>(ring), current_of = valid;
+PyObject* spans_number(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(valid); }
+
+PyObject* spans_adopt(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 2 || Py_TYPE(given[0]) != ring_type)
+    return PyErr_SetString(PyExc_TypeError, "adopt takes a Ring and a number"), nullptr;
+  const uint64_t number = PyLong_AsUnsignedLongLong(given[1]);
+  if (PyErr_Occurred()) return nullptr;
+  current = as<Ring>(given[0]), current_of = number;
   Py_RETURN_NONE;
 }
 
@@ -433,7 +438,8 @@ int spans_clear(PyObject* self) {
 // As of a static method. What has one is a routine to inspect, and so to what writes documentation.
 PyObject* spans_get(PyObject* self, PyObject*, PyObject*) { return held(self); }
 
-PyMethodDef kSpansMethods[] = {{"adopt", spans_adopt, METH_O, nullptr},
+PyMethodDef kSpansMethods[] = {{"adopt", fast(spans_adopt), METH_FASTCALL, nullptr},
+                               {"number", spans_number, METH_NOARGS, nullptr},
                                {"forget", spans_forget, METH_NOARGS, nullptr},
                                {nullptr, nullptr, 0, nullptr}};
 

@@ -36,8 +36,11 @@ class Spans:
         clock: Callable[[], float],
     ) -> None: ...
     def __call__(self, name: str, **args: Any) -> AbstractContextManager[Any]: ...
-    def adopt(self, ring: Ring, /) -> None:
-        """Spans of this thread go to this ring."""
+    def number(self) -> int:
+        """Another one whenever rings are forgotten."""
+
+    def adopt(self, ring: Ring, number: int, /) -> None:
+        """Spans of this thread go to this ring, as long as the number is what it was before the ring was looked up."""
 
     def forget(self) -> None:
         """No thread's ring is known any more."""

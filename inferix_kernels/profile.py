@@ -183,6 +183,7 @@ def _watch_forks() -> None:
 
 def _track() -> Track:
     """This thread's; without a recording, one that nobody will look at."""
+    number = None if _fast is None else _fast.number()  # another one if a recording begins meanwhile
     try:
         track: Track = _local.track
     except AttributeError:
@@ -190,7 +191,7 @@ def _track() -> Track:
         track = Track("", 0, 1) if current is None else current.track()
         local.track = track
     if _fast is not None:
-        _fast.adopt(track.ring)
+        _fast.adopt(track.ring, number)
     return track
 
 

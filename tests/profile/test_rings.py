@@ -52,8 +52,9 @@ def test_the_extension_refuses_what_it_cannot_read():
     for wrong in ((), ("x", 0.0, 1.0, 0), ("x", "0", 1.0, 0, {}), (3, 0.0, 1.0, 0, {}), ("x", 0.0, 1.0, -1, {})):
         with pytest.raises(TypeError):
             ring.write(*wrong)
-    with pytest.raises(TypeError, match="ring must be a Ring"):
-        profile._fast.adopt(Ring(4, 1))
+    for wrong in ((ring,), (Ring(4, 1), 1), (ring, "1"), (ring, -1)):
+        with pytest.raises((TypeError, OverflowError)):
+            profile._fast.adopt(*wrong)
     assert ring.count == 0 and ring.kept() == []
 
 
@@ -80,6 +81,15 @@ def test_a_span_that_somebody_holds_is_not_used_again(clock):
             clock.now += 1
     assert recording.problems() == ["'a' was closed without being open: 2"]
     assert [row[0] for row in recording.tracks[0].kept()] == ["a", "b", "a", "b"]
+
+
+def test_a_ring_that_was_looked_up_before_a_recording_began_is_none_of_it():
+    number, old = profile._fast.number(), _spans.Ring(4, threading.get_ident())
+    recording = profile.start("layer")
+    profile._fast.adopt(old, number)  # as a thread does that was interrupted just then
+    with profile.span("x"):
+        pass
+    assert old.count == 0 and [row[0] for row in recording.tracks[0].kept()] == ["x"]
 
 
 @pytest.mark.usefixtures("spans")
