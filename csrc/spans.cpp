@@ -1,10 +1,12 @@
 // inferix_kernels._spans: spans of the profiler, at the price of a few pointers. inferix_kernels/profile.py says what a
 // span means and does all that is not the common case; inferix_kernels/_ring.py is Ring in Python, and says what it does.
 //
-// Plain CPython types, as the way through pybind11 costs as much as a span. The GIL guards all of it. Long because such
-// types are tables.
+// Plain CPython types, as the way through pybind11 costs as much as a span. A span begins and ends beside operations that
+// leave nothing of it in the caches, so what counts is how much memory it touches: it allocates nothing, calls little,
+// and hands its references on. The GIL guards all of it. Long because such types are tables.
 #include <Python.h>
 #include <structmember.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -29,8 +31,9 @@ struct Span;
 // The spans of one thread.
 struct Ring {
   PyObject_HEAD
-  PyObject* open;  // list, the innermost last
-  PyObject* gpu;   // what times them on a GPU as well; None: nothing
+  PyObject** open;  // the innermost last
+  Py_ssize_t depth, room;
+  PyObject* gpu;  // what times them on a GPU as well; None: nothing
   unsigned long thread;
   long long count, added, mask;  // spans that ended; those of them that are summed up; the capacity - 1
   Row* rows;
@@ -41,7 +44,8 @@ struct Ring {
 struct Spans {
   PyObject_HEAD
   PyObject* attributes;  // __doc__ and the like
-  PyObject *reference, *misplaced, *clock;
+  PyObject *reference, *misplaced;
+  PyObject* clock;  // None: the system's, which is time.perf_counter's on Linux
   int mode;  // what a call does: 0 nothing, 1 a span, 2 what the reference does
   vectorcallfunc call;
 };
@@ -50,8 +54,10 @@ struct Span {
   PyObject_HEAD
   Spans* spans;
   Ring* ring;  // null once it has ended
-  PyObject *name, *args;
+  PyObject* name;
+  PyObject* args;  // null: none, or it has ended
   double start;
+  vectorcallfunc call;  // ends it
 };
 
 PyTypeObject *ring_type, *span_type;
@@ -110,6 +116,12 @@ Held* held(Held* what) {
 }
 
 bool read_clock(const Spans* spans, double& now) {
+  if (spans->clock == Py_None) {
+    timespec read;
+    clock_gettime(CLOCK_MONOTONIC, &read);
+    now = static_cast<double>(read.tv_sec * 1'000'000'000LL + read.tv_nsec) / 1e9;
+    return true;
+  }
   PyObject* const given = spans->clock ? PyObject_CallNoArgs(spans->clock) : nullptr;
   if (!given && !PyErr_Occurred()) PyErr_SetString(PyExc_AttributeError, "clock was deleted");
   if (!given) return false;
@@ -120,12 +132,11 @@ bool read_clock(const Spans* spans, double& now) {
 
 // Ring
 
-// Over the oldest one. Takes no references.
-void write(Ring* ring, PyObject* name, PyObject* args, double start, double end, Py_ssize_t depth) {
+// Over the oldest one. The references are the ring's then.
+void write(Ring* ring, const Row& made) {
   Row& row = ring->rows[ring->count & ring->mask];
   const Row old = row;
-  Py_INCREF(name), Py_XINCREF(args);
-  row = {name, args, start, end, depth};
+  row = made;
   ++ring->count;
   Py_XDECREF(old.name), Py_XDECREF(old.args);  // last, as this may run Python
 }
@@ -141,11 +152,46 @@ PyObject* ring_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   if (!ring) return nullptr;
   ring->thread = thread, ring->mask = capacity - 1;
   ring->rows = static_cast<Row*>(PyMem_Calloc(capacity, sizeof(Row)));
-  ring->open = PyList_New(0);
   ring->gpu = held(Py_None);
-  if (!ring->rows) PyErr_NoMemory();
-  if (!ring->rows || !ring->open) return Py_DECREF(ring), nullptr;
+  if (!ring->rows) return Py_DECREF(ring), PyErr_NoMemory();
   return object(ring);
+}
+
+bool push(Ring* ring, PyObject* span) {
+  if (ring->depth == ring->room) {
+    const Py_ssize_t room = ring->room ? 2 * ring->room : kDeepest;
+    void* const moved = PyMem_Realloc(ring->open, room * sizeof(PyObject*));
+    if (!moved) return PyErr_NoMemory(), false;
+    ring->open = static_cast<PyObject**>(moved), ring->room = room;
+  }
+  ring->open[ring->depth++] = held(span);
+  return true;
+}
+
+PyObject* ring_push(PyObject* self, PyObject* span) { return push(as<Ring>(self), span) ? held(Py_None) : nullptr; }
+
+PyObject* ring_pop(PyObject* self, PyObject*) {
+  Ring* const ring = as<Ring>(self);
+  if (!ring->depth) return PyErr_SetString(PyExc_IndexError, "no span is open"), nullptr;
+  return ring->open[--ring->depth];
+}
+
+PyObject* ring_remove(PyObject* self, PyObject* span) {
+  Ring* const ring = as<Ring>(self);
+  PyObject** const end = ring->open + ring->depth;
+  PyObject** const found = std::find(ring->open, end, span);
+  if (found == end) return PyErr_SetString(PyExc_ValueError, "the span is not open"), nullptr;
+  std::copy(found + 1, end, found), --ring->depth;
+  Py_DECREF(span);
+  Py_RETURN_NONE;
+}
+
+PyObject* ring_open(PyObject* self, void*) {
+  const Ring* const ring = as<Ring>(self);
+  PyObject* const list = PyList_New(0);
+  for (Py_ssize_t i = 0; list && i < ring->depth; ++i)
+    if (PyList_Append(list, ring->open[i])) return Py_DECREF(list), nullptr;
+  return list;
 }
 
 // The rows hold texts and dicts of numbers and texts, which are part of no cycle.
@@ -153,14 +199,17 @@ int ring_traverse(PyObject* self, visitproc visit, void* arg) {
   Ring* const ring = as<Ring>(self);
   for (Span* spare : ring->spare)
     if (const int result = visit_all(visit, arg, spare)) return result;
-  return visit_all(visit, arg, Py_TYPE(self), ring->open, ring->gpu);
+  for (Py_ssize_t i = 0; i < ring->depth; ++i)
+    if (const int result = visit_all(visit, arg, ring->open[i])) return result;
+  return visit_all(visit, arg, Py_TYPE(self), ring->gpu);
 }
 
 int ring_clear(PyObject* self) {
   Ring* const ring = as<Ring>(self);
   ++valid;
-  clear(ring->open), clear(ring->gpu);
+  clear(ring->gpu);
   for (Span*& spare : ring->spare) clear(spare);
+  while (ring->depth) Py_DECREF(ring->open[--ring->depth]);
   return 0;
 }
 
@@ -169,7 +218,7 @@ int ring_end(PyObject* self) {
   ring_clear(self);
   for (long long i = 0; i < std::min(ring->count, ring->mask + 1); ++i)
     Py_XDECREF(ring->rows[i].name), Py_XDECREF(ring->rows[i].args);
-  PyMem_Free(ring->rows);
+  PyMem_Free(ring->rows), PyMem_Free(ring->open);
   return 0;
 }
 
@@ -182,8 +231,7 @@ PyObject* ring_write(PyObject* self, PyObject* const* given, Py_ssize_t count) {
     return PyErr_SetString(PyExc_TypeError, "name must be a str, depth not negative, args a dict"), nullptr;
   PyObject* const name = PyUnicode_FromObject(given[0]);  // of no subclass, whose hash may be anything
   if (!name) return nullptr;
-  write(as<Ring>(self), name, given[4], start, end, depth);
-  Py_DECREF(name);
+  write(as<Ring>(self), {name, held(given[4]), start, end, depth});
   Py_RETURN_NONE;
 }
 
@@ -255,14 +303,20 @@ PyObject* ring_take(PyObject* self, PyObject*) {
 PyMethodDef kRingMethods[] = {{"write", fast(ring_write), METH_FASTCALL, nullptr},
                               {"kept", ring_kept, METH_NOARGS, nullptr},
                               {"take", ring_take, METH_NOARGS, nullptr},
+                              {"push", ring_push, METH_O, nullptr},
+                              {"pop", ring_pop, METH_NOARGS, nullptr},
+                              {"remove", ring_remove, METH_O, nullptr},
                               {nullptr, nullptr, 0, nullptr}};
 
 PyMemberDef kRingMembers[] = {
     {"count", T_LONGLONG, offsetof(Ring, count), READONLY, nullptr},
     {"gpu", T_OBJECT, offsetof(Ring, gpu), 0, nullptr},
-    {"open", T_OBJECT, offsetof(Ring, open), READONLY, nullptr},
+    {"depth", T_PYSSIZET, offsetof(Ring, depth), READONLY, nullptr},
     {"thread", T_ULONG, offsetof(Ring, thread), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr}};
+
+PyGetSetDef kRingGetSet[] = {{"open", ring_open, nullptr, nullptr, nullptr},
+                             {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyType_Slot kRingSlots[] = {{Py_tp_new, reinterpret_cast<void*>(ring_new)},
                             {Py_tp_dealloc, reinterpret_cast<void*>(dealloc<ring_end>)},
@@ -270,6 +324,7 @@ PyType_Slot kRingSlots[] = {{Py_tp_new, reinterpret_cast<void*>(ring_new)},
                             {Py_tp_clear, reinterpret_cast<void*>(ring_clear)},
                             {Py_tp_methods, kRingMethods},
                             {Py_tp_members, kRingMembers},
+                            {Py_tp_getset, kRingGetSet},
                             {Py_tp_doc, const_cast<char*>("As _ring.py has it.")},
                             {0, nullptr}};
 PyType_Spec kRing = {"inferix_kernels._spans.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
@@ -280,12 +335,12 @@ PyType_Spec kRing = {"inferix_kernels._spans.Ring", sizeof(Ring), 0, Py_TPFLAGS_
 // The common way to end: it is the innermost one that is open, of this thread.
 bool is_innermost(const Span* span) {
   const Ring* const ring = span->ring;
-  const Py_ssize_t depth = ring && ring->open ? PyList_GET_SIZE(ring->open) : 0;
-  return depth && PyList_GET_ITEM(ring->open, depth - 1) == object(const_cast<Span*>(span)) &&
+  return ring && ring->depth && as<Span>(ring->open[ring->depth - 1]) == span &&
          ring->thread == PyThread_get_thread_ident();
 }
 
-PyObject* span_exit(PyObject* self, PyObject* const*, Py_ssize_t) {
+// Its __exit__, of any arguments: a span is that itself, as another object would have to be made.
+PyObject* span_exit(PyObject* self, PyObject* const*, size_t, PyObject*) {
   Span* const span = as<Span>(self);
   double end;
   if (!read_clock(span->spans, end)) return nullptr;
@@ -297,12 +352,26 @@ PyObject* span_exit(PyObject* self, PyObject* const*, Py_ssize_t) {
     if (!is_innermost(span)) return clear(span->ring), held(Py_None);
   }
   Ring* const ring = span->ring;
-  const Py_ssize_t depth = PyList_GET_SIZE(ring->open) - 1;
-  if (PyList_SetSlice(ring->open, depth, depth + 1, nullptr)) return nullptr;
-  write(ring, span->name, span->args, span->start, end, depth);
-  clear(span->ring);
+  const Row row = {held(span->name), span->args, span->start, end, --ring->depth};
+  span->args = nullptr, span->ring = nullptr;
+  write(ring, row);
+  Py_DECREF(ring), Py_DECREF(self);  // the ring's reference to it; the caller has one
   Py_RETURN_NONE;
 }
+
+// Of the type, which has no span at hand.
+PyObject* exit_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (!count || Py_TYPE(given[0]) != span_type)
+    return PyErr_SetString(PyExc_TypeError, "__exit__ is that of a span"), nullptr;
+  return span_exit(given[0], nullptr, 0, nullptr);
+}
+PyMethodDef kExitOf = {"__exit__", fast(exit_of), METH_FASTCALL, nullptr};
+
+PyObject* exit_get(PyObject*, PyObject* span, PyObject*) {
+  return span ? held(span) : PyCFunction_New(&kExitOf, nullptr);
+}
+PyType_Slot kExitSlots[] = {{Py_tp_descr_get, reinterpret_cast<void*>(exit_get)}, {0, nullptr}};
+PyType_Spec kSpanExit = {"inferix_kernels._spans.Exit", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT, kExitSlots};
 
 int span_traverse(PyObject* self, visitproc visit, void* arg) {
   return visit_all(visit, arg, Py_TYPE(self), as<Span>(self)->spans, as<Span>(self)->ring);
@@ -324,18 +393,20 @@ PyObject* ignore(PyObject*, PyObject* const*, Py_ssize_t) { Py_RETURN_NONE; }
 PyMethodDef kEnter = {"__enter__", fast(ignore), METH_FASTCALL, nullptr};
 PyMethodDef kExit = {"__exit__", fast(ignore), METH_FASTCALL, nullptr};
 
-PyMethodDef kSpanMethods[] = {{"__exit__", fast(span_exit), METH_FASTCALL, nullptr}, {nullptr, nullptr, 0, nullptr}};
-
-PyMemberDef kSpanMembers[] = {{"name", T_OBJECT, offsetof(Span, name), READONLY, nullptr}, {nullptr, 0, 0, 0, nullptr}};
+PyMemberDef kSpanMembers[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Span, call), READONLY, nullptr},
+                              {"name", T_OBJECT, offsetof(Span, name), READONLY, nullptr},
+                              {nullptr, 0, 0, 0, nullptr}};
 
 PyType_Slot kSpanSlots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(dealloc<span_end>)},
                             {Py_tp_traverse, reinterpret_cast<void*>(span_traverse)},
                             {Py_tp_clear, reinterpret_cast<void*>(span_clear)},
-                            {Py_tp_methods, kSpanMethods},
+                            {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
                             {Py_tp_members, kSpanMembers},
                             {0, nullptr}};
 PyType_Spec kSpan = {"inferix_kernels._spans.Span", sizeof(Span), 0,
-                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, kSpanSlots};
+                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
+                         Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                     kSpanSlots};
 
 // Spans: what makes them
 
@@ -366,12 +437,11 @@ PyObject* plain(PyObject* const* values, PyObject* names) {
 
 // The one of this depth, if nobody has it any more, or a new one. A new reference; null: a Python exception is set.
 Span* take_span(Spans* spans, Ring* ring) {
-  const Py_ssize_t depth = PyList_GET_SIZE(ring->open);
-  Span** const spare = depth < kDeepest ? &ring->spare[depth] : nullptr;
+  Span** const spare = ring->depth < kDeepest ? &ring->spare[ring->depth] : nullptr;
   if (spare && *spare && Py_REFCNT(*spare) == 1) return held(*spare);
   Span* const made = as<Span>(span_type->tp_alloc(span_type, 0));
   if (!made) return nullptr;
-  made->spans = held(spans);
+  made->spans = held(spans), made->call = span_exit;
   if (spare) replace(*spare, held(made));
   return made;
 }
@@ -392,7 +462,7 @@ PyObject* spans_call(PyObject* self, PyObject* const* given, size_t count, PyObj
     return PyErr_Occurred() ? nullptr : PyObject_Vectorcall(spans->reference, given, count, names);
   }
   replace(span->ring, ring), replace(span->name, held(given[0])), replace(span->args, args);
-  if (!read_clock(spans, span->start) || PyList_Append(ring->open, object(span))) return Py_DECREF(span), nullptr;
+  if (!read_clock(spans, span->start) || !push(ring, object(span))) return Py_DECREF(span), nullptr;
   return object(span);
 }
 
@@ -487,9 +557,12 @@ PyMODINIT_FUNC PyInit__spans() {
                                    nullptr};
   ring_type = made_type(kRing, {});
   span_type = made_type(kSpan, {&kEnter});
+  PyTypeObject* const exit_type = made_type(kSpanExit, {});
+  PyObject* const exit = exit_type ? exit_type->tp_alloc(exit_type, 0) : nullptr;
+  if (!span_type || !exit || PyObject_SetAttrString(object(span_type), "__exit__", exit)) return nullptr;
   PyTypeObject* const spans_type = made_type(kSpans, {});
   PyTypeObject* const nothing_type = made_type(kNothing, {&kEnter, &kExit});
-  if (!ring_type || !span_type || !spans_type || !nothing_type) return nullptr;
+  if (!ring_type || !spans_type || !nothing_type) return nullptr;
   nothing = nothing_type->tp_alloc(nothing_type, 0);
   PyObject* const module = nothing ? PyModule_Create(&definition) : nullptr;
   if (!module || PyModule_AddType(module, ring_type) || PyModule_AddType(module, spans_type)) return nullptr;

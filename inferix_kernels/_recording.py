@@ -260,7 +260,7 @@ class Recording:
             if track.dropped
         ]
         rings = [(track.name, track.ring) for track in self.tracks]
-        lines += [f"{name}: {span.name!r} is still open" for name, ring in rings for span in list(ring.open)]
+        lines += [f"{name}: {span.name!r} is still open" for name, ring in rings for span in ring.open]
         lines += [
             f"{name}: {ring.gpu.lost:,} spans have no time on the GPU: events came too late, or were too few"
             for name, ring in rings

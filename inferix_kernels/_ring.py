@@ -17,25 +17,46 @@ class Ring:
 
     Attributes:
         count: spans that ended so far.
-        open: spans that are under way, the innermost last.
+        depth: number of spans that are under way.
         gpu: a GpuTimes, which times them on a GPU as well; None: nothing does.
 
     Raises:
         ValueError: capacity is no power of two.
     """
 
-    __slots__ = ("_added", "_mask", "_rows", "_since", "_within", "count", "gpu", "open", "thread")
+    __slots__ = ("_added", "_mask", "_open", "_rows", "_since", "_within", "count", "gpu", "thread")
 
     def __init__(self, capacity: int, thread: int):
         if capacity < 1 or capacity & (capacity - 1):
             raise ValueError(f"capacity must be a power of two, got {capacity}")
         self.count, self.thread = 0, thread
-        self.open: list[Any] = []
+        self._open: list[Any] = []
         self.gpu: Any = None
         self._mask, self._added = capacity - 1, 0
         self._rows: list[Any] = [None] * capacity
         self._within = [0.0] * (DEEPEST + 2)  # seconds of the spans at each depth since one closed around them
         self._since = [0.0] * (DEEPEST + 2)  # when the first of these began
+
+    @property
+    def open(self) -> list[Any]:
+        """Spans that are under way, the innermost last."""
+        return list(self._open)
+
+    @property
+    def depth(self) -> int:
+        return len(self._open)
+
+    def push(self, span: Any) -> None:
+        """A span begins, within all others."""
+        self._open.append(span)
+
+    def pop(self) -> Any:
+        """The innermost one, which is under way no more."""
+        return self._open.pop()
+
+    def remove(self, span: Any) -> None:
+        """It is under way no more."""
+        self._open.remove(span)
 
     def write(self, name: str, start: float, end: float, depth: int, args: dict[str, Any]) -> None:
         """A span has ended."""

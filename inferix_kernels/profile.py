@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -183,15 +184,12 @@ def _watch_forks() -> None:
 
 def _track() -> Track:
     """This thread's; without a recording, one that nobody will look at."""
-    number = None if _fast is None else _fast.number()  # another one if a recording begins meanwhile
     try:
         track: Track = _local.track
     except AttributeError:
         local, current = _local, _recording
         track = Track("", 0, 1) if current is None else current.track()
         local.track = track
-    if _fast is not None:
-        _fast.adopt(track.ring, number)
     return track
 
 
@@ -229,7 +227,7 @@ class Span:
         if on_gpu and ring.gpu is not None:
             self.gpu = ring.gpu.begin()
         self.start = clock()
-        ring.open.append(self)
+        ring.push(self)
 
     def __exit__(
         self,
@@ -240,14 +238,14 @@ class Span:
         self.end = end = clock()
         ring: Any = self.ring
         self.ring = None
-        innermost = ring is not None and ring.open and ring.open[-1] is self and ring.thread == get_ident()
+        innermost = ring is not None and ring.open[-1:] == [self] and ring.thread == get_ident()
         if not innermost and not _misplaced(self, ring):
             return
-        ring.open.pop()
+        ring.pop()
         if self.gpu is not None:
-            ring.gpu.end(self.gpu, self.name, len(ring.open), self.args)
+            ring.gpu.end(self.gpu, self.name, ring.depth, self.args)
             self.gpu = None
-        ring.write(self.name, self.start, end, len(ring.open), self.args)
+        ring.write(self.name, self.start, end, ring.depth, self.args)
 
 
 def _misplaced(span: Any, ring: Ring | None) -> bool:
@@ -257,10 +255,10 @@ def _misplaced(span: Any, ring: Ring | None) -> bool:
         return False
     if ring.thread != get_ident():
         _lose(f"{span.name!r} was closed on another thread than it was opened on")
-        ring.open.remove(span)
+        ring.remove(span)
         return False
     while ring.open[-1] is not span:
-        _lose(f"{ring.open.pop().name!r} was left open")
+        _lose(f"{ring.pop().name!r} was left open")
     return True
 
 
@@ -369,14 +367,17 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
         args = _without_others(name, args)
     if _annotated is not None:
         return _annotated(name, args)
+    number = None if _fast is None else _fast.number()  # another one if a recording begins meanwhile
     ring, one = _track().ring, Span(name, args)
+    if _fast is not None:
+        _fast.adopt(ring, number)
     one.begin(ring, on_gpu=ring.gpu is not None and ring.gpu.active)
     return one
 
 
 _fast: Any = None
 if Spans is not None:
-    _fast = Spans(span, _misplaced, clock)
+    _fast = Spans(span, _misplaced, None if sys.platform == "linux" else clock)
     span = functools.update_wrapper(_fast, span)
 
 
