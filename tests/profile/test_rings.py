@@ -47,6 +47,21 @@ def test_a_ring_refuses_what_it_cannot_hold(make):
             make(capacity, 1)
 
 
+@pytest.mark.parametrize("make", [Ring, _spans.Ring])
+def test_what_is_open_lies_within_each_other(make):
+    ring, spans = make(4, 1), [object() for _ in range(200)]
+    for span in spans:
+        ring.push(span)
+    ring.remove(spans[100])
+    assert ring.open == spans[:100] + spans[101:] and ring.depth == 199
+    assert [ring.pop() for _ in range(199)] == (spans[:100] + spans[101:])[::-1]
+    with pytest.raises(IndexError):
+        ring.pop()
+    with pytest.raises(ValueError):
+        ring.remove(spans[100])
+    assert ring.open == [] and ring.depth == 0
+
+
 def test_the_extension_refuses_what_it_cannot_read():
     ring = _spans.Ring(4, 1)
     for wrong in ((), ("x", 0.0, 1.0, 0), ("x", "0", 1.0, 0, {}), (3, 0.0, 1.0, 0, {}), ("x", 0.0, 1.0, -1, {})):
@@ -100,6 +115,19 @@ def test_spans_are_contexts_to_an_exit_stack(level):
         for name in "ab":
             stack.enter_context(profile.span(name))
     assert [row[0] for track in recording.tracks for row in track.kept()] == ([] if level == "off" else ["b", "a"])
+
+
+@pytest.mark.usefixtures("spans")
+def test_spans_may_be_deeper_than_their_own_times_are_told_apart(clock):
+    recording = profile.start("layer")
+    for _ in range(2):
+        with ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(profile.span("x"))
+            clock.now += 1
+    assert [row[3] for row in recording.tracks[0].kept()] == 2 * [*range(99, -1, -1)] and not recording.problems()
+    recording.collect()
+    assert recording.sums["x"][1:] == (200.0, 200)
 
 
 @pytest.mark.usefixtures("spans")
