@@ -1,5 +1,6 @@
 """Spans and rings of the extension: as Python's, of the right thread, and freed."""
 
+import ast
 import gc
 import inspect
 import random
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -168,6 +170,15 @@ def test_a_recording_is_freed_whatever_is_open():
     with profile.span("of a new one"):
         pass
     assert len(profile.stop().tracks[0].kept()) == 1
+
+
+def test_the_stub_has_what_the_extension_has():
+    stub = Path(_spans.__file__).with_name("_spans.pyi")
+    for kind in ast.parse(stub.read_text()).body:
+        if isinstance(kind, ast.ClassDef):
+            said = {x.target.id if isinstance(x, ast.AnnAssign) else getattr(x, "name", None) for x in kind.body}
+            there = {name for name in vars(getattr(_spans, kind.name)) if not name.startswith("__")}
+            assert {name for name in said if name and not name.startswith("__")} == there
 
 
 def test_span_is_a_documented_function():
