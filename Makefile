@@ -58,7 +58,7 @@ bench: build
 	$(BIN)/python -m benchmarks run
 
 clean:
-	rm -rf .venv build *.egg-info inferix_kernels/_C*.so
+	rm -rf .venv build *.egg-info inferix_kernels/_*.so
 
 # What this project was called before, and what another on PyPI is: its files would lie over these.
 FORGET := $(BIN)/pip uninstall -q -y inferix 2>/dev/null || true

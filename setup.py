@@ -1,4 +1,4 @@
-"""Builds inferix_kernels._C with CMake; CMakeLists.txt says what goes in, pyproject.toml holds the metadata."""
+"""Builds inferix_kernels._C and _spans with CMake; CMakeLists.txt says of what, pyproject.toml has the metadata."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class CMakeBuild(build_ext):
         self.cuda_architectures = ";".join(ARCHITECTURES[name] for name in wanted)
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is not self.extensions[0]:  # CMake builds both at once
+            return
         find("C++ compiler", *compiler_names(), remedy="install one (on Debian: apt install g++)")
         cmake = find("cmake", "cmake", remedy="pip install cmake")
         ninja = find("ninja", "ninja", "ninja-build", remedy="pip install ninja")
@@ -82,6 +84,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["inferix_kernels*"]), *find_packages("python")],
     package_dir={"inferix": "python/inferix"},
-    ext_modules=[Extension("inferix_kernels._C", [])],
+    ext_modules=[Extension("inferix_kernels._C", []), Extension("inferix_kernels._spans", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

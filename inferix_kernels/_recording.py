@@ -10,18 +10,20 @@ import dataclasses
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from ._gpu_times import GpuTimes
+from ._ring import SpanRow
+
+try:
+    from ._spans import Ring
+except ImportError:  # not built: slower
+    from ._ring import Ring  # type: ignore[assignment]
 
 MOST_ROWS = 2048  # of blocks, before every second one is dropped
 MOST_TRACKS = 64  # threads, those that have ended among them
 MOST_TEXTS = 64  # different things that are said to be lost
 MOST_NAMES = 1024  # of spans and metrics: more is a mistake, such as a number in a name
-DEEPEST = 64  # spans within each other
 
-Args = Mapping[str, Any]
-SpanRow = tuple[str, float, float, int, Args]  # name, start, end, how many spans it is within, arguments
 T = TypeVar("T")
 
 
@@ -93,67 +95,47 @@ class Thinned(Generic[T]):
 
 
 class Track:
-    """The spans of one thread, newest over oldest in a ring, and what was counted there.
+    """The spans of one thread, and what was counted there.
 
     Attributes:
-        count: spans that ended so far; the last `capacity` are in `rows`.
-        open: spans that are under way, the innermost last.
-        spans: what stands for one that is open at each depth, made once.
-        gpu: times them on a GPU as well; None: there is none.
-        shift: seconds to add to the rows' times: a GPU's clock has its own zero.
+        ring: its spans.
+        shift: seconds to add to their times: a GPU's clock has its own zero.
         overlapping: its spans may overlap without one being within the other.
+        sums: by name, of those since the last block; without blocks, of all.
     """
 
     def __init__(self, name: str, thread: int, capacity: int, overlapping: bool = False):
-        self.name, self.thread, self.mask, self.overlapping = name, thread, capacity - 1, overlapping
-        self.rows: list[SpanRow | None] = [None] * capacity
-        self.count = self.added = self.blocks = 0
-        self.open: list[Any] = []
-        self.spans: list[Any] = []  # profile.Span, one for each depth
+        self.name, self.capacity, self.overlapping = name, capacity, overlapping
+        self.ring = Ring(capacity, thread)
+        self.blocks = 0
         self.counts: dict[str, float] = {}
         self.values: dict[str, float] = {}
-        self.gpu: GpuTimes | None = None
         self.shift = 0.0
         self.owner: threading.Thread | None = None  # whose ident may be another's once it has ended
-        self._within = [0.0] * (DEEPEST + 2)  # seconds of the spans at each depth since one closed around them
-        self._since = [0.0] * (DEEPEST + 2)  # when the first of these began
         self._before: dict[str, float] = {}  # counts at the last block
-        self.ended: float | None = None  # when the last block did
-        self.sums: dict[str, Sum] = {}  # since the last block
+        self.ended: float | None = None  # when the last block did; before the first, when the first span began
+        self.sums: dict[str, Sum] = {}
 
     @property
     def dropped(self) -> int:
-        return max(0, self.count - self.mask - 1)
-
-    def write(self, row: SpanRow) -> None:
-        self.rows[self.count & self.mask] = row
-        self.count += 1
+        """Spans that the ring no longer holds."""
+        return max(0, self.ring.count - self.capacity)
 
     def kept(self) -> list[SpanRow]:
         """The spans that the ring holds, as they ended."""
-        found = [self.rows[i & self.mask] for i in range(self.dropped, self.count)]
-        return [row for row in found if row is not None]
+        return self.ring.kept()
 
-    def add_up(self) -> int:
-        """Spans that ended since the last call go into `sums`; returns how many of them the ring had dropped."""
-        first, last, mask = max(self.added, self.dropped), self.count, self.mask
-        missed, self.added = first - self.added, last
-        rows, within, since, sums = self.rows, self._within, self._since, self.sums
-        for i in range(first, last):
-            name, start, end, depth, _ = rows[i & mask]  # type: ignore[misc]  # they have ended
-            if self.ended is None and depth == 0:
-                self.ended = start
-            depth = min(depth, DEEPEST)
-            seconds = end - start
-            inner = depth + 1
-            own = seconds - within[inner] if since[inner] >= start else seconds  # else: what was around them is lost
-            within[inner] = 0.0
-            if not within[depth]:
-                since[depth] = start
-            within[depth] += seconds
-            old = sums.get(name)
-            sums[name] = Sum(own, seconds, 1) if old is None else Sum(old[0] + own, old[1] + seconds, old[2] + 1)
-        return missed
+    def add_up(self) -> tuple[dict[str, Sum], int]:
+        """Sums of the spans that ended since the last call, which are in `sums`, too; and how many more the ring had
+        dropped."""
+        taken, missed, began = self.ring.take()
+        if self.ended is None:
+            self.ended = began
+        new = {name: Sum(*each) for name, each in taken.items()}
+        for name, each in new.items():
+            old = self.sums.get(name)
+            self.sums[name] = each if old is None else old.plus(each)
+        return new, missed
 
     def row(self, start: float, end: float, frames: int) -> Row:
         """The block that has just ended; what comes is the next one's."""
@@ -196,7 +178,7 @@ class Recording:
 
     def declare(self, name: str, kind: str) -> bool:
         """A name is a "count" or a "metric", and there are not too many; False: not so."""
-        if not isinstance(name, str) or (name not in self.kinds and len(self.kinds) >= MOST_NAMES):
+        if name not in self.kinds and len(self.kinds) >= MOST_NAMES:
             return False
         return self.kinds.setdefault(name, kind) == kind
 
@@ -226,13 +208,13 @@ class Recording:
             self._collect(ended[0])
             self._counted = _added(self._counted, ended[0].counts)
             self.tracks.remove(ended[0])
-            self.lose("spans of the thread that ended first, as there were too many threads", ended[0].count)
+            self.lose("spans of the thread that ended first, as there were too many threads", ended[0].ring.count)
 
     def write(self, track: str, row: SpanRow) -> None:
         """A span that has ended, onto the track of this name."""
         where = self.track(track)
         with self.lock:
-            where.write(row)
+            where.ring.write(*row)
 
     def block(self, track: Track, start: float, end: float, frames: int) -> Row:
         """A block has ended on this track: what was measured since the one before."""
@@ -250,17 +232,14 @@ class Recording:
                 self._collect(track)
 
     def _collect(self, track: Track) -> None:
-        before = dict(track.sums)
-        if missed := track.add_up():
+        new, missed = track.add_up()
+        if missed:
             self.lose(f"spans of {track.name} that no sum has, as more ended in a block than the ring holds", missed)
-        for name, now in track.sums.items():
-            old = before.get(name, Sum())
-            if now is not old:
-                new = Sum(now[0] - old[0], now[1] - old[1], now[2] - old[2])
-                if name in self.sums or len(self.sums) < MOST_NAMES:
-                    self.sums[name] = self.sums.get(name, Sum()).plus(new)
-                else:
-                    self.lose(f"spans of further names than the first {MOST_NAMES}", new.number)
+        for name, each in new.items():
+            if name in self.sums or len(self.sums) < MOST_NAMES:
+                self.sums[name] = self.sums.get(name, Sum()).plus(each)
+            else:
+                self.lose(f"spans of further names than the first {MOST_NAMES}", each.number)
         if not track.blocks and len(track.sums) > MOST_NAMES:
             track.sums.clear()
 
@@ -280,11 +259,12 @@ class Recording:
             for track in self.tracks
             if track.dropped
         ]
-        lines += [f"{track.name}: {span.name!r} is still open" for track in self.tracks for span in list(track.open)]
+        rings = [(track.name, track.ring) for track in self.tracks]
+        lines += [f"{name}: {span.name!r} is still open" for name, ring in rings for span in ring.open]
         lines += [
-            f"{track.name}: {track.gpu.lost:,} spans have no time on the GPU: events came too late, or were too few"
-            for track in self.tracks
-            if track.gpu is not None and track.gpu.lost
+            f"{name}: {ring.gpu.lost:,} spans have no time on the GPU: events came too late, or were too few"
+            for name, ring in rings
+            if ring.gpu is not None and ring.gpu.lost
         ]
         return lines
 

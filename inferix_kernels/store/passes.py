@@ -136,10 +136,11 @@ class Pass:
         norms = {"norm_q_bias": norm_q_bias, "norm_k_bias": norm_k_bias}
         with profile.span("prologue"):
             q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
-        if not self.predict and layer == self.store.num_layers - 1:
-            return None
+        if layer == self.store.num_layers - 1:
+            self._count_read()
+            if not self.predict:
+                return None
         out = self._output(q) if out is None else out
-        profile.count("pages read", self._pages)
         with profile.span("attention"):
             return self._attend(layer, self.turned(q, interleaved=interleaved), out).flatten(1)
 
@@ -276,11 +277,19 @@ class Pass:
             >>> table.abandon()
             >>> table.plan([table.open_block(frames=3)]).count()
         """
+        self._count_read()
+        self._count_committed()
+
+    # Of all layers at once: beside the work of each, a count takes longer than all that it has to do.
+
+    def _count_read(self) -> None:
         layers = self.store.num_layers
         profile.count("pages read", (layers if self.predict else layers - 1) * self._pages)
+
+    def _count_committed(self) -> None:
         for share in self._shares:
             for format, _, target in share.commits:
-                profile.count(f"pages committed {format}", layers * len(target.ids))
+                profile.count(f"pages committed {format}", self.store.num_layers * len(target.ids))
 
     @property
     def stale(self) -> bool:
@@ -317,10 +326,11 @@ class Pass:
                 share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:
-                profile.count(f"pages committed {format}", len(target.ids))
                 kv_commit(
                     store.scratch, source, store.pools[format].layers[layer], target, fresh, backend=store.backend
                 )
+        if layer == store.num_layers - 1:
+            self._count_committed()
         if freezing:
             self._freeze()
 

@@ -25,7 +25,7 @@ def imports() -> Graph:
 
 # Of inferix_kernels, from below. A module imports those of its own layer and of the layers before it.
 LAYERS = (
-    ("profile", "_recording", "_gpu_times", "verdict"),
+    ("profile", "_recording", "_ring", "_gpu_times", "verdict", "_spans"),
     (
         *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
         *("_install", "_printing", "proofs.stored", "proofs.speeds"),

@@ -1,4 +1,4 @@
-"""`make sanitize`: builds _C with the address and undefined-behaviour sanitizers and runs the kernels' tests on it.
+"""`make sanitize`: builds _C with the address and undefined-behaviour sanitizers and runs tests of it.
 
 torch's tensors come from the sanitizer's allocator, with poisoned memory around each. The build lies beside links to
 the Python files of the package, in build/sanitize.
@@ -16,7 +16,7 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ("tests/ops/test_isa.py", "tests/ops/test_arguments.py")
+TESTS = ("ops/test_isa.py", "ops/test_arguments.py", "profile/test_rings.py", "profile/test_spans.py")
 SEARCH = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
 
 
@@ -57,10 +57,11 @@ def main() -> int:
         "LD_PRELOAD": runtime(),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch never free all they have
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # Python's own allocator would hide what is wrong with its objects
         "PYTHONPATH": str(BUILD / "package"),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={BUILD / 'package'}"]
-    return subprocess.run([*command, *TESTS], cwd=ROOT, env=environment).returncode
+    return subprocess.run([*command, *(f"tests/{name}" for name in TESTS)], cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":

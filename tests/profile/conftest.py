@@ -2,7 +2,8 @@
 
 import pytest
 
-from inferix_kernels import profile
+import inferix.profile
+from inferix_kernels import _recording, _ring, profile
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,22 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(params=["compiled", "python"])
+def spans(request, monkeypatch):
+    """With the extension's spans and rings, and with Python's."""
+    if request.param == "compiled":
+        assert profile._fast is profile.span is inferix.profile.span
+        return
+    monkeypatch.setattr(_recording, "Ring", _ring.Ring)
+    monkeypatch.setattr(profile, "_fast", None)
+    for package in (profile, inferix.profile):
+        monkeypatch.setattr(package, "span", package.span.__wrapped__)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(profile, "clock", clock)
+    if profile._fast is not None:
+        monkeypatch.setattr(profile._fast, "clock", clock)
     return clock

@@ -178,7 +178,7 @@ def test_spans_of_a_thread_go_to_a_track_of_its_gpu(gpu, monkeypatch):
     recording = profile.start("layer")
     track = profile._track()
     rows = recording.track("GPU of MainThread")
-    track.gpu = GpuTimes(gpu.event, rows.write, clock=lambda: gpu.host)
+    track.ring.gpu = GpuTimes(gpu.event, lambda row: rows.ring.write(*row), clock=lambda: gpu.host)
     for _ in range(EVERY + 1):
         with profile.block(), profile.timed("denoise"):
             with profile.span("layer", layer=1):
@@ -195,7 +195,7 @@ def test_a_thread_without_blocks_looks_at_its_events_as_its_next_span_begins(gpu
     rows = recording.track("GPU of MainThread")
 
     def use_gpu(track):
-        track.gpu = GpuTimes(gpu.event, rows.write, clock=lambda: gpu.host)
+        track.ring.gpu = GpuTimes(gpu.event, lambda row: rows.ring.write(*row), clock=lambda: gpu.host)
 
     monkeypatch.setattr(profile, "_use_gpu", use_gpu)
     for number in range(3):
@@ -203,4 +203,4 @@ def test_a_thread_without_blocks_looks_at_its_events_as_its_next_span_begins(gpu
             gpu.work(0.5)
         gpu.host += 1.0
     assert [(row[0], row[4]) for row in rows.kept()] == [("pictures", {"block": 0}), ("pictures", {"block": 1})]
-    assert track.count == 3
+    assert track.ring.count == 3

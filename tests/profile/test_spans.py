@@ -2,14 +2,14 @@
 
 import gc
 import math
-import subprocess
-import sys
 import threading
 import weakref
 
 import pytest
 
 from inferix_kernels import _recording, profile
+
+pytestmark = pytest.mark.usefixtures("spans")
 
 
 def sums(recording):
@@ -124,7 +124,7 @@ def test_a_span_closed_twice_or_never_opened_or_opened_twice_is_said(clock):
     recording = profile.start("layer")
     with profile.span("x") as _:
         clock.now += 1
-        open_one = recording.tracks[0].open[0]
+        open_one = recording.tracks[0].ring.open[0]
     open_one.__exit__(None, None, None)
     timed = profile.timed("y")
     timed.__exit__()
@@ -157,7 +157,7 @@ def test_a_span_ends_with_an_exception_which_passes(clock):
     recording = profile.start("layer")
     with pytest.raises(KeyError), profile.span("outer"), profile.span("inner"):
         raise KeyError
-    assert set(sums(recording)) == {"inner", "outer"} and not recording.tracks[0].open
+    assert set(sums(recording)) == {"inner", "outer"} and not recording.tracks[0].ring.open
 
 
 def test_a_full_ring_drops_the_oldest_and_says_how_many(clock):
@@ -344,43 +344,3 @@ def test_what_has_passed_is_recorded_on_a_track_of_its_own(clock):
     (track,) = recording.tracks
     assert track.overlapping and [row[:3] for row in track.kept()] == [("send", 1.0, 3.0), ("send", 2.0, 4.0)]
     assert sums(recording) == {"send": (4.0, 4.0, 2)}
-
-
-def test_pythons_own_profilers_are_still_found():
-    """Our module is called profile, as one of Python's is, which cProfile imports."""
-    code = (
-        "import inferix_kernels.profile, inferix.profile, cProfile, profile; print(profile.__file__, profile.Profile)"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "inferix" not in said.stdout and "profile.Profile" in said.stdout, said.stderr
-
-
-def test_frames_that_move_are_counted():
-    import torch
-
-    from inferix_kernels import KVStore, Policy
-
-    store = KVStore(
-        layers=2, heads=1, head_dim=16, frame_tokens=20, block_frames=1, page_size=16,
-        pools={"int8": 6, "int4": 4}, host={"int8": 4},
-    )  # fmt: skip
-    table, (k, v) = store.open(Policy(window=4)), torch.randn(2, 20, 1, 16)
-    recording = profile.start("block")
-    for _ in range(5):
-        block = table.open_block(1)
-        clean = table.plan([block], commit=block)
-        for layer in range(2):
-            clean.append(layer, k, v)
-        table.seal(block)
-    frame = 2 * 2  # layers, pages of a frame
-    table.convert([2], "int4")
-    table.offload([3])
-    store.sync_copies()
-    table.prefetch([3])
-    assert recording.counts() == {
-        "pages committed int8": 5 * frame,
-        "pages evicted": frame,
-        "pages converted": frame,
-        "pages offloaded": frame,
-        "pages prefetched": frame,
-    }

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import inferix
 from inferix import World, profile
 from inferix.models import load_model
 from inferix.profile.overhead import overhead
+from inferix_kernels import KVStore, Policy
 
 BROWSER = shutil.which("chromium")
 BLOCKS = 8
@@ -150,6 +152,33 @@ def test_a_video_is_whole_whatever_becomes_of_its_profile(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         inferix.generate(seconds=0.1, out=tmp_path / "a.mp4", profile=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"], "no journal of an unfinished one"
+
+
+def test_frames_that_move_are_counted():
+    store = KVStore(
+        layers=2, heads=1, head_dim=16, frame_tokens=20, block_frames=1, page_size=16,
+        pools={"int8": 6, "int4": 4}, host={"int8": 4},
+    )  # fmt: skip
+    table, (k, v) = store.open(Policy(window=4)), torch.randn(2, 20, 1, 16)
+    recording = profile.start("block")
+    for _ in range(5):
+        block = table.open_block(1)
+        clean = table.plan([block], commit=block)
+        for layer in range(2):
+            clean.append(layer, k, v)
+        table.seal(block)
+    frame = 2 * 2  # layers, pages of a frame
+    table.convert([2], "int4")
+    table.offload([3])
+    store.sync_copies()
+    table.prefetch([3])
+    assert recording.counts() == {
+        "pages committed int8": 5 * frame,
+        "pages evicted": frame,
+        "pages converted": frame,
+        "pages offloaded": frame,
+        "pages prefetched": frame,
+    }
 
 
 def test_torch_looks_at_some_blocks(tmp_path):

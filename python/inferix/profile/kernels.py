@@ -46,7 +46,8 @@ class _Look:
         if self.running is None:
             activities = [torch.profiler.ProfilerActivity.CPU]
             activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self.running, profile._annotated = torch.profiler.profile(activities=activities), _Annotated
+            self.running = torch.profiler.profile(activities=activities)
+            profile._annotate(_Annotated)
             self.running.start()
             return
         self.left -= 1
@@ -59,7 +60,7 @@ class _Look:
         if self.running is None or self.left < 0:  # it never began, or has ended
             return
         self.left = -1
-        profile._annotated = None
+        profile._annotate(None)
         self.running.stop()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

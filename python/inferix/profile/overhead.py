@@ -52,14 +52,14 @@ def overhead(
     levels: Sequence[str] = ("block", "layer"),
     width: float = 0.001,
     seconds: float = 600.0,
-    blocks: int = 2,
+    blocks: int = 1,
 ) -> list[Cost]:
     """Measure the loop `step`, one block a call, off and at each level in turn.
 
     Args:
         width: until each interval is narrower than plus or minus this share.
         seconds: or this long.
-        blocks: per turn.
+        blocks: per turn; what disturbs a turn disturbs the next one the more, the shorter they are.
 
     Example:
         >>> from inferix.profile.overhead import overhead
@@ -77,6 +77,7 @@ def overhead(
             names = list(times)
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 run.set_level(name)
+                run.sampler.paused = name == "off"
                 before = _spans(run)
                 times[name].append(_turn(step, blocks))
                 ended[name] += _spans(run) - before
@@ -94,7 +95,7 @@ def _turn(step: Callable[[], object], blocks: int) -> float:
 
 
 def _spans(run: Profiling) -> int:
-    return sum(track.count for track in run.recording.tracks)
+    return sum(track.ring.count for track in run.recording.tracks)
 
 
 def _cost(level: str, times: dict[str, list[float]], spans: float, blocks: int) -> Cost:
@@ -105,18 +106,18 @@ def _cost(level: str, times: dict[str, list[float]], spans: float, blocks: int) 
 
 def span_cost(count: int = 200_000, repeats: int = 7) -> dict[str, float]:
     """Microseconds of one span with an argument, and of one call of a decorated function, off and on: the best of
-    several loops, those of an empty loop taken off.
+    several loops, those of an empty loop taken off. And of one sample of the machine, of which there are 2.5 a second.
 
     Example:
         >>> from inferix.profile.overhead import span_cost
         >>> sorted(span_cost(count=100, repeats=1))
-        ['decorated off', 'decorated on', 'span off', 'span on', 'timed on']
+        ['decorated off', 'decorated on', 'sample', 'span off', 'span on', 'timed on']
     """
 
     def nothing() -> None:
         pass
 
-    decorated = profile.profiled(nothing)
+    decorated, few = profile.profiled(nothing), max(1, count // 1000)
 
     def empty() -> None:
         for _ in range(count):
@@ -140,6 +141,10 @@ def span_cost(count: int = 200_000, repeats: int = 7) -> dict[str, float]:
         for _ in range(count):
             nothing()
 
+    def samples() -> None:
+        for _ in range(few):
+            run.sampler.sample()
+
     def best(loop: Callable[[], None]) -> float:
         found = []
         for _ in range(repeats):
@@ -154,4 +159,4 @@ def span_cost(count: int = 200_000, repeats: int = 7) -> dict[str, float]:
         on = {"span on": best(spans) - around, "timed on": best(timed) - around, "decorated on": best(calls) - called}
         run.set_level("off")
         off = {"span off": best(spans) - around, "decorated off": best(calls) - called}
-    return on | off
+        return on | off | {"sample": best(samples) * count / few}

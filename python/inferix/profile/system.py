@@ -26,10 +26,11 @@ class Sampler:
 
     Attributes:
         samples: (perf_counter, {name: value}), thinned out once there are many.
+        paused: no sample is taken.
     """
 
     def __init__(self, period: float = PERIOD):
-        self.period = period
+        self.period, self.paused = period, False
         self.samples: Thinned[tuple[float, dict[str, float]]] = Thinned()
         self._readers: list[Read] = [*_processor(), *_gpus()]
         self._stop = threading.Event()
@@ -54,7 +55,8 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(self.period):
-            self.sample()
+            if not self.paused:
+                self.sample()
 
 
 def _processor() -> list[Read]:
