@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -351,8 +352,74 @@ def check_word(name: str, word: str | None, words: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(map(repr, words))} or None, got {word!r}")
 
 
-def check_groups(name: str, groups: Tensor | None, width: str, sizes: dict[str, int], device: torch.device) -> None:
-    """[G, width], each row for M / G rows in turn; of no rows there may be no groups."""
+def check_rows(
+    name: str, x: Tensor, sizes: dict[str, int], device: torch.device, places: Sequence[int] | None = None
+) -> None:
+    """[*places, K] of floats, whose M rows lie evenly apart; without places, any number of dimensions but 0."""
+    if places is None:
+        places = device_of(name, x) and x.shape[:-1]
+        sizes["M"] = math.prod(places)
+    check_tensor(name, x, FLOATS, " ".join([*map(str, places), "K"]) if x.ndim else "... K", sizes, device)
+    if x.ndim > 2:
+        try:
+            x.view(sizes["M"], x.shape[-1])
+        except RuntimeError:
+            raise ValueError(f"{name} must have rows that lie evenly apart, got strides {x.stride()}") from None
+
+
+def check_overlap(read: Mapping[str, Tensor | None], written: Mapping[str, Tensor | None]) -> None:
+    """What is written, [..., K] each, must share no memory with anything else; of what is read it may be all: the same
+    numbers in the same places. Tensors whose rows lie as far apart may lie between each other's rows."""
+    places = [(name, _place(x)) for name, x in {**read, **written}.items() if x is not None]
+    for i, (name, one) in enumerate(places):
+        for other_name, other in places[:i]:
+            if name not in written or (one == other and other_name in read) or not _overlap(one, other):
+                continue
+            if one == other:
+                raise ValueError(f"{other_name} must be another tensor than {name}, got the same")
+            raise ValueError(f"{name} must share no memory with {other_name}, got tensors that overlap")
+
+
+class _Place(NamedTuple):
+    """Of rows that lie evenly apart, in bytes."""
+
+    first: int
+    rows: int
+    stride: int
+    width: int
+
+
+def _place(x: Tensor) -> _Place:
+    size = x.element_size()
+    width = ((x.shape[-1] - 1) * abs(x.stride(-1)) + 1) * size if x.numel() else 0
+    rows = x if x.ndim == 2 else x.view(math.prod(x.shape[:-1]), x.shape[-1])
+    return _Place(x.data_ptr(), len(rows), rows.stride(0) * size if len(rows) > 1 else width, width)
+
+
+def _overlap(a: _Place, b: _Place) -> bool:
+    if not a.width * b.width * a.rows * b.rows:
+        return False
+    if any(x.first + (x.rows - 1) * x.stride + x.width <= y.first for x, y in ((a, b), (b, a))):
+        return False
+    if a.stride != b.stride:
+        return True
+    apart = (b.first - a.first) % a.stride if a.stride else 0
+    return apart < a.width or a.stride - apart < b.width
+
+
+def check_groups(
+    name: str,
+    groups: Tensor | None,
+    width: str,
+    sizes: dict[str, int],
+    device: torch.device,
+    places: Sequence[int] = (),
+) -> None:
+    """[G, width], each row for M / G rows in turn; of no rows there may be no groups. Where the rows are those of
+    [*places, n, width], it may be [*places, 1, width] too."""
+    if places and groups is not None and isinstance(groups, Tensor) and groups.ndim != 2:
+        check_tensor(name, groups, FLOATS, " ".join([*map(str, places), "1", width]), sizes, device)
+        return
     sizes.pop("G", None)  # each has its own
     check_optional(name, groups, FLOATS, f"G {width}", sizes, device)
     if groups is not None and sizes["M"] % (len(groups) or sizes["M"] + 1):

@@ -112,11 +112,11 @@ def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function of this name in a backend's module, or Unsupported with the reason."""
-    modules = BACKENDS | PEERS
-    if backend not in modules:
-        raise ValueError(f"backend must be auto or one of {', '.join(modules)}, got {backend!r}")
+    name = BACKENDS.get(backend) or PEERS.get(backend)
+    if name is None:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS | PEERS)}, got {backend!r}")
     try:
-        module = sys.modules.get(modules[backend]) or importlib.import_module(modules[backend])
+        module = sys.modules.get(name) or importlib.import_module(name)
     except ImportError as error:
         raise Unsupported(str(error)) from error
     function: Callable[..., Any] | None = getattr(module, op, None)

@@ -40,11 +40,13 @@ from ._check import (
     check_norm,
     check_number,
     check_optional,
+    check_overlap,
     check_page_list,
     check_pages,
     check_pools,
     check_precision,
     check_quantized,
+    check_rows,
     check_same_width,
     check_scale,
     check_softcap,
@@ -294,15 +296,25 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
-    options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
-    accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
+    accumulate = bool(accumulate)
+    accepted = _accept_attention(
+        q, pools, plan, out, lse, False, scale, accumulate, softcap, alibi_slopes, precision
+    )
     sizes = accepted.sizes
     if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
-    out, lse = attention_outputs(q, out, lse, sizes)
-    options["scale"] = sizes["D"] ** -0.5 if scale is None else scale
-    call("paged_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
+    if out is None or lse is None:
+        out, lse = attention_outputs(q, out, lse, sizes)
+    call(
+        *("paged_attention", accepted, backend, q.device, q, pools, plan),
+        out=out,
+        lse=lse,
+        scale=sizes["D"] ** -0.5 if scale is None else scale,
+        accumulate=accumulate,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        precision=precision,
+    )
     return out, lse
 
 
@@ -687,7 +699,9 @@ def _accept_rows(
     activation: str | None,
     out: Quantized | None,
 ) -> Sizes:
-    sizes = _check_rows(x, norm, vectors, groups, eps, activation)
+    sizes: dict[str, int] = {}
+    check_tensor("x", x, FLOATS, "M K", sizes, device_of("x", x))
+    _check_steps(x, norm, vectors, groups, eps, activation, sizes)
     if out is None:
         check_dtype("out.codes", dtype, CODES)
     else:
@@ -695,26 +709,24 @@ def _accept_rows(
     return sizes
 
 
-def _check_rows(
+def _check_steps(
     x: Tensor,
     norm: str | None,
     vectors: Sequence[Tensor | None],
     groups: Sequence[Tensor | None],
     eps: float,
     activation: str | None,
-) -> dict[str, int]:
-    """What quantize_rows and add_norm have in common."""
-    sizes: dict[str, int] = {}
-    device = device_of("x", x)
-    check_tensor("x", x, FLOATS, "M K", sizes, device)
+    sizes: dict[str, int],
+) -> None:
+    """What quantize_rows and add_norm have in common, once x is checked."""
+    device = x.device
     check_word("norm", norm, ("layer", "rms"))
     check_word("activation", activation, ACTIVATIONS)
     check_number("eps", eps)
     for name, vector in zip(("weight", "bias"), vectors, strict=True):
         check_optional(name, vector, FLOATS, "K", sizes, device)
     for name, each in zip(("scale", "shift"), groups, strict=True):
-        check_groups(name, each, "K", sizes, device)
-    return sizes
+        check_groups(name, each, "K", sizes, device, x.shape[:-2])
 
 
 @op(writes=["out"])
@@ -780,8 +792,7 @@ def quantize_rows(
     return out
 
 
-@remembered
-def _accept_add_norm(
+def check_add_norm(
     x: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
@@ -793,13 +804,18 @@ def _accept_add_norm(
     summed: Tensor | None,
     out: Tensor | None,
 ) -> Sizes:
-    sizes = _check_rows(x, norm, vectors, groups, eps, activation)
-    check_groups("gate", gate, "K", sizes, x.device)
+    """What add_norm asks of its arguments."""
+    sizes: dict[str, int] = {}
+    check_rows("x", x, sizes, device_of("x", x))
+    _check_steps(x, norm, vectors, groups, eps, activation, sizes)
+    check_groups("gate", gate, "K", sizes, x.device, x.shape[:-2])
     for name, rows in (("residual", residual), ("summed", summed), ("out", out)):
-        check_optional(name, rows, FLOATS, "M K", sizes, x.device)
-    if summed is not None and summed is out:
-        raise ValueError("summed must be another tensor than out, got the same")
+        if rows is not None:
+            check_rows(name, rows, sizes, x.device, x.shape[:-1])
     return sizes
+
+
+_accept_add_norm = remembered(check_add_norm)
 
 
 @op(writes=["summed", "out"], optional=["summed"])
@@ -827,15 +843,20 @@ def add_norm(
     give the same.
 
     Args:
-        x: [M, K] float32, bfloat16 or float16.
-        gate: [G, K] of these dtypes, G a divisor of M, as scale.
-        residual: [M, K] of these dtypes.
+        x: [..., K] float32, bfloat16 or float16: M rows in all, evenly apart in memory.
+        gate: [G, K] of these dtypes, G a divisor of M, as scale; or, beside x [..., n, K], [..., 1, K].
+        residual: as x, of these dtypes.
         norm, weight, bias, scale, shift, eps, activation: as in quantize_rows, which gives codes where this gives y.
-        summed: [M, K] of these dtypes, to write h to; may be residual. None: it is not kept.
-        out: [M, K] of these dtypes, to write y to; may be x or residual. None: a new one in x's dtype.
+            scale and shift may be shaped as gate may.
+        summed: as x, of these dtypes, to write h to; may be x or residual. None: it is not kept.
+        out: as x, of these dtypes, to write y to; may be x or residual. None: a new one in x's dtype.
 
     Returns:
-        y, [M, K].
+        y, shaped as x.
+
+    Raises:
+        ValueError: also where summed or out share memory with each other, or with x or residual but for what is allowed
+            above.
 
     Source: "Add & Norm" of arXiv:1706.03762; adaLN with gates, arXiv:2212.09748.
 
@@ -848,6 +869,8 @@ def add_norm(
         True
     """
     accepted = _accept_add_norm(x, gate, residual, norm, (weight, bias), (scale, shift), eps, activation, summed, out)
+    if not (summed is out is None or torch.compiler.is_compiling()):
+        check_overlap({"x": x, "residual": residual}, {"summed": summed, "out": out})
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call(

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import profile
+from .. import ops, profile
 from .._check import FLOATS, check_word
+from .._remembered import Sizes, remembered
 from ..layout import Quantized
-from ..ops import add_norm
 from .layer import Linear8
 
 PLAIN = (Tensor, nn.Parameter)
@@ -106,11 +106,10 @@ def linear_output(
         >>> list(y.shape), bool((y - z).norm() < 0.02 * y.norm())
         ([3, 10, 32], True)
     """
-    check_word("activation", activation, tuple(GELU))
-    places = (x if isinstance(x, Tensor) else x.codes).shape[:-1]
-    for name, given, shape in (("gate", gate, (*places[:-1], 1)), ("residual", residual, places)):
-        if given is not None and given.shape[:-1] != shape:
-            raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
+    if activation is not None:
+        check_word("activation", activation, tuple(GELU))
+    if gate is not None or residual is not None:
+        _check_after(x, gate, residual)
     if isinstance(layer, Linear8):
         y: Tensor = layer(x, activation=activation, gate=_groups(gate), residual=residual, dtype=dtype)
         return y
@@ -147,6 +146,10 @@ class _Steps(NamedTuple):
         return self[1:5]
 
     @property
+    def contiguous(self) -> _Steps:
+        return _Steps(self.norm, *map(_contiguous, self.tensors), self.eps)
+
+    @property
     def given(self) -> bool:
         return not (self.norm is self.scale is self.shift is None)
 
@@ -179,12 +182,10 @@ class _Steps(NamedTuple):
 
     def of_product(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Of gate * y."""
-        if not _has_kernel(y, gate, *self.tensors):
+        if not _kind(_transformed(), y, None, gate, *self).sizes["kernel"]:
             y = y.to(dtype)
             return self.of(y if gate is None else y * _beside(y, gate)).to(dtype)
-        out = torch.empty(y.shape, dtype=dtype, device=y.device)
-        add_norm(_rows(y), gate=_groups(gate), **self.operands, out=_rows(out))
-        return out
+        return _added(y.contiguous(), _contiguous(gate), None, self.contiguous, dtype)
 
 
 class Residual(NamedTuple):
@@ -258,17 +259,35 @@ class Residual(NamedTuple):
         """
         x, added, gate = self
         after = _Steps(**steps)
-        after.check(x)
-        if isinstance(layer, Linear8) or not after.given or not _has_kernel(x, added, gate, *after.tensors):
+        kind = _kind(_transformed(), *self, *after)
+        if isinstance(layer, Linear8) or not kind.sizes["kernel"]:
             x = self.sum()
             return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
-        rows = _rows(x)
+        if not kind.sizes["ready"]:
+            stream, after = Residual(*map(_contiguous, self)), after.contiguous
+            return stream.before(layer, **after._asdict())
+        y, norm, weight, bias, scale, shift, eps = torch.empty_like(x), *after
+        stream, summed = self, None
         if added is None:
-            return self, add_norm(rows, **after.operands).view(x.shape)
-        summed = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        y = torch.empty_like(summed)
-        add_norm(_rows(added), gate=_groups(gate), residual=rows, **after.operands, summed=summed, out=y)
-        return Residual(summed.view(x.shape)), y.view(x.shape)
+            added, residual = x, None
+        else:
+            residual, summed = x, torch.empty_like(x)
+            stream = Residual(summed)
+        ops.call(
+            *("add_norm", kind, "auto", x.device, added),
+            gate=gate,
+            residual=residual,
+            norm=norm,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            shift=shift,
+            eps=eps,
+            activation=None,
+            summed=summed,
+            out=y,
+        )
+        return stream, y
 
     def sum(self) -> Tensor:
         """x + gate * added, [..., K].
@@ -282,19 +301,53 @@ class Residual(NamedTuple):
 
 def _sum(y: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """residual + gate * y, each only if it is given."""
-    if not _has_kernel(y, gate, residual):
+    if not _has_kernel(y, gate, residual) or _transformed():
         y = y if gate is None else y * _beside(y, gate)
         return (y if residual is None else residual + y).to(dtype)
+    return _added(y.contiguous(), _contiguous(gate), _contiguous(residual), _Steps(), dtype)
+
+
+def _added(y: Tensor, gate: Tensor | None, residual: Tensor | None, steps: _Steps, dtype: torch.dtype) -> Tensor:
+    """What the op makes of them, in new memory. All are contiguous."""
     out = torch.empty(y.shape, dtype=dtype, device=y.device)
-    rows = None if residual is None else _rows(residual)
-    add_norm(_rows(y), gate=_groups(gate), residual=rows, out=_rows(out))
+    norm, weight, bias, scale, shift, eps = steps
+    accepted = ops._accept_add_norm(y, gate, residual, norm, (weight, bias), (scale, shift), eps, None, None, out)
+    options = {"gate": gate, "residual": residual, **steps._asdict(), "activation": None, "summed": None, "out": out}
+    ops.call("add_norm", accepted, "auto", y.device, y, **options)
     return out
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:
-    if activation == "gelu_tanh" and y.is_cpu and _has_kernel(y):  # where torch's takes three times as long
-        return add_norm(_rows(y), activation=activation).view(y.shape)
+    # On a CPU torch's takes three times as long.
+    if activation == "gelu_tanh" and y.is_cpu and _has_kernel(y) and not _transformed():
+        return ops.add_norm(y.contiguous(), activation=activation)
     return F.gelu(y, approximate=GELU[activation])
+
+
+@remembered
+def _kind(
+    transformed: bool,
+    x: Tensor,
+    added: Tensor | None,
+    gate: Tensor | None,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> Sizes:
+    """Checks a stream's tensors and steps. "kernel": does an op take them; "ready": as they lie in memory."""
+    steps = _Steps(norm, weight, bias, scale, shift, eps)
+    steps.check(x)
+    _check_groups(x, gate=gate)
+    kernel = steps.given and not transformed and _has_kernel(x, added, gate, *steps.tensors)
+    given = [each for each in (x, added, gate, *steps.tensors) if each is not None]
+    ready = kernel and all(each.is_contiguous() for each in given)
+    if ready:
+        first, residual = (x, None) if added is None else (added, x)
+        ops.check_add_norm(first, gate, residual, norm, (weight, bias), (scale, shift), eps, None, None, None)
+    return {"kernel": kernel, "ready": ready}
 
 
 def _has_kernel(*tensors: Tensor | None) -> bool:
@@ -307,11 +360,24 @@ def _has_kernel(*tensors: Tensor | None) -> bool:
             return False
         if gradients and x.requires_grad:
             return False
+    return True
+
+
+def _transformed() -> bool:
+    """Is a tangent carried along, is a transform of torch.func at work, or a trace? torch has no public question for
+    the first two."""
     if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    # torch has no public question for either: is a tangent carried along, is a transform of torch.func at work?
-    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and not torch.jit.is_tracing()
+    return torch._C._is_tracing()
+
+
+def _check_after(x: Tensor | Quantized, gate: Tensor | None, residual: Tensor | None) -> None:
+    places = (x if isinstance(x, Tensor) else x.codes).shape[:-1]
+    for name, given, shape in (("gate", gate, (*places[:-1], 1)), ("residual", residual, places)):
+        if given is not None and given.shape[:-1] != shape:
+            raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
 
 
 def _check_groups(x: Tensor, **given: Tensor | None) -> None:
@@ -324,6 +390,10 @@ def _check_groups(x: Tensor, **given: Tensor | None) -> None:
 def _beside(x: Tensor, groups: Tensor) -> Tensor:
     """[..., 1, K] as it is multiplied with x [..., K]; one row x [K] has groups [1, K], and stays one."""
     return groups if x.ndim > 1 else groups[0]
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

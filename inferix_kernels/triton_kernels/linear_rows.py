@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from .._dispatch import Unsupported
-from ..layout import Quantized, as_bytes
+from ..layout import Quantized, as_bytes, rows_of
 from .codecs import round_to, round_to_int, scale_of, to_e4m3
 from .config import rows_and_warps
 from .launch import Case, check_device, launch
@@ -85,8 +85,9 @@ def add_norm(
     summed: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    steps = _steps(x, weight, bias, scale, shift)
-    _launch("add_norm", x, gate, residual, norm, steps, eps, activation, summed, out, None, out.dtype)
+    rows = rows_of(x)
+    steps = _steps(rows, weight, bias, scale, shift)
+    _launch("add_norm", rows, gate, residual, norm, steps, eps, activation, summed, out, None, out.dtype)
     return out
 
 
@@ -157,11 +158,11 @@ def kind_of(codes: torch.dtype) -> str:
 
 
 def _rows(x: Tensor | None) -> Rows:
-    return Rows(None) if x is None else Rows(x, *x.stride())
+    return Rows(None) if x is None else Rows(x, *rows_of(x).stride())
 
 
 def groups_of(groups: Tensor | None, rows: int) -> Groups:
-    return Groups(None) if groups is None else Groups(groups.contiguous(), max(rows // max(len(groups), 1), 1))
+    return Groups(None) if groups is None else Groups(groups.contiguous(), max(rows // max(groups.shape[:-1].numel(), 1), 1))
 
 
 def _steps(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Steps:
