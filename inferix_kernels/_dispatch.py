@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ._remembered import Accepted
 from .layout import FORMATS, Codec, KVPages, Quantized
 from .plans import Plan
 from .proofs import speeds, stored
@@ -42,13 +44,18 @@ class Unsupported(RuntimeError):
     """
 
 
-def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-    if device.type not in AUTO and backend != "reference":  # an address means nothing to a kernel of another device
+def run(op: str, backend: str, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any],
+        accepted: Accepted | None = None) -> Any:  # fmt: skip
+    """Call an op's function with these arguments: of the backend that is named, or of the first that takes them.
+
+    accepted: what the check of the arguments made.
+    """
+    if backend != "reference" and _type_of(device) not in AUTO:  # an address means nothing to a kernel of another device
         raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
-    for name, refusal in candidates(op, device, args, kwargs.get("precision") == "8bit"):
+    for name, refusal in candidates(op, device, args, kwargs.get("precision") == "8bit", accepted):
         try:
             if refusal:
                 raise Unsupported(refusal)
@@ -76,21 +83,38 @@ def prepared_plan(q: torch.Tensor, pools: Sequence[KVPages], plan: Plan, backend
 
 def runs_compiled(op: str, backend: str, device: torch.device) -> bool:
     """Whether this backend means the compiled kernel of a CPU, whatever the call's sizes."""
-    if device.type != "cpu":
+    if _type_of(device) != "cpu":
         return False
     return backend == "compiled" or (backend == "auto" and (op != "linear" or speeds.of_device(device) is None))
 
 
 def candidates(
-    op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False
+    op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False, accepted: Accepted | None = None
 ) -> Sequence[tuple[str, str]]:
     """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
-    if device.type != "cuda":
-        order: Sequence[tuple[str, str]] = [(name, "") for name in AUTO[device.type]]
+    kind = _type_of(device)
+    if kind != "cuda":
+        order = _unrefused(AUTO[kind])
     else:
         given = AUTO_CUDA.get(op, AUTO["cuda"])
-        order = stored.candidates(op, device, formats_of(args), eight_bit, given, PROVED)
+        formats = None if accepted is None else accepted.formats
+        if formats is None:
+            formats = formats_of(args)
+            if accepted is not None:  # they are the same in all calls of a kind
+                accepted.formats = formats
+        order = stored.candidates(op, device, formats, eight_bit, given, PROVED)
     return speeds.reordered(order, device, args[0].codes, len(args[1].codes)) if op == "linear" else order
+
+
+@functools.cache
+def _type_of(device: torch.device) -> str:
+    """torch makes the word anew each time, which takes as long as all the rest."""
+    return device.type
+
+
+@functools.cache
+def _unrefused(names: tuple[str, ...]) -> Sequence[tuple[str, str]]:
+    return tuple((name, "") for name in names)
 
 
 def formats_of(args: Sequence[Any]) -> tuple[str, ...]:

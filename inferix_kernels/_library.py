@@ -61,7 +61,7 @@ class Op(NamedTuple):
             else:
                 args.append(value)
         first = next(x for x in flat if isinstance(x, Tensor) or (isinstance(x, list) and x))
-        run(self.name, next(values), (first if isinstance(first, Tensor) else first[0]).device, *args, **kwargs)
+        run(self.name, next(values), (first if isinstance(first, Tensor) else first[0]).device, args, kwargs)
 
 
 OPS: dict[str, Op] = {}
@@ -152,18 +152,18 @@ def call(op: str, accepted: Accepted | None, backend: str, device: torch.device,
     elif torch._C._is_tracing():  # a trace would hold the outputs' allocation, and not the op
         raise RuntimeError(f"{op} must not be called under torch.jit.trace, which does not see it: use torch.export")
     elif accepted is None or not runs_compiled(op, backend, device):
-        run(op, backend, device, *args, **kwargs)
+        run(op, backend, device, args, kwargs, accepted)
     elif accepted.replay is not None:
         if not accepted.replay((*args, *kwargs.values())):
-            run(op, backend, device, *args, **kwargs)
+            run(op, backend, device, args, kwargs)
     elif accepted.wanted:
         recording.call = Call(op, accepted, (*args, *kwargs.values()))
         try:
-            run(op, backend, device, *args, **kwargs)
+            run(op, backend, device, args, kwargs)
         finally:
             recording.call = None
     else:
-        run(op, backend, device, *args, **kwargs)
+        run(op, backend, device, args, kwargs)
 
 
 def _flat(

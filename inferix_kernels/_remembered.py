@@ -44,12 +44,14 @@ class Accepted:
         replay: makes a call of this kind again, of the arguments that _library.call was given; False if it cannot. None
             where there is none.
         wanted: whether a replay is still to be made.
+        formats: by which a backend is chosen (_dispatch.formats_of); None until they are first asked for.
     """
 
-    __slots__ = ("replay", "sizes", "wanted")
+    __slots__ = ("formats", "replay", "sizes", "wanted")
 
     def __init__(self, sizes: Sizes, wanted: bool):
         self.sizes, self.wanted = sizes, wanted
+        self.formats: tuple[str, ...] | None = None
         self.replay: Callable[[Sequence[Any]], bool] | None = None
 
 

@@ -234,9 +234,9 @@ class Residual(NamedTuple):
             [3, 10, 64]
         """
         x = self.sum()
-        _check_groups(x, gate=gate)
-        after = _Steps(**steps)
-        if after.given:
+        if gate is not None:
+            _check_groups(x, gate=gate)
+        if steps and (after := _Steps(**steps)).given:
             after.check(x)
             made = linear_output(layer, y, dtype=x.dtype)
             like = made if after.weight is None else after.weight
@@ -246,11 +246,22 @@ class Residual(NamedTuple):
         return Residual(x, linear_output(layer, y), gate)
 
     @profile.profiled("norm")
-    def before(self, layer: nn.Module | None, **steps: Any) -> tuple[Residual, Any]:
-        """The stream with nothing left to add, and what `linear_input` makes of it for `layer` with these `steps`.
+    def before(
+        self,
+        layer: nn.Module | None,
+        *,
+        norm: str | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> tuple[Residual, Any]:
+        """The stream with nothing left to add, and what `linear_input` makes of it for `layer` with these steps.
 
         Args:
             layer: None: the input is a tensor, for whatever takes one.
+            norm, weight, bias, scale, shift, eps: as in `linear_input`.
 
         Example:
             >>> x, y = x.before(up, norm="layer", scale=torch.randn(3, 1, 64))
@@ -258,23 +269,20 @@ class Residual(NamedTuple):
             (None, [3, 10, 64])
         """
         x, added, gate = self
-        after = _Steps(**steps)
-        kind = _kind(_transformed(), *self, *after)
-        if isinstance(layer, Linear8) or not kind.sizes["kernel"]:
-            x = self.sum()
-            return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
-        if not kind.sizes["ready"]:
-            stream, after = Residual(*map(_contiguous, self)), after.contiguous
-            return stream.before(layer, **after._asdict())
-        y, norm, weight, bias, scale, shift, eps = torch.empty_like(x), *after
-        stream, summed = self, None
-        if added is None:
-            added, residual = x, None
-        else:
-            residual, summed = x, torch.empty_like(x)
+        kind = _kind(_transformed(), x, added, gate, norm, weight, bias, scale, shift, eps)
+        if not kind.sizes["ready"] or isinstance(layer, Linear8):
+            after = _Steps(norm, weight, bias, scale, shift, eps)
+            return self._before(layer, after, kind.sizes["kernel"] and not isinstance(layer, Linear8))
+        y, stream, residual, summed = torch.empty_like(x), self, None, None
+        if added is not None:
+            x, residual, summed = added, x, torch.empty_like(x)
             stream = Residual(summed)
         ops.call(
-            *("add_norm", kind, "auto", x.device, added),
+            "add_norm",
+            kind,
+            "auto",
+            x.device,
+            x,
             gate=gate,
             residual=residual,
             norm=norm,
@@ -288,6 +296,13 @@ class Residual(NamedTuple):
             out=y,
         )
         return stream, y
+
+    def _before(self, layer: nn.Module | None, after: _Steps, kernel: bool) -> tuple[Residual, Any]:
+        """`before`, where the op takes the tensors once they lie as it takes them, or not at all."""
+        if kernel:
+            return Residual(*map(_contiguous, self)).before(layer, **after.contiguous._asdict())
+        x = self.sum()
+        return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
 
     def sum(self) -> Tensor:
         """x + gate * added, [..., K].

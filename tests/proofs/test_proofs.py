@@ -60,7 +60,7 @@ def tried(cache, monkeypatch):
 
 def auto(formats=("int8", "bf16"), **options):
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16, formats=formats)
-    return _dispatch.run("paged_attention", "auto", GPU, q, pools, plan, **options)
+    return _dispatch.run("paged_attention", "auto", GPU, (q, pools, plan), options)
 
 
 def test_without_a_proof_triton_runs_first_and_ours_where_it_can_not(tried):
@@ -111,7 +111,7 @@ def test_products_in_8_bits_are_kernels_of_their_own(tried):
 def test_a_backend_asked_for_by_name_needs_no_proof(tried):
     stored.save(proof(compiled="wrong: by 0.3"))
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16)
-    assert _dispatch.run("paged_attention", "compiled", GPU, q, pools, plan) == "compiled"
+    assert _dispatch.run("paged_attention", "compiled", GPU, (q, pools, plan), {}) == "compiled"
 
 
 def test_ops_without_pages_go_by_the_dtype_of_their_first_tensor():
