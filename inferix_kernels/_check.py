@@ -34,6 +34,8 @@ def whole(name: str, number: object) -> int:
 
 def check_index(name: str, number: object, count: int) -> int:
     """One of `count` things, counted from 0, as Python's number."""
+    if type(number) is int and 0 <= number < count:
+        return number
     index = whole(name, number)
     if not 0 <= index < count:
         raise ValueError(f"{name} must be from 0 to {count - 1}, got {index}")
@@ -357,9 +359,9 @@ def check_rows(
 ) -> None:
     """[*places, K] of floats, whose M rows lie evenly apart; without places, any number of dimensions but 0."""
     if places is None:
-        places = device_of(name, x) and x.shape[:-1]
-        sizes["M"] = math.prod(places)
-    check_tensor(name, x, FLOATS, " ".join([*map(str, places), "K"]) if x.ndim else "... K", sizes, device)
+        sizes["M"] = math.prod(x.shape[:-1])
+    wanted = x.shape[:-1] if places is None else places
+    check_tensor(name, x, FLOATS, " ".join([*map(str, wanted), "K"]) if x.ndim else "... K", sizes, device)
     if x.ndim > 2:
         try:
             x.view(sizes["M"], x.shape[-1])

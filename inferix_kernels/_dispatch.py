@@ -44,18 +44,27 @@ class Unsupported(RuntimeError):
     """
 
 
-def run(op: str, backend: str, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any],
-        accepted: Accepted | None = None) -> Any:  # fmt: skip
+def run(
+    op: str,
+    backend: str,
+    device: torch.device,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    accepted: Accepted | None = None,
+) -> Any:
     """Call an op's function with these arguments: of the backend that is named, or of the first that takes them.
 
     accepted: what the check of the arguments made.
     """
-    if backend != "reference" and _type_of(device) not in AUTO:  # an address means nothing to a kernel of another device
+    if backend != "reference" and type_of(device) not in AUTO:  # an address means nothing to another device's kernel
         raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
-    for name, refusal in candidates(op, device, args, kwargs.get("precision") == "8bit", accepted):
+    order = None if accepted is None else accepted.order
+    if order is None or order[0] is not stored.read:
+        order = order_of(op, device, args, kwargs, accepted)
+    for name, refusal in order[1]:
         try:
             if refusal:
                 raise Unsupported(refusal)
@@ -63,6 +72,16 @@ def run(op: str, backend: str, device: torch.device, args: Sequence[Any], kwargs
         except Unsupported as error:
             reasons.append(f"{name}: {error}")
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
+
+
+def order_of(
+    op: str, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any], accepted: Accepted | None
+) -> tuple[object, Sequence[tuple[str, str]]]:
+    """By which proofs, and `candidates`: on a GPU the same for all calls of a kind, until proofs are read again."""
+    order = stored.read, candidates(op, device, args, kwargs.get("precision") == "8bit")
+    if accepted is not None and op != "linear" and type_of(device) == "cuda":  # linear goes by another record, too
+        accepted.order = order
+    return order
 
 
 def prepared_plan(q: torch.Tensor, pools: Sequence[KVPages], plan: Plan, backend: str = "auto") -> Plan:
@@ -83,31 +102,26 @@ def prepared_plan(q: torch.Tensor, pools: Sequence[KVPages], plan: Plan, backend
 
 def runs_compiled(op: str, backend: str, device: torch.device) -> bool:
     """Whether this backend means the compiled kernel of a CPU, whatever the call's sizes."""
-    if _type_of(device) != "cpu":
+    if type_of(device) != "cpu":
         return False
     return backend == "compiled" or (backend == "auto" and (op != "linear" or speeds.of_device(device) is None))
 
 
 def candidates(
-    op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False, accepted: Accepted | None = None
+    op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False
 ) -> Sequence[tuple[str, str]]:
     """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
-    kind = _type_of(device)
+    kind = type_of(device)
     if kind != "cuda":
         order = _unrefused(AUTO[kind])
     else:
         given = AUTO_CUDA.get(op, AUTO["cuda"])
-        formats = None if accepted is None else accepted.formats
-        if formats is None:
-            formats = formats_of(args)
-            if accepted is not None:  # they are the same in all calls of a kind
-                accepted.formats = formats
-        order = stored.candidates(op, device, formats, eight_bit, given, PROVED)
+        order = stored.candidates(op, device, formats_of(args), eight_bit, given, PROVED)
     return speeds.reordered(order, device, args[0].codes, len(args[1].codes)) if op == "linear" else order
 
 
 @functools.cache
-def _type_of(device: torch.device) -> str:
+def type_of(device: torch.device) -> str:
     """torch makes the word anew each time, which takes as long as all the rest."""
     return device.type
 

@@ -237,6 +237,7 @@ def _accept_attention(
             raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
     check_optional("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
     check_optional("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
+    sizes["q stride"] = q.stride(-1)
     return sizes
 
 
@@ -297,11 +298,9 @@ def paged_attention(
         ([10, 4, 32], [10, 4])
     """
     accumulate = bool(accumulate)
-    accepted = _accept_attention(
-        q, pools, plan, out, lse, False, scale, accumulate, softcap, alibi_slopes, precision
-    )
+    accepted = _accept_attention(q, pools, plan, out, lse, False, scale, accumulate, softcap, alibi_slopes, precision)
     sizes = accepted.sizes
-    if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
+    if sizes["q stride"] != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
     if out is None or lse is None:
         out, lse = attention_outputs(q, out, lse, sizes)

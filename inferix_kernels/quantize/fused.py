@@ -139,7 +139,8 @@ class _Steps(NamedTuple):
             raise ValueError(
                 f"weight and bias must be those of a norm, and bias that of a layer norm, got norm={norm!r}"
             )
-        _check_groups(x, scale=self.scale, shift=self.shift)
+        _check_groups("scale", self.scale, x)
+        _check_groups("shift", self.shift, x)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -147,7 +148,8 @@ class _Steps(NamedTuple):
 
     @property
     def contiguous(self) -> _Steps:
-        return _Steps(self.norm, *map(_contiguous, self.tensors), self.eps)
+        weight, bias, scale, shift = map(_contiguous, self.tensors)
+        return _Steps(self.norm, weight, bias, scale, shift, self.eps)
 
     @property
     def given(self) -> bool:
@@ -234,8 +236,7 @@ class Residual(NamedTuple):
             [3, 10, 64]
         """
         x = self.sum()
-        if gate is not None:
-            _check_groups(x, gate=gate)
+        _check_groups("gate", gate, x)
         if steps and (after := _Steps(**steps)).given:
             after.check(x)
             made = linear_output(layer, y, dtype=x.dtype)
@@ -272,7 +273,7 @@ class Residual(NamedTuple):
         kind = _kind(_transformed(), x, added, gate, norm, weight, bias, scale, shift, eps)
         if not kind.sizes["ready"] or isinstance(layer, Linear8):
             after = _Steps(norm, weight, bias, scale, shift, eps)
-            return self._before(layer, after, kind.sizes["kernel"] and not isinstance(layer, Linear8))
+            return self._before(layer, after, bool(kind.sizes["kernel"]) and not isinstance(layer, Linear8))
         y, stream, residual, summed = torch.empty_like(x), self, None, None
         if added is not None:
             x, residual, summed = added, x, torch.empty_like(x)
@@ -300,7 +301,8 @@ class Residual(NamedTuple):
     def _before(self, layer: nn.Module | None, after: _Steps, kernel: bool) -> tuple[Residual, Any]:
         """`before`, where the op takes the tensors once they lie as it takes them, or not at all."""
         if kernel:
-            return Residual(*map(_contiguous, self)).before(layer, **after.contiguous._asdict())
+            stream = Residual(self.x.contiguous(), _contiguous(self.added), _contiguous(self.gate))
+            return stream.before(layer, **after.contiguous._asdict())
         x = self.sum()
         return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
 
@@ -355,7 +357,7 @@ def _kind(
     """Checks a stream's tensors and steps. "kernel": does an op take them; "ready": as they lie in memory."""
     steps = _Steps(norm, weight, bias, scale, shift, eps)
     steps.check(x)
-    _check_groups(x, gate=gate)
+    _check_groups("gate", gate, x)
     kernel = steps.given and not transformed and _has_kernel(x, added, gate, *steps.tensors)
     given = [each for each in (x, added, gate, *steps.tensors) if each is not None]
     ready = kernel and all(each.is_contiguous() for each in given)
@@ -395,11 +397,11 @@ def _check_after(x: Tensor | Quantized, gate: Tensor | None, residual: Tensor | 
             raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
 
 
-def _check_groups(x: Tensor, **given: Tensor | None) -> None:
-    *places, _, width = (1, *x.shape) if x.ndim == 1 else x.shape
-    for name, groups in given.items():
-        if groups is not None and groups.shape != (*places, 1, width):
-            raise ValueError(f"{name} must be {[*places, 1, width]}, got {list(groups.shape)}")
+def _check_groups(name: str, groups: Tensor | None, x: Tensor) -> None:
+    if groups is not None:
+        *places, width = x.shape
+        if groups.shape != (*places[:-1], 1, width):
+            raise ValueError(f"{name} must be {[*places[:-1], 1, width]}, got {list(groups.shape)}")
 
 
 def _beside(x: Tensor, groups: Tensor) -> Tensor:

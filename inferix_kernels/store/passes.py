@@ -99,6 +99,8 @@ class Pass:
         self._place, self._planned = place, 0 if place is None else place.turn
         self._q: Tensor | None = None  # of every layer in turn, as what is attended to
         self._out: Tensor | None = None
+        self._rows: Tensor | None = None  # of _out, as `attend` returns them
+        self._commits = any(share.commits for share in shares)
 
     @in_turn
     def attend(
@@ -140,7 +142,8 @@ class Pass:
         out = self._output(q) if out is None else out
         profile.count("pages read", self._pages)
         with profile.span("attention"):
-            return self._attend(layer, self.turned(q, interleaved=interleaved), out).flatten(1)
+            made = self._attend(layer, self.turned(q, interleaved=interleaved), out)
+            return self._rows if made is self._out else made.flatten(1)
 
     @in_turn
     def write(
@@ -169,9 +172,7 @@ class Pass:
         """
         return self._write(layer, qkv, (norm_q, norm_k, norm_q_bias, norm_k_bias), eps, interleaved)
 
-    def _write(
-        self, layer: int, qkv: Tensor, norms: Sequence[Tensor | None], eps: float, interleaved: bool
-    ) -> Tensor:
+    def _write(self, layer: int, qkv: Tensor, norms: Sequence[Tensor | None], eps: float, interleaved: bool) -> Tensor:
         layer = check_index("layer", layer, self.store.num_layers)
         self._check("qkv", qkv)
         store, q = self.store, self._queries(qkv)
@@ -192,7 +193,8 @@ class Pass:
                 out=share.of(q),
                 backend=store.backend,
             )
-        self._commit(layer, q)
+        if self._commits:
+            self._commit(layer, q)
         return q
 
     @in_turn
@@ -356,6 +358,7 @@ class Pass:
         if self._out is None and self._place is not None:
             shape = (*q.shape[:2], self.store.scratch.value_dim)
             self._out = self._reads.rows.of("out", shape, q.dtype, q.device)
+            self._rows = self._out.flatten(1)
         return self._out
 
 

@@ -162,7 +162,11 @@ def _rows(x: Tensor | None) -> Rows:
 
 
 def groups_of(groups: Tensor | None, rows: int) -> Groups:
-    return Groups(None) if groups is None else Groups(groups.contiguous(), max(rows // max(groups.shape[:-1].numel(), 1), 1))
+    return (
+        Groups(None)
+        if groups is None
+        else Groups(groups.contiguous(), max(rows // max(groups.shape[:-1].numel(), 1), 1))
+    )
 
 
 def _steps(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Steps:

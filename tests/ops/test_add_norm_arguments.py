@@ -82,9 +82,7 @@ def test_rows_may_have_places_in_several_dimensions(backend, device):
     y = add_norm(
         x, gate=gate, residual=residual, norm="layer", scale=scale, shift=shift, summed=summed, backend=backend
     )
-    rows = add_norm(
-        x.view(15, 40), residual=residual.view(15, 40), norm="layer", summed=want, **flat, backend=backend
-    )
+    rows = add_norm(x.view(15, 40), residual=residual.view(15, 40), norm="layer", summed=want, **flat, backend=backend)
     assert torch.equal(y.view(15, 40), rows) and torch.equal(summed.view(15, 40), want)
     assert torch.equal(add_norm(x[1, 2], norm="rms", backend=backend), add_norm(x[1], norm="rms", backend=backend)[2])
 

@@ -147,14 +147,14 @@ class CrossAttention(nn.Module):
     ) -> Residual:
         """x [F, n, dim] -> x + attention; each segment of its rows attends to the prompt of its block."""
         x, y = x.before(self.q, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        q = Residual(linear_output(self.q, y, dtype=x.dtype))
-        norm = self.norm_q
-        q = self.split(q.before(None, norm="rms", weight=norm.weight, eps=norm.eps)[1])
+        q = linear_output(self.q, y, dtype=x.dtype)
+        _, q = Residual(q).before(None, norm="rms", weight=self.norm_q.weight, eps=norm.eps)
+        q = self.split(q)
         if len(segments) == 1:
             joined = _attended(q, segments[0][1], layer)
         else:
             joined = torch.cat([_attended(q[:, :, rows], cross, layer) for rows, cross in segments], 1)
-        return x.plus(self.o, joined.reshape(x.shape))
+        return x.plus(self.o, joined.reshape_as(x.x))
 
 
 def _attended(q: Tensor, cross: CrossCache, layer: int) -> Tensor:
@@ -209,7 +209,7 @@ class WanBlock(nn.Module):
         attended = attend(layer, qkv, attention.norm_q.weight, attention.norm_k.weight, self.eps)
         if attended is None:
             return None
-        x = x.plus(attention.o, attended.view(x.shape), gate=gate)
+        x = x.plus(attention.o, attended.view_as(x.x), gate=gate)
         made: Residual = self.ffn(self.conditioned(layer, x, segments), *for_ffn)
         return made
 
