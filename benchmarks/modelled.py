@@ -92,6 +92,7 @@ def attention_rate(instructions: float, eight_bit: bool = False) -> tuple[float,
 
 def parts(assumed: Assumed) -> list[Part]:
     """A block's, in all layers and passes."""
+    assert ADAPTER.window is not None
     block, window = ADAPTER.block_frames * FRAME, ADAPTER.window * FRAME
     times = CONFIG.layers * assumed.passes
     found = []

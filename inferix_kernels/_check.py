@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeGuard
@@ -10,7 +9,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from .layout import FORMATS, PRECISIONS, KVPages, PageList, Quantized, Side
+from .layout import FORMATS, PRECISIONS, KVPages, PageList, Quantized, Side, rows_of
 from .plans import Plan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -354,19 +353,22 @@ def check_word(name: str, word: str | None, words: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(map(repr, words))} or None, got {word!r}")
 
 
-def check_rows(
-    name: str, x: Tensor, sizes: dict[str, int], device: torch.device, places: Sequence[int] | None = None
-) -> None:
-    """[*places, K] of floats, whose M rows lie evenly apart; without places, any number of dimensions but 0."""
-    if places is None:
-        sizes["M"] = math.prod(x.shape[:-1])
-    wanted = x.shape[:-1] if places is None else places
-    check_tensor(name, x, FLOATS, " ".join([*map(str, wanted), "K"]) if x.ndim else "... K", sizes, device)
-    if x.ndim > 2:
+def check_rows(name: str, x: Tensor, sizes: dict[str, int], device: torch.device, ndim: int) -> None:
+    """[..., K] of floats, of so many dimensions, whose M rows lie evenly apart."""
+    check_tensor(name, x, FLOATS, rows_layout(ndim), sizes, device)
+    if ndim != 2:
+        sizes["M"] = x.shape[:-1].numel()
+    if ndim > 2 and not torch.compiler.is_compiling():
         try:
             x.view(sizes["M"], x.shape[-1])
         except RuntimeError:
             raise ValueError(f"{name} must have rows that lie evenly apart, got strides {x.stride()}") from None
+
+
+def rows_layout(ndim: int) -> str:
+    """ "M K", and for more dimensions "M0 M1 K"."""
+    places = ["M"] if ndim == 2 else [f"M{i}" for i in range(ndim - 1)]
+    return " ".join([*places, "K"])
 
 
 def check_overlap(read: Mapping[str, Tensor | None], written: Mapping[str, Tensor | None]) -> None:
@@ -394,7 +396,7 @@ class _Place(NamedTuple):
 def _place(x: Tensor) -> _Place:
     size = x.element_size()
     width = ((x.shape[-1] - 1) * abs(x.stride(-1)) + 1) * size if x.numel() else 0
-    rows = x if x.ndim == 2 else x.view(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = rows_of(x)
     return _Place(x.data_ptr(), len(rows), rows.stride(0) * size if len(rows) > 1 else width, width)
 
 
@@ -415,12 +417,12 @@ def check_groups(
     width: str,
     sizes: dict[str, int],
     device: torch.device,
-    places: Sequence[int] = (),
+    ndim: int = 2,
 ) -> None:
     """[G, width], each row for M / G rows in turn; of no rows there may be no groups. Where the rows are those of
-    [*places, n, width], it may be [*places, 1, width] too."""
-    if places and groups is not None and isinstance(groups, Tensor) and groups.ndim != 2:
-        check_tensor(name, groups, FLOATS, " ".join([*map(str, places), "1", width]), sizes, device)
+    [..., n, width] of `ndim` dimensions, it may be [..., 1, width] too."""
+    if ndim > 2 and isinstance(groups, Tensor) and groups.ndim != 2:
+        check_tensor(name, groups, FLOATS, " ".join([*rows_layout(ndim).split()[:-2], "1", width]), sizes, device)
         return
     sizes.pop("G", None)  # each has its own
     check_optional(name, groups, FLOATS, f"G {width}", sizes, device)

@@ -725,7 +725,7 @@ def _check_steps(
     for name, vector in zip(("weight", "bias"), vectors, strict=True):
         check_optional(name, vector, FLOATS, "K", sizes, device)
     for name, each in zip(("scale", "shift"), groups, strict=True):
-        check_groups(name, each, "K", sizes, device, x.shape[:-2])
+        check_groups(name, each, "K", sizes, device, x.ndim)
 
 
 @op(writes=["out"])
@@ -805,12 +805,15 @@ def check_add_norm(
 ) -> Sizes:
     """What add_norm asks of its arguments."""
     sizes: dict[str, int] = {}
-    check_rows("x", x, sizes, device_of("x", x))
+    device = device_of("x", x)
+    if x.ndim == 0:
+        raise ValueError("x must be [..., K], got []")
+    check_rows("x", x, sizes, device, x.ndim)
     _check_steps(x, norm, vectors, groups, eps, activation, sizes)
-    check_groups("gate", gate, "K", sizes, x.device, x.shape[:-2])
+    check_groups("gate", gate, "K", sizes, device, x.ndim)
     for name, rows in (("residual", residual), ("summed", summed), ("out", out)):
         if rows is not None:
-            check_rows(name, rows, sizes, x.device, x.shape[:-1])
+            check_rows(name, rows, sizes, device, x.ndim)
     return sizes
 
 

@@ -55,11 +55,12 @@ def test_no_rows_are_no_error(backend, device):
 WRONG = {
     r"x must be \[..., K\], got \[\]": {"x": torch.tensor(1.0)},
     r"x must have rows that lie evenly apart, got strides \(312, 24, 1\)": {"x": random(2, 13, 24)[:, :3]},
-    r"scale must be \[2, 1, K=24\], got \[3, 1, 24\]": {"x": random(2, 3, 24), "scale": random(3, 1, 24)},
+    r"scale must be \[M0=2, 1, K=24\], got \[3, 1, 24\]": {"x": random(2, 3, 24), "scale": random(3, 1, 24)},
     r"gate must have a number of rows that divides M=6, got 4": {"gate": random(4, 24)},
     r"scale must have a number of rows that divides M=6, got 0": {"scale": random(0, 24)},
-    r"residual must be \[6, K=24\], got \[6, 23\]": {"residual": random(6, 23)},
-    r"summed must be \[6, K=24\], got \[5, 24\]": {"summed": random(5, 24)},
+    r"residual must be \[M=6, K=24\], got \[6, 23\]": {"residual": random(6, 23)},
+    r"residual must be \[M0=2, M1=3, K=24\], got \[3, 2, 24\]": {"x": random(2, 3, 24), "residual": random(3, 2, 24)},
+    r"summed must be \[M=6, K=24\], got \[5, 24\]": {"summed": random(5, 24)},
     r"norm must be 'layer', 'rms' or None, got 'batch'": {"norm": "batch"},
     r"eps must be a finite number, got nan": {"eps": float("nan")},
 }
