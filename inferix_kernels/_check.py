@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from .layout import FORMATS, PRECISIONS, KVPages, PageList, Quantized, Side, rows_of
+from .layout import FORMATS, PRECISIONS, KVPages, PageList, Quantized, Side
 from .plans import Plan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -367,48 +367,7 @@ def check_rows(name: str, x: Tensor, sizes: dict[str, int], device: torch.device
 
 def rows_layout(ndim: int) -> str:
     """ "M K", and for more dimensions "M0 M1 K"."""
-    places = ["M"] if ndim == 2 else [f"M{i}" for i in range(ndim - 1)]
-    return " ".join([*places, "K"])
-
-
-def check_overlap(read: Mapping[str, Tensor | None], written: Mapping[str, Tensor | None]) -> None:
-    """What is written, [..., K] each, must share no memory with anything else; of what is read it may be all: the same
-    numbers in the same places. Tensors whose rows lie as far apart may lie between each other's rows."""
-    places = [(name, _place(x)) for name, x in {**read, **written}.items() if x is not None]
-    for i, (name, one) in enumerate(places):
-        for other_name, other in places[:i]:
-            if name not in written or (one == other and other_name in read) or not _overlap(one, other):
-                continue
-            if one == other:
-                raise ValueError(f"{other_name} must be another tensor than {name}, got the same")
-            raise ValueError(f"{name} must share no memory with {other_name}, got tensors that overlap")
-
-
-class _Place(NamedTuple):
-    """Of rows that lie evenly apart, in bytes."""
-
-    first: int
-    rows: int
-    stride: int
-    width: int
-
-
-def _place(x: Tensor) -> _Place:
-    size = x.element_size()
-    width = ((x.shape[-1] - 1) * abs(x.stride(-1)) + 1) * size if x.numel() else 0
-    rows = rows_of(x)
-    return _Place(x.data_ptr(), len(rows), rows.stride(0) * size if len(rows) > 1 else width, width)
-
-
-def _overlap(a: _Place, b: _Place) -> bool:
-    if not a.width * b.width * a.rows * b.rows:
-        return False
-    if any(x.first + (x.rows - 1) * x.stride + x.width <= y.first for x, y in ((a, b), (b, a))):
-        return False
-    if a.stride != b.stride:
-        return True
-    apart = (b.first - a.first) % a.stride if a.stride else 0
-    return apart < a.width or a.stride - apart < b.width
+    return " ".join([*(["M"] if ndim == 2 else [f"M{i}" for i in range(ndim - 1)]), "K"])
 
 
 def check_groups(

@@ -40,7 +40,6 @@ from ._check import (
     check_norm,
     check_number,
     check_optional,
-    check_overlap,
     check_page_list,
     check_pages,
     check_pools,
@@ -55,6 +54,7 @@ from ._check import (
     device_of,
 )
 from ._library import call, op
+from ._overlap import check_overlap
 from ._remembered import Sizes, remembered
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .plans import Plan
@@ -297,23 +297,16 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    accumulate = bool(accumulate)
-    accepted = _accept_attention(q, pools, plan, out, lse, False, scale, accumulate, softcap, alibi_slopes, precision)
+    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
+    accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
     sizes = accepted.sizes
     if sizes["q stride"] != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
     if out is None or lse is None:
         out, lse = attention_outputs(q, out, lse, sizes)
-    call(
-        *("paged_attention", accepted, backend, q.device, q, pools, plan),
-        out=out,
-        lse=lse,
-        scale=sizes["D"] ** -0.5 if scale is None else scale,
-        accumulate=accumulate,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        precision=precision,
-    )
+    options["scale"] = sizes["D"] ** -0.5 if scale is None else scale
+    call("paged_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
 
 
@@ -791,7 +784,7 @@ def quantize_rows(
     return out
 
 
-def check_add_norm(
+def _check_add_norm(
     x: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
@@ -817,7 +810,7 @@ def check_add_norm(
     return sizes
 
 
-_accept_add_norm = remembered(check_add_norm)
+_accept_add_norm = remembered(_check_add_norm)
 
 
 @op(writes=["summed", "out"], optional=["summed"])

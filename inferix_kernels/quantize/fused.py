@@ -25,15 +25,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .. import ops, profile
-from .._check import FLOATS, check_word
-from .._remembered import Sizes, remembered
+from .._check import check_word
 from ..layout import Quantized
 from .layer import Linear8
+from .steps import Steps, beside, check_groups, contiguous, flat_groups, has_kernel, kind_of, transformed
 
-PLAIN = (Tensor, nn.Parameter)
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # by the error function, and its approximation
 
 
@@ -111,7 +109,7 @@ def linear_output(
     if gate is not None or residual is not None:
         _check_after(x, gate, residual)
     if isinstance(layer, Linear8):
-        y: Tensor = layer(x, activation=activation, gate=_groups(gate), residual=residual, dtype=dtype)
+        y: Tensor = layer(x, activation=activation, gate=flat_groups(gate), residual=residual, dtype=dtype)
         return y
     if isinstance(x, Quantized):
         raise TypeError(f"x must be a tensor for a {type(layer).__name__}, got codes, which only a Linear8 takes")
@@ -120,74 +118,6 @@ def linear_output(
     if gate is None and residual is None:
         return y
     return _sum(y, gate, residual, y.dtype if residual is None else torch.promote_types(y.dtype, residual.dtype))
-
-
-class _Steps(NamedTuple):
-    """(norm(x) * weight + bias) * (1 + scale) + shift, as `linear_input` has it."""
-
-    norm: str | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    eps: float = 1e-6
-
-    def check(self, x: Tensor) -> None:
-        norm = self.norm
-        check_word("norm", norm, ("layer", "rms"))
-        if (norm is None and self.weight is not None) or (norm != "layer" and self.bias is not None):
-            raise ValueError(
-                f"weight and bias must be those of a norm, and bias that of a layer norm, got norm={norm!r}"
-            )
-        _check_groups("scale", self.scale, x)
-        _check_groups("shift", self.shift, x)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[1:5]
-
-    @property
-    def contiguous(self) -> _Steps:
-        weight, bias, scale, shift = map(_contiguous, self.tensors)
-        return _Steps(self.norm, weight, bias, scale, shift, self.eps)
-
-    @property
-    def given(self) -> bool:
-        return not (self.norm is self.scale is self.shift is None)
-
-    @property
-    def operands(self) -> dict[str, Any]:
-        """As the ops take them."""
-        norm, weight, bias, scale, shift, eps = self
-        return {
-            "norm": norm,
-            "weight": weight,
-            "bias": bias,
-            "scale": _groups(scale),
-            "shift": _groups(shift),
-            "eps": eps,
-        }
-
-    def codes(self, layer: Linear8, x: Tensor) -> Quantized:
-        codes, scales = layer.quantize(_rows(x), **self.operands)
-        return Quantized(codes.view(x.shape), scales.view(x.shape[:-1]))
-
-    def of(self, x: Tensor) -> Tensor:
-        """In torch's functions."""
-        size = x.shape[-1:]
-        if self.norm == "layer":
-            x = F.layer_norm(x, size, self.weight, self.bias, self.eps)
-        if self.norm == "rms":
-            x = F.rms_norm(x, size, self.weight, self.eps)
-        x = x if self.scale is None else x * (1 + _beside(x, self.scale))
-        return x if self.shift is None else x + _beside(x, self.shift)
-
-    def of_product(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Of gate * y."""
-        if not _kind(_transformed(), y, None, gate, *self).sizes["kernel"]:
-            y = y.to(dtype)
-            return self.of(y if gate is None else y * _beside(y, gate)).to(dtype)
-        return _added(y.contiguous(), _contiguous(gate), None, self.contiguous, dtype)
 
 
 class Residual(NamedTuple):
@@ -236,12 +166,12 @@ class Residual(NamedTuple):
             [3, 10, 64]
         """
         x = self.sum()
-        _check_groups("gate", gate, x)
-        if steps and (after := _Steps(**steps)).given:
+        check_groups("gate", gate, x)
+        if steps and (after := Steps(**steps)).given:
             after.check(x)
             made = linear_output(layer, y, dtype=x.dtype)
             like = made if after.weight is None else after.weight
-            return Residual(x, after.of_product(made, gate, torch.promote_types(made.dtype, like.dtype)))
+            return Residual(x, _of_product(after, made, gate, torch.promote_types(made.dtype, like.dtype)))
         if isinstance(layer, Linear8):
             return Residual(linear_output(layer, y, gate=gate, residual=x))
         return Residual(x, linear_output(layer, y), gate)
@@ -270,9 +200,9 @@ class Residual(NamedTuple):
             (None, [3, 10, 64])
         """
         x, added, gate = self
-        kind = _kind(_transformed(), x, added, gate, norm, weight, bias, scale, shift, eps)
+        kind = kind_of(transformed(), x, added, gate, norm, weight, bias, scale, shift, eps)
         if not kind.sizes["ready"] or isinstance(layer, Linear8):
-            after = _Steps(norm, weight, bias, scale, shift, eps)
+            after = Steps(norm, weight, bias, scale, shift, eps)
             return self._before(layer, after, bool(kind.sizes["kernel"]) and not isinstance(layer, Linear8))
         y, stream, residual, summed = torch.empty_like(x), self, None, None
         if added is not None:
@@ -298,10 +228,10 @@ class Residual(NamedTuple):
         )
         return stream, y
 
-    def _before(self, layer: nn.Module | None, after: _Steps, kernel: bool) -> tuple[Residual, Any]:
+    def _before(self, layer: nn.Module | None, after: Steps, kernel: bool) -> tuple[Residual, Any]:
         """`before`, where the op takes the tensors once they lie as it takes them, or not at all."""
         if kernel:
-            stream = Residual(self.x.contiguous(), _contiguous(self.added), _contiguous(self.gate))
+            stream = Residual(self.x.contiguous(), contiguous(self.added), contiguous(self.gate))
             return stream.before(layer, **after.contiguous._asdict())
         x = self.sum()
         return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
@@ -316,15 +246,23 @@ class Residual(NamedTuple):
         return self.x if self.added is None else _sum(self.added, self.gate, self.x, self.dtype)
 
 
+def _of_product(after: Steps, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the steps make of gate * y."""
+    if not kind_of(transformed(), y, None, gate, *after).sizes["kernel"]:
+        y = y.to(dtype)
+        return after.of(y if gate is None else y * beside(y, gate)).to(dtype)
+    return _added(y.contiguous(), contiguous(gate), None, after.contiguous, dtype)
+
+
 def _sum(y: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """residual + gate * y, each only if it is given."""
-    if not _has_kernel(y, gate, residual) or _transformed():
-        y = y if gate is None else y * _beside(y, gate)
+    if not has_kernel(y, gate, residual) or transformed():
+        y = y if gate is None else y * beside(y, gate)
         return (y if residual is None else residual + y).to(dtype)
-    return _added(y.contiguous(), _contiguous(gate), _contiguous(residual), _Steps(), dtype)
+    return _added(y.contiguous(), contiguous(gate), contiguous(residual), Steps(), dtype)
 
 
-def _added(y: Tensor, gate: Tensor | None, residual: Tensor | None, steps: _Steps, dtype: torch.dtype) -> Tensor:
+def _added(y: Tensor, gate: Tensor | None, residual: Tensor | None, steps: Steps, dtype: torch.dtype) -> Tensor:
     """What the op makes of them, in new memory. All are contiguous."""
     out = torch.empty(y.shape, dtype=dtype, device=y.device)
     norm, weight, bias, scale, shift, eps = steps
@@ -336,58 +274,9 @@ def _added(y: Tensor, gate: Tensor | None, residual: Tensor | None, steps: _Step
 
 def _activated(y: Tensor, activation: str) -> Tensor:
     # On a CPU torch's takes three times as long.
-    if activation == "gelu_tanh" and y.is_cpu and _has_kernel(y) and not _transformed():
+    if activation == "gelu_tanh" and y.is_cpu and has_kernel(y) and not transformed():
         return ops.add_norm(y.contiguous(), activation=activation)
     return F.gelu(y, approximate=GELU[activation])
-
-
-@remembered
-def _kind(
-    transformed: bool,
-    x: Tensor,
-    added: Tensor | None,
-    gate: Tensor | None,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-) -> Sizes:
-    """Checks a stream's tensors and steps. "kernel": does an op take them; "ready": as they lie in memory."""
-    steps = _Steps(norm, weight, bias, scale, shift, eps)
-    steps.check(x)
-    _check_groups("gate", gate, x)
-    kernel = steps.given and not transformed and _has_kernel(x, added, gate, *steps.tensors)
-    given = [each for each in (x, added, gate, *steps.tensors) if each is not None]
-    ready = kernel and all(each.is_contiguous() for each in given)
-    if ready:
-        first, residual = (x, None) if added is None else (added, x)
-        ops.check_add_norm(first, gate, residual, norm, (weight, bias), (scale, shift), eps, None, None, None)
-    return {"kernel": kernel, "ready": ready}
-
-
-def _has_kernel(*tensors: Tensor | None) -> bool:
-    """Does an op take these? It has no gradient, and wants numbers in memory."""
-    gradients = torch.is_grad_enabled()
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) not in PLAIN or x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda):
-            return False
-        if gradients and x.requires_grad:
-            return False
-    return True
-
-
-def _transformed() -> bool:
-    """Is a tangent carried along, is a transform of torch.func at work, or a trace? torch has no public question for
-    the first two."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch._C._is_tracing()
 
 
 def _check_after(x: Tensor | Quantized, gate: Tensor | None, residual: Tensor | None) -> None:
@@ -395,28 +284,3 @@ def _check_after(x: Tensor | Quantized, gate: Tensor | None, residual: Tensor | 
     for name, given, shape in (("gate", gate, (*places[:-1], 1)), ("residual", residual, places)):
         if given is not None and given.shape[:-1] != shape:
             raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
-
-
-def _check_groups(name: str, groups: Tensor | None, x: Tensor) -> None:
-    if groups is not None:
-        *places, width = x.shape
-        if groups.shape != (*places[:-1], 1, width):
-            raise ValueError(f"{name} must be {[*places[:-1], 1, width]}, got {list(groups.shape)}")
-
-
-def _beside(x: Tensor, groups: Tensor) -> Tensor:
-    """[..., 1, K] as it is multiplied with x [..., K]; one row x [K] has groups [1, K], and stays one."""
-    return groups if x.ndim > 1 else groups[0]
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _groups(groups: Tensor | None) -> Tensor | None:
-    """[..., 1, K] -> [G, K], as the ops take them."""
-    return None if groups is None else groups.reshape(-1, groups.shape[-1]).contiguous()
