@@ -1,9 +1,10 @@
 """What a block asks of the host besides torch's launches, with kernels that do nothing.
 
-Python of a layer's attention: a pass over a block of Wan 1.3B's layers (12 heads of 128, bfloat16), and one over a
-clean block and a noisy one. "null": our checks, the choice of a backend and the store's part of a layer, over a backend
-that returns at once. "triton": the same and what Triton's ops do up to each launch. Sizes do not matter: nothing is
-computed.
+Python of a layer: all that a layer of Wan 1.3B runs besides torch, in a pass over a block and in one over a clean block
+and a noisy one (host_layer.py). "null": the network's own code, our checks, the choice of a backend and the store's
+part, over a backend that returns at once. "triton": the same and what Triton's ops do up to each launch. Sizes do not
+matter: nothing is computed. Of the noisy pass also its attention (prologue and attention), its four norms
+(`Residual.before`), and the layer again with what torch.nn does to look up and call its modules.
 
 Of a whole block: the rotary table of Wan's tokens at 480 x 832, and the tensors that its forwards make, send or read
 back besides what torch's operations return.
@@ -11,7 +12,6 @@ back besides what torch's operations return.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import sys
@@ -25,16 +25,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inferix_kernels import KVStore, PassBuffers, Policy, Unsupported, _dispatch, ops, reference
+from inferix_kernels import Unsupported, ops
 from inferix_kernels.quantize import fused
-from inferix_kernels.store import Pass
 
-from . import e2e
+from . import e2e, host_layer
 from .harness.measure import Settings
 from .harness.rows import Row
 
-LAYERS, HEADS, WIDTH, TOKENS = 30, 12, 128, 24
-TARGET = 90
 TORCH = str(Path(torch.__file__).parent)
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
 SENDS = ("lift_fresh", "pin_memory")
@@ -43,15 +40,15 @@ RESULTS = {Path(ops.__file__), Path(fused.__file__)}  # where tensors are made f
 
 def run(settings: Settings, shapes: Sequence[str]) -> Iterator[Row]:
     for contender in ("null", "triton"):
-        name = f"ours-{contender}"
-        if not settings.wants_name(name):
+        if not settings.wants_name(f"ours-{contender}"):
             continue
-        row = Row("host", "python of a layer", f"{LAYERS} layers", name, "int8+bf16", settings.device, "ok")
+        row = Row("host", "python of a layer", "wan", f"ours-{contender}", "int8+bf16", settings.device, "ok")
         if settings.device != "cpu":
             row.status, row.note = "unsupported", "kernels do nothing: there is no difference between devices"
         else:
             try:
-                row.metrics = measure(contender, max(1, settings.rounds))
+                with host_layer.backend(contender) as name:
+                    row.metrics = host_layer.metrics_of(max(1, settings.rounds), name)
             except (Unsupported, ImportError) as reason:
                 row.status, row.note = "unsupported", str(reason)
         yield row
@@ -75,7 +72,7 @@ def block_metrics(settings: Settings, rounds: int) -> dict[str, float]:
     with mock.patch.object(model, "predict", counted):
         loop.decoder.step(conditioning())
     wide = copy.copy(model)
-    wide.grid, wide.head_dim = (30, 52), WIDTH
+    wide.grid, wide.head_dim = (30, 52), host_layer.WIDTH
     times = {f"rope of {n} frames ms": 1e3 * min(seconds(wide.rope, range(n)) for _ in range(rounds)) for n in (3, 6)}
     return {**times, "made or moved": len(found)}
 
@@ -125,62 +122,3 @@ class OnTheDevice(TorchDispatchMode):
         elif len(devices := {x.device for x in [*given, *got] if x.ndim}) > 1:
             self.complain(f"{name} goes from one device to another: {devices}")
         return made
-
-
-def measure(contender: str, rounds: int) -> dict[str, float]:
-    """Microseconds of a layer, the least of some rounds."""
-    with backend(contender) as name:
-        store = KVStore(
-            layers=LAYERS,
-            heads=HEADS,
-            head_dim=WIDTH,
-            frame_tokens=TOKENS,
-            block_frames=3,
-            pools={"int8": 9},
-            scratch_format="bf16",
-            page_size=8,
-            backend=name,
-        )
-        table, buffers = store.open(Policy(window=9)), PassBuffers()
-        means = tuple(torch.zeros(HEADS, WIDTH) for _ in range(LAYERS))
-        table.state = table.state._replace(k_means=means)
-        first, second = (table.open_block(3) for _ in range(2))
-        noisy = table.plan([first], rope(3), buffers=buffers)
-        fused = table.plan([first, second], rope(6), commit=first, buffers=buffers)
-        return {
-            "noisy us": 1e6 * min(layer_seconds(noisy, 3) for _ in range(rounds)),
-            "fused us": 1e6 * min(layer_seconds(fused, 6) for _ in range(rounds)),
-        }
-
-
-def rope(frames: int) -> torch.Tensor:
-    return torch.zeros(frames * TOKENS, WIDTH // 2, 2)
-
-
-def layer_seconds(planned: Pass, frames: int) -> float:
-    """Of one layer of the pass, on average over all."""
-    qkv = torch.zeros(frames * TOKENS, 3 * HEADS * WIDTH, dtype=torch.bfloat16)
-    norm_q, norm_k = (torch.ones(HEADS * WIDTH, dtype=torch.bfloat16) for _ in range(2))
-    with torch.inference_mode():
-
-        def layers() -> None:
-            for layer in range(LAYERS):
-                planned.attend(layer, qkv, norm_q, norm_k)
-
-        return seconds(layers) / LAYERS
-
-
-@contextlib.contextmanager
-def backend(contender: str) -> Iterator[str]:
-    """The name of a backend whose kernels do nothing."""
-    if contender == "null":
-        with mock.patch.dict(_dispatch.BACKENDS, {"null": f"{__package__}.null_backend"}):
-            yield "null"
-        return
-    from inferix_kernels.triton_kernels.launch import launch_nothing
-
-    def unchecked(*args: object, **kwargs: object) -> None:
-        """On a GPU nobody looks at a list's numbers."""
-
-    with launch_nothing(TARGET), mock.patch.multiple(reference, check_plan=unchecked, spans=unchecked):
-        yield "triton"

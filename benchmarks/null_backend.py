@@ -9,7 +9,7 @@ from typing import Any
 def __getattr__(op: str) -> Callable[..., None]:
     if op.startswith("__"):
         raise AttributeError(op)
-    return _nothing
+    return globals().setdefault(op, _nothing)  # where it is found without this function from then on
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -184,7 +184,7 @@ void read_tensors_of(const py::args& types, const py::type& dtype) {
 // What values are, but not where tensors lie nor what they hold: of two that are alike the keys are equal.
 class Description {
  public:
-  explicit Description(bool gradients) : gradients_(gradients) { bytes_.reserve(1024), put(gradients); }
+  explicit Description(bool gradients) : gradients_(gradients) { put(gradients); }
 
   // False for what must be looked at more closely.
   bool add(PyObject* value) {
@@ -198,32 +198,39 @@ class Description {
       return put('i'), put(number), !overflow;
     }
     if (PyUnicode_CheckExact(value) || Py_TYPE(value) == tensors().dtype)
-      return put('o'), objects_.push_back(value), true;
+      return put('o'), objects_.add(value), true;
     return add_tensor(value);
   }
 
-  // A key for a dict. It keeps the objects in it alive, so that no other can take their place.
+  // A key for a dict, or None. It keeps the objects in it alive, so that no other can take their place.
   PyObject* key() const {
-    PyObject* const made = PyTuple_New(objects_.size() + 1);
-    PyObject* const bytes = made ? PyBytes_FromStringAndSize(bytes_.data(), bytes_.size()) : nullptr;
+    if (size_ > sizeof bytes_ || std::max(objects_.count, tensors_.count) > Objects::kMost) Py_RETURN_NONE;
+    PyObject* const made = PyTuple_New(objects_.count + 1);
+    PyObject* const bytes = made ? PyBytes_FromStringAndSize(bytes_, size_) : nullptr;
     if (!bytes) return Py_XDECREF(made), nullptr;
     PyTuple_SET_ITEM(made, 0, bytes);
-    for (size_t i = 0; i < objects_.size(); ++i)
-      PyTuple_SET_ITEM(made, i + 1, py::handle(objects_[i]).inc_ref().ptr());
+    for (size_t i = 0; i < objects_.count; ++i)
+      PyTuple_SET_ITEM(made, i + 1, py::handle(objects_.of[i]).inc_ref().ptr());
     return made;
   }
 
  private:
   template <typename Value>
   void put(Value value) {
-    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
+    put(&value, sizeof value);
+  }
+
+  // Past the end it is only counted: then there is no key.
+  void put(const void* bytes, size_t count) {
+    if (size_ + count <= sizeof bytes_) std::memcpy(bytes_ + size_, bytes, count);
+    size_ += count;
   }
 
   bool add_sequence(PyObject* value) {
     constexpr int kDeepest = 8;  // a list may be in itself
     if (++depth_ > kDeepest) return false;
     put('t'), put(PySequence_Fast_GET_SIZE(value));
-    objects_.push_back(reinterpret_cast<PyObject*>(Py_TYPE(value)));
+    objects_.add(reinterpret_cast<PyObject*>(Py_TYPE(value)));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i)
       if (!add(PySequence_Fast_GET_ITEM(value, i))) return false;
     --depth_;
@@ -243,21 +250,43 @@ class Description {
       if (!required) return PyErr_Clear(), false;
       gradient = required.ptr() != Py_False;
     }
-    const int32_t numbers[] = {tensor.device_type, tensor.device_id, tensor.ndim, tensor.code, tensor.bits, gradient};
-    const size_t size = tensor.ndim * sizeof(int64_t);
+    bool contiguous = true;
+    for (int64_t i = tensor.ndim - 1, size = 1; i >= 0; size *= tensor.shape[i--]) contiguous &= tensor.strides[i] == size;
     // A tensor that is given twice is one in all calls that are alike.
-    const auto first = std::find(tensors_.begin(), tensors_.end(), value);
-    put('x'), put(first - tensors_.begin()), tensors_.push_back(value);
-    bytes_.append(reinterpret_cast<const char*>(numbers), sizeof numbers);
-    bytes_.append(reinterpret_cast<const char*>(tensor.shape), size);
-    bytes_.append(reinterpret_cast<const char*>(tensor.strides), size);
+    const auto first = tensors_.add(value);
+    const struct {
+      char kind;
+      uint8_t code, bits, is_contiguous, gradient, ndim;
+      int16_t first;
+      int32_t device_type, device_id;
+    } head{'x', tensor.code, tensor.bits, contiguous, gradient, static_cast<uint8_t>(tensor.ndim),
+           static_cast<int16_t>(first), tensor.device_type, tensor.device_id};
+    static_assert(std::has_unique_object_representations_v<decltype(head)>);
+    put(head), put(tensor.shape, tensor.ndim * sizeof(int64_t));
+    if (!contiguous) put(tensor.strides, tensor.ndim * sizeof(int64_t));
     return true;
   }
 
+  // Objects in the order in which they came. Past the last only counted: then there is no key.
+  struct Objects {
+    static constexpr size_t kMost = 128;
+    PyObject* of[kMost];
+    size_t count = 0;
+
+    // Where it is for the first time.
+    size_t add(PyObject* object) {
+      const size_t known = std::min(count, kMost);
+      if (known < kMost) of[known] = object;
+      ++count;
+      return std::find(of, of + known, object) - of;
+    }
+  };
+
   const bool gradients_;
   int depth_ = 0;  // in tuples and lists
-  std::string bytes_;
-  std::vector<PyObject*> objects_, tensors_;  // strings, dtypes and types of tuples
+  size_t size_ = 0;
+  Objects objects_, tensors_;  // objects: strings, dtypes and types of tuples
+  char bytes_[1 << 14];
 };
 
 // Not through pybind11, whose way to a function costs as much as this one's work.

@@ -172,7 +172,7 @@ def compile_command(names: Sequence[str] | None, cases: Sequence[str], as_json: 
     rows: list[aot.Compilation] = []
 
     def seen() -> Iterator[aot.Compilation]:
-        for row in aot.compile_ahead(targets, cases):
+        for row in aot.compile_ahead(targets, cases, counted=as_json):
             rows.append(row)
             yield row
 

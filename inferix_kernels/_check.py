@@ -33,6 +33,8 @@ def whole(name: str, number: object) -> int:
 
 def check_index(name: str, number: object, count: int) -> int:
     """One of `count` things, counted from 0, as Python's number."""
+    if type(number) is int and 0 <= number < count:
+        return number
     index = whole(name, number)
     if not 0 <= index < count:
         raise ValueError(f"{name} must be from 0 to {count - 1}, got {index}")
@@ -351,8 +353,36 @@ def check_word(name: str, word: str | None, words: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(map(repr, words))} or None, got {word!r}")
 
 
-def check_groups(name: str, groups: Tensor | None, width: str, sizes: dict[str, int], device: torch.device) -> None:
-    """[G, width], each row for M / G rows in turn; of no rows there may be no groups."""
+def check_rows(name: str, x: Tensor, sizes: dict[str, int], device: torch.device, ndim: int) -> None:
+    """[..., K] of floats, of so many dimensions, whose M rows lie evenly apart."""
+    check_tensor(name, x, FLOATS, rows_layout(ndim), sizes, device)
+    if ndim != 2:
+        sizes["M"] = x.shape[:-1].numel()
+    if ndim > 2 and not torch.compiler.is_compiling():
+        try:
+            x.view(sizes["M"], x.shape[-1])
+        except RuntimeError:
+            raise ValueError(f"{name} must have rows that lie evenly apart, got strides {x.stride()}") from None
+
+
+def rows_layout(ndim: int) -> str:
+    """ "M K", and for more dimensions "M0 M1 K"."""
+    return " ".join([*(["M"] if ndim == 2 else [f"M{i}" for i in range(ndim - 1)]), "K"])
+
+
+def check_groups(
+    name: str,
+    groups: Tensor | None,
+    width: str,
+    sizes: dict[str, int],
+    device: torch.device,
+    ndim: int = 2,
+) -> None:
+    """[G, width], each row for M / G rows in turn; of no rows there may be no groups. Where the rows are those of
+    [..., n, width] of `ndim` dimensions, it may be [..., 1, width] too."""
+    if ndim > 2 and isinstance(groups, Tensor) and groups.ndim != 2:
+        check_tensor(name, groups, FLOATS, " ".join([*rows_layout(ndim).split()[:-2], "1", width]), sizes, device)
+        return
     sizes.pop("G", None)  # each has its own
     check_optional(name, groups, FLOATS, f"G {width}", sizes, device)
     if groups is not None and sizes["M"] % (len(groups) or sizes["M"] + 1):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ._remembered import Accepted
 from .layout import FORMATS, Codec, KVPages, Quantized
 from .plans import Plan
 from .proofs import speeds, stored
@@ -42,13 +44,27 @@ class Unsupported(RuntimeError):
     """
 
 
-def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-    if device.type not in AUTO and backend != "reference":  # an address means nothing to a kernel of another device
+def run(
+    op: str,
+    backend: str,
+    device: torch.device,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    accepted: Accepted | None = None,
+) -> Any:
+    """Call an op's function with these arguments: of the backend that is named, or of the first that takes them.
+
+    accepted: what the check of the arguments made.
+    """
+    if backend != "reference" and type_of(device) not in AUTO:  # an address means nothing to another device's kernel
         raise Unsupported(f"{op}: no backend runs on {device.type} tensors, only on {' and '.join(AUTO)}")
     if backend != "auto":
         return implementation(op, backend)(*args, **kwargs)
     reasons = []
-    for name, refusal in candidates(op, device, args, kwargs.get("precision") == "8bit"):
+    order = None if accepted is None else accepted.order
+    if order is None or order[0] is not stored.read:
+        order = order_of(op, device, args, kwargs, accepted)
+    for name, refusal in order[1]:
         try:
             if refusal:
                 raise Unsupported(refusal)
@@ -56,6 +72,16 @@ def run(op: str, backend: str, device: torch.device, *args: Any, **kwargs: Any) 
         except Unsupported as error:
             reasons.append(f"{name}: {error}")
     raise Unsupported(f"{op} cannot run here. " + "; ".join(reasons))
+
+
+def order_of(
+    op: str, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any], accepted: Accepted | None
+) -> tuple[object, Sequence[tuple[str, str]]]:
+    """By which proofs, and `candidates`: on a GPU the same for all calls of a kind, until proofs are read again."""
+    order = stored.read, candidates(op, device, args, kwargs.get("precision") == "8bit")
+    if accepted is not None and op != "linear" and type_of(device) == "cuda":  # linear goes by another record, too
+        accepted.order = order
+    return order
 
 
 def prepared_plan(q: torch.Tensor, pools: Sequence[KVPages], plan: Plan, backend: str = "auto") -> Plan:
@@ -76,7 +102,7 @@ def prepared_plan(q: torch.Tensor, pools: Sequence[KVPages], plan: Plan, backend
 
 def runs_compiled(op: str, backend: str, device: torch.device) -> bool:
     """Whether this backend means the compiled kernel of a CPU, whatever the call's sizes."""
-    if device.type != "cpu":
+    if type_of(device) != "cpu":
         return False
     return backend == "compiled" or (backend == "auto" and (op != "linear" or speeds.of_device(device) is None))
 
@@ -85,12 +111,24 @@ def candidates(
     op: str, device: torch.device, args: Sequence[Any], eight_bit: bool = False
 ) -> Sequence[tuple[str, str]]:
     """Backends in the order that "auto" tries them, each with "" or the reason why it must not run."""
-    if device.type != "cuda":
-        order: Sequence[tuple[str, str]] = [(name, "") for name in AUTO[device.type]]
+    kind = type_of(device)
+    if kind != "cuda":
+        order = _unrefused(AUTO[kind])
     else:
         given = AUTO_CUDA.get(op, AUTO["cuda"])
         order = stored.candidates(op, device, formats_of(args), eight_bit, given, PROVED)
     return speeds.reordered(order, device, args[0].codes, len(args[1].codes)) if op == "linear" else order
+
+
+@functools.cache
+def type_of(device: torch.device) -> str:
+    """torch makes the word anew each time, which takes as long as all the rest."""
+    return device.type
+
+
+@functools.cache
+def _unrefused(names: tuple[str, ...]) -> Sequence[tuple[str, str]]:
+    return tuple((name, "") for name in names)
 
 
 def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
@@ -112,11 +150,11 @@ def formats_of(args: Sequence[Any]) -> tuple[str, ...]:
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function of this name in a backend's module, or Unsupported with the reason."""
-    modules = BACKENDS | PEERS
-    if backend not in modules:
-        raise ValueError(f"backend must be auto or one of {', '.join(modules)}, got {backend!r}")
+    name = BACKENDS.get(backend) or PEERS.get(backend)
+    if name is None:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS | PEERS)}, got {backend!r}")
     try:
-        module = sys.modules.get(modules[backend]) or importlib.import_module(modules[backend])
+        module = sys.modules.get(name) or importlib.import_module(name)
     except ImportError as error:
         raise Unsupported(str(error)) from error
     function: Callable[..., Any] | None = getattr(module, op, None)

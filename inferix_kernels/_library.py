@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._dispatch import Unsupported, run, runs_compiled
+from ._dispatch import Unsupported, run, runs_compiled, type_of
 from ._remembered import Accepted, Call, recording
 from .layout import KVPages
 
@@ -61,7 +61,7 @@ class Op(NamedTuple):
             else:
                 args.append(value)
         first = next(x for x in flat if isinstance(x, Tensor) or (isinstance(x, list) and x))
-        run(self.name, next(values), (first if isinstance(first, Tensor) else first[0]).device, *args, **kwargs)
+        run(self.name, next(values), (first if isinstance(first, Tensor) else first[0]).device, args, kwargs)
 
 
 OPS: dict[str, Op] = {}
@@ -147,23 +147,26 @@ def call(op: str, accepted: Accepted | None, backend: str, device: torch.device,
 
     accepted: what the check of its arguments made; None for an op whose calls are not remembered.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() if accepted is None else accepted.traced:
         getattr(getattr(torch.ops, NAMESPACE), op).default(*OPS[op].flatten(args, kwargs), backend)
     elif torch._C._is_tracing():  # a trace would hold the outputs' allocation, and not the op
         raise RuntimeError(f"{op} must not be called under torch.jit.trace, which does not see it: use torch.export")
-    elif accepted is None or not runs_compiled(op, backend, device):
-        run(op, backend, device, *args, **kwargs)
+    elif accepted is None or accepted.elsewhere:
+        run(op, backend, device, args, kwargs, accepted)
+    elif not runs_compiled(op, backend, device):
+        accepted.elsewhere = type_of(device) != "cpu"
+        run(op, backend, device, args, kwargs, accepted)
     elif accepted.replay is not None:
         if not accepted.replay((*args, *kwargs.values())):
-            run(op, backend, device, *args, **kwargs)
+            run(op, backend, device, args, kwargs)
     elif accepted.wanted:
         recording.call = Call(op, accepted, (*args, *kwargs.values()))
         try:
-            run(op, backend, device, *args, **kwargs)
+            run(op, backend, device, args, kwargs)
         finally:
             recording.call = None
     else:
-        run(op, backend, device, *args, **kwargs)
+        run(op, backend, device, args, kwargs)
 
 
 def _flat(

@@ -44,12 +44,16 @@ class Accepted:
         replay: makes a call of this kind again, of the arguments that _library.call was given; False if it cannot. None
             where there is none.
         wanted: whether a replay is still to be made.
+        elsewhere: whether such calls are known to be of no CPU: there are no replays of them.
+        traced: whether torch.compile is at work: the call is to be recorded.
+        order: in which backends are tried on a GPU, and by which proofs (_dispatch.order_of).
     """
 
-    __slots__ = ("replay", "sizes", "wanted")
+    __slots__ = ("elsewhere", "order", "replay", "sizes", "traced", "wanted")
 
-    def __init__(self, sizes: Sizes, wanted: bool):
-        self.sizes, self.wanted = sizes, wanted
+    def __init__(self, sizes: Sizes, wanted: bool, traced: bool = False):
+        self.sizes, self.wanted, self.traced, self.elsewhere = sizes, wanted, traced, False
+        self.order: tuple[object, Sequence[tuple[str, str]]] | None = None
         self.replay: Callable[[Sequence[Any]], bool] | None = None
 
 
@@ -66,7 +70,7 @@ def remembered(check: Callable[..., Sizes]) -> Callable[..., Accepted]:
     @functools.wraps(check)
     def checked(*arguments: Any) -> Accepted:
         if torch.compiler.is_compiling():
-            return Accepted(check(*arguments), False)
+            return Accepted(check(*arguments), False, traced=True)
         key = describer()(torch.is_grad_enabled(), *arguments)
         accepted = known.get(key)
         if accepted is None:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._dispatch import Unsupported
 from ._remembered import Place, recording, tensors_of
-from .layout import Codec, KVPages, PageList, Quantized, Side
+from .layout import Codec, KVPages, PageList, Quantized, Side, rows_of
 from .plans import Plan
 
 try:
@@ -356,14 +356,15 @@ def _run_rows(
     out: Tensor,
     scales: Tensor | None,
 ) -> None:
-    if x.stride(1) != 1:
+    if x.stride(-1) != 1:
         raise Unsupported(f"x must be contiguous in its last dimension, got strides {x.stride()}")
+    rows = rows_of(x)
     gate, weight, bias, scale, shift = (_float(vector) for vector in (gate, *vectors))  # held, as above
     _run(
         op,
         x,
         x=_pointer("x", x),
-        x_stride=x.stride(0),
+        x_stride=rows.stride(0),
         gate=_groups("gate", gate),
         residual=_address("residual", residual),
         summed=_address("summed", summed),
@@ -373,8 +374,8 @@ def _run_rows(
         shift=_groups("shift", shift),
         out=_address("out" if scales is None else "out.codes", out),
         scales=_address("out.scales", scales),
-        M=x.shape[0],
-        K=x.shape[1],
+        M=rows.shape[0],
+        K=rows.shape[1],
         eps=eps,
         norm=_NORMS[norm],
         activation=_ACTIVATIONS[activation],
@@ -495,7 +496,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _groups(name: str, tensor: Tensor | None) -> Struct:
-    return {"data": _address(name, tensor), "groups": 0 if tensor is None else len(tensor)}
+    return {"data": _address(name, tensor), "groups": 0 if tensor is None else tensor.shape[:-1].numel()}
 
 
 def _rows(name: str, tensor: Tensor) -> Struct:

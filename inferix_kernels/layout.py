@@ -230,6 +230,11 @@ def tile_shapes(codec: Codec, page_size: int, width: int) -> tuple[tuple[int, in
     return codes, (page_size if codec.scaled_by == "token" else width,)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K], the same memory: rows must lie evenly apart."""
+    return x if x.ndim == 2 else x.view(x.shape[:-1].numel(), x.shape[-1])
+
+
 def as_bytes(x: Tensor) -> Tensor:
     """8-bit floats as their bits, which torch can slice and copy anywhere; other tensors as they are."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

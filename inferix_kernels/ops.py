@@ -45,6 +45,7 @@ from ._check import (
     check_pools,
     check_precision,
     check_quantized,
+    check_rows,
     check_same_width,
     check_scale,
     check_softcap,
@@ -53,6 +54,7 @@ from ._check import (
     device_of,
 )
 from ._library import call, op
+from ._overlap import check_overlap
 from ._remembered import Sizes, remembered
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .plans import Plan
@@ -235,6 +237,7 @@ def _accept_attention(
             raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
     check_optional("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
     check_optional("lse", lse, (torch.float32,), "T Hq", sizes, q.device)
+    sizes["q stride"] = q.stride(-1)
     return sizes
 
 
@@ -298,9 +301,10 @@ def paged_attention(
     options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
     accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
     sizes = accepted.sizes
-    if q.stride(-1) != 1:  # which compiled kernels do not take: a copy costs less than another backend
+    if sizes["q stride"] != 1:  # which compiled kernels do not take: a copy costs less than another backend
         q = q.contiguous()
-    out, lse = attention_outputs(q, out, lse, sizes)
+    if out is None or lse is None:
+        out, lse = attention_outputs(q, out, lse, sizes)
     options["scale"] = sizes["D"] ** -0.5 if scale is None else scale
     call("paged_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse
@@ -687,7 +691,9 @@ def _accept_rows(
     activation: str | None,
     out: Quantized | None,
 ) -> Sizes:
-    sizes = _check_rows(x, norm, vectors, groups, eps, activation)
+    sizes: dict[str, int] = {}
+    check_tensor("x", x, FLOATS, "M K", sizes, device_of("x", x))
+    _check_steps(x, norm, vectors, groups, eps, activation, sizes)
     if out is None:
         check_dtype("out.codes", dtype, CODES)
     else:
@@ -695,26 +701,24 @@ def _accept_rows(
     return sizes
 
 
-def _check_rows(
+def _check_steps(
     x: Tensor,
     norm: str | None,
     vectors: Sequence[Tensor | None],
     groups: Sequence[Tensor | None],
     eps: float,
     activation: str | None,
-) -> dict[str, int]:
-    """What quantize_rows and add_norm have in common."""
-    sizes: dict[str, int] = {}
-    device = device_of("x", x)
-    check_tensor("x", x, FLOATS, "M K", sizes, device)
+    sizes: dict[str, int],
+) -> None:
+    """What quantize_rows and add_norm have in common, once x is checked."""
+    device = x.device
     check_word("norm", norm, ("layer", "rms"))
     check_word("activation", activation, ACTIVATIONS)
     check_number("eps", eps)
     for name, vector in zip(("weight", "bias"), vectors, strict=True):
         check_optional(name, vector, FLOATS, "K", sizes, device)
     for name, each in zip(("scale", "shift"), groups, strict=True):
-        check_groups(name, each, "K", sizes, device)
-    return sizes
+        check_groups(name, each, "K", sizes, device, x.ndim)
 
 
 @op(writes=["out"])
@@ -780,8 +784,7 @@ def quantize_rows(
     return out
 
 
-@remembered
-def _accept_add_norm(
+def _check_add_norm(
     x: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
@@ -793,13 +796,21 @@ def _accept_add_norm(
     summed: Tensor | None,
     out: Tensor | None,
 ) -> Sizes:
-    sizes = _check_rows(x, norm, vectors, groups, eps, activation)
-    check_groups("gate", gate, "K", sizes, x.device)
+    """What add_norm asks of its arguments."""
+    sizes: dict[str, int] = {}
+    device = device_of("x", x)
+    if x.ndim == 0:
+        raise ValueError("x must be [..., K], got []")
+    check_rows("x", x, sizes, device, x.ndim)
+    _check_steps(x, norm, vectors, groups, eps, activation, sizes)
+    check_groups("gate", gate, "K", sizes, device, x.ndim)
     for name, rows in (("residual", residual), ("summed", summed), ("out", out)):
-        check_optional(name, rows, FLOATS, "M K", sizes, x.device)
-    if summed is not None and summed is out:
-        raise ValueError("summed must be another tensor than out, got the same")
+        if rows is not None:
+            check_rows(name, rows, sizes, device, x.ndim)
     return sizes
+
+
+_accept_add_norm = remembered(_check_add_norm)
 
 
 @op(writes=["summed", "out"], optional=["summed"])
@@ -827,15 +838,20 @@ def add_norm(
     give the same.
 
     Args:
-        x: [M, K] float32, bfloat16 or float16.
-        gate: [G, K] of these dtypes, G a divisor of M, as scale.
-        residual: [M, K] of these dtypes.
+        x: [..., K] float32, bfloat16 or float16: M rows in all, evenly apart in memory.
+        gate: [G, K] of these dtypes, G a divisor of M, as scale; or, beside x [..., n, K], [..., 1, K].
+        residual: as x, of these dtypes.
         norm, weight, bias, scale, shift, eps, activation: as in quantize_rows, which gives codes where this gives y.
-        summed: [M, K] of these dtypes, to write h to; may be residual. None: it is not kept.
-        out: [M, K] of these dtypes, to write y to; may be x or residual. None: a new one in x's dtype.
+            scale and shift may be shaped as gate may.
+        summed: as x, of these dtypes, to write h to; may be x or residual. None: it is not kept.
+        out: as x, of these dtypes, to write y to; may be x or residual. None: a new one in x's dtype.
 
     Returns:
-        y, [M, K].
+        y, shaped as x.
+
+    Raises:
+        ValueError: also where summed or out share memory with each other, or with x or residual but for what is allowed
+            above.
 
     Source: "Add & Norm" of arXiv:1706.03762; adaLN with gates, arXiv:2212.09748.
 
@@ -848,6 +864,8 @@ def add_norm(
         True
     """
     accepted = _accept_add_norm(x, gate, residual, norm, (weight, bias), (scale, shift), eps, activation, summed, out)
+    if not (summed is out is None or torch.compiler.is_compiling()):
+        check_overlap({"x": x, "residual": residual}, {"summed": summed, "out": out})
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call(

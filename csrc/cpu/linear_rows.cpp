@@ -21,16 +21,19 @@ INFERIX_INLINE void add(const RowsParams& p, int64_t row, float* __restrict y, c
     for (int64_t k = 0; k < p.K; ++k) y[k] += residual[k];
 }
 
-// What follows the norm of a row is one product and one sum, (n * weight + bias) * (1 + scale) + shift: the two terms.
-INFERIX_INLINE void combine(const RowsParams& p, int64_t row, float* __restrict factor, float* __restrict offset) {
-  const float *__restrict scale = p.scale.row(row, p.M, p.K), *__restrict shift = p.shift.row(row, p.M, p.K);
-  for (int64_t k = 0; k < p.K; ++k) factor[k] = 1.f, offset[k] = 0.f;
-  if (p.weight) std::copy_n(p.weight, p.K, factor);
-  if (p.bias) std::copy_n(p.bias, p.K, offset);
-  if (scale)
-    for (int64_t k = 0; k < p.K; ++k) factor[k] *= 1.f + scale[k], offset[k] *= 1.f + scale[k];
-  if (shift)
-    for (int64_t k = 0; k < p.K; ++k) offset[k] += shift[k];
+// A product and a sum for each column, n * factor + offset: with weight and bias, or 1 + scale and shift. The two are
+// not made one: an infinite scale would meet the bias, or the 0 of none, alone.
+struct Terms {
+  const float *factor = nullptr, *offset = nullptr;
+};
+
+// What is not given is 1 and 0.
+INFERIX_INLINE void combine(int64_t K, float more, const float* __restrict factor, const float* __restrict offset,
+                            float* __restrict factors, float* __restrict offsets) {
+  for (int64_t k = 0; k < K; ++k) factors[k] = 1.f, offsets[k] = 0.f;
+  if (factor)
+    for (int64_t k = 0; k < K; ++k) factors[k] = more + factor[k];
+  if (offset) std::copy_n(offset, K, offsets);
 }
 
 // The sum of term(y[k]), k < count, as 32 partial sums, the same on every CPU; y is aligned.
@@ -51,10 +54,9 @@ INFERIX_INLINE float sum_of(const float* y, int64_t count, const Term& term) {
   return sum;
 }
 
-// y is a whole number of Columns; factor and offset from combine, or null.
+// y is a whole number of Columns; each of first and second from combine, or null.
 template <typename S>
-INFERIX_INLINE void prepare(const RowsParams& p, float* __restrict y, const float* __restrict factor,
-                            const float* __restrict offset) {
+INFERIX_INLINE void prepare(const RowsParams& p, float* __restrict y, const Terms& first, const Terms& second) {
   float mean = 0.f, inverse = 1.f;
   if (p.norm == Norm::layer)
     mean = sum_of<S>(y, p.K, [](const auto& x) INFERIX_INLINE_LAMBDA { return x; }) / float(p.K);
@@ -62,10 +64,14 @@ INFERIX_INLINE void prepare(const RowsParams& p, float* __restrict y, const floa
     const auto square = [mean](const auto& x) INFERIX_INLINE_LAMBDA { return (x - mean) * (x - mean); };
     inverse = 1.f / std::sqrt(sum_of<S>(y, p.K, square) / float(p.K) + p.eps);
   }
+  const float *__restrict factor = first.factor, *__restrict offset = first.offset;
   if (factor)
     for (int64_t k = 0; k < p.K; ++k) y[k] = (y[k] - mean) * inverse * factor[k] + offset[k];
   else if (p.norm != Norm::none)
     for (int64_t k = 0; k < p.K; ++k) y[k] = (y[k] - mean) * inverse;
+  const float *__restrict then = second.factor, *__restrict plus = second.offset;
+  if (then)
+    for (int64_t k = 0; k < p.K; ++k) y[k] = y[k] * then[k] + plus[k];
   with_activation<S>(p.activation, [&](auto activate) INFERIX_INLINE_LAMBDA {
     for (int64_t k = 0; k < p.K; k += kLanes) {
       Column& column = *reinterpret_cast<Column*>(y + k);
@@ -77,15 +83,17 @@ INFERIX_INLINE void prepare(const RowsParams& p, float* __restrict y, const floa
 // The steps for one instruction set.
 struct Steps {
   void (*add)(const RowsParams&, int64_t row, float* y, const float* residual);
-  void (*combine)(const RowsParams&, int64_t row, float* factor, float* offset);
-  void (*prepare)(const RowsParams&, float* y, const float* factor, const float* offset);
+  void (*combine)(int64_t K, float more, const float* factor, const float* offset, float* factors, float* offsets);
+  void (*prepare)(const RowsParams&, float* y, const Terms& first, const Terms& second);
 };
 
 #define INFERIX_STEPS(target, name, S)                                                                        \
   target void add_##name(const RowsParams& p, int64_t row, float* y, const float* r) { add(p, row, y, r); }    \
-  target void combine_##name(const RowsParams& p, int64_t row, float* f, float* o) { combine(p, row, f, o); }  \
-  target void prepare_##name(const RowsParams& p, float* y, const float* f, const float* o) {                  \
-    prepare<S>(p, y, f, o);                                                                                    \
+  target void combine_##name(int64_t K, float more, const float* f, const float* o, float* fs, float* os) {    \
+    combine(K, more, f, o, fs, os);                                                                            \
+  }                                                                                                            \
+  target void prepare_##name(const RowsParams& p, float* y, const Terms& first, const Terms& second) {         \
+    prepare<S>(p, y, first, second);                                                                           \
   }                                                                                                            \
   constexpr Steps k_##name{add_##name, combine_##name, prepare_##name};
 INFERIX_STEPS(, portable, Simd<4>)
@@ -97,26 +105,34 @@ Steps steps_for(Isa isa) { return dispatch<Steps>(isa, k_portable, k_v3, k_v4); 
 Steps steps_for(Isa) { return k_portable; }
 #endif
 
-// What combine made of the last row, until the groups of another are others.
+// What stands behind the norm of a row. Room for its terms: 4 rows.
 class Combined {
  public:
   Combined(const RowsParams& p, const Steps& steps, float* room, int64_t stride)
-      : p_(p), steps_(steps), factor_(room), offset_(room + stride),
-        wanted_(p.weight || p.bias || p.scale.data || p.shift.data) {}
+      : p_(p), steps_(steps), room_(room), stride_(stride), modulated_(p.scale.data || p.shift.data) {
+    if (p.weight || p.bias) affine_ = combined(0.f, p.weight, p.bias, room_);
+  }
 
   void prepare(int64_t row, float* y) {
     const float *scale = p_.scale.row(row, p_.M, p_.K), *shift = p_.shift.row(row, p_.M, p_.K);
-    if (wanted_ && (!made_ || scale != scale_ || shift != shift_)) steps_.combine(p_, row, factor_, offset_);
-    made_ = true, scale_ = scale, shift_ = shift;
-    steps_.prepare(p_, y, wanted_ ? factor_ : nullptr, offset_);
+    if (modulated_ && (!modulation_.factor || scale != scale_ || shift != shift_))  // those of the last row's groups
+      modulation_ = combined(1.f, scale, shift, room_ + 2 * stride_);
+    scale_ = scale, shift_ = shift;
+    steps_.prepare(p_, y, affine_.factor ? affine_ : modulation_, affine_.factor ? modulation_ : Terms{});
   }
 
  private:
+  Terms combined(float more, const float* factor, const float* offset, float* to) const {
+    steps_.combine(p_.K, more, factor, offset, to, to + stride_);
+    return {to, to + stride_};
+  }
+
   const RowsParams& p_;
   const Steps& steps_;
-  float *const factor_, *const offset_;
-  const bool wanted_;
-  bool made_ = false;
+  float* const room_;
+  const int64_t stride_;
+  const bool modulated_;
+  Terms affine_, modulation_;
   const float *scale_ = nullptr, *shift_ = nullptr;
 };
 
@@ -132,7 +148,7 @@ void rows_cpu(const RowsParams& p, const Cpu& cpu) {
   const auto place = [&p](auto* base, int64_t row, int64_t bytes) { return base + row * p.K * bytes; };
   parallel_for(cpu.threads, (p.M + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
     thread_local Buffer buffer;
-    float *y = buffer.floats((2 * most + 2) * stride), *residual = p.residual ? y + most * stride : nullptr;
+    float *y = buffer.floats((2 * most + 4) * stride), *residual = p.residual ? y + most * stride : nullptr;
     Combined combined(p, steps, y + 2 * most * stride, stride);
     const int64_t end = std::min(p.M, (task + 1) * kRowsPerTask);
     for (int64_t row = task * kRowsPerTask; row < end; row += most) {

@@ -28,6 +28,7 @@ RIGHT = "right"
 # Outcomes that say nothing against a kernel: it refuses such arguments, or the proof did not come to it.
 NEUTRAL = ("unsupported", "not reached")
 _ROOT = Path(__file__).parent.parent
+read = object()  # another one each time that proofs are to be read again
 
 
 class Identity(NamedTuple):
@@ -174,6 +175,8 @@ def _files() -> list[Path]:
 
 def forget() -> None:
     """Read proofs again at the next call."""
+    global read
+    read = object()
     of_device.cache_clear()
     _ranked.cache_clear()
 

@@ -25,15 +25,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .. import profile
-from .._check import FLOATS, check_word
+from .. import ops, profile
+from .._check import check_word
 from ..layout import Quantized
-from ..ops import add_norm
 from .layer import Linear8
+from .steps import Steps, beside, check_groups, contiguous, flat_groups, has_kernel, kind_of, transformed
 
-PLAIN = (Tensor, nn.Parameter)
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # by the error function, and its approximation
 
 
@@ -106,13 +104,12 @@ def linear_output(
         >>> list(y.shape), bool((y - z).norm() < 0.02 * y.norm())
         ([3, 10, 32], True)
     """
-    check_word("activation", activation, tuple(GELU))
-    places = (x if isinstance(x, Tensor) else x.codes).shape[:-1]
-    for name, given, shape in (("gate", gate, (*places[:-1], 1)), ("residual", residual, places)):
-        if given is not None and given.shape[:-1] != shape:
-            raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")
+    if activation is not None:
+        check_word("activation", activation, tuple(GELU))
+    if gate is not None or residual is not None:
+        _check_after(x, gate, residual)
     if isinstance(layer, Linear8):
-        y: Tensor = layer(x, activation=activation, gate=_groups(gate), residual=residual, dtype=dtype)
+        y: Tensor = layer(x, activation=activation, gate=flat_groups(gate), residual=residual, dtype=dtype)
         return y
     if isinstance(x, Quantized):
         raise TypeError(f"x must be a tensor for a {type(layer).__name__}, got codes, which only a Linear8 takes")
@@ -121,70 +118,6 @@ def linear_output(
     if gate is None and residual is None:
         return y
     return _sum(y, gate, residual, y.dtype if residual is None else torch.promote_types(y.dtype, residual.dtype))
-
-
-class _Steps(NamedTuple):
-    """(norm(x) * weight + bias) * (1 + scale) + shift, as `linear_input` has it."""
-
-    norm: str | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    eps: float = 1e-6
-
-    def check(self, x: Tensor) -> None:
-        norm = self.norm
-        check_word("norm", norm, ("layer", "rms"))
-        if (norm is None and self.weight is not None) or (norm != "layer" and self.bias is not None):
-            raise ValueError(
-                f"weight and bias must be those of a norm, and bias that of a layer norm, got norm={norm!r}"
-            )
-        _check_groups(x, scale=self.scale, shift=self.shift)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[1:5]
-
-    @property
-    def given(self) -> bool:
-        return not (self.norm is self.scale is self.shift is None)
-
-    @property
-    def operands(self) -> dict[str, Any]:
-        """As the ops take them."""
-        norm, weight, bias, scale, shift, eps = self
-        return {
-            "norm": norm,
-            "weight": weight,
-            "bias": bias,
-            "scale": _groups(scale),
-            "shift": _groups(shift),
-            "eps": eps,
-        }
-
-    def codes(self, layer: Linear8, x: Tensor) -> Quantized:
-        codes, scales = layer.quantize(_rows(x), **self.operands)
-        return Quantized(codes.view(x.shape), scales.view(x.shape[:-1]))
-
-    def of(self, x: Tensor) -> Tensor:
-        """In torch's functions."""
-        size = x.shape[-1:]
-        if self.norm == "layer":
-            x = F.layer_norm(x, size, self.weight, self.bias, self.eps)
-        if self.norm == "rms":
-            x = F.rms_norm(x, size, self.weight, self.eps)
-        x = x if self.scale is None else x * (1 + _beside(x, self.scale))
-        return x if self.shift is None else x + _beside(x, self.shift)
-
-    def of_product(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Of gate * y."""
-        if not _has_kernel(y, gate, *self.tensors):
-            y = y.to(dtype)
-            return self.of(y if gate is None else y * _beside(y, gate)).to(dtype)
-        out = torch.empty(y.shape, dtype=dtype, device=y.device)
-        add_norm(_rows(y), gate=_groups(gate), **self.operands, out=_rows(out))
-        return out
 
 
 class Residual(NamedTuple):
@@ -233,23 +166,33 @@ class Residual(NamedTuple):
             [3, 10, 64]
         """
         x = self.sum()
-        _check_groups(x, gate=gate)
-        after = _Steps(**steps)
-        if after.given:
+        check_groups("gate", gate, x)
+        if steps and (after := Steps(**steps)).given:
             after.check(x)
             made = linear_output(layer, y, dtype=x.dtype)
             like = made if after.weight is None else after.weight
-            return Residual(x, after.of_product(made, gate, torch.promote_types(made.dtype, like.dtype)))
+            return Residual(x, _of_product(after, made, gate, torch.promote_types(made.dtype, like.dtype)))
         if isinstance(layer, Linear8):
             return Residual(linear_output(layer, y, gate=gate, residual=x))
         return Residual(x, linear_output(layer, y), gate)
 
     @profile.profiled("norm")
-    def before(self, layer: nn.Module | None, **steps: Any) -> tuple[Residual, Any]:
-        """The stream with nothing left to add, and what `linear_input` makes of it for `layer` with these `steps`.
+    def before(
+        self,
+        layer: nn.Module | None,
+        *,
+        norm: str | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> tuple[Residual, Any]:
+        """The stream with nothing left to add, and what `linear_input` makes of it for `layer` with these steps.
 
         Args:
             layer: None: the input is a tensor, for whatever takes one.
+            norm, weight, bias, scale, shift, eps: as in `linear_input`.
 
         Example:
             >>> x, y = x.before(up, norm="layer", scale=torch.randn(3, 1, 64))
@@ -257,18 +200,41 @@ class Residual(NamedTuple):
             (None, [3, 10, 64])
         """
         x, added, gate = self
-        after = _Steps(**steps)
-        after.check(x)
-        if isinstance(layer, Linear8) or not after.given or not _has_kernel(x, added, gate, *after.tensors):
-            x = self.sum()
-            return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
-        rows = _rows(x)
-        if added is None:
-            return self, add_norm(rows, **after.operands).view(x.shape)
-        summed = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        y = torch.empty_like(summed)
-        add_norm(_rows(added), gate=_groups(gate), residual=rows, **after.operands, summed=summed, out=y)
-        return Residual(summed.view(x.shape)), y.view(x.shape)
+        kind = kind_of(transformed(), x, added, gate, norm, weight, bias, scale, shift, eps)
+        if not kind.sizes["ready"] or isinstance(layer, Linear8):
+            after = Steps(norm, weight, bias, scale, shift, eps)
+            return self._before(layer, after, bool(kind.sizes["kernel"]) and not isinstance(layer, Linear8))
+        y, stream, residual, summed = torch.empty_like(x), self, None, None
+        if added is not None:
+            x, residual, summed = added, x, torch.empty_like(x)
+            stream = Residual(summed)
+        ops.call(
+            "add_norm",
+            kind,
+            "auto",
+            x.device,
+            x,
+            gate=gate,
+            residual=residual,
+            norm=norm,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            shift=shift,
+            eps=eps,
+            activation=None,
+            summed=summed,
+            out=y,
+        )
+        return stream, y
+
+    def _before(self, layer: nn.Module | None, after: Steps, kernel: bool) -> tuple[Residual, Any]:
+        """`before`, where the op takes the tensors once they lie as it takes them, or not at all."""
+        if kernel:
+            stream = Residual(self.x.contiguous(), contiguous(self.added), contiguous(self.gate))
+            return stream.before(layer, **after.contiguous._asdict())
+        x = self.sum()
+        return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
 
     def sum(self) -> Tensor:
         """x + gate * added, [..., K].
@@ -280,56 +246,41 @@ class Residual(NamedTuple):
         return self.x if self.added is None else _sum(self.added, self.gate, self.x, self.dtype)
 
 
+def _of_product(after: Steps, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the steps make of gate * y."""
+    if not kind_of(transformed(), y, None, gate, *after).sizes["kernel"]:
+        y = y.to(dtype)
+        return after.of(y if gate is None else y * beside(y, gate)).to(dtype)
+    return _added(y.contiguous(), contiguous(gate), None, after.contiguous, dtype)
+
+
 def _sum(y: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """residual + gate * y, each only if it is given."""
-    if not _has_kernel(y, gate, residual):
-        y = y if gate is None else y * _beside(y, gate)
+    if not has_kernel(y, gate, residual) or transformed():
+        y = y if gate is None else y * beside(y, gate)
         return (y if residual is None else residual + y).to(dtype)
+    return _added(y.contiguous(), contiguous(gate), contiguous(residual), Steps(), dtype)
+
+
+def _added(y: Tensor, gate: Tensor | None, residual: Tensor | None, steps: Steps, dtype: torch.dtype) -> Tensor:
+    """What the op makes of them, in new memory. All are contiguous."""
     out = torch.empty(y.shape, dtype=dtype, device=y.device)
-    rows = None if residual is None else _rows(residual)
-    add_norm(_rows(y), gate=_groups(gate), residual=rows, out=_rows(out))
+    norm, weight, bias, scale, shift, eps = steps
+    accepted = ops._accept_add_norm(y, gate, residual, norm, (weight, bias), (scale, shift), eps, None, None, out)
+    options = {"gate": gate, "residual": residual, **steps._asdict(), "activation": None, "summed": None, "out": out}
+    ops.call("add_norm", accepted, "auto", y.device, y, **options)
     return out
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:
-    if activation == "gelu_tanh" and y.is_cpu and _has_kernel(y):  # where torch's takes three times as long
-        return add_norm(_rows(y), activation=activation).view(y.shape)
+    # On a CPU torch's takes three times as long.
+    if activation == "gelu_tanh" and y.is_cpu and has_kernel(y) and not transformed():
+        return ops.add_norm(y.contiguous(), activation=activation)
     return F.gelu(y, approximate=GELU[activation])
 
 
-def _has_kernel(*tensors: Tensor | None) -> bool:
-    """Does an op take these? It has no gradient, and wants numbers in memory."""
-    gradients = torch.is_grad_enabled()
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) not in PLAIN or x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda):
-            return False
-        if gradients and x.requires_grad:
-            return False
-    if torch.compiler.is_compiling():
-        return True
-    # torch has no public question for either: is a tangent carried along, is a transform of torch.func at work?
-    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and not torch.jit.is_tracing()
-
-
-def _check_groups(x: Tensor, **given: Tensor | None) -> None:
-    *places, _, width = (1, *x.shape) if x.ndim == 1 else x.shape
-    for name, groups in given.items():
-        if groups is not None and groups.shape != (*places, 1, width):
-            raise ValueError(f"{name} must be {[*places, 1, width]}, got {list(groups.shape)}")
-
-
-def _beside(x: Tensor, groups: Tensor) -> Tensor:
-    """[..., 1, K] as it is multiplied with x [..., K]; one row x [K] has groups [1, K], and stays one."""
-    return groups if x.ndim > 1 else groups[0]
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _groups(groups: Tensor | None) -> Tensor | None:
-    """[..., 1, K] -> [G, K], as the ops take them."""
-    return None if groups is None else groups.reshape(-1, groups.shape[-1]).contiguous()
+def _check_after(x: Tensor | Quantized, gate: Tensor | None, residual: Tensor | None) -> None:
+    places = (x if isinstance(x, Tensor) else x.codes).shape[:-1]
+    for name, given, shape in (("gate", gate, (*places[:-1], 1)), ("residual", residual, places)):
+        if given is not None and given.shape[:-1] != shape:
+            raise ValueError(f"{name} must be [{', '.join(map(str, (*shape, 'N')))}], got {list(given.shape)}")

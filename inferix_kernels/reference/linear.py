@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Codec, Quantized, as_bytes
+from ..layout import Codec, Quantized, as_bytes, rows_of
 from .codecs import encode
 
 __all__ = ["add_norm", "linear", "quantize_rows"]
@@ -46,10 +46,12 @@ def add_norm(
     summed: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    y = x.float() if gate is None else x.float() * per_row(gate, len(x))
-    y = y if residual is None else y + residual.float()
-    y = y if summed is None else summed.copy_(y)
-    return out.copy_(before(y, norm, weight, bias, scale, shift, eps, activation))
+    y = rows_of(x).float()
+    y = y if gate is None else y * per_row(gate, len(y))
+    y = y if residual is None else y + rows_of(residual).float()
+    y = y if summed is None else rows_of(summed).copy_(y)
+    rows_of(out).copy_(before(y, norm, weight, bias, scale, shift, eps, activation))
+    return out
 
 
 def before(
@@ -107,5 +109,6 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
 
 
 def per_row(groups: Tensor, rows: int) -> Tensor:
-    """[G, N] -> [rows, N]: each group's row for rows / G rows in turn."""
+    """[G, N], or [..., 1, N] with as many rows -> [rows, N]: each group's row for rows / G rows in turn."""
+    groups = groups.flatten(0, -2)
     return groups.float().repeat_interleave(rows // max(len(groups), 1), 0)

@@ -32,7 +32,7 @@ class Share:
 
     Attributes:
         tables: of the worlds.
-        rows: of the pass's tokens.
+        rows: of the pass's tokens; None: all.
         rope: of these rows.
         written: pool pages in scratch.
         commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed.
@@ -42,7 +42,7 @@ class Share:
     """
 
     tables: Sequence[TableView]
-    rows: slice
+    rows: slice | None
     rope: Tensor | None
     written: PageList
     commits: Sequence[tuple[str, PageList, PageList]]
@@ -51,7 +51,7 @@ class Share:
 
     def of(self, x: Tensor) -> Tensor:
         """Its rows of a tensor that has one for each token of the pass."""
-        return x if self.rows == slice(0, len(x)) else x[self.rows]
+        return x if self.rows is None else x[self.rows]
 
     def k_mean(self, layer: int) -> Tensor | None:
         """[heads, D], frozen; None: these worlds have none."""
@@ -99,6 +99,8 @@ class Pass:
         self._place, self._planned = place, 0 if place is None else place.turn
         self._q: Tensor | None = None  # of every layer in turn, as what is attended to
         self._out: Tensor | None = None
+        self._rows: Tensor | None = None  # of _out, as `attend` returns them
+        self._commits = any(share.commits for share in shares)
 
     @in_turn
     def attend(
@@ -133,16 +135,16 @@ class Pass:
             >>> list(noisy.attend(0, qkv, torch.ones(16), torch.ones(16)).shape)
             [30, 64]
         """
-        norms = {"norm_q_bias": norm_q_bias, "norm_k_bias": norm_k_bias}
         with profile.span("prologue"):
-            q = self.write(layer, qkv, norm_q, norm_k, eps, **norms, interleaved=interleaved)
+            q = self._write(layer, qkv, (norm_q, norm_k, norm_q_bias, norm_k_bias), eps, interleaved)
         if layer == self.store.num_layers - 1:
             self._count_read()
             if not self.predict:
                 return None
         out = self._output(q) if out is None else out
         with profile.span("attention"):
-            return self._attend(layer, self.turned(q, interleaved=interleaved), out).flatten(1)
+            made = self._attend(layer, self.turned(q, interleaved=interleaved), out)
+            return self._rows if made is self._out else made.flatten(1)
 
     @in_turn
     def write(
@@ -169,9 +171,13 @@ class Pass:
             >>> list(noisy.write(1, torch.randn(30, (4 + 2 * 2) * 16), None, None).shape)
             [30, 4, 16]
         """
+        return self._write(layer, qkv, (norm_q, norm_k, norm_q_bias, norm_k_bias), eps, interleaved)
+
+    def _write(self, layer: int, qkv: Tensor, norms: Sequence[Tensor | None], eps: float, interleaved: bool) -> Tensor:
         layer = check_index("layer", layer, self.store.num_layers)
         self._check("qkv", qkv)
         store, q = self.store, self._queries(qkv)
+        norm_q, norm_k, norm_q_bias, norm_k_bias = norms
         for share in self._shares:
             qkv_prologue(
                 share.of(qkv),
@@ -188,7 +194,8 @@ class Pass:
                 out=share.of(q),
                 backend=store.backend,
             )
-        self._commit(layer, q)
+        if self._commits:
+            self._commit(layer, q)
         return q
 
     @in_turn
@@ -295,17 +302,18 @@ class Pass:
     def stale(self) -> bool:
         """Was a table edited, or another pass planned in this one's buffers, since it was planned? It refuses to run
         then."""
-        return self._overtaken or any([table.state.edits != edits for table, edits in self._edits])
-
-    @property
-    def _overtaken(self) -> bool:
-        return self._place is not None and self._place.turn != self._planned
+        try:
+            self._check_planned()
+        except RuntimeError:
+            return True
+        return False
 
     def _check_planned(self) -> None:
-        if self._overtaken:
+        if self._place is not None and self._place.turn != self._planned:
             raise RuntimeError("this pass was planned before another one in the same buffers: plan it again")
-        if self.stale:
-            raise RuntimeError("this pass was planned before its table was edited: plan another one")
+        for table, edits in self._edits:
+            if table.state.edits != edits:
+                raise RuntimeError("this pass was planned before its table was edited: plan another one")
 
     def _check(self, name: str, x: Tensor) -> None:
         self._check_planned()
@@ -360,6 +368,7 @@ class Pass:
         if self._out is None and self._place is not None:
             shape = (*q.shape[:2], self.store.scratch.value_dim)
             self._out = self._reads.rows.of("out", shape, q.dtype, q.device)
+            self._rows = self._out.flatten(1)
         return self._out
 
 

@@ -229,7 +229,7 @@ def _pass(
         shares.append(
             Share(
                 tables=[each.table for each in group],
-                rows=rows,
+                rows=rows if len(groups) > 1 else None,
                 rope=None if rope is None else rope[rows],
                 written=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],

@@ -56,6 +56,8 @@ class Compilation(NamedTuple):
     shared: int = 0  # bytes of shared memory
     tensor_core: str = ""  # the instruction that most products are made by
     followed: int = 0  # asynchronous products whose registers were checked (hazards.py)
+    instructions: int = 0  # of the kernel, where they are counted
+    loads: int = 0  # of these, from global memory
     warning: str = ""
     unsupported: str = ""
 
@@ -68,16 +70,21 @@ def all_cases(device: torch.device | str = "cpu") -> Iterator[Case]:
     return chain.from_iterable(cases(device) for cases in CASES)
 
 
-def compile_ahead(architectures: Sequence[Architecture], wanted: Sequence[str] = ()) -> Iterator[Compilation]:
-    """Every case on each architecture; if anything is wanted, those that begin with it: "linear" or "linear int8"."""
+def compile_ahead(
+    architectures: Sequence[Architecture], wanted: Sequence[str] = (), counted: bool = False
+) -> Iterator[Compilation]:
+    """Every case on each architecture; if anything is wanted, those that begin with it: "linear" or "linear int8".
+
+    counted: are instructions of NVIDIA's GPUs to be counted? It takes a disassembly of each kernel.
+    """
     for case in all_cases():
         name = f"{case.op} {case.format} {case.what}"
         if not wanted or any(name.startswith(prefix) for prefix in wanted):
             for architecture in architectures:
-                yield from _compile(case, architecture)
+                yield from _compile(case, architecture, counted)
 
 
-def _compile(case: Case, architecture: Architecture) -> Iterator[Compilation]:
+def _compile(case: Case, architecture: Architecture, counted: bool) -> Iterator[Compilation]:
     row = Compilation(*case[:3], architecture)
     with compile_only(architecture) as kernels:
         try:
@@ -87,11 +94,15 @@ def _compile(case: Case, architecture: Architecture) -> Iterator[Compilation]:
             return
     for kernel in kernels:
         row = row._replace(kernel=kernel.metadata.name, shared=kernel.metadata.shared)
-        yield _of_amd(row, kernel.asm["amdgcn"]) if isinstance(architecture, str) else _of_nvidia(row, kernel)
+        yield _of_amd(row, kernel.asm["amdgcn"]) if isinstance(architecture, str) else _of_nvidia(row, kernel, counted)
 
 
-def _of_nvidia(row: Compilation, kernel: Any) -> Compilation:
+def _of_nvidia(row: Compilation, kernel: Any, counted: bool) -> Compilation:
     usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
+    if counted:
+        (code,) = sass.functions(sass.listing_of(kernel.asm["cubin"])).values()
+        loads = sass.opcodes(code)["LDG"]
+        row = row._replace(instructions=sum(bool(line.address) for line in code), loads=loads)
     instruction = tensor_core(ptx)
     seen = hazards.inspect_listing(sass.listing_of(kernel.asm["cubin"], True)) if "wgmma" in instruction else []
     hazard = next((str(hazard) for one in seen for hazard in one.hazards), "")

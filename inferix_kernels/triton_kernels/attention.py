@@ -50,6 +50,7 @@ from .online import (
     store_output,
     tile_at,
 )
+from .sizes import power_of_2
 from .work import max_bias, rows_from, run_in_pool, work_of
 
 __all__ = ["paged_attention"]
@@ -94,7 +95,7 @@ def run_paged_attention(
     chosen = chosen or config("paged_attention", shape_class(q, pools, eight_bit), q.device)
     if eight_bit and any(multiplies_e4m3(pages) for pages in pools):
         # Sums over a tile are scaled by the page's channels: it has no keys of another.
-        chosen = {**chosen, "n": min(chosen["n"], triton.next_power_of_2(pools[0].page_size))}
+        chosen = {**chosen, "n": min(chosen["n"], power_of_2(pools[0].page_size))}
     if call.softcap or call.plan.windows is not None:
         # What limits scores needs registers, and with 255 of them nvdisasm cannot look for hazards.
         chosen = {**chosen, "n": min(chosen["n"], 64)}
@@ -123,7 +124,7 @@ def shape_class(q: Tensor, pools: Sequence[KVPages], eight_bit: bool) -> str:
     kind = "quantized" if any(codec.scaled_by for codec in keys_of(pools)) else "floats"
     if eight_bit:
         kind = "8 bits" if any(multiplies_e4m3(pages) for pages in pools) else "8-bit keys"
-    return f"{kind}, D {max(64, triton.next_power_of_2(pools[0].head_dim))}"
+    return f"{kind}, D {max(64, power_of_2(pools[0].head_dim))}"
 
 
 def keys_of(pools: Sequence[KVPages]) -> list[Codec]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..layout import Codec, KVPages, as_bytes
 from .launch import INTERPRETED as _INTERPRETED
+from .sizes import ceil_div, power_of_2
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 HALF_MAX = tl.constexpr(reference.HALF_MAX)
@@ -78,7 +79,7 @@ def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, 
     """
     axis = 0 if codec.scaled_by == "channel" else 1
     split = 1 - axis if split is None else split
-    rows, cols = triton.next_power_of_2(page_size), triton.next_power_of_2(width)
+    rows, cols = power_of_2(page_size), power_of_2(width)
     numbers = _PART if numbers is None else numbers
     if split == 0:
         rows = min(rows, max(1, numbers // cols))
@@ -87,15 +88,15 @@ def tile_of(codec: Codec, page_size: int, width: int, split: int | None = None, 
     top = reference.LARGEST.get(codec.dtype, 1.0)
     floor = reference.STEP_FLOOR if codec.packed else reference.AMAX_FLOOR
     least = floor if codec.packed else float(torch.tensor(floor, device="cpu") / top)
-    parts = triton.cdiv(width, cols) if split else triton.cdiv(page_size, rows)
+    parts = ceil_div(width, cols) if split else ceil_div(page_size, rows)
     kind = _KINDS.get(codec.dtype, "float")
     return Tile(kind, axis, codec.transposed, page_size, width, top, floor, least, split, rows, cols, parts)
 
 
 def side_tile(pages: KVPages, side: int, split: int | None = None, numbers: int | None = None) -> Tile:
     """The tile of a pool's keys, side 0, or values, side 1."""
-    codes, width = pages.sides[side].codes, (pages.head_dim, pages.value_dim)[side]
-    tile = tile_of(pages.sides[side].codec, pages.page_size, width, split, numbers)
+    codec, codes, *_ = pages.sides[side]
+    tile = tile_of(codec, pages.page_size, pages.value_dim if side else pages.head_dim, split, numbers)
     if codes.is_contiguous():
         return tile
     page, head, row, _ = codes.stride()

@@ -30,6 +30,7 @@ from .codecs import (
     write_part,
 )
 from .launch import Case, check_device, launch
+from .sizes import power_of_2
 
 __all__ = ["kv_append", "kv_commit", "kv_gather"]
 
@@ -164,7 +165,7 @@ def list_tensors(where: PageList) -> tuple[Tensor, Tensor]:
 
 def entries(where: PageList) -> int:
     """The length of a list, rounded up so that a list that grows is seldom a reason to compile again."""
-    return max(64, triton.next_power_of_2(len(where.ids)))
+    return max(64, power_of_2(len(where.ids)))
 
 
 @triton.jit(do_not_specialize=["tokens", "pages"])

@@ -39,6 +39,7 @@ from .online import (
     store_output,
     tile_at,
 )
+from .sizes import ceil_div, power_of_2
 from .work import max_bias, rows_from, run_in_pool, work_of
 
 __all__ = ["latent_attention"]
@@ -60,9 +61,9 @@ def run_latent_attention(call: Call, chosen: Config | None = None, splits: int |
     q, pools = call.q, call.pools
     if pools[0].head_dim > _WIDEST:
         raise Unsupported(f"latent_attention: latents must be at most {_WIDEST} wide, got D={pools[0].head_dim}")
-    width = triton.next_power_of_2(pools[0].head_dim)
+    width = power_of_2(pools[0].head_dim)
     chosen = chosen or config("latent_attention", shape_class(q), q.device)
-    parts = triton.cdiv(width, chosen["part"])
+    parts = ceil_div(width, chosen["part"])
     online.launch_attention(
         latent_kernel,
         call,
@@ -71,7 +72,7 @@ def run_latent_attention(call: Call, chosen: Config | None = None, splits: int |
         least=16,
         parts=parts,
         PART=max(16, width // parts),
-        BLOCK_ROTARY=max(16, triton.next_power_of_2(pools[0].value_dim)),
+        BLOCK_ROTARY=max(16, power_of_2(pools[0].value_dim)),
         E4M3=has_e4m3(architecture(q.device)),
     )
     return call.out, call.lse

@@ -21,6 +21,7 @@ from .codecs import round_to
 from .config import config
 from .launch import Case, architecture, architecture_name, check_device, has_e4m3, launch
 from .linear_rows import activate, groups_of, kind_of, load_groups
+from .sizes import ceil_div
 
 __all__ = ["linear"]
 
@@ -62,7 +63,7 @@ def linear(
     tile = config("linear", f"{kind_of(codes)}, {size_of(M)}", device)
     launch(
         linear_kernel,
-        triton.cdiv(M, tile["m"]) * triton.cdiv(N, tile["n"]),
+        ceil_div(M, tile["m"]) * ceil_div(N, tile["n"]),
         device,
         x.codes, weight.codes, M, N,
         _epilogue(x, weight, bias, gate, residual, out),

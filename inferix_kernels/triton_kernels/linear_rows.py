@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .. import reference
 from .._dispatch import Unsupported
-from ..layout import Quantized, as_bytes
+from ..layout import Quantized, as_bytes, rows_of
 from .codecs import round_to, round_to_int, scale_of, to_e4m3
 from .config import rows_and_warps
 from .launch import Case, check_device, launch
+from .sizes import ceil_div, power_of_2
 
 __all__ = ["add_norm", "quantize_rows"]
 
@@ -85,8 +86,9 @@ def add_norm(
     summed: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    steps = _steps(x, weight, bias, scale, shift)
-    _launch("add_norm", x, gate, residual, norm, steps, eps, activation, summed, out, None, out.dtype)
+    rows = rows_of(x)
+    steps = _steps(rows, weight, bias, scale, shift)
+    _launch("add_norm", rows, gate, residual, norm, steps, eps, activation, summed, out, None, out.dtype)
     return out
 
 
@@ -108,11 +110,11 @@ def _launch(
     M, K = x.shape
     if K > _WIDEST:
         raise Unsupported(f"{op}: x must be at most {_WIDEST} wide, got {K}")
-    cols = triton.next_power_of_2(max(K, 1))
+    cols = power_of_2(max(K, 1))
     rows, warps = rows_and_warps(op, cols, x.device)
     launch(
         rows_kernel,
-        triton.cdiv(M, rows),
+        ceil_div(M, rows),
         x.device,
         _rows(x), M, groups_of(gate, M), _rows(residual), _rows(summed), steps, eps, _rows(out), scales,
         WIDTH=K,
@@ -157,11 +159,16 @@ def kind_of(codes: torch.dtype) -> str:
 
 
 def _rows(x: Tensor | None) -> Rows:
-    return Rows(None) if x is None else Rows(x, *x.stride())
+    if x is None:
+        return Rows(None)
+    return Rows(x, x.shape[-1], 1) if x.is_contiguous() else Rows(x, *rows_of(x).stride())
 
 
 def groups_of(groups: Tensor | None, rows: int) -> Groups:
-    return Groups(None) if groups is None else Groups(groups.contiguous(), max(rows // max(len(groups), 1), 1))
+    if groups is None:
+        return Groups(None)
+    count = groups.shape[:-1].numel()
+    return Groups(groups.contiguous(), max(rows // max(count, 1), 1))
 
 
 def _steps(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Steps:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .codecs import round_to
 from .config import rows_and_warps
 from .launch import Case, check_device, launch
+from .sizes import ceil_div, power_of_2
 
 __all__ = ["merge_attention"]
 
@@ -27,11 +28,11 @@ def merge_attention(
 ) -> tuple[Tensor, Tensor]:
     check_device("merge_attention", out)
     tokens, heads, width = out.shape
-    cols = triton.next_power_of_2(width)
+    cols = power_of_2(width)
     rows, warps = rows_and_warps("merge_attention", cols, out.device)
     launch(
         merge_kernel,
-        triton.cdiv(tokens * heads, rows),
+        ceil_div(tokens * heads, rows),
         out.device,
         out_a, *out_a.stride(), lse_a, *lse_a.stride(),
         out_b, *out_b.stride(), lse_b, *lse_b.stride(),

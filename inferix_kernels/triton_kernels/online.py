@@ -21,6 +21,7 @@ from ..plans import Plan
 from .codecs import INTERPRETED, Plane, Tile, planes_of, round_to, side_tile
 from .config import Config
 from .launch import Call, launch
+from .sizes import ceil_div, power_of_2
 
 NEG_INF = tl.constexpr(float("-inf"))  # score of a masked key, lse of no keys
 LOG2E = tl.constexpr(1.4426950408889634)  # kernels use exp2, the instruction that a GPU has, for exp
@@ -45,7 +46,7 @@ def splits_for(programs: int, key_tiles: int, processors: int) -> int:
 
     def time(splits: int) -> int:
         overhead = _OVERHEAD + _PARTIAL * (splits > 1)
-        return triton.cdiv(programs * splits, processors) * (triton.cdiv(key_tiles, splits) + overhead)
+        return ceil_div(programs * splits, processors) * (ceil_div(key_tiles, splits) + overhead)
 
     return min(range(1, max(2, min(_MOST_SPLITS, key_tiles // 2) + 1)), key=lambda splits: (time(splits), splits))
 
@@ -112,8 +113,8 @@ def launch_attention(
     block_n = max(least, chosen["n"])
     tiles = tokens * group // block_m + segments
     if splits is None:
-        listed, pages = triton.cdiv(len(plan.page_ids), max(lists, 1)), pages_of_tile(page_size, block_n)
-        key_tiles = triton.cdiv(listed, pages) * triton.cdiv(page_size, block_n)
+        listed, pages = ceil_div(len(plan.page_ids), max(lists, 1)), pages_spanned(page_size, block_n)
+        key_tiles = ceil_div(listed, pages) * ceil_div(page_size, block_n)
         splits = splits_for(tiles * heads * parts, key_tiles, processors(q.device))
     outs, lses = out[None], lse[None]
     # Parts that accumulate would read an lse that another part has just written.
@@ -132,7 +133,7 @@ def launch_attention(
         KEYS=keys,
         VALUES=values,
         VARIANTS=1 if q.ndim == 3 else len(q),
-        SEGMENTS=triton.next_power_of_2(max(segments, 1)),
+        SEGMENTS=power_of_2(max(segments, 1)),
         PER_HEAD=lists != segments,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -158,23 +159,23 @@ def fit_tile_to_pages(chosen: Config, q: Tensor, pools: Sequence[KVPages]) -> Co
 
 def tile_rows(most: int, rows: int, segments: int) -> int:
     """Rows of a tile: not many more than a segment has."""
-    return min(most, max(16, triton.next_power_of_2(triton.cdiv(rows, max(segments, 1)))))
+    return min(most, max(16, power_of_2(ceil_div(rows, max(segments, 1)))))
 
 
 def combine_splits(outs: Tensor, lses: Tensor, call: Call) -> None:
     splits, tokens, heads, width = outs.shape
-    cols = triton.next_power_of_2(width)
+    cols = power_of_2(width)
     block = max(1, _COMBINED // cols)
     launch(
         combine_kernel,
-        triton.cdiv(tokens * heads, block),
+        ceil_div(tokens * heads, block),
         outs.device,
         outs, lses, strided(call.out[None]), strided(call.lse[None]), tokens * heads, splits,
         HEADS=heads,
         WIDTH=width,
         ROWS=block,
         COLS=cols,
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=power_of_2(splits),
         ACCUMULATE=call.accumulate,
         num_warps=4,
         fma=True,
@@ -252,10 +253,12 @@ def store_output(
         tl.store(lse_places, row_lse, mask=row_mask)
 
 
-@triton.constexpr_function
-def pages_of_tile(page_size: int, keys: int) -> int:
+def pages_spanned(page_size: int, keys: int) -> int:
     """How many pages a tile of so many keys spans; each has a power of two of them, so that some may be none."""
-    return max(1, keys // int(triton.next_power_of_2(page_size)))
+    return max(1, keys // (1 << (page_size - 1).bit_length()))
+
+
+pages_of_tile = triton.constexpr_function(pages_spanned)  # for kernels
 
 
 @triton.constexpr_function

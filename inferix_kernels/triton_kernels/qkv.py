@@ -34,6 +34,7 @@ from .kv_pages import (
     token_places,
 )
 from .launch import Case, check_device, launch
+from .sizes import ceil_div, power_of_2
 
 __all__ = ["qkv_prologue"]
 
@@ -93,7 +94,7 @@ def qkv_prologue(
     query = tile_of(Codec(out.dtype), pages.page_size, D, numbers=parts["numbers"])
     key, value = tiles_of(pages, numbers=parts["numbers"])
     if key.split == 1 and (k.norm == "head" or not interleaved):  # a part is some channels: here it must have them all
-        key = side_tile(pages, 0, numbers=key.rows * triton.next_power_of_2(D))
+        key = side_tile(pages, 0, numbers=key.rows * power_of_2(D))
     launch(
         prologue_kernel,
         len(where.ids) * (query_heads * query.parts + H * (key.parts + value.parts)),
@@ -149,11 +150,11 @@ def _norm_stats(source: Source, sides: Sequence[Heads], eps: float) -> Tensor | 
         return None
     qkv = source.qkv
     stats = torch.empty(len(sides), len(qkv), 2, dtype=torch.float32, device=qkv.device)
-    cols = triton.next_power_of_2(max(side.heads * side.width for side in sides))
+    cols = power_of_2(max(side.heads * side.width for side in sides))
     rows, warps = rows_and_warps("qkv_prologue", cols, qkv.device)
     launch(
         norm_stats_kernel,
-        triton.cdiv(len(qkv), rows) * len(sides),
+        ceil_div(len(qkv), rows) * len(sides),
         qkv.device,
         source, len(qkv), eps, stats,
         SIDES=len(sides),

@@ -20,6 +20,7 @@ from .codecs import part_of, planes_of, read_part, round_to, tile_index
 from .config import config
 from .kv_pages import fits, frames_of, list_tensors, tiles_of
 from .launch import Case, check_device, launch
+from .sizes import ceil_div, power_of_2
 
 __all__ = ["page_scores", "page_summaries", "select_pages"]
 
@@ -61,7 +62,7 @@ def page_scores(
     tile = config("page_scores", "any", q.device)
     launch(
         scores_kernel,
-        (len(q_indptr) - 1) * H * triton.cdiv(len(where.ids), tile["pages"]),
+        (len(q_indptr) - 1) * H * ceil_div(len(where.ids), tile["pages"]),
         q.device,
         q, *q.stride(), len(q), q_indptr.contiguous(), summaries, len(summaries),
         *list_tensors(where), len(where.ids), scale, out, *out.stride(),
@@ -69,7 +70,7 @@ def page_scores(
         GROUP=q.shape[1] // H,
         ROWS=rows,
         WIDTH=D,
-        COLS=triton.next_power_of_2(D),
+        COLS=power_of_2(D),
         QUERIES=tile["queries"],
         PAGES=tile["pages"],
         num_warps=tile["warps"],
@@ -90,7 +91,7 @@ def select_pages(
     check_device("select_pages", scores)
     S, H, n = scores.shape
     per_frame = n if frames is None else pages_per_frame  # one frame of all pages
-    shape = [triton.next_power_of_2(max(x, 1)) for x in (n // max(per_frame, 1), per_frame, k)]
+    shape = [power_of_2(max(x, 1)) for x in (n // max(per_frame, 1), per_frame, k)]
     if shape[0] * shape[1] > _MOST_PAGES:
         raise Unsupported(f"select_pages: scores must be of at most {_MOST_PAGES} pages, got {shape[0]} x {shape[1]}")
     launch(

@@ -256,6 +256,7 @@ class World(Facts):
         ends = accumulate(sizes, initial=0)
         then = lasting(self.model.adapter, prompt)
         conditionings = [self._condition(actions[i:end], then if i else prompt) for i, end in pairwise(ends)]
+        self._warm_up(conditionings[0])
         self.prompt = self.prompt if then is None else then
         for block, conditioning in zip(latents.split(sizes), conditionings):
             before = self.frames
@@ -407,8 +408,8 @@ class World(Facts):
             raise
 
     def _warm_up(self, conditioning: Any) -> None:
-        """Before the first block on a GPU. A world that begins with a past has no room to be warmed up: the forwards of
-        its first two blocks compile what they launch."""
+        """Before the first block on a GPU, made or given. A world that was loaded has no room to be warmed up: the
+        forwards of its first two blocks compile what they launch."""
         if not self._warm and not self.frames and self.store.device.type == "cuda":
             with profile.timed("warm up"):
                 self.decoder.warm_up(conditioning)

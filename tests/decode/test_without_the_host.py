@@ -3,6 +3,7 @@
 import contextlib
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,6 +196,16 @@ def test_a_world_that_was_warmed_up_makes_the_same_frames():
     assert not gone
     for _ in range(4):
         assert (cold.step(action="up", prompt="desert day") == warm.step(action="up", prompt="desert day")).all()
+
+
+def test_a_world_is_warmed_up_before_it_is_given_frames(monkeypatch):
+    """While its pools are empty."""
+    world, order = small_world(kv="int8", window=6), []
+    observe = world.decoder.observe
+    monkeypatch.setattr(world.decoder, "observe", lambda *given: order.append("given") or observe(*given))
+    monkeypatch.setattr(world, "_warm_up", lambda conditioning: order.append(f"warm at {world.frames}"))
+    world.observe(np.zeros((6, 96, 96, 3), np.uint8), actions=["none"] * 6, prompt="desert day")
+    assert order == ["warm at 0", "given", "given"]
 
 
 def test_a_timestep_is_sent_once():

@@ -97,6 +97,20 @@ def test_one_call_is_two(dtype, backend, device):
     assert torch.equal(summed, h) and torch.equal(y, add_norm(h, **after))
 
 
+@pytest.mark.parametrize("affine", [(), ("weight",), ("bias",), ("weight", "bias")], ids=" ".join)
+@pytest.mark.parametrize("modulated", [("scale",), ("scale", "shift")], ids=" ".join)
+def test_an_infinite_scale_gives_what_the_formula_gives(affine, modulated, backend, device):
+    """Infinity of the right sign, not the NaN of infinities that are taken apart and put together."""
+    x = random(4, 40, device=device)
+    steps = steps_for(dict.fromkeys(affine, True) | dict.fromkeys(modulated, 2), 4, 40, device=device)
+    for at, number in (3, torch.inf), (5, -torch.inf), (7, torch.nan), (9, 3e38):
+        steps["scale"][1, at] = number
+    got, want = (add_norm(x, norm="layer", **steps, backend=b) for b in (backend, "reference"))
+    assert torch.equal(got.isnan(), want.isnan()) and want[2:].isnan().sum() == 2
+    infinite = want.isinf()
+    assert infinite[2:].sum() >= 4 and torch.equal(got[infinite], want[infinite])
+
+
 def test_it_is_what_quantize_rows_quantizes(backend, device):
     x, steps = random(6, 96, device=device), steps_for(STEPS["all"], 6, 96, device=device)
     steps = {name: value for name, value in steps.items() if name not in ("gate", "residual")}

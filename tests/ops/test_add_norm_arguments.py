@@ -53,10 +53,13 @@ def test_no_rows_are_no_error(backend, device):
 
 
 WRONG = {
-    r"x must be \[M, K\], got \[24\]": {"x": random(24)},
+    r"x must be \[..., K\], got \[\]": {"x": torch.tensor(1.0)},
+    r"x must have rows that lie evenly apart, got strides \(312, 24, 1\)": {"x": random(2, 13, 24)[:, :3]},
+    r"scale must be \[M0=2, 1, K=24\], got \[3, 1, 24\]": {"x": random(2, 3, 24), "scale": random(3, 1, 24)},
     r"gate must have a number of rows that divides M=6, got 4": {"gate": random(4, 24)},
     r"scale must have a number of rows that divides M=6, got 0": {"scale": random(0, 24)},
     r"residual must be \[M=6, K=24\], got \[6, 23\]": {"residual": random(6, 23)},
+    r"residual must be \[M0=2, M1=3, K=24\], got \[3, 2, 24\]": {"x": random(2, 3, 24), "residual": random(3, 2, 24)},
     r"summed must be \[M=6, K=24\], got \[5, 24\]": {"summed": random(5, 24)},
     r"norm must be 'layer', 'rms' or None, got 'batch'": {"norm": "batch"},
     r"eps must be a finite number, got nan": {"eps": float("nan")},
@@ -69,6 +72,54 @@ def test_what_is_wrong_is_named_and_nothing_is_written(said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         add_norm(**{"x": random(6, 24), "out": out} | WRONG[said])
     assert (out == 7).all()
+
+
+def test_rows_may_have_places_in_several_dimensions(backend, device):
+    """A block's frames, each with a modulation of its own."""
+    x, residual = random(3, 5, 40, device=device), random(3, 5, 40, seed=1, device=device)
+    gate, scale, shift = (random(3, 1, 40, seed=seed, device=device) for seed in (2, 3, 4))
+    flat = {name: t[:, 0] for name, t in {"gate": gate, "scale": scale, "shift": shift}.items()}
+    summed, want = torch.empty_like(x), torch.empty(15, 40, device=device)
+    y = add_norm(
+        x, gate=gate, residual=residual, norm="layer", scale=scale, shift=shift, summed=summed, backend=backend
+    )
+    rows = add_norm(x.view(15, 40), residual=residual.view(15, 40), norm="layer", summed=want, **flat, backend=backend)
+    assert torch.equal(y.view(15, 40), rows) and torch.equal(summed.view(15, 40), want)
+    assert torch.equal(add_norm(x[1, 2], norm="rms", backend=backend), add_norm(x[1], norm="rms", backend=backend)[2])
+
+
+ROOM = torch.zeros(14, 24)
+OVERLAPS = {
+    "out must share no memory with summed, got tensors that overlap": {"summed": ROOM[:6], "out": ROOM[5:11]},
+    "out must share no memory with x, got tensors that overlap": {"x": ROOM[:6], "out": ROOM[1:7]},
+    "summed must share no memory with residual, got tensors that overlap": {
+        "residual": ROOM[4:10],
+        "summed": ROOM[:12:2],
+    },
+    "out must share no memory with residual, got tensors that overlap": {  # as wide, but of another dtype
+        "residual": ROOM[:6],
+        "out": ROOM[:6].view(torch.bfloat16)[:, :24],
+    },
+}
+
+
+@pytest.mark.parametrize("said", OVERLAPS)
+def test_what_is_written_shares_no_memory(said, backend):
+    ROOM.fill_(7)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        add_norm(**{"x": random(6, 24)} | OVERLAPS[said], backend=backend)
+    assert (ROOM == 7).all()
+
+
+def test_rows_may_lie_between_those_of_another(backend, device):
+    """Side by side in rows of 24, and one after the other."""
+    x, room = random(6, 12, device=device), torch.zeros(9, 24, device=device)
+    for out in (room[:6, 12:], room[6:].view(6, 12)):
+        room[:6, :12] = x
+        if backend == "compiled" and not out.is_contiguous():
+            continue  # it takes rows that follow each other
+        add_norm(room[:6, :12], norm="rms", out=out, backend=backend)
+        assert torch.equal(out, add_norm(x, norm="rms", backend=backend))
 
 
 def test_the_sum_and_the_result_are_two_tensors():

@@ -176,7 +176,7 @@ def test_no_gradient_stops_in_silence(op, name, way):
 @pytest.mark.parametrize("backend", ["auto", "compiled", "triton"])
 def test_a_device_of_another_kind_reaches_no_kernel(backend):
     with pytest.raises(Unsupported, match="kv_append: no backend runs on xpu tensors, only on cpu and cuda"):
-        run("kv_append", backend, torch.device("xpu"))
+        run("kv_append", backend, torch.device("xpu"), (), {})
 
 
 @pytest.mark.filterwarnings("ignore")

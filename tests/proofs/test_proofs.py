@@ -15,6 +15,7 @@ from inferix.models.matrix_game import adapters as matrix_game
 from inferix.models.wan import adapters as wan
 from inferix_kernels import Unsupported, _dispatch, chosen, compiled, layout
 from inferix_kernels import __main__ as kernels_cli
+from inferix_kernels._remembered import Accepted
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import prove, stored
 from inferix_kernels.proofs.stored import RIGHT, Identity, Proof
@@ -60,7 +61,7 @@ def tried(cache, monkeypatch):
 
 def auto(formats=("int8", "bf16"), **options):
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16, formats=formats)
-    return _dispatch.run("paged_attention", "auto", GPU, q, pools, plan, **options)
+    return _dispatch.run("paged_attention", "auto", GPU, (q, pools, plan), options)
 
 
 def test_without_a_proof_triton_runs_first_and_ours_where_it_can_not(tried):
@@ -97,6 +98,20 @@ def test_a_kernel_that_is_wrong_here_never_runs_and_the_error_says_so(tried):
     assert tried.names == ["triton"]
 
 
+def test_a_kind_of_calls_keeps_its_order_until_proofs_are_read_again(tried):
+    q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16, formats=("int8", "bf16"))
+    kind = Accepted({}, True)
+
+    def run():
+        return _dispatch.run("paged_attention", "auto", GPU, (q, pools, plan), {}, kind)
+
+    assert run() == "triton"
+    with mock.patch.object(_dispatch, "candidates", None):  # not asked again
+        assert run() == "triton"
+    stored.save(proof(compiled=RIGHT))
+    assert run() == "compiled"
+
+
 def test_every_format_of_a_call_must_be_right(tried):
     stored.save(proof(compiled=RIGHT, triton=RIGHT))
     assert auto(("int8", "bf16")) == "compiled"
@@ -111,7 +126,7 @@ def test_products_in_8_bits_are_kernels_of_their_own(tried):
 def test_a_backend_asked_for_by_name_needs_no_proof(tried):
     stored.save(proof(compiled="wrong: by 0.3"))
     q, pools, plan = attention_inputs([2], [3], query_heads=1, heads=1, head_dim=16)
-    assert _dispatch.run("paged_attention", "compiled", GPU, q, pools, plan) == "compiled"
+    assert _dispatch.run("paged_attention", "compiled", GPU, (q, pools, plan), {}) == "compiled"
 
 
 def test_ops_without_pages_go_by_the_dtype_of_their_first_tensor():

@@ -133,8 +133,8 @@ class CrossAttention(nn.Module):
             self.norm_k_img = nn.RMSNorm(config.dim, config.eps)
 
     def split(self, x: Tensor) -> Tensor:
-        """[L, dim] -> [1, heads, L, head_dim]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
+        """[..., dim], L rows in all -> [1, heads, L, head_dim]."""
+        return x.view(1, -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
 
     def text_cache(self, context: Tensor) -> tuple[Tensor, Tensor]:
         return self.split(self.norm_k(self.k(context))), self.split(self.v(context))
@@ -147,17 +147,22 @@ class CrossAttention(nn.Module):
     ) -> Residual:
         """x [F, n, dim] -> x + attention; each segment of its rows attends to the prompt of its block."""
         x, y = x.before(self.q, norm="layer", weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        q = linear_output(self.q, y, dtype=x.dtype).flatten(0, 1)
-        _, q = Residual(q).before(None, norm="rms", weight=self.norm_q.weight, eps=self.norm_q.eps)
+        q = linear_output(self.q, y, dtype=x.dtype)
+        _, q = Residual(q).before(None, norm="rms", weight=self.norm_q.weight, eps=norm.eps)
         q = self.split(q)
-        parts = []
-        for rows, cross in segments:
-            out = F.scaled_dot_product_attention(q[:, :, rows], *cross.text[layer])
-            if cross.image is not None:
-                out = out + F.scaled_dot_product_attention(q[:, :, rows], *cross.image[layer])
-            parts.append(out.transpose(1, 2))  # as it lies in memory
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return x.plus(self.o, joined.reshape(x.shape))
+        if len(segments) == 1:
+            joined = _attended(q, segments[0][1], layer)
+        else:
+            joined = torch.cat([_attended(q[:, :, rows], cross, layer) for rows, cross in segments], 1)
+        return x.plus(self.o, joined.reshape_as(x.x))
+
+
+def _attended(q: Tensor, cross: CrossCache, layer: int) -> Tensor:
+    """q [1, heads, L, head_dim] -> [1, L, heads, head_dim], as it lies in memory."""
+    out = F.scaled_dot_product_attention(q, *cross.text[layer])
+    if cross.image is not None:
+        out = out + F.scaled_dot_product_attention(q, *cross.image[layer])
+    return out.transpose(1, 2)
 
 
 class FeedForward(nn.Sequential):
@@ -192,19 +197,19 @@ class WanBlock(nn.Module):
         self,
         layer: int,
         x: Residual,
-        modulation: Tensor,
+        modulation: Sequence[Tensor],
         segments: Sequence[tuple[slice, CrossCache]],
         attend: Attend,
     ) -> Residual | None:
-        """x [F, n, dim]: F frames of n tokens; modulation [6, F, 1, dim], of this layer and the frames' noise."""
-        shift, scale, gate, *for_ffn = modulation.unbind()
+        """x [F, n, dim]: F frames of n tokens; modulation 6 x [F, 1, dim], of this layer and the frames' noise."""
+        shift, scale, gate, *for_ffn = modulation
         attention = self.self_attn
         x, y = x.before(attention.qkv, norm="layer", scale=scale, shift=shift, eps=self.eps)
         qkv = linear_output(attention.qkv, y, dtype=x.dtype).flatten(0, 1)
         attended = attend(layer, qkv, attention.norm_q.weight, attention.norm_k.weight, self.eps)
         if attended is None:
             return None
-        x = x.plus(attention.o, attended.view(x.shape), gate=gate)
+        x = x.plus(attention.o, attended.view_as(x.x), gate=gate)
         made: Residual = self.ffn(self.conditioned(layer, x, segments), *for_ffn)
         return made
 
@@ -325,17 +330,18 @@ class WanNetwork(nn.Module):
         segments = _segments([len(block) * grid[0] * grid[1] for block in blocks], crosses)
         for i, layer in enumerate(self.blocks):
             with profile.span("layer", layer=i):
-                h = layer(i, h, modulation[i], segments, attend)
+                h = layer(i, h, modulation[6 * i : 6 * i + 6], segments, attend)
             if h is None:
                 return None
         last = sum(len(block) for block in blocks[first:])
         return self._unpatch(self.head(h.sum()[-last:], e[-last:]), grid)
 
-    def _modulation(self, e: Tensor) -> Tensor:
-        """What every layer makes of e [F, 6 * dim], at once: [layers, 6, F, 1, dim] in float32 or better."""
+    def _modulation(self, e: Tensor) -> Sequence[Tensor]:
+        """What every layer makes of e [F, 6 * dim], at once: six [F, 1, dim] for each, in float32 or better."""
         own = torch.cat([block.modulation for block in self.blocks])  # type: ignore[misc]
         frames = e.unflatten(1, (6, 1, -1)).transpose(0, 1).contiguous()  # [6, F, 1, dim]
-        return own.to(torch.promote_types(e.dtype, torch.float32))[:, :, None, None] + frames
+        made = own.to(torch.promote_types(e.dtype, torch.float32))[:, :, None, None] + frames
+        return made.flatten(0, 1).unbind()
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[F, C, height, width] -> [F, rows * columns, dim]: the convolution, as the matrix product that it is."""
