@@ -169,3 +169,17 @@ def test_what_is_remembered_has_an_end(monkeypatch):
     for rows in range(1, 9):
         assert len(quantize_rows(torch.ones(rows, 8)).scales) == rows
     assert len(ops._accept_rows.known) <= 3
+
+
+@READABLE
+def test_a_key_tells_shapes_and_strides_apart():
+    describe, x = memory.describer(), torch.zeros(4, 4)
+    alike = [x, x.t(), x[:, :2], x[:2], x.half(), x.view(16), x.view(1, 4, 4), x.expand(4, 4, 4), x[:1].expand(4, 4)]
+    assert len({describe(False, each) for each in alike}) == len(alike)
+
+
+@READABLE
+def test_what_does_not_fit_into_a_key_has_none():
+    describe, x = memory.describer(), torch.zeros(2)
+    assert describe(False, *[x] * 128) is not None
+    assert describe(False, *[x] * 129) is describe(False, *["x"] * 129) is describe(False, *range(2000)) is None
