@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .. import ops, profile
 from .._check import check_word
+from .._remembered import Accepted
 from ..layout import Quantized
 from .layer import Linear8
 from .steps import Steps, beside, check_groups, contiguous, flat_groups, has_kernel, kind_of, transformed
@@ -204,6 +205,21 @@ class Residual(NamedTuple):
         if not kind.sizes["ready"] or isinstance(layer, Linear8):
             after = Steps(norm, weight, bias, scale, shift, eps)
             return self._before(layer, after, bool(kind.sizes["kernel"]) and not isinstance(layer, Linear8))
+        return self._normed(kind, norm, weight, bias, scale, shift, eps)
+
+    def _before(self, layer: nn.Module | None, after: Steps, kernel: bool) -> tuple[Residual, Any]:
+        """`before`, where the op takes the tensors once they lie as it takes them, or not at all."""
+        if kernel:
+            stream = Residual(self.x.contiguous(), contiguous(self.added), contiguous(self.gate))
+            after = after.contiguous
+            return stream._normed(kind_of(transformed(), *stream, *after), *after)
+        x = self.sum()
+        return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
+
+    def _normed(self, kind: Accepted, *steps: Any) -> tuple[Residual, Tensor]:
+        """`before` of tensors as the op takes them; `kind`: what `kind_of` says of them and of these `Steps`."""
+        x, added, gate = self
+        norm, weight, bias, scale, shift, eps = steps
         y, stream, residual, summed = torch.empty_like(x), self, None, None
         if added is not None:
             x, residual, summed = added, x, torch.empty_like(x)
@@ -227,14 +243,6 @@ class Residual(NamedTuple):
             out=y,
         )
         return stream, y
-
-    def _before(self, layer: nn.Module | None, after: Steps, kernel: bool) -> tuple[Residual, Any]:
-        """`before`, where the op takes the tensors once they lie as it takes them, or not at all."""
-        if kernel:
-            stream = Residual(self.x.contiguous(), contiguous(self.added), contiguous(self.gate))
-            return stream.before(layer, **after.contiguous._asdict())
-        x = self.sum()
-        return Residual(x), after.codes(layer, x) if isinstance(layer, Linear8) else after.of(x).to(x.dtype)
 
     def sum(self) -> Tensor:
         """x + gate * added, [..., K].
