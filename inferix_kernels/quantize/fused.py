@@ -177,7 +177,6 @@ class Residual(NamedTuple):
             return Residual(linear_output(layer, y, gate=gate, residual=x))
         return Residual(x, linear_output(layer, y), gate)
 
-    @profile.profiled("norm")
     def before(
         self,
         layer: nn.Module | None,

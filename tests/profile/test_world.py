@@ -69,7 +69,6 @@ def test_a_block_has_all_its_parts(detailed):
         "attention": whole,
         "cross-attention": whole,
         "linear": 4 * whole + BLOCKS + 3 * BLOCKS,  # and the head's
-        "norm": 3 * whole + BLOCKS + 3 * BLOCKS,
         "elsewhere": 0,
     }
     assert made["frames"] == 3 * BLOCKS and not made["lost"]
