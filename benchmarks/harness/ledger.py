@@ -2,8 +2,8 @@
 
 A kernel is named <cpu|cuda|triton>/<family>. Which files it is made of follows from their names: a file whose name
 begins with a family's belongs to it, any other to all families of its folder. C++ headers belong to who includes them.
-So there is no table to forget; a test looks that no file is left out. bindings.cpp belongs to none: it hands over
-addresses.
+So there is no table to forget; a test looks that no file is left out. bindings.cpp, which hands over
+addresses, and spans.cpp, the profiler's, belong to none.
 """
 
 from __future__ import annotations
