@@ -135,7 +135,11 @@ def test_a_video_begins_with_its_picture():
 def test_what_it_was_not_made_for(model, caplog):
     with pytest.raises(ValueError, match="time must be absolute: longlive-2 counts it through the shots of a video"):
         World(model, time="relative")
-    assert not caplog.records
+    for window, sink, least in ((3, 2, "2 frames of one block and the first 2"), (1, 0, "2 frames of one block, ")):
+        with pytest.raises(ValueError, match=f"window must be at least the {least}.*, got {window}"):
+            World(model, window=window, sink=sink)  # at a cut, no room would be left in the window
+    made(World(model, window=3, sink=1), ["fog", CUT + "rain", None, None, CUT + "snow", None])
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "inferix"):
         World(model, window=4, sink=1)
     assert caplog.messages == ["longlive-2 was made for window=6, sink=2, and is run with window=4, sink=1"]
