@@ -14,6 +14,7 @@ from inferix.commands.cli import main
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.vae import VAE, load_vae
 from inferix.world import World
+from inferix_kernels import OutOfPages
 from tests.models.test_wan_world import Pictures, text
 from tests.models.wan_folder import write_folder, write_network, write_published_vae22, write_vae22
 from tests.models.wan_golden import random_network, tiny_config
@@ -99,6 +100,21 @@ def test_a_run_of_shots_is_taken_up_bit_for_bit(model):
     for latents, prompt in zip(whole[:8].split(2), prompts):
         again.replay(latents, prompt=prompt)
     assert torch.equal(made(again, prompts[4:]), whole[8:])
+
+
+def test_a_cut_that_failed_is_no_part_of_the_world(model):
+    """The next block goes on with the words of before, and the cut can be asked for again."""
+    world, straight = (World(model, kv="int8") for _ in range(2))
+    made(world, ["fog", None, None])
+    fork = world.fork()
+    with pytest.raises(OutOfPages):  # there is room for one world
+        made(fork, [None] * 3)
+    with pytest.raises(OutOfPages):
+        world.step(prompt=CUT + "rain")
+    assert world.prompt == "fog" and world.decoder.branches[0].shots == ()
+    fork.release()
+    after, wanted = made(world, [CUT + "rain", None]), made(straight, ["fog", None, None, CUT + "rain", None])[6:]
+    assert world.prompt == "rain" and world.decoder.branches[0].shots == (6,) and torch.equal(after, wanted)
 
 
 def test_recaching_keeps_to_the_room_that_there_is(model):
