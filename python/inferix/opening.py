@@ -99,8 +99,12 @@ def policy_for(
     )
     if adapter.shots is not None and policy.time != "absolute":
         raise ValueError(f"time must be absolute: {adapter.name} counts it through the shots of a video, got {time!r}")
-    if policy.window is None or policy.window < largest:
-        raise ValueError(f"window must be at least the {largest} frames of one block, which it counts, got {window}")
+    pinned = 0 if adapter.shots is None else min(policy.sink, largest)
+    if policy.window is None or policy.window < largest + pinned:
+        shots = f" and the first {pinned} of a shot" if pinned else ""
+        raise ValueError(
+            f"window must be at least the {largest} frames of one block{shots}, which it counts, got {window}"
+        )
     if adapter.moving_sink and undo:
         raise ValueError(f"undo must be 0: {adapter.name} merges what leaves its window into its sink, got {undo}")
     return dataclasses.replace(policy, sink_format=working) if adapter.moving_sink and policy.sink else policy
@@ -136,8 +140,10 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
     if adapter.recache == "bidirectional" and policy.window is not None:
         scratch_blocks = max(scratch_blocks, -(-(policy.window + policy.sink) // block))
     pools = {format: max(1, pasts * frames) for format, frames in policy.capacity().items()}
-    if adapter.moving_sink and policy.sink:  # while it is rewritten, there are two of it
-        pools[policy.format_of(0, block_end=0)] += policy.sink
+    if adapter.moving_sink and policy.sink:
+        # A block leaves at once. Until all of it is merged, what the sink was stays too; and a frame of the sink into
+        # which a second one is merged stays until that is done.
+        pools[policy.format_of(0, block_end=0)] += min(policy.sink, block) + (policy.sink < block)
     store = KVStore(
         layers=model.layers,
         heads=model.heads,

@@ -378,15 +378,17 @@ class World(Facts):
         chosen = actions_of(call, self.model.adapter, self.frames, actions, action)
         wanted = recache_of(self.model.adapter, self.decoder.can_recache, recache)
         conditioning, before = self._condition(chosen, prompt), self.frames
+        then = self.prompt if prompt is None else lasting(self.model.adapter, prompt)
         if wanted and self.prompt is not None and prompt not in (None, self.prompt):
             self.decoder.recache(conditioning, wanted)
+            self.prompt = then  # of the past, whatever becomes of the block
         self._warm_up(conditioning)
-        self.prompt = self.prompt if prompt is None else lasting(self.model.adapter, prompt)
         with self._ends_if_not_finite():
             if latents is None:
                 self.latents = self.decoder.step(conditioning)
             else:
                 self.latents = self.decoder.replay(conditioning, latents.detach().to(self.store.device))
+            self.prompt = then  # a block that failed, and a shot that it was to begin, were never there
             coming = shown(self, before, conditioning)
         block.frames = self.model.pictures_of(self.frames) - self.model.pictures_of(before)
         if profile.level() != "off":

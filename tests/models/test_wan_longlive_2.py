@@ -14,6 +14,7 @@ from inferix.commands.cli import main
 from inferix.models.wan import ADAPTERS, Wan
 from inferix.models.wan.vae import VAE, load_vae
 from inferix.world import World
+from inferix_kernels import OutOfPages
 from tests.models.test_wan_world import Pictures, text
 from tests.models.wan_folder import write_folder, write_network, write_published_vae22, write_vae22
 from tests.models.wan_golden import random_network, tiny_config
@@ -101,6 +102,21 @@ def test_a_run_of_shots_is_taken_up_bit_for_bit(model):
     assert torch.equal(made(again, prompts[4:]), whole[8:])
 
 
+def test_a_cut_that_failed_is_no_part_of_the_world(model):
+    """The next block goes on with the words of before, and the cut can be asked for again."""
+    world, straight = (World(model, kv="int8") for _ in range(2))
+    made(world, ["fog", None, None])
+    fork = world.fork()
+    with pytest.raises(OutOfPages):  # there is room for one world
+        made(fork, [None] * 3)
+    with pytest.raises(OutOfPages):
+        world.step(prompt=CUT + "rain")
+    assert world.prompt == "fog" and world.decoder.branches[0].shots == ()
+    fork.release()
+    after, wanted = made(world, [CUT + "rain", None]), made(straight, ["fog", None, None, CUT + "rain", None])[6:]
+    assert world.prompt == "rain" and world.decoder.branches[0].shots == (6,) and torch.equal(after, wanted)
+
+
 def test_recaching_keeps_to_the_room_that_there_is(model):
     """Under a new prompt, with a shot pinned behind the window: the store has room for 8 frames."""
     world = World(model, kv="fp32")
@@ -135,7 +151,11 @@ def test_a_video_begins_with_its_picture():
 def test_what_it_was_not_made_for(model, caplog):
     with pytest.raises(ValueError, match="time must be absolute: longlive-2 counts it through the shots of a video"):
         World(model, time="relative")
-    assert not caplog.records
+    for window, sink, least in ((3, 2, "2 frames of one block and the first 2"), (1, 0, "2 frames of one block, ")):
+        with pytest.raises(ValueError, match=f"window must be at least the {least}.*, got {window}"):
+            World(model, window=window, sink=sink)  # at a cut, no room would be left in the window
+    made(World(model, window=3, sink=1), ["fog", CUT + "rain", None, None, CUT + "snow", None])
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "inferix"):
         World(model, window=4, sink=1)
     assert caplog.messages == ["longlive-2 was made for window=6, sink=2, and is run with window=4, sink=1"]

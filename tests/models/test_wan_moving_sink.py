@@ -61,6 +61,14 @@ def test_only_the_sink_is_held_in_working_precision():
     assert {format: pool.frames for format, pool in running.store.pools.items()} == {"fp32": 3 + 3, "int8": 6}
 
 
+@pytest.mark.parametrize(("sink", "rooms"), [(1, 3), (2, 5)])
+def test_a_sink_smaller_than_a_block_has_its_room(sink, rooms):
+    """A frame of it takes up several of the three that leave."""
+    running = world(sink=sink)
+    play(running, PROMPTS[:4])
+    assert running.store.pools["fp32"].frames == rooms and running.table.held[0].format == "fp32"
+
+
 def test_forks_and_saved_worlds_merge_for_themselves(tmp_path):
     straight = world(worlds=3)
     play(straight, PROMPTS[:4])

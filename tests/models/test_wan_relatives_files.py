@@ -101,6 +101,10 @@ def test_latents_of_another_relative(state, folder):
     said = "gives latents of 48 channels, those of self-forcing have 16: longlive-2 and longlive-2-i2v have so many"
     with pytest.raises(ValueError, match=said):
         load_model("self-forcing", str(folder))
+    other["patch_embedding.weight"] = other["patch_embedding.weight"][:, :16]
+    torch.save({"generator": other}, folder / "model.pt")
+    with pytest.raises(ValueError, match=r"16 channels and gives 48, which .*: image-to-video networks, of 36 ch"):
+        load_model("longlive-2", str(folder))
 
 
 CODES, SCALES = torch.zeros(8, 4, dtype=torch.uint8), torch.ones(8, 1).to(torch.float8_e4m3fn)

@@ -21,7 +21,7 @@ from inferix_kernels._check import check_device
 from ...decode.contract import Adapter, BlockInput, Model, PagedAttend, PictureStream, Presentation, first_predicted
 from ...decode.rolling import RollingSchedule
 from ..linears import check_linear, linear_of
-from .adapters import ADAPTERS, PARTS, customised, latents_of, presentation_of
+from .adapters import ADAPTERS, PARTS, WAN21, customised, latents_of, presentation_of
 from .checkpoint import find_checkpoint, load_network
 from .image import has_image_encoder, load_image_encoder
 from .lora import Lora, find_lora
@@ -83,7 +83,7 @@ class Wan(Model):
         if more not in ((0, MASK + config.channels_out) if adapter.at_once or adapter.picture else (0,)):
             raise ValueError(
                 f"weights: this network takes {config.channels_in} channels and gives {config.channels_out}, which "
-                f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * config.channels_out} channels, are "
+                f"{adapter.name} can't be: image-to-video networks, of {MASK + 2 * WAN21.channels} channels, are "
                 "run as wan-i2v-480p and wan-i2v-720p"
             )
         self.network, self.adapter = network.eval().requires_grad_(False), adapter
