@@ -1,0 +1,9 @@
+"""The quality of long videos: how they drift, chunk by chunk, and what separates two of them.
+
+metric.py     the registry of metrics
+drift.py      from the scores of chunks to Video Drift Error and its relatives
+video.py      videos decoded into chunks, a few frames in memory at a time
+proxies.py    metrics without weights
+judging.py    a video through its metrics
+report.py     what is written, printed and drawn
+"""
