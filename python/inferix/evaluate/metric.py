@@ -40,8 +40,8 @@ class Metric:
             "video", every frame of the video, at `size`, and there is one number for the video.
         embeds: `score` gives embeddings. A chunk's number is then their consistency, as VBench defines it (see
             `drift.consistency`), and a second one, NAME:anchored, how like the first chunk it is (`drift.anchored`).
-        least: frames of a chunk that it must have.
-        size: (height, width) that frames are scaled to; None: the video's.
+        least: frames that it must be given.
+        size: (height, width) that frames are scaled to, of a metric that sees the whole video.
         default: computed unless metrics are named.
         packages: modules that it imports and that the base install lacks.
         about: what it measures: the first line of the function's docstring.
@@ -80,7 +80,8 @@ def metric(
     """Register a function as a metric; the arguments are the fields of `Metric`.
 
     Raises:
-        ValueError: there is a metric of this name, or the name already says what `kind` adds.
+        ValueError: there is a metric of this name, the name already says what `kind` adds, or `size` does not go with
+            what the metric sees.
 
     Example:
         >>> @metric("brightness", kind="proxy", better="same")
@@ -95,6 +96,8 @@ def metric(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if name.startswith(PROXY):
         raise ValueError(f"name must be without {PROXY!r}, which kind='proxy' adds, got {name!r}")
+    if (sees == "video") != (size is not None):
+        raise ValueError(f"size must be given with sees='video', and only then, got {size} with sees={sees!r}")
     shown = PROXY + name if kind == "proxy" else name
 
     def register(score: Score) -> Score:

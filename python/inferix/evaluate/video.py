@@ -19,7 +19,7 @@ CHUNKS = 10  # as VDE is published
 FRAMES = 12  # of a chunk that are looked at, unless all are
 MOST_CHUNK_BYTES = 4 << 30  # of the frames of a chunk, which are in memory at once
 Size = tuple[int, int]  # height, width
-UNREADABLE = (OSError, IndexError, ValueError, MemoryError, av.FFmpegError)
+UNREADABLE = (OSError, ValueError, MemoryError, av.FFmpegError)
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def open_video(path: str | Path, argument: str = "videos") -> Video:
     """
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("it holds no video")
             stream = container.streams.video[0]
             times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
             if not times:
