@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ConvertConfig,
         DoctorConfig,
         EvaluateConfig,
+        EvaluatePairConfig,
         GenerateConfig,
         InspectKvConfig,
         PlayConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "ConvertConfig",
     "DoctorConfig",
     "EvaluateConfig",
+    "EvaluatePairConfig",
     "GenerateConfig",
     "InspectKvConfig",
     "PlayConfig",
@@ -39,7 +41,15 @@ __all__ = [
     "play",
 ]
 
-_CONFIGS = ("ConvertConfig", "DoctorConfig", "EvaluateConfig", "GenerateConfig", "InspectKvConfig", "PlayConfig")
+_CONFIGS = (
+    "ConvertConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "EvaluatePairConfig",
+    "GenerateConfig",
+    "InspectKvConfig",
+    "PlayConfig",
+)
 _COMMANDS = ("convert", "doctor", "generate", "inspect_kv", "play")
 _MODULE_OF = {"World": ".world", "__version__": "inferix_kernels"} | dict.fromkeys(_CONFIGS, ".commands.configs")
 _MODULE_OF |= {name: f".commands.{name}" for name in _COMMANDS}

@@ -14,7 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .configs import ConvertConfig, DoctorConfig, EvaluateConfig, GenerateConfig, InspectKvConfig, PlayConfig
+from .configs import (
+    ConvertConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    EvaluatePairConfig,
+    GenerateConfig,
+    InspectKvConfig,
+    PlayConfig,
+)
 from .options import KINDS, Declared, Options, declared
 
 USAGE, INTERRUPTED = 2, 130
@@ -24,6 +32,10 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
     "convert": (ConvertConfig, "write a Wan checkpoint as one safetensors file that needs no other"),
     "inspect-kv": (InspectKvConfig, "measure a model's keys and values, and what each page format costs it"),
     "evaluate": (EvaluateConfig, "measure how the quality of videos drifts"),
+    "evaluate pair": (
+        EvaluatePairConfig,
+        "compare a video with one that it ought to be like, such as an unquantized one",
+    ),
     "doctor": (DoctorConfig, "what this machine can run, and what is missing"),
 }
 
