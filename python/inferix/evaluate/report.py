@@ -147,8 +147,8 @@ def sparkline(scores: Sequence[float]) -> str:
 def _axis(scores: Sequence[float]) -> tuple[float, float]:
     """Where the axis of a curve begins, and how much it spans."""
     low, high = min(scores), max(scores)
-    least = max(LEAST_SPAN * max(abs(low), abs(high)), 1e-9)
-    return low, max(high - low, least)
+    span = max(high - low, LEAST_SPAN * max(abs(low), abs(high)), 1e-9)
+    return (low + high - span) / 2, span
 
 
 def published_rows(found: Report) -> list[tuple[str, ...]]:
@@ -194,25 +194,22 @@ def remarks(found: Report) -> list[str]:
 
 
 def html(found: Report) -> str:
-    """One page that needs no network: curves of every metric over time, tables, remarks."""
-    videos = found["videos"]
-    parts = [f"<p>{found['chunks']} chunks. Drift of all videos, and each chunk's score over time.</p>"]
-    if len(videos) > 1:
-        parts.append(legend((each["path"], COLOURS[i % len(COLOURS)]) for i, each in enumerate(videos)))
+    """One page that needs no network: tables, the curve of every metric over time, remarks."""
+    videos, sections = found["videos"], []
     for title, proxies in (("Real metrics", False), ("Proxies without weights", True)):
-        lines = rows(found, proxies)
-        if not lines:
-            continue
-        drawn = table(HEADS[:-1], [line[:-1] for line in lines])
-        curves = "".join(_curve(found, line[0]) for line in lines)
-        parts.append(f'<div class="grid2"><section class="wide"><h2>{title}</h2>{drawn}</section>{curves}</div>')
+        if lines := rows(found, proxies):
+            drawn = table(HEADS[:-1], [line[:-1] for line in lines])
+            sections.append(f'<section class="wide"><h2>{title}</h2>{drawn}</section>')
+            sections += [_curve(found, line[0]) for line in lines]
     if lines := published_rows(found):
-        heads = ("model", *PUBLISHED_VDE)
-        parts.append(f"<section><h2>VDE, published</h2><p>{escape(SOURCE)}</p>{table(heads, lines)}</section>")
+        drawn = table(("model", *PUBLISHED_VDE), lines)
+        sections.append(f'<section class="wide"><h2>VDE, published</h2><p>{escape(SOURCE)}</p>{drawn}</section>')
     if said := remarks(found):
         items = "".join(f"<li>{escape(line)}</li>" for line in said)
-        parts.append(f'<section class="lost"><h2>Not in the tables</h2><ul>{items}</ul></section>')
-    return page("Quality of videos", parts)
+        sections.append(f'<section class="wide"><h2>Not in the tables</h2><ul class="quiet">{items}</ul></section>')
+    shown = legend((each["path"], COLOURS[i % len(COLOURS)]) for i, each in enumerate(videos))
+    top = f"<p>{found['chunks']} chunks. What the numbers are: docs/quality.md.</p>{shown}"
+    return page("Quality of videos", [top, f'<div class="grid2">{"".join(sections)}</div>'])
 
 
 def _curve(found: Report, name: str) -> str:

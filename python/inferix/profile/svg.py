@@ -61,7 +61,7 @@ class Plot:
             at = self.at_y(value)
             self.parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{number(value)}</text>'
+                f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{number(value) if not low else format(value, ".6g")}</text>'
             )
         for value in ticks(self.x0, self.x1, 7):
             at = self.at_x(value)
