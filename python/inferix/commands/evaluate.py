@@ -14,7 +14,8 @@ from rich.progress import Progress
 from inferix_kernels.files import atomic_write, require_writable
 
 from ..evaluate.judging import chosen, judge
-from ..evaluate.report import html, remarks, report, tables
+from ..evaluate.metric import registered
+from ..evaluate.report import failures, html, report, tables
 from ..evaluate.video import FRAMES
 from ..evaluate.weights import WeightsDir
 from .configs import EvaluateConfig
@@ -86,7 +87,13 @@ def run(config: EvaluateConfig) -> int:
     console = Console()
     for each in tables(found.report):
         console.print(each)
-    for line in remarks(found.report):
+    for line in failures(found.report):
         print(line)
+    left_out = dict(found.report["left_out"])
+    if config.weights_dir is None and (names := [name for name in left_out if registered()[name].needs]):
+        print(f"not without --weights-dir: {', '.join(names)} (their files: {found.path})")
+        left_out = {name: reason for name, reason in left_out.items() if name not in names}
+    for name, reason in left_out.items():
+        print(f"not {name}: {reason}")
     print(f"{found.path} and {found.path.with_suffix('.html').name}")
     return 1 if found.report["failed"] else 0

@@ -179,8 +179,8 @@ def tables(found: Report) -> list[Table]:
     return made
 
 
-def remarks(found: Report) -> list[str]:
-    """One line for everything that is not in the tables: videos, metrics and drifts that could not be had."""
+def failures(found: Report) -> list[str]:
+    """One line for each video, metric of a video, and drift that could not be had."""
     lines = list(found["failed"].values())
     for video in found["videos"]:
         lines += [f"{video['path']}: {name}: {reason}" for name, reason in video["failed"].items()]
@@ -189,7 +189,6 @@ def remarks(found: Report) -> list[str]:
             for name, drift in video["drift"].items()
             if drift["linear"] is None
         ]
-    lines += [f"not computed: {name}: {reason}" for name, reason in found["left_out"].items()]
     return lines
 
 
@@ -204,7 +203,7 @@ def html(found: Report) -> str:
     if lines := published_rows(found):
         drawn = table(("model", *PUBLISHED_VDE), lines)
         sections.append(f'<section class="wide"><h2>VDE, published</h2><p>{escape(SOURCE)}</p>{drawn}</section>')
-    if said := remarks(found):
+    if said := failures(found) + [f"{name}: {reason}" for name, reason in found["left_out"].items()]:
         items = "".join(f"<li>{escape(line)}</li>" for line in said)
         sections.append(f'<section class="wide"><h2>Not in the tables</h2><ul class="quiet">{items}</ul></section>')
     shown = legend((each["path"], COLOURS[i % len(COLOURS)]) for i, each in enumerate(videos))

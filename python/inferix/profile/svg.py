@@ -58,10 +58,10 @@ class Plot:
         self.y0, self.y1 = low, y if y > low else low + 1.0
         self.height, self.width, self.parts = height, width, list[str]()
         for value in ticks(low, y) if y > low else ():
-            at = self.at_y(value)
+            at, label = self.at_y(value), format(value, ".6g") if low else number(value)
             self.parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{number(value) if not low else format(value, ".6g")}</text>'
+                f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{label}</text>'
             )
         for value in ticks(self.x0, self.x1, 7):
             at = self.at_x(value)
