@@ -118,7 +118,7 @@ def judge(
         ValueError: the video can not be read, or is too short. What only one metric can not do is in `failed`.
 
     Example:
-        >>> found = judge("demo.mp4", *chosen(["proxy:exposure"], weights)[:1], weights)
+        >>> found = judge("clip.mp4", *chosen(["proxy:exposure"], weights)[:1], weights)
         >>> len(found.scores["proxy:exposure"]), found.failed
         (10, {})
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 KINDS = ("real", "proxy")
 PROXY = "proxy:"  # begins the name of every metric that stands in for one that needs weights
-PROVIDERS = ("published", "proxies")  # modules of this package that register metrics
+PROVIDERS = ("published", "perceptual", "proxies")  # modules of this package that register metrics
 
 
 class Weights(Protocol):
