@@ -112,10 +112,11 @@ def _operators() -> torch.library.Library:
 
 @pair_metric("vmaf", "of 100", "vmaf_torch")
 def vmaf(frames: np.ndarray, reference: np.ndarray, fps: float) -> float:
-    """VMAF v0.6.1, 0 to 100, mean over frames: how good it looks beside the reference, by its luma alone.
+    """VMAF, 0 to 100, mean over frames: how good it looks beside the reference, by its luma alone.
 
-    Netflix's metric (github.com/Netflix/vmaf), in vmaf-torch's floating point: within 0.12 a frame and 0.03 in the mean
-    of libvmaf, see docs/quality.md. Frames that are alike score about 97 to 100, less where nothing moves.
+    Netflix's metric (github.com/Netflix/vmaf): vmaf-torch gives what libvmaf's model vmaf_float_v0.6.1 gives, within
+    0.02 a frame; libvmaf's default model computes in integers and differs from both by up to 0.3 (docs/quality.md).
+    Frames that are alike score 97 to 100, least where nothing moves.
     """
     with torch.inference_mode():
         return float(_vmaf()(luma(reference), luma(frames)).mean())
