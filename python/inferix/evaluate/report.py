@@ -34,7 +34,7 @@ PUBLISHED = {
 SOURCE = "WorldAttention, arXiv 2609.34606, Table 12: other videos, of other prompts"
 BARS = "▁▂▃▄▅▆▇█"
 LEAST_SPAN = 0.02  # of a curve's axis, as a share of what it shows: less is not drawn as if it were much
-Report = dict[str, Any]
+Report = Mapping[str, Any]
 
 
 def report(
