@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ def _evaluate_pair(config: EvaluatePairConfig, progress: bool = False) -> Evalua
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task("chunks", total=config.chunks * len(given) // 2)
 
-        def compared(video: str | Path, reference: str | Path, argument: str) -> Compared:
-            return compare(video, reference, metrics, config.chunks, most, lambda: bar.advance(task), argument)
+        def compared(videos: Sequence[str | Path], argument: str) -> Compared:
+            return compare(videos[0], videos[1], metrics, config.chunks, most, lambda: bar.advance(task), argument)
 
-        found = compared(config.video, config.reference, "video")
-        floor = compared(*config.floor, argument="floor") if config.floor else None
+        found = compared((config.video, config.reference), "video")
+        floor = compared(config.floor, "floor") if config.floor else None
     written = report(found, metrics, floor, left_out)
     with atomic_write(path, "out") as part:
         part.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ def chosen_pair_metrics(names: Sequence[str] | None) -> tuple[list[PairMetric], 
         for name in names:
             if name not in PAIR_METRICS:
                 raise ValueError(f"metrics must be of {', '.join(PAIR_METRICS)}, got {name!r}")
-            if missing := PAIR_METRICS[name].missing():
-                raise ImportError(missing)
+            if lacking := PAIR_METRICS[name].missing():
+                raise ImportError(lacking)
         return [PAIR_METRICS[name] for name in dict.fromkeys(names)], {}
     missing = {name: each.missing() for name, each in PAIR_METRICS.items()}
     return [each for name, each in PAIR_METRICS.items() if not missing[name]], {k: v for k, v in missing.items() if v}
@@ -192,7 +192,7 @@ def _opening(video: Video, argument: str) -> np.ndarray:
     return next(chunks(video, max(1, video.frames // wanted), None, argument=argument)).frames[:wanted]
 
 
-Report = dict[str, Any]
+Report = Mapping[str, Any]
 
 
 def report(

@@ -37,7 +37,7 @@ def _loaded(path: Path, device: str) -> nn.Module:
     return _NETWORKS[path.name](path).to(device)
 
 
-def network(weights: Weights, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def network(weights: Weights, name: str) -> Callable[..., torch.Tensor]:
     """The network of a weight file, on the weights' device: tensors on the CPU to tensors on the CPU, no gradients.
 
     Raises:
@@ -113,6 +113,6 @@ def motion(frames: np.ndarray, weights: Weights) -> float:
     for at in range(0, len(frames) - 2, 2):
         first, second = (F.pad(planes(frames[i : i + 1]) / 255, pads, mode="replicate") for i in (at, at + 2))
         guess = run(first, second)[0, :, pads[2] : pads[2] + height, pads[0] : pads[0] + width]
-        guess = (guess * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-        off.append(np.abs(frames[at + 1].astype(np.int16) - guess).mean())
+        shown = (guess * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        off.append(np.abs(frames[at + 1].astype(np.int16) - shown).mean())
     return (255 - float(np.mean(off))) / 255
