@@ -21,13 +21,13 @@ from rich.table import Table
 
 from inferix_kernels import __version__
 
-from .perceptual import PAIR_METRICS, PairMetric, psnr
+from .perceptual import PAIR_METRICS, PairMetric
 from .video import CHUNKS, FRAMES, Video, chunks, open_video
 
 OPENING = 2.0  # seconds that are judged by themselves
-SMALL = (36, 64)  # height, width at which single frames are compared: coding and quantization noise is averaged away
-PARTED = 20.0  # dB of PSNR at that size below which two frames show different things
-FOR_GOOD = 0.5  # seconds for which they must do so
+GRID = (18, 32)  # cells of a frame, rows and columns, whose mean colours are compared: noise is averaged away
+PARTED = 20.0  # of 255: more is something else. On the tiny world cache formats stay at 2, other stories at 40 and more
+FOR_GOOD = 0.5  # seconds for which some cell must do so
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Compared:
         looked_at: of them, consecutive from the middle, by the metrics.
         scores: by metric, one for each chunk.
         opening: by metric, of all frames of the first two seconds.
-        likeness: of each frame, the PSNR in dB of both at a small size.
+        apart: of each frame, how far the mean colours of the most different of 18 x 32 cells lie apart: the root mean
+            square of red, green and blue, 0 to 255.
         parted: the first frame from which on they show different things, see `parting`; None: there is none.
         seconds_per_frame: by metric, wall-clock.
         failed: by metric, why there is no number.
@@ -52,7 +53,7 @@ class Compared:
     looked_at: int
     scores: dict[str, list[float]]
     opening: dict[str, float]
-    likeness: list[float]
+    apart: list[float]
     parted: int | None
     seconds_per_frame: dict[str, float]
     failed: dict[str, str]
@@ -82,17 +83,31 @@ def chosen_pair_metrics(names: Sequence[str] | None) -> tuple[list[PairMetric], 
     return [each for name, each in PAIR_METRICS.items() if not missing[name]], {k: v for k, v in missing.items() if v}
 
 
-def parting(likeness: Sequence[float], fps: float) -> int | None:
-    """The first frame of the first half second in which every frame's likeness is under 20 dB; None: there is none.
+def apart(frames: np.ndarray, reference: np.ndarray) -> list[float]:
+    """Of each of two frames [T, rows, columns, 3], uint8, how far their most different pixels lie apart, 0 to 255.
 
     Example:
-        >>> parting([40.0, 35.0, 19.0, 22.0, 15.0, 12.0, 11.0], fps=4.0), parting([40.0, 15.0, 30.0], fps=4.0)
+        >>> frame = np.zeros((1, 18, 32, 3), np.uint8)
+        >>> apart(frame + np.uint8(7), frame)
+        [7.0]
+    """
+    off = np.square(frames.astype(np.float32) - reference).mean(-1)
+    return [float(value) for value in np.sqrt(off.max((1, 2)))]
+
+
+def parting(apart: Sequence[float], fps: float) -> int | None:
+    """The first frame of the first half second in which every frame is more than 20 apart; None: there is none.
+
+    A figure that arrives a moment later is no other story; a figure that goes elsewhere is, however small.
+
+    Example:
+        >>> parting([1.0, 2.0, 25.0, 3.0, 40.0, 41.0, 44.0], fps=4.0), parting([1.0, 90.0, 2.0], fps=4.0)
         (4, None)
     """
     needed = max(2, math.ceil(FOR_GOOD * fps))
     run = 0
-    for i, decibels in enumerate(likeness):
-        run = run + 1 if decibels < PARTED else 0
+    for i, value in enumerate(apart):
+        run = run + 1 if value > PARTED else 0
         if run == needed:
             return i + 1 - needed
     return None
@@ -134,14 +149,14 @@ def compare(
     if not video.fps:
         raise ValueError(f"{argument}: {str(video.path)!r} must say how many frames a second it has, got 0")
     asked = {metric.name: _Asked(metric, video.fps) for metric in metrics}
-    likeness: list[float] = []
+    differences: list[float] = []
     pairs = zip(
-        chunks(video, number, most, (SMALL,), argument), chunks(other, number, most, (SMALL,), "reference"), strict=True
+        chunks(video, number, most, (GRID,), argument), chunks(other, number, most, (GRID,), "reference"), strict=True
     )
     for ours, theirs in pairs:
         for each in asked.values():
             each.chunks.append(each.score(ours.frames, theirs.frames))
-        likeness += [psnr(a[None], b[None], video.fps) for a, b in zip(ours.small[SMALL], theirs.small[SMALL])]
+        differences += apart(ours.small[GRID], theirs.small[GRID])
         on_chunk()
     openings = _opening(video, argument), _opening(other, "reference")
     opening = {name: each.score(*openings) for name, each in asked.items()}
@@ -154,8 +169,8 @@ def compare(
         length if most is None else min(most, length),
         {name: each.chunks for name, each in asked.items() if name not in failed},
         {name: opening[name] for name in asked if name not in failed},
-        likeness,
-        parting(likeness, video.fps),
+        differences,
+        parting(differences, video.fps),
         {name: each.seconds / each.frames for name, each in asked.items() if name not in failed},
         failed,
     )
@@ -230,7 +245,7 @@ def _facts(found: Compared) -> Report:
         "worst": {name: {"chunk": int(np.argmin(s)), "score": min(s)} for name, s in found.scores.items()},
         "opening": found.opening,
         "parted": found.parted,
-        "likeness": [round(value, 2) for value in found.likeness],
+        "apart": [round(value, 2) for value in found.apart],
         "seconds_per_frame": {name: round(value, 4) for name, value in found.seconds_per_frame.items()},
         "failed": found.failed,
     }
