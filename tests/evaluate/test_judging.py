@@ -81,19 +81,38 @@ def test_one_frame_in_a_chunk_is_too_few_for_some(clip: Path) -> None:
     assert len(found.scores["proxy:exposure"]) == 40
 
 
-@pytest.mark.parametrize("what, said", [(np.nan, "it must give finite numbers, got [nan]"), (None, "too dark\nby far")])
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        (np.nan, "it must give finite numbers, got [nan]"),
+        (ValueError("too dark\nby far"), "too dark by far"),
+        (RuntimeError("kernel size can't be greater"), "kernel size"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
 def test_a_metric_that_fails_is_left_and_the_others_go_on(
     clip: Path, registry: object, what: object, said: str
 ) -> None:
     @metric.metric("bad", kind="proxy")
     def bad(frames: np.ndarray, weights: object) -> object:
-        if what is None:
-            raise ValueError(said)
+        if isinstance(what, Exception):
+            raise what
         return what
 
     found = judge(clip, chosen(["proxy:bad", "proxy:exposure"], NONE)[0], NONE, 4)
     assert list(found.scores) == ["proxy:exposure"] and list(found.drift) == ["proxy:exposure"]
-    assert found.failed["proxy:bad"].startswith(" ".join(said.split())) and "\n" not in found.failed["proxy:bad"]
+    assert found.failed["proxy:bad"].startswith(said) and "\n" not in found.failed["proxy:bad"]
+
+
+def test_pictures_of_a_few_pixels(tmp_path: Path) -> None:
+    """Scored, or said to be too small."""
+    path = write(tmp_path / "dot.mp4", counted(40, 2, 2))
+    metrics = [each for each in registered().values() if each.kind == "proxy"]
+    found = judge(path, metrics, NONE, 4)
+    assert {each.removesuffix(":anchored") for each in found.scores} | found.failed.keys() >= {
+        each.name for each in metrics
+    } - {"proxy:cuts"}
+    assert found.scores["proxy:exposure"] and "proxy:clarity" in found.failed
 
 
 def test_what_is_chosen_unless_metrics_are_named() -> None:

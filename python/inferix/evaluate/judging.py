@@ -158,8 +158,8 @@ def _score(judged: Judged, metric: Metric, frames: np.ndarray, weights: Weights)
         found = metric.score(frames, weights)
         if not np.isfinite(found).all():
             raise ValueError(f"it must give finite numbers, got {np.asarray(found).ravel()[:3]} ...")
-    except ValueError as error:
-        judged.failed[metric.name] = " ".join(str(error).split())
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch says so of frames that are too small or too many
+        judged.failed[metric.name] = " ".join(str(error).split()) or type(error).__name__
         found = math.nan
     judged.seconds[metric.name] = judged.seconds.get(metric.name, 0.0) + time.perf_counter() - begun
     return found

@@ -125,6 +125,8 @@ def _luma(frame: np.ndarray) -> np.ndarray:
 
 
 def _laplacian(luma: np.ndarray) -> np.ndarray:
+    if min(luma.shape) < 3:
+        raise ValueError(f"needs pictures of at least 3x3 pixels, got {luma.shape[1]}x{luma.shape[0]}")
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
     return np.asarray(around - 4 * luma[1:-1, 1:-1])
 
