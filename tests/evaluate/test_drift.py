@@ -119,14 +119,15 @@ PUBLISHED = [
     ([1.0], 0.0, 0.0),
     ([0.0, 1.0, 2.0], math.inf, math.inf),
 ]
-# It adds at most 19 numbers in float32, in the order of the CPU's vectors: a few units in the last place between CPUs.
-ULPS = 4 * 2.0**-24
+# It adds at most 19 positive numbers in float32, in the order of the CPU's vectors: between two orders there are at most
+# 18 roundings of 2^-24 each, and 2 for the logarithms. On the CPU of these numbers ours are the same to the last bit.
+ROUNDINGS = 20 * 2.0**-24
 
 
 @pytest.mark.parametrize("scores, linear, log", PUBLISHED)
 def test_vde_is_the_published_one(scores, linear, log):
-    assert vde(scores) == pytest.approx(linear, rel=ULPS, abs=0)
-    assert vde(scores, "log") == pytest.approx(log, rel=ULPS, abs=0)
+    assert vde(scores) == pytest.approx(linear, rel=ROUNDINGS, abs=0)
+    assert vde(scores, "log") == pytest.approx(log, rel=ROUNDINGS, abs=0)
 
 
 def test_vde_by_hand():
