@@ -119,8 +119,8 @@ PUBLISHED = [
     ([1.0], 0.0, 0.0),
     ([0.0, 1.0, 2.0], math.inf, math.inf),
 ]
-# It adds at most 19 positive numbers in float32, in the order of the CPU's vectors: between two orders there are at most
-# 18 roundings of 2^-24 each, and 2 for the logarithms. On the CPU of these numbers ours are the same to the last bit.
+# It adds at most 19 positive numbers in float32, in the order of the CPU's vectors: between two orders there are
+# at most 18 roundings of 2^-24, and 2 for the logarithms. On the CPU of these numbers ours have the same last bit.
 ROUNDINGS = 20 * 2.0**-24
 
 
