@@ -209,8 +209,9 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path, content):
 
 
 def test_weights_lie_under_state_dict_or_by_themselves(tmp_path):
-    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "nested.pth")
-    torch.save({"a": torch.ones(2)}, tmp_path / "flat.pth")
+    optimizer = {"param_groups": [{"lr": np.float64(2e-5)}]}  # as in AMT's checkpoints
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3, "optim": optimizer}, tmp_path / "nested.pth")
+    torch.save({"module.a": torch.ones(2)}, tmp_path / "flat.pth")
     assert list(read(tmp_path / "nested.pth")) == list(read(tmp_path / "flat.pth")) == ["a"]
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="must hold tensors by name, got list"):

@@ -1,12 +1,14 @@
 """The published metrics: their formulas on networks that are known, and what is said of a file that is not right."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from inferix.evaluate import published
 from inferix.evaluate.metric import METRICS
-from inferix.evaluate.weights import FILES, WeightsDir
+from inferix.evaluate.weights import FILES, WeightsDir, table
 
 from .known_weights import hashed
 
@@ -121,3 +123,9 @@ def test_a_folder_that_is_none_and_a_name_that_is_none(tmp_path):
         WeightsDir(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="name must be one of musiq_spaq"):
         WeightsDir(tmp_path).path("other.pth")
+
+
+def test_the_document_has_every_file():
+    document = (Path(__file__).parents[2] / "docs" / "quality.md").read_text()
+    for name, _, size, digest, source in table():
+        assert f"| `{name}` | {size} | {f'`{digest}`' if digest else ''} | <{source}> |" in document

@@ -20,7 +20,7 @@ from .backbones import amt, clip, dino, musiq
 from .backbones.pixels import for_clip, for_dino, for_musiq, planes
 from .metric import Weights, metric
 
-BATCH = 8  # frames that are in a network at a time
+BATCH = 4  # frames that are in a network at a time
 
 _NETWORKS: dict[str, Callable[[Path], nn.Module]] = {
     "musiq_spaq_ckpt-358bb6af.pth": musiq.load,

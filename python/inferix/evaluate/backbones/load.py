@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import _codecs
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 State = dict[str, torch.Tensor]
+# NumPy's numbers, which training leaves in an optimizer's state (AMT's learning rate), under NumPy 1's names and 2's.
+_NUMBERS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    _codecs.encode,
+]
 
 
 def read(path: Path) -> State:
     """The tensors of a file, by name: a state dict, one under "state_dict", or a TorchScript archive (OpenAI's CLIP).
+
+    "module.", which data-parallel training puts before every name, is left out.
 
     Pickles are read with `weights_only`, and a TorchScript archive's module is never called: no code of the file runs.
 
@@ -27,7 +39,8 @@ def read(path: Path) -> State:
                 warnings.simplefilter("ignore")
                 held = dict(torch.jit.load(str(path), map_location="cpu").state_dict())
         else:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_NUMBERS):
+                held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # RuntimeError, UnpicklingError, EOFError, BadZipFile, by how the file is broken
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} must be a file of weights that torch reads, got: {reason}") from None
@@ -35,7 +48,7 @@ def read(path: Path) -> State:
         raise ValueError(f"{path} must hold tensors by name, got {type(held).__name__}")
     if isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]
-    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    return {name.removeprefix("module."): value for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
 def _is_torchscript(path: Path) -> bool:
