@@ -1,13 +1,18 @@
 """Two videos compared: the numbers by hand, where they part, and what is said of videos that can not be compared."""
 
+import doctest
 import json
+import shutil
 from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 
+from inferix.commands import evaluate_pair
 from inferix.commands.cli import main
+from inferix.evaluate import pair, perceptual, weights
+from inferix.evaluate.backbones import pixels
 from inferix.evaluate.pair import apart, chosen_pair_metrics, compare, parting, remarks, report, table
 from inferix.evaluate.perceptual import PAIR_METRICS, luma, psnr
 from inferix.evaluate.video import chunks, open_video
@@ -118,6 +123,16 @@ def test_a_noise_floor_stands_beside(videos, tmp_path, capsys):
     assert found["pair"]["mean"]["psnr"] > found["floor"]["mean"]["psnr"]
     assert found["pair"]["seconds_per_frame"]["psnr"] >= 0
     assert table(found).row_count == 2
+
+
+@pytest.mark.parametrize(
+    "module", [pair, perceptual, weights, pixels, evaluate_pair], ids=lambda module: module.__name__
+)
+def test_the_examples_run(module, videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(videos["reference"], "demo.mp4")
+    failed, tried = doctest.testmod(module, extraglobs={"np": np}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert tried and not failed
 
 
 @pytest.mark.parametrize(

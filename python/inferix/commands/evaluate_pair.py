@@ -44,8 +44,7 @@ def evaluate_pair(config: EvaluatePairConfig | None = None, /, **options: Any) -
             and rate; ImportError: a metric that was named needs a package that is absent.
 
     Example:
-        >>> video = str(inferix.generate(seconds=1, out="one.mp4").path)
-        >>> found = evaluate_pair(video=video, reference=video, chunks=2, metrics=["psnr"], out="pair.json")
+        >>> found = evaluate_pair(video="demo.mp4", reference="demo.mp4", metrics=["psnr"], out="pair.json")
         >>> found.report["pair"]["mean"], found.report["pair"]["parted"]
         ({'psnr': 100.0}, None)
     """
