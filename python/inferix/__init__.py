@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from inferix_kernels import __version__
 
-    from .commands.configs import ConvertConfig, DoctorConfig, GenerateConfig, InspectKvConfig, PlayConfig
+    from .commands.configs import (
+        ConvertConfig,
+        DoctorConfig,
+        EvaluateConfig,
+        EvaluatePairConfig,
+        GenerateConfig,
+        InspectKvConfig,
+        PlayConfig,
+    )
     from .commands.convert import convert
     from .commands.doctor import doctor
     from .commands.generate import generate
@@ -19,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ConvertConfig",
     "DoctorConfig",
+    "EvaluateConfig",
+    "EvaluatePairConfig",
     "GenerateConfig",
     "InspectKvConfig",
     "PlayConfig",
@@ -31,7 +41,15 @@ __all__ = [
     "play",
 ]
 
-_CONFIGS = ("ConvertConfig", "DoctorConfig", "GenerateConfig", "InspectKvConfig", "PlayConfig")
+_CONFIGS = (
+    "ConvertConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "EvaluatePairConfig",
+    "GenerateConfig",
+    "InspectKvConfig",
+    "PlayConfig",
+)
 _COMMANDS = ("convert", "doctor", "generate", "inspect_kv", "play")
 _MODULE_OF = {"World": ".world", "__version__": "inferix_kernels"} | dict.fromkeys(_CONFIGS, ".commands.configs")
 _MODULE_OF |= {name: f".commands.{name}" for name in _COMMANDS}

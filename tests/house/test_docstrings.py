@@ -125,7 +125,8 @@ def test_the_reference_is_built_of_all_public_names(tmp_path):
     pytest.importorskip("pdoc", reason="pdoc is not installed: pip install -e '.[docs]'")
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     modules = re.search(r"^REFERENCE := (.*)$", makefile, re.MULTILINE)[1]
-    modules = re.sub(r"\$\(addprefix (\S+),(.*)\)", lambda m: " ".join(m[1] + name for name in m[2].split()), modules)
+    prefixed = r"\$\(addprefix (\S+),([^)]*)\)"
+    modules = re.sub(prefixed, lambda found: " ".join(found[1] + name for name in found[2].split()), modules)
     command = re.search(r"^docs:.*\n\t\$\(BIN\)/python (.*) -o build/docs \$\(REFERENCE\)$", makefile, re.MULTILINE)[1]
     made = subprocess.run(
         [sys.executable, *shlex.split(command), "-o", str(tmp_path), *shlex.split(modules)],

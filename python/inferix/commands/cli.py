@@ -1,4 +1,5 @@
-"""The command line: `inferix generate`, `inferix play`, `inferix convert`, `inferix inspect-kv`, `inferix doctor`.
+"""The command line: `inferix generate`, `inferix play`, `inferix convert`, `inferix inspect-kv`, `inferix evaluate`,
+`inferix doctor`.
 
 Built from the declarations in configs.py; a command is the module of its name and has `run(config) -> exit code`.
 """
@@ -13,7 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .configs import ConvertConfig, DoctorConfig, GenerateConfig, InspectKvConfig, PlayConfig
+from .configs import (
+    ConvertConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    EvaluatePairConfig,
+    GenerateConfig,
+    InspectKvConfig,
+    PlayConfig,
+)
 from .options import KINDS, Declared, Options, declared
 
 USAGE, INTERRUPTED = 2, 130
@@ -22,13 +31,18 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
     "play": (PlayConfig, "steer a world in the browser, or in this terminal"),
     "convert": (ConvertConfig, "write a Wan checkpoint as one safetensors file that needs no other"),
     "inspect-kv": (InspectKvConfig, "measure a model's keys and values, and what each page format costs it"),
+    "evaluate": (EvaluateConfig, "measure how the quality of videos drifts"),
+    "evaluate pair": (
+        EvaluatePairConfig,
+        "compare a video with one that it ought to be like, such as an unquantized one",
+    ),
     "doctor": (DoctorConfig, "what this machine can run, and what is missing"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Bad input is one line on stderr and exit code 2."""
-    given = vars(_parser().parse_args(argv))
+    given = vars(_parser().parse_args(_joined(sys.argv[1:] if argv is None else argv)))
     command = given.pop("command")
     # Read when torch is loaded, here and in the worker process. By default OpenMP's threads spin for milliseconds after
     # every operation: beside any other job they spin on the core that the last of them waits for.
@@ -38,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return while_read(lambda: _run(command, given))
 
 
+def _joined(words: Sequence[str]) -> list[str]:
+    """A command of two words, as `evaluate pair`, as one."""
+    two = " ".join(words[:2])
+    return [two, *words[2:]] if two in COMMANDS else list(words)
+
+
 def _run(command: str, given: dict[str, Any]) -> int:
     options = COMMANDS[command][0]
 
@@ -45,8 +65,9 @@ def _run(command: str, given: dict[str, Any]) -> int:
         print(f"inferix {command}: {text}", file=sys.stderr)
         return code
 
+    module = command.replace("-", "_").replace(" ", "_")
     try:
-        return int(importlib.import_module(f".{command.replace('-', '_')}", __package__).run(options(**given)))
+        return int(importlib.import_module(f".{module}", __package__).run(options(**given)))
     except ValueError as error:
         return fail(as_typed(str(error), options), USAGE)
     except ImportError as error:
@@ -116,7 +137,7 @@ def _settings(each: Declared) -> dict[str, Any]:
     parse = option.parse or kind.parse
     settings: dict[str, Any] = {"help": help, "type": parse if isinstance(parse, type) else _explained(parse)}
     if each.type == Sequence[str] and option.parse is None:
-        settings["action"] = "append"
+        settings |= {"nargs": "+"} if option.positional else {"action": "append"}
     more = {"choices": option.choices, "metavar": option.metavar}
     return settings | {name: value for name, value in more.items() if value}
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..stream import MAX_FILES, MAX_GB
-from .options import MOST_THREADS, POSITIVE, Options, at_least, at_most, between, comma_separated, option
+from .options import (
+    MOST_THREADS,
+    NOT_EMPTY,
+    POSITIVE,
+    Options,
+    Rule,
+    at_least,
+    at_most,
+    between,
+    comma_separated,
+    option,
+)
 
 KV_FORMATS = "fp32, fp16, bf16, int8, i8f8, fp8, int4"  # written out: --help need not wait for torch
 MOST_SECONDS = 1_000_000
@@ -207,6 +218,54 @@ class ConvertConfig(ModelOptions):
     source: str | Path = option("checkpoint file, or the folder that holds it", positional=True)
     out: str | Path = option(".safetensors to write", positional=True)
     dtype: str = option("of the weights", "fp32", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Options):
+    """Videos to judge, and by what.
+
+    Example:
+        >>> inferix.EvaluateConfig(videos=["demo.mp4"]).chunks
+        10
+    """
+
+    videos: Sequence[str] = option("video files", positional=True, must=(NOT_EMPTY,))
+    metrics: Sequence[str] | None = option(
+        "only these, for example proxy:clarity,motion (default: all that can be had)",
+        None,
+        metavar="A,B",
+        parse=comma_separated,
+    )
+    weights_dir: str | Path | None = option("folder of the weight files of real metrics", None, metavar="DIR")
+    chunks: int = option("equal parts of a video, whose scores are compared", 10, must=(between(2, 1000),))
+    all: bool = option("look at every frame, not at 12 from the middle of each chunk", False)
+    out: str | Path = option("JSON to write; a page of curves goes next to it", "evaluation.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePairConfig(Options):
+    """A video to compare with another, and by what.
+
+    Example:
+        >>> inferix.EvaluatePairConfig(video="int8.mp4", reference="fp32.mp4").chunks
+        10
+    """
+
+    video: str | Path = option("video file", positional=True)
+    reference: str | Path = option("video file that it ought to be like", positional=True)
+    floor: Sequence[str] | None = option(
+        "two other videos, such as two seeds, whose numbers are shown beside",
+        None,
+        metavar="A,B",
+        parse=comma_separated,
+        must=(Rule(lambda value: value is None or len(value) == 2, "two video files"),),
+    )
+    metrics: Sequence[str] | None = option(
+        "only these of psnr,cvvdp,vmaf (default: all that are installed)", None, metavar="A,B", parse=comma_separated
+    )
+    chunks: int = option("equal parts of the videos", 10, must=(between(1, 1000),))
+    all: bool = option("look at every frame, not at 12 from the middle of each chunk", False)
+    out: str | Path = option("JSON to write", "pair.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     text: str  # after "must be"
 
 
+NOT_EMPTY = Rule(lambda value: len(value) > 0, "at least one")
 POSITIVE = Rule(lambda value: value > 0, "a positive number")
 
 

@@ -52,7 +52,7 @@ def read_picture(path: str | Path, size: tuple[int, int], argument: str = "path"
     except Image.DecompressionBombError:
         raise ValueError(f"{argument} must have at most {MOST_PIXELS:,} pixels, {str(path)!r} has more") from None
     except Exception as error:  # what a damaged picture raises is anyone's guess
-        raise ValueError(f"{argument}: cannot read {str(path)!r} ({_first_line(error)})") from None
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({first_line(error)})") from None
     return np.asarray(picture)[None]
 
 
@@ -109,7 +109,7 @@ def read_video(path: str | Path, size: tuple[int, int], fps: int, most: int, arg
             first = next(decoded, None)
             if first is None:
                 raise ValueError("it holds no frames")
-            _check_frame(first)
+            check_frame(first)
             turn, turned = _turn(first)
             graph = _graph(stream, first, size[::-1] if turned else size, fps)
             for frame in _filtered(graph, chain([first], decoded)):
@@ -119,11 +119,12 @@ def read_video(path: str | Path, size: tuple[int, int], fps: int, most: int, arg
                 if len(frames) == most:
                     break
     except (OSError, IndexError, ValueError, MemoryError, av.FFmpegError) as error:
-        raise ValueError(f"{argument}: cannot read {str(path)!r} ({_first_line(error)})") from None
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({first_line(error)})") from None
     return np.stack(frames)
 
 
-def _check_frame(frame: av.VideoFrame) -> None:
+def check_frame(frame: av.VideoFrame) -> None:
+    """Raise ValueError if its numbers are not brightness as sRGB has it, or there are too many of them."""
     if frame.width * frame.height > MOST_PIXELS:
         raise ValueError(f"its pictures have more than {MOST_PIXELS:,} pixels")
     if frame.color_trc in HDR:
@@ -176,5 +177,5 @@ def _filtered(graph: av.filter.Graph, frames: Iterator[av.VideoFrame]) -> Iterat
                 yield picture
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

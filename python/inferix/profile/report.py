@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -71,6 +71,11 @@ def report(taken: Snapshot, title: str = "A profiled run") -> str:
     else:
         parts.append("<p>No block was recorded.</p>")
     parts.append(_lost(numbers["lost"]))
+    return page(title, parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A page in this style: its head, the title, and parts that are HTML."""
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -116,15 +121,16 @@ def _tables(numbers: dict[str, Any]) -> str:
     blocks = max(1, numbers["blocks"])
     counts = [(name, f"{n:,.0f}", f"{n / blocks:,.1f}") for name, n in sorted(numbers["counts"].items())]
     metrics = [(name, f"{value:,.6g}") for name, value in sorted(numbers["metrics"].items())]
-    made = f'<section class="wide"><h2>Spans</h2>{_table(heads, spans + others)}</section>'
+    made = f'<section class="wide"><h2>Spans</h2>{table(heads, spans + others)}</section>'
     if counts:
-        made += f"<section><h2>Counted</h2>{_table(('what', 'in all', 'per block'), counts)}</section>"
+        made += f"<section><h2>Counted</h2>{table(('what', 'in all', 'per block'), counts)}</section>"
     if metrics:
-        made += f"<section><h2>Metrics</h2>{_table(('what', 'at the end'), metrics)}</section>"
+        made += f"<section><h2>Metrics</h2>{table(('what', 'at the end'), metrics)}</section>"
     return made
 
 
-def _table(heads: tuple[str, ...], lines: list[Any]) -> str:
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Of texts; what is in a line may be anything, heads are HTML."""
     top = "".join(f"<th>{head}</th>" for head in heads)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -34,26 +34,34 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 class Plot:
-    """An x axis, a y axis from 0, and what is drawn between them.
+    """An x axis, a y axis, and what is drawn between them.
 
     Args:
         x: (lowest, highest).
-        y: the highest; 0: there is no axis.
+        y: the highest; as low as `low`: there is no axis.
         x_label, unit: what they are.
         height, width: of the whole, in pixels.
+        low: the lowest y, below `y`.
     """
 
     def __init__(
-        self, x: tuple[float, float], y: float, x_label: str, unit: str, height: int = HEIGHT, width: int = WIDTH
+        self,
+        x: tuple[float, float],
+        y: float,
+        x_label: str,
+        unit: str,
+        height: int = HEIGHT,
+        width: int = WIDTH,
+        low: float = 0.0,
     ):
         self.x0, self.x1 = x if x[1] > x[0] else (x[0], x[0] + 1.0)
-        self.y1 = y if y > 0 else 1.0
+        self.y0, self.y1 = low, y if y > low else low + 1.0
         self.height, self.width, self.parts = height, width, list[str]()
-        for value in ticks(0.0, y) if y > 0 else ():
-            at = self.at_y(value)
+        for value in ticks(low, y) if y > low else ():
+            at, label = self.at_y(value), format(value, ".6g") if low else number(value)
             self.parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{number(value)}</text>'
+                f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{label}</text>'
             )
         for value in ticks(self.x0, self.x1, 7):
             at = self.at_x(value)
@@ -68,7 +76,7 @@ class Plot:
 
     def at_y(self, value: float) -> float:
         room = self.height - TOP - BOTTOM
-        return TOP + room - value / self.y1 * room
+        return TOP + room - (value - self.y0) / (self.y1 - self.y0) * room
 
     def line(self, xs: Sequence[float], ys: Sequence[float], colour: str, title: str = "") -> None:
         points = " ".join(f"{self.at_x(x):.1f},{self.at_y(y):.1f}" for x, y in zip(xs, ys) if math.isfinite(y))
