@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _starts(spans: Sequence[re.Match[str] | None]) -> tuple[float, ...] | None:
     found = [float(span[1]) for span in spans if span]
     if len(found) < len(spans):
         raise ValueError("captions must all end with their seconds, or none")
-    if found[0] != 0 or any(b <= a for a, b in zip(found, found[1:])):
+    if found[0] != 0 or any(b <= a for a, b in pairwise(found)):
         raise ValueError(f"captions must begin at 0s and go upwards, got {', '.join(f'{each:g}s' for each in found)}")
     return tuple(found)
 
