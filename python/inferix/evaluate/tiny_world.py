@@ -36,6 +36,7 @@ from .video import CHUNKS
 from .weights import WeightsDir
 
 PAST = ADAPTER.window - ADAPTER.block_frames  # frames that a block sees before itself, however long it is
+SCALE = 2  # pixels of a video per pixel of the world: 192 x 192; what compares two videos costs by the pixel
 # Of the simulator's measures, those that a table has: shares of frames, and dB.
 TRUTH = ("player_once", "boats_once", "follows_moving", "near", "tiles_right", "theme_right", "psnr")
 
@@ -188,7 +189,7 @@ def make(
         metrics: of one video; pair: of it beside the reference, the video of another variant of the same stream.
     """
     made = []
-    with VideoWriter(path, PRESENTATION.fps, ADAPTER.size, scale=PRESENTATION.scale) as video:
+    with VideoWriter(path, PRESENTATION.fps, ADAPTER.size, scale=SCALE) as video:
         for block in stream(variant, number, frames, on_frames):
             made.append(block[: frames - sum(map(len, made))])
             video.write(made[-1])
