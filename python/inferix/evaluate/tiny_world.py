@@ -22,8 +22,7 @@ from inferix_kernels.store import PageTable, TopK
 from ..media import VideoWriter
 from ..models import load_model
 from ..models.tiny import ADAPTER, PRESENTATION, TinyWorld
-from ..models.tiny.evaluate import CHANGE_EVERY, CONTEXT, HELD_OUT
-from ..models.tiny.measures import Truth, measure, true_video
+from ..models.tiny.measures import CHANGE_EVERY, CONTEXT, HELD_OUT, Truth, measure, true_video
 from ..models.tiny.simulator import ACTIONS, THEMES, TIMES
 from ..opening import open_decoder, open_store
 from .drift import drift
