@@ -10,8 +10,8 @@ import pytest
 
 from inferix import World
 from inferix.evaluate import tiny_studies
-from inferix.evaluate.tiny_studies import STUDIES, Study, Task, main, pair_table, tasks_of, truth_table
-from inferix.evaluate.tiny_world import TRUTH, Variant, VariantWorld, by_chunks, of_blocks, truth_of
+from inferix.evaluate.tiny_studies import SIMULATOR, STUDIES, Study, Task, main, pair_table, tasks_of, truth_table
+from inferix.evaluate.tiny_world import TRUTH, Variant, VariantWorld, by_chunks, of_blocks, stream, truth_of
 from inferix.models import load_model
 from inferix.models.tiny.simulator import ACTIONS
 
@@ -69,6 +69,10 @@ def test_the_truth_is_right_in_every_chunk_and_a_frozen_video_is_not() -> None:
     assert all(value is not None and value < 40 for value in frozen["psnr"][1:])
 
 
+def test_the_simulator_is_a_variant_without_a_fault() -> None:
+    assert (np.concatenate(list(stream(SIMULATOR, 0, 60))) == TRUE.frames).all() and SIMULATOR.trained
+
+
 def found(variant: Variant, pair: dict[str, Any] | None = None) -> dict[str, Any]:
     """A result as it is on disk."""
     return {"variant": dataclasses.asdict(variant), "truth": {name: [0.5, None] for name in TRUTH}, "pair": pair or {}}
@@ -83,7 +87,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
         return found(variant)
 
     monkeypatch.setattr(tiny_studies, "make", make)
-    study = Study("", (Variant("fp32"), Variant("int8, old int4", kv="int8")), 60, pairs=True)
+    study = Study("", (Variant("fp32"), Variant("int8, old int4", older=(6, "int4"))), 60, pairs=True)
     tasks = tasks_of(study, 60, 2, tmp_path)
     assert len(tiny_studies.run(study, tasks, 1)) == 4
     assert calls == [
@@ -94,7 +98,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     tiny_studies.run(study, tasks, 1)
     assert len(calls) == 4
-    other = dataclasses.replace(tasks[-1], variant=Variant("int8, old int4", kv="int4"))
+    other = dataclasses.replace(tasks[-1], variant=Variant("int8, old int4", older=(3, "int4")))
     assert other.result() is None, "another variant by the same name"
     tasks[0].path().write_text("{")
     tiny_studies.run(study, tasks, 1)

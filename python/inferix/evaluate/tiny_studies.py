@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -57,6 +57,7 @@ class Study:
     pairs: bool = False
 
 
+SIMULATOR = Variant("simulator", simulator=True)
 STUDIES = {
     "quantization": Study(
         "what formats of pages and layers cost, beside fp32; `other noise` is fp32 again, by another seed: the floor",
@@ -77,12 +78,13 @@ STUDIES = {
     ),
     "blocks": Study(
         "blocks of 1, 2, 3 and 6 frames after the same past; trained for 3 alone",
-        tuple(Variant(f"blocks of {n}", kv="int8", block=n) for n in (3, 1, 2, 6)),
+        (SIMULATOR, *(Variant(f"blocks of {n}", kv="int8", block=n) for n in (3, 1, 2, 6))),
         frames=1000,
     ),
     "lists": Study(
         "all six frames of the past, the best of them for each frame and head, or the newest; trained for all",
         (
+            SIMULATOR,
             Variant("dense", kv="int8"),
             Variant("best 4", kv="int8", pages=4),
             Variant("best 2", kv="int8", pages=2),
@@ -113,8 +115,8 @@ class Task:
         """What is there of it; None: nothing, or what another variant of this name made."""
         try:
             found = json.loads(self.path().read_text())
-            same = json.loads(json.dumps(asdict(self.variant)))
-            return found if found["variant"] == same and self.path().with_suffix(".mp4").exists() else None
+            same = Variant(**found["variant"]) == self.variant
+            return found if same and self.path().with_suffix(".mp4").exists() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

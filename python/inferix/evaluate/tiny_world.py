@@ -53,6 +53,7 @@ class Variant:
         past: frames before its own that a block may see.
         pages: of the past that are read, the best ones for each frame and head; a page is a frame. None: all.
         noise: added to the seed of all noise.
+        simulator: no network at all, but the true frames: what a metric says of a video without a fault.
     """
 
     name: str
@@ -63,6 +64,11 @@ class Variant:
     past: int = PAST
     pages: int | None = None
     noise: int = 0
+    simulator: bool = False
+
+    def __post_init__(self) -> None:
+        if self.older is not None:  # JSON has lists alone
+            object.__setattr__(self, "older", tuple(self.older))
 
     @property
     def trained(self) -> bool:
@@ -145,6 +151,10 @@ def stream(variant: Variant, number: int, frames: int, on_frames: Callable[[int]
     """Blocks of a variant's stream, uint8 [block, 96, 96, 3] each, until there are `frames` frames or a few more."""
     size = variant.block
     past, truth = truth_of(number, -(-frames // size) * size)
+    if variant.simulator:
+        on_frames(frames)
+        yield truth.frames
+        return
     prompts = [THEMES[theme] for theme in truth.themes @ [len(TIMES), 1]]
     world = VariantWorld(variant, HELD_OUT + number)
     world.observe(past.frames, past.actions.tolist(), prompts[0])
