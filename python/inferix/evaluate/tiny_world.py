@@ -8,16 +8,17 @@ tiny_studies.py runs them and prints tables.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from inferix_kernels import Policy
-from inferix_kernels.store import PageTable, TopK
+from inferix_kernels import PageTable, Pass, Policy
+from inferix_kernels.store import Block, TopK
 
 from ..media import VideoWriter
 from ..models import load_model
@@ -34,7 +35,7 @@ from .report import Report, report
 from .video import CHUNKS
 from .weights import WeightsDir
 
-PAST = ADAPTER.window - ADAPTER.block_frames  # frames that a block sees before itself, however long it is
+PAST = 2 * ADAPTER.block_frames  # frames that a block sees before itself: the world's window of 9, less the block
 SCALE = 2  # pixels of a video per pixel of the world: 192 x 192; what compares two videos costs by the pixel
 # Of the simulator's measures, those that a table has: shares of frames, and dB.
 TRUTH = ("player_once", "boats_once", "follows_moving", "near", "tiles_right", "theme_right", "psnr")
@@ -91,7 +92,7 @@ def of_blocks(model: TinyWorld, frames: int) -> TinyWorld:
         table.weight = torch.nn.Parameter(weight, requires_grad=False)
         table.num_embeddings = rows
     network.config = dataclasses.replace(network.config, block_frames=frames)
-    model.adapter = dataclasses.replace(ADAPTER, block_frames=frames)  # type: ignore[misc]
+    model.adapter = dataclasses.replace(ADAPTER, block_frames=frames)
     return model
 
 
@@ -100,10 +101,17 @@ class TopTable(PageTable):
 
     pages = 0
 
-    def plan(self, blocks: Any, rope: Any = None, commit: Any = None, **options: Any) -> Any:
+    def plan(
+        self,
+        blocks: Sequence[Block],
+        rope: Tensor | None = None,
+        commit: Block | None = None,
+        *more: Any,
+        **options: Any,
+    ) -> Pass:
         if commit is None:
             options["attention"] = TopK(self.pages, queries=self.store.frame_tokens)
-        return super().plan(blocks, rope, commit=commit, **options)
+        return super().plan(blocks, rope, commit, *more, **options)
 
 
 class VariantWorld:
@@ -120,7 +128,7 @@ class VariantWorld:
         assert isinstance(model, TinyWorld)
         self.model = of_blocks(model, variant.block)
         if variant.pages is not None:  # a choice of pages is of one block a pass
-            self.model.adapter = dataclasses.replace(self.model.adapter, fused=False)  # type: ignore[misc]
+            self.model.adapter = dataclasses.replace(self.model.adapter, fused=False)
         policy = Policy(variant.block + variant.past, format=variant.kv, older=variant.older)
         store = open_store(self.model, policy, 1, "auto", "auto")
         table = store.open(policy)
@@ -147,7 +155,9 @@ def truth_of(number: int, frames: int) -> tuple[Truth, Truth]:
     return video.part(0, CONTEXT), video.part(CONTEXT, CONTEXT + frames)
 
 
-def stream(variant: Variant, number: int, frames: int, on_frames: Callable[[int], object] = lambda done: None) -> Any:
+def stream(
+    variant: Variant, number: int, frames: int, on_frames: Callable[[int], object] = lambda done: None
+) -> Iterator[np.ndarray]:
     """Blocks of a variant's stream, uint8 [block, 96, 96, 3] each, until there are `frames` frames or a few more."""
     size = variant.block
     past, truth = truth_of(number, -(-frames // size) * size)
@@ -197,10 +207,10 @@ def make(
         path: of the video, an MP4; metrics judge it as they judge any.
         metrics: of one video; pair: of it beside the reference, the video of another variant of the same stream.
     """
-    made = []
+    made: list[np.ndarray] = []
     with VideoWriter(path, PRESENTATION.fps, ADAPTER.size, scale=SCALE) as video:
         for block in stream(variant, number, frames, on_frames):
-            made.append(block[: frames - sum(map(len, made))])
+            made.append(block[: frames - sum(len(each) for each in made)])
             video.write(made[-1])
     truth = by_chunks(np.concatenate(made), truth_of(number, frames)[1])
     nothing = WeightsDir(None)
