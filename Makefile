@@ -50,8 +50,8 @@ lint: .venv/tools
 # The API reference from the docstrings, as HTML: build/docs/index.html.
 REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.store.memory \
     inferix_kernels.store.snapshot inferix_kernels.quantize inferix.profile '!inferix[.]profile[.].*' inferix.world inferix.models '!inferix[.]models[.].*' \
-    $(addprefix inferix.commands.,configs generate play convert evaluate evaluate_pair doctor) \
-    $(addprefix inferix.evaluate.,metric drift judging weights pair perceptual)
+    $(addprefix inferix.commands.,configs generate play convert evaluate evaluate_pair evaluate_dataset doctor) \
+    $(addprefix inferix.evaluate.,metric drift judging weights pair perceptual dataset)
 docs: .venv/docs
 	$(BIN)/python -W "ignore:Error parsing type annotation" -m pdoc --docformat google -o build/docs $(REFERENCE)
 

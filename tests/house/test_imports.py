@@ -39,7 +39,7 @@ LAYERS = (
 )
 
 # Above all else of its package, a script may import what it likes, if nobody imports it: `python -m` starts these.
-SCRIPTS = {"inferix.models.tiny.evaluate", "inferix.models.tiny.train"}
+SCRIPTS = {"inferix.evaluate.tiny_studies", "inferix.models.tiny.evaluate", "inferix.models.tiny.train"}
 
 # Who never imports whom, with all that lies below the names. No star stands for a part: these are prefixes.
 FAMILIES = (

@@ -18,6 +18,7 @@ from .configs import (
     ConvertConfig,
     DoctorConfig,
     EvaluateConfig,
+    EvaluateDatasetConfig,
     EvaluatePairConfig,
     GenerateConfig,
     InspectKvConfig,
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
         EvaluatePairConfig,
         "compare a video with one that it ought to be like, such as an unquantized one",
     ),
+    "evaluate dataset": (EvaluateDatasetConfig, "make a video of each of a dataset's captions, and judge them"),
     "doctor": (DoctorConfig, "what this machine can run, and what is missing"),
 }
 

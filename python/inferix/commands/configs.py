@@ -269,6 +269,49 @@ class EvaluatePairConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateDatasetConfig(Options):
+    """A dataset of captions to make videos of, and by what they are judged.
+
+    Example:
+        >>> inferix.EvaluateDatasetConfig(folder="InterVBench", model="self-forcing").protocol
+        'segments'
+    """
+
+    folder: str | Path = option("folder with captions.jsonl; see docs/quality.md", positional=True)
+    model: str | None = option("who makes the videos (default: nobody, the dataset's own are judged)", None)
+    weights: str | Path | None = option("the model's checkpoint file or its folder", None, to="model")
+    kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
+    linear: str | None = option(
+        "the inner linear layers in int8 or fp8, or the whole network in bf16 (default: as the checkpoint has them)",
+        None,
+        to="model",
+        choices=("int8", "fp8", "bf16"),
+    )
+    seed: int = option("of all noise", 0, to="world", must=(between(0, 2**64 - 1, "from 0 to 2^64 - 1"),))
+    seconds: float = option("length of each video", 60.0, must=(POSITIVE, at_most(MOST_SECONDS, "about 11 days")))
+    protocol: str = option(
+        "segments: each prompt from the second on at which its segment begins; first: the first one throughout",
+        "segments",
+        choices=("segments", "first"),
+    )
+    split: str | Path | None = option(
+        "file of the ids to evaluate, one a line (default: test_ids.txt of the folder, or all)", None
+    )
+    limit: int | None = option("only so many of them, the first ones", None, must=(at_least(1),))
+    metrics: Sequence[str] | None = option(
+        "only these, for example proxy:clarity,motion (default: all that can be had)",
+        None,
+        metavar="A,B",
+        parse=comma_separated,
+    )
+    weights_dir: str | Path | None = option("folder of the weight files of real metrics", None, metavar="DIR")
+    chunks: int = option("equal parts of a video, whose scores are compared", 10, must=(between(2, 1000),))
+    all: bool = option("look at every frame, not at 12 from the middle of each chunk", False)
+    jobs: int = option("videos at a time, each in a process of its own", 1, must=(between(1, MOST_THREADS),))
+    out: str | Path = option("folder for videos and results; what it holds already is not made again", "dataset-out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Options):
     """What to look at.
 

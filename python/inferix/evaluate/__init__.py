@@ -10,4 +10,7 @@ perceptual.py metrics whose packages ship their parameters
 pair.py       two videos compared
 judging.py    a video through its metrics
 report.py     what is written, printed and drawn
+dataset.py    captions of a dataset, and what is published of it
+processes.py  independent pieces of work, several at a time
+tiny_world.py tiny_studies.py   variants of the tiny world, judged by its simulator as well
 """

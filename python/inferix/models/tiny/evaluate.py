@@ -36,13 +36,23 @@ from inferix_kernels.files import atomic_write, require_writable
 from ..linears import CHOICES
 from . import PRESENTATION
 from .checker import COVERED, KINDS, look
-from .measures import BLOCK, FIFTHS, GATES, Gate, Measures, Summary, measure, summarise, true_video
+from .measures import (
+    BLOCK,
+    CHANGE_EVERY,
+    CONTEXT,
+    FIFTHS,
+    GATES,
+    HELD_OUT,
+    Gate,
+    Measures,
+    Summary,
+    measure,
+    summarise,
+    true_video,
+)
 from .report import WIDTH, Report
 from .simulator import ACTIONS, THEMES, TIMES
 
-HELD_OUT = 10_000  # seed of the first stream; training draws all of its rooms from one generator with another seed
-CONTEXT = 2 * BLOCK  # true frames before the first generated one
-CHANGE_EVERY = 20 * BLOCK  # frames between changes of theme
 STARTS = 4  # worlds started from nothing in each theme
 WARM_UP, TIMED = 10, 40  # blocks; the window is full long before the first ends
 SHEET_STREAMS, SHEET_COLUMNS = 3, 8

@@ -16,6 +16,9 @@ from .checker import COVERED, KINDS, look
 from .simulator import BOATS, FLOOR, MOVES, SPRITE, THEMES, TILE, TIMES, UNIT, UNITS, Simulator
 
 BLOCK = 3  # frames generated together; a theme has this long to change
+HELD_OUT = 10_000  # seed of the first stream; training draws all of its rooms from one generator with another seed
+CONTEXT = 2 * BLOCK  # true frames before the first generated one
+CHANGE_EVERY = 20 * BLOCK  # frames between changes of theme
 FIFTHS = 5
 HORIZON = 200  # frame at which the player must still be where the simulator has it
 NEAR = 2  # pixels, half a move: as near as that is the same place
