@@ -1,5 +1,6 @@
 """A dataset's captions read line by line; videos made of them, judged, and not made twice."""
 
+import doctest
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from inferix.commands import cli
 from inferix.commands.evaluate_dataset import evaluate_dataset
+from inferix.evaluate import dataset, processes
 from inferix.evaluate.dataset import SOURCES, composition, read_dataset
 from inferix.evaluate.processes import each_done
 from tests.evaluate.clips import counted, write
@@ -142,3 +144,11 @@ def test_tasks_are_done_in_other_processes_and_errors_come_back() -> None:
     assert sorted(each_done(str, [1, 2], jobs=2)) == [(1, "1"), (2, "2")]
     with pytest.raises(ValueError):
         list(each_done(int, ["1", "no number"], jobs=1))  # type: ignore[arg-type]
+
+
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "dataset", {"id": "0001", "prompts": ["desert day"]})
+    monkeypatch.chdir(tmp_path)
+    for module in (dataset, processes):
+        failed, tried = doctest.testmod(module)
+        assert tried and not failed
