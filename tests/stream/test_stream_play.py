@@ -34,6 +34,7 @@ async def test_ctrl_c_ends_it_and_closes_files(tmp_path):
         saved = await viewer.request("save")
         assert saved["type"] == "done"
         frames = len(viewer.all("frame"))
+        await viewer.until("state", lambda message: [each["state"] for each in message["pushing"]] == ["live"])
         await viewer.until("frame", since=len(viewer.messages) + 30)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE)
