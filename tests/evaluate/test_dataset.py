@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from inferix.commands import cli
 from inferix.commands import evaluate_dataset as command
@@ -163,6 +164,13 @@ def test_what_was_judged_by_other_metrics_or_weights_is_judged_again(
         monkeypatch.setattr(command, "chosen", had)
         found = evaluate_dataset(folder=tmp_path, out=tmp_path / "out", chunks=2).report
         assert list(found["videos"][0]["scores"]) == names and found["weights"] == {"a.pth": digest}
+
+
+def test_the_folders_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "data[final]", {"prompts": ["a"]})
+    found = evaluate_dataset(folder=source, out=tmp_path / "out", metrics=["proxy:exposure"]).report
+    command.print_all(found, Console(width=300).print)
+    assert "data[final]" in capsys.readouterr().out
 
 
 def test_tasks_are_done_in_other_processes_and_errors_come_back() -> None:
