@@ -363,8 +363,7 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
     _checked(name)
     if _level < LAYER:
         return _NOTHING
-    if any(value.__class__ not in _PLAIN for value in args.values()):
-        args = _without_others(name, args)
+    args = _without_others(name, args)
     if _annotated is not None:
         return _annotated(name, args)
     number = None if _fast is None else _fast.number()  # another one if a recording begins meanwhile
@@ -382,6 +381,9 @@ if Spans is not None:
 
 
 def _without_others(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a trace can hold; that there were others is said."""
+    if all(value.__class__ in _PLAIN for value in args.values()):
+        return args
     _lose(f"arguments of {name!r} that are neither numbers nor texts")
     return {key: value for key, value in args.items() if value.__class__ in _PLAIN}
 
@@ -406,7 +408,7 @@ def timed(name: str, device: Any = None, **args: Any) -> Timed:
             _use_gpu(track)
         else:  # where blocks are made, `block` looks at the events of those before
             track.ring.gpu.block()
-    return Timed(name, args)
+    return Timed(name, _without_others(name, args))
 
 
 @overload
@@ -462,7 +464,7 @@ def record(name: str, start: float, end: float, track: str, **args: Any) -> None
     """
     _checked(name)
     if _level and _recording is not None:
-        _recording.write(track, (name, start, end, 0, args))
+        _recording.write(track, (name, start, end, 0, _without_others(name, args)))
 
 
 # Blocks

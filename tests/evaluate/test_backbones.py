@@ -88,8 +88,35 @@ def test_clip_is_read_from_a_torchscript_archive_in_float16(tmp_path):
             return x
 
     torch.jit.save(torch.jit.trace(Archive(), torch.zeros(1)), tmp_path / "clip.pt")
-    found = clip.image_half(read(tmp_path / "clip.pt"))
+    found = clip.image_half(read(tmp_path / "clip.pt", torchscript=True))
     assert torch.equal(found["proj"], hashed("proj", (8, 4)).half())
+
+
+def test_a_torchscript_archive_runs_nothing_unless_it_is_asked_for(tmp_path):
+    class Archive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.training = torch.nn.Parameter(torch.ones(1)), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        @torch.jit.export
+        def __getstate__(self):
+            return self.weight
+
+        @torch.jit.export
+        def __setstate__(self, state: torch.Tensor) -> None:
+            torch.manual_seed(4321)
+            self.weight, self.training = state, False
+
+    torch.jit.save(torch.jit.script(Archive()), tmp_path / "amt-s.pth")
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=r"amt-s.pth must be a file of weights that torch reads, got: .*TorchScript"):
+        read(tmp_path / "amt-s.pth")
+    assert torch.initial_seed() == 1
+    read(tmp_path / "amt-s.pth", torchscript=True)
+    assert torch.initial_seed() == 4321, "what the check is for: loading ran code of the file"
 
 
 @torch.inference_mode()

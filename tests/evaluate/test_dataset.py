@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from inferix.commands import cli
+from inferix.commands import evaluate_dataset as command
 from inferix.commands.evaluate_dataset import evaluate_dataset
 from inferix.evaluate import dataset, processes
 from inferix.evaluate.dataset import SOURCES, composition, read_dataset
+from inferix.evaluate.judging import chosen
+from inferix.evaluate.metric import Metric
 from inferix.evaluate.processes import each_done
+from inferix.evaluate.weights import WeightsDir
 from tests.evaluate.clips import counted, write
 
 QUICK = {"metrics": ["proxy:exposure"], "chunks": 2, "seconds": 0.5}
@@ -43,6 +48,9 @@ def test_segments_are_equal_or_begin_when_their_texts_say(tmp_path: Path) -> Non
         ({"prompts": ["a", " "]}, "prompts must be a list of texts"),
         ({"prompts": ["a"], "id": "../a"}, "id must be letters"),
         ({"prompts": ["a"], "id": 3}, "id must be text, got 3"),
+        ({"prompts": ["a"], "video": "../a.mp4"}, "video must be a path within the folder, got '../a.mp4'"),
+        ({"prompts": ["a"], "video": "/a.mp4"}, "video must be a path within the folder, got '/a.mp4'"),
+        ({"prompts": ["a"], "video": "http://b/a.mp4"}, "video must be a path within the folder"),
         ({"prompts": ["a"], "id": "good"}, "id must be of no other line, got 'good'"),
         ({"captions": ["a (00s - 09s)", "b"]}, "captions must all end with their seconds, or none"),
         ({"captions": ["a (03s - 09s)"]}, "captions must begin at 0s and go upwards, got 3s"),
@@ -138,6 +146,31 @@ def test_without_a_model_the_datasets_own_videos_are_judged(
     assert list(found["failed"]) == ["broken", "absent", "none"]
     said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert [line for line in said if line in found["failed"]] == ["broken", "absent", "none"], "one line each"
+
+
+def test_what_was_judged_by_other_metrics_or_weights_is_judged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "good.mp4", counted(20))
+    folder(tmp_path, {"prompts": ["a"], "video": "good.mp4"})
+    both = ["proxy:exposure", "proxy:contrast"]
+    for names, digest in ((both[:1], "0"), (both, "0"), (both, "1")):
+        metrics, _ = chosen(names, WeightsDir(None))
+
+        def had(_: object, weights: WeightsDir) -> tuple[list[Metric], dict[str, str]]:
+            weights.read["a.pth"] = digest  # noqa: B023
+            return metrics, {}  # noqa: B023
+
+        monkeypatch.setattr(command, "chosen", had)
+        found = evaluate_dataset(folder=tmp_path, out=tmp_path / "out", chunks=2).report
+        assert list(found["videos"][0]["scores"]) == names and found["weights"] == {"a.pth": digest}
+
+
+def test_the_folders_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "data[final]", {"prompts": ["a"]})
+    found = evaluate_dataset(folder=source, out=tmp_path / "out", metrics=["proxy:exposure"]).report
+    command.print_all(found, Console(width=300).print)
+    assert "data[final]" in capsys.readouterr().out
 
 
 def test_tasks_are_done_in_other_processes_and_errors_come_back() -> None:

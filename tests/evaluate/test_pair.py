@@ -8,6 +8,7 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
+from rich.console import Console
 
 from inferix.commands import evaluate_pair
 from inferix.commands.cli import main
@@ -123,6 +124,8 @@ def test_a_noise_floor_stands_beside(videos, tmp_path, capsys):
     assert found["pair"]["mean"]["psnr"] > found["floor"]["mean"]["psnr"]
     assert found["pair"]["seconds_per_frame"]["psnr"] >= 0
     assert table(found).row_count == 2
+    Console(width=200).print(table({**found, "pair": {**found["pair"], "video": "take[final].mp4"}}))
+    assert "take[final].mp4 beside" in capsys.readouterr().out, "a name is no markup"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,17 @@ def test_a_hook_that_ends_itself_and_fails_ends_no_block(clock):
     profile.stop()
 
 
+def test_arguments_that_no_trace_can_hold_are_left_out_of_every_kind_of_span():
+    recording = profile.start("block")
+    with profile.timed("denoise", where=object(), step=3):
+        pass
+    profile.record("send", 0.0, 1.0, track="viewers", to=object(), bytes=5)
+    profile.stop()
+    assert [row[4] for track in recording.tracks for row in track.kept()] == [{"step": 3}, {"bytes": 5}]
+    said = [f"arguments of {name!r} that are neither numbers nor texts: 1" for name in ("denoise", "send")]
+    assert recording.problems() == said
+
+
 def test_numbers_too_large_for_a_float_are_said():
     recording = profile.start("block")
     profile.count("pages", 10**400)

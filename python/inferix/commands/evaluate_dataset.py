@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -29,7 +30,8 @@ from .generate import generate
 from .options import configured
 
 SETTINGS, EVALUATION = "settings.json", "evaluation.json"
-WHERE = ("folder", "out", "limit", "jobs", "weights_dir", "split")  # options that no result depends on
+# Options that no result depends on, or that a result says itself: its metrics and weight files.
+WHERE = ("folder", "out", "limit", "jobs", "weights_dir", "split")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def evaluate_dataset(config: EvaluateDatasetConfig | None = None, /, **options: 
 
 def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> EvaluatedDataset:
     dataset = read_dataset(config.folder, config.split)
-    _, left_out = chosen(config.metrics, WeightsDir(config.weights_dir))
+    weights = WeightsDir(config.weights_dir)
+    metrics, left_out = chosen(config.metrics, weights)
+    by = {"metrics": {metric.name for metric in metrics}, "weights": dict(weights.read)}
     out = Path(config.out)
     _keep_settings(config, out)
     entries = dataset.chosen[: config.limit]
@@ -78,7 +82,7 @@ def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> 
     found: dict[str, Mapping[str, Any]] = {}
     open_entries = []
     for entry in entries:
-        if (there := _read_result(config, out, entry)) is None:
+        if (there := _read_result(config, out, entry, by)) is None:
             open_entries.append(entry)
         else:
             found[entry.id] = there
@@ -176,12 +180,16 @@ def _result_path(out: Path, entry: Entry) -> Path:
     return out / "results" / f"{entry.id}.json"
 
 
-def _read_result(config: EvaluateDatasetConfig, out: Path, entry: Entry) -> Mapping[str, Any] | None:
-    """The result that is there, of these prompts or this video; None: there is none."""
+def _read_result(
+    config: EvaluateDatasetConfig, out: Path, entry: Entry, by: Mapping[str, Any] | None = None
+) -> Mapping[str, Any] | None:
+    """The result that is there, of these prompts or this video, and by these metrics and weight files; None: there is
+    none."""
     try:
         found = json.loads(_result_path(out, entry).read_text())
         prompts = found["prompts"] and [tuple(each) for each in found["prompts"]]
         same = prompts == (None if config.model is None else [*_prompts(config, entry)])
+        same &= by is None or by == {"metrics": set(found["metrics"]), "weights": found["weights"]}
         return found if same and (config.model is not None or found["video"] == str(entry.video)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -235,7 +243,7 @@ def run(config: EvaluateDatasetConfig) -> int:
 def print_all(found: Mapping[str, Any], show: Callable[[Any], object]) -> None:
     """The dataset's composition, the protocol, the tables of metrics, and what failed."""
     dataset = found["dataset"]
-    drawn = Table(title=f"{dataset['folder']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn = Table(title=escape(dataset["folder"]), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("", "published", "found", ""):
         drawn.add_column(head, justify="right" if head else "left", no_wrap=True)
     for line in dataset["composition"]:

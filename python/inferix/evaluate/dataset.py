@@ -147,6 +147,8 @@ def _entry(line: bytes, number: int, folder: Path) -> Entry:
     id = _text(read, "id") or (Path(video).stem if video else f"{number:04d}")
     if not ID.fullmatch(id):
         raise ValueError(f"id must be letters, digits, _ - and . (not first), at most 120, got {id!r:.140}")
+    if video and not _is_within(video):
+        raise ValueError(f"video must be a path within the folder, got {video!r:.140}")
     return Entry(
         id,
         prompts,
@@ -162,6 +164,13 @@ def _text(read: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise ValueError(f"{name} must be text, got {value!r:.60}")
     return value
+
+
+def _is_within(video: str) -> bool:
+    """By its words: a link may lead elsewhere, as whoever has the folder wants. What has a colon first is no file to
+    FFmpeg."""
+    path = Path(video)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
 def _source_in(video: str) -> str:

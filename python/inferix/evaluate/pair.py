@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from inferix_kernels import __version__
@@ -255,7 +256,7 @@ def table(found: Report) -> Table:
     """For a terminal: a line for each metric, and below it that of the floor, if there is one."""
     pair = found["pair"]
     title = f"{Path(pair['video']).name} beside {Path(pair['reference']).name}, {pair['looked_at']} frames a chunk"
-    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, head in enumerate(("metric", "mean", "worst chunk", "at", "first 2 s", "s/frame")):
         drawn.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
     for name, facts in found["metrics"].items():

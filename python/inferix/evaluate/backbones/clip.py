@@ -69,7 +69,7 @@ def image_half(state: State) -> State:
 
 def load(path: Path, holds: str, width: int, layers: int, patch: int, out: int) -> nn.Module:
     """CLIP's image encoder from OpenAI's file. Raises ValueError: it holds another network."""
-    return filled(lambda: ClipImage(width, layers, patch, out), image_half(read(path)), path, holds)
+    return filled(lambda: ClipImage(width, layers, patch, out), image_half(read(path, torchscript=True)), path, holds)
 
 
 def vit_l_14(path: Path) -> nn.Module:

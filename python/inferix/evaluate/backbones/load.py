@@ -23,18 +23,24 @@ _NUMBERS: list[Any] = [
 ]
 
 
-def read(path: Path) -> State:
-    """The tensors of a file, by name: a state dict, one under "state_dict", or a TorchScript archive (OpenAI's CLIP).
+def read(path: Path, torchscript: bool = False) -> State:
+    """The tensors of a file, by name: a state dict, or one under "state_dict".
 
     "module.", which data-parallel training puts before every name, is left out.
 
-    Pickles are read with `weights_only`, and a TorchScript archive's module is never called: no code of the file runs.
+    Pickles are read with `weights_only`: no code of the file runs.
+
+    Args:
+        torchscript: take a TorchScript archive as well. Loading one can run code of the file (its `__setstate__`): only
+            for a file whose SHA-256 is known, as WeightsDir.path checks it.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
     try:
         if _is_torchscript(path):
+            if not torchscript:
+                raise ValueError("a TorchScript archive, which may run code of its own")
             with warnings.catch_warnings():  # torch.jit is deprecated; the files are of 2021
                 warnings.simplefilter("ignore")
                 held = dict(torch.jit.load(str(path), map_location="cpu").state_dict())
