@@ -1,10 +1,10 @@
-// inferix_kernels._C: every compiled kernel, as functions over raw addresses. The only file that knows Python.
+// inferix_kernels._C: every compiled kernel, as functions over raw addresses.
 //
 // A kernel takes one dict, which has a value for every field of its struct and nothing else; a struct within it is a
 // dict in turn. Tensors arrive as data_ptr(): the module then links neither torch nor its ABI. `stream` None runs the CPU
 // kernel as `cpu` says; a number is a cudaStream_t.
 //
-// Long because it is the only file that knows Python: structs are read here, arguments described, calls made again.
+// Long because it is, with spans.cpp, the only file that knows Python: structs are read here, arguments described, calls made again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

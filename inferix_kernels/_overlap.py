@@ -11,8 +11,8 @@ from .layout import rows_of
 
 
 def check_overlap(read: Mapping[str, Tensor | None], written: Mapping[str, Tensor | None]) -> None:
-    """What is written, [..., K] each, must share no memory with anything else; of what is read it may be all: the same
-    numbers in the same places. Tensors whose rows lie as far apart may lie between each other's rows."""
+    """What is written, [..., K] each, must share no memory with any other of these; with one that is read it may share
+    all: the same numbers in the same places. Tensors whose rows lie as far apart may lie between each other's rows."""
     places = [(name, _place(x)) for name, x in {**read, **written}.items() if x is not None]
     for i, (name, one) in enumerate(places):
         for other_name, other in places[:i]:

@@ -20,6 +20,7 @@ own, these functions are what runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -218,29 +219,11 @@ class Residual(NamedTuple):
     def _normed(self, kind: Accepted, *steps: Any) -> tuple[Residual, Tensor]:
         """`before` of tensors as the op takes them; `kind`: what `kind_of` says of them and of these `Steps`."""
         x, added, gate = self
-        norm, weight, bias, scale, shift, eps = steps
         y, stream, residual, summed = torch.empty_like(x), self, None, None
         if added is not None:
             x, residual, summed = added, x, torch.empty_like(x)
             stream = Residual(summed)
-        ops.call(
-            "add_norm",
-            kind,
-            "auto",
-            x.device,
-            x,
-            gate=gate,
-            residual=residual,
-            norm=norm,
-            weight=weight,
-            bias=bias,
-            scale=scale,
-            shift=shift,
-            eps=eps,
-            activation=None,
-            summed=summed,
-            out=y,
-        )
+        _call(kind, x, gate, residual, steps, summed, y)
         return stream, y
 
     def sum(self) -> Tensor:
@@ -274,9 +257,39 @@ def _added(y: Tensor, gate: Tensor | None, residual: Tensor | None, steps: Steps
     out = torch.empty(y.shape, dtype=dtype, device=y.device)
     norm, weight, bias, scale, shift, eps = steps
     accepted = ops._accept_add_norm(y, gate, residual, norm, (weight, bias), (scale, shift), eps, None, None, out)
-    options = {"gate": gate, "residual": residual, **steps._asdict(), "activation": None, "summed": None, "out": out}
-    ops.call("add_norm", accepted, "auto", y.device, y, **options)
+    _call(accepted, y, gate, residual, steps, None, out)
     return out
+
+
+def _call(
+    accepted: Accepted,
+    x: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    steps: Sequence[Any],
+    summed: Tensor | None,
+    out: Tensor,
+) -> None:
+    """The op, whose arguments were checked. In the order of `ops.add_norm`: both make each other's calls again."""
+    norm, weight, bias, scale, shift, eps = steps
+    ops.call(
+        "add_norm",
+        accepted,
+        "auto",
+        x.device,
+        x,
+        gate=gate,
+        residual=residual,
+        norm=norm,
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=None,
+        summed=summed,
+        out=out,
+    )
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:

@@ -43,17 +43,8 @@ __all__ = [
     "play",
 ]
 
-_CONFIGS = (
-    "ConvertConfig",
-    "DoctorConfig",
-    "EvaluateConfig",
-    "EvaluateDatasetConfig",
-    "EvaluatePairConfig",
-    "GenerateConfig",
-    "InspectKvConfig",
-    "PlayConfig",
-)
-_COMMANDS = ("convert", "doctor", "generate", "inspect_kv", "play")
+_CONFIGS = tuple(name for name in __all__ if name.endswith("Config"))
+_COMMANDS = tuple(name for name in __all__ if name.islower() and name != "__version__")
 _MODULE_OF = {"World": ".world", "__version__": "inferix_kernels"} | dict.fromkeys(_CONFIGS, ".commands.configs")
 _MODULE_OF |= {name: f".commands.{name}" for name in _COMMANDS}
 

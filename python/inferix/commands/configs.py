@@ -221,15 +221,9 @@ class ConvertConfig(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Options):
-    """Videos to judge, and by what.
+class JudgingOptions(Options):
+    """By what a video is judged."""
 
-    Example:
-        >>> inferix.EvaluateConfig(videos=["demo.mp4"]).chunks
-        10
-    """
-
-    videos: Sequence[str] = option("video files", positional=True, must=(NOT_EMPTY,))
     metrics: Sequence[str] | None = option(
         "only these, for example proxy:clarity,motion (default: all that can be had)",
         None,
@@ -239,6 +233,18 @@ class EvaluateConfig(Options):
     weights_dir: str | Path | None = option("folder of the weight files of real metrics", None, metavar="DIR")
     chunks: int = option("equal parts of a video, whose scores are compared", 10, must=(between(2, 1000),))
     all: bool = option("look at every frame, not at 12 from the middle of each chunk", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(JudgingOptions):
+    """Videos to judge, and by what.
+
+    Example:
+        >>> inferix.EvaluateConfig(videos=["demo.mp4"]).chunks
+        10
+    """
+
+    videos: Sequence[str] = option("video files", positional=True, must=(NOT_EMPTY,))
     out: str | Path = option("JSON to write; a page of curves goes next to it", "evaluation.json")
 
 
@@ -269,7 +275,7 @@ class EvaluatePairConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateDatasetConfig(Options):
+class EvaluateDatasetConfig(JudgingOptions):
     """A dataset of captions to make videos of, and by what they are judged.
 
     Example:
@@ -298,15 +304,6 @@ class EvaluateDatasetConfig(Options):
         "file of the ids to evaluate, one a line (default: test_ids.txt of the folder, or all)", None
     )
     limit: int | None = option("only so many of them, the first ones", None, must=(at_least(1),))
-    metrics: Sequence[str] | None = option(
-        "only these, for example proxy:clarity,motion (default: all that can be had)",
-        None,
-        metavar="A,B",
-        parse=comma_separated,
-    )
-    weights_dir: str | Path | None = option("folder of the weight files of real metrics", None, metavar="DIR")
-    chunks: int = option("equal parts of a video, whose scores are compared", 10, must=(between(2, 1000),))
-    all: bool = option("look at every frame, not at 12 from the middle of each chunk", False)
     jobs: int = option("videos at a time, each in a process of its own", 1, must=(between(1, MOST_THREADS),))
     out: str | Path = option("folder for videos and results; what it holds already is not made again", "dataset-out")
 

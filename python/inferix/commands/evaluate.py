@@ -27,7 +27,7 @@ class Evaluated:
     """What was found.
 
     Attributes:
-        path: the JSON; the page is beside it, with the ending .html.
+        path: the JSON; the page, where there is one, is beside it, with the ending .html.
         report: what the JSON holds; docs/quality.md says what each number is.
     """
 

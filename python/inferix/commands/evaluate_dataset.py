@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..evaluate.video import FRAMES
 from ..evaluate.weights import WeightsDir
 from ..media.journal import is_unfinished, journal_path
 from .configs import EvaluateDatasetConfig
+from .evaluate import Evaluated
 from .generate import generate
 from .options import configured
 
@@ -34,20 +35,7 @@ SETTINGS, EVALUATION = "settings.json", "evaluation.json"
 WHERE = ("folder", "out", "limit", "jobs", "weights_dir", "split")
 
 
-@dataclass(frozen=True)
-class EvaluatedDataset:
-    """What was found.
-
-    Attributes:
-        path: the JSON, of all videos; the page is beside it, each video's own results in `results`.
-        report: what the JSON holds: that of `evaluate`, and `dataset`; docs/quality.md says what is what.
-    """
-
-    path: Path
-    report: Mapping[str, Any]
-
-
-def evaluate_dataset(config: EvaluateDatasetConfig | None = None, /, **options: Any) -> EvaluatedDataset:
+def evaluate_dataset(config: EvaluateDatasetConfig | None = None, /, **options: Any) -> Evaluated:
     """Make a video of each of a dataset's captions, and judge them. Called again, it goes on where it was ended.
 
     Args:
@@ -70,7 +58,7 @@ def evaluate_dataset(config: EvaluateDatasetConfig | None = None, /, **options: 
     return _evaluate_dataset(configured(EvaluateDatasetConfig, config, options))
 
 
-def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> EvaluatedDataset:
+def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> Evaluated:
     dataset = read_dataset(config.folder, config.split)
     weights = WeightsDir(config.weights_dir)
     metrics, left_out = chosen(config.metrics, weights)
@@ -100,7 +88,7 @@ def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> 
     _write(path, whole)
     with atomic_write(path.with_suffix(".html"), "out") as part:
         part.write_text(html(whole), encoding="utf-8")
-    return EvaluatedDataset(path, whole)
+    return Evaluated(path, whole)
 
 
 def _settings(config: EvaluateDatasetConfig) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,11 @@ from inferix_kernels.files import atomic_write, require_writable
 from ..evaluate.pair import Compared, chosen_pair_metrics, compare, remarks, report, table
 from ..evaluate.video import FRAMES
 from .configs import EvaluatePairConfig
+from .evaluate import Evaluated
 from .options import configured
 
 
-@dataclass(frozen=True)
-class EvaluatedPair:
-    """What was found.
-
-    Attributes:
-        path: the JSON.
-        report: what it holds; docs/quality.md says what each number is.
-    """
-
-    path: Path
-    report: Mapping[str, Any]
-
-
-def evaluate_pair(config: EvaluatePairConfig | None = None, /, **options: Any) -> EvaluatedPair:
+def evaluate_pair(config: EvaluatePairConfig | None = None, /, **options: Any) -> Evaluated:
     """Compare a video with its reference, and write what was found as a JSON.
 
     Args:
@@ -51,7 +38,7 @@ def evaluate_pair(config: EvaluatePairConfig | None = None, /, **options: Any) -
     return _evaluate_pair(configured(EvaluatePairConfig, config, options))
 
 
-def _evaluate_pair(config: EvaluatePairConfig, progress: bool = False) -> EvaluatedPair:
+def _evaluate_pair(config: EvaluatePairConfig, progress: bool = False) -> Evaluated:
     path = require_writable(Path(config.out), "out")
     given = [config.video, config.reference, *(config.floor or ())]
     for video in given:
@@ -70,7 +57,7 @@ def _evaluate_pair(config: EvaluatePairConfig, progress: bool = False) -> Evalua
     written = report(found, metrics, floor, left_out)
     with atomic_write(path, "out") as part:
         part.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
-    return EvaluatedPair(path, written)
+    return Evaluated(path, written)
 
 
 def run(config: EvaluatePairConfig) -> int:
