@@ -1,0 +1,36 @@
+"""One world on many devices: how ranks exchange keys, values and outputs, and what happens when one is lost.
+
+Importing this package imports no torch.distributed; a name does when it is first used. No launcher is here: processes
+are torchrun's, or whoever's made the process group.
+
+| module | holds |
+|---|---|
+| transport | what a schedule asks of whatever moves its bytes |
+| in_process | ranks that are threads of one process, over one device |
+| faults | `PeerLost` |
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .faults import PeerLost
+    from .in_process import in_process_group, run_ranks
+    from .transport import Message, Ticket, Transport
+
+__all__ = ["Message", "PeerLost", "Ticket", "Transport", "in_process_group", "run_ranks"]
+
+_MODULES = {
+    "faults": ("PeerLost",),
+    "in_process": ("in_process_group", "run_ranks"),
+    "transport": ("Message", "Ticket", "Transport"),
+}
+_MODULE_OF = {name: f".{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
