@@ -8,6 +8,7 @@ are torchrun's, or whoever's made the process group.
 | transport | what a schedule asks of whatever moves its bytes |
 | in_process | ranks that are threads of one process, over one device |
 | faults | `PeerLost` |
+| tokens | a network's work on its own tokens of every frame |
 """
 
 from __future__ import annotations
@@ -18,13 +19,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .faults import PeerLost
     from .in_process import in_process_group, run_ranks
+    from .tokens import TokenShard, WholeFrames, cuts
     from .transport import Message, Ticket, Transport
 
-__all__ = ["Message", "PeerLost", "Ticket", "Transport", "in_process_group", "run_ranks"]
+__all__ = [
+    "Message",
+    "PeerLost",
+    "Ticket",
+    "TokenShard",
+    "Transport",
+    "WholeFrames",
+    "cuts",
+    "in_process_group",
+    "run_ranks",
+]
 
 _MODULES = {
     "faults": ("PeerLost",),
     "in_process": ("in_process_group", "run_ranks"),
+    "tokens": ("TokenShard", "WholeFrames", "cuts"),
     "transport": ("Message", "Ticket", "Transport"),
 }
 _MODULE_OF = {name: f".{module}" for module, names in _MODULES.items() for name in names}

@@ -11,9 +11,12 @@ the network attends to, or adds) -> cross-attention.
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+from inferix_kernels.distributed.tokens import WholeFrames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,6 +266,7 @@ class Model(abc.ABC):
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
         begun_with: digest of the picture that conditions it (`with_picture`); None: none does.
+        shard: whose tokens of each frame this process computes; see `on_rank`.
         first_latents: [n, *latent_shape] that the first block of a world begins with, clean in each of its steps, from
             `with_picture`; None: it is all noise.
     """
@@ -280,6 +284,7 @@ class Model(abc.ABC):
     linear: str | None = None
     schedule: Schedule | None = None
     begun_with: str | None = None
+    shard: WholeFrames = WholeFrames()
     first_latents: Tensor | None = None
 
     @property
@@ -378,6 +383,17 @@ class Model(abc.ABC):
         """Pictures that so many latent frames stand for, from the beginning on: `encode` makes them of these, a stream
         gives these for them."""
         return latents
+
+    def on_rank(self, shard: WholeFrames) -> Model:
+        """The same model in a process that computes one rank's tokens of each frame. What `attend` is given, and
+        returns, is of those; predictions are whole.
+
+        Raises:
+            ValueError: the network looks at other tokens outside of `attend`.
+        """
+        other = copy.copy(self)
+        other.shard = shard
+        return other
 
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:
         """The same model for a video of so many pictures, made at once.

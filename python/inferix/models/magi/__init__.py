@@ -146,7 +146,7 @@ class Magi(Model):
 
     def predict(self, inputs: Sequence[BlockInput], attend: PagedAttend, stride: float | None = None) -> list[Tensor]:
         blocks, times, crosses = zip(*((block.x, block.t, block.conditioning) for block in inputs))
-        velocities = self.network(blocks, torch.stack(times), crosses, attend, stride)
+        velocities = self.network(blocks, torch.stack(times), crosses, attend, stride, self.shard)
         if velocities is None:
             return [x[:0] for x in blocks]
         return [velocity.to(x.dtype) for velocity, x in zip(velocities, blocks)]

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inferix_kernels import Quantized, profile
+from inferix_kernels.distributed.tokens import WholeFrames
 from inferix_kernels.quantize import Residual, linear_output
 
 from ..rope import spread
@@ -345,6 +346,7 @@ class MagiNetwork(nn.Module):
         crosses: Sequence[CrossCache],
         attend: Attend,
         stride: float | None = None,
+        shard: WholeFrames = WholeFrames(),
     ) -> list[Tensor] | None:
         """Velocity (clean latent minus noise) of every block; None if `attend` ended the pass.
 
@@ -354,23 +356,26 @@ class MagiNetwork(nn.Module):
             crosses: the conditioning of each block, from `cross_cache`.
             attend: carries out self-attention over these blocks and whatever came before them.
             stride: the size of its steps, which a distilled network takes.
+            shard: whose tokens this process computes: all, or one rank's; `attend` is given those.
         """
         config = self.config
         x = torch.cat(list(blocks)).to(self.x_embedder.weight.dtype) * config.x_scale
         grid = x.shape[2] // config.patch, x.shape[3] // config.patch
         cond = self._cond(times.to(x.device), crosses, stride).to(self.dtype)
-        lengths = [len(block) * grid[0] * grid[1] for block in blocks]
+        patches = shard.own(self._patches(x, grid).to(self.dtype).unflatten(0, (len(x), -1)))  # [F, n, dim]
+        lengths = [len(block) * patches.shape[1] for block in blocks]
         segments = [(slice(*rows), cross) for rows, cross in zip(pairwise(accumulate(lengths, initial=0)), crosses)]
         # As many rows in each place, of one noise level: a segment's or, where segments differ, a frame's.
         places = [len(block) for block in blocks] if len(set(lengths)) > 1 else [1] * len(blocks)
         cond = torch.cat([row.expand(count, -1) for row, count in zip(cond.split(1), places)])[:, None]
-        stream: Any = Residual(self._patches(x, grid).to(self.dtype).unflatten(0, (len(cond), -1)))
+        stream: Any = Residual(patches.flatten(0, 1).unflatten(0, (len(cond), -1)))
         for i, layer in enumerate(self.videodit_blocks.layers):
             with profile.span("layer", layer=i):
                 stream = layer(i, stream, cond, segments, attend)
             if stream is None:
                 return None
         out = self.final_linear.linear(self.videodit_blocks.final_layernorm(stream.sum().flatten(0, 1)))
+        out = shard.whole(out.unflatten(0, (len(x), -1)), grid[0] * grid[1]).flatten(0, 1)
         velocity = self._unpatch(out, len(x), grid)[:, : config.channels] / config.x_scale
         return list(velocity.split([len(block) for block in blocks]))
 

@@ -74,7 +74,7 @@ class TinyWorld(Model):
 
         def paged(layer: int, qkv: Tensor, norm_q: Tensor, norm_k: Tensor) -> Tensor | None:
             out = attend(layer, qkv.flatten(0, 2), norm_q, norm_k, config.eps)
-            return None if out is None else out.view(1, count, config.block_tokens, -1)
+            return None if out is None else out.view(1, count, -1, out.shape[-1])
 
         x = torch.stack([block.x.flatten(0, 1) for block in inputs])[None]
         times = torch.stack([block.t for block in inputs])[None].float()
@@ -82,7 +82,8 @@ class TinyWorld(Model):
         per_layer = zip(*(block.conditioning[1] for block in inputs))
         cross = [CrossCache(*map(_side_by_side, zip(*layer))) for layer in per_layer]
         first = first_predicted(inputs)
-        predicted = self.network(x.to(self.dtype), times, actions, cross, paged, predict=slice(first, None))
+        predict = slice(first, None)
+        predicted = self.network(x.to(self.dtype), times, actions, cross, paged, predict, self.shard)
         nothing = [block.x[:0] for block in inputs]
         if predicted is None:
             return nothing

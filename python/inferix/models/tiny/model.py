@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inferix_kernels import profile
+from inferix_kernels.distributed.tokens import WholeFrames
 from inferix_kernels.quantize import Residual, linear_input, linear_output
 
 from .simulator import ACTIONS, GRID, PLACES, TILE, TIMES
@@ -234,6 +235,7 @@ class TinyWorldModel(nn.Module):
         cross: Sequence[CrossCache],
         attend: Attend,
         predict: slice = slice(None),
+        shard: WholeFrames = WholeFrames(),
     ) -> Tensor | None:
         """Clean prediction of the blocks in `predict`; None if `attend` ends the pass early.
 
@@ -244,6 +246,7 @@ class TinyWorldModel(nn.Module):
             cross: prompt_cache of [B, S, 2] themes.
             attend: carries out self-attention over these blocks and whatever came before them.
             predict: which of the S blocks need a prediction; the others only leave their keys and values.
+            shard: whose tokens this process computes: all, or one rank's; `attend` is given those.
 
         Returns:
             [B, len(predict), L, patch].
@@ -255,7 +258,7 @@ class TinyWorldModel(nn.Module):
         modulation = self.time_projection(F.silu(condition)).unflatten(-1, (6, 1, -1)).movedim(-3, 0).contiguous()
         h = self.patch_embedding(x).unflatten(-2, (actions.shape[-1], -1))
         h = h + self.action_token(history).sum(-2).unsqueeze(-2) + self.position  # [B, S, frames, n, dim]
-        stream = Residual(h)
+        stream = Residual(shard.own(h))
         for i, layer in enumerate(self.layers):
             with profile.span("layer", layer=i):
                 made = layer(i, stream, modulation, cross[i], attend)
@@ -265,4 +268,5 @@ class TinyWorldModel(nn.Module):
         h, condition = stream.sum()[:, predict], condition[:, predict]
         scale, shift = (condition.unsqueeze(-2) + self.head_modulation).unsqueeze(-3).unbind(-2)
         y: Any = linear_input(self.head_up, h, norm="layer", scale=scale, shift=shift, eps=self.config.eps)
-        return self.head(linear_output(self.head_up, y.flatten(-3, -2), activation="gelu_tanh"))
+        made = self.head(linear_output(self.head_up, y, activation="gelu_tanh"))
+        return shard.whole(made, self.config.frame_tokens).flatten(-3, -2)

@@ -201,7 +201,8 @@ class Wan(Model):
         timesteps = torch.cat([block.t.expand(len(block.x)) for block in inputs])
         first, dtype = first_predicted(inputs), blocks[-1].dtype
         sizes = [0] * first + [len(x) for x in blocks[first:]]
-        flow = self.network(blocks, timesteps, [block.conditioning for block in inputs], attend, first)
+        crosses = [block.conditioning for block in inputs]
+        flow = self.network(blocks, timesteps, crosses, attend, first, self.shard)
         if flow is None:
             return [block.x[:0] for block in inputs]
         return list(flow.to(dtype).split(sizes))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inferix_kernels import profile
+from inferix_kernels.distributed.tokens import WholeFrames
 from inferix_kernels.quantize import Residual, linear_input, linear_output
 from inferix_kernels.uploads import upload
 
@@ -309,6 +310,7 @@ class WanNetwork(nn.Module):
         crosses: Sequence[CrossCache],
         attend: Attend,
         first: int = -1,
+        shard: WholeFrames = WholeFrames(),
     ) -> Tensor | None:
         """Flow (noise minus clean latent) of the blocks from `first` on, the last one alone by default; the blocks
         before them only leave their keys and values.
@@ -318,23 +320,25 @@ class WanNetwork(nn.Module):
             timesteps: [frames of all blocks], 0 (clean) to 1000 (noise).
             crosses: the conditioning of each block, from `cross_cache`.
             attend: carries out self-attention over these blocks and whatever came before them.
+            shard: whose tokens this process computes: all, or one rank's; `attend` is given those.
 
         Returns:
             [frames of these blocks, channels_out, height, width] in the network's dtype, or None if attend was.
         """
         x = torch.cat([block.to(self.dtype) for block in blocks])
         grid = x.shape[2] // self.config.patch[0], x.shape[3] // self.config.patch[1]
-        h = Residual(self._patches(x, grid))
+        h = Residual(shard.own(self._patches(x, grid)))
         e = self._time(timesteps.to(x.device))
         modulation = self._modulation(self.time_projection(e))
-        segments = _segments([len(block) * grid[0] * grid[1] for block in blocks], crosses)
+        segments = _segments([len(block) * h.shape[1] for block in blocks], crosses)
         for i, layer in enumerate(self.blocks):
             with profile.span("layer", layer=i):
                 h = layer(i, h, modulation[6 * i : 6 * i + 6], segments, attend)
             if h is None:
                 return None
         last = sum(len(block) for block in blocks[first:])
-        return self._unpatch(self.head(h.sum()[-last:], e[-last:]), grid)
+        flow = shard.whole(self.head(h.sum()[-last:], e[-last:]), grid[0] * grid[1])
+        return self._unpatch(flow, grid)
 
     def _modulation(self, e: Tensor) -> Sequence[Tensor]:
         """What every layer makes of e [F, 6 * dim], at once: six [F, 1, dim] for each, in float32 or better."""
