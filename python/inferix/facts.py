@@ -10,6 +10,7 @@ from inferix_kernels import KVStore, PageTable
 from .decode.contract import Model
 from .decode.decoder import Decoder
 from .history import Pictures
+from .ranks import Ranks
 
 
 class Facts:
@@ -23,6 +24,7 @@ class Facts:
         prompt: the last one it was given.
         latents: [frames, *latent_shape], what the last step left: of the block that it made or, of a model with several
             in flight, of all that were. `World.replay` takes it.
+        ranks: the processes that run it together; None: this one alone.
     """
 
     model: Model
@@ -31,6 +33,7 @@ class Facts:
     pictures: Pictures
     latents: Tensor
     prompt: str | None = None
+    ranks: Ranks | None = None
 
     @property
     def table(self) -> PageTable:

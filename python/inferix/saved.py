@@ -133,6 +133,8 @@ def load(world: World, folder: str | Path) -> World:
     other.pictures = Pictures(stream, world.table.policy.undo, world.model.device)
     decoder.restart = other.pictures.restart
     other.prompt = state["prompt"]
+    if other.ranks is not None:
+        other.ranks.add(other)
     return other
 
 

@@ -1,11 +1,17 @@
-"""A world takes one call at a time. Worlds of one store may be at work in several threads, one world in one of them."""
+"""A world takes one call at a time. Worlds of one store may be at work in several threads, one world in one of them.
+
+A world that several processes run together takes each call on all of them: see ranks.py.
+"""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -16,6 +22,8 @@ class Loop(Protocol):
 
 
 class HasLoop(Protocol):
+    ranks: Ranks | None
+
     @property
     def decoder(self) -> Loop: ...
 
@@ -36,7 +44,10 @@ def one_at_a_time(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenat
                 "in several threads are its forks, or others"
             )
         try:
-            return method(self, *args, **kwargs)
+            if self.ranks is None:
+                return method(self, *args, **kwargs)
+            with self.ranks.together(self, alone, *args, **kwargs):
+                return method(self, *args, **kwargs)
         finally:
             busy.release()
 

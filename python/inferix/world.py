@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inferix_kernels import PageTable, Policy, profile
 from inferix_kernels._check import whole
+from inferix_kernels.distributed.tokens import TokenShard
 
 from .decode.contract import Model
 from .facts import Facts
@@ -35,6 +36,7 @@ from .opening import (
     say_unusual,
     working_format,
 )
+from .ranks import Ranks
 from .tracing import shown
 from .turns import one_at_a_time
 
@@ -66,6 +68,8 @@ class World(Facts):
             that read the past by a bias or by relative time are launched from Python. Never run on a GPU.
         linear: what the network's inner linear layers are kept in and multiplied in: "int8" or "fp8", or "bf16", the
             whole network in bfloat16; None: as the model's loader has it. A Model is loaded with it.
+        ranks: the processes that run this world together, each of which opens it so; only rank 0's is called, the
+            others `follow`. None: this process alone.
         options: passed on to the model's loader, for example size=(height, width) in pixels.
 
     Raises:
@@ -98,6 +102,7 @@ class World(Facts):
         precision: str = "auto",
         graphs: bool = False,
         linear: str | None = None,
+        ranks: Ranks | None = None,
         **options: Any,
     ):
         check_format(kv)
@@ -105,6 +110,8 @@ class World(Facts):
         if linear is not None and not isinstance(model, str):
             raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
         self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
+        if ranks is not None:
+            self.model = self.model.on_rank(TokenShard(ranks.transport))
         adapter = self.model.adapter
         working = working_format(self.model)
         policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
@@ -115,6 +122,9 @@ class World(Facts):
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
         self.store = open_store(self.model, policy, worlds, backend, precision)
         self._begin(policy, seed)
+        if ranks is not None:
+            self.ranks = ranks
+            ranks.add(self)
 
     def _begin(self, policy: Policy, seed: int) -> None:
         table = self.store.open(policy)
@@ -296,6 +306,8 @@ class World(Facts):
         other = copy.copy(self)
         other.decoder = self.decoder.fork()
         other._show(self.pictures.fork())
+        if self.ranks is not None:
+            self.ranks.add(other)
         if seed is not None:
             other.decoder.generator.manual_seed(int(seed))
         return other

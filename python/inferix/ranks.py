@@ -1,0 +1,149 @@
+"""Processes that run one world together: rank 0 is steered, and the others do what it does.
+
+Every rank opens the same world. Each call of one on rank 0 is told to the others before it is carried out, with all of
+its arguments, and they make the same call on theirs. So a block's actions and prompt reach every rank with that block,
+and forks, rewinds and resets are made alike everywhere; what the ranks do for each other within a call is the business
+of attention (inferix_kernels.distributed). Only rank 0 writes files and serves a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inferix_kernels.distributed.transport import Message, Transport
+
+if TYPE_CHECKING:
+    from .world import World
+
+PATIENCE = 1e5  # seconds that a rank waits for what is done next: a world may be left alone for a day
+LENGTH = 8  # bytes of a message's length, which goes ahead of it
+
+
+class _Call(NamedTuple):
+    """What the other ranks are told to do.
+
+    Attributes:
+        dropped: numbers of worlds that nobody on rank 0 has any more.
+        world: the number of the world that is called.
+        name: of a method of World, or module:function of a function whose first argument is the world.
+    """
+
+    dropped: list[int]
+    world: int
+    name: str
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Ranks:
+    """The group, seen from one rank. One world is opened over it, and forks of that one.
+
+    Args:
+        transport: of the group.
+    """
+
+    def __init__(self, transport: Transport):
+        self.transport = transport
+        self._numbers = itertools.count()
+        self._number: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._worlds: dict[int, World] = {}  # held by those who follow alone
+        self._dropped: list[int] = []
+        self._turn, self._inside, self._failed = threading.RLock(), False, False
+
+    @property
+    def leads(self) -> bool:
+        return self.transport.rank == 0
+
+    def add(self, world: World) -> None:
+        """A world that was opened, forked or loaded: at the same place of the same order on every rank."""
+        number = self._number[world] = next(self._numbers)
+        if self.leads:
+            weakref.finalize(world, self._dropped.append, number).atexit = False
+        else:
+            self._worlds[number] = world
+
+    @contextlib.contextmanager
+    def together(self, world: World, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+        """A call of a world that is about to be made on rank 0. One at a time, over all worlds of the group."""
+        with self._turn:
+            if not self.leads or self._inside:  # what a call calls is made by every rank for itself
+                yield
+                return
+            method = function.__qualname__.startswith("World.")
+            name = function.__name__ if method else f"{function.__module__}:{function.__qualname__}"
+            dropped, self._dropped[:] = list(self._dropped), []
+            self.share((self._failed, _Call(dropped, self._number[world], name, (args, kwargs))))
+            self._inside, self._failed = True, True
+            try:
+                yield
+                self._failed = False
+            finally:
+                self._inside = False
+
+    def follow(self) -> None:
+        """Make the calls that are made on rank 0, until it is done.
+
+        Raises:
+            RuntimeError: a call raised here that did not there, or the other way round. PeerLost: a rank is gone.
+        """
+        error: Exception | None = None
+        name = ""
+        while True:
+            failed, call = self.share(None)
+            if failed != (error is not None):
+                here, there = f"on rank {self.transport.rank}", "on rank 0"
+                first, then = (there, here) if failed else (here, there)
+                raise RuntimeError(f"{name} failed {first}, and not {then}: {error}") from error
+            if call is None:
+                return
+            for number in call.dropped:
+                del self._worlds[number]
+            name, error = call.name, self._make(call)
+
+    def _make(self, call: _Call) -> Exception | None:
+        world = self._worlds[call.world]
+        module, _, name = call.name.rpartition(":")
+        function = getattr(importlib.import_module(module) if module else type(world), name)
+        args, kwargs = call.arguments
+        try:
+            function(world, *args, **kwargs)
+        except Exception as error:  # a bad argument, a block that is not finite: raised there too, and handled there
+            return error
+        return None
+
+    def end(self) -> None:
+        """On rank 0: nothing more is to come."""
+        with self._turn:
+            self.share((self._failed, None))
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank. It is pickled, as torch.distributed does: the ranks trust each other.
+
+        Raises:
+            PeerLost: as Ticket.wait.
+        """
+        transport, others = self.transport, range(1, self.transport.size)
+        transport.at("what rank 0 does next", -1, -1)
+        if self.leads:
+            body = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(transport.device)
+            for blob in (_length(len(body)).to(transport.device), body):
+                transport.post([Message(rank, blob) for rank in others], []).wait(PATIENCE)
+            return value
+        length = torch.empty(LENGTH, dtype=torch.uint8, device=transport.device)
+        transport.post([], [Message(0, length)]).wait(PATIENCE)
+        body = torch.empty(int.from_bytes(length.tolist(), "little"), dtype=torch.uint8, device=transport.device)
+        transport.post([], [Message(0, body)]).wait()
+        return pickle.loads(body.cpu().numpy().tobytes())
+
+
+def _length(size: int) -> Tensor:
+    return torch.tensor(list(size.to_bytes(LENGTH, "little")), dtype=torch.uint8)
