@@ -18,9 +18,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from inferix_kernels.distributed.process_group import ProcessGroupTransport
 from torch import Tensor
 
 from inferix_kernels.distributed.transport import Message, Transport
+
+from .launcher import launched_rank
 
 if TYPE_CHECKING:
     from .world import World
@@ -44,6 +48,10 @@ class _Call(NamedTuple):
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class _End(NamedTuple):
+    result: Any
+
+
 class Ranks:
     """The group, seen from one rank. One world is opened over it, and forks of that one.
 
@@ -52,7 +60,7 @@ class Ranks:
     """
 
     def __init__(self, transport: Transport):
-        self.transport = transport
+        self.transport, self._ended = transport, False
         self._numbers = itertools.count()
         self._number: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._worlds: dict[int, World] = {}  # held by those who follow alone
@@ -62,6 +70,19 @@ class Ranks:
     @property
     def leads(self) -> bool:
         return self.transport.rank == 0
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """What leaves the context as an exception ends all ranks, with its message; else rank 0 has ended with them."""
+        try:
+            with self.transport:
+                if error is not None:
+                    raise error
+                self.end()
+        finally:
+            dist.destroy_process_group()
 
     def add(self, world: World) -> None:
         """A world that was opened, forked or loaded: at the same place of the same order on every rank."""
@@ -89,8 +110,11 @@ class Ranks:
             finally:
                 self._inside = False
 
-    def follow(self) -> None:
+    def follow(self) -> Any:
         """Make the calls that are made on rank 0, until it is done.
+
+        Returns:
+            What rank 0 has ended with.
 
         Raises:
             RuntimeError: a call raised here that did not there, or the other way round. PeerLost: a rank is gone.
@@ -103,8 +127,8 @@ class Ranks:
                 here, there = f"on rank {self.transport.rank}", "on rank 0"
                 first, then = (there, here) if failed else (here, there)
                 raise RuntimeError(f"{name} failed {first}, and not {then}: {error}") from error
-            if call is None:
-                return
+            if isinstance(call, _End):
+                return call.result
             for number in call.dropped:
                 del self._worlds[number]
             name, error = call.name, self._make(call)
@@ -120,10 +144,12 @@ class Ranks:
             return error
         return None
 
-    def end(self) -> None:
-        """On rank 0: nothing more is to come."""
+    def end(self, result: Any = None) -> None:
+        """On rank 0: nothing more is to come, and the others' `follow` returns the result. Once is enough."""
         with self._turn:
-            self.share((self._failed, None))
+            if self.leads and not self._ended:
+                self._ended = True
+                self.share((self._failed, _End(result)))
 
     def share(self, value: Any) -> Any:
         """What rank 0 gives, on every rank. It is pickled, as torch.distributed does: the ranks trust each other.
@@ -143,6 +169,21 @@ class Ranks:
         body = torch.empty(int.from_bytes(length.tolist(), "little"), dtype=torch.uint8, device=transport.device)
         transport.post([], [Message(0, body)]).wait()
         return pickle.loads(body.cpu().numpy().tobytes())
+
+
+def join(device: str | None = None) -> Ranks | None:
+    """The processes that torchrun has started, this one among them; None: it runs alone.
+
+    Args:
+        device: "cpu" or "cuda"; None: a GPU, if there is one. Of several each process takes its own.
+    """
+    if launched_rank() is None:
+        return None
+    on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    if on_gpu:  # never run on a GPU
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"))
 
 
 def _length(size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from inferix_kernels import OutOfPages, Unsupported
 
+from ..ranks import join
 from .configs import GenerateConfig
 from .generation import Generation
 from .options import configured
@@ -51,6 +53,9 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
     KeyboardInterrupt raised. After any other error the frames until then are in `.NAME.part` next to `out`. What a
     model that is not live has made is taken up again by `resume=True`.
 
+    Of processes that torchrun has started each makes this call. They make the video together: rank 0 writes it, and
+    all return the same.
+
     Args:
         config: what to make; without one, the defaults.
         options: fields of GenerateConfig, in place of those of `config`.
@@ -67,9 +72,16 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
         >>> inferix.generate(config, seed=1, out="1.mp4").frames
         8
     """
-    generation = Generation(configured(GenerateConfig, config, options))
-    complete = generation.run()
-    video = _write_beside(generation) if generation.frames else None
+    config = configured(GenerateConfig, config, options)
+    with join(config.device) or contextlib.nullcontext() as ranks:
+        generation = Generation(config, ranks)
+        if ranks is not None and not ranks.leads:
+            made: GeneratedVideo = ranks.follow()
+            return made
+        complete = generation.run()
+        video = _write_beside(generation) if generation.frames else None
+        if ranks is not None:
+            ranks.end(video)
     if video is None or not complete:
         raise KeyboardInterrupt
     return video
@@ -78,7 +90,12 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
 def run(config: GenerateConfig) -> int:
     """The same on the command line: a bar, a few lines, and 130 if Ctrl-C ended it early."""
     try:
-        return _run(Generation(config))
+        with join(config.device) or contextlib.nullcontext() as ranks:
+            generation = Generation(config, ranks)
+            if ranks is not None and not ranks.leads:
+                ranks.follow()
+                return 0
+            return _run(generation)
     except (Unsupported, OutOfPages) as error:
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -19,6 +19,7 @@ from ..media.journal import Journal, journal_path, refuse_unfinished
 from ..media.output_file import partial_path
 from ..models import MODELS, Model, blocks_for, load_model, whole_start
 from ..profile import profiling
+from ..ranks import Ranks
 from ..world import World
 from .configs import GenerateConfig
 from .controls import Prompts, actions_from, refuse_inputs
@@ -28,6 +29,9 @@ from .maker import Maker
 class Generation:
     """A video that a config asks for. When this is opened nothing has been written, and all that is to be can be.
 
+    Args:
+        ranks: the processes that make it together, of which the first one runs and the others follow.
+
     Attributes:
         total: frames that were asked for.
         frames: that were made.
@@ -35,7 +39,7 @@ class Generation:
         journal: of the run; None for a live world.
     """
 
-    def __init__(self, config: GenerateConfig):
+    def __init__(self, config: GenerateConfig, ranks: Ranks | None = None):
         self.config = config
         if config.device is not None and check_device("device", config.device).type not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {config.device!r}")
@@ -48,7 +52,8 @@ class Generation:
         self.total = round(config.seconds * presentation.fps)
         if self.total < 1:
             raise ValueError(f"seconds must be at least one frame, 1/{presentation.fps}, got {config.seconds:g}")
-        _check_outputs(config, model)
+        if ranks is None or ranks.leads:  # who writes
+            _check_outputs(config, model)
         given = _given(config, model, self.total)
         self.digest = None if given is None else hashlib.sha256(given.tobytes()).hexdigest()
         if adapter.at_once:
@@ -58,7 +63,7 @@ class Generation:
         self.given = given
         # A pipeline begins no block that nobody will see.
         blocks = blocks_for(model, self.total) if adapter.stages else None
-        self.world = World(model, blocks=blocks, **config.arguments("world"))
+        self.world = World(model, blocks=blocks, ranks=ranks, **config.arguments("world"))
         if threads := config.threads or presentation.threads:
             torch.set_num_threads(threads)
         self.prompts = _prompts(config, model)

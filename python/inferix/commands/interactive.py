@@ -21,7 +21,7 @@ def open_world(
     image: str | Path | None = None,
     **options: Any,
 ) -> World:
-    """A world with room for forks and to rewind.
+    """A world with room for forks and to rewind; in a process that torchrun has started, one rank's of it.
 
     Args:
         model: its name in `inferix.models.MODELS`.
@@ -39,10 +39,11 @@ def open_world(
     import torch
 
     from ..models import load_model
+    from ..ranks import join
     from ..world import World
     from .controls import begun_with
 
-    of_world = inspect.signature(World).parameters.keys() - {"model", "weights", "linear"}
+    of_world = inspect.signature(World).parameters.keys() - {"model", "weights", "linear", "ranks"}
     settings = {name: options.pop(name) for name in of_world & options.keys()}
     loaded = load_model(model, **options)
     adapter = loaded.adapter
@@ -59,4 +60,6 @@ def open_world(
     if undo_seconds is None:
         undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
     blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
-    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, **settings)
+    return World(
+        loaded, undo=blocks * adapter.block_frames, worlds=worlds, ranks=join(options.get("device")), **settings
+    )

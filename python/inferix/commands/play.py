@@ -70,6 +70,7 @@ def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:
         from inferix_kernels._install import install
 
         raise ImportError(f"the page needs {error.name}: {install('stream')}, or play in the `terminal`") from None
+    from ..launcher import launched_rank
     from ..stream import log
     from ..stream.worker import PROCESS
 
@@ -79,6 +80,11 @@ def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:
         )
     opener = functools.partial(open_world, config.model, undo_seconds=config.undo, worlds=config.worlds, **settings)
     log.configure()
+    if launched_rank():  # rank 0 has the page; its worlds' process is the group's first
+        world = opener()
+        with world.ranks:
+            world.ranks.follow()
+        return
     asyncio.run(_until_interrupted(Server(opener, seed=config.seed, **config.arguments("server")), config.model))
 
 

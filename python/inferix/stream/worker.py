@@ -310,3 +310,6 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
                 stage[0].commit_pending()
     except (EOFError, OSError):
         pass  # the parent is gone
+    finally:
+        if stage and (ranks := stage[0].worlds["a"].world.ranks) is not None:
+            ranks.__exit__(None, None, None)
