@@ -7,7 +7,8 @@ are torchrun's, or whoever's made the process group.
 |---|---|
 | transport | what a schedule asks of whatever moves its bytes |
 | in_process | ranks that are threads of one process, over one device |
-| faults | `PeerLost` |
+| process_group | ranks that are processes, over a process group of torch.distributed |
+| faults | which rank is lost, and how the others learn of it |
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .faults import PeerLost
     from .in_process import in_process_group, run_ranks
+    from .process_group import ProcessGroupTransport
     from .transport import Message, Ticket, Transport
 
-__all__ = ["Message", "PeerLost", "Ticket", "Transport", "in_process_group", "run_ranks"]
+__all__ = ["Message", "PeerLost", "ProcessGroupTransport", "Ticket", "Transport", "in_process_group", "run_ranks"]
 
 _MODULES = {
     "faults": ("PeerLost",),
     "in_process": ("in_process_group", "run_ranks"),
+    "process_group": ("ProcessGroupTransport",),
     "transport": ("Message", "Ticket", "Transport"),
 }
 _MODULE_OF = {name: f".{module}" for module, names in _MODULES.items() for name in names}
