@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -117,7 +118,8 @@ class Watch:
         self.loss: Loss | None = None
         self.waits: tuple[int, ...] = ()
         self._on_loss, self._late = on_loss, late
-        self._store: Store | None = store.clone()  # a connection of its own: a get of somebody else's blocks one
+        # A connection of its own: a get of somebody else's would hold it up. torch's stub leaves out clone.
+        self._store: Store | None = store.clone()  # type: ignore[attr-defined]
         turn = self._store.add(f"inferix/watches/{rank}", 1)
         self._keys = [f"inferix/watch/{turn}/{r}" for r in range(size)]
         self._changed = threading.Condition()  # guards what is below
@@ -145,11 +147,12 @@ class Watch:
         self._words = self._read()
         self._heart.start()
 
-    def lost(self, where: Where, peers: Sequence[int], waited: float, broken: bool) -> PeerLost:
+    def lost(self, where: Where, peers: Sequence[int], began: float, broken: bool) -> PeerLost:
         """Who it was that a wait has failed for. The other ranks are told.
 
         Args:
             peers: whose messages did not come.
+            began: when the wait did, of the monotonic clock.
             broken: a connection failed; else the deadline has passed.
         """
         with self._changed:
@@ -159,7 +162,7 @@ class Watch:
             else:
                 found = self.loss or self._blamed(peers)
         self.tell(found)
-        return PeerLost(found.ranks, *where, waited, found.reason)
+        return PeerLost(found.ranks, *where, time.monotonic() - began, found.reason)
 
     def tell(self, loss: Loss) -> None:
         """The others, unless they have been told of another one; returns when it is in the store, or can't be."""
@@ -174,7 +177,11 @@ class Watch:
 
         Args:
             orderly: wait until all ranks have closed theirs: none ends while another still reads from it.
+
+        Raises:
+            PeerLost: a rank was lost before all had closed theirs in order.
         """
+        began = time.monotonic()
         others = [r for r in range(self.size) if r != self.rank]
         with self._changed:
             if orderly:
@@ -185,6 +192,8 @@ class Watch:
             self._closed = True
             self._say()
         self._heart.join(PATIENCE)
+        if orderly and self.loss is not None:
+            raise PeerLost(self.loss.ranks, *Where("the group's end"), time.monotonic() - began, self.loss.reason)
 
     def _leave(self, stage: int, others_have: Callable[[], bool], patience: float) -> None:
         self._mine = self._mine._replace(left=stage)
@@ -259,7 +268,7 @@ class Watch:
     def _read(self) -> list[Word]:
         assert self._store is not None
         found = [json.loads(self._store.get(key)) for key in self._keys]
-        return [Word(*(tuple(x) if isinstance(x, list) else x for x in word)) for word in found]
+        return [Word._make(tuple(x) if isinstance(x, list) else x for x in word) for word in found]
 
     def _told(self) -> Loss | None:
         return next((Loss(word.lost, word.reason) for word in self._words if word.lost), None)

@@ -32,7 +32,7 @@ class ProcessGroupTransport(Transport):
     Args:
         group: of torch.distributed; None: its default one.
         device: this rank's.
-        store: of torch.distributed, for heartbeats; None: the group's own.
+        store: of torch.distributed, for this group's heartbeats alone; None: the group's own.
         deadline: seconds of a wait that is given none.
 
     Raises:
@@ -63,16 +63,18 @@ class ProcessGroupTransport(Transport):
             raise ValueError(f"group must be a process group, got {group!r} before torch.distributed was initialized")
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ValueError(f"group must have this process in it, got ranks {dist.get_process_group_ranks(group)}")
+            raise ValueError("group must have this process among its ranks, got one of others")
         device = torch.empty(0, device=check_device("device", device)).device  # with its index
         super().__init__(rank, dist.get_world_size(group), device, deadline)
         _check_backend(group, device, rank)
-        self.group = group if group is not None else dist.group.WORLD
+        group = group if group is not None else dist.group.WORLD
+        assert group is not None
+        self.group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._under_way: list[_Ticket] = []  # on GPUs
         if device.type == "cuda":
             dist.barrier(group, device_ids=[device.index])  # NCCL's first call must be everybody's (pytorch #74701)
-        store = store if store is not None else dist.distributed_c10d._get_process_group_store(self.group)
+        store = dist.distributed_c10d._get_process_group_store(group) if store is None else store
         self.watch = Watch(store, rank, self.size, deadline, self._end_waits, self._late)
         self.watch.start()
 
@@ -87,7 +89,11 @@ class ProcessGroupTransport(Transport):
         self.watch.close(orderly=error is None)
 
     def close(self) -> None:
-        """To be called by every rank: returns when all have, so that none ends while another still reads from it."""
+        """To be called by every rank: returns when all have, so that none ends while another still reads from it.
+
+        Raises:
+            PeerLost: a rank was lost before.
+        """
         self.watch.close(orderly=True)
 
     def at(self, op: str, layer: int, block: int) -> None:
@@ -97,22 +103,22 @@ class ProcessGroupTransport(Transport):
             PeerLost
         """
         super().at(op, layer, block)
-        self.check(self.where, 0.0)
+        self.check(self.where)
 
-    def check(self, where: Where, waited: float) -> None:
+    def check(self, where: Where, began: float | None = None) -> None:
         """Raise PeerLost if a rank is known to be lost."""
-        if self.watch.loss is not None:
-            raise PeerLost(self.watch.loss.ranks, *where, waited, self.watch.loss.reason)
+        if (loss := self.watch.loss) is not None:
+            raise PeerLost(loss.ranks, *where, 0.0 if began is None else time.monotonic() - began, loss.reason)
 
     def _begin(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Ticket:
-        self.check(self.where, 0.0)
+        self.check(self.where)
         pairs = [(dist.isend, m) for m in sends] + [(dist.irecv, m) for m in receives]
         peers = [m.peer for _, m in pairs]
         ops = [dist.P2POp(op, m.blob, self._ranks[m.peer], self.group) for op, m in pairs]
         try:
             works = dist.batch_isend_irecv(ops) if ops else []
         except RuntimeError as error:
-            raise self.watch.lost(self.where, peers, 0.0, broken=True) from error
+            raise self.watch.lost(self.where, peers, time.monotonic(), broken=True) from error
         ticket = _Ticket(self, peers, works, [m.blob for _, m in pairs])
         if self.device.type == "cuda":
             self._under_way = [t for t in self._under_way if not t.is_done()] + [ticket]
@@ -125,7 +131,7 @@ class ProcessGroupTransport(Transport):
         return [peer for t in tickets if time.monotonic() > t.posted + self.deadline for peer in t.peers]
 
     def _end_waits(self) -> None:
-        """Other threads, that are under way."""
+        """Those of other threads, that are under way."""
         if self.device.type == "cuda":
             self.group.abort()
             return
@@ -133,8 +139,8 @@ class ProcessGroupTransport(Transport):
         for peer in range(self.size):
             if peer != self.rank:
                 with contextlib.suppress(RuntimeError):
-                    nothing = torch.empty(1, dtype=torch.uint8)
-                    dist.irecv(nothing, self._ranks[peer], self.group, _ENDING).wait(timedelta(milliseconds=1))
+                    nothing: Any = dist.irecv(torch.empty(1), self._ranks[peer], self.group, _ENDING)
+                    nothing.wait(timedelta(milliseconds=1))
 
 
 class _Ticket:
@@ -156,7 +162,7 @@ class _Ticket:
         transport = self._transport
         limit = transport.deadline if deadline is None else check_deadline(deadline)
         if transport.device.type == "cuda":
-            transport.check(self._where, time.monotonic() - self.posted)
+            transport.check(self._where, self.posted)
             for work in self._works:
                 work.wait()  # the current stream does
             return
@@ -169,10 +175,9 @@ class _Ticket:
                 work.wait(timedelta(milliseconds=max(1, math.ceil(1e3 * left))))  # gloo counts whole ones
                 self._waited += 1
         except RuntimeError as error:
-            waited = time.monotonic() - began
-            late = waited >= limit
+            late = time.monotonic() >= began + limit
             missing = self.peers[self._waited :] if late else self.peers[self._waited : self._waited + 1]
-            raise watch.lost(self._where, missing, waited, broken=not late) from error
+            raise watch.lost(self._where, missing, began, broken=not late) from error
         finally:
             watch.waits = ()
 

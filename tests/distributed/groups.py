@@ -15,7 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from inferix_kernels.distributed import ProcessGroupTransport
+
 LIMIT = 60.0  # seconds, after which a process hangs
+ENDED = "ended"
 
 
 class Group:
@@ -45,14 +48,14 @@ class Group:
         self.open: dict[Connection, int] = {pipe: rank for rank, (pipe, _) in enumerate(pipes)}
 
     def receive(self, timeout: float) -> list[tuple[int, Any]]:
-        """(rank, what it sent) of all that has come, after at most so many seconds."""
+        """(rank, what it sent) of all that has come, after at most so many seconds; ENDED: no more will come."""
         found = []
         for pipe in wait(list(self.open), timeout):
             assert isinstance(pipe, Connection)
             try:
                 found.append((self.open[pipe], pipe.recv()))
             except EOFError:
-                del self.open[pipe]
+                found.append((self.open.pop(pipe), ENDED))
         return found
 
     def close(self) -> None:
@@ -64,6 +67,32 @@ class Group:
         for pipe in self.open:
             pipe.close()
         self._store = None
+
+
+def run_processes(size: int, function: Callable[[ProcessGroupTransport], Any], **options: Any) -> list[Any]:
+    """What the function returns for each rank's transport, a process each, as `run_ranks` does of threads."""
+
+    def work(rank: int, send: Callable[[Any], None]) -> None:
+        try:
+            with ProcessGroupTransport(**options) as transport:
+                result = function(transport)
+            send((result, None))
+        except BaseException as error:
+            send((None, error))
+
+    group, results = Group(size, work), {}
+    try:
+        while group.open:
+            came = group.receive(LIMIT)
+            assert came, f"ranks {sorted(group.open.values())} hang"
+            results |= {rank: said for rank, said in came if said is not ENDED}
+    finally:
+        group.close()
+    assert len(results) == size, f"ranks {sorted(set(range(size)) - results.keys())} ended without a word"
+    for _, error in results.values():
+        if error is not None:
+            raise error
+    return [results[rank][0] for rank in range(size)]
 
 
 def _store(port: int, size: int, listening: int | None) -> dist.TCPStore:
