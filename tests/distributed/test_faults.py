@@ -165,7 +165,10 @@ def test_a_heart_that_fails_says_so(monkeypatch):
     [watch] = watches(1, late=late)
     watch._heart.join(20)
     assert watch.loss == ((0,), "its heart failed: OSError: no more files")
-    watch.close(orderly=True)
+    with pytest.raises(
+        PeerLost, match="rank 0 was lost in the group's end, .*: its heart failed: OSError: no more files"
+    ):
+        watch.close(orderly=True)
 
 
 def test_messages_that_the_host_does_not_wait_for_have_a_deadline_too():

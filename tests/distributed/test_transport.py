@@ -115,7 +115,7 @@ def test_a_group_can_be_used_again(threads):
     assert run_ranks(transports, gather) == run_ranks(transports, gather)
 
 
-def test_a_rank_that_posts_nothing_is_named_with_what_was_waited_for(run):
+def test_a_rank_that_posts_nothing_is_named_with_what_was_waited_for(threads):
     def one_is_absent(transport):
         if transport.rank == 1:
             return None
@@ -126,7 +126,7 @@ def test_a_rank_that_posts_nothing_is_named_with_what_was_waited_for(run):
             ticket.wait(0.05)
         return caught.value
 
-    _, _, error = run(3, one_is_absent)
+    _, _, error = run_ranks(threads(3), one_is_absent)
     assert (error.ranks, error.op, error.layer, error.block) == ((1,), "ring hop 3 of 7", 12, 41)
     assert error.waited >= 0.05 and "rank 1 was lost in ring hop 3 of 7, layer 12, block 41" in str(error)
 
