@@ -8,6 +8,8 @@ its heart, which writes a `Word` into the group's store several times a second a
 - a rank whose heart has stopped, but whose connection is open, may come back until a wait's deadline: a process can be
   stopped, a machine can be slow;
 - a rank that lives and posts nothing is found at the deadline, from who waits for whom;
+- where the store is in a process that is stopped or gone itself, processes of this machine are looked for all the
+  same; of other machines' no more is known than whose messages did not come;
 - what one rank finds, or what ended it, is in its word: the others' waits end with the same ranks and the same reason.
 """
 
@@ -125,6 +127,7 @@ class Watch:
         self._changed = threading.Condition()  # guards what is below
         self._mine = Word(0, _host(), os.getpid(), _process(os.getpid()).started)
         self._written = 0  # the last beat of ours that is in the store
+        self._answered = time.monotonic()  # when the store last did
         self._said = False  # a word that can not wait for the next beat
         self._closed = False
         self._words: list[Word] = []
@@ -144,7 +147,7 @@ class Watch:
         except RuntimeError as error:
             absent = [r for r, key in enumerate(self._keys) if not self._store.check([key])]
             raise PeerLost(absent, "the group's beginning", -1, -1, self.deadline, "it has not come") from error
-        self._words = self._read()
+        self._words, self._answered = self._read(), time.monotonic()
         self._heart.start()
 
     def lost(self, where: Where, peers: Sequence[int], began: float, broken: bool) -> PeerLost:
@@ -206,7 +209,9 @@ class Watch:
         return word.left == 2 or bool(word.lost) or (self.loss is not None and rank in self.loss.ranks)
 
     def _hears(self) -> bool:
-        return self._store is not None and self._heart.is_alive()
+        """Whether the store answers: it can be in a process that is lost."""
+        silent = time.monotonic() - self._answered > MISSED * BEAT
+        return self._store is not None and self._heart.is_alive() and not silent
 
     def _say(self) -> None:
         """Wait until what `_mine` is now has been written. `_changed` is held."""
@@ -238,7 +243,7 @@ class Watch:
             if words is not None:
                 for r, (word, before) in enumerate(zip(words, self._words, strict=True)):
                     self._missed[r] = self._missed[r] + 1 if word.beat == before.beat else 0
-                self._words, self._written = words, mine.beat
+                self._words, self._written, self._answered = words, mine.beat, time.monotonic()
             known, self.loss = self.loss, self.loss or self._told() or self._ended(gone)
             if self.loss is None and late:
                 self.loss = self._blamed(late)
@@ -275,8 +280,10 @@ class Watch:
 
     def _gone(self) -> list[int]:
         """Ranks on this machine whose process is no more."""
-        here = [(r, word) for r, word in enumerate(self._words) if word.host and word.host == self._mine.host]
-        return [r for r, word in here if not _process(word.pid).runs(word.started)]
+        return [r for r, word in self._here() if not _process(word.pid).runs(word.started)]
+
+    def _here(self) -> list[tuple[int, Word]]:
+        return [(r, word) for r, word in enumerate(self._words) if word.host and word.host == self._mine.host]
 
     def _ended(self, gone: Sequence[int]) -> Loss | None:
         ended = tuple(r for r in gone if not self._words[r].left)
@@ -295,8 +302,10 @@ class Watch:
             if (r := todo.pop()) not in seen and r != self.rank:
                 seen.add(r)
                 todo += self._words[r].waits
-        if self._store is None:
-            return Loss(tuple(peers), "it has not posted its side, and the group's store is gone")
+        if not self._hears():
+            stopped = tuple(r for r, word in self._here() if _process(word.pid).state in ("T", "t"))
+            unknown = Loss(tuple(peers), "it has not posted its side, and the group's store does not answer")
+            return Loss(stopped, "its process is stopped") if stopped else unknown
         if stopped := self._stopped(seen):
             return stopped
         if left := tuple(r for r in seen if self._words[r].left):
@@ -308,7 +317,7 @@ class Watch:
 
 class _Process(NamedTuple):
     """Args:
-    state: "Z", "X": it has ended; "": there is none.
+    state: "Z", "X": it has ended; "T", "t": it is stopped; "": there is none.
     started: when, in clock ticks since the machine was: another process may have the same id later.
     """
 

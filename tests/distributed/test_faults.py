@@ -101,6 +101,7 @@ def word(**fields):
 def test_of_a_wait_that_met_its_deadline_the_end_of_the_chain_is_blamed(waits, left, missed, lost):
     watch = Watch(dist.HashStore(), 0, 4, 1.0)  # which does not live: what it has heard is given
     watch._words = [word(waits=waits[r], left=int(r in left)) for r in range(4)]
+    watch._heart = threading.current_thread()
     watch._missed = [MISSED if r in missed else MISSED - 1 for r in range(4)]
     assert sorted(watch._blamed(waits[0]).ranks) == list(lost)
 
@@ -148,10 +149,8 @@ def test_without_its_store_a_rank_names_whom_it_waited_for_and_closes_at_once():
     store = Failing()
     made = watches(2, store)
     store.fails = True
-    heard = threading.Event()
     with made[0]._changed:
         assert made[0]._changed.wait_for(lambda: made[0]._store is None, 20)
-    assert not heard.is_set()
     assert made[0].lost(Where(), [1], 0.0, broken=False).ranks == (1,)
     each(lambda watch: watch.close(orderly=True), made)
 
@@ -165,9 +164,7 @@ def test_a_heart_that_fails_says_so(monkeypatch):
     [watch] = watches(1, late=late)
     watch._heart.join(20)
     assert watch.loss == ((0,), "its heart failed: OSError: no more files")
-    with pytest.raises(
-        PeerLost, match="rank 0 was lost in the group's end, .*: its heart failed: OSError: no more files"
-    ):
+    with pytest.raises(PeerLost, match="its heart failed: OSError: no more files"):
         watch.close(orderly=True)
 
 
