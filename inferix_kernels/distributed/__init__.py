@@ -7,8 +7,14 @@ are torchrun's, or whoever's made the process group.
 |---|---|
 | transport | what a schedule asks of whatever moves its bytes |
 | in_process | ranks that are threads of one process, over one device |
-| faults | `PeerLost` |
+| process_group | ranks that are processes, over a process group of torch.distributed |
+| faults | which rank is lost, and how the others learn of it |
 | tokens | a network's work on its own tokens of every frame |
+| agreement | do all ranks make the same pass? |
+| exchange | what all schedules have in common |
+| gather | Ulysses, gather, and both in groups |
+| frame_shards, ring, pass_q | each group of ranks holds other frames: pages go round, or queries go to them |
+| sharding | who holds what, by the name of a schedule; bytes sent, as formulas |
 """
 
 from __future__ import annotations
@@ -18,13 +24,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .faults import PeerLost
+    from .gather import Gather
     from .in_process import in_process_group, run_ranks
+    from .pass_q import PassQ
+    from .process_group import ProcessGroupTransport
+    from .ring import Ring
+    from .sharding import shard_for
     from .tokens import TokenShard, WholeFrames, cuts
     from .transport import Message, Ticket, Transport
 
 __all__ = [
+    "Gather",
     "Message",
+    "PassQ",
     "PeerLost",
+    "ProcessGroupTransport",
+    "Ring",
     "Ticket",
     "TokenShard",
     "Transport",
@@ -32,11 +47,17 @@ __all__ = [
     "cuts",
     "in_process_group",
     "run_ranks",
+    "shard_for",
 ]
 
 _MODULES = {
     "faults": ("PeerLost",),
+    "gather": ("Gather",),
     "in_process": ("in_process_group", "run_ranks"),
+    "pass_q": ("PassQ",),
+    "process_group": ("ProcessGroupTransport",),
+    "ring": ("Ring",),
+    "sharding": ("shard_for",),
     "tokens": ("TokenShard", "WholeFrames", "cuts"),
     "transport": ("Message", "Ticket", "Transport"),
 }
