@@ -29,6 +29,7 @@ from .extent import Extent
 from .page_lists import PageLists
 from .past import Holder
 from .reading import TurnBack
+from .shard import Shard
 from .slots import OutOfPages, Pool, Slot
 from .turns import StreamTurns, in_turn
 
@@ -50,6 +51,7 @@ class Storage:
         scratch: KVPages of the blocks that are being made, one layer deep.
         layers: of each layer the pools that a page id counts through, scratch last.
         scratch_page_id: the page id of the first page of scratch.
+        heads, all_heads: KV heads that it holds, and that its worlds have.
         turn: context in which no other thread uses the store.
         lists: makes page lists of whole frames.
     """
@@ -72,6 +74,7 @@ class Storage:
         backend: str = "auto",
         precision: str = "auto",
         turn_back: TurnBack | None = None,
+        shard: Shard = Shard(),
     ):
         self.device = device = check_device("device", device)
         check_precision(precision)
@@ -91,6 +94,7 @@ class Storage:
         head_dim = (int(head_dim[0]), int(head_dim[1])) if isinstance(head_dim, Sequence) else int(head_dim)
         if frame_tokens >= 1 << 31:
             raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
+        self.shard, self.all_heads, heads = shard, heads, shard.share("heads", heads)
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
         self.block_frames, self.scratch_blocks, self.turn_back = int(block_frames), int(scratch_blocks), turn_back
         self.page_size, self.model, self.backend, self.precision = page_size, model, backend, precision
@@ -107,7 +111,7 @@ class Storage:
         pages = self.scratch_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
         self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
-        self._scratch_lists: dict[tuple[int, int], PageList] = {}  # those that were asked for, which are few
+        self._scratch_lists: dict[tuple[int, ...], PageList] = {}  # those that were asked for, which are few
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
@@ -177,6 +181,19 @@ class Storage:
             pages = self._scratch_pages[first * self.pages_per_frame : end * self.pages_per_frame]
             self._scratch_lists[first, end] = PageList(pages, self.lists.lens(end - first))
         return self._scratch_lists[first, end]
+
+    def scratch_rows(self, frames: int, rows: slice) -> PageList:
+        """Pool pages of these tokens of each of the first frames of scratch: a run of slots in each, cut anywhere."""
+        key = frames, rows.start, rows.stop
+        if key not in self._scratch_lists:
+            size, runs = self.page_size, []
+            for page in range(rows.start // size, -(-rows.stop // size)):
+                start, stop = max(rows.start - page * size, 0), min(rows.stop - page * size, size)
+                runs.append((page, stop - start, start))
+            pages = [(f * self.pages_per_frame + page, *run) for f in range(frames) for page, *run in runs]
+            ids, lens, starts = zip(*pages) if pages else ((), (), ())
+            self._scratch_lists[key] = PageList.of(ids, lens, self.device, starts)
+        return self._scratch_lists[key]
 
     # Taking slots
 
