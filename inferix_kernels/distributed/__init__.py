@@ -8,6 +8,9 @@ are torchrun's, or whoever's made the process group.
 | transport | what a schedule asks of whatever moves its bytes |
 | in_process | ranks that are threads of one process, over one device |
 | faults | `PeerLost` |
+| agreement | do all ranks make the same pass? |
+| exchange | what all schedules have in common |
+| gather | Ulysses, gather, and both in groups |
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .faults import PeerLost
+    from .gather import Gather
     from .in_process import in_process_group, run_ranks
     from .transport import Message, Ticket, Transport
 
-__all__ = ["Message", "PeerLost", "Ticket", "Transport", "in_process_group", "run_ranks"]
+__all__ = ["Gather", "Message", "PeerLost", "Ticket", "Transport", "in_process_group", "run_ranks"]
 
 _MODULES = {
     "faults": ("PeerLost",),
+    "gather": ("Gather",),
     "in_process": ("in_process_group", "run_ranks"),
     "transport": ("Message", "Ticket", "Transport"),
 }
