@@ -11,6 +11,8 @@ are torchrun's, or whoever's made the process group.
 | agreement | do all ranks make the same pass? |
 | exchange | what all schedules have in common |
 | gather | Ulysses, gather, and both in groups |
+| frame_shards, ring, pass_q | each group of ranks holds other frames: pages go round, or queries go to them |
+| sharding | who holds what, by the name of a schedule; bytes sent, as formulas |
 """
 
 from __future__ import annotations
@@ -22,14 +24,31 @@ if TYPE_CHECKING:
     from .faults import PeerLost
     from .gather import Gather
     from .in_process import in_process_group, run_ranks
+    from .pass_q import PassQ
+    from .ring import Ring
+    from .sharding import shard_for
     from .transport import Message, Ticket, Transport
 
-__all__ = ["Gather", "Message", "PeerLost", "Ticket", "Transport", "in_process_group", "run_ranks"]
+__all__ = [
+    "Gather",
+    "Message",
+    "PassQ",
+    "PeerLost",
+    "Ring",
+    "Ticket",
+    "Transport",
+    "in_process_group",
+    "run_ranks",
+    "shard_for",
+]
 
 _MODULES = {
     "faults": ("PeerLost",),
     "gather": ("Gather",),
     "in_process": ("in_process_group", "run_ranks"),
+    "pass_q": ("PassQ",),
+    "ring": ("Ring",),
+    "sharding": ("shard_for",),
     "transport": ("Message", "Ticket", "Transport"),
 }
 _MODULE_OF = {name: f".{module}" for module, names in _MODULES.items() for name in names}

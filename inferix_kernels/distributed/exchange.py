@@ -11,7 +11,7 @@ How the past is attended to is the schedule's: `_attend_past`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Exchange(Sharded):
         check(reads, transport, self.name)
         self.reads, self.store, self.shard, self.transport = reads, reads.store, reads.store.shard, transport
         self.frames = sum(block.queries for block in reads.blocks) // self.store.frame_tokens
-        self.heads, self.rows, self.group = self.store.heads, self.rows_of(self.shard.rank), self._rows_of_group()
+        self.heads, self.rows, self.group = self.store.heads, self.rows_of(self.shard.rank), self.rows_of_group()
         self.widths = self.store.scratch.head_dim, self.store.scratch.value_dim
         width, spare = self.heads * sum(self.widths), self.store.page_size
         # A row holds its keys, then its values, of these heads. A page that is written whole ends in spare rows.
@@ -232,7 +232,7 @@ class Exchange(Sharded):
         rows = self.shard.rows(self.store.frame_tokens, rank)
         return slice(self.frames * rows.start, self.frames * rows.stop)
 
-    def _rows_of_group(self, group: int | None = None) -> slice:
+    def rows_of_group(self, group: int | None = None) -> slice:
         first = (self.shard.group if group is None else group) * self.shard.heads
         return slice(self.rows_of(first).start, self.rows_of(first + self.shard.heads - 1).stop)
 
@@ -241,11 +241,26 @@ class Exchange(Sharded):
         first, each = self.group.start, (self.rows_of(rank) for rank in self.shard.group_ranks)
         return [slice(rows.start - first, rows.stop - first) for rows in each]
 
-    def page_lists(self, wanted: Callable[[FrameRead], bool], group: int | None = None) -> Plan | None:
+    def page_id(self, frame: FrameRead) -> int:
+        return frame.page_id
+
+    def page_lists(
+        self,
+        wanted: Callable[[FrameRead], bool],
+        group: int | None = None,
+        places: Mapping[tuple[str, int], int] | None = None,
+    ) -> Plan | None:
         """The plan of the queries of a group, by default this rank's, over the frames wanted of those that each block
-        reads. None: there is nothing to do."""
+        reads. None: there is nothing to do.
+
+        Args:
+            places: page ids of frames, where they are others than the store's.
+        """
         first, store = (self.shard.group if group is None else group) * self.shard.heads, self.store
-        reads = [[frame.page_id for frame in block.frames if wanted(frame)] for block in self.reads.blocks]
+        reads = [
+            [self.page_id(frame) if places is None else places[frame.place] for frame in block.frames if wanted(frame)]
+            for block in self.reads.blocks
+        ]
         queries, pages, frames = [0], [0], []
         for rank in range(first, first + self.shard.heads):
             rows = self.shard.rows(store.frame_tokens, rank)

@@ -36,7 +36,9 @@ class Share:
         rope: of these rows.
         pages, written: where their keys and values are written: scratch and pool pages in it, or an exchange's staging.
             None: it has none of these rows.
-        commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed.
+        scratch: pool pages in scratch of its blocks.
+        final: does it commit?
+        commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed here.
         buffers: of a pass that has them; it is one world's then.
         fresh: of the layers committed so far, in the pass that freezes them: the mean key, and whether queries may be
             rounded to 8 bits. It is one world's then.
@@ -47,6 +49,8 @@ class Share:
     rope: Tensor | None
     pages: KVPages
     written: PageList | None
+    scratch: PageList
+    final: bool
     commits: Sequence[tuple[str, PageList, PageList]]
     buffers: PassBuffers | None = None
     fresh: dict[int, tuple[Tensor, bool]] = dataclasses.field(default_factory=dict)
@@ -108,7 +112,7 @@ class Pass:
         self._q: Tensor | None = None  # of every layer in turn, as what is attended to
         self._out: Tensor | None = None
         self._rows: Tensor | None = None  # of _out, as `attend` returns them
-        self._commits = any(share.commits for share in shares)
+        self._commits = any(share.final for share in shares)
 
     @in_turn
     def attend(
@@ -289,7 +293,7 @@ class Pass:
             return None
         layers = range(self.store.num_layers)
         means = [share.k_mean(layer) is not None for share in self._shares for layer in layers]
-        if self.store.freezes_mean and not all(means) and any(share.commits for share in self._shares):
+        if self.store.freezes_mean and not all(means) and self._commits:
             return None
         precision = tuple(map(tuple, self._reads.precision))
         return self._place.kind, len(self.plan.page_ids), self.predict, precision, tuple(means)
@@ -342,9 +346,8 @@ class Pass:
         freezing = False
         for share in self._shares:
             fresh = None  # scratch keys had their mean removed, if there is one
-            if share.commits and store.freezes_mean and share.k_mean(layer) is None:
-                parts = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
-                keys = torch.cat(parts)
+            if share.final and store.freezes_mean and share.k_mean(layer) is None:
+                keys, _ = store.gather([store.scratch], share.scratch, torch.float32)  # its only block is committed
                 fresh = keys.mean(0)
                 if share.tables[0].policy.time == "relative":  # a mean would weigh otherwise in each variant of q
                     fresh = torch.zeros_like(fresh)

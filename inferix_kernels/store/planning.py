@@ -212,7 +212,7 @@ def _named(
         slot = frame if isinstance(frame, Slot) else None if page_id == own[frame] else committed[frame]
         index = (page_id - store.scratch_page_id) // store.pages_per_frame
         place = ("scratch", index) if slot is None else (slot.pool.format, slot.index)
-        named.append(FrameRead(place, page_id, not isinstance(frame, Slot)))
+        named.append(FrameRead(place, page_id, not isinstance(frame, Slot), 0 if slot is None else slot.part))
     return tuple(named)
 
 
@@ -261,6 +261,8 @@ def _pass(
                 rope=None if rope is None else _own(store, rope[rows]),
                 pages=pages,
                 written=written,
+                scratch=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
+                final=any(each.pairs for each in group),
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],
                 buffers=buffers,
             )
@@ -362,7 +364,7 @@ def _by_format(group: Sequence[_Placed]) -> list[Commit]:
     """(format, pool pages in scratch, pool pages of its pool) of what is committed, by the first page of each frame."""
     pairs = [pair for each in group for pair in each.pairs]
     found = []
-    for format in dict.fromkeys(slot.pool.format for _, slot in pairs):
-        of = [(page, slot.pool_page) for page, slot in pairs if slot.pool.format == format]
+    for format in dict.fromkeys(slot.pool.format for _, slot in pairs if slot.own):
+        of = [(page, slot.pool_page) for page, slot in pairs if slot.pool.format == format and slot.own]
         found.append((format, [page for page, _ in of], [page for _, page in of]))
     return found

@@ -14,8 +14,8 @@ class Shard:
     """One rank's part of the same worlds.
 
     Ranks that follow each other, `heads` of them, make a group: each holds another part of the heads. With frames > 1
-    each group holds other frames of the past: slot i of a pool belongs to group i % frames. The tokens of every frame of
-    a pass are cut evenly among all ranks, anywhere: each rank does on its own rows whatever is not attention.
+    each group holds other frames of the past: slot i of a pool belongs to group i % frames. The tokens of each frame of
+    a pass are cut evenly among all ranks, anywhere: a rank does on its own rows whatever is not attention.
 
     Every page table is the same on every rank, and every edit of one is to be made on every rank.
 

@@ -127,6 +127,11 @@ class Storage:
     def _pool(
         self, name: str, format: str, frames: int, device: torch.device | str, first_page_id: int, pin: bool
     ) -> Pool:
+        if frames < self.shard.frames:
+            raise ValueError(
+                f"{name}[{format!r}] must be a frame for each of shard.frames={self.shard.frames} at least, "
+                f"got {frames} on rank {self.shard.rank}"
+            )
         pages = self.num_layers * frames * self.pages_per_frame
         if max(pages, first_page_id + frames * self.pages_per_frame) >= 1 << 31:
             raise ValueError(
@@ -143,6 +148,8 @@ class Storage:
                 device=device,
                 first_page_id=first_page_id,
                 pin=pin,
+                part=self.shard.frame_rank,
+                parts=self.shard.frames,
             )
         except (RuntimeError, MemoryError):  # what torch raises where memory is short, on any device
             raise ValueError(
@@ -165,7 +172,7 @@ class Storage:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Bytes of the pools on the device that somebody holds, by format."""
-        return {name: (pool.frames - len(pool.free)) * pool.frame_bytes for name, pool in self.pools.items()}
+        return {name: pool.held * pool.frame_bytes for name, pool in self.pools.items()}
 
     @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -202,26 +209,35 @@ class Storage:
         self._tables.add(table)
 
     @contextlib.contextmanager
-    def take(self, formats: Sequence[str], in_host: bool = False) -> Iterator[list[Slot]]:
+    def take(
+        self, formats: Sequence[str], in_host: bool = False, parts: Sequence[int] | None = None
+    ) -> Iterator[list[Slot]]:
         """A context with a free slot per format named, all or none. If its body fails they are free again; only after
         it may they become part of what a world holds.
+
+        Args:
+            parts: of the frames, for each format named the one that its slot must be of; see Slot.part.
 
         Raises:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
         pools = self.host if in_host else self.pools
-        wanted = dict.fromkeys(formats)
-        for format in wanted:
+        keys = [*zip(formats, [None] * len(formats) if parts is None or self.shard.frames == 1 else parts)]
+        wanted = dict.fromkeys(keys)
+        for format, _ in wanted:
             if format not in pools and in_host:
                 raise OutOfPages(f"{format} pool in host memory: there is none, see KVStore(host=...)")
             self._check_format(format, pools)
         taken: list[Slot] = []
         try:
-            for format in wanted:
-                taken += self._take(pools[format], formats.count(format), in_host)
+            groups = {}
+            for format, part in wanted:
+                found = self._take(pools[format], keys.count((format, part)), in_host, part)
+                taken += found
+                groups[format, part] = iter(found)
             if len(wanted) > 1:  # in the order that was asked for
-                groups = {format: iter([slot for slot in taken if slot.pool.format == format]) for format in wanted}
-                taken[:] = [next(groups[format]) for format in formats]
+                taken[:] = [next(groups[key]) for key in keys]
+            del groups
             yield taken
         except BaseException:
             self.copies.land()  # no copy may still write to what others may have now
@@ -229,12 +245,12 @@ class Storage:
                 slot.pool.give_back(slot)
             raise
 
-    def _take(self, pool: Pool, count: int, in_host: bool) -> list[Slot]:
-        slots = pool.take(count)
+    def _take(self, pool: Pool, count: int, in_host: bool, part: int | None) -> list[Slot]:
+        slots = pool.take(count, part)
         if len(slots) < count:
             del slots  # to be counted as free
             self.copies.land()
-            slots = pool.take(count)
+            slots = pool.take(count, part)
         if len(slots) < count:
             del slots
             raise self._full(pool, count, len(pool.free), in_host)
@@ -276,9 +292,9 @@ class Storage:
         known = [extent.resident_as(format) for extent, _ in frames]  # held from here on
         fresh = [frame for frame, found in zip(frames, known) if found is None]
         profile.count("pages converted", len(fresh) * self.pages_per_frame * self.num_layers)
-        with self.take([format] * len(fresh)) as slots:
-            for source in {extent.format for extent, _ in fresh}:
-                pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source]
+        with self.take([format] * len(fresh), parts=[old.part for _, old in fresh]) as slots:
+            for source in {extent.format for extent, old in fresh if old.own}:
+                pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source and old.own]
                 lists = [self._all_layers(group) for group in zip(*pairs)]
                 kv_commit(self.pools[source].pages, lists[0], self.pools[format].pages, lists[1], backend=self.backend)
         made = iter(slots)
@@ -308,7 +324,7 @@ class Storage:
             OutOfPages: host memory has no room, or no pool of this format; nothing was started.
         """
         new = [(extent, slot) for extent, slot in frames if extent.host is None]
-        with self.take([extent.format for extent, _ in new], in_host=True) as places:
+        with self.take([extent.format for extent, _ in new], True, [slot.part for _, slot in new]) as places:
             self.copies.start([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
         profile.count("pages offloaded", len(new) * self.pages_per_frame * self.num_layers)
         for (extent, _), place in zip(new, places):
@@ -323,7 +339,8 @@ class Storage:
         """
         found = [extent.device() for extent in extents]  # held from here on, be they on their way to host memory
         new = [extent for extent, slot in zip(extents, found) if slot is None]
-        with self.take([extent.format for extent in new]) as places:
+        hosts = [extent.host for extent in new if extent.host is not None]
+        with self.take([extent.format for extent in new], parts=[host.part for host in hosts]) as places:
             pairs = [(place, extent.host) for extent, place in zip(new, places) if extent.host is not None]
             assert len(pairs) == len(new), "a frame that is nowhere on the device is in host memory"
             self.copies.start(pairs, to_host=False)
