@@ -17,6 +17,7 @@ Each module imports only those above it:
 |---|---|
 | turns, policy | threads one at a time; what a world keeps |
 | slots, extent | places for frames, and who has them; one frame's keys and values |
+| shard | what one of several processes holds |
 | past | what a world holds, as one value that every edit replaces |
 | reading | a bias on the past, and time counted anew: what page lists do not say |
 | page_lists, buffers, copies | page lists of frames; memory that passes share; copies to and from host memory |
@@ -38,6 +39,7 @@ from .passes import Pass
 from .past import Block, Past
 from .planning import Part
 from .policy import Policy
+from .shard import Shard
 from .slots import NotResident, OutOfPages, Pool, Slot
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Past",
     "Policy",
     "Pool",
+    "Shard",
     "Slot",
     "TopK",
 ]

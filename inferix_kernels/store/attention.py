@@ -6,6 +6,7 @@ devices, over gathered pages) is another class with `bind`: passes know no more 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -17,11 +18,20 @@ from torch import Tensor
 
 from .._check import check_counts
 from .._dispatch import prepared_plan
-from ..layout import PageList
+from ..layout import KVPages, PageList
 from ..ops import page_scores, page_summaries, paged_attention, select_pages
 from ..plans import Plan, even_plan
 from .buffers import Rows
 from .storage import Storage
+
+
+class FrameRead(NamedTuple):
+    """A frame that a block reads, on the host."""
+
+    place: tuple[str, int]  # the same on every rank: format and slot, or ("scratch", frame of scratch)
+    page_id: int  # of its first page
+    made: bool  # by this pass, which writes it or commits it
+    part: int = 0  # of the frames; see Slot.part
 
 
 class BlockReads(NamedTuple):
@@ -31,6 +41,7 @@ class BlockReads(NamedTuple):
     queries: int
     past: int  # pages of other frames, first in its page list
     own: int  # pages of itself, in scratch
+    frames: tuple[FrameRead, ...] = ()  # in the order of its page list
 
 
 class Reads(NamedTuple):
@@ -44,6 +55,9 @@ class Reads(NamedTuple):
         rows: room for what has a row for each query.
         captured: a graph may run this pass's kernels for the plan of a later one: nothing may be made of the plan
             outside of them.
+        predict: False if the last layer attends to nothing.
+        commits: what is committed: (frame of scratch, format, slot) of each.
+        first_frame: of the pass: by it an error names the block.
     """
 
     store: Storage
@@ -52,6 +66,9 @@ class Reads(NamedTuple):
     precision: Sequence[Sequence[str]]
     rows: Rows
     captured: bool = False
+    predict: bool = True
+    commits: tuple[tuple[int, str, int], ...] = ()
+    first_frame: int = 0
 
     def part(self, first: int, end: int) -> tuple[slice, Plan]:
         """Of blocks first .. end - 1: their rows of q, and the plan of these rows."""
@@ -71,6 +88,36 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
         """q [T, Hq, D], or [V, T, Hq, D] where the plan has page_variants; out to write to, [T, Hq, Dv] -> the same:
         `out`, if it is given."""
+
+
+class Sharded(abc.ABC):
+    """Attend, of one of several ranks, in a pass that they make together: see inferix_kernels.distributed.
+
+    It has some rows of each frame, and maybe some heads. A layer's keys and values of these rows are written where
+    `staging` says; `begin` brings those of other rows; then the pass commits, and then attends.
+    """
+
+    @abc.abstractmethod
+    def staging(self, rows: slice) -> tuple[KVPages, PageList]:
+        """Where keys and values of all heads are to be written, of some of its rows, counted from the pass's first."""
+
+    @abc.abstractmethod
+    def begin(self, layer: int, q: Tensor | None) -> None:
+        """The layer's own rows are written. When it returns, scratch holds all keys and values that this rank is to
+        commit or to read.
+
+        Args:
+            q: of its own rows, all heads, [rows, Hq, D], if they are known already: attention to what was there before
+                the pass may begin.
+        """
+
+    @abc.abstractmethod
+    def everywhere(self, mean: Tensor) -> Tensor:
+        """[H, D] of the heads of this rank -> the same of all heads, from the ranks that hold them."""
+
+    @abc.abstractmethod
+    def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
+        """As for Attend, of its own rows and all heads."""
 
 
 class Attention(Protocol):

@@ -48,7 +48,7 @@ class Copies:
         if self._stream is not None and pairs:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            for device, host in pairs:
+            for device, host in [pair for pair in pairs if pair[0].own]:
                 for layer in range(len(device.pool.layers)):
                     ends = device.pool.slot(layer, device.index), host.pool.slot(layer, host.index)
                     source, target = ends if to_host else ends[::-1]

@@ -48,6 +48,8 @@ class KVStore(Storage):
             hardly more than the rounding of its keys.
         turn_back: frames -> [R / 2, 2], cos and sin of the rotation that takes queries back by so many frames; only
             worlds whose policy has time="relative" need it.
+        shard: what this process holds of worlds that several make together; `heads` still counts all of them. Its
+            passes attend by inferix_kernels.distributed.
 
     Raises:
         ValueError: an argument is not what it must be; nothing was allocated.

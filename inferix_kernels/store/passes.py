@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import profile
 from .._check import check_index
-from ..layout import PageList
+from ..layout import KVPages, PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
 from . import reading
-from .attention import Attention, Local, Reads
+from .attention import Attend, Attention, Local, Reads, Sharded
 from .buffers import PassBuffers, Place
 from .table_view import TableView, replace_states
 from .turns import in_turn
@@ -32,10 +32,13 @@ class Share:
 
     Attributes:
         tables: of the worlds.
-        rows: of the pass's tokens; None: all.
+        rows: of the tokens that this process has of the pass; None: all.
         rope: of these rows.
-        written: pool pages in scratch.
-        commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed.
+        pages, written: where their keys and values are written: scratch and pool pages in it, or an exchange's staging.
+            None: it has none of these rows.
+        scratch: pool pages in scratch of its blocks.
+        final: does it commit?
+        commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed here.
         buffers: of a pass that has them; it is one world's then.
         fresh: of the layers committed so far, in the pass that freezes them: the mean key, and whether queries may be
             rounded to 8 bits. It is one world's then.
@@ -44,7 +47,10 @@ class Share:
     tables: Sequence[TableView]
     rows: slice | None
     rope: Tensor | None
-    written: PageList
+    pages: KVPages
+    written: PageList | None
+    scratch: PageList
+    final: bool
     commits: Sequence[tuple[str, PageList, PageList]]
     buffers: PassBuffers | None = None
     fresh: dict[int, tuple[Tensor, bool]] = dataclasses.field(default_factory=dict)
@@ -69,6 +75,8 @@ class Pass:
 
     Attributes:
         plan: the page lists of the queries, one segment per block.
+        rows: of each frame's tokens, those that this process has: all of them, but in a store that is one of several
+            ranks'. Tensors that have a row for each token have these.
 
     Example:
         >>> store = KVStore(layers=2, heads=2, head_dim=16, frame_tokens=10, block_frames=3, page_size=16,
@@ -86,21 +94,25 @@ class Pass:
         shares: Sequence[Share],
         predict: bool,
         attention: Attention,
+        attend: Attend,
         turns: Sequence[Tensor] = (),
         place: Place | None = None,
     ):
         self.store, self.turn = reads.store, reads.store.turn
         self.plan, self.predict = reads.plan, predict
-        self._reads, self._shares, self._attend, self._turns = reads, shares, attention.bind(reads), turns
+        self._reads, self._shares, self._attend, self._turns = reads, shares, attend, turns
+        self._exchange = attend if isinstance(attend, Sharded) else None
         self._follows_lists = attention == Local() and reads.plan.page_bias is None and not turns
-        self._tokens = sum(block.queries for block in reads.blocks)
+        self.rows = self.store.shard.rows(self.store.frame_tokens)
+        frames = sum(block.queries for block in reads.blocks) // self.store.frame_tokens
+        self._tokens = frames * (self.rows.stop - self.rows.start)
         self._pages = sum(block.past + block.own for block in reads.blocks)  # without what fills a list up
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
         self._place, self._planned = place, 0 if place is None else place.turn
         self._q: Tensor | None = None  # of every layer in turn, as what is attended to
         self._out: Tensor | None = None
         self._rows: Tensor | None = None  # of _out, as `attend` returns them
-        self._commits = any(share.commits for share in shares)
+        self._commits = any(share.final for share in shares)
 
     @in_turn
     def attend(
@@ -119,7 +131,8 @@ class Pass:
         """Normalise, rotate, write, commit what this pass commits, and attend.
 
         Args:
-            qkv: [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation.
+            qkv: [T, (Hq + 2 H) * D] packed q | k | v of all blocks' tokens, before norm and rotation. T are all tokens
+                of the pass or, in a store that is one of several ranks', `rows` of them.
             norm_q, norm_k, eps, norm_q_bias, norm_k_bias, interleaved: as for `qkv_prologue`.
             out: [T, Hq, D] to write to; without it new memory or, where the pass has `PassBuffers`, these.
 
@@ -179,12 +192,14 @@ class Pass:
         store, q = self.store, self._queries(qkv)
         norm_q, norm_k, norm_q_bias, norm_k_bias = norms
         for share in self._shares:
+            if share.written is None:
+                continue
             qkv_prologue(
                 share.of(qkv),
                 norm_q,
                 norm_k,
                 share.rope,
-                store.scratch,
+                share.pages,
                 share.written,
                 norm_q_bias=norm_q_bias,
                 norm_k_bias=norm_k_bias,
@@ -194,6 +209,8 @@ class Pass:
                 out=share.of(q),
                 backend=store.backend,
             )
+        if self._exchange is not None:
+            self._exchange.begin(layer, q)
         if self._commits:
             self._commit(layer, q)
         return q
@@ -209,9 +226,13 @@ class Pass:
         self._check("k", k)
         self._check("v", v)
         for share in self._shares:
+            if share.written is None:
+                continue
             keys, mean = share.of(k), share.k_mean(layer)
             keys = keys if mean is None else (keys - mean).to(k.dtype)
-            kv_append(keys, share.of(v), self.store.scratch, share.written, backend=self.store.backend)
+            kv_append(keys, share.of(v), share.pages, share.written, backend=self.store.backend)
+        if self._exchange is not None:
+            self._exchange.begin(layer, None)
         self._commit(layer)
 
     def turned(self, q: Tensor, *, interleaved: bool = True) -> Tensor:
@@ -272,7 +293,7 @@ class Pass:
             return None
         layers = range(self.store.num_layers)
         means = [share.k_mean(layer) is not None for share in self._shares for layer in layers]
-        if self.store.freezes_mean and not all(means) and any(share.commits for share in self._shares):
+        if self.store.freezes_mean and not all(means) and self._commits:
             return None
         precision = tuple(map(tuple, self._reads.precision))
         return self._place.kind, len(self.plan.page_ids), self.predict, precision, tuple(means)
@@ -325,13 +346,15 @@ class Pass:
         freezing = False
         for share in self._shares:
             fresh = None  # scratch keys had their mean removed, if there is one
-            if share.commits and store.freezes_mean and share.k_mean(layer) is None:
-                parts = [store.gather([store.scratch], source, torch.float32)[0] for _, source, _ in share.commits]
-                keys = torch.cat(parts)
+            if share.final and store.freezes_mean and share.k_mean(layer) is None:
+                keys, _ = store.gather([store.scratch], share.scratch, torch.float32)  # its only block is committed
                 fresh = keys.mean(0)
                 if share.tables[0].policy.time == "relative":  # a mean would weigh otherwise in each variant of q
                     fresh = torch.zeros_like(fresh)
-                share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
+                if self._exchange is None:
+                    share.fresh[layer] = fresh, q is not None and rounds_like_keys(share.of(q), keys - fresh)
+                else:  # no rank sees all queries, and the ranks' worlds must stay alike
+                    share.fresh[layer] = self._exchange.everywhere(fresh), False
                 freezing = freezing or len(share.fresh) == store.num_layers
             for format, source, target in share.commits:
                 kv_commit(
@@ -355,10 +378,10 @@ class Pass:
     def _queries(self, qkv: Tensor) -> Tensor:
         if self._q is None:
             width = self.store.scratch.head_dim
-            heads = qkv.shape[1] // width - 2 * self.store.heads
+            heads = qkv.shape[1] // width - 2 * self.store.all_heads
             if heads < 1:
                 raise ValueError(
-                    f"qkv must be (Hq + 2H) * D wide with H={self.store.heads} and D={width}, got {qkv.shape[1]}"
+                    f"qkv must be (Hq + 2H) * D wide with H={self.store.all_heads} and D={width}, got {qkv.shape[1]}"
                 )
             self._q = self._reads.rows.of("q", (len(qkv), heads, width), qkv.dtype, qkv.device)
         return self._q

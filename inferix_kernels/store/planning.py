@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from .._check import shown
-from ..layout import PageList
+from ..layout import KVPages, PageList
 from ..plans import Plan
-from .attention import Attention, BlockReads, Reads
+from .attention import Attend, Attention, BlockReads, FrameRead, Reads, Sharded
 from .buffers import PassBuffers, Place, Rows
 from .extent import Extent
 from .passes import Pass, Share
@@ -182,17 +182,38 @@ def _place(
     store = part.table.store
     own = {frame: store.scratch_page_id + page for frame, page in scratch.items()}
     made, pairs = own, []  # what a block sees of another one: what the pass writes to scratch or, committed, that
+    slots: Mapping[int, Slot] = {}
     if part.commit is not None:
         slots = dict(zip(part.commit.frames, (slot for _, slot in target)))
         made = {**own, **{frame: slot.page_id for frame, slot in slots.items()}}
         pairs = [(scratch[frame], slot) for frame, slot in slots.items()]
     blocks, reads, size = [], [], store.pages_per_frame
     for block, past in zip(part.blocks, seen):
-        reads += [frame.page_id if isinstance(frame, Slot) else made[frame] for frame in past]
-        reads += [own[frame] for frame in block.frames]
+        ids = [frame.page_id if isinstance(frame, Slot) else made[frame] for frame in past]
+        ids += [own[frame] for frame in block.frames]
+        reads += ids
         frames = block.end - block.first
-        blocks.append(BlockReads(world, frames * store.frame_tokens, len(past) * size, frames * size))
+        sizes = frames * store.frame_tokens, len(past) * size, frames * size
+        named = () if store.shard.ranks == 1 else _named(store, [*past, *block.frames], ids, slots, own)
+        blocks.append(BlockReads(world, *sizes, named))
     return _Placed(part.table, blocks, reads, pairs, part)
+
+
+def _named(
+    store: Storage,
+    frames: Sequence[Slot | int],
+    ids: Sequence[int],
+    committed: Mapping[int, Slot],
+    own: Mapping[int, int],
+) -> tuple[FrameRead, ...]:
+    """What ranks that make a pass together must agree on: where each frame lies that a block reads."""
+    named = []
+    for frame, page_id in zip(frames, ids):
+        slot = frame if isinstance(frame, Slot) else None if page_id == own[frame] else committed[frame]
+        index = (page_id - store.scratch_page_id) // store.pages_per_frame
+        place = ("scratch", index) if slot is None else (slot.pool.format, slot.index)
+        named.append(FrameRead(place, page_id, not isinstance(frame, Slot), 0 if slot is None else slot.part))
+    return tuple(named)
 
 
 def _met(part: Part) -> list[Met]:
@@ -222,24 +243,60 @@ def _pass(
         plan, turns = read_by_policy(plan, met, store.pages_per_frame, store.frame_tokens, store.turn_back)
     if rope is not None and place is not None:
         rope = place.rope(rope)
+    captured = buffers is not None and buffers.padded
+    room = Rows() if buffers is None else buffers.rows
+    first = placed[0].part.blocks[0].first
+    committed = () if store.shard.ranks == 1 else _committed(store, placed)
+    reads = Reads(store, plan, blocks, _precision(store, placed), room, captured, predict, committed, first)
+    attend = _bound(attention, reads)
     rest, shares, row = iter(pairs), [], 0
     for group, commit in zip(groups, commits):
         rows = slice(row, row + sum(block.queries for each in group for block in each.blocks))
         row = rows.stop
+        own, pages, written = _written(store, attend, rows.start // store.frame_tokens, rows.stop // store.frame_tokens)
         shares.append(
             Share(
                 tables=[each.table for each in group],
-                rows=rows if len(groups) > 1 else None,
-                rope=None if rope is None else rope[rows],
-                written=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
+                rows=own if len(groups) > 1 else None,
+                rope=None if rope is None else _own(store, rope[rows]),
+                pages=pages,
+                written=written,
+                scratch=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
+                final=any(each.pairs for each in group),
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],
                 buffers=buffers,
             )
         )
-    captured = buffers is not None and buffers.padded
-    room = Rows() if buffers is None else buffers.rows
-    reads = Reads(store, plan, blocks, _precision(store, placed), room, captured)
-    return Pass(reads, shares, predict, attention, turns, place)
+    return Pass(reads, shares, predict, attention, attend, turns, place)
+
+
+def _own(store: Storage, x: Tensor) -> Tensor:
+    return x if store.shard.ranks == 1 else store.shard.own(x, store.frame_tokens).contiguous()
+
+
+def _bound(attention: Attention, reads: Reads) -> Attend:
+    attend, shard = attention.bind(reads), reads.store.shard
+    if shard.ranks > 1 and not isinstance(attend, Sharded):
+        raise ValueError(
+            f"attention must be of inferix_kernels.distributed in a store that is rank {shard.rank} of {shard.ranks}, "
+            f"got {shown(attention):.80}"
+        )
+    return attend
+
+
+def _written(store: Storage, attend: Attend, first: int, end: int) -> tuple[slice, KVPages, PageList | None]:
+    """Of frames first .. end - 1 of a pass: the rows that this process has, and where it writes them."""
+    if not isinstance(attend, Sharded):
+        rows = slice(first * store.frame_tokens, end * store.frame_tokens)
+        return rows, store.scratch, store.scratch_list(first, end)
+    each = store.shard.rows(store.frame_tokens)
+    own = slice(*(frame * (each.stop - each.start) for frame in (first, end)))
+    return (own, *attend.staging(own)) if own.start < own.stop else (own, store.scratch, None)
+
+
+def _committed(store: Storage, placed: Sequence[_Placed]) -> tuple[tuple[int, str, int], ...]:
+    size = store.pages_per_frame
+    return tuple((page // size, slot.pool.format, slot.index) for each in placed for page, slot in each.pairs)
 
 
 def _lists(
@@ -307,7 +364,7 @@ def _by_format(group: Sequence[_Placed]) -> list[Commit]:
     """(format, pool pages in scratch, pool pages of its pool) of what is committed, by the first page of each frame."""
     pairs = [pair for each in group for pair in each.pairs]
     found = []
-    for format in dict.fromkeys(slot.pool.format for _, slot in pairs):
-        of = [(page, slot.pool_page) for page, slot in pairs if slot.pool.format == format]
+    for format in dict.fromkeys(slot.pool.format for _, slot in pairs if slot.own):
+        of = [(page, slot.pool_page) for page, slot in pairs if slot.pool.format == format and slot.own]
         found.append((format, [page for page, _ in of], [page for _, page in of]))
     return found

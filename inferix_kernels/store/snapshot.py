@@ -262,7 +262,7 @@ def _restored(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) ->
             k_means = tensors["k_means"].to(store.device).unbind()
         elif store.freezes_mean and header.next_frame:
             # Nothing was taken off these keys: so it stays, lest attention mix keys with and without.
-            shape = store.num_layers, store.heads, store.scratch.head_dim
+            shape = store.num_layers, store.all_heads, store.scratch.head_dim
             k_means = torch.zeros(shape, device=store.device).unbind()
     wanted = dict(zip(hot, slots))
     held = {
@@ -289,7 +289,7 @@ def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor
     }
     shapes = {name: ((layers, pages, *page.shape), page.dtype) for name, (layers, pages, page) in wanted.items()}
     if "k_means" in tensors:
-        shapes["k_means"] = (store.num_layers, store.heads, store.scratch.head_dim), torch.float32
+        shapes["k_means"] = (store.num_layers, store.all_heads, store.scratch.head_dim), torch.float32
     if wrong := sorted(shapes.keys() ^ tensors.keys()):
         raise _Damaged(f"it lacks, or has besides, {', '.join(wrong)[:80]}")
     for name, (shape, dtype) in shapes.items():

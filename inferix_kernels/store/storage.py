@@ -29,6 +29,7 @@ from .extent import Extent
 from .page_lists import PageLists
 from .past import Holder
 from .reading import TurnBack
+from .shard import Shard
 from .slots import OutOfPages, Pool, Slot
 from .turns import StreamTurns, in_turn
 
@@ -50,6 +51,7 @@ class Storage:
         scratch: KVPages of the blocks that are being made, one layer deep.
         layers: of each layer the pools that a page id counts through, scratch last.
         scratch_page_id: the page id of the first page of scratch.
+        heads, all_heads: KV heads that it holds, and that its worlds have.
         turn: context in which no other thread uses the store.
         lists: makes page lists of whole frames.
     """
@@ -72,6 +74,7 @@ class Storage:
         backend: str = "auto",
         precision: str = "auto",
         turn_back: TurnBack | None = None,
+        shard: Shard = Shard(),
     ):
         self.device = device = check_device("device", device)
         check_precision(precision)
@@ -91,6 +94,7 @@ class Storage:
         head_dim = (int(head_dim[0]), int(head_dim[1])) if isinstance(head_dim, Sequence) else int(head_dim)
         if frame_tokens >= 1 << 31:
             raise ValueError(f"frame_tokens must be under 2^31, as tokens are counted in int32, got {frame_tokens}")
+        self.shard, self.all_heads, heads = shard, heads, shard.share("heads", heads)
         self.num_layers, self.heads, self.head_dim, self.frame_tokens = layers, heads, head_dim, frame_tokens
         self.block_frames, self.scratch_blocks, self.turn_back = int(block_frames), int(scratch_blocks), turn_back
         self.page_size, self.model, self.backend, self.precision = page_size, model, backend, precision
@@ -107,7 +111,7 @@ class Storage:
         pages = self.scratch_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
         self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
-        self._scratch_lists: dict[tuple[int, int], PageList] = {}  # those that were asked for, which are few
+        self._scratch_lists: dict[tuple[int, ...], PageList] = {}  # those that were asked for, which are few
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
@@ -123,6 +127,11 @@ class Storage:
     def _pool(
         self, name: str, format: str, frames: int, device: torch.device | str, first_page_id: int, pin: bool
     ) -> Pool:
+        if frames < self.shard.frames:
+            raise ValueError(
+                f"{name}[{format!r}] must be a frame for each of shard.frames={self.shard.frames} at least, "
+                f"got {frames} on rank {self.shard.rank}"
+            )
         pages = self.num_layers * frames * self.pages_per_frame
         if max(pages, first_page_id + frames * self.pages_per_frame) >= 1 << 31:
             raise ValueError(
@@ -139,6 +148,8 @@ class Storage:
                 device=device,
                 first_page_id=first_page_id,
                 pin=pin,
+                part=self.shard.frame_rank,
+                parts=self.shard.frames,
             )
         except (RuntimeError, MemoryError):  # what torch raises where memory is short, on any device
             raise ValueError(
@@ -161,7 +172,7 @@ class Storage:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Bytes of the pools on the device that somebody holds, by format."""
-        return {name: (pool.frames - len(pool.free)) * pool.frame_bytes for name, pool in self.pools.items()}
+        return {name: pool.held * pool.frame_bytes for name, pool in self.pools.items()}
 
     @in_turn
     def gather(self, pools: Sequence[KVPages], where: PageList, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,6 +189,19 @@ class Storage:
             self._scratch_lists[first, end] = PageList(pages, self.lists.lens(end - first))
         return self._scratch_lists[first, end]
 
+    def scratch_rows(self, frames: int, rows: slice) -> PageList:
+        """Pool pages of these tokens of each of the first frames of scratch: a run of slots in each, cut anywhere."""
+        key = frames, rows.start, rows.stop
+        if key not in self._scratch_lists:
+            size, runs = self.page_size, []
+            for page in range(rows.start // size, -(-rows.stop // size)):
+                start, stop = max(rows.start - page * size, 0), min(rows.stop - page * size, size)
+                runs.append((page, stop - start, start))
+            pages = [(f * self.pages_per_frame + page, *run) for f in range(frames) for page, *run in runs]
+            ids, lens, starts = zip(*pages) if pages else ((), (), ())
+            self._scratch_lists[key] = PageList.of(ids, lens, self.device, starts)
+        return self._scratch_lists[key]
+
     # Taking slots
 
     def register(self, table: Holder) -> None:
@@ -185,26 +209,35 @@ class Storage:
         self._tables.add(table)
 
     @contextlib.contextmanager
-    def take(self, formats: Sequence[str], in_host: bool = False) -> Iterator[list[Slot]]:
+    def take(
+        self, formats: Sequence[str], in_host: bool = False, parts: Sequence[int] | None = None
+    ) -> Iterator[list[Slot]]:
         """A context with a free slot per format named, all or none. If its body fails they are free again; only after
         it may they become part of what a world holds.
+
+        Args:
+            parts: of the frames, for each format named the one that its slot must be of; see Slot.part.
 
         Raises:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
         pools = self.host if in_host else self.pools
-        wanted = dict.fromkeys(formats)
-        for format in wanted:
+        keys = [*zip(formats, [None] * len(formats) if parts is None or self.shard.frames == 1 else parts)]
+        wanted = dict.fromkeys(keys)
+        for format, _ in wanted:
             if format not in pools and in_host:
                 raise OutOfPages(f"{format} pool in host memory: there is none, see KVStore(host=...)")
             self._check_format(format, pools)
         taken: list[Slot] = []
         try:
-            for format in wanted:
-                taken += self._take(pools[format], formats.count(format), in_host)
+            groups = {}
+            for format, part in wanted:
+                found = self._take(pools[format], keys.count((format, part)), in_host, part)
+                taken += found
+                groups[format, part] = iter(found)
             if len(wanted) > 1:  # in the order that was asked for
-                groups = {format: iter([slot for slot in taken if slot.pool.format == format]) for format in wanted}
-                taken[:] = [next(groups[format]) for format in formats]
+                taken[:] = [next(groups[key]) for key in keys]
+            del groups
             yield taken
         except BaseException:
             self.copies.land()  # no copy may still write to what others may have now
@@ -212,12 +245,12 @@ class Storage:
                 slot.pool.give_back(slot)
             raise
 
-    def _take(self, pool: Pool, count: int, in_host: bool) -> list[Slot]:
-        slots = pool.take(count)
+    def _take(self, pool: Pool, count: int, in_host: bool, part: int | None) -> list[Slot]:
+        slots = pool.take(count, part)
         if len(slots) < count:
             del slots  # to be counted as free
             self.copies.land()
-            slots = pool.take(count)
+            slots = pool.take(count, part)
         if len(slots) < count:
             del slots
             raise self._full(pool, count, len(pool.free), in_host)
@@ -259,9 +292,9 @@ class Storage:
         known = [extent.resident_as(format) for extent, _ in frames]  # held from here on
         fresh = [frame for frame, found in zip(frames, known) if found is None]
         profile.count("pages converted", len(fresh) * self.pages_per_frame * self.num_layers)
-        with self.take([format] * len(fresh)) as slots:
-            for source in {extent.format for extent, _ in fresh}:
-                pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source]
+        with self.take([format] * len(fresh), parts=[old.part for _, old in fresh]) as slots:
+            for source in {extent.format for extent, old in fresh if old.own}:
+                pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source and old.own]
                 lists = [self._all_layers(group) for group in zip(*pairs)]
                 kv_commit(self.pools[source].pages, lists[0], self.pools[format].pages, lists[1], backend=self.backend)
         made = iter(slots)
@@ -291,7 +324,7 @@ class Storage:
             OutOfPages: host memory has no room, or no pool of this format; nothing was started.
         """
         new = [(extent, slot) for extent, slot in frames if extent.host is None]
-        with self.take([extent.format for extent, _ in new], in_host=True) as places:
+        with self.take([extent.format for extent, _ in new], True, [slot.part for _, slot in new]) as places:
             self.copies.start([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
         profile.count("pages offloaded", len(new) * self.pages_per_frame * self.num_layers)
         for (extent, _), place in zip(new, places):
@@ -306,7 +339,8 @@ class Storage:
         """
         found = [extent.device() for extent in extents]  # held from here on, be they on their way to host memory
         new = [extent for extent, slot in zip(extents, found) if slot is None]
-        with self.take([extent.format for extent in new]) as places:
+        hosts = [extent.host for extent in new if extent.host is not None]
+        with self.take([extent.format for extent in new], parts=[host.part for host in hosts]) as places:
             pairs = [(place, extent.host) for extent, place in zip(new, places) if extent.host is not None]
             assert len(pairs) == len(new), "a frame that is nowhere on the device is in host memory"
             self.copies.start(pairs, to_host=False)

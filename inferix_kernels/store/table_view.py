@@ -111,7 +111,10 @@ class TableView:
             >>> table.select([0, 14]).lens.tolist()  # a frame has 10 tokens, and a page 16 places
             [10, 10]
         """
-        return self.store.lists.of(slot.page_id for slot in self.resident(frames))
+        slots = self.resident(frames := list(frames))
+        if away := [frame for frame, slot in zip(frames, slots) if not slot.own]:
+            raise NotResident(f"frames {away} lie on other ranks: see Shard.frames")
+        return self.store.lists.of(slot.page_id for slot in slots)
 
     @in_turn
     def gather(self, layer: int, frames: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,313 @@
+"""What all schedules have in common: one rank's part of a pass that several ranks make.
+
+Every frame's tokens are cut among the ranks. In each layer a rank writes the keys and values of its own rows, and
+everybody is sent the heads that it holds: keys and values are on their way while the rank attends to the past, which was there
+before. Queries are sent within a group alone, as its ranks hold different heads of the same frames; their outputs
+return the same way. With one group that is Ulysses (arXiv:2309.14509); in groups of one rank, where no query moves, it
+is a gather of the new keys and values. The bytes of either do not depend on how long the past is.
+
+How the past is attended to is the schedule's: `_attend_past`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layout import KVPages, PageList
+from ..ops import kv_append, paged_attention
+from ..plans import Plan
+from ..store.attention import FrameRead, Reads, Sharded
+from . import agreement
+from .transport import Message, Ticket, Transport
+
+
+class Exchange(Sharded):
+    """One pass of a store that is one of several ranks'.
+
+    Rows lie rank by rank, each rank's frame by frame.
+
+    Attributes:
+        frames: of the pass.
+        rows, group: those of this rank, and of the ranks of its group, whose queries it attends with.
+        heads: KV heads that it holds.
+    """
+
+    name = ""  # of the schedule
+
+    def __init__(self, reads: Reads, transport: Transport):
+        check(reads, transport, self.name)
+        self.reads, self.store, self.shard, self.transport = reads, reads.store, reads.store.shard, transport
+        self.frames = sum(block.queries for block in reads.blocks) // self.store.frame_tokens
+        self.heads, self.rows, self.group = self.store.heads, self.rows_of(self.shard.rank), self.rows_of_group()
+        self.widths = self.store.scratch.head_dim, self.store.scratch.value_dim
+        width, spare = self.heads * sum(self.widths), self.store.page_size
+        # A row holds its keys, then its values, of these heads. A page that is written whole ends in spare rows.
+        self._arrived = self._room("arrived", self.frames * self.store.frame_tokens + spare, width)
+        if self.shard.heads == 1:
+            self._staged = self._arrived[self.rows.start : self.rows.stop + spare]
+        else:
+            self._staged = self._room("staged", self._own + spare, width * self.shard.heads)
+        self.new = self.page_lists(lambda frame: frame.made)
+        self._layer = self.store.num_layers  # that began last
+        self._queries: Tensor | None = None  # of the group's rows, and the heads that this rank holds
+        self._out: Tensor | None = None  # of these, so far
+        self._lse: Tensor | None = None
+
+    @property
+    def _own(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def _room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.reads.rows.of(
+            name, shape, self.store.scratch.k.dtype if dtype is None else dtype, self.store.device
+        )
+
+    # Sharded
+
+    def staging(self, rows: slice) -> tuple[KVPages, PageList]:
+        size, tokens = self.store.page_size, rows.stop - rows.start
+        pages = -(-tokens // size)
+        held = self._staged[rows.start : rows.start + pages * size]
+        k, v = self._sides(held, self.store.all_heads)
+        in_pages = (x.unflatten(0, (pages, size)).transpose(1, 2) for x in (k, v))
+        lens = [size] * (pages - 1) + [tokens - (pages - 1) * size]
+        return KVPages(self.store.scratch.format, *in_pages), PageList.of(range(pages), lens, self.store.device)
+
+    def begin(self, layer: int, q: Tensor | None) -> None:
+        if layer <= self._layer:
+            agreement.compare(self.transport, agreement.fields(self.reads, q))
+        self._layer, self._queries = layer, None
+        self.transport.at(f"{self.name}: keys", layer, self.first_frame)
+        attends = q is not None and (self.reads.predict or layer < self.store.num_layers - 1)
+        asked = self._send_queries(q) if attends and q is not None else None
+        sent = self._send_keys()
+        if asked is not None:
+            self._attend_past(layer, asked)
+        sent.wait()
+        self._append()
+
+    def _append(self) -> None:
+        """What has arrived, and own rows, to scratch."""
+        store = self.store
+        for rank in range(self.shard.ranks):
+            where = store.scratch_rows(self.frames, self.shard.rows(store.frame_tokens, rank))
+            if len(where.ids):
+                k, v = self._sides(self._arrived[self.rows_of(rank)], self.heads)
+                kv_append(k, v, store.scratch, where, backend=store.backend)
+
+    def everywhere(self, mean: Tensor) -> Tensor:
+        parts = self._of_group(as_bytes(mean))
+        return torch.cat([part.view(mean.dtype).view(mean.shape) for part in parts]) if len(parts) > 1 else mean
+
+    def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
+        self.transport.at(f"{self.name}: out", layer, self.first_frame)
+        if self._queries is None:
+            self._attend_past(layer, self._send_queries(q))
+        self._attend_new(layer)
+        out = q.new_empty(*q.shape[:2], self.widths[1]) if out is None else out
+        self._queries = None
+        return self._return(q.dtype, out)
+
+    # What moves
+
+    def _send_keys(self) -> Ticket:
+        """Own rows to everybody, of each the heads that it holds."""
+        own, parts = self._arrived[self.rows], [self._arrived[self.rows]]
+        if self.shard.heads > 1:
+            sides = self._sides(self._staged[: self._own], self.store.all_heads)
+            packed = self._room("packed", self.shard.heads, *own.shape)
+            for part, *heads in zip(packed, *(x.split(self.heads, 1) for x in sides)):
+                torch.cat([x.flatten(1) for x in heads], 1, out=part)
+            parts = list(packed)
+            own.copy_(parts[self.shard.head_rank])
+        others = [rank for rank in range(self.shard.ranks) if rank != self.shard.rank]
+        return self.transport.post(
+            [Message(rank, as_bytes(parts[rank % self.shard.heads])) for rank in others],
+            [Message(rank, as_bytes(self._arrived[self.rows_of(rank)])) for rank in others],
+        )
+
+    def _send_queries(self, q: Tensor) -> Ticket:
+        """Own rows to the ranks of the group, of each the heads that it holds. What arrives is self._queries."""
+        if self.shard.heads == 1:
+            self._queries = q
+            return NOTHING
+        heads = self.shard.share("qkv: query heads", q.shape[1])
+        parts = self._room("asking", self.shard.heads, self._own, heads, q.shape[2], dtype=q.dtype)
+        parts.copy_(q.unflatten(1, (self.shard.heads, heads)).transpose(0, 1))
+        self._queries = self._room("queries", self._grouped, heads, q.shape[2], dtype=q.dtype)
+        rows = self._rows_in_group()
+        self._queries[rows[self.shard.head_rank]] = parts[self.shard.head_rank]
+        peers = self._peers()
+        return self.transport.post(
+            [Message(rank, as_bytes(parts[part])) for part, rank in peers],
+            [Message(rank, as_bytes(self._queries[rows[part]])) for part, rank in peers],
+        )
+
+    def _return(self, dtype: torch.dtype, out: Tensor) -> Tensor:
+        """What the group's rows attended to, each back to its rank."""
+        assert self._out is not None
+        if self.shard.heads == 1:
+            return out.copy_(self._out)
+        made, rows, peers = self._out.to(dtype), self._rows_in_group(), self._peers()
+        parts = self._room("answers", self.shard.heads, self._own, *made.shape[1:], dtype=dtype)
+        parts[self.shard.head_rank] = made[rows[self.shard.head_rank]]
+        self.transport.post(
+            [Message(rank, as_bytes(made[rows[part]])) for part, rank in peers],
+            [Message(rank, as_bytes(parts[part])) for part, rank in peers],
+        ).wait()
+        out.unflatten(1, (self.shard.heads, made.shape[1])).copy_(parts.transpose(0, 1))
+        return out
+
+    def _of_group(self, blob: Tensor) -> list[Tensor]:
+        """This rank's bytes and those of the others of its group, by their part of the heads; all give as many."""
+        found, peers = [blob] * self.shard.heads, self._peers()
+        for part, _ in peers:
+            found[part] = torch.empty_like(blob)
+        self.transport.post(
+            [Message(rank, blob) for _, rank in peers], [Message(rank, found[part]) for part, rank in peers]
+        ).wait()
+        return found
+
+    # Attention
+
+    def _attend_past(self, layer: int, asked: Ticket) -> None:
+        """Wait for the group's queries, and attend to what was there before the pass, by `attend`."""
+        raise NotImplementedError
+
+    def _attend_new(self, layer: int) -> None:
+        self.attend(layer, self.store.layers[layer], self.new)
+
+    def start(self) -> None:
+        """Nothing was attended to yet: the next `attend` is the first."""
+        self._out = self._lse = None
+
+    def attend(self, layer: int, pools: Sequence[KVPages], plan: Plan | None) -> None:
+        """The group's queries attend to more pages; None: there are none."""
+        q = self._queries
+        assert q is not None
+        if plan is None or not len(q):
+            if self._out is None:
+                self._out, self._lse = self._nothing(q)
+            return
+        more = self._out is not None
+        if not more:
+            self._out, self._lse = self._outputs(q)
+        options = {"precision": self.precision(layer), "backend": self.store.backend, "accumulate": more}
+        paged_attention(q, pools, plan, out=self._out, lse=self._lse, **options)  # type: ignore[arg-type]
+
+    def precision(self, layer: int) -> str:
+        """The same for all worlds of a pass: no rank may round where another does not."""
+        wanted = {self.reads.precision[block.world][layer] for block in self.reads.blocks}
+        return wanted.pop() if len(wanted) == 1 else "auto"
+
+    def _outputs(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums are kept in float32, whatever the queries are in."""
+        out = self._room("sums", *q.shape[:2], self.widths[1], dtype=torch.float32)
+        return out, self._room("lse", *q.shape[:2], dtype=torch.float32)
+
+    def _nothing(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = self._outputs(q)
+        return out.zero_(), lse.fill_(-torch.inf)
+
+    # Small things
+
+    @property
+    def first_frame(self) -> int:
+        """What a lost rank's error calls the block."""
+        return self.reads.first_frame
+
+    @property
+    def _grouped(self) -> int:
+        return self.group.stop - self.group.start
+
+    def _peers(self) -> list[tuple[int, int]]:
+        """(its part of the heads, rank) of the others of the group."""
+        return [(part, rank) for part, rank in enumerate(self.shard.group_ranks) if rank != self.shard.rank]
+
+    def rows_of(self, rank: int) -> slice:
+        rows = self.shard.rows(self.store.frame_tokens, rank)
+        return slice(self.frames * rows.start, self.frames * rows.stop)
+
+    def rows_of_group(self, group: int | None = None) -> slice:
+        first = (self.shard.group if group is None else group) * self.shard.heads
+        return slice(self.rows_of(first).start, self.rows_of(first + self.shard.heads - 1).stop)
+
+    def _rows_in_group(self) -> list[slice]:
+        """Of each rank of the group, counted from the group's first."""
+        first, each = self.group.start, (self.rows_of(rank) for rank in self.shard.group_ranks)
+        return [slice(rows.start - first, rows.stop - first) for rows in each]
+
+    def page_id(self, frame: FrameRead) -> int:
+        return frame.page_id
+
+    def page_lists(
+        self,
+        wanted: Callable[[FrameRead], bool],
+        group: int | None = None,
+        places: Mapping[tuple[str, int], int] | None = None,
+    ) -> Plan | None:
+        """The plan of the queries of a group, by default this rank's, over the frames wanted of those that each block
+        reads. None: there is nothing to do.
+
+        Args:
+            places: page ids of frames, where they are others than the store's.
+        """
+        first, store = (self.shard.group if group is None else group) * self.shard.heads, self.store
+        reads = [
+            [self.page_id(frame) if places is None else places[frame.place] for frame in block.frames if wanted(frame)]
+            for block in self.reads.blocks
+        ]
+        queries, pages, frames = [0], [0], []
+        for rank in range(first, first + self.shard.heads):
+            rows = self.shard.rows(store.frame_tokens, rank)
+            for block, ids in zip(self.reads.blocks, reads):
+                count = block.queries // store.frame_tokens * (rows.stop - rows.start)
+                if len(reads) == 1 and len(queries) > 1:  # of one block: the order of its queries is all the same
+                    queries[-1] += count
+                    continue
+                queries.append(queries[-1] + count)
+                frames += ids
+                pages.append(len(frames) * store.pages_per_frame)
+        if not frames or not queries[-1]:
+            return None
+        lists = store.lists
+        indptrs = (np.array(each, np.int32) for each in (queries, pages))
+        return Plan(*lists.upload([*indptrs, lists.pages(frames), lists.lengths(pages[-1])]))
+
+    def _sides(self, rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, heads, D], [rows, heads, Dv] of rows that hold both."""
+        k, v = rows.split_with_sizes([heads * width for width in self.widths], 1)
+        return k.unflatten(1, (heads, -1)), v.unflatten(1, (heads, -1))
+
+
+class _Nothing:
+    def wait(self, deadline: float | None = None) -> None:
+        pass
+
+
+NOTHING = _Nothing()
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """A contiguous tensor as a blob: [bytes] uint8, the same memory."""
+    return x.view(-1).view(torch.uint8)
+
+
+def check(reads: Reads, transport: Transport, name: str) -> None:
+    """Raises ValueError unless this schedule can serve this pass."""
+    shard = reads.store.shard
+    if (transport.rank, transport.size) != (shard.rank, shard.ranks):
+        raise ValueError(
+            f"transport must be that of the store's rank {shard.rank} of {shard.ranks}, got that of rank "
+            f"{transport.rank} of {transport.size}"
+        )
+    if transport.device != reads.store.device:
+        raise ValueError(
+            f"transport must be on the store's device, {reads.store.device}, got {transport.device} on rank {shard.rank}"
+        )
+    if reads.plan.page_bias is not None or reads.plan.page_variants is not None:
+        raise ValueError(f"attention: {name} needs a policy without past_bias and with time='absolute'")

@@ -1,0 +1,110 @@
+"""Who holds what, by the name of a schedule; and how many bytes each rank sends, as formulas that are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import gcd
+from typing import NamedTuple
+
+from .._check import check_counts, check_word
+from ..store.shard import Shard
+from .agreement import FIELDS, fields_bytes
+
+SCHEDULES = ("ulysses", "gather", "ring", "pass-q")
+
+
+def shard_for(schedule: str, rank: int, ranks: int, heads: int, head_parts: int | None = None) -> Shard:
+    """What a rank's store is to hold.
+
+    Args:
+        schedule: "ulysses", heads are cut into as many parts as possible: gcd(ranks, heads), in groups if these are not
+            all ranks; "gather", each rank holds everything; "ring" and "pass-q", each group holds other frames.
+        heads: KV heads, of all ranks together.
+        head_parts: into how many parts to cut the heads instead.
+
+    Raises:
+        ValueError: the heads can't be cut so.
+
+    Example:
+        >>> from inferix_kernels.distributed.sharding import shard_for
+        >>> shard_for("ulysses", rank=5, ranks=8, heads=12)  # two groups of four
+        Shard(rank=5, ranks=8, heads=4, frames=1)
+        >>> shard_for("ring", rank=1, ranks=2, heads=12)
+        Shard(rank=1, ranks=2, heads=1, frames=2)
+    """
+    check_word("schedule", schedule, SCHEDULES)
+    check_counts({"ranks": ranks, "heads": heads})
+    if head_parts is None:
+        head_parts = gcd(ranks, heads) if schedule == "ulysses" else 1
+    shard = Shard(rank, ranks, head_parts)
+    shard.share("heads", heads)
+    return Shard(rank, ranks, head_parts, shard.groups) if schedule in ("ring", "pass-q") else shard
+
+
+class Sizes(NamedTuple):
+    """Of a pass, what its bytes depend on besides the shard.
+
+    Attributes:
+        frames, frame_tokens: of all its blocks.
+        query_heads, heads: of all ranks together.
+        widths: of keys and values.
+        activation, scratch: bytes of a number of q and out, and of keys and values in scratch.
+    """
+
+    frames: int
+    frame_tokens: int
+    query_heads: int
+    heads: int
+    widths: tuple[int, int]
+    activation: int
+    scratch: int
+
+
+def keys_sent(shard: Shard, sizes: Sizes) -> int:
+    """In a layer: own rows' keys and values, to each other rank the heads that it holds."""
+    own = _rows(shard, sizes, [shard.rank])
+    return (shard.ranks - 1) * own * sizes.heads // shard.heads * sum(sizes.widths) * sizes.scratch
+
+
+def queries_sent(shard: Shard, sizes: Sizes) -> int:
+    """In a layer: own rows' queries, to each other rank of the group its heads."""
+    own = _rows(shard, sizes, [shard.rank])
+    return (shard.heads - 1) * own * sizes.query_heads // shard.heads * sizes.widths[0] * sizes.activation
+
+
+def outputs_sent(shard: Shard, sizes: Sizes) -> int:
+    """In a layer: own heads' outputs, to each other rank of the group its rows."""
+    others = _rows(shard, sizes, [rank for rank in shard.group_ranks if rank != shard.rank])
+    return others * sizes.query_heads // shard.heads * sizes.widths[1] * sizes.activation
+
+
+def ring_sent(shard: Shard, past: Sequence[int]) -> int:
+    """In a layer: the past's pages go round, and each rank passes on all but those of the group after it.
+
+    Args:
+        past: bytes of the pages that a pass reads, scales with them, of each group's frames and this rank's heads.
+    """
+    return sum(past) - past[(shard.frame_rank + 1) % shard.frames]
+
+
+def pass_q_sent(shard: Shard, sizes: Sizes) -> int:
+    """In a layer: the group's queries, to each other group; and what theirs attended to here, with its LSE."""
+    heads = sizes.query_heads // shard.heads
+    own, all_rows = _rows(shard, sizes, shard.group_ranks), sizes.frames * sizes.frame_tokens
+    asked = (shard.groups - 1) * own * heads * sizes.widths[0] * sizes.activation
+    return asked + (all_rows - own) * heads * (sizes.widths[1] * sizes.activation + 4)
+
+
+def agreement_sent(shard: Shard) -> int:
+    """In a forward."""
+    return (shard.ranks - 1) * fields_bytes(FIELDS)
+
+
+def means_sent(shard: Shard, heads: int, width: int) -> int:
+    """In a layer of the one pass that freezes a world's mean keys."""
+    return (shard.heads - 1) * heads // shard.heads * width * 4
+
+
+def _rows(shard: Shard, sizes: Sizes, ranks: Iterable[int]) -> int:
+    each = (shard.rows(sizes.frame_tokens, rank) for rank in ranks)
+    return sizes.frames * sum(rows.stop - rows.start for rows in each)
