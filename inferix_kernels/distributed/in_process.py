@@ -113,7 +113,8 @@ class _Link:
     def _carry(self, send: _Half, receive: _Half, met: float) -> None:
         hub = self._hub
         try:
-            receive.blob.copy_(send.blob)
+            with torch.inference_mode():  # which the blobs may be from
+                receive.blob.copy_(send.blob)
         except BaseException as error:
             hub.fail(self._rank, error)
             raise

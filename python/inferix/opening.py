@@ -13,6 +13,7 @@ from inferix_kernels import KVStore, PageTable, Policy
 from inferix_kernels._check import is_whole
 from inferix_kernels.layout import KV_FORMATS, scratch_format
 from inferix_kernels.proofs import stored
+from inferix_kernels.store import Shard
 
 from .decode.contract import Adapter, Model
 from .decode.decoder import Decoder
@@ -128,8 +129,10 @@ def say_unusual(adapter: Adapter, policy: Policy) -> None:
         logging.getLogger("inferix").warning(f"{adapter.name} was made for {made}, and is run with {run}")
 
 
-def open_store(model: Model, policy: Policy, worlds: int, backend: str, precision: str) -> KVStore:
-    """A store with room for so many worlds under this policy, on the model's device."""
+def open_store(
+    model: Model, policy: Policy, worlds: int, backend: str, precision: str, shard: Shard = Shard()
+) -> KVStore:
+    """A store with room for so many worlds under this policy, on the model's device; of one rank, what that holds."""
     adapter, device = model.adapter, torch.device(model.device)
     # A guided world has two pasts; where nothing sees a past, nothing is ever committed.
     pasts = 0 if adapter.at_once else worlds * (1 if adapter.guidance == 1 else 2)
@@ -157,6 +160,7 @@ def open_store(model: Model, policy: Policy, worlds: int, backend: str, precisio
         backend=backend,
         precision=precision,
         turn_back=model.turn_back,
+        shard=shard,
     )
     if backend == "auto" and (unproved := stored.notice(device)):
         logging.getLogger("inferix").warning(unproved)

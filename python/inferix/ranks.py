@@ -14,22 +14,32 @@ import itertools
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from inferix_kernels.distributed.process_group import ProcessGroupTransport
 from torch import Tensor
 
+from inferix_kernels._check import check_word
+from inferix_kernels.distributed import Gather, PassQ, ProcessGroupTransport, Ring, TokenShard, shard_for
+from inferix_kernels.distributed.sharding import SCHEDULES
 from inferix_kernels.distributed.transport import Message, Transport
+from inferix_kernels.store import Attention, Shard
 
+from .decode.contract import Model
 from .launcher import launched_rank
 
 if TYPE_CHECKING:
     from .world import World
 
 PATIENCE = 1e5  # seconds that a rank waits for what is done next: a world may be left alone for a day
+ATTENTION: Mapping[str, Callable[[Transport], Attention]] = {
+    "gather": Gather,
+    "ulysses": Gather,  # over a store with some of the heads
+    "ring": Ring,
+    "pass-q": PassQ,
+}
 LENGTH = 8  # bytes of a message's length, which goes ahead of it
 
 
@@ -57,10 +67,12 @@ class Ranks:
 
     Args:
         transport: of the group.
+        schedule: how they share attention, one of inferix_kernels.distributed.SCHEDULES.
     """
 
-    def __init__(self, transport: Transport):
-        self.transport, self._ended = transport, False
+    def __init__(self, transport: Transport, schedule: str = "gather"):
+        check_word("parallel", schedule, SCHEDULES)
+        self.transport, self.schedule, self._ended = transport, schedule, False
         self._numbers = itertools.count()
         self._number: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._worlds: dict[int, World] = {}  # held by those who follow alone
@@ -83,6 +95,14 @@ class Ranks:
                 self.end()
         finally:
             dist.destroy_process_group()
+
+    def shard(self, heads: int) -> Shard:
+        """What this rank's store holds of so many KV heads."""
+        return shard_for(self.schedule, self.transport.rank, self.transport.size, heads)
+
+    def on_rank(self, model: Model) -> Model:
+        """The model as this rank runs it."""
+        return model.on_rank(TokenShard(self.transport), ATTENTION[self.schedule](self.transport))
 
     def add(self, world: World) -> None:
         """A world that was opened, forked or loaded: at the same place of the same order on every rank."""

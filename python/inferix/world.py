@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inferix_kernels import PageTable, Policy, profile
 from inferix_kernels._check import whole
-from inferix_kernels.distributed.tokens import TokenShard
+from inferix_kernels.store import Shard
 
 from .decode.contract import Model
 from .facts import Facts
@@ -111,7 +111,7 @@ class World(Facts):
             raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
         self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
         if ranks is not None:
-            self.model = self.model.on_rank(TokenShard(ranks.transport))
+            self.model = ranks.on_rank(self.model)
         adapter = self.model.adapter
         working = working_format(self.model)
         policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
@@ -120,7 +120,8 @@ class World(Facts):
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
-        self.store = open_store(self.model, policy, worlds, backend, precision)
+        shard = Shard() if ranks is None else ranks.shard(self.model.heads)
+        self.store = open_store(self.model, policy, worlds, backend, precision, shard)
         self._begin(policy, seed)
         if ranks is not None:
             self.ranks = ranks

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import PageTable, Pass, PassBuffers, profile
-from inferix_kernels.store import Block
+from inferix_kernels.store import Block, Local
 
 from .contract import BlockInput, Model
 from .graphs import Graphs, Recorder
@@ -195,7 +195,8 @@ class Branch:
         if self._graphs is not None:  # planning writes to memory that a forward on another stream may still read
             self._graphs.follow_stream()
         rope = self.model.rope([self._time(frame) for block in blocks for frame in block.frames])
-        return self.table.plan(blocks, rope, buffers=self._buffers, **options)
+        attention = self.model.attention or Local()
+        return self.table.plan(blocks, rope, attention=attention, buffers=self._buffers, **options)
 
     def _forward(self, inputs: Sequence[BlockInput], planned: Pass) -> Sequence[Tensor]:
         if self._graphs is None:
