@@ -1,0 +1,110 @@
+"""A plan as text: what was assumed, the table that it was chosen from, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .costs import Option, Workload, ceil_div
+from .planner import Choice, plan_attention
+
+_HEAD = ("", "way", "GB a rank", "MB sent", "compute us", "exposed us", "total us", "first block us", "")
+
+
+def explain(choice: Choice) -> str:
+    """See `Choice.explain`. Bytes and times are of one layer of one step, on the rank that has most to do."""
+    w, best = choice.workload, choice.best
+    count = f"{w.worlds} world{'s' * (w.worlds > 1)}, {w.branches} branch{'es' * (w.branches > 1)} each"
+    heads = f"{w.heads} heads" if w.heads == w.kv_heads else f"{w.heads} heads over {w.kv_heads}"
+    order = sorted(choice.options, key=lambda option: (not option.fits, option.seconds, option.memory))
+    lines = [
+        f"{w.ranks} ranks for {count}: blocks of {w.tokens} tokens that see {w.keys}, {heads} of {w.head_dim}, "
+        f"{w.layers} layers, pages in {w.kv_format}",
+        f"  link {choice.link}",
+        f"  device {choice.device}",
+        f"  memory of a rank: {choice.memory / 1e9:.3g} GB, of which the weights take {w.weights / 1e9:.3g}",
+        "",
+        "Modelled, not measured: one layer of one step, of all worlds. Bytes sent follow from the shapes.",
+        *table([("*" if option is best else "", option, "" if option.fits else "does not fit") for option in order]),
+        "",
+        "Not built, modelled all the same:",
+        *table([("", option, "" if option.fits else "does not fit") for option in choice.not_built]),
+        "",
+        *reasons(choice),
+    ]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[tuple[str, Option, str]]) -> list[str]:
+    cells: list[tuple[str, ...]] = [_HEAD]
+    for mark, o, said in rows:
+        times = (f"{seconds * 1e6:.1f}" for seconds in (o.compute, o.exposed, o.seconds, o.first))
+        cells.append((mark, str(o.layout), f"{o.memory / 1e9:.2f}", f"{o.sent / 1e6:.2f}", *times, said))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in (0, 1, 8) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def reasons(choice: Choice) -> list[str]:
+    """Why this one, what the first block would rather have, what replicas would give, and what a ring waits for."""
+    w, best = choice.workload, choice.best
+    fitting = [option for option in choice.options if option.fits]
+    others = sorted((option for option in fitting if option is not best), key=lambda option: option.seconds)
+    said = f"Chosen: {best.layout}, the fastest in the model of {len(fitting)} that fit"
+    said += f" ({len(choice.options) - len(fitting)} do not)." if len(fitting) < len(choice.options) else "."
+    if others:
+        said += f" Next is {others[0].layout}, {slower(others[0].seconds, best.seconds)}."
+    lines = [said]
+    faster = [option for option in choice.options if not option.fits and option.seconds < best.seconds]
+    if faster:
+        least = min(faster, key=lambda option: option.seconds)
+        lines.append(
+            f"With {least.memory / 1e9:.3g} GB a rank, {least.layout} would be: {best.layout} is "
+            f"{slower(best.seconds, least.seconds)}."
+        )
+    if choice.first is not best:
+        more = slower(best.first, choice.first.first)
+        lines.append(f"A block without a past: {choice.first.layout} would be fastest; {best.layout} is {more}.")
+    if w.ranks > 1:
+        lines += [alone(choice)]
+    if any(option.layout.scheme == "R" for option in choice.options):
+        lines += [ring(choice)]
+    return lines
+
+
+def slower(seconds: float, than: float) -> str:
+    more = 100 * (seconds / than - 1)
+    return f"{more:.0f}% slower" if more >= 0.5 else "as fast to within 0.5%"
+
+
+def alone(choice: Choice) -> str:
+    """What so many ranks would do with a world each."""
+    w, best = choice.workload, choice.best
+    one = Workload(**{**vars(w), "worlds": 1, "ranks": 1})
+    try:
+        seconds = plan_attention(one, choice.link, choice.memory, choice.device).best.seconds
+    except ValueError:
+        return "Replicas: one world does not fit a rank."
+    gain = seconds * w.worlds / best.seconds
+    said = f"One rank takes {seconds * 1e6:.1f} us for one world: {w.ranks} do {gain:.2f} times the work of one."
+    return said if best.layout.replicas == w.ranks else f"{said} As replicas, with a world each, {w.ranks} times."
+
+
+def ring(choice: Choice) -> str:
+    """Whether a ring over all ranks of one branch hides its hops."""
+    w, link = choice.workload, choice.link
+    option = max((one for one in choice.options if one.layout.scheme == "R"), key=lambda one: one.layout.frames)
+    _, replicas, branches, _, _, p = option.layout
+    turns = ceil_div(w.worlds, replicas) * ceil_div(w.branches, branches)
+    shard = option.sent / turns / (p - 1)
+    hop = link.seconds(shard)
+    part = 4 * ceil_div(w.tokens, p) * w.heads * w.head_dim * w.keys / p / choice.device.attention
+    verdict = "each hop is hidden" if hop <= part else f"{(hop - part) * 1e6:.1f} us of each hop are waited for"
+    return (
+        f"A ring of {p}: a hop takes {shard / 1e6:.2f} MB in {hop * 1e6:.1f} us, attention to a shard "
+        f"{part * 1e6:.1f} us: {verdict}, and {p - 1} more partials cost {(p - 1) * choice.device.merge * 1e6:.0f} us."
+    )
