@@ -10,6 +10,13 @@ import math
 from typing import NamedTuple
 
 
+def check_figure(name: str, figure: float, zero: bool = False) -> None:
+    """A rate, a time or a size: finite and positive, or 0 where that means something."""
+    number = isinstance(figure, (int, float)) and not isinstance(figure, bool)
+    if not (number and math.isfinite(figure) and (figure > 0 or (zero and figure == 0))):
+        raise ValueError(f"{name} must be a finite number {'not below' if zero else 'above'} 0, got {figure!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
     """What joins the ranks, as one of them sees it while all of them send.
@@ -167,10 +174,3 @@ MODELS = {
         weights=47_798_563_872, branches=3, shared_past=True,
     ),
 }  # fmt: skip
-
-
-def check_figure(name: str, figure: float, zero: bool = False) -> None:
-    """A rate, a time or a size: finite and positive, or 0 where that means something."""
-    number = isinstance(figure, (int, float)) and not isinstance(figure, bool)
-    if not (number and math.isfinite(figure) and (figure > 0 or (zero and figure == 0))):
-        raise ValueError(f"{name} must be a finite number {'not below' if zero else 'above'} 0, got {figure!r}")
