@@ -3,8 +3,9 @@
 Importing this package imports nothing of torch.distributed.
 """
 
+from .choice import Choice
 from .costs import Layout, Option, Workload
-from .planner import Choice, plan_attention
+from .planner import plan_attention
 from .presets import DEVICES, LINKS, MODELS, Device, Link
 
 __all__ = [

@@ -234,7 +234,8 @@ class Costs:
         asked = wire.queries(rows, 2, w.heads, w.head_dim, self.item)
         answered = wire.partial_outputs(rows * hops, w.heads, w.head_dim, self.item)
         hop, back = latency + asked / bandwidth, latency + answered / bandwidth
-        exposed, first = (hops * (max(0.0, hop - less) + self.merge) + back for less in (part, part_first))
+        exposed = hops * (max(0.0, hop - part) + self.merge) + back
+        first = hops * (max(0.0, hop - part_first) + self.merge) + back
         uneven = p * ceil_div(self.past_frames, p) - self.past_frames  # frames that some ranks have not, and wait for
         exposed += self.per_key * rows * uneven * self.frame
         return hops * asked + answered, exposed, first

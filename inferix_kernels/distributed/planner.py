@@ -8,46 +8,15 @@ where there are worlds enough, for no other reason than that they send nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import TypeVar
 
-from .costs import Costs, Layout, Option, Workload
+from .choice import Choice
+from .costs import Costs, Layout, Workload
 from .presets import DEVICES, LINKS, Device, Link, check_figure
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What was chosen, of what, and for what.
-
-    Attributes:
-        workload, link, device, memory: as they were given; memory in bytes on a rank.
-        options: all that are built, fitting or not.
-        best: the fastest that fits, of blocks with the past that `keys` says.
-        first: the fastest that fits, of a block without a past.
-    """
-
-    workload: Workload
-    link: Link
-    device: Device
-    memory: float
-    options: tuple[Option, ...]
-    best: Option
-    first: Option
-
-    @property
-    def not_built(self) -> tuple[Option, Option]:
-        """What a pipeline of layers and sharded weights would cost."""
-        return Costs(self.workload, self.link, self.device, self.memory).not_built(self.best)
-
-    def explain(self) -> str:
-        """The table that it was chosen from, and the reason, to be read by people."""
-        from .explain import explain
-
-        return explain(self)
 
 
 def plan_attention(
@@ -86,9 +55,8 @@ def plan_attention(
             f" a quantized kv_format, a shorter window or fewer worlds need less; weight sharding would need"
             f" {sharded.memory / 1e9:.3g}, and is not built"
         )
-    best = min(fitting, key=lambda one: (one.compute + one.exposed, one.memory))
-    first = min(fitting, key=lambda one: (one.first, one.memory))
-    return Choice(workload, link, device, memory, options, best, first)
+    best = min(fitting, key=lambda one: (one[2] + one[3], one[5]))  # seconds, memory: fields take their time
+    return Choice(workload, link, device, memory, options, best)
 
 
 def named(argument: str, known: Mapping[str, T], given: T | str) -> T:

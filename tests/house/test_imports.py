@@ -34,7 +34,7 @@ LAYERS = (
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
     ("ops", "chosen", "estimate"),
     ("quantize", "store"),
-    ("integrations", "proofs"),
+    ("integrations", "proofs", "distributed"),
     ("", "__main__"),
 )
 

@@ -1,13 +1,46 @@
-"""A plan as text: what was assumed, the table that it was chosen from, and why."""
+"""What was chosen, and that as text: what was assumed, the table that it was chosen from, and why."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from .costs import Option, Workload, ceil_div
-from .planner import Choice, plan_attention
+from .costs import Costs, Layout, Option, Workload, ceil_div
+from .presets import Device, Link
 
 _HEAD = ("", "way", "GB a rank", "MB sent", "compute us", "exposed us", "total us", "first block us", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen, of what, and for what.
+
+    Attributes:
+        workload, link, device, memory: as they were given; memory in bytes on a rank.
+        options: all that are built, fitting or not.
+        best: the fastest that fits, of blocks with the past that `keys` says.
+    """
+
+    workload: Workload
+    link: Link
+    device: Device
+    memory: float
+    options: tuple[Option, ...]
+    best: Option
+
+    @property
+    def first(self) -> Option:
+        """The fastest that fits, for a block without a past."""
+        return min((one for one in self.options if one.fits), key=lambda one: (one.first, one.memory))
+
+    @property
+    def not_built(self) -> tuple[Option, Option]:
+        """What a pipeline of layers and sharded weights would cost."""
+        return Costs(self.workload, self.link, self.device, self.memory).not_built(self.best)
+
+    def explain(self) -> str:
+        """The table that it was chosen from, and the reason, to be read by people."""
+        return explain(self)
 
 
 def explain(choice: Choice) -> str:
@@ -84,14 +117,15 @@ def slower(seconds: float, than: float) -> str:
 def alone(choice: Choice) -> str:
     """What so many ranks would do with a world each."""
     w, best = choice.workload, choice.best
-    one = Workload(**{**vars(w), "worlds": 1, "ranks": 1})
-    try:
-        seconds = plan_attention(one, choice.link, choice.memory, choice.device).best.seconds
-    except ValueError:
-        return "Replicas: one world does not fit a rank."
-    gain = seconds * w.worlds / best.seconds
-    said = f"One rank takes {seconds * 1e6:.1f} us for one world: {w.ranks} do {gain:.2f} times the work of one."
-    return said if best.layout.replicas == w.ranks else f"{said} As replicas, with a world each, {w.ranks} times."
+    single = dataclasses.replace(w, worlds=1, ranks=1)
+    one = Costs(single, choice.link, choice.device, choice.memory).option(Layout("alone"))
+    gain = one.seconds * w.worlds / best.seconds
+    said = f"One rank takes {one.seconds * 1e6:.1f} us for one world: {w.ranks} do {gain:.2f} times that work."
+    if best.layout.replicas == w.ranks:
+        return said
+    if not one.fits:
+        return f"{said} One world does not fit one, so there are no replicas."
+    return f"{said} As replicas, with a world each, {w.ranks} times."
 
 
 def ring(choice: Choice) -> str:
