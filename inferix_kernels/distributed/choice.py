@@ -99,12 +99,12 @@ def reasons(choice: Choice) -> list[str]:
             f"With {least.memory / 1e9:.3g} GB a rank, {least.layout} would be: {best.layout} is "
             f"{slower(best.seconds, least.seconds)}."
         )
-    if choice.first is not best:
+    if choice.first.first < 0.995 * best.first:
         more = slower(best.first, choice.first.first)
         lines.append(f"A block without a past: {choice.first.layout} would be fastest; {best.layout} is {more}.")
     if w.ranks > 1:
         lines += [alone(choice)]
-    if any(option.layout.scheme == "R" for option in choice.options):
+    if w.past and any(option.layout.scheme == "R" for option in choice.options):
         lines += [ring(choice)]
     return lines
 
@@ -118,7 +118,7 @@ def alone(choice: Choice) -> str:
     """What so many ranks would do with a world each."""
     w, best = choice.workload, choice.best
     single = dataclasses.replace(w, worlds=1, ranks=1)
-    one = Costs(single, choice.link, choice.device, choice.memory).option(Layout("alone"))
+    one = Costs(single, choice.link, choice.device, choice.memory).options([Layout("alone")])[0]
     gain = one.seconds * w.worlds / best.seconds
     said = f"One rank takes {one.seconds * 1e6:.1f} us for one world: {w.ranks} do {gain:.2f} times that work."
     if best.layout.replicas == w.ranks:
@@ -130,15 +130,12 @@ def alone(choice: Choice) -> str:
 
 def ring(choice: Choice) -> str:
     """Whether a ring over all ranks of one branch hides its hops."""
-    w, link = choice.workload, choice.link
-    option = max((one for one in choice.options if one.layout.scheme == "R"), key=lambda one: one.layout.frames)
-    _, replicas, branches, _, _, p = option.layout
-    turns = ceil_div(w.worlds, replicas) * ceil_div(w.branches, branches)
-    shard = option.sent / turns / (p - 1)
-    hop = link.seconds(shard)
-    part = 4 * ceil_div(w.tokens, p) * w.heads * w.head_dim * w.keys / p / choice.device.attention
+    w, link, costs = choice.workload, choice.link, Costs(choice.workload, choice.link, choice.device, choice.memory)
+    g = max(one.layout.frames for one in choice.options if one.layout.scheme == "R" and one.layout.heads == 1)
+    shard = ceil_div(costs.past_frames, g) * w.kv_heads * costs.frame_bytes
+    hop, part = link.seconds(shard), costs.per_key * ceil_div(w.tokens, g) * w.past / g
     verdict = "each hop is hidden" if hop <= part else f"{(hop - part) * 1e6:.1f} us of each hop are waited for"
     return (
-        f"A ring of {p}: a hop takes {shard / 1e6:.2f} MB in {hop * 1e6:.1f} us, attention to a shard "
-        f"{part * 1e6:.1f} us: {verdict}, and {p - 1} more partials cost {(p - 1) * choice.device.merge * 1e6:.0f} us."
+        f"A ring of {g}: a hop takes {shard / 1e6:.2f} MB in {hop * 1e6:.1f} us, attention to a shard "
+        f"{part * 1e6:.1f} us: {verdict}, and {g} more partials cost {g * choice.device.merge * 1e6:.0f} us."
     )

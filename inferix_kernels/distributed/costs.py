@@ -1,28 +1,29 @@
 """What each way of sharing the work costs: a model, nothing in it is measured.
 
 P ranks are cut into groups, from outside in: groups of worlds (replicas), groups of branches (guidance, each prediction
-on ranks of its own), and within those the ranks that share one branch, in one of these ways:
+on ranks of its own), and within those the ranks that share one branch: u of them share its heads (Ulysses), in g groups
+of which each holds the same pages (G), or other frames than the others (R, Q). g = 1 is U alone.
 
-- u x g: u ranks share the heads (Ulysses), and g such groups have the same pages each and gather the new block's keys
-  and values from each other while attention to the past runs. g = 1 is U, u = 1 is G.
-- R and Q: each rank holds some frames of all heads. R sends pages round a ring, Q sends queries and merges outputs.
-
-Bytes are exact (`wire`). Times are these, per layer and step, with keys S = past + new:
+Each rank computes a part of every frame's rows. Bytes are exact (`wire`). Times are these, per layer and step, with
+keys S = past + new, and groups of u x g ranks:
 
 - attention: 4 rows heads head_dim S FLOPs; linear layers: 2 rows linear; both in equal parts on all ranks of a branch.
-- U: both of its collectives are waited for.
-- G: the gather hides under attention to the past; two partials instead of one, if there is a past.
-- R: of P - 1 hops, each hides under attention to one shard; a partial more for each.
-- Q: the hops of the queries hide likewise; the collective that brings outputs back is waited for. Where P does not
-  divide the frames, ranks wait for the one that holds most.
+- new keys and values, to everybody: on their way while the past is attended to. So there are two partials, if there is
+  a past, and without one the flight is waited for.
+- u > 1: queries before attention, and outputs after it, are waited for.
+- R: g - 1 hops, each on its way while one shard is attended to; the first follows the new keys on the link. A partial
+  more for each.
+- Q: queries, behind the new keys, while own frames are attended to; answers are waited for, and merged. Where g does
+  not divide the frames, ranks wait for the one that holds most.
 
 Left out: links that ranks share, what NCCL takes of a GPU's multiprocessors, packing, and what is done once a block.
-Sources: the formulas of arXiv:2309.14509 (U), arXiv:2310.01889 (R), arXiv:2411.01783 (Q, and when a ring hides).
+Sources: arXiv:2309.14509 (U), arXiv:2310.01889 (R), arXiv:2411.01783 (Q, and when a ring hides).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import wire
@@ -46,7 +47,7 @@ class Workload:
         layers: of the network.
         linear: multiply-adds of one layer's linear layers for each token. 0: attention alone is planned.
         weights: bytes of the network, which every rank holds.
-        frame_tokens: of a frame, which is never cut among ranks; None: a frame is a page.
+        frame_tokens: of a frame: of the past it is never cut among ranks, of a block always. None: a block is one.
         page_size: tokens of a page.
         prediction: bytes of a token's prediction, which the branches of a step send each other once a step.
 
@@ -88,6 +89,8 @@ class Workload:
                 raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
         if self.keys < self.tokens:
             raise ValueError(f"keys must be at least the block's own {self.tokens}, got {self.keys}")
+        if self.frame_tokens is not None and self.tokens % self.frame_tokens:
+            raise ValueError(f"tokens must be whole frames of {self.frame_tokens}, got {self.tokens}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads={self.kv_heads}, got {self.heads}")
         for name, known in (("kv_format", wire.FORMATS), ("scratch_format", wire.ITEMSIZE)):
@@ -120,10 +123,10 @@ class Layout(NamedTuple):
     """A way to cut P ranks into groups; P is the product of the five counts.
 
     Attributes:
-        scheme: "alone", "U", "G", "UxG", "R" or "Q": how the ranks of one branch share it.
+        scheme: how the ranks of one branch share it: "alone", "U" (heads alone), "G", "R" or "Q".
         replicas, branches: groups of ranks with worlds, and with branches, of their own.
-        heads: ranks of a branch that share its heads; copies: groups of those, each of which holds the same pages.
-        frames: ranks of a branch that share its frames.
+        heads: ranks of a branch that share its heads.
+        copies, frames: groups of those, which hold the same pages, or different frames.
     """
 
     scheme: str
@@ -135,7 +138,8 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         """As "2 replicas of U4xG2"."""
-        within = f"U{self.heads}xG{self.copies}" if self.scheme == "UxG" else self.scheme
+        both = self.heads > 1 and self.scheme != "U"
+        within = f"U{self.heads}x{self.scheme}{self.copies * self.frames}" if both else self.scheme
         groups = [(self.replicas, "replicas"), (self.branches, "branches")]
         said = " of ".join(f"{count} {what}" for count, what in groups if count > 1)
         return f"{said} of {within}" if said and within != "alone" else said or within
@@ -174,83 +178,83 @@ class Costs:
     """The model that this module describes, for one workload on one machine."""
 
     def __init__(self, w: Workload, link: Link, device: Device, memory: float):
-        self.w, self.link, self.memory, self.merge = w, link, memory, device.merge
+        self.w, self.link, self.device, self.memory, self.merge = w, link, device, memory, device.merge
         self.latency, self.bandwidth = link.latency, link.bandwidth
         self.item = wire.ITEMSIZE[w.scratch_format]
         self.per_key = 4 * w.heads * w.head_dim / device.attention  # seconds of a row and a key
         self.per_row = 2 * w.linear / device.linear
-        frame = w.frame_tokens or w.page_size
-        self.frame = frame
-        self.past_frames, self.all_frames = ceil_div(w.past, frame), ceil_div(w.keys, frame)
-        pages = ceil_div(frame, w.page_size)
-        # Bytes of a frame in one layer and KV head, as committed and in scratch.
+        self.frame = w.frame_tokens or w.tokens
+        self.past_frames, self.all_frames = ceil_div(w.past, self.frame), ceil_div(w.keys, self.frame)
+        self.block_frames = w.tokens // self.frame
+        pages = ceil_div(self.frame, w.page_size)
+        # Bytes of a frame in one layer and KV head, as committed; of two blocks in scratch; of a mean key.
         self.frame_bytes = pages * wire.page_bytes(w.kv_format, 1, w.page_size, w.head_dim)
-        scratch = pages * wire.page_bytes(w.scratch_format, 1, w.page_size, w.head_dim)
-        self.block_bytes = ceil_div(w.tokens, frame) * scratch
+        self.scratch = 2 * self.block_frames * pages * wire.page_bytes(w.scratch_format, 1, w.page_size, w.head_dim)
         self.mean_bytes = 0 if w.kv_format in wire.ITEMSIZE else 4 * w.head_dim
 
-    def option(self, layout: Layout) -> Option:
-        w, (scheme, replicas, groups, u, g, f) = self.w, layout
-        rows = -(-w.tokens // (u * g * f))  # of the rank that has most
+    def options(self, layouts: Sequence[Layout]) -> list[Option]:
+        """Of layouts that differ in their scheme alone.
+
+        Memory is what `inferix_kernels.store.memory.plan_memory` counts (scratch of two blocks, a mean key for each
+        head), what arrives of the new keys and values, and the two buffers of a ring.
+        """
+        _, replicas, groups, u, copies, frames = layouts[0]
+        g = copies * frames
+        w, bandwidth, latency = self.w, self.bandwidth, self.latency
+        rows = self.block_frames * -(-self.frame // (u * g))  # of the rank that has most
         worlds, branches = -(-w.worlds // replicas), -(-w.branches // groups)  # of a rank, one after the other
-        turns = worlds * branches
-        sent, exposed, first = self.by_frames(scheme, rows, f) if f > 1 else self.by_heads(rows, u, g)
-        if groups > 1:  # once a step, predictions of own rows to the ranks with the same rows in the other groups
-            traded = rows * (groups - 1) * w.prediction // w.layers
-            waited = self.latency / w.layers + traded / self.bandwidth
-            sent, exposed, first = sent + traded, exposed + waited, first + waited
+        turns, pasts = worlds * branches, worlds if w.shared_past else worlds * branches
+        heads, kv_heads = w.heads // u, w.kv_heads // u
         per_key, linear = self.per_key * rows, self.per_row * rows
         compute, compute_first = per_key * w.keys + linear, per_key * w.tokens + linear
-        memory = self.needed(scheme, worlds if w.shared_past else turns, u, f)
-        times = turns * compute, turns * exposed, turns * (compute_first + first)
-        return Option(layout, turns * sent, *times, memory, memory <= self.memory)
-
-    def by_heads(self, rows: int, u: int, g: int) -> tuple[int, float, float]:
-        """(bytes sent, seconds exposed, the same without a past) of one branch, in g groups of u ranks."""
-        w, sent, exposed, first = self.w, 0, 0.0, 0.0
+        always, waited = 0, 0.0  # bytes that every schedule sends, seconds that it waits for
         if u > 1:
-            sent = wire.to_heads(rows, u, w.heads, w.kv_heads, w.head_dim, self.item)
-            sent += wire.from_heads(rows * (u - 1), u, w.heads, w.head_dim, self.item)
-            exposed = first = 2 * self.latency + sent / self.bandwidth
-        if g > 1:
-            gathered = wire.gathered(rows * u, g, w.kv_heads // u, w.head_dim, self.item)
-            flight = self.latency + gathered / self.bandwidth
-            first += flight
-            exposed += max(0.0, flight - self.per_key * rows * w.past) + self.merge if w.past else flight
-            sent += gathered
-        return sent, exposed, first
+            always = wire.queries(rows, u, heads, w.head_dim, self.item)
+            always += wire.outputs(rows * (u - 1), heads, w.head_dim, self.item)
+            waited = 2 * latency + always / bandwidth
+        if groups > 1:  # once a step, predictions of own rows to the ranks with the same rows in the other groups
+            traded = rows * (groups - 1) * w.prediction // w.layers
+            always, waited = always + traded, waited + latency / w.layers + traded / bandwidth
+        new = wire.keys(rows, u * g, kv_heads, w.head_dim, self.item)
+        flight = latency + new / bandwidth if new else 0.0
+        found = []
+        layers = w.layers * pasts
+        base = layers * self.mean_bytes + self.scratch + (w.tokens * 2 * w.head_dim * self.item if new else 0)
+        for layout in layouts:
+            scheme, f = layout[0], layout[5]
+            sent, exposed, layer = new, flight, -(-self.all_frames // f) * self.frame_bytes
+            if f > 1:
+                sent, exposed = (self.ring if scheme == "R" else self.pass_q)(rows * u, new, heads, kv_heads, g)
+            elif new and w.past:
+                exposed = max(0.0, flight - per_key * w.past) + self.merge
+            memory = w.weights + kv_heads * (base + layer * (layers + 2 if scheme == "R" else layers))
+            times = turns * compute, turns * (exposed + waited), turns * (compute_first + flight + waited)
+            found.append(Option(layout, turns * (sent + always), *times, memory, memory <= self.memory))
+        return found
 
-    def by_frames(self, scheme: str, rows: int, p: int) -> tuple[int, float, float]:
-        """The same of one branch whose p ranks share the frames."""
-        w = self.w
-        latency, bandwidth, hops = self.latency, self.bandwidth, p - 1
-        per_key = self.per_key * rows / p
-        part, part_first = per_key * w.keys, per_key * w.tokens  # of attention, in which a hop hides
-        if scheme == "R":
-            own = rows * 2 * w.kv_heads * w.head_dim * self.item
-            shard = ceil_div(self.past_frames, p) * w.kv_heads * self.frame_bytes + own
-            late, late_first = latency + shard / bandwidth - part, latency + own / bandwidth - part_first
-            return hops * shard, hops * (max(0.0, late) + self.merge), hops * (max(0.0, late_first) + self.merge)
-        asked = wire.queries(rows, 2, w.heads, w.head_dim, self.item)
-        answered = wire.partial_outputs(rows * hops, w.heads, w.head_dim, self.item)
-        hop, back = latency + asked / bandwidth, latency + answered / bandwidth
-        exposed = hops * (max(0.0, hop - part) + self.merge) + back
-        first = hops * (max(0.0, hop - part_first) + self.merge) + back
-        uneven = p * ceil_div(self.past_frames, p) - self.past_frames  # frames that some ranks have not, and wait for
-        exposed += self.per_key * rows * uneven * self.frame
-        return hops * asked + answered, exposed, first
+    def ring(self, rows: int, new: int, heads: int, kv_heads: int, g: int) -> tuple[int, float]:
+        """(bytes sent, seconds exposed) of a group with so many rows and heads, one of g; `new`: bytes of its keys."""
+        shard = -(-self.past_frames // g) * kv_heads * self.frame_bytes
+        if not shard:
+            return new, self.latency + new / self.bandwidth
+        part = self.per_key * rows * heads / self.w.heads * self.w.past / g
+        hop = self.latency + shard / self.bandwidth - part
+        first = hop + new / self.bandwidth
+        exposed = max(0.0, first) + (g - 2) * max(0.0, hop) + g * self.merge
+        return new + (g - 1) * shard, exposed
 
-    def needed(self, scheme: str, pasts: int, u: int, f: int) -> int:
-        """Bytes on a rank that holds so many pasts, of 1 / u of the heads and 1 / f of the frames.
-
-        As `inferix_kernels.store.memory.plan_memory` counts them (scratch of two blocks, a mean key for each head),
-        and the two buffers of a ring.
-        """
-        w = self.w
-        kv_heads, layer = w.kv_heads // u, -(-self.all_frames // f) * self.frame_bytes
-        buffers = 2 * layer if scheme == "R" else 0
-        scratch = -(-2 * self.block_bytes // f)
-        return w.weights + kv_heads * (w.layers * pasts * (layer + self.mean_bytes) + scratch + buffers)
+    def pass_q(self, rows: int, new: int, heads: int, kv_heads: int, g: int) -> tuple[int, float]:
+        """The same."""
+        w, past = self.w, self.w.past
+        if not past:
+            return new, self.latency + new / self.bandwidth
+        asked = wire.queries(rows, g, heads, w.head_dim, self.item)
+        answered = wire.outputs(rows * (g - 1), heads, w.head_dim, self.item, lse=True)
+        per_key = self.per_key * rows * heads / w.heads
+        late = self.latency + (new + asked) / self.bandwidth - per_key * past / g
+        exposed = max(0.0, late) + self.latency + answered / self.bandwidth + g * self.merge
+        uneven = g * -(-self.past_frames // g) - self.past_frames  # frames that some ranks have not, and wait for
+        return new + asked + answered, exposed + per_key * uneven * self.frame
 
     def not_built(self, best: Option) -> tuple[Option, Option]:
         """What two ways that are not built would cost: a pipeline of layers, and weights cut among all ranks.
@@ -266,7 +270,10 @@ class Costs:
         waited = turns * (self.latency + block / self.bandwidth) / w.layers if hops else 0.0
         linear = self.per_row * w.tokens
         compute, first = (turns / p * (self.per_key * w.tokens * keys + linear) for keys in (w.keys, w.tokens))
-        needed = ceil_div(self.needed("alone", w.worlds * (1 if w.shared_past else w.branches), 1, 1), p)
+        (alone,) = Costs(dataclasses.replace(w, ranks=1), self.link, self.device, self.memory).options(
+            [Layout("alone")]
+        )
+        needed = ceil_div(alone.memory, p)
         sent = branches * block // w.layers if hops else 0
         times = compute, waited, first + waited
         pipeline = Option(Layout(NOT_BUILT[0]), sent, *times, needed, needed <= self.memory)

@@ -45,7 +45,7 @@ def plan_attention(
     check_figure("memory", memory)
     costs = Costs(workload, link, device, memory)
     ways = layouts(workload.ranks, workload.worlds, workload.branches, workload.heads, workload.kv_heads)
-    options = tuple(costs.option(layout) for layout in ways)
+    options = tuple(option for way in ways for option in costs.options(way))
     fitting = [one for one in options if one.fits]
     if not fitting:
         least = min(options, key=lambda one: one.memory)
@@ -68,18 +68,25 @@ def named(argument: str, known: Mapping[str, T], given: T | str) -> T:
 
 
 @functools.lru_cache(maxsize=256)
-def layouts(ranks: int, worlds: int, branches: int, heads: int, kv_heads: int) -> tuple[Layout, ...]:
-    """All that use all ranks, cut the heads evenly, and leave no group without a world or a branch."""
-    found = []
-    for replicas in divisors(ranks, worlds):
-        for groups in divisors(ranks // replicas, branches):
-            p = ranks // replicas // groups
-            for u in divisors(p, p):
-                if heads % u == 0 and kv_heads % u == 0:
-                    scheme = "alone" if p == 1 else "U" if u == p else "G" if u == 1 else "UxG"
-                    found.append(Layout(scheme, replicas, groups, heads=u, copies=p // u))
-            found += [Layout(scheme, replicas, groups, frames=p) for scheme in ("R", "Q") if p > 1]
-    return tuple(found)
+def layouts(ranks: int, worlds: int, branches: int, heads: int, kv_heads: int) -> tuple[tuple[Layout, ...], ...]:
+    """All that use all ranks, cut the heads evenly, and leave no group without a world or a branch; those together that
+    differ in their scheme alone."""
+    return tuple(
+        schemes(replicas, groups, u, ranks // replicas // groups // u)
+        for replicas in divisors(ranks, worlds)
+        for groups in divisors(ranks // replicas, branches)
+        for u in divisors(ranks // replicas // groups, kv_heads)
+        if heads % u == 0 and kv_heads % u == 0
+    )
+
+
+def schemes(replicas: int, groups: int, u: int, g: int) -> tuple[Layout, ...]:
+    if g == 1:
+        return (Layout("U" if u > 1 else "alone", replicas, groups, u),)
+    return (
+        Layout("G", replicas, groups, u, copies=g),
+        *(Layout(scheme, replicas, groups, u, frames=g) for scheme in ("R", "Q")),
+    )
 
 
 def divisors(number: int, most: int) -> list[int]:

@@ -37,7 +37,7 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}  # of formats that keep floats as t
 
 
 def rows_of(tokens: int, ranks: int, rank: int) -> range:
-    """The rows of a forward that are a rank's: an even cut, anywhere.
+    """The rows of a frame that are a rank's: an even cut, anywhere.
 
     Example:
         >>> from inferix_kernels.distributed.wire import rows_of
@@ -59,44 +59,53 @@ def page_bytes(format: str, heads: int, page_size: int, head_dim: int) -> int:
     return heads * sum(s.bits * page_size * head_dim // 8 + s.token * page_size + s.channel * head_dim for s in sides)
 
 
-def to_heads(rows: int, group: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Ulysses, before attention: q, k and v of own rows, each head to the rank of the group that attends with it.
+def keys(rows: int, ranks: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Every schedule: k and v of own rows, to each other rank those heads that it holds.
+
+    Args:
+        kv_heads: that one rank holds: all of them (G), or its part (U).
 
     Example:
-        >>> from inferix_kernels.distributed.wire import to_heads
-        >>> to_heads(rows=10, group=4, heads=8, kv_heads=4, head_dim=16, itemsize=2)  # 6 + 2 * 3 of its heads
+        >>> from inferix_kernels.distributed.wire import keys
+        >>> keys(rows=10, ranks=4, kv_heads=2, head_dim=16, itemsize=2)
         3840
     """
-    return rows * (group - 1) * (heads // group + 2 * (kv_heads // group)) * head_dim * itemsize
+    return (ranks - 1) * rows * 2 * kv_heads * head_dim * itemsize
 
 
-def from_heads(others: int, group: int, heads: int, head_dim: int, itemsize: int) -> int:
-    """Ulysses, after attention: the output of own heads, each row to the rank of the group whose it is.
+def queries(rows: int, ranks: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """q of own rows, to each other rank those heads that it attends with (Ulysses), or keeps the frames for (pass-Q).
+
+    Args:
+        ranks: of the group in which they are sent; heads: of one of its ranks.
 
     Example:
-        >>> from inferix_kernels.distributed.wire import from_heads
-        >>> from_heads(others=30, group=4, heads=8, head_dim=16, itemsize=2)
+        >>> from inferix_kernels.distributed.wire import queries
+        >>> queries(rows=10, ranks=4, heads=2, head_dim=16, itemsize=2)
         1920
     """
-    return others * (heads // group) * head_dim * itemsize
+    return (ranks - 1) * rows * heads * head_dim * itemsize
 
 
-def gathered(rows: int, group: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Gather: k and v of `rows` rows and `kv_heads` heads to all others of the group.
+def outputs(others: int, heads: int, head_dim: int, itemsize: int, lse: bool = False) -> int:
+    """What others' rows attended to with the heads (Ulysses) or the frames (pass-Q, with the LSE) here, back to them.
+
+    Args:
+        others: rows of all that asked.
 
     Example:
-        >>> from inferix_kernels.distributed.wire import gathered
-        >>> gathered(rows=10, group=4, kv_heads=4, head_dim=16, itemsize=2)
-        7680
+        >>> from inferix_kernels.distributed.wire import outputs
+        >>> outputs(others=30, heads=2, head_dim=16, itemsize=2), outputs(30, 2, 16, 2, lse=True)
+        (1920, 2160)
     """
-    return (group - 1) * rows * 2 * kv_heads * head_dim * itemsize
+    return others * heads * (head_dim * itemsize + (LSE_BYTES if lse else 0))
 
 
 def round_the_ring(shards: Sequence[int], rank: int) -> int:
     """Ring: every rank sends what it holds, then what it got, to the next one; never what that one held at first.
 
     Args:
-        shards: bytes that each rank holds of what goes round: pages and scales as stored, and own rows.
+        shards: bytes that each rank holds of the past: pages, and scales, as they are stored.
 
     Example:
         >>> from inferix_kernels.distributed.wire import round_the_ring
@@ -104,25 +113,3 @@ def round_the_ring(shards: Sequence[int], rank: int) -> int:
         [100, 300, 200]
     """
     return sum(shards) - shards[(rank + 1) % len(shards)]
-
-
-def queries(rows: int, group: int, heads: int, head_dim: int, itemsize: int) -> int:
-    """Pass-Q, before attention: q of own rows to all others of the group.
-
-    Example:
-        >>> from inferix_kernels.distributed.wire import queries
-        >>> queries(rows=10, group=4, heads=8, head_dim=16, itemsize=2)
-        7680
-    """
-    return (group - 1) * rows * heads * head_dim * itemsize
-
-
-def partial_outputs(others: int, heads: int, head_dim: int, itemsize: int) -> int:
-    """Pass-Q, after attention: output and LSE of the others' rows over own keys, back to whose rows they are.
-
-    Example:
-        >>> from inferix_kernels.distributed.wire import partial_outputs
-        >>> partial_outputs(others=30, heads=8, head_dim=16, itemsize=2)
-        8640
-    """
-    return others * heads * (head_dim * itemsize + LSE_BYTES)
