@@ -129,13 +129,16 @@ def alone(choice: Choice) -> str:
 
 
 def ring(choice: Choice) -> str:
-    """Whether a ring over all ranks of one branch hides its hops."""
-    w, link, costs = choice.workload, choice.link, Costs(choice.workload, choice.link, choice.device, choice.memory)
-    g = max(one.layout.frames for one in choice.options if one.layout.scheme == "R" and one.layout.heads == 1)
+    """What a ring over all ranks of one branch waits for, and why."""
+    w, costs = choice.workload, Costs(choice.workload, choice.link, choice.device, choice.memory)
+    rings = [one for one in choice.options if one.layout.scheme == "R" and one.layout.heads == 1]
+    option = max(rings, key=lambda one: one.layout.frames)
+    _, replicas, branches, _, _, g = option.layout
+    turns = ceil_div(w.worlds, replicas) * ceil_div(w.branches, branches)
     shard = ceil_div(costs.past_frames, g) * w.kv_heads * costs.frame_bytes
-    hop, part = link.seconds(shard), costs.per_key * ceil_div(w.tokens, g) * w.past / g
-    verdict = "each hop is hidden" if hop <= part else f"{(hop - part) * 1e6:.1f} us of each hop are waited for"
+    part = costs.per_key * ceil_div(w.tokens, g) * w.past / g
     return (
-        f"A ring of {g}: a hop takes {shard / 1e6:.2f} MB in {hop * 1e6:.1f} us, attention to a shard "
-        f"{part * 1e6:.1f} us: {verdict}, and {g} more partials cost {g * choice.device.merge * 1e6:.0f} us."
+        f"A ring of {g}: a hop takes {shard / 1e6:.2f} MB in {choice.link.seconds(shard) * 1e6:.1f} us, attention to a "
+        f"shard {part * 1e6:.1f} us. The first hop comes behind the new keys, and there are {g} more partials: "
+        f"{option.exposed / turns * 1e6:.1f} us of a branch are exposed."
     )

@@ -50,27 +50,32 @@ def moved(before, after, ranks):
 
 
 @pytest.mark.parametrize("tokens, ranks", CUTS)
-def test_ulysses_sends_each_head_to_its_rank_and_its_output_back(tokens, ranks):
-    cut = rows(tokens, ranks)
-    owner = {row: rank for rank, own in enumerate(cut) for row in own}
-    sent = [0] * ranks
-    for heads, tensors in ((HEADS, 1), (KV_HEADS, 2)):
-        items = {(row, head): owner[row] for row in range(tokens) for head in range(heads)}
-        to = moved(items, {(row, head): [head * ranks // heads] for row, head in items}, ranks)
-        sent = [a + b * tensors * D * ITEM for a, b in zip(sent, to)]
-    assert sent == [wire.to_heads(len(own), ranks, HEADS, KV_HEADS, D, ITEM) for own in cut]
-
-    items = {(row, head): head * ranks // HEADS for row in range(tokens) for head in range(HEADS)}
-    back = [n * D * ITEM for n in moved(items, {(row, head): [owner[row]] for row, head in items}, ranks)]
-    assert back == [wire.from_heads(tokens - len(own), ranks, HEADS, D, ITEM) for own in cut]
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_new_keys_go_to_everybody_who_holds_their_heads(tokens, ranks, parts):
+    if ranks % parts:
+        return
+    items = {
+        (row, h, kv): rank
+        for rank, own in enumerate(rows(tokens, ranks))
+        for row in own
+        for h in range(KV_HEADS)
+        for kv in (0, 1)
+    }
+    holders = {item: [r for r in range(ranks) if item[1] * parts // KV_HEADS == r % parts] for item in items}
+    sent = [n * D * ITEM for n in moved(items, holders, ranks)]
+    # Each head is sent to all of its holders but the rank itself: own heads to those alike, other heads to others.
+    assert sent == [wire.keys(len(own), ranks, KV_HEADS // parts, D, ITEM) for own in rows(tokens, ranks)]
 
 
 @pytest.mark.parametrize("tokens, ranks", CUTS)
-def test_a_gather_sends_own_keys_and_values_to_everybody(tokens, ranks):
+def test_ulysses_sends_each_query_to_its_heads_rank_and_the_output_back(tokens, ranks):
     cut = rows(tokens, ranks)
-    items = {(row, i): rank for rank, own in enumerate(cut) for row in own for i in range(2 * KV_HEADS)}
-    sent = [n * D * ITEM for n in moved(items, dict.fromkeys(items, range(ranks)), ranks)]
-    assert sent == [wire.gathered(len(own), ranks, KV_HEADS, D, ITEM) for own in cut]
+    owner = {row: rank for rank, own in enumerate(cut) for row in own}
+    there = {(row, head): owner[row] for row in range(tokens) for head in range(HEADS)}
+    sent = moved(there, {(row, head): [head * ranks // HEADS] for row, head in there}, ranks)
+    assert [n * D * ITEM for n in sent] == [wire.queries(len(own), ranks, HEADS // ranks, D, ITEM) for own in cut]
+    back = moved({key: key[1] * ranks // HEADS for key in there}, {key: [owner[key[0]]] for key in there}, ranks)
+    assert [n * D * ITEM for n in back] == [wire.outputs(tokens - len(own), HEADS // ranks, D, ITEM) for own in cut]
 
 
 @pytest.mark.parametrize("shards", [[5, 7, 11, 13], [3, 0, 9], [4], [0, 0, 8, 1, 1]])
@@ -95,4 +100,4 @@ def test_pass_q_sends_queries_to_everybody_and_gets_outputs_and_lse_back(tokens,
     answers = {(row, head, rank): rank for row, head in items for rank in range(ranks)}
     back = moved(answers, {key: [items[key[:2]]] for key in answers}, ranks)
     own = [n * (D * ITEM + 4) for n in back]
-    assert own == [wire.partial_outputs(tokens - len(mine), HEADS, D, ITEM) for mine in cut]
+    assert own == [wire.outputs(tokens - len(mine), HEADS, D, ITEM, lse=True) for mine in cut]
