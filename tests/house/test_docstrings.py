@@ -61,7 +61,7 @@ _SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", 
 ALONE += [getattr(inferix.profile, name) for name in inferix.profile.__all__ if name not in _SIMPLE]
 ALONE += [overhead, span_cost, Figures]
 ALONE += [distributed.Device, distributed.Link, distributed.plan_attention, wire.rows_of, wire.page_bytes]
-ALONE += [wire.to_heads, wire.from_heads, wire.gathered, wire.round_the_ring, wire.queries, wire.partial_outputs]
+ALONE += [wire.keys, wire.queries, wire.outputs, wire.round_the_ring]
 
 
 def example(thing: object) -> str:
