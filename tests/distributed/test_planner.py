@@ -231,6 +231,14 @@ def test_one_rank_needs_what_the_store_plans(format, worlds, branches):
     assert plan(work).best.memory == stored.device
 
 
+def test_branches_that_share_a_past_need_it_once():
+    one, shared, own = (
+        plan(Workload.of("magi-4.5b", ranks=1, branches=branches, shared_past=shared)).best.memory
+        for branches, shared in ((1, True), (3, True), (3, False))
+    )
+    assert one == shared < own
+
+
 def test_a_rank_of_many_needs_its_share_of_the_pages():
     options = by_name(plan(Workload.of("wan1.3b", ranks=4)))
     pages = {name: one.memory - Workload.of("wan1.3b", ranks=4).weights for name, one in options.items()}
@@ -243,6 +251,9 @@ def test_what_is_not_built_is_listed_and_never_chosen():
     pipeline, sharding = choice.not_built
     assert pipeline.seconds > 8 * choice.best.compute  # one world goes through it as through one rank
     assert sharding.memory < choice.best.memory - 0.8 * choice.workload.weights
+    gather = LINKS["nvlink4"].seconds(-(-choice.workload.weights // 40) * 7 // 8)  # one layer, the others' part of it
+    assert sharding.first == max(choice.best.first, gather) == gather
+    assert sharding.seconds == pytest.approx(max(choice.best.seconds, gather))
     many = plan(Workload.of("wan14b", ranks=8, worlds=64))
     assert many.not_built[0].seconds < 1.2 * many.best.seconds  # 64 worlds fill it
     assert {"layer pipeline", "weight sharding"}.isdisjoint(by_name(choice))
