@@ -217,6 +217,7 @@ class Costs:
             always, waited = always + traded, waited + latency / w.layers + traded / bandwidth
         new = wire.keys(rows, u * g, kv_heads, w.head_dim, self.item)
         flight = latency + new / bandwidth if new else 0.0
+        compute, first = turns * compute, turns * (compute_first + flight + waited)
         found = []
         layers = w.layers * pasts
         base = layers * self.mean_bytes + self.scratch + (w.tokens * 2 * w.head_dim * self.item if new else 0)
@@ -228,8 +229,8 @@ class Costs:
             elif new and w.past:
                 exposed = max(0.0, flight - per_key * w.past) + self.merge
             memory = w.weights + kv_heads * (base + layer * (layers + 2 if scheme == "R" else layers))
-            times = turns * compute, turns * (exposed + waited), turns * (compute_first + flight + waited)
-            found.append(Option(layout, turns * (sent + always), *times, memory, memory <= self.memory))
+            seconds, sent = turns * (exposed + waited), turns * (sent + always)
+            found.append(Option(layout, sent, compute, seconds, first, memory, memory <= self.memory))
         return found
 
     def ring(self, rows: int, new: int, heads: int, kv_heads: int, g: int) -> tuple[int, float]:

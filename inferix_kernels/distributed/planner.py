@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from .choice import Choice
-from .costs import Costs, Layout, Workload
+from .costs import Costs, Layout, Option, Workload
 from .presets import DEVICES, LINKS, Device, Link, check_figure
 
 T = TypeVar("T")
@@ -45,7 +45,9 @@ def plan_attention(
     check_figure("memory", memory)
     costs = Costs(workload, link, device, memory)
     ways = layouts(workload.ranks, workload.worlds, workload.branches, workload.heads, workload.kv_heads)
-    options = tuple(option for way in ways for option in costs.options(way))
+    options: list[Option] = []
+    for alike in ways:
+        options += costs.options(alike)
     fitting = [one for one in options if one.fits]
     if not fitting:
         least = min(options, key=lambda one: one.memory)
@@ -56,7 +58,7 @@ def plan_attention(
             f" {sharded.memory / 1e9:.3g}, and is not built"
         )
     best = min(fitting, key=lambda one: (one[2] + one[3], one[5]))  # seconds, memory: fields take their time
-    return Choice(workload, link, device, memory, options, best)
+    return Choice(workload, link, device, memory, tuple(options), best)
 
 
 def named(argument: str, known: Mapping[str, T], given: T | str) -> T:
