@@ -1,10 +1,13 @@
-"""One world on many devices: how ranks exchange keys, values and outputs, and what happens when one is lost.
+"""One world, or several, on many devices: which way to share the work, how ranks exchange keys, values and outputs, and
+what happens when one is lost.
 
 Importing this package imports no torch.distributed; a name does when it is first used. No launcher is here: processes
 are torchrun's, or whoever's made the process group.
 
 | module | holds |
 |---|---|
+| planner | which way is chosen, for a workload, a link and a memory |
+| choice, costs, presets, wire | what was chosen and why; what each way costs: a model; links and devices; bytes sent |
 | transport | what a schedule asks of whatever moves its bytes |
 | in_process | ranks that are threads of one process, over one device |
 | process_group | ranks that are processes, over a process group of torch.distributed |
@@ -23,10 +26,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .choice import Choice
+    from .costs import Layout, Option, Workload
     from .faults import PeerLost
     from .gather import Gather
     from .in_process import in_process_group, run_ranks
     from .pass_q import PassQ
+    from .planner import plan_attention
+    from .presets import DEVICES, LINKS, MODELS, Device, Link
     from .process_group import ProcessGroupTransport
     from .ring import Ring
     from .sharding import shard_for
@@ -34,8 +41,16 @@ if TYPE_CHECKING:
     from .transport import Message, Ticket, Transport
 
 __all__ = [
+    "DEVICES",
+    "LINKS",
+    "MODELS",
+    "Choice",
+    "Device",
     "Gather",
+    "Layout",
+    "Link",
     "Message",
+    "Option",
     "PassQ",
     "PeerLost",
     "ProcessGroupTransport",
@@ -44,17 +59,23 @@ __all__ = [
     "TokenShard",
     "Transport",
     "WholeFrames",
+    "Workload",
     "cuts",
     "in_process_group",
+    "plan_attention",
     "run_ranks",
     "shard_for",
 ]
 
 _MODULES = {
+    "choice": ("Choice",),
+    "costs": ("Layout", "Option", "Workload"),
     "faults": ("PeerLost",),
     "gather": ("Gather",),
     "in_process": ("in_process_group", "run_ranks"),
     "pass_q": ("PassQ",),
+    "planner": ("plan_attention",),
+    "presets": ("DEVICES", "LINKS", "MODELS", "Device", "Link"),
     "process_group": ("ProcessGroupTransport",),
     "ring": ("Ring",),
     "sharding": ("shard_for",),

@@ -24,7 +24,8 @@ from inferix.models import load_model
 from inferix.models.linears import weight_bytes
 from inferix.profile.overhead import overhead, span_cost
 from inferix.profile.rows import Figures
-from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, quantize
+from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, distributed, quantize
+from inferix_kernels.distributed import wire
 from inferix_kernels.quantize import Linear8, QConfig, Residual, linear_input, linear_output, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
 from inferix_kernels.store.snapshot import save
@@ -59,6 +60,8 @@ ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if cal
 _SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", "Change", "merge", "read"}
 ALONE += [getattr(inferix.profile, name) for name in inferix.profile.__all__ if name not in _SIMPLE]
 ALONE += [overhead, span_cost, Figures]
+ALONE += [distributed.Device, distributed.Link, distributed.plan_attention, wire.rows_of, wire.page_bytes]
+ALONE += [wire.keys, wire.queries, wire.outputs, wire.round_the_ring]
 
 
 def example(thing: object) -> str:
@@ -77,7 +80,7 @@ def methods(kind: type) -> list[str]:
 
 
 METHODS = [(kind, name) for kind in (PageTable, Pass, Policy, Residual) for name in methods(kind)]
-METHODS += [(KVStore, "open"), (KVPages, "empty"), (PageList, "of")]
+METHODS += [(KVStore, "open"), (KVPages, "empty"), (PageList, "of"), (distributed.Workload, "of")]
 
 
 def follow(*things: object) -> None:
