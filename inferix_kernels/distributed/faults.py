@@ -1,16 +1,16 @@
 """Which rank is lost, and how the others learn of it.
 
-Neither gloo nor NCCL says which rank a broken wait was for, and NCCL says nothing at all. So each rank has a thread,
-its heart, which writes a `Word` into the group's store several times a second and reads everybody else's:
+Neither gloo nor NCCL says which rank a broken wait was for, and NCCL may say nothing at all. So each rank has a thread
+that writes a heartbeat into the group's store, its `Status`, several times a second, and reads everybody else's:
 
-- a rank whose process is gone is lost at once. On its own machine it is looked for in /proc; from another one, a closed
-  connection and a heart that has stopped are taken for it;
-- a rank whose heart has stopped, but whose connection is open, may come back until a wait's deadline: a process can be
-  stopped, a machine can be slow;
+- a rank whose process has ended is lost at once. On its own machine it is looked for in /proc; from another one, a
+  closed connection and missing heartbeats are taken for it;
+- a rank whose heartbeats are missing, but whose connection is open, may come back until a wait's deadline: a process
+  can be stopped, a machine can be slow;
 - a rank that lives and posts nothing is found at the deadline, from who waits for whom;
 - where the store is in a process that is stopped or gone itself, processes of this machine are looked for all the
   same; of other machines' no more is known than whose messages did not come;
-- what one rank finds, or what ended it, is in its word: the others' waits end with the same ranks and the same reason.
+- what one rank finds, or what ended it, is in its status: the others' waits end with the same ranks and reason.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-BEAT = 0.2  # seconds between two words
-MISSED = 5  # words in a row, after which a heart has stopped: one second
+BEAT = 0.2  # seconds between two heartbeats
+MISSED = 5  # in a row, after which a rank may be lost: one second
 PATIENCE = (MISSED + 2) * BEAT  # for evidence of who it was, once a connection is closed
 
 
@@ -72,11 +72,11 @@ class Loss(NamedTuple):
     reason: str
 
 
-class Word(NamedTuple):
-    """What a rank says of itself, as JSON in the store.
+class Status(NamedTuple):
+    """What a rank says of itself with each heartbeat, as JSON in the store.
 
     Args:
-        beat: counts the words.
+        beat: counts the heartbeats.
         host, pid, started: where its process is to be looked for; see `_host` and `_process`.
         waits: ranks that it waits for now.
         left: 1: it has closed its transport; 2: and has seen that all have.
@@ -93,13 +93,13 @@ class Word(NamedTuple):
     reason: str = ""
 
 
-class Watch:
-    """One rank's heart, and what it hears of the others'.
+class FailureDetector:
+    """One rank's heartbeat, and what it knows of the others.
 
     Args:
-        store: any of torch.distributed's, the same for all ranks, who make their watches over it in the same order.
+        store: any of torch.distributed's, the same for all ranks, who make their detectors over it in the same order.
         deadline: seconds to wait for all ranks, here and in `close`.
-        on_loss: called once, from the heart's thread, when a rank is known to be lost: ends waits that are under way.
+        on_loss: called once, by the detector's thread, when a rank is known to be lost: ends waits that are under way.
         late: peers of messages that the host does not wait for, whose deadline has passed.
 
     Attributes:
@@ -120,19 +120,19 @@ class Watch:
         self.loss: Loss | None = None
         self.waits: tuple[int, ...] = ()
         self._on_loss, self._late = on_loss, late
-        # A connection of its own: a get of somebody else's would hold it up. torch's stub leaves out clone.
-        self._store: Store | None = store.clone()  # type: ignore[attr-defined]
+        # A connection of its own: a get of somebody else's would hold it up. torch's stub leaves out most of a store.
+        self._store: Any = store.clone()  # type: ignore[attr-defined]  # None: it is gone
         turn = self._store.add(f"inferix/watches/{rank}", 1)
         self._keys = [f"inferix/watch/{turn}/{r}" for r in range(size)]
         self._changed = threading.Condition()  # guards what is below
-        self._mine = Word(0, _host(), os.getpid(), _process(os.getpid()).started)
+        self._mine = Status(0, _host(), os.getpid(), _process(os.getpid()).started)
         self._written = 0  # the last beat of ours that is in the store
         self._answered = time.monotonic()  # when the store last did
-        self._said = False  # a word that can not wait for the next beat
+        self._urgent = False  # a status that can not wait for the next beat
         self._closed = False
-        self._words: list[Word] = []
+        self._statuses: list[Status] = []
         self._missed = [0] * size
-        self._heart = threading.Thread(target=self._live, name=f"heart of rank {rank}", daemon=True)
+        self._thread = threading.Thread(target=self._live, name=f"heartbeat of rank {rank}", daemon=True)
 
     def start(self) -> None:
         """Wait for all ranks, and begin.
@@ -140,15 +140,14 @@ class Watch:
         Raises:
             PeerLost: a rank did not come.
         """
-        assert self._store is not None
         self._store.set(self._keys[self.rank], json.dumps(self._mine))
         try:
             self._store.wait(self._keys, timedelta(seconds=self.deadline))
         except RuntimeError as error:
             absent = [r for r, key in enumerate(self._keys) if not self._store.check([key])]
             raise PeerLost(absent, "the group's beginning", -1, -1, self.deadline, "it has not come") from error
-        self._words, self._answered = self._read(), time.monotonic()
-        self._heart.start()
+        self._statuses, self._answered = self._read(), time.monotonic()
+        self._thread.start()
 
     def lost(self, where: Where, peers: Sequence[int], began: float, broken: bool) -> PeerLost:
         """Who it was that a wait has failed for. The other ranks are told.
@@ -176,7 +175,7 @@ class Watch:
                 self._say()
 
     def close(self, orderly: bool) -> None:
-        """The heart stops.
+        """The heartbeat ends.
 
         Args:
             orderly: wait until all ranks have closed theirs: none ends while another still reads from it.
@@ -188,13 +187,13 @@ class Watch:
         others = [r for r in range(self.size) if r != self.rank]
         with self._changed:
             if orderly:
-                self._leave(1, lambda: all(self._words[r].left for r in others), self.deadline)
+                self._leave(1, lambda: all(self._statuses[r].left for r in others), self.deadline)
             # Rank 0, in whose process the store may be, is the last to go.
             last = self.rank == 0
             self._leave(2, lambda: not last or all(self._parted(r) for r in others), PATIENCE)
             self._closed = True
             self._say()
-        self._heart.join(PATIENCE)
+        self._thread.join(PATIENCE)
         if orderly and self.loss is not None:
             raise PeerLost(self.loss.ranks, *Where("the group's end"), time.monotonic() - began, self.loss.reason)
 
@@ -205,18 +204,18 @@ class Watch:
 
     def _parted(self, rank: int) -> bool:
         """Whether a rank has no more need of the store."""
-        word = self._words[rank]
-        return word.left == 2 or bool(word.lost) or (self.loss is not None and rank in self.loss.ranks)
+        status = self._statuses[rank]
+        return status.left == 2 or bool(status.lost) or (self.loss is not None and rank in self.loss.ranks)
 
     def _hears(self) -> bool:
         """Whether the store answers: it can be in a process that is lost."""
         silent = time.monotonic() - self._answered > MISSED * BEAT
-        return self._store is not None and self._heart.is_alive() and not silent
+        return self._store is not None and self._thread.is_alive() and not silent
 
     def _say(self) -> None:
         """Wait until what `_mine` is now has been written. `_changed` is held."""
         beat = self._mine.beat + 1
-        self._said = True
+        self._urgent = True
         self._changed.notify_all()
         self._changed.wait_for(lambda: self._written >= beat or not self._hears(), PATIENCE)
 
@@ -225,7 +224,7 @@ class Watch:
             while self._beat():
                 pass
         except Exception as error:  # who waits shall know why
-            self.loss = self.loss or Loss((self.rank,), f"its heart failed: {type(error).__name__}: {error}")
+            self.loss = self.loss or Loss((self.rank,), f"its heartbeat failed: {type(error).__name__}: {error}")
             raise
         finally:
             with self._changed:
@@ -235,20 +234,20 @@ class Watch:
         """Whether there will be another one."""
         with self._changed:
             mine = self._mine = self._mine._replace(beat=self._mine.beat + 1, waits=self.waits)
-            closed, self._said = self._closed, False
-        gone = self._gone()  # before words are read: a process leaves its last word before it ends
-        words = self._exchange(mine)
+            closed, self._urgent = self._closed, False
+        gone = self._gone()  # before statuses are read: a process leaves its last status before it ends
+        statuses = self._exchange(mine)
         late = self._late()
         with self._changed:
-            if words is not None:
-                for r, (word, before) in enumerate(zip(words, self._words, strict=True)):
-                    self._missed[r] = self._missed[r] + 1 if word.beat == before.beat else 0
-                self._words, self._written, self._answered = words, mine.beat, time.monotonic()
+            if statuses is not None:
+                for r, (status, before) in enumerate(zip(statuses, self._statuses, strict=True)):
+                    self._missed[r] = self._missed[r] + 1 if status.beat == before.beat else 0
+                self._statuses, self._written, self._answered = statuses, mine.beat, time.monotonic()
             known, self.loss = self.loss, self.loss or self._told() or self._ended(gone)
             if self.loss is None and late:
                 self.loss = self._blamed(late)
             if self.loss is not None and not self._mine.lost:  # the others shall know that it is known here
-                self._mine, self._said = self._mine._replace(lost=self.loss.ranks, reason=self.loss.reason), True
+                self._mine, self._urgent = self._mine._replace(lost=self.loss.ranks, reason=self.loss.reason), True
             found = self.loss is not None and known is None
             self._changed.notify_all()
         if found:
@@ -256,11 +255,11 @@ class Watch:
         if closed or (mine.lost and self.rank != 0):  # nothing more to say; rank 0 sees the others go
             return False
         with self._changed:
-            self._changed.wait_for(lambda: self._said, BEAT)
+            self._changed.wait_for(lambda: self._urgent, BEAT)
         return True
 
-    def _exchange(self, mine: Word) -> list[Word] | None:
-        """This rank's word for everybody's; None without a store."""
+    def _exchange(self, mine: Status) -> list[Status] | None:
+        """This rank's status for everybody's; None without a store."""
         if self._store is None:
             return None
         try:
@@ -270,29 +269,30 @@ class Watch:
             self._store = None
             return None
 
-    def _read(self) -> list[Word]:
-        assert self._store is not None
-        found = [json.loads(self._store.get(key)) for key in self._keys]
-        return [Word._make(tuple(x) if isinstance(x, list) else x for x in word) for word in found]
+    def _read(self) -> list[Status]:
+        store, keys = self._store, self._keys
+        found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+        return [Status._make(tuple(x) if isinstance(x, list) else x for x in json.loads(text)) for text in found]
 
     def _told(self) -> Loss | None:
-        return next((Loss(word.lost, word.reason) for word in self._words if word.lost), None)
+        return next((Loss(status.lost, status.reason) for status in self._statuses if status.lost), None)
 
     def _gone(self) -> list[int]:
         """Ranks on this machine whose process is no more."""
-        return [r for r, word in self._here() if not _process(word.pid).runs(word.started)]
+        return [r for r, status in self._here() if not _process(status.pid).runs(status.started)]
 
-    def _here(self) -> list[tuple[int, Word]]:
-        return [(r, word) for r, word in enumerate(self._words) if word.host and word.host == self._mine.host]
+    def _here(self) -> list[tuple[int, Status]]:
+        host = self._mine.host
+        return [(r, status) for r, status in enumerate(self._statuses) if host and status.host == host]
 
     def _ended(self, gone: Sequence[int]) -> Loss | None:
-        ended = tuple(r for r in gone if not self._words[r].left)
+        ended = tuple(r for r in gone if not self._statuses[r].left)
         return Loss(ended, "its process has ended") if ended else None
 
     def _stopped(self, ranks: Iterable[int]) -> Loss | None:
-        """Those whose heart has stopped, as far as the store tells."""
-        stopped = tuple(r for r in ranks if self._missed[r] >= MISSED and not self._words[r].left)
-        return Loss(stopped, f"it has not been heard of for {MISSED * BEAT:.0f} s or more") if stopped else None
+        """Those whose heartbeats are missing, as far as the store tells."""
+        stopped = tuple(r for r in ranks if self._missed[r] >= MISSED and not self._statuses[r].left)
+        return Loss(stopped, f"no heartbeat for {MISSED * BEAT:.0f} s or more") if stopped else None
 
     def _blamed(self, peers: Sequence[int]) -> Loss:
         """Of a wait that met its deadline: the end of the chain of who waits for whom."""
@@ -301,16 +301,16 @@ class Watch:
         while todo:
             if (r := todo.pop()) not in seen and r != self.rank:
                 seen.add(r)
-                todo += self._words[r].waits
+                todo += self._statuses[r].waits
         if not self._hears():
-            stopped = tuple(r for r, word in self._here() if _process(word.pid).state in ("T", "t"))
+            halted = tuple(r for r, status in self._here() if _process(status.pid).state in ("T", "t"))
             unknown = Loss(tuple(peers), "it has not posted its side, and the group's store does not answer")
-            return Loss(stopped, "its process is stopped") if stopped else unknown
+            return Loss(halted, "its process is stopped") if halted else unknown
         if stopped := self._stopped(seen):
             return stopped
-        if left := tuple(r for r in seen if self._words[r].left):
+        if left := tuple(r for r in seen if self._statuses[r].left):
             return Loss(left, "it has left the group")
-        if idle := tuple(r for r in seen if not self._words[r].waits):
+        if idle := tuple(r for r in seen if not self._statuses[r].waits):
             return Loss(idle, "its process lives, but it has not posted its side")
         return Loss(tuple(seen), "they wait for each other: what they posted differs, or is still under way")
 

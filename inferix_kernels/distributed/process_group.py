@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._check import check_device
-from .faults import Loss, PeerLost, Watch, Where
+from .faults import FailureDetector, Loss, PeerLost, Where
 from .transport import DEADLINE, Message, Transport, check_deadline
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # by device
@@ -75,8 +75,8 @@ class ProcessGroupTransport(Transport):
         if device.type == "cuda":
             dist.barrier(group, device_ids=[device.index])  # NCCL's first call must be everybody's (pytorch #74701)
         store = dist.distributed_c10d._get_process_group_store(group) if store is None else store
-        self.watch = Watch(store, rank, self.size, deadline, self._end_waits, self._late)
-        self.watch.start()
+        self.detector = FailureDetector(store, rank, self.size, deadline, self._end_waits, self._late)
+        self.detector.start()
 
     def __enter__(self) -> ProcessGroupTransport:
         return self
@@ -85,8 +85,8 @@ class ProcessGroupTransport(Transport):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, PeerLost):
-            self.watch.tell(Loss((self.rank,), f"it raised {type(error).__name__}: {error}"))
-        self.watch.close(orderly=error is None)
+            self.detector.tell(Loss((self.rank,), f"it raised {type(error).__name__}: {error}"[:2000]))
+        self.detector.close(orderly=error is None)
 
     def close(self) -> None:
         """To be called by every rank: returns when all have, so that none ends while another still reads from it.
@@ -94,7 +94,7 @@ class ProcessGroupTransport(Transport):
         Raises:
             PeerLost: a rank was lost before.
         """
-        self.watch.close(orderly=True)
+        self.detector.close(orderly=True)
 
     def at(self, op: str, layer: int, block: int) -> None:
         """`Transport.at`; on GPUs, where no wait holds up the host, this is where a loss is seen at the latest.
@@ -107,7 +107,7 @@ class ProcessGroupTransport(Transport):
 
     def check(self, where: Where, began: float | None = None) -> None:
         """Raise PeerLost if a rank is known to be lost."""
-        if (loss := self.watch.loss) is not None:
+        if (loss := self.detector.loss) is not None:
             raise PeerLost(loss.ranks, *where, 0.0 if began is None else time.monotonic() - began, loss.reason)
 
     def _begin(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Ticket:
@@ -118,7 +118,7 @@ class ProcessGroupTransport(Transport):
         try:
             works = dist.batch_isend_irecv(ops) if ops else []
         except RuntimeError as error:
-            raise self.watch.lost(self.where, peers, time.monotonic(), broken=True) from error
+            raise self.detector.lost(self.where, peers, time.monotonic(), broken=True) from error
         ticket = _Ticket(self, peers, works, [m.blob for _, m in pairs])
         if self.device.type == "cuda":
             self._under_way = [t for t in self._under_way if not t.is_done()] + [ticket]
@@ -127,7 +127,9 @@ class ProcessGroupTransport(Transport):
     def _late(self) -> list[int]:
         """Never run on a GPU."""
         tickets = [t for t in self._under_way if not t.is_done()]
-        self.watch.waits = tuple(peer for t in tickets for peer in t.peers) if self._under_way else self.watch.waits
+        self.detector.waits = (
+            tuple(peer for t in tickets for peer in t.peers) if self._under_way else self.detector.waits
+        )
         return [peer for t in tickets if time.monotonic() > t.posted + self.deadline for peer in t.peers]
 
     def _end_waits(self) -> None:
@@ -167,8 +169,8 @@ class _Ticket:
                 work.wait()  # the current stream does
             return
         began = time.monotonic()
-        watch = transport.watch
-        watch.waits = tuple(self.peers[self._waited :])
+        detector = transport.detector
+        detector.waits = tuple(self.peers[self._waited :])
         try:
             for work in self._works[self._waited :]:
                 left = began + limit - time.monotonic()
@@ -177,9 +179,9 @@ class _Ticket:
         except RuntimeError as error:
             late = time.monotonic() >= began + limit
             missing = self.peers[self._waited :] if late else self.peers[self._waited : self._waited + 1]
-            raise watch.lost(self._where, missing, began, broken=not late) from error
+            raise detector.lost(self._where, missing, began, broken=not late) from error
         finally:
-            watch.waits = ()
+            detector.waits = ()
 
 
 def _check_backend(group: dist.ProcessGroup | None, device: torch.device, rank: int) -> None:

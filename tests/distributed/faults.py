@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import os
 import random
@@ -135,43 +134,51 @@ class Run:
     def __init__(self, case: Case):
         self.case = case
         self.began = time.monotonic()
-        self.planted: float | None = None
+        self.planted = 0.0  # when; of the monotonic clock
         self.outcomes: dict[int, Outcome] = {}
         self.group = Group(case.size, lambda rank, send: work(case, rank, send), case.hosted)
 
     def poll(self) -> bool:
         """Whether it is over."""
-        case, survivors = self.case, self.expected_to_report()
+        case = self.case
         for rank, said in self.group.receive(0.01):
             if isinstance(said, Outcome):
                 self.outcomes[rank] = said
             elif said is not ENDED:
                 self.planted = said
-        if case.kind == "pause" and self.planted and time.monotonic() > self.planted + 2 * faults.MISSED * faults.BEAT:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.group.processes[case.victim].pid, signal.SIGCONT)
-        return survivors <= self.outcomes.keys() or time.monotonic() > self.began + LIMIT
+        if case.kind == "stop":
+            goes_on = not self.others - self.outcomes.keys()  # when it has been given up
+        else:
+            short = 2 * faults.MISSED * faults.BEAT
+            goes_on = case.kind == "pause" and bool(self.planted) and time.monotonic() > self.planted + short
+        if goes_on and case.victim not in self.outcomes:
+            os.kill(self.group.processes[case.victim].pid, signal.SIGCONT)
+        return not self.hanging() or time.monotonic() > self.began + LIMIT
 
-    def expected_to_report(self) -> set[int]:
-        dead = self.case.kind in ("kill", "stop", "stall")
-        return set(range(self.case.size)) - ({self.case.victim} if dead else set())
+    @property
+    def others(self) -> set[int]:
+        return set(range(self.case.size)) - {self.case.victim}
+
+    def hanging(self) -> set[int]:
+        silent = {self.case.victim} if self.case.kind in ("kill", "stall") else set()
+        return set(range(self.case.size)) - silent - self.outcomes.keys()
 
     def seconds(self) -> float:
-        """From the fault to the last rank that knew of it."""
-        return max(o.when for o in self.outcomes.values()) - (self.planted or self.began)
+        """From the fault to the last of the others that knew of it."""
+        return max(self.outcomes[r].when for r in self.others & self.outcomes.keys()) - (self.planted or self.began)
 
     def wrong(self) -> list[str]:
         """What should have been otherwise."""
         case = self.case
-        found = [f"rank {r} hangs" for r in sorted(self.expected_to_report() - self.outcomes.keys())]
+        found = [f"rank {r} hangs" for r in sorted(self.hanging())]
         for rank, (error, ranks, text, _) in sorted(self.outcomes.items()):
             if case.kind == "pause":
                 right = error == "NoneType"
             elif case.kind == "mismatch":
-                # Some may learn of it from another's word first.
+                # Some may learn of it from another rank first.
                 right = f"another one on rank {case.victim}" in text
-            elif rank == case.victim:
-                right = error == "KeyError"
+            elif rank == case.victim:  # which goes on after it was stopped, and given up
+                right = error == ("PeerLost" if case.kind == "stop" else "KeyError")
             else:
                 # An exception may come when others have all that they wait for.
                 where = [f"lost in {case.pattern}, layer ", "lost in the group's end"][: 1 + (case.kind == "exception")]
@@ -222,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         mine = [one for one in done if one.case.kind == kind]
         if mine:
             took = [one.seconds() for one in mine if one.outcomes]
-            hang = sum(not one.expected_to_report() <= one.outcomes.keys() for one in mine)
+            hang = sum(bool(one.hanging()) for one in mine)
             wrong = sum(bool(one.wrong()) for one in mine)
             print(
                 f"{kind:10} {len(mine):4} faults, {hang} hangs, {wrong} wrong; from the fault to the last rank that"

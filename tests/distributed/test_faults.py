@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from inferix_kernels.distributed import PeerLost, ProcessGroupTransport
-from inferix_kernels.distributed.faults import MISSED, Loss, Watch, Where, Word, _host, _process
+from inferix_kernels.distributed.faults import MISSED, FailureDetector, Loss, Status, Where, _host, _process
 from tests.distributed.faults import PLANTED, draw, main
 
 
@@ -24,11 +24,11 @@ def test_the_same_seed_draws_the_same_faults():
     assert draw(30, 5, list(PLANTED)) == draw(30, 5, list(PLANTED)) != draw(30, 6, list(PLANTED))
 
 
-def watches(size, store=None, **options):
+def detectors(size, store=None, **options):
     """Of ranks in one process, begun."""
     store = store if store is not None else dist.HashStore()
-    made = [Watch(store, rank, size, 20.0, **options) for rank in range(size)]
-    starts = [threading.Thread(target=watch.start) for watch in made]
+    made = [FailureDetector(store, rank, size, 20.0, **options) for rank in range(size)]
+    starts = [threading.Thread(target=detector.start) for detector in made]
     for start in starts:
         start.start()
     for start in starts:
@@ -48,41 +48,41 @@ def each(function, things):
 def test_what_one_rank_finds_all_know_and_their_waits_end():
     ended = [threading.Event() for _ in range(3)]
     store = dist.HashStore()
-    made = [Watch(store, rank, 3, 20.0, on_loss=ended[rank].set) for rank in range(3)]
-    each(Watch.start, made)
+    made = [FailureDetector(store, rank, 3, 20.0, on_loss=ended[rank].set) for rank in range(3)]
+    each(FailureDetector.start, made)
     made[1].tell(Loss((1,), "it raised ValueError: no such page"))
     assert ended[0].wait(20) and ended[2].wait(20)
     assert made[0].loss == made[2].loss == ((1,), "it raised ValueError: no such page")
     made[0].tell(Loss((2,), "something else"))  # the first is what counts
     error = made[0].lost(Where("ring hop 1 of 2", 3, 4), [2], 0.0, broken=True)
     assert error.ranks == (1,) and (error.op, error.layer, error.block) == ("ring hop 1 of 2", 3, 4)
-    each(lambda watch: watch.close(orderly=False), made)
+    each(lambda detector: detector.close(orderly=False), made)
 
 
 def test_a_rank_that_does_not_come_is_named():
     store = dist.HashStore()
     store.set("x", "")
     with pytest.raises(PeerLost, match=r"^ranks 1, 2 were lost in the group's beginning, after 0.1 s: it has not come"):
-        Watch(store, 0, 3, 0.1).start()
+        FailureDetector(store, 0, 3, 0.1).start()
 
 
 def test_ranks_that_leave_in_order_lose_nobody():
-    made = watches(3)
-    each(lambda watch: watch.close(orderly=True), made)
-    assert [watch.loss for watch in made] == [None] * 3
-    assert not any(watch._heart.is_alive() for watch in made)
+    made = detectors(3)
+    each(lambda detector: detector.close(orderly=True), made)
+    assert [detector.loss for detector in made] == [None] * 3
+    assert not any(detector._thread.is_alive() for detector in made)
 
 
 def test_one_store_serves_one_group_after_another():
     store = dist.HashStore()
     for size in (3, 2):
-        made = watches(size, store)
-        each(lambda watch: watch.close(orderly=True), made)
-        assert [watch.loss for watch in made] == [None] * size
+        made = detectors(size, store)
+        each(lambda detector: detector.close(orderly=True), made)
+        assert [detector.loss for detector in made] == [None] * size
 
 
-def word(**fields):
-    return Word(1, "", 0, "", **fields)
+def status(**fields):
+    return Status(1, "", 0, "", **fields)
 
 
 @pytest.mark.parametrize(
@@ -92,39 +92,39 @@ def word(**fields):
         ([(1, 2), (), (), ()], (), (), (1, 2)),
         ([(1,), (2,), (3,), (1,)], (), (), (1, 2, 3)),  # a circle
         ([(1,), (2,), (0,), ()], (), (), (1, 2)),
-        ([(1,), (2,), (3,), ()], (), (1, 3), (1, 3)),  # hearts that have stopped
+        ([(1,), (2,), (3,), ()], (), (1, 3), (1, 3)),  # heartbeats are missing
         ([(1,), (0, 2), (), ()], (), (2,), (2,)),
         ([(2,), (), (), ()], (2,), (), (2,)),
         ([(1,), (2, 3), (), ()], (3,), (2,), (2,)),
     ],
 )
 def test_of_a_wait_that_met_its_deadline_the_end_of_the_chain_is_blamed(waits, left, missed, lost):
-    watch = Watch(dist.HashStore(), 0, 4, 1.0)  # which does not live: what it has heard is given
-    watch._words = [word(waits=waits[r], left=int(r in left)) for r in range(4)]
-    watch._heart = threading.current_thread()
-    watch._missed = [MISSED if r in missed else MISSED - 1 for r in range(4)]
-    assert sorted(watch._blamed(waits[0]).ranks) == list(lost)
+    detector = FailureDetector(dist.HashStore(), 0, 4, 1.0)  # which does not live: what it has heard is given
+    detector._statuses = [status(waits=waits[r], left=int(r in left)) for r in range(4)]
+    detector._thread = threading.current_thread()
+    detector._missed = [MISSED if r in missed else MISSED - 1 for r in range(4)]
+    assert sorted(detector._blamed(waits[0]).ranks) == list(lost)
 
 
 def test_a_process_that_has_ended_is_seen_and_one_that_has_its_number_is_not_taken_for_it():
-    watch = Watch(dist.HashStore(), 0, 4, 1.0)
+    detector = FailureDetector(dist.HashStore(), 0, 4, 1.0)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mine, its = _process(os.getpid()), _process(child.pid)
-    watch._words = [
-        Word(1, _host(), os.getpid(), mine.started),
-        Word(1, _host(), child.pid, its.started),
-        Word(1, _host(), os.getpid(), "another time"),
-        Word(1, "another machine", child.pid, its.started),
+    detector._statuses = [
+        Status(1, _host(), os.getpid(), mine.started),
+        Status(1, _host(), child.pid, its.started),
+        Status(1, _host(), os.getpid(), "another time"),
+        Status(1, "another machine", child.pid, its.started),
     ]
-    assert watch._gone() == [2]
+    assert detector._gone() == [2]
     child.stdin.close()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
-    assert watch._gone() == [1, 2]
+    assert detector._gone() == [1, 2]
     child.wait()
-    assert watch._gone() == [1, 2]
-    assert watch._ended([1, 2]) == ((1, 2), "its process has ended")
-    watch._words[1] = watch._words[1]._replace(left=1)
-    assert watch._ended([1]) is None  # it may
+    assert detector._gone() == [1, 2]
+    assert detector._ended([1, 2]) == ((1, 2), "its process has ended")
+    detector._statuses[1] = detector._statuses[1]._replace(left=1)
+    assert detector._ended([1]) is None  # it may
 
 
 class Failing(dist.Store):
@@ -138,7 +138,7 @@ class Failing(dist.Store):
         return self
 
     def __getattribute__(self, name):
-        if name in ("set", "get", "add", "wait", "check"):
+        if name in ("set", "get", "multi_get", "has_extended_api", "add", "wait", "check"):
             if self.fails:
                 raise dist.DistNetworkError("the connection was closed")
             return getattr(self.store, name)
@@ -147,37 +147,37 @@ class Failing(dist.Store):
 
 def test_without_its_store_a_rank_names_whom_it_waited_for_and_closes_at_once():
     store = Failing()
-    made = watches(2, store)
+    made = detectors(2, store)
     store.fails = True
     with made[0]._changed:
         assert made[0]._changed.wait_for(lambda: made[0]._store is None, 20)
     assert made[0].lost(Where(), [1], 0.0, broken=False).ranks == (1,)
-    each(lambda watch: watch.close(orderly=True), made)
+    each(lambda detector: detector.close(orderly=True), made)
 
 
-def test_a_heart_that_fails_says_so(monkeypatch):
+def test_a_heartbeat_that_fails_says_so(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda error: None)
 
     def late():
         raise OSError("no more files")
 
-    [watch] = watches(1, late=late)
-    watch._heart.join(20)
-    assert watch.loss == ((0,), "its heart failed: OSError: no more files")
-    with pytest.raises(PeerLost, match="its heart failed: OSError: no more files"):
-        watch.close(orderly=True)
+    [detector] = detectors(1, late=late)
+    detector._thread.join(20)
+    assert detector.loss == ((0,), "its heartbeat failed: OSError: no more files")
+    with pytest.raises(PeerLost, match="its heartbeat failed: OSError: no more files"):
+        detector.close(orderly=True)
 
 
 def test_messages_that_the_host_does_not_wait_for_have_a_deadline_too():
     late = [[], []]
     store = dist.HashStore()
-    made = [Watch(store, rank, 2, 20.0, late=lambda rank=rank: late[rank]) for rank in range(2)]
-    each(Watch.start, made)
+    made = [FailureDetector(store, rank, 2, 20.0, late=lambda rank=rank: late[rank]) for rank in range(2)]
+    each(FailureDetector.start, made)
     late[0] = [1]
     with made[1]._changed:
         assert made[1]._changed.wait_for(lambda: made[1].loss, 20)
     assert made[0].loss == made[1].loss == ((1,), "its process lives, but it has not posted its side")
-    each(lambda watch: watch.close(orderly=False), made)
+    each(lambda detector: detector.close(orderly=False), made)
 
 
 @pytest.fixture
