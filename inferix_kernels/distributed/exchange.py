@@ -1,7 +1,7 @@
 """What all schedules have in common: one rank's part of a pass that several ranks make.
 
 Every frame's tokens are cut among the ranks. In each layer a rank writes the keys and values of its own rows, and
-everybody is sent the heads that it holds: keys and values are on their way while the rank attends to the past, which was there
+everybody is sent the heads that it holds: they are on their way while the rank attends to the past, which was there
 before. Queries are sent within a group alone, as its ranks hold different heads of the same frames; their outputs
 return the same way. With one group that is Ulysses (arXiv:2309.14509); in groups of one rank, where no query moves, it
 is a gather of the new keys and values. The bytes of either do not depend on how long the past is.
@@ -307,7 +307,7 @@ def check(reads: Reads, transport: Transport, name: str) -> None:
         )
     if transport.device != reads.store.device:
         raise ValueError(
-            f"transport must be on the store's device, {reads.store.device}, got {transport.device} on rank {shard.rank}"
+            f"transport must be on {reads.store.device} like the store, got {transport.device} on rank {shard.rank}"
         )
     if reads.plan.page_bias is not None or reads.plan.page_variants is not None:
         raise ValueError(f"attention: {name} needs a policy without past_bias and with time='absolute'")
