@@ -1,4 +1,4 @@
-"""One world on many devices: how ranks exchange keys, values and outputs, and what happens when one is lost.
+"""One world on many devices: how ranks share a pass, how their bytes move, and what happens when one is lost.
 
 Importing this package imports no torch.distributed; a name does when it is first used. No launcher is here: processes
 are torchrun's, or whoever's made the process group.
@@ -7,7 +7,8 @@ are torchrun's, or whoever's made the process group.
 |---|---|
 | transport | what a schedule asks of whatever moves its bytes |
 | in_process | ranks that are threads of one process, over one device |
-| faults | `PeerLost` |
+| process_group | ranks that are processes, over a process group of torch.distributed |
+| faults | which rank is lost, and how the others learn of it |
 | agreement | do all ranks make the same pass? |
 | exchange | what all schedules have in common |
 | gather | Ulysses, gather, and both in groups |
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .gather import Gather
     from .in_process import in_process_group, run_ranks
     from .pass_q import PassQ
+    from .process_group import ProcessGroupTransport
     from .ring import Ring
     from .sharding import shard_for
     from .transport import Message, Ticket, Transport
@@ -34,6 +36,7 @@ __all__ = [
     "Message",
     "PassQ",
     "PeerLost",
+    "ProcessGroupTransport",
     "Ring",
     "Ticket",
     "Transport",
@@ -47,6 +50,7 @@ _MODULES = {
     "gather": ("Gather",),
     "in_process": ("in_process_group", "run_ranks"),
     "pass_q": ("PassQ",),
+    "process_group": ("ProcessGroupTransport",),
     "ring": ("Ring",),
     "sharding": ("shard_for",),
     "transport": ("Message", "Ticket", "Transport"),

@@ -1,4 +1,4 @@
-"""What every transport does: threads of one process, as fast as memory and throttled; as late as can be; gloo."""
+"""What every transport does: threads of one process, as fast as memory and throttled; as late as can be; processes."""
 
 import threading
 import time
@@ -7,18 +7,28 @@ import pytest
 import torch
 
 from inferix_kernels.distributed import Message, PeerLost, in_process_group, run_ranks
+from tests.distributed.groups import run_processes
 from tests.distributed.lazy import POISON, lazy
 
-GROUPS = {
+THREADS = {
     "in process": in_process_group,
     "throttled": lambda size, **options: in_process_group(size, gigabytes_per_second=0.1, latency=1e-4, **options),
     "lazy": lazy,
 }
 
 
-@pytest.fixture(params=GROUPS)
-def group(request):
-    return GROUPS[request.param]
+@pytest.fixture(params=THREADS)
+def threads(request):
+    """Makes the transports of so many ranks that are threads."""
+    return THREADS[request.param]
+
+
+@pytest.fixture(params=[*THREADS, "processes"])
+def run(request):
+    """What a function of a transport returns on each of so many ranks."""
+    if request.param == "processes":
+        return lambda size, function: run_processes(size, function)
+    return lambda size, function: run_ranks(THREADS[request.param](size), function)
 
 
 def blob(size: int, seed: int) -> torch.Tensor:
@@ -29,8 +39,8 @@ def empty(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_blob_s_goes_to_rank_s_whatever_the_sizes_are(group, size):
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_blob_s_goes_to_rank_s_whatever_the_sizes_are(run, size):
     def sizes(a, b):
         return (7 * a + 3 * b) % 5 * 1000  # some are empty
 
@@ -42,13 +52,13 @@ def test_blob_s_goes_to_rank_s_whatever_the_sizes_are(group, size):
         assert all(torch.equal(receives[r], blob(sizes(r, me), 100 * r + me)) for r in range(size))
         return transport.sent
 
-    sent = run_ranks(group(size), exchange)
+    sent = run(size, exchange)
     assert sent == [sum(sizes(me, s) for s in range(size) if s != me) for me in range(size)]
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_everybody_gets_each_ranks_blob(group, size, in_place):
+def test_everybody_gets_each_ranks_blob(run, size, in_place):
     def gather(transport):
         receives = [empty(1000 * r) for r in range(size)]
         mine = receives[transport.rank] if in_place else empty(1000 * transport.rank)
@@ -56,10 +66,10 @@ def test_everybody_gets_each_ranks_blob(group, size, in_place):
         transport.all_gather(mine, receives).wait()
         return all(torch.equal(receives[r], blob(1000 * r, r)) for r in range(size))
 
-    assert all(run_ranks(group(size), gather))
+    assert all(run(size, gather))
 
 
-def test_messages_arrive_in_the_order_in_which_they_were_posted(group):
+def test_messages_arrive_in_the_order_in_which_they_were_posted(run):
     """Whatever their sizes, and whichever ticket is waited for first."""
     sizes = [50_000, 1, 3000, 2]
 
@@ -77,10 +87,10 @@ def test_messages_arrive_in_the_order_in_which_they_were_posted(group):
             ticket.wait()  # free
         return all(torch.equal(x, blob(size, i + 10 * other)) for i, (x, size) in enumerate(zip(received, sizes)))
 
-    assert all(run_ranks(group(2), exchange))
+    assert all(run(2, exchange))
 
 
-def test_a_ring_goes_round(group):
+def test_a_ring_goes_round(run):
     def ring(transport):
         size, held = transport.size, [blob(4096, transport.rank), empty(4096)]
         before, after = (transport.rank - 1) % size, (transport.rank + 1) % size
@@ -92,20 +102,20 @@ def test_a_ring_goes_round(group):
             assert torch.equal(held[0], blob(4096, (transport.rank - hop) % size))
         return transport.sent
 
-    assert run_ranks(group(4), ring) == [3 * 4096] * 4
+    assert run(4, ring) == [3 * 4096] * 4
 
 
-def test_a_group_can_be_used_again(group):
+def test_a_group_can_be_used_again(threads):
     def gather(transport):
         receives = [empty(8) for _ in range(transport.size)]
         transport.all_gather(blob(8, transport.rank), receives).wait()
         return [x.tolist() for x in receives]
 
-    transports = group(3)
+    transports = threads(3)
     assert run_ranks(transports, gather) == run_ranks(transports, gather)
 
 
-def test_a_rank_that_posts_nothing_is_named_with_what_was_waited_for(group):
+def test_a_rank_that_posts_nothing_is_named_with_what_was_waited_for(threads):
     def one_is_absent(transport):
         if transport.rank == 1:
             return None
@@ -116,12 +126,12 @@ def test_a_rank_that_posts_nothing_is_named_with_what_was_waited_for(group):
             ticket.wait(0.05)
         return caught.value
 
-    _, _, error = run_ranks(group(3), one_is_absent)
+    _, _, error = run_ranks(threads(3), one_is_absent)
     assert (error.ranks, error.op, error.layer, error.block) == ((1,), "ring hop 3 of 7", 12, 41)
     assert error.waited >= 0.05 and "rank 1 was lost in ring hop 3 of 7, layer 12, block 41" in str(error)
 
 
-def test_an_exception_of_one_rank_ends_the_others_waits_with_its_message(group):
+def test_an_exception_of_one_rank_ends_the_others_waits_with_its_message(threads):
     others = {}
 
     def one_raises(transport):
@@ -132,12 +142,12 @@ def test_an_exception_of_one_rank_ends_the_others_waits_with_its_message(group):
         others[transport.rank] = caught.value
 
     with pytest.raises(KeyError, match="a page that is not there"):
-        run_ranks(group(3), one_raises)
+        run_ranks(threads(3), one_raises)
     assert {rank: error.ranks for rank, error in others.items()} == {0: (2,), 1: (2,)}
     assert all(error.reason == "KeyError: 'a page that is not there'" for error in others.values())
 
 
-def test_sizes_that_differ_end_both_sides(group):
+def test_sizes_that_differ_end_both_sides(threads):
     def differ(transport):
         other = 1 - transport.rank
         sends = [Message(1, empty(8))] if transport.rank == 0 else []
@@ -147,7 +157,7 @@ def test_sizes_that_differ_end_both_sides(group):
 
     said = "as many bytes on both sides, got 8 on rank 0, which sends it, and 9 on rank 1"
     with pytest.raises((ValueError, PeerLost), match=said):
-        run_ranks(group(2), differ)
+        run_ranks(threads(2), differ)
 
 
 GOOD = empty(8)
@@ -186,8 +196,8 @@ GOOD = empty(8)
         ),
     ],
 )
-def test_bad_arguments_are_one_line_and_nothing_is_sent(group, call, said):
-    transport = group(2)[0]
+def test_bad_arguments_are_one_line_and_nothing_is_sent(threads, call, said):
+    transport = threads(2)[0]
     with pytest.raises((TypeError, ValueError), match=said):
         call(transport)
     assert transport.sent == 0
