@@ -309,5 +309,3 @@ def check(reads: Reads, transport: Transport, name: str) -> None:
         raise ValueError(
             f"transport must be on {reads.store.device} like the store, got {transport.device} on rank {shard.rank}"
         )
-    if reads.plan.page_bias is not None or reads.plan.page_variants is not None:
-        raise ValueError(f"attention: {name} needs a policy without past_bias and with time='absolute'")

@@ -64,8 +64,8 @@ def layer_sent(schedule: str, shard: Shard, sizes: Sizes, past: Sequence[int] = 
     """Bytes that a rank sends in one layer that attends; in one that only writes, `keys_sent`.
 
     Args:
-        past: for "ring" and "pass-q", bytes of the past's pages that the pass reads, as stored, scales with them, of each
-            part of the frames and this rank's heads.
+        past: for "ring" and "pass-q", bytes of the past's pages that the pass reads, as stored, scales with them, of
+            each part of the frames and this rank's heads.
 
     Example:
         >>> from inferix_kernels.distributed.sharding import Sizes, layer_sent, shard_for

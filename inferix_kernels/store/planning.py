@@ -20,6 +20,7 @@ from .buffers import PassBuffers, Place, Rows
 from .extent import Extent
 from .passes import Pass, Share
 from .past import Block
+from .policy import Policy
 from .reading import Met, is_plain, read_by_policy
 from .slots import Slot
 from .storage import Storage
@@ -248,7 +249,7 @@ def _pass(
     first = placed[0].part.blocks[0].first
     committed = () if store.shard.ranks == 1 else _committed(store, placed)
     reads = Reads(store, plan, blocks, _precision(store, placed), room, captured, predict, committed, first)
-    attend = _bound(attention, reads)
+    attend = _bound(attention, reads, [each.table.policy for each in placed])
     rest, shares, row = iter(pairs), [], 0
     for group, commit in zip(groups, commits):
         rows = slice(row, row + sum(block.queries for each in group for block in each.blocks))
@@ -274,13 +275,15 @@ def _own(store: Storage, x: Tensor) -> Tensor:
     return x if store.shard.ranks == 1 else store.shard.own(x, store.frame_tokens).contiguous()
 
 
-def _bound(attention: Attention, reads: Reads) -> Attend:
+def _bound(attention: Attention, reads: Reads, policies: Sequence[Policy]) -> Attend:
     attend, shard = attention.bind(reads), reads.store.shard
     if shard.ranks > 1 and not isinstance(attend, Sharded):
         raise ValueError(
             f"attention must be of inferix_kernels.distributed in a store that is rank {shard.rank} of {shard.ranks}, "
             f"got {shown(attention):.80}"
         )
+    if isinstance(attend, Sharded) and not is_plain(policies):
+        raise ValueError("attention of several ranks needs a policy without past_bias and with time='absolute'")
     return attend
 
 

@@ -1,8 +1,8 @@
 """Every schedule on 1 to 8 ranks against one process: python -m tests.distributed.matrix
 
-Ranks are threads that hand each other messages as late as the protocol allows (lazy.py), so a wait that is missing shows.
-Two processes share the cases. The CPU's kernels are held to float32 products, as those with bfloat16 operands round
-where a list of pages ends, which a schedule moves; `compiled` at its best is compared in test_schedules.py.
+Ranks are threads that hand each other messages as late as the protocol allows (lazy.py), so a wait that is missing
+shows. Two processes share the cases; some are made by processes over gloo besides. The CPU's kernels are held to
+float32 products: those with bfloat16 operands round weights where a list of pages ends, and a schedule moves these ends.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 
 from inferix_kernels import compiled
 from inferix_kernels.distributed import Gather, PassQ, Ring, run_ranks, shard_for
+from tests.distributed.groups import run_processes
 from tests.distributed.lazy import lazy
 from tests.distributed.worlds import Story, bytes_sent, distance, store_of, tell, whole
 
@@ -77,20 +78,40 @@ def alone(story):
     return tell(story, store_of(story))
 
 
-def check(case, transports=lazy):
-    """Raises AssertionError, which names the case, unless it gives what one process does, and sends what it should."""
-    story, one = case.story, alone(case.story)
-    strategy = STRATEGIES[case.schedule]
-    group = transports(case.ranks)
-    told = run_ranks(
-        group, lambda transport: tell(story, store_of(story, case.shard(transport.rank)), strategy(transport))
-    )
-    largest, mean = distance(whole(story, told), one.outs)
-    error = largest if story.dtype == torch.float32 else mean
-    assert error <= LIMITS[story.dtype], f"{case}: off by {error:.2e}"
-    for transport, each in zip(group, told):
-        want = bytes_sent(story, case.schedule, case.shard(transport.rank), each.passes)
-        assert transport.sent == want, f"{case}: rank {transport.rank} sent {transport.sent} bytes, not {want}"
+def one_rank(case, transport):
+    """What a rank of it makes; bytes that it sent, and should have."""
+    shard = case.shard(transport.rank)
+    told = tell(case.story, store_of(case.story, shard), STRATEGIES[case.schedule](transport))
+    return told.outs, transport.sent, bytes_sent(case.story, case.schedule, shard, told.passes)
+
+
+def threads(size, function):
+    return run_ranks(lazy(size), function)
+
+
+def processes(size, function):
+    """Over gloo; what they return is sent as arrays, since a process that has ended shares no memory."""
+
+    def as_arrays(transport):
+        outs, *bytes = function(transport)
+        return [None if out is None else out.float().numpy() for out in outs], *bytes
+
+    made = run_processes(size, as_arrays)
+    return [([None if out is None else torch.from_numpy(out) for out in outs], *bytes) for outs, *bytes in made]
+
+
+def check(case, ranks=threads):
+    """Raises AssertionError, which names the case, unless it gives what one process does, and sends what it should.
+
+    Args:
+        ranks: (how many, function of a transport) -> what each rank returns.
+    """
+    made = ranks(case.ranks, lambda transport: one_rank(case, transport))
+    largest, mean = distance(whole(case.story, [outs for outs, *_ in made]), alone(case.story).outs)
+    error = largest if case.story.dtype == torch.float32 else mean
+    assert error <= LIMITS[case.story.dtype], f"{case}: off by {error:.2e}"
+    for rank, (_, sent, want) in enumerate(made):
+        assert sent == want, f"{case}: rank {rank} sent {sent} bytes, not {want}"
     return error
 
 
@@ -107,11 +128,14 @@ def run(part):
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     began, every = time.monotonic(), list(cases())
+    float32_products()
+    over_gloo = [check(case, processes) for case in every if case.ranks in (2, 3) and case.shape == "ragged"]
     every.sort(key=lambda case: case[2:])  # so that few workers need the same one-process results
     parts = [every[i : i + 16] for i in range(0, len(every), 16)]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         errors = [error for errors in pool.imap_unordered(run, parts) for error in errors]
-    print(f"{len(errors)} cases in {time.monotonic() - began:.0f} s, the largest error {max(errors):.1e}")
+    seconds, largest = time.monotonic() - began, max([*errors, *over_gloo])
+    print(f"{len(errors)} cases, {len(over_gloo)} of them over gloo too, {seconds:.0f} s, largest error {largest:.1e}")
 
 
 if __name__ == "__main__":

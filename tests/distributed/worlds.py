@@ -139,7 +139,7 @@ def _events(teller, table):
 def whole(story, told):
     """Of each rank's outs the rows of all, frame by frame."""
     passes = []
-    for outs in zip(*(each.outs for each in told), strict=True):
+    for outs in zip(*told, strict=True):
         if outs[0] is None:
             passes.append(None)
             continue
