@@ -53,6 +53,7 @@ class Exchange(Sharded):
             self._staged = self._room("staged", self._own + spare, width * self.shard.heads)
         self.new = self.page_lists(lambda frame: frame.made)
         self._layer = self.store.num_layers  # that began last
+        self._facts: agreement.Facts | None = None
         self._queries: Tensor | None = None  # of the group's rows, and the heads that this rank holds
         self._out: Tensor | None = None  # of these, so far
         self._lse: Tensor | None = None
@@ -79,7 +80,7 @@ class Exchange(Sharded):
 
     def begin(self, layer: int, q: Tensor | None) -> None:
         if layer <= self._layer:
-            agreement.compare(self.transport, agreement.fields(self.reads, q))
+            self._agree(q)
         self._layer, self._queries = layer, None
         self.transport.at(f"{self.name}: keys", layer, self.first_frame)
         attends = q is not None and (self.reads.predict or layer < self.store.num_layers - 1)
@@ -89,6 +90,13 @@ class Exchange(Sharded):
             self._attend_past(layer, asked)
         sent.wait()
         self._append()
+
+    def _agree(self, q: Tensor | None) -> None:
+        """A forward begins: do all ranks make the same one? On a GPU, where it waits for the device to read what the
+        others say, this is asked in the first forward of each pass."""
+        if self._facts is None or self.store.device.type == "cpu":
+            self._facts = agreement.fields(self.reads, q) if self._facts is None else self._facts
+            agreement.compare(self.transport, self._facts)
 
     def _append(self) -> None:
         """What has arrived, and own rows, to scratch."""

@@ -18,10 +18,11 @@ from ..plans import Plan
 from .attention import Attend, Attention, BlockReads, FrameRead, Reads, Sharded
 from .buffers import PassBuffers, Place, Rows
 from .extent import Extent
-from .passes import Pass, Share
+from .passes import Pass
 from .past import Block
 from .policy import Policy
 from .reading import Met, is_plain, read_by_policy
+from .share import Share
 from .slots import Slot
 from .storage import Storage
 from .table_view import TableView, replace_states

@@ -2,7 +2,7 @@
 
 Ranks are threads that hand each other messages as late as the protocol allows (lazy.py), so a wait that is missing
 shows. Two processes share the cases; some are made by processes over gloo besides. The CPU's kernels are held to
-float32 products: those with bfloat16 operands round weights where a list of pages ends, and a schedule moves these ends.
+float32 products: those with bfloat16 operands round weights where a list of pages ends, which a schedule moves.
 """
 
 import argparse
