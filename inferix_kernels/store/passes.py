@@ -63,9 +63,9 @@ class Pass:
         self._reads, self._shares, self._attend, self._turns = reads, shares, attend, turns
         self._exchange = attend if isinstance(attend, Sharded) else None
         self._follows_lists = attention == Local() and reads.plan.page_bias is None and not turns
-        self.rows = self.store.shard.rows(self.store.frame_tokens)
-        frames = sum(block.queries for block in reads.blocks) // self.store.frame_tokens
-        self._tokens = frames * (self.rows.stop - self.rows.start)
+        self._tokens = sum([block.queries for block in reads.blocks])
+        if self._exchange is not None:
+            self._tokens = self._tokens // self.store.frame_tokens * (self.rows.stop - self.rows.start)
         self._pages = sum(block.past + block.own for block in reads.blocks)  # without what fills a list up
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
         self._place, self._planned = place, 0 if place is None else place.turn
@@ -73,6 +73,10 @@ class Pass:
         self._out: Tensor | None = None
         self._rows: Tensor | None = None  # of _out, as `attend` returns them
         self._commits = any(share.final for share in shares)
+
+    @property
+    def rows(self) -> slice:
+        return self.store.shard.rows(self.store.frame_tokens)
 
     @in_turn
     def attend(
