@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,20 @@ from .transport import Message, Transport
 
 DIGEST = 8  # bytes, of each field
 SHOWN = 4096  # bytes of a field that differs, which the ranks send each other to say where
-FIELDS = 7
+DIGESTS = 7 * DIGEST  # of all fields
 
 
-def fields(reads: Reads, q: Tensor | None) -> dict[str, list[str]]:
+class Facts(NamedTuple):
     """What must be the same on every rank, in the order in which it is compared, each as a list of small facts."""
+
+    fields: dict[str, list[str]]
+    digests: bytes
+
+
+def fields(reads: Reads, q: Tensor | None) -> Facts:
+    """Of a pass, and of queries that `begin` was given."""
     store, shard = reads.store, reads.store.shard
-    return {
+    found = {
         "shard": [f"ranks={shard.ranks}", f"heads={shard.heads}", f"frames={shard.frames}"],
         "store": [
             *(f"{name}={value}" for name, value in store.geometry.items()),
@@ -39,27 +47,22 @@ def fields(reads: Reads, q: Tensor | None) -> dict[str, list[str]]:
         "commit": [f"scratch {frame} to {format} {slot}" for frame, format, slot in reads.commits],
         "predict": [str(reads.predict)],
     }
+    each = (blake2b("\n".join(facts).encode(), digest_size=DIGEST).digest() for facts in found.values())
+    return Facts(found, b"".join(each))
 
 
-def compare(transport: Transport, mine: dict[str, list[str]]) -> None:
-    """Raises ValueError, the same on every rank, unless all ranks have the same fields; it names the first thing that
-    differs, and on which rank.
-
-    Each rank sends each other one `fields_bytes(len(mine))`.
-    """
-    digests = b"".join(blake2b("\n".join(facts).encode(), digest_size=DIGEST).digest() for facts in mine.values())
+def compare(transport: Transport, mine: Facts) -> None:
+    """Raises ValueError, the same on every rank, unless all ranks have the same facts; it names the first thing that
+    differs, and on which rank. Each rank sends each other one `DIGESTS` bytes."""
+    digests = mine.digests
     theirs = exchanged(transport, digests)
     if all(each == digests for each in theirs):
         return
-    for i, (name, facts) in enumerate(mine.items()):
+    for i, (name, facts) in enumerate(mine.fields.items()):
         if len({each[i * DIGEST : (i + 1) * DIGEST] for each in theirs}) > 1:
             texts = exchanged(transport, "\n".join(facts).encode()[:SHOWN].ljust(SHOWN, b"\0"))
             raise ValueError(_difference(name, [text.rstrip(b"\0").decode(errors="ignore") for text in texts]))
     raise AssertionError("digests that differ differ in a field")
-
-
-def fields_bytes(count: int) -> int:
-    return count * DIGEST
 
 
 def exchanged(transport: Transport, mine: bytes) -> list[bytes]:

@@ -1,7 +1,7 @@
 """What all schedules have in common: one rank's part of a pass that several ranks make.
 
 Every frame's tokens are cut among the ranks. In each layer a rank writes the keys and values of its own rows, and
-everybody is sent the heads that it holds: keys and values are on their way while the rank attends to the past, which was there
+everybody is sent the heads that it holds: they are on their way while the rank attends to the past, which was there
 before. Queries are sent within a group alone, as its ranks hold different heads of the same frames; their outputs
 return the same way. With one group that is Ulysses (arXiv:2309.14509); in groups of one rank, where no query moves, it
 is a gather of the new keys and values. The bytes of either do not depend on how long the past is.
@@ -53,6 +53,7 @@ class Exchange(Sharded):
             self._staged = self._room("staged", self._own + spare, width * self.shard.heads)
         self.new = self.page_lists(lambda frame: frame.made)
         self._layer = self.store.num_layers  # that began last
+        self._facts: agreement.Facts | None = None
         self._queries: Tensor | None = None  # of the group's rows, and the heads that this rank holds
         self._out: Tensor | None = None  # of these, so far
         self._lse: Tensor | None = None
@@ -79,7 +80,7 @@ class Exchange(Sharded):
 
     def begin(self, layer: int, q: Tensor | None) -> None:
         if layer <= self._layer:
-            agreement.compare(self.transport, agreement.fields(self.reads, q))
+            self._agree(q)
         self._layer, self._queries = layer, None
         self.transport.at(f"{self.name}: keys", layer, self.first_frame)
         attends = q is not None and (self.reads.predict or layer < self.store.num_layers - 1)
@@ -89,6 +90,13 @@ class Exchange(Sharded):
             self._attend_past(layer, asked)
         sent.wait()
         self._append()
+
+    def _agree(self, q: Tensor | None) -> None:
+        """A forward begins: do all ranks make the same one? On a GPU, where it waits for the device to read what the
+        others say, this is asked in the first forward of each pass."""
+        if self._facts is None or self.store.device.type == "cpu":
+            self._facts = agreement.fields(self.reads, q) if self._facts is None else self._facts
+            agreement.compare(self.transport, self._facts)
 
     def _append(self) -> None:
         """What has arrived, and own rows, to scratch."""
@@ -307,7 +315,5 @@ def check(reads: Reads, transport: Transport, name: str) -> None:
         )
     if transport.device != reads.store.device:
         raise ValueError(
-            f"transport must be on the store's device, {reads.store.device}, got {transport.device} on rank {shard.rank}"
+            f"transport must be on {reads.store.device} like the store, got {transport.device} on rank {shard.rank}"
         )
-    if reads.plan.page_bias is not None or reads.plan.page_variants is not None:
-        raise ValueError(f"attention: {name} needs a policy without past_bias and with time='absolute'")

@@ -11,7 +11,7 @@ from .transport import Transport
 
 
 class FrameShards(Exchange):
-    """A clean pass commits a frame where its slot lies. A later block of the same pass reads it too: in a copy that each
+    """A clean pass commits a frame where its slot lies. A later block of the same pass reads it too: a copy that each
     rank commits for itself, of the keys that all have, by the same rule."""
 
     def __init__(self, reads: Reads, transport: Transport):

@@ -52,7 +52,7 @@ class _Ring(FrameShards):
         super().__init__(reads, transport)
         self.past = self.here()
         self._visits = [_Visit(self, part) for part in range(self.shard.frames)]
-        room = max((visit.nbytes for visit in self._visits), default=0)
+        room = 1 << (max(visit.nbytes for visit in self._visits)).bit_length()  # which few sizes of the past share
         self._buffers = [self._room(name, room, dtype=torch.uint8) for name in ("ring 0", "ring 1")]
 
     def _attend_past(self, layer: int, asked: Ticket) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .._check import check_counts, check_word
 from ..store.shard import Shard
-from .agreement import FIELDS, fields_bytes
+from .agreement import DIGESTS
 
 SCHEDULES = ("ulysses", "gather", "ring", "pass-q")
 
@@ -60,6 +60,27 @@ class Sizes(NamedTuple):
     scratch: int
 
 
+def layer_sent(schedule: str, shard: Shard, sizes: Sizes, past: Sequence[int] = ()) -> int:
+    """Bytes that a rank sends in one layer that attends; in one that only writes, `keys_sent`.
+
+    Args:
+        past: for "ring" and "pass-q", bytes of the past's pages that the pass reads, as stored, scales with them, of
+            each part of the frames and this rank's heads.
+
+    Example:
+        >>> from inferix_kernels.distributed.sharding import Sizes, layer_sent, shard_for
+        >>> sizes = Sizes(3, 1560, 12, 12, (128, 128), activation=2, scratch=2)  # a block of Wan 1.3B
+        >>> layer_sent("ulysses", shard_for("ulysses", 0, 4, heads=12), sizes) / 1e6
+        10.78272
+        >>> layer_sent("gather", shard_for("gather", 0, 4, heads=12), sizes) / 1e6  # hidden under attention to the past
+        21.56544
+    """
+    sent = keys_sent(shard, sizes) + queries_sent(shard, sizes) + outputs_sent(shard, sizes)
+    if not any(past):
+        return sent
+    return sent + (ring_sent(shard, past) if schedule == "ring" else pass_q_sent(shard, sizes))
+
+
 def keys_sent(shard: Shard, sizes: Sizes) -> int:
     """In a layer: own rows' keys and values, to each other rank the heads that it holds."""
     own = _rows(shard, sizes, [shard.rank])
@@ -96,8 +117,8 @@ def pass_q_sent(shard: Shard, sizes: Sizes) -> int:
 
 
 def agreement_sent(shard: Shard) -> int:
-    """In a forward."""
-    return (shard.ranks - 1) * fields_bytes(FIELDS)
+    """In a forward, to see that all ranks make the same one; on a GPU in the first of each pass alone."""
+    return (shard.ranks - 1) * DIGESTS
 
 
 def means_sent(shard: Shard, heads: int, width: int) -> int:

@@ -24,7 +24,7 @@ Each module imports only those above it:
 | storage | all pools: taking slots, converting, host memory |
 | table_view | one world, to be read |
 | attention | how the queries of a pass attend |
-| passes, planning | one forward: writes, commits and attends, layer by layer; what it reads and writes |
+| share, passes, planning | one forward: writes, commits and attends, layer by layer; what it reads and writes |
 | boundary, page_table | one world, with its edits |
 | kv_store | a store of worlds |
 | snapshot; memory | a world on disk; how many bytes a world takes |

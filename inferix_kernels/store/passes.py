@@ -6,7 +6,6 @@ pages alone, and its keys are written with its own world's mean key taken off.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -14,55 +13,16 @@ from torch import Tensor
 
 from .. import profile
 from .._check import check_index
-from ..layout import KVPages, PageList
 from ..ops import kv_append, kv_commit, qkv_prologue
 from . import reading
 from .attention import Attend, Attention, Local, Reads, Sharded
-from .buffers import PassBuffers, Place
-from .table_view import TableView, replace_states
+from .buffers import Place
+from .share import Share
+from .table_view import replace_states
 from .turns import in_turn
 
 # Of the queries' rounding to the keys': at 1.1 attention's error is sqrt(1 + 1.1^2) = 1.49 times the keys' alone.
 MOST_ROUNDING = 1.1
-
-
-@dataclasses.dataclass
-class Share:
-    """Rows of a pass that are written by one call: their keys have the same mean taken off, or none.
-
-    Attributes:
-        tables: of the worlds.
-        rows: of the tokens that this process has of the pass; None: all.
-        rope: of these rows.
-        pages, written: where their keys and values are written: scratch and pool pages in it, or an exchange's staging.
-            None: it has none of these rows.
-        scratch: pool pages in scratch of its blocks.
-        final: does it commit?
-        commits: (format, pool pages in scratch, pool pages of the format's pool) of what is committed here.
-        buffers: of a pass that has them; it is one world's then.
-        fresh: of the layers committed so far, in the pass that freezes them: the mean key, and whether queries may be
-            rounded to 8 bits. It is one world's then.
-    """
-
-    tables: Sequence[TableView]
-    rows: slice | None
-    rope: Tensor | None
-    pages: KVPages
-    written: PageList | None
-    scratch: PageList
-    final: bool
-    commits: Sequence[tuple[str, PageList, PageList]]
-    buffers: PassBuffers | None = None
-    fresh: dict[int, tuple[Tensor, bool]] = dataclasses.field(default_factory=dict)
-
-    def of(self, x: Tensor) -> Tensor:
-        """Its rows of a tensor that has one for each token of the pass."""
-        return x if self.rows is None else x[self.rows]
-
-    def k_mean(self, layer: int) -> Tensor | None:
-        """[heads, D], frozen; None: these worlds have none."""
-        mean = self.tables[0].state.k_means[layer]
-        return mean if self.buffers is None else self.buffers.mean(layer, mean)
 
 
 class Pass:
@@ -103,9 +63,9 @@ class Pass:
         self._reads, self._shares, self._attend, self._turns = reads, shares, attend, turns
         self._exchange = attend if isinstance(attend, Sharded) else None
         self._follows_lists = attention == Local() and reads.plan.page_bias is None and not turns
-        self.rows = self.store.shard.rows(self.store.frame_tokens)
-        frames = sum(block.queries for block in reads.blocks) // self.store.frame_tokens
-        self._tokens = frames * (self.rows.stop - self.rows.start)
+        self._tokens = sum([block.queries for block in reads.blocks])
+        if self._exchange is not None:
+            self._tokens = self._tokens // self.store.frame_tokens * (self.rows.stop - self.rows.start)
         self._pages = sum(block.past + block.own for block in reads.blocks)  # without what fills a list up
         self._edits = [(table, table.state.edits) for share in shares for table in share.tables]
         self._place, self._planned = place, 0 if place is None else place.turn
@@ -113,6 +73,10 @@ class Pass:
         self._out: Tensor | None = None
         self._rows: Tensor | None = None  # of _out, as `attend` returns them
         self._commits = any(share.final for share in shares)
+
+    @property
+    def rows(self) -> slice:
+        return self.store.shard.rows(self.store.frame_tokens)
 
     @in_turn
     def attend(

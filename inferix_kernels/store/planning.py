@@ -18,9 +18,10 @@ from ..plans import Plan
 from .attention import Attend, Attention, BlockReads, FrameRead, Reads, Sharded
 from .buffers import PassBuffers, Place, Rows
 from .extent import Extent
-from .passes import Pass, Share
+from .passes import Pass
 from .past import Block
 from .reading import Met, is_plain, read_by_policy
+from .share import Share
 from .slots import Slot
 from .storage import Storage
 from .table_view import TableView, replace_states
@@ -248,20 +249,23 @@ def _pass(
     first = placed[0].part.blocks[0].first
     committed = () if store.shard.ranks == 1 else _committed(store, placed)
     reads = Reads(store, plan, blocks, _precision(store, placed), room, captured, predict, committed, first)
-    attend = _bound(attention, reads)
+    attend = attention.bind(reads) if store.shard.ranks == 1 else _bound(attention, reads, placed)
+    sharded = attend if isinstance(attend, Sharded) else None
     rest, shares, row = iter(pairs), [], 0
     for group, commit in zip(groups, commits):
         rows = slice(row, row + sum(block.queries for each in group for block in each.blocks))
         row = rows.stop
-        own, pages, written = _written(store, attend, rows.start // store.frame_tokens, rows.stop // store.frame_tokens)
+        first, end = rows.start // store.frame_tokens, rows.stop // store.frame_tokens
+        scratch = store.scratch_list(first, end)
+        own, pages, written = (rows, store.scratch, scratch) if sharded is None else _staged(store, sharded, first, end)
         shares.append(
             Share(
                 tables=[each.table for each in group],
                 rows=own if len(groups) > 1 else None,
-                rope=None if rope is None else _own(store, rope[rows]),
+                rope=None if rope is None else rope[rows] if sharded is None else _own(store, rope[rows]),
                 pages=pages,
                 written=written,
-                scratch=store.scratch_list(rows.start // store.frame_tokens, rows.stop // store.frame_tokens),
+                scratch=scratch,
                 final=any(each.pairs for each in group),
                 commits=[(format, next(rest), next(rest)) for format, *_ in commit],
                 buffers=buffers,
@@ -271,27 +275,26 @@ def _pass(
 
 
 def _own(store: Storage, x: Tensor) -> Tensor:
-    return x if store.shard.ranks == 1 else store.shard.own(x, store.frame_tokens).contiguous()
+    return store.shard.own(x, store.frame_tokens).contiguous()
 
 
-def _bound(attention: Attention, reads: Reads) -> Attend:
+def _bound(attention: Attention, reads: Reads, placed: Sequence[_Placed]) -> Attend:
     attend, shard = attention.bind(reads), reads.store.shard
-    if shard.ranks > 1 and not isinstance(attend, Sharded):
+    if not isinstance(attend, Sharded):
         raise ValueError(
             f"attention must be of inferix_kernels.distributed in a store that is rank {shard.rank} of {shard.ranks}, "
             f"got {shown(attention):.80}"
         )
+    if not is_plain([each.table.policy for each in placed]):
+        raise ValueError("attention of several ranks needs a policy without past_bias and with time='absolute'")
     return attend
 
 
-def _written(store: Storage, attend: Attend, first: int, end: int) -> tuple[slice, KVPages, PageList | None]:
+def _staged(store: Storage, sharded: Sharded, first: int, end: int) -> tuple[slice, KVPages, PageList | None]:
     """Of frames first .. end - 1 of a pass: the rows that this process has, and where it writes them."""
-    if not isinstance(attend, Sharded):
-        rows = slice(first * store.frame_tokens, end * store.frame_tokens)
-        return rows, store.scratch, store.scratch_list(first, end)
     each = store.shard.rows(store.frame_tokens)
     own = slice(*(frame * (each.stop - each.start) for frame in (first, end)))
-    return (own, *attend.staging(own)) if own.start < own.stop else (own, store.scratch, None)
+    return (own, *sharded.staging(own)) if own.start < own.stop else (own, store.scratch, None)
 
 
 def _committed(store: Storage, placed: Sequence[_Placed]) -> tuple[tuple[int, str, int], ...]:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from inferix_kernels import KVStore, Part, PassBuffers, Policy
+from inferix_kernels import KVStore, PageTable, Part, PassBuffers, Policy
+from inferix_kernels.distributed.sharding import Sizes, agreement_sent, keys_sent, layer_sent, means_sent
 from inferix_kernels.store import Shard
+from inferix_kernels.store.memory import page_bytes
 
-LAYERS, PAGE, WIDTH = 2, 8, 16
+PAGE, WIDTH = 8, 16
 
 
 class Story(NamedTuple):
@@ -28,11 +30,12 @@ class Story(NamedTuple):
     events: bool = False  # fork, rewind, several blocks in flight
     dtype: torch.dtype = torch.float32
     buffers: bool = False
+    layers: int = 2
 
 
 def store_of(story, shard=Shard(), **options):
     scratch = "fp32" if story.dtype == torch.float32 else "bf16"
-    sizes = {"layers": LAYERS, "heads": story.heads, "head_dim": WIDTH, "frame_tokens": story.frame_tokens}
+    sizes = {"layers": story.layers, "heads": story.heads, "head_dim": WIDTH, "frame_tokens": story.frame_tokens}
     held = 8 * story.frames + story.window
     return KVStore(
         **{
@@ -49,12 +52,18 @@ def store_of(story, shard=Shard(), **options):
     )
 
 
+class Told(NamedTuple):
+    outs: list  # of each layer of each pass
+    table: PageTable
+    passes: list
+
+
 class Teller:
     """Makes passes over one store, with inputs that only depend on how many were made before."""
 
     def __init__(self, story, store, attention):
         self.story, self.store, self.options = story, store, {} if attention is None else {"attention": attention}
-        self.outs, self.random = [], torch.Generator().manual_seed(7)
+        self.outs, self.passes, self.random = [], [], torch.Generator().manual_seed(7)
         self.norms = [torch.rand(n * WIDTH, generator=self.random) + 0.5 for n in (story.query_heads, story.heads)]
         self.buffers = PassBuffers() if story.buffers else None
 
@@ -67,7 +76,8 @@ class Teller:
     def run(self, passed, tokens):
         shard, frame_tokens = self.store.shard, self.story.frame_tokens
         width = (self.story.query_heads + 2 * self.story.heads) * WIDTH
-        for layer in range(LAYERS):
+        self.passes.append(passed)
+        for layer in range(self.story.layers):
             qkv = torch.randn(tokens, width, generator=self.random) + torch.linspace(0, 2, width)
             out = passed.attend(layer, shard.own(qkv.to(self.story.dtype), frame_tokens), *self.norms)
             self.outs.append(None if out is None else out.clone())
@@ -88,7 +98,7 @@ def tell(story, store, attention=None):
         table.seal(pending)
     if story.events:
         _events(teller, table)
-    return teller.outs, table
+    return Told(teller.outs, table, teller.passes)
 
 
 def _block(teller, table, pending):
@@ -152,3 +162,23 @@ def distance(ours, theirs):
             assert torch.isfinite(error).all()
             largest, mean = max(largest, float(error.abs().max() / size)), max(mean, float(error.norm() / b.norm()))
     return largest, mean
+
+
+def bytes_sent(story, schedule, shard, passes):
+    """By the formulas of sharding.py, of all passes of one rank."""
+    store, total = passes[0].store, 0
+    for passed in passes:
+        reads = passed._reads
+        frames = sum(block.queries for block in reads.blocks) // story.frame_tokens
+        size = 2 if story.dtype == torch.bfloat16 else 4
+        sizes = Sizes(frames, story.frame_tokens, story.query_heads, story.heads, (WIDTH, WIDTH), size, size)
+        read = {frame.place: frame for block in reads.blocks for frame in block.frames if not frame.made}
+        past = [0] * shard.frames
+        for (format, _), frame in read.items():
+            past[frame.part] += store.pages_per_frame * page_bytes(format, store.heads, PAGE, WIDTH)
+        layer = layer_sent(schedule, shard, sizes, past if shard.frames > 1 else ())
+        last = layer if reads.predict else keys_sent(shard, sizes)
+        total += agreement_sent(shard) + (story.layers - 1) * layer + last
+    if store.freezes_mean:
+        total += story.layers * means_sent(shard, story.heads, WIDTH)  # of the one world that has a first block
+    return total
