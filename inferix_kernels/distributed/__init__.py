@@ -12,7 +12,9 @@ are torchrun's, or whoever's made the process group.
 | in_process | ranks that are threads of one process, over one device |
 | process_group | ranks that are processes, over a process group of torch.distributed |
 | faults | which rank is lost, and how the others learn of it |
+| subgroup | some ranks of a group as a group of their own |
 | tokens | a network's work on its own tokens of every frame |
+| measure | the link and the device, measured for the planner |
 | agreement | do all ranks make the same pass? |
 | exchange | what all schedules have in common |
 | gather | Ulysses, gather, and both in groups |
@@ -31,13 +33,15 @@ if TYPE_CHECKING:
     from .faults import PeerLost
     from .gather import Gather
     from .in_process import in_process_group, run_ranks
+    from .measure import measure_device, measure_link
     from .pass_q import PassQ
     from .planner import plan_attention
     from .presets import DEVICES, LINKS, MODELS, Device, Link
     from .process_group import ProcessGroupTransport
     from .ring import Ring
     from .sharding import shard_for
-    from .tokens import TokenShard, WholeFrames, cuts
+    from .subgroup import Subgroup
+    from .tokens import TokenShard, WholeFrames
     from .transport import Message, Ticket, Transport
 
 __all__ = [
@@ -55,13 +59,15 @@ __all__ = [
     "PeerLost",
     "ProcessGroupTransport",
     "Ring",
+    "Subgroup",
     "Ticket",
     "TokenShard",
     "Transport",
     "WholeFrames",
     "Workload",
-    "cuts",
     "in_process_group",
+    "measure_device",
+    "measure_link",
     "plan_attention",
     "run_ranks",
     "shard_for",
@@ -73,13 +79,15 @@ _MODULES = {
     "faults": ("PeerLost",),
     "gather": ("Gather",),
     "in_process": ("in_process_group", "run_ranks"),
+    "measure": ("measure_device", "measure_link"),
     "pass_q": ("PassQ",),
     "planner": ("plan_attention",),
     "presets": ("DEVICES", "LINKS", "MODELS", "Device", "Link"),
     "process_group": ("ProcessGroupTransport",),
     "ring": ("Ring",),
     "sharding": ("shard_for",),
-    "tokens": ("TokenShard", "WholeFrames", "cuts"),
+    "subgroup": ("Subgroup",),
+    "tokens": ("TokenShard", "WholeFrames"),
     "transport": ("Message", "Ticket", "Transport"),
 }
 _MODULE_OF = {name: f".{module}" for module, names in _MODULES.items() for name in names}

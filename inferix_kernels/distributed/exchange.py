@@ -22,7 +22,7 @@ from ..ops import kv_append, paged_attention
 from ..plans import Plan
 from ..store.attention import FrameRead, Reads, Sharded
 from . import agreement
-from .transport import Message, Ticket, Transport
+from .transport import Message, Ticket, Transport, as_blob
 
 
 class Exchange(Sharded):
@@ -108,7 +108,7 @@ class Exchange(Sharded):
                 kv_append(k, v, store.scratch, where, backend=store.backend)
 
     def everywhere(self, mean: Tensor) -> Tensor:
-        parts = self._of_group(as_bytes(mean))
+        parts = self._of_group(as_blob(mean))
         return torch.cat([part.view(mean.dtype).view(mean.shape) for part in parts]) if len(parts) > 1 else mean
 
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
@@ -134,8 +134,8 @@ class Exchange(Sharded):
             own.copy_(parts[self.shard.head_rank])
         others = [rank for rank in range(self.shard.ranks) if rank != self.shard.rank]
         return self.transport.post(
-            [Message(rank, as_bytes(parts[rank % self.shard.heads])) for rank in others],
-            [Message(rank, as_bytes(self._arrived[self.rows_of(rank)])) for rank in others],
+            [Message(rank, as_blob(parts[rank % self.shard.heads])) for rank in others],
+            [Message(rank, as_blob(self._arrived[self.rows_of(rank)])) for rank in others],
         )
 
     def _send_queries(self, q: Tensor) -> Ticket:
@@ -151,8 +151,8 @@ class Exchange(Sharded):
         self._queries[rows[self.shard.head_rank]] = parts[self.shard.head_rank]
         peers = self._peers()
         return self.transport.post(
-            [Message(rank, as_bytes(parts[part])) for part, rank in peers],
-            [Message(rank, as_bytes(self._queries[rows[part]])) for part, rank in peers],
+            [Message(rank, as_blob(parts[part])) for part, rank in peers],
+            [Message(rank, as_blob(self._queries[rows[part]])) for part, rank in peers],
         )
 
     def _return(self, dtype: torch.dtype, out: Tensor) -> Tensor:
@@ -164,8 +164,8 @@ class Exchange(Sharded):
         parts = self._room("answers", self.shard.heads, self._own, *made.shape[1:], dtype=dtype)
         parts[self.shard.head_rank] = made[rows[self.shard.head_rank]]
         self.transport.post(
-            [Message(rank, as_bytes(made[rows[part]])) for part, rank in peers],
-            [Message(rank, as_bytes(parts[part])) for part, rank in peers],
+            [Message(rank, as_blob(made[rows[part]])) for part, rank in peers],
+            [Message(rank, as_blob(parts[part])) for part, rank in peers],
         ).wait()
         out.unflatten(1, (self.shard.heads, made.shape[1])).copy_(parts.transpose(0, 1))
         return out
@@ -298,11 +298,6 @@ class _Nothing:
 
 
 NOTHING = _Nothing()
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """A contiguous tensor as a blob: [bytes] uint8, the same memory."""
-    return x.view(-1).view(torch.uint8)
 
 
 def check(reads: Reads, transport: Transport, name: str) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..ops import merge_attention, paged_attention
 from ..store.attention import Attend, Local, Reads
-from .exchange import as_bytes
 from .frame_shards import FrameShards
-from .transport import Message, Ticket, Transport
+from .transport import Message, Ticket, Transport, as_blob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,8 @@ class _PassQ(FrameShards):
         theirs = {group: self._room(f"queries of {group}", *sizes[group], dtype=q.dtype) for group in others}
         q = q.contiguous()
         sent = self.transport.post(
-            [Message(ranks[group], as_bytes(q)) for group in others],
-            [Message(ranks[group], as_bytes(theirs[group])) for group in others],
+            [Message(ranks[group], as_blob(q)) for group in others],
+            [Message(ranks[group], as_blob(theirs[group])) for group in others],
         )
         self.attend(layer, self.store.layers[layer], self.plans[self.shard.group])
         sent.wait()
@@ -72,8 +71,8 @@ class _PassQ(FrameShards):
         answers = {group: self._answers(f"answer of {group}", q) for group in others}
         self.transport.at(f"{self.name}: answers", layer, self.first_frame)
         self.transport.post(
-            [Message(ranks[group], as_bytes(x)) for group in others for x in made[group]],
-            [Message(ranks[group], as_bytes(x)) for group in others for x in answers[group]],
+            [Message(ranks[group], as_blob(x)) for group in others for x in made[group]],
+            [Message(ranks[group], as_blob(x)) for group in others for x in answers[group]],
         ).wait()
         assert self._out is not None and self._lse is not None
         if len(q):

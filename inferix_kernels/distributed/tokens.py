@@ -6,24 +6,14 @@ every frame and block, and what differs from frame to frame (modulation by noise
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from .wire import rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .transport import Transport
-
-
-def cuts(tokens: int, ranks: int) -> list[int]:
-    """Where a frame of so many tokens is cut: rank r has tokens cuts[r] to cuts[r + 1] - 1.
-
-    Example:
-        >>> from inferix_kernels.distributed import cuts
-        >>> cuts(tokens=10, ranks=4)
-        [0, 2, 5, 7, 10]
-    """
-    return [tokens * rank // ranks for rank in range(ranks + 1)]
 
 
 class WholeFrames:
@@ -66,8 +56,8 @@ class TokenShard(WholeFrames):
 
     def own(self, x: Tensor) -> Tensor:
         """[..., n, C] of all tokens of each frame -> this rank's."""
-        at, rank = cuts(x.shape[-2], self.transport.size), self.transport.rank
-        return x[..., at[rank] : at[rank + 1], :].contiguous()
+        own = rows_of(x.shape[-2], self.transport.size, self.transport.rank)
+        return x[..., own.start : own.stop, :].contiguous()
 
     def whole(self, x: Tensor, tokens: int) -> Tensor:
         """[..., own tokens, C] -> [..., tokens, C] of all ranks, on each of them: one exchange.
@@ -75,22 +65,18 @@ class TokenShard(WholeFrames):
         Raises:
             ValueError: x has not this rank's tokens. PeerLost: as Ticket.wait.
         """
-        at, rank, rest = cuts(tokens, self.transport.size), self.transport.rank, (*x.shape[:-2], x.shape[-1])
-        if x.shape[-2] != at[rank + 1] - at[rank]:
+        from .transport import as_blob
+
+        rank, size = self.transport.rank, self.transport.size
+        rows = [rows_of(tokens, size, each) for each in range(size)]
+        if x.shape[-2] != len(rows[rank]):
             raise ValueError(
-                f"x must have {at[rank + 1] - at[rank]} tokens of each frame, those of rank {rank} of {tokens}, "
+                f"x must have {len(rows[rank])} tokens of each frame, those of rank {rank} of {tokens}, "
                 f"got {x.shape[-2]}"
             )
-        made = x.new_empty(tokens, *rest)  # a rank's tokens are one blob
-        parts = [made[first:end] for first, end in pairwise(at)]
+        made = x.new_empty(tokens, *x.shape[:-2], x.shape[-1])  # a rank's tokens are one blob
+        parts = [made[each.start : each.stop] for each in rows]
         parts[rank].copy_(x.movedim(-2, 0))
-        blobs = [as_bytes(part) for part in parts]
+        blobs = [as_blob(part) for part in parts]
         self.transport.all_gather(blobs[rank], blobs).wait()
         return made.movedim(0, -2).contiguous()
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, a view: uint8 [bytes]."""
-    import torch
-
-    return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)

@@ -30,6 +30,18 @@ class Message(NamedTuple):
     blob: Tensor
 
 
+def as_blob(x: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, in its memory: uint8 [bytes].
+
+    Example:
+        >>> import torch
+        >>> from inferix_kernels.distributed.transport import as_blob
+        >>> as_blob(torch.ones(2, 3, dtype=torch.bfloat16)).shape
+        torch.Size([12])
+    """
+    return x.view(-1).view(torch.uint8)
+
+
 class Ticket(Protocol):
     """Messages that were posted together."""
 

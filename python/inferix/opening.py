@@ -135,7 +135,7 @@ def open_store(
     """A store with room for so many worlds under this policy, on the model's device; of one rank, what that holds."""
     adapter, device = model.adapter, torch.device(model.device)
     # A guided world has two pasts; where nothing sees a past, nothing is ever committed.
-    pasts = 0 if adapter.at_once else worlds * (1 if adapter.guidance == 1 else 2)
+    pasts = 0 if adapter.at_once else worlds * (1 if adapter.guidance == 1 or model.branch is not None else 2)
     block = _largest_block(adapter)
     # The clean block, the one in the making, and in a pipeline the others in flight and a copy of one. Or all that a
     # model computes again as one block.

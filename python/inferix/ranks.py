@@ -14,32 +14,27 @@ import itertools
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inferix_kernels import Policy
 from inferix_kernels._check import check_word
-from inferix_kernels.distributed import Gather, PassQ, ProcessGroupTransport, Ring, TokenShard, shard_for
-from inferix_kernels.distributed.sharding import SCHEDULES
+from inferix_kernels.distributed import ProcessGroupTransport, TokenShard
 from inferix_kernels.distributed.transport import Message, Transport
-from inferix_kernels.store import Attention, Shard
+from inferix_kernels.store import Shard
 
 from .decode.contract import Model
 from .launcher import launched_rank
+from .sharing import PARALLEL, Sharing
 
 if TYPE_CHECKING:
     from .world import World
 
 PATIENCE = 1e5  # seconds that a rank waits for what is done next: a world may be left alone for a day
-ATTENTION: Mapping[str, Callable[[Transport], Attention]] = {
-    "gather": Gather,
-    "ulysses": Gather,  # over a store with some of the heads
-    "ring": Ring,
-    "pass-q": PassQ,
-}
 LENGTH = 8  # bytes of a message's length, which goes ahead of it
 
 
@@ -67,12 +62,20 @@ class Ranks:
 
     Args:
         transport: of the group.
-        schedule: how they share attention, one of inferix_kernels.distributed.SCHEDULES.
+        parallel: how they share attention, one of PARALLEL: by name, or "auto", as the planner has it
+            by what all ranks measure.
+
+    Attributes:
+        sharing: what was chosen, once a world is opened.
+
+    Raises:
+        ValueError: `parallel` is none of these.
     """
 
-    def __init__(self, transport: Transport, schedule: str = "gather"):
-        check_word("parallel", schedule, SCHEDULES)
-        self.transport, self.schedule, self._ended = transport, schedule, False
+    def __init__(self, transport: Transport, parallel: str = "auto"):
+        check_word("parallel", parallel, PARALLEL)
+        self.transport, self.parallel, self._ended = transport, parallel, False
+        self.sharing: Sharing | None = None
         self._numbers = itertools.count()
         self._number: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._worlds: dict[int, World] = {}  # held by those who follow alone
@@ -96,13 +99,15 @@ class Ranks:
         finally:
             dist.destroy_process_group()
 
-    def shard(self, heads: int) -> Shard:
-        """What this rank's store holds of so many KV heads."""
-        return shard_for(self.schedule, self.transport.rank, self.transport.size, heads)
+    def place(self, model: Model, policy: Policy) -> tuple[Model, Shard]:
+        """The model as this rank runs it, and what its store holds.
 
-    def on_rank(self, model: Model) -> Model:
-        """The model as this rank runs it."""
-        return model.on_rank(TokenShard(self.transport), ATTENTION[self.schedule](self.transport))
+        Raises:
+            ValueError: the world can't be shared so, or nothing fits.
+        """
+        self.sharing = Sharing.of(self.transport, self.parallel, model, policy, self.share)
+        sharing = self.sharing
+        return model.on_rank(TokenShard(sharing.group), sharing.attention, sharing.branch), sharing.shard
 
     def add(self, world: World) -> None:
         """A world that was opened, forked or loaded: at the same place of the same order on every rank."""
@@ -191,11 +196,12 @@ class Ranks:
         return pickle.loads(body.cpu().numpy().tobytes())
 
 
-def join(device: str | None = None) -> Ranks | None:
+def join(device: str | None = None, parallel: str = "auto") -> Ranks | None:
     """The processes that torchrun has started, this one among them; None: it runs alone.
 
     Args:
         device: "cpu" or "cuda"; None: a GPU, if there is one. Of several each process takes its own.
+        parallel: as for Ranks.
     """
     if launched_rank() is None:
         return None
@@ -203,7 +209,7 @@ def join(device: str | None = None) -> Ranks | None:
     if on_gpu:  # never run on a GPU
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"))
+    return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"), parallel)
 
 
 def _length(size: int) -> Tensor:

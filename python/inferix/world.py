@@ -110,17 +110,21 @@ class World(Facts):
         if linear is not None and not isinstance(model, str):
             raise ValueError("linear must not be given with a Model: load_model(..., linear=...) makes one so")
         self.model = load_model(model, weights, linear=linear, **options) if isinstance(model, str) else model
-        if ranks is not None:
-            self.model = ranks.on_rank(self.model)
         adapter = self.model.adapter
         working = working_format(self.model)
         policy = policy_for(adapter, kv, window, sink, undo, past_bias, time, on_evict, working)
         check_counts(adapter, blocks, worlds)
         say_unusual(adapter, policy)
+        if graphs and ranks is not None:
+            raise ValueError(
+                "graphs must be False in a world of several ranks, whose forwards wait for each other, got True"
+            )
         self._recorder, self._warm = recorder_for(self.model, graphs), False
         self.worlds, self._blocks = worlds, blocks
         self._negative = None if adapter.guidance == 1 else self.model.conditioning(adapter.negative_prompt, [])
-        shard = Shard() if ranks is None else ranks.shard(self.model.heads)
+        shard = Shard()
+        if ranks is not None:
+            self.model, shard = ranks.place(self.model, policy)
         self.store = open_store(self.model, policy, worlds, backend, precision, shard)
         self._begin(policy, seed)
         if ranks is not None:

@@ -1,13 +1,14 @@
 """Tokens of a frame cut among ranks: networks of each family compute what one process does."""
 
-from itertools import pairwise
+from itertools import chain
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from inferix.models.tiny.model import TinyConfig, TinyWorldModel
-from inferix_kernels.distributed import TokenShard, WholeFrames, cuts, in_process_group, run_ranks
+from inferix_kernels.distributed import TokenShard, WholeFrames, in_process_group, run_ranks
+from inferix_kernels.distributed.wire import rows_of
 from tests.models import magi_folder
 from tests.models.wan_golden import random_network, tiny_config
 
@@ -78,15 +79,15 @@ def test_networks_cut_among_ranks_are_the_network(case, ranks):
 
 @pytest.mark.parametrize(("tokens", "ranks"), [(10, 4), (8, 8), (3, 8), (1, 3), (0, 2), (1560, 7)])
 def test_a_frame_is_cut_evenly_and_put_together_again(tokens, ranks):
-    at = cuts(tokens, ranks)
-    sizes = {end - first for first, end in pairwise(at)}
-    assert (at[0], at[-1]) == (0, tokens) and sizes <= {tokens // ranks, -(-tokens // ranks)}
+    rows = [rows_of(tokens, ranks, rank) for rank in range(ranks)]
+    assert [*chain(*rows)] == [*range(tokens)]
+    assert {len(each) for each in rows} <= {tokens // ranks, -(-tokens // ranks)}
     x = torch.randn(2, 3, tokens, 5)
 
     def there_and_back(transport):
         shard = TokenShard(transport)
         own = shard.own(x)
-        assert own.shape[-2] == at[transport.rank + 1] - at[transport.rank]
+        assert own.shape[-2] == len(rows[transport.rank])
         return shard.whole(own, tokens), transport.sent
 
     made, sent = zip(*run_ranks(in_process_group(ranks), there_and_back))

@@ -102,11 +102,30 @@ def test_wan_worlds_are_the_same_on_two_ranks(name, schedule):
     same(together(2, prompts, opened, schedule), prompts(opened()))
 
 
-def test_guidance_has_two_pasts_on_each_rank():
+@pytest.mark.parametrize(("parallel", "ranks"), [("gather", 2), ("branches", 2), ("branches", 4)])
+def test_both_predictions_of_a_guided_world_on_each_rank_or_each_on_its_own(parallel, ranks):
     def opened(ranks=None):
         return World(wan("self-forcing", window=5, guidance=2.0), kv="fp32", ranks=ranks)
 
-    same(together(2, prompts, opened, "gather"), prompts(opened()))
+    same(together(ranks, prompts, opened, parallel), prompts(opened()))
+
+
+def test_ranks_share_a_world_as_the_planner_has_it():
+    """By what is measured here, whatever that is."""
+    same(together(2, prompts, walking, "auto"), prompts(walking()))
+
+
+@pytest.mark.parametrize(
+    ("options", "parallel", "said"),
+    [
+        ({}, "branches", "parallel must not be branches: it needs a guided model and an even number of ranks"),
+        ({"graphs": True}, "gather", "graphs must be False in a world of several ranks"),
+        ({"past_bias": 1.0}, "gather", "past_bias and time must be 0 and absolute in a world of several ranks"),
+    ],
+)
+def test_what_several_ranks_can_not_share(options, parallel, said):
+    with pytest.raises(ValueError, match=said):
+        together(2, prompts, lambda ranks: walking(ranks, **options), parallel)
 
 
 def magi(ranks=None):
@@ -129,7 +148,7 @@ def test_int8_pages_differ_by_rounding_alone():
     """Of the codes, those that float32 rounding moves: by one, and hardly any."""
 
     def play(world):
-        latents = [(world.step(prompt="fog"), world.latents.clone())[1] for _ in range(2)]
+        latents = [(world.step(prompt="fog"), world.latents.clone())[1] for _ in range(1)]
         world.commit_pending()
         store, slots = world.store, world.table.state.slots.values()
         held = torch.cat([torch.arange(slot.pool_page, slot.pool_page + store.pages_per_frame) for slot in slots])

@@ -78,6 +78,11 @@ class WorldOptions(PlaceOptions):
 
     kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
     precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
+    parallel: str = option(
+        "how the processes that torchrun has started share the world: auto, gather, ulysses, ring or pass-q",
+        "auto",
+        choices=("auto", "gather", "ulysses", "ring", "pass-q"),
+    )
     graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
     profile: str | Path | None = option(
         "folder for a report of where the time goes: a page, numbers, and a trace for Perfetto",

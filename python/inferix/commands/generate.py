@@ -73,7 +73,7 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
         8
     """
     config = configured(GenerateConfig, config, options)
-    with join(config.device) or contextlib.nullcontext() as ranks:
+    with join(config.device, config.parallel) or contextlib.nullcontext() as ranks:
         generation = Generation(config, ranks)
         if ranks is not None and not ranks.leads:
             made: GeneratedVideo = ranks.follow()
@@ -90,7 +90,7 @@ def generate(config: GenerateConfig | None = None, /, **options: Any) -> Generat
 def run(config: GenerateConfig) -> int:
     """The same on the command line: a bar, a few lines, and 130 if Ctrl-C ended it early."""
     try:
-        with join(config.device) or contextlib.nullcontext() as ranks:
+        with join(config.device, config.parallel) or contextlib.nullcontext() as ranks:
             generation = Generation(config, ranks)
             if ranks is not None and not ranks.leads:
                 ranks.follow()

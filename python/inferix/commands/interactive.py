@@ -19,6 +19,7 @@ def open_world(
     worlds: int,
     threads: int | None = None,
     image: str | Path | None = None,
+    parallel: str = "auto",
     **options: Any,
 ) -> World:
     """A world with room for forks and to rewind; in a process that torchrun has started, one rank's of it.
@@ -30,6 +31,7 @@ def open_world(
         worlds: that the store has room for.
         threads: of the CPU; None: what suits the model.
         image: file of the picture that the world begins with, of a model that is conditioned on one.
+        parallel: how processes that torchrun has started share it; see inferix.ranks.
         options: of World (kv, window, sink, seed, backend: all of them) and of the model's loader.
 
     Raises:
@@ -60,6 +62,5 @@ def open_world(
     if undo_seconds is None:
         undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
     blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
-    return World(
-        loaded, undo=blocks * adapter.block_frames, worlds=worlds, ranks=join(options.get("device")), **settings
-    )
+    ranks = join(options.get("device"), parallel)
+    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, ranks=ranks, **settings)

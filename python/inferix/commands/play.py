@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..launcher import launched_rank
 from .configs import PlayConfig
 from .interactive import open_world
 from .options import configured, declared
@@ -36,7 +37,7 @@ def play(config: PlayConfig | None = None, /, **options: Any) -> None:
         Ctrl-C ends it.
     """
     config = configured(PlayConfig, config, options)
-    settings = {"threads": config.threads, "image": config.image}
+    settings = {"threads": config.threads, "image": config.image, "parallel": config.parallel}
     settings |= config.arguments("model") | config.arguments("world")
     if config.terminal:
         _in_terminal(config, settings)
@@ -56,6 +57,8 @@ def _in_terminal(config: PlayConfig, settings: dict[str, Any]) -> None:
     page_only = [each for each in declared(PlayConfig) if each.option.page_only]
     if given := [each.name for each in page_only if getattr(config, each.name) != each.default]:
         raise ValueError(f"{', '.join(given)}: for the page only, not with `terminal`")
+    if launched_rank() is not None:
+        raise ValueError("terminal must not be given under torchrun: rank 0 has the page, and no rank a terminal")
     world = open_world(config.model, undo_seconds=0, worlds=1, **settings)
     presentation = world.model.presentation
     level = "block" if config.profile is None else "layer"
@@ -70,7 +73,6 @@ def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:
         from inferix_kernels._install import install
 
         raise ImportError(f"the page needs {error.name}: {install('stream')}, or play in the `terminal`") from None
-    from ..launcher import launched_rank
     from ..stream import log
     from ..stream.worker import PROCESS
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from inferix_kernels.store import Attention
 
+    from .own_branch import OwnBranch
+
 
 # How the past is computed again under a new prompt. "bidirectional": in one forward, all frames of the window seeing
 # each other; the sink is among them while the window still reaches it, and stays as it is later. "block-causal": block
@@ -268,7 +270,8 @@ class Model(abc.ABC):
         schedule: of a model with several blocks in flight; None: one block at a time, as `adapter` says.
         only_latents: there is no VAE: a world's pictures are its latents.
         begun_with: digest of the picture that conditions it (`with_picture`); None: none does.
-        shard, attention: whose tokens of each frame this process computes, and how their queries attend; see `on_rank`.
+        shard, attention, branch: whose tokens of each frame this process computes, how their queries attend, and of a
+            guided world in which prediction; see `on_rank`.
         first_latents: [n, *latent_shape] that the first block of a world begins with, clean in each of its steps, from
             `with_picture`; None: it is all noise.
     """
@@ -288,6 +291,7 @@ class Model(abc.ABC):
     begun_with: str | None = None
     shard: WholeFrames = WholeFrames()
     attention: Attention | None = None  # to all that is seen, in this process
+    branch: OwnBranch | None = None
     first_latents: Tensor | None = None
 
     @property
@@ -387,11 +391,11 @@ class Model(abc.ABC):
         gives these for them."""
         return latents
 
-    def on_rank(self, shard: WholeFrames, attention: Attention) -> Model:
+    def on_rank(self, shard: WholeFrames, attention: Attention, branch: OwnBranch | None = None) -> Model:
         """The same model in one of several processes that make a world together. It computes one rank's tokens of each
         frame: what `attend` is given, and returns, is of those. Latents and predictions are whole on every rank."""
         other = copy.copy(self)
-        other.shard, other.attention = shard, attention
+        other.shard, other.attention, other.branch = shard, attention, branch
         return other
 
     def for_video(self, frames: int, picture: np.ndarray | None = None) -> Model:

@@ -60,6 +60,8 @@ class SequentialDecoder(Decoder):
         self.branches = [Branch(model, table, recorder=recorder)]
         if negative_conditioning is not None:
             self.branches.append(Branch(model, table.fork(), negative_conditioning, recorder))
+        if model.branch is not None:  # the others are made by other ranks
+            self.branches = [self.branches[model.branch.index]]
         self.recent: list[CleanBlock] = []
         self.opening: Tensor | None = None  # the world's first latent
 
@@ -220,7 +222,7 @@ class SequentialDecoder(Decoder):
         else:
             again = [clean for clean in self.recent if clean.block.first >= max(policy.sink, begin)]
             blocks, begin = [clean.latents for clean in again], again[0].block.first if again else end
-        if blocks:
+        if blocks and self.branches[0].conditioning is None:  # the negative prompt stays what it is
             try:
                 self.branches[0].retake(begin, blocks, conditioning)
             except OutOfPages:
@@ -283,7 +285,8 @@ class SequentialDecoder(Decoder):
         Args:
             given: frames at the front of x that are clean.
         """
-        predicted, *negative = (branch.predict(x, t, conditioning, given) for branch in self.branches)
+        made = [branch.predict(x, t, conditioning, given) for branch in self.branches]
+        predicted, *negative = made if self.model.branch is None else self.model.branch.all(made[0])
         for other in negative:
             predicted = other + self.model.adapter.guidance * (predicted - other)
         return predicted
