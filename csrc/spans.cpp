@@ -76,7 +76,7 @@ struct Span {
 };
 
 PyTypeObject *ring_type, *span_type, *timed_type, *spans_type;
-PyObject* sum_type;  // _ring.Sum
+PyTypeObject* sum_type;  // _ring.Sum
 PyObject* nothing;  // a span that is not recorded
 // Of this thread. Borrowed: every ring that is freed, and every recording that begins, makes them void, by the number.
 thread_local Ring* current;
@@ -308,7 +308,9 @@ PyObject* ring_take(PyObject* self, PyObject*) {
     ring->within[depth] += seconds, sum->seconds += seconds, ++sum->number;
   }
   for (const Sum& sum : sums) {
-    PyObject* const made = PyObject_CallFunction(sum_type, "ddL", sum.own, sum.seconds, sum.number);
+    PyObject* const given = Py_BuildValue("((ddL))", sum.own, sum.seconds, sum.number);
+    PyObject* const made = given ? PyTuple_Type.tp_new(sum_type, given, nullptr) : nullptr;  // as Sum._make does
+    Py_XDECREF(given);
     const bool kept = made && PyDict_SetItem(indices, sum.name, made) == 0;
     Py_XDECREF(made);
     if (!kept) return Py_DECREF(indices), Py_XDECREF(began), nullptr;
@@ -427,6 +429,7 @@ PyGetSetDef kTimedGetSet[] = {{"seconds", timed_seconds, nullptr, nullptr, nullp
 
 PyMemberDef kTimedMembers[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Span, call), READONLY, nullptr},
                                {"name", T_OBJECT, offsetof(Span, name), READONLY, nullptr},
+                               {"ring", T_OBJECT, offsetof(Span, ring), READONLY, nullptr},
                                {"start", T_DOUBLE, offsetof(Span, start), READONLY, nullptr},
                                {"end", T_DOUBLE, offsetof(Span, end), READONLY, nullptr},
                                {nullptr, 0, 0, 0, nullptr}};
@@ -692,9 +695,10 @@ PyMODINIT_FUNC PyInit__spans() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_spans", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
                                    nullptr};
   PyObject* const rings = PyImport_ImportModule("inferix_kernels._ring");
-  sum_type = rings ? PyObject_GetAttrString(rings, "Sum") : nullptr;
+  PyObject* const sum = rings ? PyObject_GetAttrString(rings, "Sum") : nullptr;
   Py_XDECREF(rings);
-  if (!sum_type) return nullptr;
+  if (!sum) return nullptr;
+  sum_type = as<PyTypeObject>(sum);
   ring_type = made_type(kRing, {});
   span_type = made_type(kSpan, {&kEnter});
   timed_type = made_type(kTimed, {});

@@ -310,13 +310,11 @@ class Block:
         row: what was measured, once it has ended; None: nothing is recorded, or the block failed.
     """
 
-    __slots__ = ("_recording", "_timed", "_track", "frames", "row")
+    __slots__ = ("_timed", "frames", "row")
 
     def __init__(self) -> None:
         self.frames = 0
         self.row: Row | None = None
-        self._recording = _recording if _level else None  # None: it is part of none, or no longer
-        self._track = None if self._recording is None else _track()
         self._timed = timed("block")
 
     def __enter__(self) -> Block:
@@ -328,12 +326,14 @@ class Block:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
+        ring = self._timed.ring
         self._timed.__exit__()
-        recording, self._recording = self._recording, None
-        if recording is None or recording is not _recording or kind is not None:
+        if ring is None or _recording is None or kind is not None:
             return
-        assert self._track is not None
-        self.row = _ended(recording, self._track, self._timed, self.frames)
+        for track in _recording.tracks:
+            if track.ring is ring:  # else: of a recording that was stopped meanwhile
+                self.row = _ended(_recording, track, self._timed, self.frames)
+                return
 
 
 class _Nothing:
