@@ -528,13 +528,14 @@ PyObject* call_span(PyObject* self, PyObject* const* given, size_t count, PyObje
   return referred(self, given, count, names);
 }
 
-// timed(name, **args)
+// timed(name, device, **args)
 PyObject* call_timed(PyObject* self, PyObject* const* given, size_t count, PyObject* names) {
   Spans* const spans = as<Function>(self)->spans;
-  const bool common = PyVectorcall_NARGS(count) == 1 && PyUnicode_CheckExact(given[0]);
+  const Py_ssize_t number = PyVectorcall_NARGS(count);
+  const bool common = (number == 1 || (number == 2 && given[1] == Py_None)) && PyUnicode_CheckExact(given[0]);
   const bool recorded = spans->level != kOff;
   const bool here = common && (!recorded || (current_of == valid && current->gpu == Py_None));
-  PyObject* const args = here && names ? plain(given + 1, names) : nullptr;
+  PyObject* const args = here && names ? plain(given + number, names) : nullptr;
   if (!here || (names && !args)) return referred(self, given, count, names);
   Span* const made = new_span(timed_type, spans);
   if (!made) return Py_XDECREF(args), nullptr;

@@ -87,14 +87,14 @@ def test_the_common_case_is_the_extensions_and_all_else_the_references():
     count("n", 1), metric("m", 1)
     assert asked == [("count", "n", 1, {}), ("metric", "m", 1, {})], "no thread's ring is known yet"
     profile.count("n", 1), profile.metric("m", 1)
-    with span("a", layer=3), timed("b", step=1):
+    with span("a", layer=3), timed("b", None, step=1):
         count("n", 2), count("n", 0.5), metric("m", 7)
     assert len(asked) == 2 and recording.counts() == {"n": 3.5} and recording.values() == {"m": 7}
     assert [(row[0], row[3], row[4]) for row in recording.tracks[0].kept()] == [
         ("b", 1, {"step": 1}),
         ("a", 0, {"layer": 3}),
     ]
-    others = [lambda: span(3), lambda: timed("b", None), lambda: timed("b", device=3), lambda: timed("b", where=[])]
+    others = [lambda: span(3), lambda: timed(3, None), lambda: timed("b", device=3), lambda: timed("b", where=[])]
     others += [lambda wrong=wrong: count("n", wrong) for wrong in (True, "3", math.nan, math.inf, 1 << 63, -(10**400))]
     others += [
         lambda: count("n"),
