@@ -30,7 +30,7 @@ LAYERS = (
         *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
         *("_install", "_printing", "proofs.stored", "proofs.speeds"),
     ),
-    ("_check", "_dispatch", "_overlap", "_remembered", "reference"),
+    ("_check", "_dispatch", "_overlap", "_remembered", "arrivals", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
     ("ops", "chosen", "estimate"),
     ("quantize", "store"),
