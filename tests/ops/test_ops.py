@@ -36,6 +36,8 @@ def calls() -> dict[str, tuple]:
     norms = {"norm_q_bias": torch.randn(4 * 16), "norm_k_bias": torch.randn(16)}
     options = {**norms, "bias": torch.randn(8 * 16), "k_mean": torch.randn(2, 16), "eps": 1e-6, "interleaved": True}
     biased = plan._replace(page_bias=torch.randn(plan.page_ids.shape), page_variants=plan.page_ids % 2)
+    arrivals = torch.stack((plan.page_ids % 2, plan.page_ids), 1)
+    biased = biased._replace(arrivals=arrivals, counters=torch.full((2,), 9, dtype=torch.int32))  # which have come
     x = Quantized(torch.randint(-127, 128, (6, 16), dtype=torch.int8), torch.rand(6))
     weight = Quantized(torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8))
     modulate = {"norm": "layer", "weight": None, "bias": None, "scale": torch.randn(2, 16), "shift": torch.randn(2, 16)}
@@ -47,7 +49,15 @@ def calls() -> dict[str, tuple]:
         "kv_gather": ((pools, PageList.of(ids, page_lens), torch.float32), {"out": gathered}),
         "paged_attention": (
             (torch.stack((q, -q)), attention_pools, biased),
-            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False, **limits, "precision": "exact"},
+            {
+                "scale": 0.25,
+                "out": out,
+                "lse": lse,
+                "accumulate": False,
+                **limits,
+                "precision": "exact",
+                "deadline": 1.0,
+            },
         ),
         "latent_attention": (
             (torch.randn(5, 4, 24), [latent_pool], latent_plan),
