@@ -43,6 +43,7 @@ SCRIPTS = {"inferix.evaluate.tiny_studies", "inferix.models.tiny.evaluate", "inf
 
 # Who never imports whom, with all that lies below the names. No star stands for a part: these are prefixes.
 FAMILIES = (
+    "arrivals",
     "attention",
     "block",
     "diffusers",
