@@ -336,6 +336,7 @@ class Replay {
 
   // Of the tensors in `value`, in order; null where one is not aligned.
   static bool collect(PyObject* value, Places& places) {
+    if (value == Py_None) return true;
     if (PyTuple_Check(value) || PyList_CheckExact(value)) {
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i)
         if (!collect(PySequence_Fast_GET_ITEM(value, i), places)) return false;

@@ -308,9 +308,8 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
-    options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
-    options["deadline"] = deadline
+    options = {"scale": scale, "accumulate": bool(accumulate), "softcap": softcap, "alibi_slopes": alibi_slopes,
+               "precision": precision, "deadline": deadline}  # fmt: skip
     accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
     sizes = accepted.sizes
     if sizes["q stride"] != 1:  # which compiled kernels do not take: a copy costs less than another backend
