@@ -126,5 +126,6 @@ def _store(listening: socket.socket, size: int, serves: bool) -> dist.TCPStore:
 
 def _alone(function: Callable[..., None], *args: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # it would look up the machine's name
     function(*args)
     os._exit(0)  # as after a loss the group can not be taken down in order
