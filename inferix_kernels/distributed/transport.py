@@ -24,6 +24,13 @@ class Message(NamedTuple):
     Args:
         peer: rank in the group.
         blob: uint8 [bytes], contiguous, on the transport's device. Where it is received it is written.
+
+    Example:
+        >>> import torch
+        >>> from inferix_kernels.distributed import Message
+        >>> q = torch.zeros(4, 12, 64, dtype=torch.bfloat16)
+        >>> len(Message(3, q.view(-1).view(torch.uint8)).blob)
+        6144
     """
 
     peer: int
@@ -72,6 +79,7 @@ class Transport:
         sent: bytes that this rank has sent to others, so far.
 
     Example:
+        >>> import torch
         >>> from inferix_kernels.distributed import Message, in_process_group, run_ranks
         >>> def swap(transport):
         ...     other = 1 - transport.rank

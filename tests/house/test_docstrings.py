@@ -56,6 +56,8 @@ ALONE = [
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
 
 
+ALONE += [getattr(distributed, name) for name in distributed.__all__ if name != "Ticket"]  # which is a protocol
+
 # Of the profiler, all that needs more than a name to be understood.
 _SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", "Change", "merge", "read"}
 ALONE += [getattr(inferix.profile, name) for name in inferix.profile.__all__ if name not in _SIMPLE]
