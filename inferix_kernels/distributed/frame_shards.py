@@ -43,4 +43,4 @@ class FrameShards(Exchange):
 
     def here(self, group: int | None = None) -> Plan | None:
         """The plan of a group's queries, by default this rank's, over the frames of the past that lie here."""
-        return self.page_lists(lambda frame: not frame.made and frame.part == self.shard.frame_rank, group)
+        return self.page_lists(lambda frame: not frame.made and frame.group == self.shard.frame_rank, group)

@@ -51,7 +51,7 @@ class _Ring(FrameShards):
     def __init__(self, reads: Reads, transport: Transport):
         super().__init__(reads, transport)
         self.past = self.here()
-        self._visits = [_Visit(self, part) for part in range(self.shard.frames)]
+        self._visits = [_Visit(self, group) for group in range(self.shard.frames)]
         room = 1 << (max(visit.nbytes for visit in self._visits)).bit_length()  # which few sizes of the past share
         self._buffers = [self._room(name, room, dtype=torch.uint8) for name in ("ring 0", "ring 1")]
 
@@ -81,16 +81,18 @@ class _Ring(FrameShards):
 
 
 class _Visit:
-    """Pages of the past that lie in one part of the frames, as they go round.
+    """Pages of the past that one group holds, as they go round.
 
     Attributes:
         nbytes: of all of them.
         plan: of this rank's queries over them, with page ids counted through `pools`. None: there is nothing to do.
     """
 
-    def __init__(self, ring: _Ring, part: int):
+    def __init__(self, ring: _Ring, group: int):
         store = ring.store
-        read = [frame for block in ring.reads.blocks for frame in block.frames if not frame.made and frame.part == part]
+        read = [
+            frame for block in ring.reads.blocks for frame in block.frames if not frame.made and frame.group == group
+        ]
         frames: dict[tuple[str, int], FrameRead] = {frame.place: frame for frame in read}
         self._formats = [format for format in store.pools if any(place[0] == format for place in frames)]
         self._pages: dict[str, list[int]] = {}  # of each format's pool, where they lie

@@ -65,7 +65,7 @@ def layer_sent(schedule: str, shard: Shard, sizes: Sizes, past: Sequence[int] = 
 
     Args:
         past: for "ring" and "pass-q", bytes of the past's pages that the pass reads, as stored, scales with them, of
-            each part of the frames and this rank's heads.
+            each group and of this rank's heads.
 
     Example:
         >>> from inferix_kernels.distributed.sharding import Sizes, layer_sent, shard_for

@@ -31,7 +31,7 @@ class FrameRead(NamedTuple):
     place: tuple[str, int]  # the same on every rank: format and slot, or ("scratch", frame of scratch)
     page_id: int  # of its first page
     made: bool  # by this pass, which writes it or commits it
-    part: int = 0  # of the frames; see Slot.part
+    group: int = 0  # see Slot.group
 
 
 class BlockReads(NamedTuple):

@@ -213,7 +213,7 @@ def _named(
         slot = frame if isinstance(frame, Slot) else None if page_id == own[frame] else committed[frame]
         index = (page_id - store.scratch_page_id) // store.pages_per_frame
         place = ("scratch", index) if slot is None else (slot.pool.format, slot.index)
-        named.append(FrameRead(place, page_id, not isinstance(frame, Slot), 0 if slot is None else slot.part))
+        named.append(FrameRead(place, page_id, not isinstance(frame, Slot), 0 if slot is None else slot.group))
     return tuple(named)
 
 

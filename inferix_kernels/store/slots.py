@@ -55,17 +55,17 @@ class Slot:
         index: of the slot in its pool.
         pool_page: of its first page, counted in its pool.
         page_id: of its first page, counted through all pools of a layer.
-        part: which part of the frames it belongs to, where ranks hold different ones; see Shard.frames.
+        group: of ranks, that holds it where they hold different frames; see Shard.frames.
         own: does it lie in this process? Only then are there pages.
         arriving: the copy that fills it is still under way.
     """
 
-    __slots__ = ("__weakref__", "arriving", "index", "own", "page_id", "part", "pool", "pool_page")
+    __slots__ = ("__weakref__", "arriving", "group", "index", "own", "page_id", "pool", "pool_page")
 
     def __init__(self, pool: Pool, index: int):
         self.pool, self.index, self.arriving = pool, index, False
-        place, self.part = divmod(index, pool.parts)
-        self.own, self.pool_page = self.part == pool.part, place * pool.pages_per_frame
+        place, self.group = divmod(index, pool.groups)
+        self.own, self.pool_page = self.group == pool.group, place * pool.pages_per_frame
         self.page_id = pool.first_page_id + self.pool_page
 
 
@@ -80,7 +80,7 @@ class Pool:
         tile: KV heads, tokens per page, and the width of a head or the two widths (D, Dv).
         first_page_id: id of its first page; those of the others follow.
         pin: in page-locked host memory, from which a GPU copies while it computes.
-        part, parts: slots with index % parts == part lie here, and the others in other processes.
+        group, groups: slots with index % groups == group lie here, and the others in other processes.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Pool:
         device: torch.device | str,
         first_page_id: int = 0,
         pin: bool = False,
-        part: int = 0,
-        parts: int = 1,
+        group: int = 0,
+        groups: int = 1,
     ):
-        self.part, self.parts, self._own = part, parts, range(part, frames, parts)
+        self.group, self.groups, self._own = group, groups, range(group, frames, groups)
         self.format, self.frames, self.first_page_id = format, frames, first_page_id
         self.pages_per_frame, self.num_pages = pages_per_frame, len(self._own) * pages_per_frame
         self.pages = KVPages.empty(format, layers * self.num_pages, *tile, device, pin)  # of all layers, one by one
@@ -110,7 +110,7 @@ class Pool:
 
     def slot(self, layer: int, slot: int) -> KVPages:
         """The pages of one slot in one layer, one that lies here."""
-        place = slot // self.parts
+        place = slot // self.groups
         return self.layers[layer].part(place * self.pages_per_frame, (place + 1) * self.pages_per_frame)
 
     @property
@@ -127,12 +127,12 @@ class Pool:
         """Indices of the slots that no one has."""
         return [index for index, holder in enumerate(self._holders) if holder() is None]
 
-    def take(self, count: int, part: int | None = None) -> list[Slot]:
-        """So many free slots, or as many as there are; of one part, if it is given."""
+    def take(self, count: int, group: int | None = None) -> list[Slot]:
+        """So many free slots, or as many as there are; of one group, if it is given."""
         found: list[Slot] = []
         holders, start = self._holders, self._next
         for index in chain(range(start, self.frames), range(start)) if count else ():
-            if holders[index]() is None and (part is None or index % self.parts == part):
+            if holders[index]() is None and (group is None or index % self.groups == group):
                 slot = Slot(self, index)
                 holders[index] = weakref.ref(slot)
                 found.append(slot)

@@ -148,8 +148,8 @@ class Storage:
                 device=device,
                 first_page_id=first_page_id,
                 pin=pin,
-                part=self.shard.frame_rank,
-                parts=self.shard.frames,
+                group=self.shard.frame_rank,
+                groups=self.shard.frames,
             )
         except (RuntimeError, MemoryError):  # what torch raises where memory is short, on any device
             raise ValueError(
@@ -210,19 +210,19 @@ class Storage:
 
     @contextlib.contextmanager
     def take(
-        self, formats: Sequence[str], in_host: bool = False, parts: Sequence[int] | None = None
+        self, formats: Sequence[str], in_host: bool = False, groups: Sequence[int] | None = None
     ) -> Iterator[list[Slot]]:
         """A context with a free slot per format named, all or none. If its body fails they are free again; only after
         it may they become part of what a world holds.
 
         Args:
-            parts: of the frames, for each format named the one that its slot must be of; see Slot.part.
+            groups: for each format named, the one that its slot must be of; see Slot.group.
 
         Raises:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
         pools = self.host if in_host else self.pools
-        keys = [*zip(formats, [None] * len(formats) if parts is None or self.shard.frames == 1 else parts)]
+        keys = [*zip(formats, [None] * len(formats) if groups is None or self.shard.frames == 1 else groups)]
         wanted = dict.fromkeys(keys)
         for format, _ in wanted:
             if format not in pools and in_host:
@@ -230,14 +230,14 @@ class Storage:
             self._check_format(format, pools)
         taken: list[Slot] = []
         try:
-            groups = {}
-            for format, part in wanted:
-                found = self._take(pools[format], keys.count((format, part)), in_host, part)
+            each = {}
+            for format, group in wanted:
+                found = self._take(pools[format], keys.count((format, group)), in_host, group)
                 taken += found
-                groups[format, part] = iter(found)
+                each[format, group] = iter(found)
             if len(wanted) > 1:  # in the order that was asked for
-                taken[:] = [next(groups[key]) for key in keys]
-            del groups
+                taken[:] = [next(each[key]) for key in keys]
+            del each
             yield taken
         except BaseException:
             self.copies.land()  # no copy may still write to what others may have now
@@ -245,12 +245,12 @@ class Storage:
                 slot.pool.give_back(slot)
             raise
 
-    def _take(self, pool: Pool, count: int, in_host: bool, part: int | None) -> list[Slot]:
-        slots = pool.take(count, part)
+    def _take(self, pool: Pool, count: int, in_host: bool, group: int | None) -> list[Slot]:
+        slots = pool.take(count, group)
         if len(slots) < count:
             del slots  # to be counted as free
             self.copies.land()
-            slots = pool.take(count, part)
+            slots = pool.take(count, group)
         if len(slots) < count:
             del slots
             raise self._full(pool, count, len(pool.free), in_host)
@@ -292,7 +292,7 @@ class Storage:
         known = [extent.resident_as(format) for extent, _ in frames]  # held from here on
         fresh = [frame for frame, found in zip(frames, known) if found is None]
         profile.count("pages converted", len(fresh) * self.pages_per_frame * self.num_layers)
-        with self.take([format] * len(fresh), parts=[old.part for _, old in fresh]) as slots:
+        with self.take([format] * len(fresh), groups=[old.group for _, old in fresh]) as slots:
             for source in {extent.format for extent, old in fresh if old.own}:
                 pairs = [(old, new) for (extent, old), new in zip(fresh, slots) if extent.format == source and old.own]
                 lists = [self._all_layers(group) for group in zip(*pairs)]
@@ -324,7 +324,7 @@ class Storage:
             OutOfPages: host memory has no room, or no pool of this format; nothing was started.
         """
         new = [(extent, slot) for extent, slot in frames if extent.host is None]
-        with self.take([extent.format for extent, _ in new], True, [slot.part for _, slot in new]) as places:
+        with self.take([extent.format for extent, _ in new], True, [slot.group for _, slot in new]) as places:
             self.copies.start([(slot, place) for (_, slot), place in zip(new, places)], to_host=True)
         profile.count("pages offloaded", len(new) * self.pages_per_frame * self.num_layers)
         for (extent, _), place in zip(new, places):
@@ -340,7 +340,7 @@ class Storage:
         found = [extent.device() for extent in extents]  # held from here on, be they on their way to host memory
         new = [extent for extent, slot in zip(extents, found) if slot is None]
         hosts = [extent.host for extent in new if extent.host is not None]
-        with self.take([extent.format for extent in new], parts=[host.part for host in hosts]) as places:
+        with self.take([extent.format for extent in new], groups=[host.group for host in hosts]) as places:
             pairs = [(place, extent.host) for extent, place in zip(new, places) if extent.host is not None]
             assert len(pairs) == len(new), "a frame that is nowhere on the device is in host memory"
             self.copies.start(pairs, to_host=False)

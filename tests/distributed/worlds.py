@@ -175,7 +175,7 @@ def bytes_sent(story, schedule, shard, passes):
         read = {frame.place: frame for block in reads.blocks for frame in block.frames if not frame.made}
         past = [0] * shard.frames
         for (format, _), frame in read.items():
-            past[frame.part] += store.pages_per_frame * page_bytes(format, store.heads, PAGE, WIDTH)
+            past[frame.group] += store.pages_per_frame * page_bytes(format, store.heads, PAGE, WIDTH)
         layer = layer_sent(schedule, shard, sizes, past if shard.frames > 1 else ())
         last = layer if reads.predict else keys_sent(shard, sizes)
         total += agreement_sent(shard) + (story.layers - 1) * layer + last
