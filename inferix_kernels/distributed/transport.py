@@ -114,9 +114,10 @@ class Transport:
         for name, messages in (("sends", sends), ("receives", receives)):
             peers = [message.peer for message in messages]
             for i, (peer, blob) in enumerate(messages):
-                if not 0 <= peer < self.size or peer == self.rank or peers[:i].count(peer) == MESSAGES_PER_PEER:
-                    many = f"another rank of 0 to {self.size - 1}, and {MESSAGES_PER_PEER} times at most"
-                    self._refuse(f"{name}[{i}].peer", many, peer)
+                many = peers[:i].count(peer) == MESSAGES_PER_PEER
+                if not isinstance(peer, int) or not 0 <= peer < self.size or peer == self.rank or many:
+                    want = f"another rank of 0 to {self.size - 1}, and {MESSAGES_PER_PEER} times at most"
+                    self._refuse(f"{name}[{i}].peer", want, repr(peer))
                 self._check_blob(f"{name}[{i}].blob", blob)
         return self._post(sends, receives)
 

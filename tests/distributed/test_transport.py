@@ -168,6 +168,7 @@ GOOD = empty(8)
             lambda t: t.post([Message(2, GOOD)], []),
             r"sends\[0\].peer must be another rank of 0 to 1, .* got 2 on rank 0",
         ),
+        (lambda t: t.post([Message("1", GOOD)], []), r"sends\[0\].peer must be another rank .* got '1' on rank 0"),
         (lambda t: t.post([], [Message(0, GOOD)]), r"receives\[0\].peer must be another rank .* got 0 on rank 0"),
         (lambda t: t.post([Message(1, GOOD)] * 3, []), r"sends\[2\].peer must be .* 2 times at most, got 1 on rank 0"),
         (lambda t: t.post([Message(1, GOOD.float())], []), r"sends\[0\].blob must be uint8, got float32 on rank 0"),
