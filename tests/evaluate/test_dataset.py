@@ -192,7 +192,9 @@ def test_another_checkpoint_of_the_same_name_is_refused(tmp_path: Path) -> None:
     (weights / "world.safetensors").write_bytes(bytes(10**6))
     (weights / "notes.txt").write_text("first")
     given = {"folder": source, "model": "tiny", "weights": weights, "out": tmp_path / "out", **QUICK}
-    assert list(evaluate_dataset(**given).report["failed"]) == ["0001"]
+    evaluate_dataset(**given, seed=1)
+    assert list(evaluate_dataset(**given).report["failed"]) == ["0001"], "nothing was made by the other seed"
+    (tmp_path / "out" / "videos" / "0001.mp4").touch()
     (weights / "notes.txt").write_text("second")
     evaluate_dataset(**given)
     (weights / "world.safetensors").write_bytes(bytes(10**6 - 10**5) + b"trained on" * 10**4)
@@ -223,6 +225,14 @@ def test_a_result_that_is_not_there_is_a_failure(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(command, "_one", lambda config, weights, entry: "")
     found = evaluate_dataset(folder=tmp_path, out=tmp_path / "out", metrics=["proxy:exposure"], chunks=2).report
     assert found["videos"] == [] and "good: its result can not be read: " in found["failed"]["good"]
+
+
+def test_what_many_videos_fail_by_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "data", *({"prompts": ["a"], "id": name} for name in "abc"))
+    words = ["evaluate", "dataset", str(source), "--model", "none", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--metrics", "proxy:exposure"]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "model must be one of" in line]
+    assert line.startswith("a and 2 others: model must be")
 
 
 def test_the_folders_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from .options import configured
 
 SETTINGS, EVALUATION = "settings.json", "evaluation.json"
 CHECKPOINTS, SAMPLES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin"), 64
+MADE = (".mp4", ".journal", ".json")  # what was made, or begun
 # Options that no result depends on, or that a result says itself: its metrics and weight files.
 WHERE = ("folder", "out", "limit", "jobs", "weights_dir", "split")
 
@@ -124,7 +125,7 @@ def _sampled(path: Path) -> str:
 
 
 def _keep_settings(wanted: Mapping[str, Any], out: Path) -> None:
-    """Write them, or refuse a folder of others."""
+    """Write them, or refuse a folder that holds what was made by others."""
     path = out / SETTINGS
     try:
         for name in ("videos", "results"):
@@ -132,7 +133,8 @@ def _keep_settings(wanted: Mapping[str, Any], out: Path) -> None:
         there = json.loads(path.read_text()) if path.exists() else wanted
     except (OSError, ValueError) as error:
         raise ValueError(f"out must be a folder of this command, cannot use {str(out)!r} ({error})") from None
-    if there != wanted:
+    made = (each for name in ("videos", "results") for each in (out / name).iterdir() if each.suffix in MADE)
+    if there != wanted and any(made):
         keys = there.keys() | wanted.keys() if isinstance(there, dict) else ()
         changed = next((name for name in sorted(keys) if there.get(name) != wanted.get(name)), SETTINGS)
         before, now = (str(each.get(changed)) if isinstance(each, dict) else "?" for each in (there, wanted))
@@ -272,5 +274,11 @@ def print_all(found: Mapping[str, Any], show: Callable[[Any], object]) -> None:
         print(f"prompts: {what}; {dataset['protocol']['seconds']:g} s, by {dataset['made']['by']}")
     for table in tables(found):
         show(table)
+    reasons: dict[str, list[str]] = {}
     for line in failures(found):
-        print(line)
+        what, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(what)
+    for reason, (first, *others) in reasons.items():
+        print(f"{first}{f' and {len(others)} others' if others else ''}: {reason}")
+    if reasons:
+        print("the same command goes on with what failed")

@@ -172,7 +172,8 @@ def _reading(path: str | Path, argument: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise ValueError(f"{argument}: cannot read {str(path)!r} ({first_line(error)})") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({reason})") from None
 
 
 def _decoded(video: Video) -> Iterator[av.VideoFrame]:
