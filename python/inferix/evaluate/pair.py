@@ -161,9 +161,9 @@ def compare(
         differences += apart(ours.small[GRID], theirs.small[GRID])
         on_chunk()
     wanted = max(1, round(OPENING * video.fps))
-    for ours, theirs in zip(beginning(video, wanted, argument), beginning(other, wanted, "reference"), strict=True):
+    for parts in zip(beginning(video, wanted, argument), beginning(other, wanted, "reference"), strict=True):
         for each in asked.values():
-            each.opening.append(each.score(ours, theirs))
+            each.opening.append(each.score(*parts))
     failed = {name: each.failed for name, each in asked.items() if each.failed}
     length = video.frames // number
     return Compared(
