@@ -1,6 +1,8 @@
 """Backends and devices that exist on this machine. A test that takes `backend` and `device` runs once on each pair."""
 
 import contextlib
+import importlib.util
+import multiprocessing
 import os
 import shutil
 import signal
@@ -37,6 +39,10 @@ LONGEST = (
     "stream/test_stream_browser.py",
     "cuda/test_hazards.py",
 )
+
+
+# Where processes begin, and what those of the tests unpickle.
+PRELOADED = ["inferix.models.tiny", "inferix.stream.push", "inferix.stream.worker", "tests.stream.stream_client"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -107,6 +113,29 @@ def no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     speeds.forget()
     yield
     speeds.FOLDER = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_processes() -> Iterator[None]:
+    """What would be spawned is forked off a process that has imported the same, for that takes most of the time. Opener
+    and arguments are pickled and unpickled as ever. Commands that a test starts as typed spawn for themselves."""
+    original = multiprocessing.get_context
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    multiprocessing.get_context = lambda method=None: original("forkserver" if method == "spawn" else method)
+    yield
+    multiprocessing.get_context = original
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Where Triton's kernels are interpreted, without what its interpreter does over and over."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+        yield
+        return
+    from tests.triton_kernels.interpreter import patched_once_a_launch
+
+    with patched_once_a_launch():
+        yield
 
 
 LEVELS = [level for level in compiled.Isa.__members__.values() if level <= compiled._C.best_isa()]
