@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -116,13 +116,16 @@ def no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_processes() -> Iterator[None]:
-    """What would be spawned is forked off a process that has imported the same, for that takes most of the time. Opener
-    and arguments are pickled and unpickled as ever. Commands that a test starts as typed spawn for themselves."""
+def quick_processes() -> Iterator[Callable]:
+    """What would be spawned is forked off a process that has imported the same, for importing takes most of the time.
+    Functions and arguments are pickled as ever, and commands that a test starts as typed spawn for themselves.
+
+    Yields the real multiprocessing.get_context, for tests of how processes start.
+    """
     original = multiprocessing.get_context
     multiprocessing.set_forkserver_preload(PRELOADED)
     multiprocessing.get_context = lambda method=None: original("forkserver" if method == "spawn" else method)
-    yield
+    yield original
     multiprocessing.get_context = original
 
 

@@ -1,8 +1,8 @@
 """Triton's interpreter without what it does over and over: the same results, sooner.
 
-When a kernel is launched, the interpreter exchanges the functions of `triton.language` for its own, and it looks through
-the whole language for them again at each call of a function inside the kernel, tl.sum and tl.zeros among them
-(`_patch_lang` in triton/runtime/interpreter.py). Nothing is left to exchange then, and the search takes most of a
+When a kernel is launched, the interpreter exchanges the functions of `triton.language` for its own, and it looks
+through the whole language for them again at each call of a function inside the kernel, tl.sum and tl.zeros among them
+(`_patch_lang` in triton/runtime/interpreter.py). Nothing is left to exchange then, and the search takes half of a
 kernel's time.
 """
 

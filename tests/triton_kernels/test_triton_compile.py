@@ -44,8 +44,8 @@ def elsewhere():
     """Runs code in a process that does not interpret, since none can both interpret and compile; returns what it
     prints. One process for all: it takes seconds to start."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", ELSEWHERE]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command, pipe = [sys.executable, "-c", ELSEWHERE], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
 
         def run(code):
             print(json.dumps(code), file=process.stdin, flush=True)
