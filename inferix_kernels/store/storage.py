@@ -161,7 +161,7 @@ class Storage:
     def geometry(self) -> dict[str, object]:
         """What must agree for pages to move between two stores."""
         names = ("model", "num_layers", "heads", "head_dim", "frame_tokens", "page_size")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"heads": self.all_heads}
 
     @property
     def nbytes(self) -> dict[str, int]:
