@@ -50,6 +50,7 @@ lint: .venv/tools
 # The API reference from the docstrings, as HTML: build/docs/index.html.
 REFERENCE := inferix_kernels '!inferix_kernels[.].*' inferix_kernels.store.memory \
     inferix_kernels.store.snapshot inferix_kernels.quantize inferix.profile '!inferix[.]profile[.].*' inferix.world inferix.models '!inferix[.]models[.].*' \
+    $(addprefix inferix_kernels.distributed.,transport in_process process_group faults) \
     $(addprefix inferix.commands.,configs generate play convert evaluate evaluate_pair evaluate_dataset doctor) \
     $(addprefix inferix.evaluate.,metric drift judging weights pair perceptual dataset)
 docs: .venv/docs

@@ -17,7 +17,7 @@ from .shapes import Shape, find_shape
 
 FAMILIES = (
     *("attention", "kv_pages", "qkv", "linear"),
-    *("block", "e2e", "page_table", "host", "formats", "stream", "diffusers", "profiler"),
+    *("arrivals", "block", "e2e", "page_table", "host", "formats", "stream", "diffusers", "profiler"),
 )
 
 

@@ -1,5 +1,6 @@
 // paged_attention, merge_attention: see inferix_kernels/reference for what they mean.
 #pragma once
+#include "arrivals.h"
 #include "kv_pages.h"
 
 namespace inferix {
@@ -25,20 +26,24 @@ struct PagedAttentionParams {
   const int32_t* page_variants;  // [entries]  in [0, variants); or null: all 0
   const int32_t* windows;  // [segments, 2]  (left, right): query i sees positions i - left to i + right; or null: all
   const int32_t* page_positions;  // [entries]  of each page's first valid token; or null
+  const int32_t* arrivals;  // [entries, 2]  the counter, or -1, and the value of it from which the page is there; or null
+  const int32_t* counters;  // [counter_count]  other threads raise them meanwhile; null without arrivals
   PageShape shape;
-  int64_t variants, T, query_heads, segments, lists_per_segment;  // 1 list, or H
+  int64_t variants, T, query_heads, segments, lists_per_segment, counter_count;  // 1 list, or H
   float scale;
   float softcap;    // scores become softcap * tanh(score / softcap); 0: they stay
   const float* alibi_slopes;  // [query_heads], alibi_stride apart for each segment: times the distance of a key, they
   int64_t alibi_stride;       // are taken from scores after softcap; or null
   bool accumulate;  // out and lse hold a result over other keys: merge into it
   Precision precision;
+  float deadline;  // seconds from the start of the call, after which no page is waited for
   DType q_dtype, out_dtype;
   void* prepared;   // on a GPU, what prepare_attention_cuda made of the plan for such pools and sizes; or null
   void* workspace;  // on a GPU, paged_attention_workspace(params) bytes aligned to 256; else null
   INFERIX_FIELDS(q, q_variant_stride, out, lse, pools, q_indptr, page_indptr, entries, page_bias, page_variants,
-                 windows, page_positions, shape, variants, T, query_heads, segments, lists_per_segment, scale, softcap,
-                 alibi_slopes, alibi_stride, accumulate, precision, q_dtype, out_dtype, prepared, workspace)
+                 windows, page_positions, arrivals, counters, shape, variants, T, query_heads, segments,
+                 lists_per_segment, counter_count, scale, softcap, alibi_slopes, alibi_stride, accumulate, precision,
+                 deadline, q_dtype, out_dtype, prepared, workspace)
 };
 
 struct MergeAttentionParams {

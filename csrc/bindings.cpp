@@ -336,6 +336,7 @@ class Replay {
 
   // Of the tensors in `value`, in order; null where one is not aligned.
   static bool collect(PyObject* value, Places& places) {
+    if (value == Py_None) return true;
     if (PyTuple_Check(value) || PyList_CheckExact(value)) {
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i)
         if (!collect(PySequence_Fast_GET_ITEM(value, i), places)) return false;
@@ -431,16 +432,39 @@ void define_types(py::module_& m) {
       .value("gelu_tanh", Activation::gelu_tanh);
 }
 
+// Of the package whose extension this is.
+std::string& package() {
+  static std::string name;
+  return name;
+}
+
+// As the package's own exception, which the reference raises too.
+void raise_not_arrived(std::exception_ptr thrown) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const NotArrived& error) {
+    const py::object kind = py::module_::import((package() + ".arrivals").c_str()).attr("NotArrived");
+    PyErr_SetObject(kind.ptr(), kind(error.pages, error.deadline).ptr());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   py::register_local_exception<Unsupported>(m, "Unsupported");
+  const auto name = m.attr("__name__").cast<std::string>();
+  package() = name.substr(0, name.rfind('.'));
+  py::register_local_exception_translator(raise_not_arrived);
   define_types(m);
   m.attr("max_pools") = kMaxPools;
   m.attr("replays") = py::dict();  // by name: from the arguments of a call on the CPU, and its tensors, what makes it again
   m.def("read_tensors_of", read_tensors_of, "The types of tensors, and of their dtypes, that describe and replays know.",
         py::kw_only(), "dtype"_a);
   if (PyModule_AddFunctions(m.ptr(), kDescribe)) throw py::error_already_set();
+  m.def(
+      "raise_to", [](Address counter, int32_t value) { raise_to(reinterpret_cast<int32_t*>(counter), value); },
+      "Raise the int32 at this address to `value`, if it is lower: who sees that sees all that was written before.",
+      "counter"_a, "value"_a);
   m.attr("cuda_ops") = py::set();  // names of the functions that have a CUDA kernel
   define<KvAppendParams>(m, "kv_append", kv_append_cpu, INFERIX_CUDA_KERNEL(kv_append_cuda));
   define<KvCommitParams>(m, "kv_commit", kv_commit_cpu, INFERIX_CUDA_KERNEL(kv_commit_cuda));

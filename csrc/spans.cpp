@@ -1,5 +1,6 @@
-// inferix_kernels._spans: spans of the profiler, at the price of a few pointers. inferix_kernels/profile.py says what a
-// span means and does all that is not the common case; inferix_kernels/_ring.py is Ring in Python, and says what it does.
+// inferix_kernels._spans: the profiler's spans and numbers, at the price of a few pointers. inferix_kernels/profile.py
+// says what they mean and does all that is not the common case; inferix_kernels/_ring.py is Ring in Python, and says
+// what it does.
 //
 // Plain CPython types, as the way through pybind11 costs as much as a span. A span begins and ends beside operations that
 // leave nothing of it in the caches, so what counts is how much memory it touches: it allocates nothing, calls little,
@@ -9,13 +10,16 @@
 #include <time.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <string_view>
 #include <vector>
 
 namespace {
 
+enum Level { kOff, kBlock, kLayer };  // as in profile.py
 constexpr Py_ssize_t kDeepest = 64;  // spans within each other whose own times are told apart, as in _ring.py
 
 // A span that has ended.
@@ -34,6 +38,7 @@ struct Ring {
   PyObject** open;  // the innermost last
   Py_ssize_t depth, room;
   PyObject* gpu;  // what times them on a GPU as well; None: nothing
+  PyObject *counts, *values;  // dicts: what was counted on this thread, and its metrics
   unsigned long thread;
   long long count, added, mask;  // spans that ended; those of them that are summed up; the capacity - 1
   Row* rows;
@@ -43,24 +48,35 @@ struct Ring {
 
 struct Spans {
   PyObject_HEAD
-  PyObject* attributes;  // __doc__ and the like
-  PyObject *reference, *misplaced;
+  PyObject* misplaced;
   PyObject* clock;  // None: the system's, which is time.perf_counter's on Linux
-  int mode;  // what a call does: 0 nothing, 1 a span, 2 what the reference does
+  int level;  // a Level
+  int annotated;  // spans are the reference's
+};
+
+// A function of profile.py: what is not the common case is the reference's, errors included.
+struct Function {
+  PyObject_HEAD
+  PyObject* attributes;  // __doc__ and the like
+  Spans* spans;
+  PyObject* reference;
   vectorcallfunc call;
 };
 
+// What `span` gives, and `timed`.
 struct Span {
   PyObject_HEAD
   Spans* spans;
   Ring* ring;  // null once it has ended
   PyObject* name;
   PyObject* args;  // null: none, or it has ended
-  double start;
+  double start, end;
+  bool measured;  // it is under way, and not recorded
   vectorcallfunc call;  // ends it
 };
 
-PyTypeObject *ring_type, *span_type;
+PyTypeObject *ring_type, *span_type, *timed_type, *spans_type;
+PyTypeObject* sum_type;  // _ring.Sum
 PyObject* nothing;  // a span that is not recorded
 // Of this thread. Borrowed: every ring that is freed, and every recording that begins, makes them void, by the number.
 thread_local Ring* current;
@@ -152,8 +168,8 @@ PyObject* ring_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   if (!ring) return nullptr;
   ring->thread = thread, ring->mask = capacity - 1;
   ring->rows = static_cast<Row*>(PyMem_Calloc(capacity, sizeof(Row)));
-  ring->gpu = held(Py_None);
-  if (!ring->rows) return Py_DECREF(ring), PyErr_NoMemory();
+  ring->gpu = held(Py_None), ring->counts = PyDict_New(), ring->values = PyDict_New();
+  if (!ring->rows || !ring->counts || !ring->values) return Py_DECREF(ring), PyErr_NoMemory();
   return object(ring);
 }
 
@@ -194,7 +210,7 @@ PyObject* ring_open(PyObject* self, void*) {
   return list;
 }
 
-// The rows hold texts and dicts of numbers and texts, which are part of no cycle.
+// The rows, counts and values hold texts and numbers, which are part of no cycle.
 int ring_traverse(PyObject* self, visitproc visit, void* arg) {
   Ring* const ring = as<Ring>(self);
   for (Span* spare : ring->spare)
@@ -216,9 +232,10 @@ int ring_clear(PyObject* self) {
 int ring_end(PyObject* self) {
   Ring* const ring = as<Ring>(self);
   ring_clear(self);
-  for (long long i = 0; i < std::min(ring->count, ring->mask + 1); ++i)
+  for (long long i = 0; ring->rows && i < std::min(ring->count, ring->mask + 1); ++i)
     Py_XDECREF(ring->rows[i].name), Py_XDECREF(ring->rows[i].args);
   PyMem_Free(ring->rows), PyMem_Free(ring->open);
+  clear(ring->counts), clear(ring->values);
   return 0;
 }
 
@@ -291,7 +308,9 @@ PyObject* ring_take(PyObject* self, PyObject*) {
     ring->within[depth] += seconds, sum->seconds += seconds, ++sum->number;
   }
   for (const Sum& sum : sums) {
-    PyObject* const made = Py_BuildValue("ddL", sum.own, sum.seconds, sum.number);
+    PyObject* const given = Py_BuildValue("((ddL))", sum.own, sum.seconds, sum.number);
+    PyObject* const made = given ? PyTuple_Type.tp_new(sum_type, given, nullptr) : nullptr;  // as Sum._make does
+    Py_XDECREF(given);
     const bool kept = made && PyDict_SetItem(indices, sum.name, made) == 0;
     Py_XDECREF(made);
     if (!kept) return Py_DECREF(indices), Py_XDECREF(began), nullptr;
@@ -311,6 +330,8 @@ PyMethodDef kRingMethods[] = {{"write", fast(ring_write), METH_FASTCALL, nullptr
 PyMemberDef kRingMembers[] = {
     {"count", T_LONGLONG, offsetof(Ring, count), READONLY, nullptr},
     {"gpu", T_OBJECT, offsetof(Ring, gpu), 0, nullptr},
+    {"counts", T_OBJECT, offsetof(Ring, counts), READONLY, nullptr},
+    {"values", T_OBJECT, offsetof(Ring, values), READONLY, nullptr},
     {"depth", T_PYSSIZET, offsetof(Ring, depth), READONLY, nullptr},
     {"thread", T_ULONG, offsetof(Ring, thread), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr}};
@@ -330,7 +351,7 @@ PyType_Slot kRingSlots[] = {{Py_tp_new, reinterpret_cast<void*>(ring_new)},
 PyType_Spec kRing = {"inferix_kernels._spans.Ring", sizeof(Ring), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
                      kRingSlots};
 
-// Span: what `with` is given
+// Span and Timed: what `with` is given
 
 // The common way to end: it is the innermost one that is open, of this thread.
 bool is_innermost(const Span* span) {
@@ -344,6 +365,8 @@ PyObject* span_exit(PyObject* self, PyObject* const*, size_t, PyObject*) {
   Span* const span = as<Span>(self);
   double end;
   if (!read_clock(span->spans, end)) return nullptr;
+  span->end = end;
+  if (span->measured) return span->measured = false, held(Py_None);
   if (!is_innermost(span)) {  // a mistake: said, and mended if it is an open one
     PyObject* const ring = span->ring ? object(span->ring) : Py_None;
     PyObject* const said = PyObject_CallFunctionObjArgs(span->spans->misplaced, self, ring, nullptr);
@@ -361,7 +384,7 @@ PyObject* span_exit(PyObject* self, PyObject* const*, size_t, PyObject*) {
 
 // Of the type, which has no span at hand.
 PyObject* exit_of(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (!count || Py_TYPE(given[0]) != span_type)
+  if (!count || (Py_TYPE(given[0]) != span_type && Py_TYPE(given[0]) != timed_type))
     return PyErr_SetString(PyExc_TypeError, "__exit__ is that of a span"), nullptr;
   return span_exit(given[0], nullptr, 0, nullptr);
 }
@@ -393,6 +416,24 @@ PyObject* ignore(PyObject*, PyObject* const*, Py_ssize_t) { Py_RETURN_NONE; }
 PyMethodDef kEnter = {"__enter__", fast(ignore), METH_FASTCALL, nullptr};
 PyMethodDef kExit = {"__exit__", fast(ignore), METH_FASTCALL, nullptr};
 
+PyObject* timed_enter(PyObject* self, PyObject*) { return held(self); }
+PyMethodDef kTimedMethods[] = {{"__enter__", timed_enter, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+
+PyObject* timed_seconds(PyObject* self, void*) {
+  const Span* const span = as<Span>(self);
+  if (span->ring || span->measured) return PyErr_SetString(PyExc_AttributeError, "end"), nullptr;  // as of a slot
+  return PyFloat_FromDouble(span->end - span->start);
+}
+PyGetSetDef kTimedGetSet[] = {{"seconds", timed_seconds, nullptr, nullptr, nullptr},
+                              {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
+PyMemberDef kTimedMembers[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Span, call), READONLY, nullptr},
+                               {"name", T_OBJECT, offsetof(Span, name), READONLY, nullptr},
+                               {"ring", T_OBJECT, offsetof(Span, ring), READONLY, nullptr},
+                               {"start", T_DOUBLE, offsetof(Span, start), READONLY, nullptr},
+                               {"end", T_DOUBLE, offsetof(Span, end), READONLY, nullptr},
+                               {nullptr, 0, 0, 0, nullptr}};
+
 PyMemberDef kSpanMembers[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(Span, call), READONLY, nullptr},
                               {"name", T_OBJECT, offsetof(Span, name), READONLY, nullptr},
                               {nullptr, 0, 0, 0, nullptr}};
@@ -408,7 +449,17 @@ PyType_Spec kSpan = {"inferix_kernels._spans.Span", sizeof(Span), 0,
                          Py_TPFLAGS_DISALLOW_INSTANTIATION,
                      kSpanSlots};
 
-// Spans: what makes them
+PyType_Slot kTimedSlots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(dealloc<span_end>)},
+                             {Py_tp_traverse, reinterpret_cast<void*>(span_traverse)},
+                             {Py_tp_clear, reinterpret_cast<void*>(span_clear)},
+                             {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+                             {Py_tp_methods, kTimedMethods},
+                             {Py_tp_members, kTimedMembers},
+                             {Py_tp_getset, kTimedGetSet},
+                             {0, nullptr}};
+PyType_Spec kTimed = {"inferix_kernels._spans.Timed", sizeof(Span), 0, kSpan.flags, kTimedSlots};
+
+// Function: what makes them, and numbers
 
 // Whether a GPU times the spans of this block, too; -1: a Python exception is set.
 int on_gpu(const Ring* ring) {
@@ -427,7 +478,8 @@ PyObject* plain(PyObject* const* values, PyObject* names) {
     PyObject* const value = values[i];
     if (!PyLong_CheckExact(value) && !PyUnicode_CheckExact(value) && !PyFloat_CheckExact(value) && !PyBool_Check(value))
       return nullptr;
-    if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, i), "name") == 0) return nullptr;  // given twice
+    PyObject* const name = PyTuple_GET_ITEM(names, i);  // one of these is no argument of the span
+    if (!PyUnicode_CompareWithASCIIString(name, "name") || !PyUnicode_CompareWithASCIIString(name, "device")) return nullptr;
   }
   PyObject* const made = PyDict_New();
   for (Py_ssize_t i = 0; made && i < PyTuple_GET_SIZE(names); ++i)
@@ -435,36 +487,139 @@ PyObject* plain(PyObject* const* values, PyObject* names) {
   return made;
 }
 
+Span* new_span(PyTypeObject* type, Spans* spans) {
+  Span* const made = as<Span>(type->tp_alloc(type, 0));
+  if (made) made->spans = held(spans), made->call = span_exit;
+  return made;
+}
+
 // The one of this depth, if nobody has it any more, or a new one. A new reference; null: a Python exception is set.
 Span* take_span(Spans* spans, Ring* ring) {
   Span** const spare = ring->depth < kDeepest ? &ring->spare[ring->depth] : nullptr;
   if (spare && *spare && Py_REFCNT(*spare) == 1) return held(*spare);
-  Span* const made = as<Span>(span_type->tp_alloc(span_type, 0));
-  if (!made) return nullptr;
-  made->spans = held(spans), made->call = span_exit;
-  if (spare) replace(*spare, held(made));
+  Span* const made = new_span(span_type, spans);
+  if (made && spare) replace(*spare, held(made));
   return made;
 }
 
-// span(name, **args). All that is not the common case is the reference's, errors included.
-PyObject* spans_call(PyObject* self, PyObject* const* given, size_t count, PyObject* names) {
-  Spans* const spans = as<Spans>(self);
+// It begins. Takes the references; null: a Python exception is set.
+PyObject* begun(Span* span, Ring* ring, PyObject* name, PyObject* args) {
+  replace(span->ring, ring), replace(span->name, held(name)), replace(span->args, args);
+  if (!read_clock(span->spans, span->start) || (ring && !push(ring, object(span)))) return Py_DECREF(span), nullptr;
+  return object(span);
+}
+
+PyObject* referred(PyObject* self, PyObject* const* given, size_t count, PyObject* names) {
+  return PyErr_Occurred() ? nullptr : PyObject_Vectorcall(as<Function>(self)->reference, given, count, names);
+}
+
+// span(name, **args)
+PyObject* call_span(PyObject* self, PyObject* const* given, size_t count, PyObject* names) {
+  Spans* const spans = as<Function>(self)->spans;
   const bool common = PyVectorcall_NARGS(count) == 1 && PyUnicode_CheckExact(given[0]);
-  if (common && spans->mode == 0) return held(nothing);
+  if (common && spans->level < kLayer) return held(nothing);
   PyObject* const args = common && names ? plain(given + 1, names) : nullptr;
-  if (PyErr_Occurred()) return nullptr;
-  const bool here = common && spans->mode == 1 && current_of == valid && (args || !names);
+  const bool here = common && !spans->annotated && current_of == valid && (args || !names) && !PyErr_Occurred();
   Ring* const ring = here ? held(current) : nullptr;
   const int timed_there = here ? on_gpu(ring) : 0;
   Span* const span = here && !timed_there ? take_span(spans, ring) : nullptr;
-  if (!span) {
-    Py_XDECREF(args), Py_XDECREF(ring);
-    return PyErr_Occurred() ? nullptr : PyObject_Vectorcall(spans->reference, given, count, names);
-  }
-  replace(span->ring, ring), replace(span->name, held(given[0])), replace(span->args, args);
-  if (!read_clock(spans, span->start) || !push(ring, object(span))) return Py_DECREF(span), nullptr;
-  return object(span);
+  if (span) return begun(span, ring, given[0], args);
+  Py_XDECREF(args), Py_XDECREF(ring);
+  return referred(self, given, count, names);
 }
+
+// timed(name, device, **args)
+PyObject* call_timed(PyObject* self, PyObject* const* given, size_t count, PyObject* names) {
+  Spans* const spans = as<Function>(self)->spans;
+  const Py_ssize_t number = PyVectorcall_NARGS(count);
+  const bool common = (number == 1 || (number == 2 && given[1] == Py_None)) && PyUnicode_CheckExact(given[0]);
+  const bool recorded = spans->level != kOff;
+  const bool here = common && (!recorded || (current_of == valid && current->gpu == Py_None));
+  PyObject* const args = here && names ? plain(given + number, names) : nullptr;
+  if (!here || (names && !args)) return referred(self, given, count, names);
+  Span* const made = new_span(timed_type, spans);
+  if (!made) return Py_XDECREF(args), nullptr;
+  made->measured = !recorded;
+  return begun(made, recorded ? held(current) : nullptr, given[0], args);
+}
+
+// A number that a float can hold.
+bool is_number(PyObject* given) {
+  int overflow = 0;
+  if (PyLong_CheckExact(given)) return PyLong_AsLongLongAndOverflow(given, &overflow), !overflow;
+  return PyFloat_CheckExact(given) && std::isfinite(PyFloat_AS_DOUBLE(given));
+}
+
+// count(name, amount) and metric(name, value), of a name that this thread has given before.
+template <bool kAdds>
+PyObject* call_number(PyObject* self, PyObject* const* given, size_t count, PyObject* names) {
+  const bool two = !names && PyVectorcall_NARGS(count) == 2;
+  if (two && as<Function>(self)->spans->level == kOff) Py_RETURN_NONE;
+  if (!two || current_of != valid || !PyUnicode_CheckExact(given[0]) || !is_number(given[1]))
+    return referred(self, given, count, names);
+  PyObject* const numbers = kAdds ? current->counts : current->values;
+  PyObject* const old = PyDict_GetItemWithError(numbers, given[0]);
+  if (!old) return referred(self, given, count, names);
+  PyObject* const now = kAdds ? PyNumber_Add(old, given[1]) : held(given[1]);
+  const bool kept = now && PyDict_SetItem(numbers, given[0], now) == 0;
+  Py_XDECREF(now);
+  return kept ? held(Py_None) : nullptr;
+}
+
+PyObject* function_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"spans", "kind", "reference", nullptr};
+  PyObject *spans, *reference;
+  const char* kind;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!sO", const_cast<char**>(names), spans_type, &spans, &kind,
+                                   &reference))
+    return nullptr;
+  const std::string_view wanted = kind;
+  const vectorcallfunc call = wanted == "span"     ? call_span
+                              : wanted == "timed"  ? call_timed
+                              : wanted == "count"  ? call_number<true>
+                              : wanted == "metric" ? call_number<false>
+                                                   : nullptr;
+  if (!call) return PyErr_Format(PyExc_ValueError, "kind must be span, timed, count or metric, got %s", kind);
+  Function* const made = as<Function>(type->tp_alloc(type, 0));
+  if (!made) return nullptr;
+  made->spans = held(as<Spans>(spans)), made->reference = held(reference), made->call = call;
+  return object(made);
+}
+
+int function_traverse(PyObject* self, visitproc visit, void* arg) {
+  const Function* const function = as<Function>(self);
+  return visit_all(visit, arg, Py_TYPE(self), function->attributes, function->spans, function->reference);
+}
+
+int function_clear(PyObject* self) {
+  Function* const function = as<Function>(self);
+  clear(function->attributes), clear(function->spans), clear(function->reference);
+  return 0;
+}
+
+// As of a static method. What has one is a routine to inspect, and so to what writes documentation.
+PyObject* function_get(PyObject* self, PyObject*, PyObject*) { return held(self); }
+
+PyMemberDef kFunctionMembers[] = {{"__dictoffset__", T_PYSSIZET, offsetof(Function, attributes), READONLY, nullptr},
+                                  {"__vectorcalloffset__", T_PYSSIZET, offsetof(Function, call), READONLY, nullptr},
+                                  {nullptr, 0, 0, 0, nullptr}};
+
+PyGetSetDef kFunctionGetSet[] = {{"__dict__", PyObject_GenericGetDict, nullptr, nullptr, nullptr},
+                                 {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
+PyType_Slot kFunctionSlots[] = {{Py_tp_new, reinterpret_cast<void*>(function_new)},
+                                {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+                                {Py_tp_descr_get, reinterpret_cast<void*>(function_get)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(dealloc<function_clear>)},
+                                {Py_tp_traverse, reinterpret_cast<void*>(function_traverse)},
+                                {Py_tp_clear, reinterpret_cast<void*>(function_clear)},
+                                {Py_tp_members, kFunctionMembers},
+                                {Py_tp_getset, kFunctionGetSet},
+                                {0, nullptr}};
+PyType_Spec kFunction = {"inferix_kernels._spans.Function", sizeof(Function), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, kFunctionSlots};
+
+// Spans: what the functions share
 
 PyObject* spans_number(PyObject*, PyObject*) { return PyLong_FromUnsignedLongLong(valid); }
 
@@ -483,58 +638,43 @@ PyObject* spans_forget(PyObject*, PyObject*) {
 }
 
 PyObject* spans_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"reference", "misplaced", "clock", nullptr};
-  PyObject *reference, *misplaced, *clock;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", const_cast<char**>(names), &reference, &misplaced, &clock))
-    return nullptr;
+  static const char* names[] = {"misplaced", "clock", nullptr};
+  PyObject *misplaced, *clock;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", const_cast<char**>(names), &misplaced, &clock)) return nullptr;
   Spans* const spans = as<Spans>(type->tp_alloc(type, 0));
   if (!spans) return nullptr;
-  spans->reference = held(reference), spans->misplaced = held(misplaced), spans->clock = held(clock);
-  spans->call = spans_call;
+  spans->misplaced = held(misplaced), spans->clock = held(clock);
   return object(spans);
 }
 
 int spans_traverse(PyObject* self, visitproc visit, void* arg) {
-  const Spans* const spans = as<Spans>(self);
-  return visit_all(visit, arg, Py_TYPE(self), spans->attributes, spans->reference, spans->misplaced, spans->clock);
+  return visit_all(visit, arg, Py_TYPE(self), as<Spans>(self)->misplaced, as<Spans>(self)->clock);
 }
 
 int spans_clear(PyObject* self) {
-  Spans* const spans = as<Spans>(self);
-  clear(spans->attributes), clear(spans->reference), clear(spans->misplaced), clear(spans->clock);
+  clear(as<Spans>(self)->misplaced), clear(as<Spans>(self)->clock);
   return 0;
 }
-
-// As of a static method. What has one is a routine to inspect, and so to what writes documentation.
-PyObject* spans_get(PyObject* self, PyObject*, PyObject*) { return held(self); }
 
 PyMethodDef kSpansMethods[] = {{"adopt", fast(spans_adopt), METH_FASTCALL, nullptr},
                                {"number", spans_number, METH_NOARGS, nullptr},
                                {"forget", spans_forget, METH_NOARGS, nullptr},
                                {nullptr, nullptr, 0, nullptr}};
 
-PyMemberDef kSpansMembers[] = {{"__dictoffset__", T_PYSSIZET, offsetof(Spans, attributes), READONLY, nullptr},
-                               {"__vectorcalloffset__", T_PYSSIZET, offsetof(Spans, call), READONLY, nullptr},
-                               {"clock", T_OBJECT, offsetof(Spans, clock), 0, nullptr},
-                               {"mode", T_INT, offsetof(Spans, mode), 0, nullptr},
+PyMemberDef kSpansMembers[] = {{"clock", T_OBJECT, offsetof(Spans, clock), 0, nullptr},
+                               {"level", T_INT, offsetof(Spans, level), 0, nullptr},
+                               {"annotated", T_INT, offsetof(Spans, annotated), 0, nullptr},
                                {nullptr, 0, 0, 0, nullptr}};
 
-PyGetSetDef kSpansGetSet[] = {{"__dict__", PyObject_GenericGetDict, nullptr, nullptr, nullptr},
-                              {nullptr, nullptr, nullptr, nullptr, nullptr}};
-
-PyType_Slot kSpansSlots[] = {
-    {Py_tp_new, reinterpret_cast<void*>(spans_new)},
-    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
-    {Py_tp_descr_get, reinterpret_cast<void*>(spans_get)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(dealloc<spans_clear>)},
-    {Py_tp_traverse, reinterpret_cast<void*>(spans_traverse)},
-    {Py_tp_clear, reinterpret_cast<void*>(spans_clear)},
-    {Py_tp_methods, kSpansMethods},
-    {Py_tp_members, kSpansMembers},
-    {Py_tp_getset, kSpansGetSet},
-    {0, nullptr}};
-PyType_Spec kSpans = {"inferix_kernels._spans.Spans", sizeof(Spans), 0,
-                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, kSpansSlots};
+PyType_Slot kSpansSlots[] = {{Py_tp_new, reinterpret_cast<void*>(spans_new)},
+                             {Py_tp_dealloc, reinterpret_cast<void*>(dealloc<spans_clear>)},
+                             {Py_tp_traverse, reinterpret_cast<void*>(spans_traverse)},
+                             {Py_tp_clear, reinterpret_cast<void*>(spans_clear)},
+                             {Py_tp_methods, kSpansMethods},
+                             {Py_tp_members, kSpansMembers},
+                             {0, nullptr}};
+PyType_Spec kSpans = {"inferix_kernels._spans.Spans", sizeof(Spans), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+                      kSpansSlots};
 
 PyType_Slot kNothingSlots[] = {{0, nullptr}};
 PyType_Spec kNothing = {"inferix_kernels._spans.Nothing", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT, kNothingSlots};
@@ -555,16 +695,26 @@ PyTypeObject* made_type(PyType_Spec& spec, std::initializer_list<PyMethodDef*> f
 PyMODINIT_FUNC PyInit__spans() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_spans", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
                                    nullptr};
+  PyObject* const rings = PyImport_ImportModule("inferix_kernels._ring");
+  PyObject* const sum = rings ? PyObject_GetAttrString(rings, "Sum") : nullptr;
+  Py_XDECREF(rings);
+  if (!sum) return nullptr;
+  sum_type = as<PyTypeObject>(sum);
   ring_type = made_type(kRing, {});
   span_type = made_type(kSpan, {&kEnter});
+  timed_type = made_type(kTimed, {});
   PyTypeObject* const exit_type = made_type(kSpanExit, {});
   PyObject* const exit = exit_type ? exit_type->tp_alloc(exit_type, 0) : nullptr;
-  if (!span_type || !exit || PyObject_SetAttrString(object(span_type), "__exit__", exit)) return nullptr;
-  PyTypeObject* const spans_type = made_type(kSpans, {});
+  for (PyTypeObject* type : {span_type, timed_type})
+    if (!type || !exit || PyObject_SetAttrString(object(type), "__exit__", exit)) return nullptr;
+  spans_type = made_type(kSpans, {});
+  PyTypeObject* const function_type = made_type(kFunction, {});
   PyTypeObject* const nothing_type = made_type(kNothing, {&kEnter, &kExit});
-  if (!ring_type || !spans_type || !nothing_type) return nullptr;
+  if (!ring_type || !spans_type || !function_type || !nothing_type) return nullptr;
   nothing = nothing_type->tp_alloc(nothing_type, 0);
   PyObject* const module = nothing ? PyModule_Create(&definition) : nullptr;
-  if (!module || PyModule_AddType(module, ring_type) || PyModule_AddType(module, spans_type)) return nullptr;
+  if (!module) return nullptr;
+  for (PyTypeObject* type : {ring_type, spans_type, function_type})
+    if (PyModule_AddType(module, type)) return nullptr;
   return module;
 }

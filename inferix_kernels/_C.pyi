@@ -181,6 +181,10 @@ def quantize_rows(
     cpu: object = None,
     workspace: object = None,
 ) -> None: ...
+def raise_to(
+    counter: int,
+    value: int,
+) -> None: ...
 def read_tensors_of(
     *args: object,
     dtype: type,

@@ -9,6 +9,7 @@ why the rest does not. Every public name has an example; those of the ops assume
 
 from . import ops
 from ._dispatch import Unsupported
+from .arrivals import Counters, NotArrived
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .ops import *
 from .plans import Plan, Segment, even_plan, make_plan
@@ -31,9 +32,11 @@ __version__ = "0.1.0"  # of the distribution: pyproject.toml and inferix read it
 __all__ = [
     "FORMATS",
     "Attention",
+    "Counters",
     "KVPages",
     "KVStore",
     "Local",
+    "NotArrived",
     "NotResident",
     "OutOfPages",
     "PageList",

@@ -15,6 +15,8 @@ from .plans import Plan
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn)  # of an 8-bit matrix
 ACTIVATIONS = ("gelu", "gelu_tanh")
+# A plan's optional int32 tensors.
+PLAN_NUMBERS = dict(page_variants="N", page_starts="N", page_positions="N", windows="S 2", arrivals="N 2", counters="C")
 
 
 def is_whole(number: object) -> TypeGuard[int]:
@@ -237,10 +239,8 @@ def check_page_list(
 def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
     check_is("plan", plan, Plan)
     sizes: dict[str, int] = {}
-    device = q.device
     for field, layout in (("q_indptr", "S+1"), ("page_indptr", "L+1"), ("page_ids", "N"), ("page_lens", "N")):
-        tensor = getattr(plan, field)
-        check_tensor(f"plan.{field}", tensor, (torch.int32,), layout, sizes, device)
+        check_tensor(f"plan.{field}", getattr(plan, field), (torch.int32,), layout, sizes, q.device)
     if sizes["S+1"] == 0:
         raise ValueError("plan.q_indptr must hold at least its leading 0, got an empty tensor")
     segments, lists = sizes["S+1"] - 1, sizes["L+1"] - 1
@@ -249,14 +249,14 @@ def check_plan(plan: Plan, heads: int, q: Tensor) -> None:
             f"plan.page_indptr must be [{segments + 1}] (a list per segment) or [{segments * heads + 1}] (one for each"
             f" of its KV heads), got [{lists + 1}]"
         )
-    check_optional("plan.page_bias", plan.page_bias, (torch.float32,), "N", sizes, device)
-    for field in ("page_variants", "page_starts", "page_positions"):
-        check_optional(f"plan.{field}", getattr(plan, field), (torch.int32,), "N", sizes, device)
+    check_optional("plan.page_bias", plan.page_bias, (torch.float32,), "N", sizes, q.device)
     sizes["S"] = segments
-    check_optional("plan.windows", plan.windows, (torch.int32,), "S 2", sizes, device)
-    if (plan.windows is None) != (plan.page_positions is None):
-        raise ValueError("plan.windows and plan.page_positions must be given together, or neither, got one of them")
-    check_optional("plan.prepared", plan.prepared, (torch.uint8,), "bytes", sizes, device)
+    for field, layout in PLAN_NUMBERS.items():
+        check_optional(f"plan.{field}", getattr(plan, field), (torch.int32,), layout, sizes, q.device)
+    for one, other in (("windows", "page_positions"), ("arrivals", "counters")):
+        if (getattr(plan, one) is None) != (getattr(plan, other) is None):
+            raise ValueError(f"plan.{one} and plan.{other} must be given together, or neither, got one of them")
+    check_optional("plan.prepared", plan.prepared, (torch.uint8,), "bytes", sizes, q.device)
     if (plan.page_variants is None) != (q.ndim == 3):
         raise ValueError(
             f"plan.page_variants must be given for q [V, T, Hq, D] and None for q [T, Hq, D],"

@@ -10,9 +10,9 @@ import dataclasses
 import threading
 import time
 from collections.abc import Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-from ._ring import SpanRow
+from ._ring import SpanRow, Sum
 
 try:
     from ._spans import Ring
@@ -23,25 +23,9 @@ MOST_ROWS = 2048  # of blocks, before every second one is dropped
 MOST_TRACKS = 64  # threads, those that have ended among them
 MOST_TEXTS = 64  # different things that are said to be lost
 MOST_NAMES = 1024  # of spans and metrics: more is a mistake, such as a number in a name
+MOST_APART = 64  # sums that wait to be added to those of the recording
 
 T = TypeVar("T")
-
-
-class Sum(NamedTuple):
-    """Spans of one name.
-
-    Attributes:
-        own: seconds, without those of the spans within.
-        seconds: with them.
-        number: of spans.
-    """
-
-    own: float = 0.0
-    seconds: float = 0.0
-    number: int = 0
-
-    def plus(self, other: Sum) -> Sum:
-        return Sum(self.own + other.own, self.seconds + other.seconds, self.number + other.number)
 
 
 @dataclasses.dataclass(slots=True)
@@ -108,8 +92,7 @@ class Track:
         self.name, self.capacity, self.overlapping = name, capacity, overlapping
         self.ring = Ring(capacity, thread)
         self.blocks = 0
-        self.counts: dict[str, float] = {}
-        self.values: dict[str, float] = {}
+        self.counts, self.values = self.ring.counts, self.ring.values
         self.shift = 0.0
         self.owner: threading.Thread | None = None  # whose ident may be another's once it has ended
         self._before: dict[str, float] = {}  # counts at the last block
@@ -128,13 +111,10 @@ class Track:
     def add_up(self) -> tuple[dict[str, Sum], int]:
         """Sums of the spans that ended since the last call, which are in `sums`, too; and how many more the ring had
         dropped."""
-        taken, missed, began = self.ring.take()
+        new, missed, began = self.ring.take()
         if self.ended is None:
             self.ended = began
-        new = {name: Sum(*each) for name, each in taken.items()}
-        for name, each in new.items():
-            old = self.sums.get(name)
-            self.sums[name] = each if old is None else old.plus(each)
+        self.sums = {**self.sums, **_plus(self.sums, new)} if self.sums else new
         return new, missed
 
     def row(self, start: float, end: float, frames: int) -> Row:
@@ -153,7 +133,7 @@ class Recording:
     Attributes:
         tracks: one per thread, and those with a name of their own.
         blocks: a Row per block, thinned out once there are many.
-        sums: by name, of all spans so far.
+        sums: by name, of all spans up to the last `collect`.
         lost: what could not be recorded, and how often.
         perf, unix: when it began, by `time.perf_counter` and by `time.time`: what merges several processes.
     """
@@ -170,6 +150,7 @@ class Recording:
         self.perf, self.unix = time.perf_counter(), time.time()
         self._named: dict[str, Track] = {}
         self._counted: dict[str, float] = {}  # on tracks that are gone
+        self._apart: list[dict[str, Sum]] = []  # not in `sums` yet: many at once are added faster
 
     def lose(self, text: str, times: int = 1) -> None:
         """Something is not recorded; the report says so."""
@@ -230,18 +211,26 @@ class Recording:
         with self.lock:
             for track in self.tracks:
                 self._collect(track)
+            self._add_up()
 
     def _collect(self, track: Track) -> None:
         new, missed = track.add_up()
         if missed:
             self.lose(f"spans of {track.name} that no sum has, as more ended in a block than the ring holds", missed)
-        for name, each in new.items():
-            if name in self.sums or len(self.sums) < MOST_NAMES:
-                self.sums[name] = self.sums.get(name, Sum()).plus(each)
-            else:
-                self.lose(f"spans of further names than the first {MOST_NAMES}", each.number)
+        self._apart.append(new)
+        if len(self._apart) > MOST_APART:
+            self._add_up()
         if not track.blocks and len(track.sums) > MOST_NAMES:
-            track.sums.clear()
+            track.sums = {}
+
+    def _add_up(self) -> None:
+        for new in self._apart:
+            for name, each in _plus(self.sums, new).items():
+                if name in self.sums or len(self.sums) < MOST_NAMES:
+                    self.sums[name] = each
+                else:
+                    self.lose(f"spans of further names than the first {MOST_NAMES}", each.number)
+        self._apart.clear()
 
     def counts(self) -> dict[str, float]:
         """By name, what was counted so far, on all threads."""
@@ -267,6 +256,11 @@ class Recording:
             if ring.gpu is not None and ring.gpu.lost
         ]
         return lines
+
+
+def _plus(old: Mapping[str, Sum], new: Mapping[str, Sum]) -> dict[str, Sum]:
+    """The sums of the names of `new`."""
+    return {name: old[name].plus(each) if name in old else each for name, each in new.items()}
 
 
 def _added(*all_counts: Mapping[str, float]) -> dict[str, float]:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 DEEPEST = 64  # spans within each other whose own times are told apart
 SpanRow = tuple[str, float, float, int, dict[str, Any]]  # name, start, end, how many spans it is within, arguments
+
+
+class Sum(NamedTuple):
+    """Spans of one name.
+
+    Attributes:
+        own: seconds, without those of the spans within.
+        seconds: with them.
+        number: of spans.
+    """
+
+    own: float = 0.0
+    seconds: float = 0.0
+    number: int = 0
+
+    def plus(self, other: Sum) -> Sum:
+        return Sum(self.own + other.own, self.seconds + other.seconds, self.number + other.number)
 
 
 class Ring:
@@ -19,12 +36,13 @@ class Ring:
         count: spans that ended so far.
         depth: number of spans that are under way.
         gpu: a GpuTimes, which times them on a GPU as well; None: nothing does.
+        counts, values: what was counted on this thread, and its metrics, by name.
 
     Raises:
         ValueError: capacity is no power of two.
     """
 
-    __slots__ = ("_added", "_mask", "_open", "_rows", "_since", "_within", "count", "gpu", "thread")
+    __slots__ = ("_added", "_mask", "_open", "_rows", "_since", "_within", "count", "counts", "gpu", "thread", "values")
 
     def __init__(self, capacity: int, thread: int):
         if capacity < 1 or capacity & (capacity - 1):
@@ -32,6 +50,8 @@ class Ring:
         self.count, self.thread = 0, thread
         self._open: list[Any] = []
         self.gpu: Any = None
+        self.counts: dict[str, float] = {}
+        self.values: dict[str, float] = {}
         self._mask, self._added = capacity - 1, 0
         self._rows: list[Any] = [None] * capacity
         self._within = [0.0] * (DEEPEST + 2)  # seconds of the spans at each depth since one closed around them
@@ -67,17 +87,17 @@ class Ring:
         """The spans that are kept, as they ended."""
         return [self._rows[i & self._mask] for i in range(max(0, self.count - self._mask - 1), self.count)]
 
-    def take(self) -> tuple[dict[str, tuple[float, float, int]], int, float | None]:
+    def take(self) -> tuple[dict[str, Sum], int, float | None]:
         """What ended since the last call.
 
         Returns:
-            By name: seconds without those of the spans within, seconds with them, and the number of spans; how many
-            more ended, but are kept no longer; when the first one that is within no other began, None without one.
+            By name; how many more ended, but are kept no longer; when the first one that is within no other began,
+            None without one.
         """
         first, last = max(self._added, self.count - self._mask - 1), self.count
         missed, self._added = first - self._added, last
         within, since, began = self._within, self._since, None
-        sums: dict[str, tuple[float, float, int]] = {}
+        sums: dict[str, Sum] = {}
         for i in range(first, last):
             name, start, end, depth, _ = self._rows[i & self._mask]
             if began is None and depth == 0:
@@ -89,6 +109,5 @@ class Ring:
             if not within[depth]:
                 since[depth] = start
             within[depth] += seconds
-            old = sums.get(name, (0.0, 0.0, 0))
-            sums[name] = (old[0] + own, old[1] + seconds, old[2] + 1)
+            sums[name] = sums.get(name, Sum()).plus(Sum(own, seconds, 1))
         return sums, missed, began

@@ -1,14 +1,17 @@
-"""Spans of the profiler and where they are kept, from csrc/spans.cpp. Ring is _ring.Ring, faster."""
+"""Spans and numbers of the profiler and where they are kept, from csrc/spans.cpp. Ring is _ring.Ring, faster."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
+
+from ._ring import Sum
 
 class Ring:
     count: int
     gpu: Any
     depth: int
     thread: int
+    counts: dict[str, float]
+    values: dict[str, float]
     def __init__(self, capacity: int, thread: int) -> None: ...
     def write(self, name: str, start: float, end: float, depth: int, args: dict[str, Any], /) -> None: ...
     def kept(self) -> list[tuple[str, float, float, int, dict[str, Any]]]: ...
@@ -17,30 +20,24 @@ class Ring:
     def push(self, span: Any, /) -> None: ...
     def pop(self) -> Any: ...
     def remove(self, span: Any, /) -> None: ...
-    def take(self) -> tuple[dict[str, tuple[float, float, int]], int, float | None]: ...
+    def take(self) -> tuple[dict[str, Sum], int, float | None]: ...
 
 class Spans:
-    """A function that makes spans.
+    """What the functions share.
 
     Args:
-        reference: called in its place wherever something is out of the common: with other arguments than one text and
-            numbers and texts by name, on a thread whose ring is not known yet, where a GPU times the span, too.
         misplaced: (span, its ring or None), called when a span ends that is not the innermost open one of this thread.
         clock: seconds; None: the system's monotonic one.
 
     Attributes:
-        mode: what a call does: 0 nothing, 1 a span, 2 what the reference does.
+        level: 0 off, 1 block, 2 layer.
+        annotated: every span is the reference's.
     """
 
     clock: Callable[[], float] | None
-    mode: int
-    def __init__(
-        self,
-        reference: Callable[..., AbstractContextManager[Any]],
-        misplaced: Callable[[Any, Any], object],
-        clock: Callable[[], float] | None,
-    ) -> None: ...
-    def __call__(self, name: str, **args: Any) -> AbstractContextManager[Any]: ...
+    level: int
+    annotated: int
+    def __init__(self, misplaced: Callable[[Any, Any], object], clock: Callable[[], float] | None) -> None: ...
     def number(self) -> int:
         """Another one whenever rings are forgotten."""
 
@@ -49,3 +46,18 @@ class Spans:
 
     def forget(self) -> None:
         """No thread's ring is known any more."""
+
+class Function:
+    """One of the functions of profile.py: "span", "timed", "count" or "metric".
+
+    Args:
+        reference: called in its place wherever something is out of the common: with other arguments than one text and
+            numbers and texts by name, on a thread whose ring is not known yet, with a number that this thread has not
+            given yet, where a GPU times the span, too.
+
+    Raises:
+        ValueError: kind is none of these.
+    """
+
+    def __init__(self, spans: Spans, kind: str, reference: Callable[..., Any]) -> None: ...
+    def __call__(self, *given: Any, **args: Any) -> Any: ...

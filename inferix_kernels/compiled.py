@@ -44,7 +44,7 @@ _CODECS = {
 }
 _PRECISIONS = {"exact": _C.Precision.exact, "8bit": _C.Precision.eight_bit, "auto": _C.Precision.automatic}
 _PLAIN = {"scale": 1.0, "accumulate": False, "softcap": 0.0, "alibi_slopes": 0, "alibi_stride": 0,
-          "precision": _C.Precision.exact}  # fmt: skip
+          "precision": _C.Precision.exact, "deadline": 0.0}  # fmt: skip
 _NORMS = {None: _C.Norm.none, "layer": _C.Norm.layer, "rms": _C.Norm.rms}
 _ACTIVATIONS = {
     None: _C.Activation.none,
@@ -112,6 +112,7 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     precision: str = "auto",
+    deadline: float = 60.0,
 ) -> tuple[Tensor, Tensor]:
     _run(
         "paged_attention",
@@ -123,6 +124,7 @@ def paged_attention(
         alibi_slopes=_address("alibi_slopes", alibi_slopes),
         alibi_stride=0 if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes.shape[1],
         precision=_PRECISIONS[precision],
+        deadline=deadline,
     )
     return out, lse
 
@@ -223,6 +225,9 @@ def _attention(q: Tensor, pools: Sequence[KVPages], plan: Plan, out: Tensor, lse
         "page_variants": _address("plan.page_variants", plan.page_variants),
         "windows": _address("plan.windows", plan.windows),
         "page_positions": _address("plan.page_positions", plan.page_positions),
+        "arrivals": _address("plan.arrivals", plan.arrivals),
+        "counters": _address("plan.counters", plan.counters),
+        "counter_count": 0 if plan.counters is None else len(plan.counters),
         "shape": _shape(pools[0]),
         "variants": variants,
         "T": tokens,

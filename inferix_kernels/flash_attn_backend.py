@@ -99,7 +99,10 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     precision: str = "auto",
+    deadline: float = 60.0,
 ) -> tuple[Tensor, Tensor]:
+    if plan.arrivals is not None:
+        raise Unsupported("flash-attn waits for no pages: plan.arrivals must be None")
     if alibi_slopes is not None:
         raise Unsupported("flash-attn is not asked for alibi_slopes, which its versions 3 and 4 have not")
     version, module = installed()

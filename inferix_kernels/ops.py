@@ -56,6 +56,7 @@ from ._check import (
 from ._library import call, op
 from ._overlap import check_overlap
 from ._remembered import Sizes, remembered
+from .arrivals import check_deadline
 from .layout import FORMATS, KVPages, PageList, Quantized
 from .plans import Plan
 
@@ -223,16 +224,18 @@ def _accept_attention(
     softcap: float,
     alibi_slopes: Tensor | None,
     precision: str,
+    deadline: float,
 ) -> Sizes:
     sizes: dict[str, int] = {}
     check_attention(q, "D+Dv" if latent else "D", pools, plan, sizes, same_width=not latent)
     check_precision(precision)
     check_scale("scale", scale)
     check_softcap(softcap)
+    check_deadline(deadline)
     check_alibi(alibi_slopes, plan, sizes, q.device)
     if accumulate:
         check_given(ADDED_TO, out=out, lse=lse)
-    for field in ("page_starts", "windows") if latent else ():
+    for field in ("page_starts", "windows", "arrivals") if latent else ():
         if getattr(plan, field) is not None:
             raise ValueError(f"plan.{field} must be None for latent_attention, got a tensor")
     check_optional("out", out, (q.dtype, torch.float32), "T Hq D", sizes, q.device)
@@ -254,6 +257,7 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     precision: str = "auto",
+    deadline: float = 60.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of ragged segments of queries over lists of pages: (out, lse).
@@ -284,6 +288,13 @@ def paged_attention(
             for each token on a GPU. Large channels in q cost the others their bits then. "auto": 8 bits where the error
             stays near the exact one whatever q holds: on a CPU q in two terms of 8 bits and weights in one, on a GPU
             not at all. Nothing is looked up in q to choose.
+        deadline: seconds from the start of the call, after which pages that have not come are given up. For a plan with
+            arrivals: work begins with the pages that are there, and goes on with each of the others once its counter
+            says so, whatever its bias and length. The C++ kernel and the reference wait. Kernels on a GPU refuse such
+            a plan; there a call for each group of pages that has come, with accumulate, takes its place.
+
+    Raises:
+        NotArrived: a page did not come before the deadline. out and lse then hold nothing of use.
 
     Source: online softmax, arXiv:1805.02867; its use over tiles, arXiv:2205.14135; softcap, arXiv:2408.00118;
     ALiBi, arXiv:2108.12409.
@@ -297,8 +308,8 @@ def paged_attention(
         >>> list(out.shape), list(lse.shape)
         ([10, 4, 32], [10, 4])
     """
-    limits = {"softcap": softcap, "alibi_slopes": alibi_slopes}
-    options = {"scale": scale, "accumulate": bool(accumulate), **limits, "precision": precision}
+    options = {"scale": scale, "accumulate": bool(accumulate), "softcap": softcap, "alibi_slopes": alibi_slopes,
+               "precision": precision, "deadline": deadline}  # fmt: skip
     accepted = _accept_attention(q, pools, plan, out, lse, False, *options.values())
     sizes = accepted.sizes
     if sizes["q stride"] != 1:  # which compiled kernels do not take: a copy costs less than another backend
@@ -352,7 +363,7 @@ def latent_attention(
         [5, 8, 64]
     """
     options = {"scale": scale, "accumulate": bool(accumulate)}
-    accepted = _accept_attention(q, pools, plan, out, lse, True, *options.values(), 0.0, None, "auto")
+    accepted = _accept_attention(q, pools, plan, out, lse, True, *options.values(), 0.0, None, "auto", 0.0)
     out, lse = attention_outputs(q, out, lse, accepted.sizes)
     call("latent_attention", accepted, backend, q.device, q, pools, plan, out=out, lse=lse, **options)
     return out, lse

@@ -24,6 +24,10 @@ class Plan(NamedTuple):
     Where that is too coarse, among tokens that see only what came before them, a segment has a window too: query i of
     it sees the tokens at positions i - left to i + right, of those that its list holds.
 
+    Pages may be on their way: the entry of such a page names a counter, and the value from which the page is there
+    (arrivals.py). Attention then waits for the pages of each list in their order, which is the order of work: what came
+    first changes no bit of the result.
+
     Example:
         >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])
         >>> plan.q_indptr.tolist(), plan.page_indptr.tolist(), plan.page_ids.tolist()
@@ -39,6 +43,8 @@ class Plan(NamedTuple):
     page_starts: Tensor | None = None  # [N] int32, the slot of each page's first valid token; None: 0
     windows: Tensor | None = None  # [S, 2] int32, (left, right) in tokens, at most UNLIMITED
     page_positions: Tensor | None = None  # [N] int32, of each page's first valid token, query 0 at 0; with windows
+    arrivals: Tensor | None = None  # [N, 2] int32, (counter, value): there once the counter is so high; -1: it is there
+    counters: Tensor | None = None  # [C] int32, which other threads raise meanwhile: Counters.values; with arrivals
     prepared: Tensor | None = None  # uint8, of compiled.prepare_attention; what it is for is in its docstring
 
 
@@ -52,6 +58,7 @@ class Segment(NamedTuple):
         variants: which of q's variants meets each page.
         starts: the slot of each page's first valid token; None: 0.
         window: (left, right) in tokens, -1 for any number: (-1, 0) is causal.
+        arrivals: of each page (counter, value): it is there once that counter is so high; (-1, 0): it is there.
 
     Example:
         >>> segment = Segment(queries=4, ids=[3, 1], lens=[16, 9], bias=[0.0, -1.0])
@@ -66,6 +73,7 @@ class Segment(NamedTuple):
     variants: Sequence[int] | None = None
     starts: Sequence[int] | None = None
     window: tuple[int, int] | None = None
+    arrivals: Sequence[tuple[int, int]] | None = None
 
 
 def make_plan(
@@ -80,10 +88,12 @@ def make_plan(
     Windows (Segment.window) are aligned bottom-right, as FlashAttention means them: a segment's last query stands at
     the last token of its list, whatever their numbers.
 
+    A plan with arrivals is still to be given counters: plan._replace(counters=counters.values), of each layer, say.
+
     Raises:
-        ValueError: a negative count, id or length; fields of a segment that differ in length; bias, variants or starts
-            in some segments only; entries that make no whole segments. Ids and lengths are checked with the pools when
-            the plan is used, since one plan may serve pools of several layers.
+        ValueError: a negative count, id or length; fields of a segment that differ in length; bias, variants, starts or
+            arrivals in some segments only; entries that make no whole segments. Ids and lengths are checked with the
+            pools when the plan is used, since one plan may serve pools of several layers.
 
     Example:
         >>> plan = make_plan([(4, [3, 1], [16, 9]), (6, [3], [16])])  # two segments: (queries, page ids, lens)
@@ -102,6 +112,7 @@ def make_plan(
         numbers = [x for segment in lists for x in getattr(segment, field)]
         return torch.tensor(numbers, dtype=dtype, device=device)
 
+    arrivals = flat("arrivals")
     windows = positions = None
     if any(segment.window is not None for segment in lists):
         sides = [side for segment in lists[::lists_per_segment] for side in segment.window or (-1, -1)]
@@ -117,6 +128,7 @@ def make_plan(
         flat("starts"),
         windows,
         positions,
+        None if arrivals is None else arrivals.view(-1, 2),
     )
 
 
@@ -160,9 +172,11 @@ def _check_segments(lists: list[Segment], lists_per_segment: int) -> None:
         if not _is_window(segment.window):
             raise ValueError(f"segments[{s}]: window must be (left, right) in tokens, or -1, got {segment.window!r}")
         check_list(f"segments[{s}]: page ids", segment.ids, segment.lens)
-        for field in ("bias", "variants", "starts"):
+        for field in ("bias", "variants", "starts", "arrivals"):
             numbers = getattr(segment, field)
             if (numbers is None) != (getattr(lists[0], field) is None):
                 raise ValueError(f"segments[{s}]: {field} must be given for all segments or for none")
             if numbers is not None and len(numbers) != len(segment.ids):
                 raise ValueError(f"segments[{s}]: {field} must be {len(segment.ids)} numbers, got {len(numbers)}")
+        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in segment.arrivals or ()):
+            raise ValueError(f"segments[{s}]: arrivals must be pairs (counter, value), got {segment.arrivals!r:.80}")

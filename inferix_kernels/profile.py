@@ -1,5 +1,5 @@
 """Where the time of a block goes: spans, metrics and hooks, cheap enough to be left on. Needs nothing but Python; the
-extension makes most spans where it is built (csrc/spans.cpp). Long because half of it is docstrings.
+extension does the common case where it is built (csrc/spans.cpp). Long because half of it is docstrings.
 
     recording = profile.start("layer")
     with profile.span("attention", layer=3):          # recorded at level "layer"
@@ -39,8 +39,8 @@ from ._gpu_times import GpuTimes
 from ._recording import Recording, Ring, Row, Track
 
 try:
-    from ._spans import Spans
-except ImportError:  # not built: `span` is the function below
+    from ._spans import Function, Spans
+except ImportError:  # not built: all is done by the functions below
     Spans = None  # type: ignore[assignment,misc]
 
 __all__ = [
@@ -157,7 +157,7 @@ def _set(number: int) -> None:
     global _level
     _level = number
     if _fast is not None:
-        _fast.mode = 0 if number < LAYER else 2 if _annotated else 1
+        _fast.level, _fast.annotated = number, _annotated is not None
 
 
 def _annotate(make: Callable[[str, dict[str, Any]], Any] | None) -> None:
@@ -184,12 +184,15 @@ def _watch_forks() -> None:
 
 def _track() -> Track:
     """This thread's; without a recording, one that nobody will look at."""
+    number = None if _fast is None else _fast.number()  # another one if a recording begins meanwhile
     try:
         track: Track = _local.track
     except AttributeError:
         local, current = _local, _recording
         track = Track("", 0, 1) if current is None else current.track()
         local.track = track
+    if _fast is not None:
+        _fast.adopt(track.ring, number)
     return track
 
 
@@ -269,36 +272,28 @@ def _checked(name: str) -> str:
 
 
 class Timed(Span):
-    """A span that measures whether or not it is recorded. `timed` makes it.
+    """A span that measures whether or not it is recorded. `timed` makes it, and it begins there.
 
     Attributes:
         seconds: that it took, once it has ended.
     """
 
-    __slots__ = ("opened",)
+    __slots__ = ("measured",)
 
     def __init__(self, name: str, args: dict[str, Any]):
         super().__init__(name, args)
-        self.opened = False
-
-    def __enter__(self) -> Any:  # type: ignore[override]
-        if self.opened:
-            _lose(f"{self.name!r} was opened twice")
-            return self
-        self.opened = True
-        if _level:
-            self.begin(_track().ring, on_gpu=True)
-        else:
+        self.measured = not _level  # it is under way, and not recorded
+        if self.measured:
             self.start = clock()
+        else:
+            self.begin(_track().ring, on_gpu=True)
+
+    def __enter__(self) -> Timed:  # type: ignore[override]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if not self.opened:
-            _lose(f"{self.name!r} was closed without being open")
-            return
-        self.opened = False
-        if self.ring is None:
-            self.end = clock()
+        if self.measured:
+            self.measured, self.end = False, clock()
         else:
             super().__exit__(*error)
 
@@ -307,29 +302,37 @@ class Timed(Span):
         return self.end - self.start
 
 
-class Block(Timed):
-    """A block of a world, or a step of one that has several in flight. `block` makes it.
+class Block:
+    """A block of a world, or a step of one that has several in flight. `block` makes it, and it begins there.
 
     Attributes:
         frames: that came out; who makes the block sets it.
         row: what was measured, once it has ended; None: nothing is recorded, or the block failed.
     """
 
-    __slots__ = ("frames", "row")
+    __slots__ = ("_timed", "frames", "row")
 
     def __init__(self) -> None:
-        super().__init__("block", {})
         self.frames = 0
         self.row: Row | None = None
+        self._timed = timed("block")
 
-    def __exit__(self, *error: Any) -> None:
-        ring = self.ring
-        super().__exit__(*error)
-        if ring is None or _recording is None or (error and error[0] is not None):
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        ring = self._timed.ring
+        self._timed.__exit__()
+        if ring is None or _recording is None or kind is not None:
             return
         for track in _recording.tracks:
             if track.ring is ring:  # else: of a recording that was stopped meanwhile
-                self.row = _ended(_recording, track, self)
+                self.row = _ended(_recording, track, self._timed, self.frames)
                 return
 
 
@@ -366,18 +369,9 @@ def span(name: str, **args: Any) -> AbstractContextManager[Any]:
     args = _without_others(name, args)
     if _annotated is not None:
         return _annotated(name, args)
-    number = None if _fast is None else _fast.number()  # another one if a recording begins meanwhile
     ring, one = _track().ring, Span(name, args)
-    if _fast is not None:
-        _fast.adopt(ring, number)
     one.begin(ring, on_gpu=ring.gpu is not None and ring.gpu.active)
     return one
-
-
-_fast: Any = None
-if Spans is not None:
-    _fast = Spans(span, _misplaced, None if sys.platform == "linux" else clock)
-    span = functools.update_wrapper(_fast, span)
 
 
 def _without_others(name: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +383,7 @@ def _without_others(name: str, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def timed(name: str, device: Any = None, **args: Any) -> Timed:
-    """A context that says how long it took, recorded from level "block" on: for a few spans per block.
+    """A context that says how long it took, recorded from level "block" on: for a few spans per block. It begins here.
 
     Args:
         name, args: as for `span`.
@@ -513,16 +507,16 @@ def on_block(hook: Hook) -> Callable[[], None]:
     return end
 
 
-def _ended(recording: Recording, track: Track, made: Block) -> Row:
+def _ended(recording: Recording, track: Track, made: Timed, frames: int) -> Row:
     """Adds a block up, and calls the hooks."""
-    with Timed("profiler", {}):
+    with timed("profiler"):
         if track.ring.gpu is not None:
             track.ring.gpu.block()
-        row = recording.block(track, made.start, made.end, made.frames)
+        row = recording.block(track, made.start, made.end, frames)
     for hook in tuple(_hooks):
         name = getattr(hook, "__name__", type(hook).__name__)
         try:
-            with Timed(f"hook {name}", {}):
+            with timed(f"hook {name}"):
                 hook(row)
         except Exception as error:
             recording.lose(f"hook {name} failed ({type(error).__name__}: {error}) and is not called again")
@@ -559,10 +553,7 @@ def count(name: str, amount: float = 1) -> None:
         >>> profile.count("pages evicted", 4)
     """
     if _level:
-        counts = _track().counts
-        number = _number(name, amount, "count", counts)
-        if number is not None:
-            counts[name] = counts.get(name, 0) + number
+        _give(name, amount, "count", _track().counts)
 
 
 def metric(name: str, value: float) -> None:
@@ -573,14 +564,11 @@ def metric(name: str, value: float) -> None:
         >>> profile.metric("pictures waiting", 2)
     """
     if _level:
-        values = _track().values
-        number = _number(name, value, "metric", values)
-        if number is not None:
-            values[name] = number
+        _give(name, value, "metric", _track().values)
 
 
-def _number(name: str, given: Any, kind: str, known: dict[str, float]) -> float | None:
-    """What was given, if it is a number and the name is of this kind."""
+def _give(name: str, given: Any, kind: str, numbers: dict[str, float]) -> None:
+    """A number, if it is one and the name is of this kind."""
     if type(given) not in (int, float):
         try:
             given = None if isinstance(given, str | bool) else float(given)
@@ -588,11 +576,25 @@ def _number(name: str, given: Any, kind: str, known: dict[str, float]) -> float 
             given = None
     if given is None or not abs(given) <= LARGEST:  # NaN is not, either
         _lose(f"{name!r} was given what is no finite number")
-        return None
+        return
     if not isinstance(name, str):
         _lose(f"{name!r} was given as the name of a {kind}, and is no text")
-        return None
-    if name not in known and not (_recording is not None and _recording.declare(name, kind)):
+        return
+    name = str(name)  # of no subclass, whose hash may be anything
+    if name not in numbers and not (_recording is not None and _recording.declare(name, kind)):
         _lose(f"{name!r} was given as a {kind}, and was something else before or is one name too many")
-        return None
-    return given
+        return
+    numbers[name] = numbers.get(name, 0) + given if kind == "count" else given
+
+
+# The common case, in C
+
+_fast: Any = None
+if Spans is not None:
+    _fast = Spans(_misplaced, None if sys.platform == "linux" else clock)
+
+    def _in_c(reference: Callable[P, T]) -> Callable[P, T]:
+        made: Any = Function(_fast, reference.__name__, reference)
+        return functools.update_wrapper(made, reference)
+
+    span, timed, count, metric = _in_c(span), _in_c(timed), _in_c(count), _in_c(metric)

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention_arrivals.h"
 #include "attention_groups.h"
 #include "attention_operands.h"
 #include "pages.h"
@@ -138,18 +139,17 @@ float max_bias(const PagedAttentionParams& p, int64_t list) {
   return largest == -kInfinity ? 0.f : largest;
 }
 
-int64_t list_of(const PagedAttentionParams& p, const Task& task) {
-  return task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
-}
-
+// Goes on with the task whose state is in the workspace. False if it stops before a page that is not there yet.
 template <typename S>
-INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, AttendGroups single,
+INFERIX_INLINE bool attend_task(Isa isa, const PagedAttentionParams& p, const Task& task, AttendGroups single,
                                 AttendGroups pair, Workspace& w) {
   const Call call(p, task);
-  load_queries<S>(isa, p, task, call.out_columns, w);
-  const int64_t list = list_of(p, task);
+  const int64_t list = list_of(p, task), list_end = p.page_indptr[list + 1];
+  if (w.entry == kNotBegun) {
+    load_queries<S>(isa, p, task, call.out_columns, w);
+    w.max_bias = max_bias(p, list), w.entry = p.page_indptr[list];
+  }
   const int64_t groups = static_cast<int64_t>(w.running.size());
-  w.max_bias = max_bias(p, list);
   w.tiles.resize(isa >= Isa::amx ? kAmxTiles : 1);
   int64_t packed = 0;  // tiles for tile registers; all of them meet a pair of groups before the next pair does
   const auto attend_packed = [&]() INFERIX_INLINE_LAMBDA {
@@ -158,14 +158,19 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
 #endif
     packed = 0;
   };
-  for (int64_t i = p.page_indptr[list]; i < p.page_indptr[list + 1]; ++i) {
+  for (int64_t i = w.entry; i < list_end; ++i) {
+    if (!has_arrived(p, i)) {
+      attend_packed();
+      w.entry = i;
+      return false;
+    }
     const float bias = p.page_bias ? (p.page_bias[i] - w.max_bias) * kLog2E : 0.f;
     if (bias == -kInfinity) continue;
     const int64_t start = p.entries.starts ? p.entries.starts[i] : 0, end = start + p.entries.lens[i];
     const Location page = locate(p.pools, p.entries.ids[i]);
     const Tile k_tile = tile_of(page.pool->k, p.shape, page.page, task.head);
     const Tile v_tile = tile_of(page.pool->v, p.shape, page.page, task.head);
-    const NextPage next = NextPage::of(p, task, i + 1, p.page_indptr[list + 1]);
+    const NextPage next = NextPage::of(p, task, i + 1, list_end);
     if (isa >= Isa::amx) next.fetch(0, 1);
     for (int64_t first = start; first < end; first += kTileKeys) {
       PackedTile& tile = w.tiles[packed];
@@ -187,9 +192,10 @@ INFERIX_INLINE void attend_task(Isa isa, const PagedAttentionParams& p, const Ta
   }
   attend_packed();
   store_rows<S>(isa, p, task, call.out_columns, w);
+  return true;
 }
 
-using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
+using Attend = bool (*)(Isa, const PagedAttentionParams&, const Task&, Workspace&);
 
 #define INFERIX_GROUPS(level, target, width, Registers)                                               \
   target void attend_##level(const Call& call, const PackedTile& tile, int64_t group, Workspace& w) { \
@@ -197,14 +203,14 @@ using Attend = void (*)(Isa, const PagedAttentionParams&, const Task&, Workspace
   }
 
 INFERIX_GROUPS(one_portable, , 4, PortableBlock)
-void attend_portable(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend_task<Simd<4>>(isa, p, task, attend_one_portable, nullptr, w);
+bool attend_portable(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+  return attend_task<Simd<4>>(isa, p, task, attend_one_portable, nullptr, w);
 }
 
 #if defined(__x86_64__)
 INFERIX_GROUPS(one_v3, INFERIX_V3, 8, V3Block)
-INFERIX_V3 void attend_v3(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
-  attend_task<Simd<8>>(isa, p, task, attend_one_v3, nullptr, w);
+INFERIX_V3 bool attend_v3(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+  return attend_task<Simd<8>>(isa, p, task, attend_one_v3, nullptr, w);
 }
 
 // Of so few keys arranging tiles takes longer than multiplying them: float32 needs the least of it. It goes by the list alone: a row's result does not
@@ -218,10 +224,10 @@ bool has_few_keys(const PagedAttentionParams& p, int64_t list) {
 using V4Single = Block<V4Block::kRows * V4Block::kGroups, 1>;
 INFERIX_GROUPS(one_v4, INFERIX_V4, 16, V4Single)
 INFERIX_GROUPS(two_v4, INFERIX_V4, 16, V4Block)
-INFERIX_V4 void attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
+INFERIX_V4 bool attend_v4(Isa isa, const PagedAttentionParams& p, const Task& task, Workspace& w) {
   if (isa == Isa::amx && has_few_keys(p, list_of(p, task))) isa = Isa::avx512;
   const Tiles tiles(isa >= Isa::amx);
-  attend_task<Simd<16>>(isa, p, task, attend_one_v4, attend_two_v4, w);
+  return attend_task<Simd<16>>(isa, p, task, attend_one_v4, attend_two_v4, w);
 }
 
 Attend attend_for(Isa isa) { return dispatch<Attend>(isa, attend_portable, attend_v3, attend_v4); }
@@ -259,6 +265,11 @@ std::vector<Task> split(const PagedAttentionParams& p, Isa isa) {
   return tasks;
 }
 
+Workspace& own_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
 template <typename In, typename Out>
 void merge_row(const MergeAttentionParams& p, int64_t row) {
   const Merge merge(p.lse_a[row], p.lse_b[row]);
@@ -275,11 +286,19 @@ void paged_attention_cpu(const PagedAttentionParams& p, const Cpu& cpu) {
   check_indptr("page_indptr", p.page_indptr, p.segments * p.lists_per_segment, p.entries.n);
   entry_starts("plan.page_ids", "plan.page_lens", p.entries, total_pages(p.pools), p.shape.page_size, -1, false);
   check_variants(p);
+  check_arrivals(p);
   const std::vector<Task> tasks = split(p, cpu.isa);
   const Attend attend_task = attend_for(cpu.isa);
+  const auto attend = [&](const Task& task, Workspace& w) { return attend_task(cpu.isa, p, task, w); };
+  if (p.arrivals) {
+    ArrivingTasks arriving(p, tasks);
+    parallel_for(cpu.threads, cpu.threads, [&](int64_t) { arriving.work(attend, own_workspace()); });
+    return arriving.require_all();
+  }
   parallel_for(cpu.threads, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    thread_local Workspace workspace;
-    attend_task(cpu.isa, p, tasks[i], workspace);
+    Workspace& w = own_workspace();
+    w.entry = kNotBegun;
+    attend(tasks[i], w);
   });
 }
 

@@ -17,6 +17,16 @@ struct Task {
 
 inline int64_t width(const PagedAttentionParams& p) { return p.pools.pool[0].k.width; }
 
+inline int64_t list_of(const PagedAttentionParams& p, const Task& task) {
+  return task.segment * p.lists_per_segment + (p.lists_per_segment == 1 ? 0 : task.head);
+}
+
+// Is the page of an entry there?
+inline bool has_arrived(const PagedAttentionParams& p, int64_t entry) {
+  if (!p.arrivals || p.arrivals[2 * entry] < 0) return true;
+  return has_reached(p.counters + p.arrivals[2 * entry], p.arrivals[2 * entry + 1]);
+}
+
 template <typename S, typename Function>
 INFERIX_INLINE void with_micro_kernels(Arithmetic arithmetic, const Function& function) {
 #if defined(__x86_64__)

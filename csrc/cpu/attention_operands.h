@@ -52,13 +52,20 @@ struct PackedTile {
   Column columns[kTileKeys];
 };
 
-// A thread's buffers for a task; kept between calls, since a task is short.
-struct Workspace {
+constexpr int64_t kNotBegun = -1;
+
+// How far a task has come: it may be stopped before any page of its list, and another thread may go on with it.
+struct TaskState {
   std::vector<Column> q[kArithmetics];  // [variants][groups][terms][words of a row]; none if no pool wants it
   std::vector<Column> q_scale;          // [variants][groups]  of kInt8, with the scale of scores
   std::vector<Column> out;              // [groups][D rounded up to 16]
   std::vector<OnlineSoftmax> running;   // [groups]
   float max_bias;                       // of the list: the others are relative to it
+  int64_t entry = kNotBegun;            // of the list: the next
+};
+
+// A thread's buffers for a task; kept between calls, since a task is short.
+struct Workspace : TaskState {
   std::vector<PackedTile> tiles;
   Buffer row, floats, halves, words;
 };

@@ -14,14 +14,6 @@ namespace {
 // but torch's own threads want the core in between.
 constexpr int kSpins = 400;
 
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 class ThreadPool {
  public:
   void run(int threads, int64_t tasks, void (*task)(const void*, int64_t), const void* context) {

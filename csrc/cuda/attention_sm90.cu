@@ -48,6 +48,7 @@ void check(const PagedAttentionParams& p) {
   require(p.softcap == 0.f, "has no softcap, got " + std::to_string(p.softcap));
   require(!p.alibi_slopes, "has no alibi_slopes");
   require(!p.windows, "has no windows: plan.windows must be None");
+  require(!p.arrivals, "waits for no pages: plan.arrivals must be None");
   require(!p.entries.starts, "reads pages from their first slot on: plan.page_starts must be None");
   for (int i = 0; i < p.pools.count; ++i) {
     const Pool& pool = p.pools.pool[i];

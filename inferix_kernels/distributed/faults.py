@@ -241,7 +241,7 @@ class FailureDetector:
         with self._changed:
             if statuses is not None:
                 for r, (status, before) in enumerate(zip(statuses, self._statuses, strict=True)):
-                    self._missed[r] = self._missed[r] + 1 if status.beat == before.beat else 0
+                    self._missed[r] = 0 if status.beat != before.beat else self._missed[r] + (not mine.left)
                 self._statuses, self._written, self._answered = statuses, mine.beat, time.monotonic()
             known, self.loss = self.loss, self.loss or self._told() or self._ended(gone)
             if self.loss is None and late:
@@ -255,7 +255,7 @@ class FailureDetector:
         if closed or (mine.lost and self.rank != 0):  # nothing more to say; rank 0 sees the others go
             return False
         with self._changed:
-            self._changed.wait_for(lambda: self._urgent, BEAT)
+            self._changed.wait_for(lambda: self._urgent, BEAT / 10 if mine.left else BEAT)  # who leaves looks around
         return True
 
     def _exchange(self, mine: Status) -> list[Status] | None:

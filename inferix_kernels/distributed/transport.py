@@ -24,6 +24,13 @@ class Message(NamedTuple):
     Args:
         peer: rank in the group.
         blob: uint8 [bytes], contiguous, on the transport's device. Where it is received it is written.
+
+    Example:
+        >>> import torch
+        >>> from inferix_kernels.distributed import Message
+        >>> q = torch.zeros(4, 12, 64, dtype=torch.bfloat16)
+        >>> len(Message(3, q.view(-1).view(torch.uint8)).blob)
+        6144
     """
 
     peer: int
@@ -60,6 +67,7 @@ class Transport:
         sent: bytes that this rank has sent to others, so far.
 
     Example:
+        >>> import torch
         >>> from inferix_kernels.distributed import Message, in_process_group, run_ranks
         >>> def swap(transport):
         ...     other = 1 - transport.rank
@@ -94,9 +102,10 @@ class Transport:
         for name, messages in (("sends", sends), ("receives", receives)):
             peers = [message.peer for message in messages]
             for i, (peer, blob) in enumerate(messages):
-                if not 0 <= peer < self.size or peer == self.rank or peers[:i].count(peer) == MESSAGES_PER_PEER:
-                    many = f"another rank of 0 to {self.size - 1}, and {MESSAGES_PER_PEER} times at most"
-                    self._refuse(f"{name}[{i}].peer", many, peer)
+                many = peers[:i].count(peer) == MESSAGES_PER_PEER
+                if not isinstance(peer, int) or not 0 <= peer < self.size or peer == self.rank or many:
+                    want = f"another rank of 0 to {self.size - 1}, and {MESSAGES_PER_PEER} times at most"
+                    self._refuse(f"{name}[{i}].peer", want, repr(peer))
                 self._check_blob(f"{name}[{i}].blob", blob)
         return self._post(sends, receives)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..arrivals import NotArrived
 from ..layout import KVPages, PageList
 from ..plans import Plan
 from .kv_pages import locate, read_page, spans, starts_of
+
+POLL = 1e-4  # seconds between two looks at a counter
 
 __all__ = ["check_plan", "latent_attention", "merge_attention", "paged_attention"]
 
@@ -28,13 +32,15 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     precision: str = "auto",
+    deadline: float = 60.0,
 ) -> tuple[Tensor, Tensor]:
     """Exact whatever `precision` allows: it is what the others are compared with."""
 
     def keys_and_values(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
 
-    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, keys_and_values, softcap, alibi_slopes)
+    limits = softcap, alibi_slopes, deadline
+    return attention_over_pages(q, pools, plan, scale, out, lse, accumulate, keys_and_values, *limits)
 
 
 def latent_attention(
@@ -57,19 +63,26 @@ def attention_over_pages(
     keys_and_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    deadline: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """keys_and_values: of the two sides of a page, [length, heads, D] and [length, heads, Dv]."""
     starts, lists, entries, slots, bias, variants = check_plan(q, pools, plan)
+    arrivals, until = check_arrivals(plan), time.monotonic() + deadline
     queries = q[None] if q.ndim == 3 else q  # [V, T, Hq, D]
     H = pools[0].heads
     group = queries.shape[2] // H  # query head j reads KV head j // group
     shared = H if len(lists) == len(starts) else 1  # KV heads that share a page list
     for i in range(len(lists) - 1):
         s, first = divmod(i * shared, H)
-        mine = range(lists[i], lists[i + 1])
-        pages = [
-            keys_and_values(*read_page(*locate(pools, entries[j][0]), length_of(entries[j]), slots[j])) for j in mine
-        ]
+        if starts[s] == starts[s + 1]:
+            continue
+        mine, pages = range(lists[i], lists[i + 1]), []
+        for j in mine:
+            while not has_arrived(plan, arrivals[j]):
+                if time.monotonic() > until and (late := missing(plan, arrivals, starts, lists)):
+                    raise NotArrived(late, deadline)
+                time.sleep(POLL)
+            pages.append(keys_and_values(*read_page(*locate(pools, entries[j][0]), length_of(entries[j]), slots[j])))
         # Added to a bias of 1e9 a score is lost in float32's rounding: biases count from the largest of the list.
         base = largest_bias(bias[j] for j in mine if length_of(entries[j]))
         # Head by head, so that a head's bits do not depend on how many heads share its list.
@@ -121,6 +134,30 @@ def check_plan(
     bias = [0.0] * len(entries) if plan.page_bias is None else plan.page_bias.tolist()
     chosen = [0] * len(entries) if plan.page_variants is None else choices(plan.page_variants, variants)
     return starts, lists, entries, slots, bias, chosen
+
+
+def check_arrivals(plan: Plan) -> list[tuple[int, int]]:
+    """(counter, value) of every entry of a plan, checked; (-1, 0) where it waits for none."""
+    if plan.arrivals is None or plan.counters is None:
+        return [(-1, 0)] * len(plan.page_ids)
+    count, arrivals = len(plan.counters), [(counter, value) for counter, value in plan.arrivals.tolist()]
+    for i, (counter, _) in enumerate(arrivals):
+        if not -1 <= counter < count:
+            raise ValueError(f"plan.arrivals[{i}] must name one of {count} counters, or -1, got {counter}")
+    return arrivals
+
+
+def has_arrived(plan: Plan, arrival: tuple[int, int]) -> bool:
+    counter, value = arrival
+    return counter < 0 or plan.counters is None or int(plan.counters[counter]) >= value
+
+
+def missing(plan: Plan, arrivals: list[tuple[int, int]], starts: list[int], lists: list[int]) -> list[int]:
+    """Ids of pages that are not there, of lists that have queries."""
+    shared = (len(lists) - 1) // (len(starts) - 1)  # lists of a segment
+    read = [starts[i // shared] < starts[i // shared + 1] for i in range(len(lists) - 1)]
+    entries = [j for i, wanted in enumerate(read) if wanted for j in range(lists[i], lists[i + 1])]
+    return sorted({int(plan.page_ids[j]) for j in entries if not has_arrived(plan, arrivals[j])})
 
 
 def softmax_sum(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

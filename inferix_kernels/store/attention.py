@@ -77,9 +77,11 @@ class Reads(NamedTuple):
         begin = sum(block.past + block.own for block in self.blocks[:first])
         pages = slice(begin, begin + sum(block.past + block.own for block in self.blocks[first:end]))
         q_indptr, page_indptr, ids, lens, bias, variants, *_ = self.plan
+        arrivals = None if self.plan.arrivals is None else self.plan.arrivals[pages]
         ends = slice(first, end + 1)
         more = [None if x is None else x[pages] for x in (bias, variants)]
-        return rows, Plan(q_indptr[ends] - start, page_indptr[ends] - begin, ids[pages], lens[pages], *more)
+        part = Plan(q_indptr[ends] - start, page_indptr[ends] - begin, ids[pages], lens[pages], *more)
+        return rows, part._replace(arrivals=arrivals, counters=self.plan.counters)
 
 
 class Attend(Protocol):

@@ -8,6 +8,9 @@ a scale by token multiplies the key's scores instead, so that its codes are exac
 quantized row by row to the type of the keys' codes and multiplied with them; weights are rounded to e4m3 and multiplied
 with e4m3 values, and the sum over each tile of at most 128 keys goes to float32, which Hopper's e4m3 units do not keep,
 in the step that applies the channels' scales. Sides that are neither, bf16 keys or int8 values say, stay with floats.
+
+Pages that are on their way (Plan.arrivals) are not waited for: programs that wait on a GPU could keep those that bring
+the pages from running. Each group of pages that comes is a call of its own there, with accumulate=True.
 """
 
 from __future__ import annotations
@@ -72,7 +75,13 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     precision: str = "auto",
+    deadline: float = 60.0,
 ) -> tuple[Tensor, Tensor]:
+    if plan.arrivals is not None:
+        raise Unsupported(
+            "paged_attention: Triton waits for no pages: plan.arrivals must be None; attend to each group of them as "
+            "it comes, with accumulate=True"
+        )
     check_device("paged_attention", q)
     if not q.is_cuda:
         reference.check_plan(q, pools, plan)

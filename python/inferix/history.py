@@ -82,10 +82,12 @@ class Pictures:
 
     Attributes:
         coming: those of the last block; None: none has been begun.
+        gpu: the device, if that is what it is; else None.
     """
 
     def __init__(self, stream: PictureStream, undo: int, device: torch.device | str = "cpu"):
         self._stream, self.undo, self._device = stream, undo, torch.device(device)
+        self.gpu = self._device if self._device.type == "cuda" else None
         self._kept: list[tuple[int, PictureStream]] = []  # (frames made, the stream as it was then)
         self._beside = Beside("inferix-pictures", device)
         self.coming: Coming | None = None
@@ -115,7 +117,7 @@ class Pictures:
             self._kept.append((before, stream.fork()))
 
         def decode() -> np.ndarray:
-            with profile.timed("pictures", self._device):
+            with profile.timed("pictures", self.gpu):
                 return stream(latents)
 
         self.coming = Coming(self._beside.submit(decode), frames)

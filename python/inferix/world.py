@@ -158,7 +158,7 @@ class World(Facts):
             >>> frames = world.step(actions=["up", "up", "left"])  # one per frame, under the same prompt
             >>> frames = world.step(action="none", prompt="glacier day")  # the look changes with this block
         """
-        with profile.block(self.store.device) as block:
+        with profile.block(self.pictures.gpu) as block:
             return self._taken(self._advance(block, "step", None, actions, action, prompt, recache))
 
     @one_at_a_time
@@ -192,7 +192,7 @@ class World(Facts):
             >>> coming.result().shape
             (3, 96, 96, 3)
         """
-        with profile.block(self.store.device) as block:
+        with profile.block(self.pictures.gpu) as block:
             return self._advance(block, "advance", latents, actions, action, prompt, recache)
 
     @one_at_a_time
@@ -226,7 +226,7 @@ class World(Facts):
             True
         """
         self.decoder.check_replay(latents)
-        with profile.block(self.store.device) as block:
+        with profile.block(self.pictures.gpu) as block:
             return self._taken(self._advance(block, "replay", latents, actions, action, prompt, recache))
 
     @one_at_a_time

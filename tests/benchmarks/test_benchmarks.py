@@ -43,7 +43,7 @@ def rows():
     """
     backends = ("ours-compiled", "ours-reference", "ours-torch", "torch", "sdpa", "gather-sdpa")
     settings = dict.fromkeys(families.FAMILIES, dataclasses.replace(QUICK, backends=backends))
-    settings["host"] = QUICK
+    settings["host"] = settings["arrivals"] = QUICK
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "CASES", stream.CASES[:1])
         patch.setattr(profiler, "SPANS", 1000)
@@ -367,3 +367,17 @@ def test_without_the_extension_it_says_what_it_measures(monkeypatch, capsys):
     )
     assert cli.main(["env"]) == 0
     assert "has no extension: on a CPU the reference is measured for ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cost", "low", "high", "note"),
+    [
+        (0.12, 0.05, 0.19, "all goals met"),
+        (0.12, -0.3, 0.5, "unsure: level block, % 0.12 (-0.3 to 0.5), goal 0.2"),
+        (0.67, 0.21, 0.98, "missed: level block, % 0.67 (0.21 to 0.98), goal 0.2"),
+    ],
+)
+def test_a_goal_is_met_or_missed_by_the_whole_interval(cost, low, high, note):
+    measured = {"level block, %": cost, "at least, %": low, "at most, %": high}
+    row = Row("profiler", "block", "tiny", "ours", "-", "cpu", "ok", metrics=measured)
+    assert profiler._judged(row).note == note

@@ -139,6 +139,7 @@ def test_page_ops_load_16_bytes_at_a_time(op, arch):
         ({"page_size": 40, "formats": ("int8",)}, "multiple of 64 for 8-bit and 4-bit pages, got 40"),
         ({"formats": ("fp32",)}, "reads bf16, fp16, int8, i8f8, fp8 and int4 pages only"),
         ({"formats": ("bf16", "fp16")}, "takes q in float16 over such pages, got bfloat16"),
+        ({"arrivals": True}, r"waits for no pages: plan\.arrivals must be None"),
     ],
 )
 @with_nvcc
@@ -151,7 +152,11 @@ def test_what_the_hopper_kernel_does_not_take_is_named(monkeypatch, changes, rea
         "formats": ("bf16",),
         "dtype": torch.bfloat16,
     }
-    q, pools, plan = attention_inputs([3], [7], **(sizes | changes))
+    sizes |= changes
+    arrives = sizes.pop("arrivals", False)
+    q, pools, plan = attention_inputs([3], [7], **sizes)
+    if arrives:
+        plan = plan._replace(arrivals=torch.zeros(1, 2, dtype=torch.int32), counters=torch.zeros(1, dtype=torch.int32))
 
     def run(op, like, **arguments):
         try:

@@ -25,26 +25,44 @@ class Group:
     """Processes that run `function(rank, send)` within a process group; what each sends comes back by `receive`.
 
     Args:
-        hosted: the group's store is in rank 0's process; else in this one, as with torchrun.
+        hosted: the group's store is in rank 0's process; else in one of its own, as with torchrun. It is never in this
+            one: what is forked beside a thread of C++ may find a lock that nobody will open.
     """
 
     def __init__(self, size: int, function: Callable[[int, Callable[[Any], None]], None], hosted: bool = False):
         listening = socket.create_server(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-        self._store = None if hosted else _store(port, size, listening.detach())
         context = multiprocessing.get_context("fork")
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
-        fd = listening.fileno()
-        self.processes = [
-            context.Process(target=_rank, args=(rank, size, port, fd, function, pipes), daemon=True)
-            for rank in range(size)
-        ]
-        for process in self.processes:
+
+        def work(rank: int) -> None:
+            for receiver, sender in pipes:
+                receiver.close()
+                if sender is not pipes[rank][1]:
+                    sender.close()
+            serves = hosted and rank == 0
+            with contextlib.suppress(BrokenPipeError):
+                store = _store(listening, size, serves)
+                if not serves:
+                    listening.close()
+                timeout = timedelta(seconds=LIMIT)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+                function(rank, pipes[rank][1].send)
+
+        def serve() -> None:
+            for receiver, sender in pipes:
+                receiver.close()
+                sender.close()
+            store = _store(listening, size, True)
+            while store is not None:
+                signal.pause()
+
+        self.processes = [context.Process(target=_alone, args=(work, rank), daemon=True) for rank in range(size)]
+        self._others = [] if hosted else [context.Process(target=_alone, args=(serve,), daemon=True)]
+        for process in self.processes + self._others:
             process.start()
+        listening.close()
         for _, sender in pipes:
             sender.close()
-        if hosted:
-            listening.close()
         self.open: dict[Connection, int] = {pipe: rank for rank, (pipe, _) in enumerate(pipes)}
 
     def receive(self, timeout: float) -> list[tuple[int, Any]]:
@@ -59,14 +77,13 @@ class Group:
         return found
 
     def close(self) -> None:
-        for process in self.processes:
+        for process in self.processes + self._others:
             if process.is_alive():
                 assert process.pid is not None
                 os.kill(process.pid, signal.SIGKILL)  # one that is stopped, too
             process.join()
         for pipe in self.open:
             pipe.close()
-        self._store = None
 
 
 def run_processes(size: int, function: Callable[[ProcessGroupTransport], Any], **options: Any) -> list[Any]:
@@ -95,26 +112,20 @@ def run_processes(size: int, function: Callable[[ProcessGroupTransport], Any], *
     return [results[rank][0] for rank in range(size)]
 
 
-def _store(port: int, size: int, listening: int | None) -> dist.TCPStore:
+def _store(listening: socket.socket, size: int, serves: bool) -> dist.TCPStore:
     return dist.TCPStore(
         "127.0.0.1",
-        port,
+        listening.getsockname()[1],
         size,
-        is_master=listening is not None,
+        is_master=serves,
         timeout=timedelta(seconds=LIMIT),
         wait_for_workers=False,
-        master_listen_fd=listening,
+        master_listen_fd=listening.detach() if serves else None,
     )
 
 
-def _rank(rank: int, size: int, port: int, fd: int, function: Callable, pipes: list) -> None:
+def _alone(function: Callable[..., None], *args: Any) -> None:
     torch.set_num_threads(1)
-    for other, (receiver, sender) in enumerate(pipes):
-        receiver.close()
-        if other != rank:
-            sender.close()
-    with contextlib.suppress(BrokenPipeError):
-        store = _store(port, size, fd if rank == 0 and fd >= 0 else None)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT))
-        function(rank, pipes[rank][1].send)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # it would look up the machine's name
+    function(*args)
     os._exit(0)  # as after a loss the group can not be taken down in order

@@ -4,20 +4,25 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from inferix_kernels.distributed import PeerLost, ProcessGroupTransport
 from inferix_kernels.distributed.faults import MISSED, FailureDetector, Loss, Status, Where, _host, _process
-from tests.distributed.faults import PLANTED, draw, main
+from tests.distributed.faults import PLANTED, draw
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_every_kind_of_fault_ends_every_wait_and_the_right_rank_is_named(capsys):
-    """A slice: one of each kind, and a group that is only slow."""
-    count = len(PLANTED)
-    assert main(["--count", f"{count}", "--at-once", f"{count}"]) == 0
-    assert capsys.readouterr().out.count(" 1 faults, 0 hangs, 0 wrong") == count
+def test_over_processes_bytes_arrive_and_of_every_kind_of_fault_the_right_rank_is_named():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.processes"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exchanges: as between threads" in done.stdout
+    assert done.stdout.count(" 1 faults, 0 hangs, 0 wrong") == len(PLANTED)
 
 
 def test_the_same_seed_draws_the_same_faults():

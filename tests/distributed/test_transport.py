@@ -1,4 +1,5 @@
-"""What every transport does: threads of one process, as fast as memory and throttled; as late as can be; processes."""
+"""What every transport does: threads of one process, as fast as memory, throttled, as late as can be; and processes,
+over which `tests/distributed/processes.py` calls the same functions."""
 
 import threading
 import time
@@ -7,7 +8,6 @@ import pytest
 import torch
 
 from inferix_kernels.distributed import Message, PeerLost, in_process_group, run_ranks
-from tests.distributed.groups import run_processes
 from tests.distributed.lazy import POISON, lazy
 
 THREADS = {
@@ -23,12 +23,10 @@ def threads(request):
     return THREADS[request.param]
 
 
-@pytest.fixture(params=[*THREADS, "processes"])
-def run(request):
+@pytest.fixture
+def run(threads):
     """What a function of a transport returns on each of so many ranks."""
-    if request.param == "processes":
-        return lambda size, function: run_processes(size, function)
-    return lambda size, function: run_ranks(THREADS[request.param](size), function)
+    return lambda size, function: run_ranks(threads(size), function)
 
 
 def blob(size: int, seed: int) -> torch.Tensor:
@@ -39,7 +37,7 @@ def empty(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_blob_s_goes_to_rank_s_whatever_the_sizes_are(run, size):
     def sizes(a, b):
         return (7 * a + 3 * b) % 5 * 1000  # some are empty
@@ -170,6 +168,7 @@ GOOD = empty(8)
             lambda t: t.post([Message(2, GOOD)], []),
             r"sends\[0\].peer must be another rank of 0 to 1, .* got 2 on rank 0",
         ),
+        (lambda t: t.post([Message("1", GOOD)], []), r"sends\[0\].peer must be another rank .* got '1' on rank 0"),
         (lambda t: t.post([], [Message(0, GOOD)]), r"receives\[0\].peer must be another rank .* got 0 on rank 0"),
         (lambda t: t.post([Message(1, GOOD)] * 3, []), r"sends\[2\].peer must be .* 2 times at most, got 1 on rank 0"),
         (lambda t: t.post([Message(1, GOOD.float())], []), r"sends\[0\].blob must be uint8, got float32 on rank 0"),

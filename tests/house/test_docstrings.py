@@ -24,7 +24,7 @@ from inferix.models import load_model
 from inferix.models.linears import weight_bytes
 from inferix.profile.overhead import overhead, span_cost
 from inferix.profile.rows import Figures
-from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, quantize
+from inferix_kernels import KVPages, KVStore, PageList, PageTable, Pass, Policy, distributed, quantize
 from inferix_kernels.quantize import Linear8, QConfig, Residual, linear_input, linear_output, quantize_linears
 from inferix_kernels.store.memory import frame_tokens, plan_memory
 from inferix_kernels.store.snapshot import save
@@ -54,6 +54,8 @@ ALONE = [
 ]
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
 
+
+ALONE += [getattr(distributed, name) for name in distributed.__all__ if name != "Ticket"]  # which is a protocol
 
 # Of the profiler, all that needs more than a name to be understood.
 _SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", "Change", "merge", "read"}

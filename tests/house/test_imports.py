@@ -30,7 +30,7 @@ LAYERS = (
         *("layout", "plans", "_C", "files", "sass", "hazards", "uploads"),
         *("_install", "_printing", "proofs.stored", "proofs.speeds"),
     ),
-    ("_check", "_dispatch", "_overlap", "_remembered", "reference"),
+    ("_check", "_dispatch", "_overlap", "_remembered", "arrivals", "reference"),
     ("compiled", "triton_kernels", "flash_attn_backend", "torch_backend", "testing", "_library"),
     ("ops", "chosen", "estimate"),
     ("quantize", "store"),
@@ -43,6 +43,7 @@ SCRIPTS = {"inferix.evaluate.tiny_studies", "inferix.models.tiny.evaluate", "inf
 
 # Who never imports whom, with all that lies below the names. No star stands for a part: these are prefixes.
 FAMILIES = (
+    "arrivals",
     "attention",
     "block",
     "diffusers",

@@ -17,6 +17,12 @@ def add_norm_call(modulate: dict) -> tuple:
     return (torch.randn(6, 16),), {name: given[name] for name in order}
 
 
+def come(plan: Plan) -> dict[str, torch.Tensor]:
+    """Arrivals of pages that are there."""
+    arrivals = torch.stack((plan.page_ids % 2, plan.page_ids), 1)
+    return {"arrivals": arrivals, "counters": torch.full((2,), 9, dtype=torch.int32)}
+
+
 def calls() -> dict[str, tuple]:
     """op -> (args, kwargs) of a call in which every output is passed in."""
     lens = [8, 3]
@@ -27,7 +33,7 @@ def calls() -> dict[str, tuple]:
     gathered = tuple(torch.empty(2, sum(page_lens), 2, 16))
     q, attention_pools, plan = attention_inputs([3, 2], lens, query_heads=4, heads=2, head_dim=16, page_size=8)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
-    limits = {"softcap": 2.0, "alibi_slopes": None}
+    limits = {"softcap": 2.0, "alibi_slopes": None, "precision": "exact", "deadline": 1.0}
     latent_pool, latents = filled_pool("latent8", lens, 1, 8, (16, 8))
     latent_plan = ik.make_plan([(5, latents.ids.tolist(), lens)])
     others = [torch.randn(5, 4, 16), torch.randn(5, 4), torch.randn(5, 4, 16), torch.randn(5, 4)]
@@ -35,7 +41,7 @@ def calls() -> dict[str, tuple]:
     prologue = [torch.randn(11, 8 * 16), torch.rand(4 * 16), torch.rand(16), rope, target, target_list]
     norms = {"norm_q_bias": torch.randn(4 * 16), "norm_k_bias": torch.randn(16)}
     options = {**norms, "bias": torch.randn(8 * 16), "k_mean": torch.randn(2, 16), "eps": 1e-6, "interleaved": True}
-    biased = plan._replace(page_bias=torch.randn(plan.page_ids.shape), page_variants=plan.page_ids % 2)
+    biased = plan._replace(page_bias=torch.randn(plan.page_ids.shape), page_variants=plan.page_ids % 2, **come(plan))
     x = Quantized(torch.randint(-127, 128, (6, 16), dtype=torch.int8), torch.rand(6))
     weight = Quantized(torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8))
     modulate = {"norm": "layer", "weight": None, "bias": None, "scale": torch.randn(2, 16), "shift": torch.randn(2, 16)}
@@ -47,7 +53,7 @@ def calls() -> dict[str, tuple]:
         "kv_gather": ((pools, PageList.of(ids, page_lens), torch.float32), {"out": gathered}),
         "paged_attention": (
             (torch.stack((q, -q)), attention_pools, biased),
-            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False, **limits, "precision": "exact"},
+            {"scale": 0.25, "out": out, "lse": lse, "accumulate": False, **limits},
         ),
         "latent_attention": (
             (torch.randn(5, 4, 24), [latent_pool], latent_plan),

@@ -3,7 +3,7 @@
 import pytest
 
 import inferix.profile
-from inferix_kernels import _recording, _ring, profile
+from inferix_kernels import _recording, _ring, _spans, profile
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,18 @@ class Clock:
 
 @pytest.fixture(params=["compiled", "python"])
 def spans(request, monkeypatch):
-    """With the extension's spans and rings, and with Python's."""
+    """With the extension's functions and rings, and with Python's."""
+    names = ("span", "timed", "count", "metric")
     if request.param == "compiled":
-        assert profile._fast is profile.span is inferix.profile.span
+        for name in names:
+            assert type(getattr(profile, name)) is _spans.Function and getattr(profile, name).__wrapped__
+            assert getattr(profile, name) is getattr(inferix.profile, name)
         return
     monkeypatch.setattr(_recording, "Ring", _ring.Ring)
     monkeypatch.setattr(profile, "_fast", None)
     for package in (profile, inferix.profile):
-        monkeypatch.setattr(package, "span", package.span.__wrapped__)
+        for name in names:
+            monkeypatch.setattr(package, name, getattr(package, name).__wrapped__)
 
 
 @pytest.fixture

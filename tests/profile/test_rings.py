@@ -3,6 +3,7 @@
 import ast
 import gc
 import inspect
+import math
 import random
 import subprocess
 import sys
@@ -73,6 +74,41 @@ def test_the_extension_refuses_what_it_cannot_read():
         with pytest.raises((TypeError, OverflowError)):
             profile._fast.adopt(*wrong)
     assert ring.count == 0 and ring.kept() == []
+
+
+def test_the_common_case_is_the_extensions_and_all_else_the_references():
+    """Of a thread whose ring is known, and of numbers that it has given before."""
+    recording, asked = profile.start("layer"), []
+
+    def made(kind):
+        return _spans.Function(profile._fast, kind, lambda *given, **args: asked.append((kind, *given, args)))
+
+    span, timed, count, metric = map(made, ("span", "timed", "count", "metric"))
+    count("n", 1), metric("m", 1)
+    assert asked == [("count", "n", 1, {}), ("metric", "m", 1, {})], "no thread's ring is known yet"
+    profile.count("n", 1), profile.metric("m", 1)
+    with span("a", layer=3), timed("b", None, step=1):
+        count("n", 2), count("n", 0.5), metric("m", 7)
+    assert len(asked) == 2 and recording.counts() == {"n": 3.5} and recording.values() == {"m": 7}
+    assert [(row[0], row[3], row[4]) for row in recording.tracks[0].kept()] == [
+        ("b", 1, {"step": 1}),
+        ("a", 0, {"layer": 3}),
+    ]
+    others = [lambda: span(3), lambda: timed(3, None), lambda: timed("b", device=3), lambda: timed("b", where=[])]
+    others += [lambda wrong=wrong: count("n", wrong) for wrong in (True, "3", math.nan, math.inf, 1 << 63, -(10**400))]
+    others += [
+        lambda: count("n"),
+        lambda: count("new", 1),
+        lambda: metric("n", 1),
+        lambda: metric(3, 1),
+        lambda: metric("m"),
+    ]
+    for number, other in enumerate(others, 3):
+        other()
+        assert len(asked) == number
+    assert recording.counts() == {"n": 3.5} and recording.values() == {"m": 7} and not recording.problems()
+    with pytest.raises(ValueError, match="kind must be span, timed, count or metric, got block"):
+        _spans.Function(profile._fast, "block", print)
 
 
 def test_times_are_those_of_the_machines_clock():

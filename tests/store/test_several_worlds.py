@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from inferix_kernels import OutOfPages, Part, Policy, TopK
+from inferix_kernels import Counters, OutOfPages, Part, Policy, Segment, TopK, make_plan
 from inferix_kernels.store import table_view
+from inferix_kernels.store.attention import BlockReads, Reads
 from inferix_kernels.store.snapshot import load, save
 from inferix_kernels.testing import poisoned_pool
 from tests.store.injected import Injected, at_call, at_instruction
@@ -328,3 +329,12 @@ def test_sizes_that_do_not_fit_are_refused():
         passed.attend(0, inputs(1, 0)[0], None, None)
     with pytest.raises(ValueError, match=f"v must have {2 * TOKENS} rows, one for each token .* got 1"):
         passed.append(0, torch.zeros(2 * TOKENS, HEADS, HEAD_DIM), torch.zeros(1, HEADS, HEAD_DIM))
+
+
+def test_a_part_of_a_plan_keeps_what_its_pages_wait_for():
+    segments = [Segment(2, [4, 1], [8, 8], arrivals=[(-1, 0), (0, 1)]), Segment(3, [5], [8], arrivals=[(1, 2)])]
+    plan = make_plan(segments)._replace(counters=Counters(2).values)
+    reads = Reads(None, plan, (BlockReads(0, 2, 1, 1), BlockReads(1, 3, 0, 1)), (), None)
+    rows, part = reads.part(1, 2)
+    assert rows == slice(2, 5) and part.page_ids.tolist() == [5]
+    assert part.arrivals.tolist() == [[1, 2]] and part.counters is plan.counters

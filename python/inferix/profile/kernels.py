@@ -13,7 +13,7 @@ from inferix_kernels import profile
 from inferix_kernels.files import atomic_write
 
 
-class _Annotated(profile.Timed):
+class _Annotated(profile.Span):
     """A span that torch.profiler shows as well."""
 
     __slots__ = ("shown",)
@@ -23,7 +23,8 @@ class _Annotated(profile.Timed):
 
         self.shown = torch.profiler.record_function(self.name)
         self.shown.__enter__()
-        return super().__enter__()
+        self.begin(profile._track().ring, on_gpu=True)
+        return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
