@@ -93,7 +93,7 @@ def test_keys_that_are_ready_and_queries_that_come_later(strategy, float32_produ
             q, k, v = torch.randn(3, 42, 4, 16, generator=random)
             mine = [store.shard.own(x, 21) for x in (q, k, v)]
             passed.append(0, *mine[1:])
-            outs.append(passed.read(0, mine[0]).flatten(1).clone())
+            outs += [passed.read(0, q).flatten(1).clone() for q in (mine[0], 2 * mine[0])]
             table.seal(block)
         return outs
 
