@@ -82,9 +82,10 @@ class Storage:
         if isinstance(head_dim, Sequence) and len(head_dim) != 2:
             raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
         counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
-        least_width = min(head_dim) if isinstance(head_dim, Sequence) else head_dim
-        counts |= {"scratch_blocks": scratch_blocks, "head_dim": least_width}
-        counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
+        counts["head_dim"] = min(head_dim) if isinstance(head_dim, Sequence) else head_dim
+        counts |= {"scratch_blocks": scratch_blocks} | {
+            f"pools[{format!r}]": frames for format, frames in pools.items()
+        }
         check_counts(counts | {f"host[{format!r}]": frames for format, frames in host.items()})
         check_page_size(page_size)
         _check_formats(pools, host, scratch_format)
@@ -100,14 +101,14 @@ class Storage:
         self.page_size, self.model, self.backend, self.precision = page_size, model, backend, precision
         on_gpu = device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
-        self.lists = PageLists(frame_tokens, page_size, self.device)
+        self.lists, self.copies = PageLists(frame_tokens, page_size, self.device), Copies(self.device)
         self.pages_per_frame = self.lists.pages_per_frame
         self.pools: dict[str, Pool] = {}
         self.scratch_page_id = 0  # page ids count through the pools, then through scratch
         for format, frames in pools.items():
             self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_page_id, False)
             self.scratch_page_id += self.pools[format].num_pages
-        self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
+        self.host = {each: self._pool("host", each, frames, "cpu", 0, on_gpu) for each, frames in host.items()}
         pages = self.scratch_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
         self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
@@ -115,7 +116,6 @@ class Storage:
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
-        self.copies = Copies(self.device)
         self._keeping: list[weakref.ref[Holder]] = []  # of these `sync_copies` takes what they kept
         self._tables: weakref.WeakSet[Holder] = weakref.WeakSet()
 
