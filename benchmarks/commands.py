@@ -48,6 +48,7 @@ def settings_of(args: argparse.Namespace, timer: str = "") -> Settings:
         device=args.device,
         timer=timer,
         cold=args.cold,
+        small=set(args.shapes) == {"smoke"},
         rounds=args.rounds,
         seconds=args.seconds,
         backends=args.backends,
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     if args.isolate:
         _run_isolated(args, settings, results, wanted, sizes)
     else:
-        machine = Machine(torch.device(settings.device))
+        machine = Machine(torch.device(settings.device), settings.small)
         for rows in families.run(wanted, sizes, settings, machine, args.ops):
             results.add(rows)
             print(*show.tables(rows), sep="\n", flush=True)
@@ -241,7 +242,7 @@ def sweep(args: argparse.Namespace) -> int:
             raise ValueError(f"axis must be one of {', '.join(sweeps.LABELS)}, got {axis!r}")
     settings = settings_of(args)
     results = Results(args, settings)
-    machine = Machine(torch.device(settings.device))
+    machine = Machine(torch.device(settings.device), settings.small)
     for axis in wanted:
         for shape in args.shapes:
             rows = sweeps.run_axis(axis, shapes.find_shape(shape), settings, machine)

@@ -187,7 +187,7 @@ def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     }
     settings = Settings(**given)
     isa.hold(settings.isa)
-    machine = Machine(torch.device(settings.device))
+    machine = Machine(torch.device(settings.device), settings.small)
     yield {"ready": True}
     alone: Alone | None = None
     for line in lines:

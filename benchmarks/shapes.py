@@ -45,7 +45,7 @@ SHAPES = {
         Shape("wan1.3b-480p-window9", 4680, 14040, 12, 12, 128, hidden=1536, ffn=8960, frame_tokens=1560),
         Shape("wan14b-480p", 4680, 32760, 40, 40, 128, hidden=5120, ffn=13824, frame_tokens=1560),
         Shape("magi-4.5b", 12150, 60750, 24, 8, 128, hidden=3072, ffn=12288, frame_tokens=2025),
-        # For tests: grouped heads, ragged pages, seconds in total.
+        # For tests: grouped heads, ragged pages, seconds in total. Measured alone it is measured on warm caches.
         Shape("smoke", 33, 150, 4, 2, 32, hidden=64, ffn=96, frame_tokens=11, page_size=16),
     )
 }

@@ -36,7 +36,7 @@ def _answers(kernels: str) -> Iterator[Any]:
     settings = Settings(**first["settings"])
     isa.hold(settings.isa)
     torch.set_num_threads(first["threads"])
-    machine = Machine(torch.device(settings.device))
+    machine = Machine(torch.device(settings.device), settings.small)
     yield "ready"
     contest: Contest | None = None
     for line in sys.stdin:

@@ -10,6 +10,7 @@ Which registers an instruction reads and writes is taken from nvdisasm's life ra
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def _conflicts(product: sass.Line, other: sass.Line) -> Iterator[tuple[str, froz
             yield "overlaps D", common
 
 
+@functools.lru_cache(1 << 16)  # each line is in flight beside many products
 def _registers(line: sass.Line) -> tuple[frozenset[int], frozenset[int]]:
     """The registers that an instruction reads, and those that it writes; of a product A and D."""
     read, written, both = (_marked(line, mark) for mark in "v^x")

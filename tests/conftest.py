@@ -1,11 +1,13 @@
 """Backends and devices that exist on this machine. A test that takes `backend` and `device` runs once on each pair."""
 
 import contextlib
+import importlib.util
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +29,26 @@ if not torch.cuda.is_available():
 # The longest files by the clock, waiting included: they begin first, so that none of them is left alone at the end.
 # `make test` hands files out in this order.
 LONGEST = (
+    "triton_kernels/test_triton_compile.py",
+    "benchmarks/test_benchmarks.py",
+    "commands/test_cli.py",
     "soak/test_soak_viewers.py",
     "cuda/test_hopper.py",
-    "benchmarks/test_benchmarks.py",
-    "soak/test_soak_kills.py",
-    "models/test_tiny_train.py",
-    "stream/test_stream_play.py",
-    "stream/test_stream_failures.py",
-    "stream/test_stream_browser.py",
     "cuda/test_hazards.py",
+    "models/test_wan_generate.py",
+    "stream/test_stream_browser.py",
+    "soak/test_soak_kills.py",
+    "triton_kernels/test_triton_attention.py",
+    "stream/test_stream_failures.py",
+    "stream/test_stream_play.py",
+    "store/test_store_model.py",
+    "decode/test_pipeline.py",
+    "models/test_tiny_train.py",
 )
+
+
+# Where processes begin, and what those of the tests unpickle.
+PRELOADED = ["inferix.models.tiny", "inferix.stream.push", "inferix.stream.worker", "tests.stream.stream_client"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -107,6 +119,32 @@ def no_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     speeds.forget()
     yield
     speeds.FOLDER = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_processes() -> Iterator[Callable]:
+    """What would be spawned is forked off a process that has imported the same, for importing takes most of the time.
+    Functions and arguments are pickled as ever, and commands that a test starts as typed spawn for themselves.
+
+    Yields the real multiprocessing.get_context, for tests of how processes start.
+    """
+    original = multiprocessing.get_context
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    multiprocessing.get_context = lambda method=None: original("forkserver" if method == "spawn" else method)
+    yield original
+    multiprocessing.get_context = original
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Where Triton's kernels are interpreted, without what its interpreter does over and over."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+        yield
+        return
+    from tests.triton_kernels.interpreter import patched_once_a_launch
+
+    with patched_once_a_launch():
+        yield
 
 
 LEVELS = [level for level in compiled.Isa.__members__.values() if level <= compiled._C.best_isa()]

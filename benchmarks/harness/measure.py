@@ -33,6 +33,7 @@ class Settings:
         rounds: 0 checks and times nothing.
         model, weights, blocks: of families that run a whole model.
         isa: of our CPU kernels, see harness/isa.py; "" is the best there is.
+        small: the machine's own copy is of 4 MiB and empties no cache: for tests, whose times nobody reads.
     """
 
     device: str = "cpu"
@@ -46,6 +47,7 @@ class Settings:
     weights: str | None = None
     blocks: int = 12
     isa: str = ""
+    small: bool = False
 
     def wants(self, contender: Contender) -> bool:
         """ "ours" means every backend of ours, "sdpa" every kind of it."""

@@ -99,19 +99,21 @@ def _compile(case: Case, architecture: Architecture, counted: bool) -> Iterator[
 
 def _of_nvidia(row: Compilation, kernel: Any, counted: bool) -> Compilation:
     usage, ptx = resources(kernel.asm["cubin"]), kernel.asm["ptx"]
+    instruction = tensor_core(ptx)
+    asynchronous = "wgmma" in instruction
+    listing = sass.listing_of(kernel.asm["cubin"], life_ranges=asynchronous) if counted or asynchronous else ""
     if counted:
-        (code,) = sass.functions(sass.listing_of(kernel.asm["cubin"])).values()
+        (code,) = sass.functions(listing).values()
         loads = sass.opcodes(code)["LDG"]
         row = row._replace(instructions=sum(bool(line.address) for line in code), loads=loads)
-    instruction = tensor_core(ptx)
-    seen = hazards.inspect_listing(sass.listing_of(kernel.asm["cubin"], True)) if "wgmma" in instruction else []
+    seen = hazards.inspect_listing(listing) if asynchronous else []
     hazard = next((str(hazard) for one in seen for hazard in one.hazards), "")
     return row._replace(
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         tensor_core=instruction,
         followed=sum(one.products for one in seen),
-        warning=_warning(row.architecture, row.shared, ptx if "wgmma" in instruction else "") or hazard,
+        warning=_warning(row.architecture, row.shared, ptx if asynchronous else "") or hazard,
     )
 
 

@@ -59,7 +59,7 @@ def fake_cases(monkeypatch):
     monkeypatch.setattr(isolated, "START", 600.0)
 
 
-QUICK = Settings(rounds=2, seconds=1)
+QUICK = Settings(rounds=2, seconds=1, small=True)
 
 
 def test_one_that_dies_is_wrong_or_spoils_the_gpu_takes_no_other_along(fake_cases):

@@ -272,7 +272,7 @@ def test_two_trees_are_measured_in_turns_each_with_its_own_kernels(tmp_path):
     assert "def kv_gather(" in text
     path.write_text(text + "\n_gather = kv_gather\n\n\ndef kv_gather(pools, where, dtype, *, out):\n"
                     "    _gather(pools, where, dtype, out=out)\n    out[0].add_(1)\n    return out\n")  # fmt: skip
-    settings = Settings(rounds=10, seconds=2, timer="cpu", backends=("ours",), formats=("int8",))
+    settings = Settings(rounds=10, seconds=2, timer="cpu", small=True, backends=("ours",), formats=("int8",))
     cases = [("kv_pages", "smoke", 0), ("kv_pages", "smoke", 1)]
     appended, gathered = compare_trees([ROOT, other], cases, settings, 1, margin=0.5)
     assert [line.row.op for line in appended + gathered] == ["append-from-fp32", "gather-to-fp32"]

@@ -7,6 +7,7 @@ from inferix_kernels import KVPages, PageList, reference
 from inferix_kernels.layout import FORMATS, KV_FORMATS
 from inferix_kernels.testing import filled_pool, mixed_pools, poisoned_pool, random_page_list, rope_table
 from tests.cuda import machine
+from tests.ops import test_not_finite as not_finite
 
 # lens of the pages, heads, page_size, D: an empty page, ragged tails, pages larger than a staged part, odd widths.
 CASES = {
@@ -135,3 +136,13 @@ def test_the_prologue_does_what_the_reference_does(ops, norm, interleaved, forma
     torch.testing.assert_close(k, want_k, rtol=0, atol=step)
     assert (k - want_k).abs().gt(2e-5).float().mean() < 1e-2
     assert torch.equal(v, want_v)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_what_is_not_finite_is_stored_as_reads_as_the_references(format, side, ops):
+    for strange in not_finite.STRANGE.values():
+        k, v = not_finite.numbers(side, strange)
+        pool = KVPages.empty(format, 2, not_finite.H, not_finite.PAGE, not_finite.D)
+        ops.kv_append(k, v, pool, PageList.of([1, 0], not_finite.LENS))
+        not_finite.same(not_finite.read(pool), not_finite.read(not_finite.stored(format, k, v, "reference")))

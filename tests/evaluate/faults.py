@@ -135,13 +135,13 @@ FAULTS: dict[str, Callable[[Clip], Clip]] = {
 }
 
 
-def slopes(clip: Clip) -> dict[str, float]:
-    """The slope of every measure over the clip's chunks, and the number of cuts."""
+def slopes(clip: Clip, names: Sequence[str] = MEASURES) -> dict[str, float]:
+    """The slopes of measures over the clip's chunks."""
     length = len(clip) // CHUNKS
     parts = [clip[i * length : (i + 1) * length] for i in range(CHUNKS)]
     found = {}
     for name, metric in registered().items():
-        if metric.kind != "proxy" or metric.sees == "video":
+        if not {name, name + ":anchored"} & set(names):
             continue
         scored = [metric.score(part, None) for part in parts]
         if metric.embeds:
@@ -149,7 +149,7 @@ def slopes(clip: Clip) -> dict[str, float]:
             found[name + ":anchored"] = drift(anchored(scored)).slope
         else:
             found[name] = drift(scored).slope
-    return {name: found[name] for name in MEASURES}
+    return {name: found[name] for name in names}
 
 
 def cuts(clip: Clip) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from inferix.evaluate.backbones import amt, clip, dino, musiq, pixels
 from inferix.evaluate.backbones.load import filled, read
+from inferix.evaluate.backbones.vit import Block
 
 from .known_weights import fill, hashed, picture
 
@@ -260,3 +261,13 @@ def test_clip_sees_the_middle_of_a_frame():
     seen = pixels.for_clip(frames)
     white = (1 - torch.tensor(pixels.CLIP_MEAN)) / torch.tensor(pixels.CLIP_STD)
     torch.testing.assert_close(seen.amin((0, 2, 3)), white)
+
+
+@torch.inference_mode()
+def test_linear_layers_stay_in_float16_and_compute_as_in_float32():
+    state = {name: value.half() for name, value in fill(shapes(Block(64, 1, 128, 1e-5))).items()}
+    both = state, {name: value.float() for name, value in state.items()}
+    half, full = (filled(lambda: Block(64, 1, 128, 1e-5), each, Path("x"), "a block") for each in both)
+    assert (half.attn.qkv.weight.dtype, half.norm1.weight.dtype) == (torch.float16, torch.float32)
+    x = hashed("x", (2, 5, 64))
+    assert half(x).dtype == torch.float32 and torch.equal(half(x), full(x))

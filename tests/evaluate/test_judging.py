@@ -10,7 +10,7 @@ import pytest
 
 from inferix.evaluate import judging, metric
 from inferix.evaluate.drift import drift
-from inferix.evaluate.judging import chosen, judge
+from inferix.evaluate.judging import chosen, judge, rounds
 from inferix.evaluate.metric import METRICS, Metric, registered
 from inferix.evaluate.weights import WeightsDir
 from tests.evaluate.clips import counted, write
@@ -70,6 +70,22 @@ def test_a_metric_of_the_whole_video_sees_every_frame_of_all_chunks(clip: Path, 
 
     found = judge(clip, chosen(["proxy:frames"], NONE)[0], NONE, 3, 2)
     assert found.whole == {"proxy:frames": 39} and not found.scores
+
+
+def test_networks_are_in_memory_for_their_own_metric_alone(
+    clip: Path, registry: dict[str, Metric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for name in ("first", "second"):
+        registry[name] = Metric(name, lambda frames, weights, name=name: said.append(name) or 0.5, needs=(name,))
+    monkeypatch.setattr(NONE, "release", lambda: said.append("release"))
+    light, proxies = ["proxy:exposure", "proxy:contrast"], registered()
+    metrics = [proxies[name] for name in ("first", light[0], "second", light[1])]
+    assert [[each.name for each in together] for together in rounds(metrics)] == [light, ["first"], ["second"]]
+    counted: list[None] = []
+    found = judge(clip, metrics, NONE, 2, on_chunk=lambda: counted.append(None))
+    assert said == ["release", "first", "first", "release", "second", "second", "release"]
+    assert len(counted) == 2 * 3 and set(found.scores) == {each.name for each in metrics}
 
 
 def test_one_frame_in_a_chunk_is_too_few_for_some(clip: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from inferix.evaluate.metric import METRICS
+from inferix.evaluate.metric import METRICS, lacking
 from inferix.evaluate.perceptual import PAIR_METRICS, _vmaf, cvvdp, new_shots, vmaf
 
 from .known_weights import hashed, picture
@@ -57,8 +57,8 @@ def test_vmaf_of_frames_goes_by_their_luma():
 
 
 def test_cvvdp_sees_noise_and_nothing_where_nothing_is():
-    if missing := PAIR_METRICS["cvvdp"].missing():
-        pytest.skip(missing)
+    if reason := lacking(PAIR_METRICS["cvvdp"].packages):
+        pytest.skip(f"cvvdp {reason}")
     assert cvvdp(colour(), colour(), 16.0) == 10.0
     noisy, dim = (cvvdp(colour(fault), colour(), 16.0) for fault in ("noise", "dim"))
     assert noisy < 9.5 and dim < 9.9

@@ -89,7 +89,6 @@ def test_a_missing_file_is_one_line_with_all_that_is_known_of_it(tmp_path, frame
             assert part in message
     with pytest.raises(ValueError, match=r"ViT-B-32.pt must lie in the folder of weights, which is not given"):
         published.background(frames, WeightsDir(None))
-    assert WeightsDir(tmp_path).missing(("amt-s.pth",)) == ("amt-s.pth",)
 
 
 def test_another_file_under_a_published_name_is_refused_or_recorded(tmp_path):
@@ -102,6 +101,9 @@ def test_another_file_under_a_published_name_is_refused_or_recorded(tmp_path):
     head = published.network(weights, name)
     assert head(torch.ones(2, 768)).flatten().tolist() == [768.0, 768.0]
     assert list(weights.read) == [name] and weights.read[name] != FILES[name].sha256
+    assert weights.loaded(name, lambda path: None) is not None, "it is there"
+    weights.release()
+    assert weights.loaded(name, lambda path: path.name) == name, "it is not"
 
 
 def test_a_file_of_another_network_is_one_line(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inferix.evaluate import video as module
-from inferix.evaluate.video import chunks, open_video
+from inferix.evaluate.video import beginning, chunks, open_video
 from tests.evaluate.clips import counted, numbers, write
 
 
@@ -39,6 +39,15 @@ def test_every_frame_is_had_small(clip: Path) -> None:
     found = list(chunks(open_video(clip), 3, 2, [(9, 16), (4, 4)]))
     assert [chunk.small[9, 16].shape for chunk in found] == [(21, 9, 16, 3)] * 3
     assert numbers(np.concatenate([chunk.small[4, 4] for chunk in found])) == list(range(63))
+
+
+@pytest.mark.parametrize(
+    "count, lengths", [(1, [1]), (12, [12]), (13, [7, 6]), (32, [11, 11, 10]), (99, [11] * 4 + [10] * 2)]
+)
+def test_its_beginning_comes_in_parts_of_about_one_length(clip: Path, count: int, lengths: list[int]) -> None:
+    found = list(beginning(open_video(clip), count))
+    assert [len(part) for part in found] == lengths
+    assert numbers(np.concatenate(found)) == list(range(min(count, 64)))
 
 
 def refused(path: Path, number: int = 4) -> str:

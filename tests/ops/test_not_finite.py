@@ -14,7 +14,6 @@ from inferix_kernels import (
     quantize_rows,
 )
 from inferix_kernels.layout import FORMATS, KV_FORMATS
-from tests.cuda import machine
 from tests.triton_kernels import triton_mode  # noqa: F401
 
 # Of numpy, in which the interpreter of Triton calculates.
@@ -138,19 +137,3 @@ def test_rows_of_a_linear_layer_show_it(dtype, where):
         others = torch.tensor([0, 1, 2, 4])
         assert torch.equal(got.scales[others], good.scales[others])
         assert torch.equal(got.codes[others].view(torch.uint8), good.codes[others].view(torch.uint8))
-
-
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory):
-    """The page ops for GPUs from their own source, emulated on the CPU."""
-    return machine.PageOps(tmp_path_factory.mktemp("pages"))
-
-
-@pytest.mark.parametrize("side", ["k", "v"])
-@pytest.mark.parametrize("format", KV_FORMATS)
-def test_the_cuda_source_stores_what_reads_as_the_references(format, side, cuda):
-    for strange in STRANGE.values():
-        k, v = numbers(side, strange)
-        pool = KVPages.empty(format, 2, H, PAGE, D)
-        cuda.kv_append(k, v, pool, PageList.of([1, 0], LENS))
-        same(read(pool), read(stored(format, k, v, "reference")))

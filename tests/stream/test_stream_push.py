@@ -1,10 +1,11 @@
 """Pushing to RTMP, HLS and files: many blocks through one encoder, and servers that go and come back."""
 
+import contextlib
 import itertools
+import multiprocessing
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -63,28 +64,32 @@ class Source:
         self.sink.close()
 
 
-LISTENER = """
-import sys, time, av
-from inferix.stream.testing import read_bars
-OPTIONS = {"listen": "1", "fflags": "nobuffer", "probesize": "32"}
-while True:  # who publishes may find nobody, and try again
-    try:
-        with av.open(sys.argv[1], options=OPTIONS) as container:
-            for count, frame in enumerate(container.decode(video=0), 1):
-                print(read_bars(frame.to_ndarray(format="rgb24"))[0], frame.time)
-                if count == int(sys.argv[2]):
-                    sys.exit()
-    except OSError:
+def _receive(pipe, url, wanted, **options):
+    """The process of `receive`: sends all in one."""
+    options |= {"fflags": "nobuffer", "probesize": "32"}
+    while True:  # who publishes may find nobody, and try again
+        with contextlib.suppress(OSError), av.open(url, options=options) as container:
+            frames = itertools.islice(container.decode(video=0), wanted)
+            seen = [(read_bars(frame.to_ndarray(format="rgb24"))[0], frame.time) for frame in frames]
+            if len(seen) == wanted:
+                return pipe.send(seen)
         time.sleep(0.1)
-"""
 
 
-def listen(port, wanted):
-    """Be an RTMP server for one stream: numbers and times of `wanted` pictures. In a process, which can be ended."""
-    command = [sys.executable, "-c", LISTENER, f"rtmp://127.0.0.1:{port}/live/key", str(wanted)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True, text=True).stdout
-    lines = [line.split() for line in output.splitlines()[-wanted:]]
-    return [int(number) for number, _ in lines], [float(at) for _, at in lines]
+def receive(port, wanted, **options):
+    """Numbers and times of `wanted` pictures of the stream at a port; listen="1": as the server that it is pushed to.
+    In a process, which can be ended."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, f"rtmp://127.0.0.1:{port}/live/key", wanted)
+    process = context.Process(target=_receive, args=arguments, kwargs=options, daemon=True)
+    process.start()
+    try:
+        assert mine.poll(PATIENCE), "no stream"
+        return zip(*mine.recv())
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_rtmp_goes_on_block_after_block_and_comes_back_when_the_server_does():
@@ -93,7 +98,7 @@ def test_rtmp_goes_on_block_after_block_and_comes_back_when_the_server_does():
     source = Source(sink)
     assert sink.label == "rtmp://127.0.0.1", "the key of the channel is nobody's business"
     for _ in range(2):  # the second time the server was gone in between
-        numbers, times = listen(port, 8 * BLOCK)
+        numbers, times = receive(port, 8 * BLOCK, listen="1")
         assert np.all(np.diff(numbers) > 0), "eight blocks in their order"
         assert np.all(np.diff(times) > 0)
     assert sink.connections >= 2
@@ -254,22 +259,15 @@ def test_nginx_takes_it_and_takes_it_again_after_a_restart(tmp_path):
     def start():
         return subprocess.Popen(["nginx", "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def watch(count):
-        """What a viewer of the server sees: numbers of pictures."""
-        viewer = LISTENER.replace('"listen": "1", ', "")
-        command = [sys.executable, "-c", viewer, f"rtmp://127.0.0.1:{port}/live/key", str(count)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE, check=True, text=True).stdout
-        return [int(line.split()[0]) for line in output.splitlines()[-count:]]
-
     server = start()
     sink = Sink(f"rtmp://127.0.0.1:{port}/live/key", retry=0.1)
     source = Source(sink)
     try:
-        before = watch(4 * BLOCK)
+        before, _ = receive(port, 4 * BLOCK)
         server.kill()
         server.wait()
         server = start()
-        after = watch(4 * BLOCK)
+        after, _ = receive(port, 4 * BLOCK)
     finally:
         source.close()
         server.kill()

@@ -25,23 +25,61 @@ OTHERS = {
 }
 
 
-def compile_ahead(architectures, cases):
-    """In a process of its own: one can not both interpret and compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "inferix_kernels", "compile", *cases, "--json", "--arch", *map(str, architectures)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr  # nothing spills, ptxas has nothing to say
-    return [aot.Compilation(**row) for row in json.loads(done.stdout)]
+# Runs what comes in, and answers with what it printed and with what went wrong.
+ELSEWHERE = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    said, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(said):
+        try:
+            exec(json.loads(line), {})
+        except BaseException:
+            error = traceback.format_exc()
+    print(json.dumps([said.getvalue(), error]), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def elsewhere():
+    """Runs code in a process that does not interpret, since none can both interpret and compile; returns what it
+    prints. One process for all: it takes seconds to start."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command, pipe = [sys.executable, "-c", ELSEWHERE], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def run(code):
+            print(json.dumps(code), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, f"the process ended with {process.wait()}"
+            said, error = json.loads(answer)
+            assert not error, said + error
+            return said
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def compile_ahead(elsewhere):
+    """compile_ahead(architectures, cases): the rows that the command gives."""
+
+    def compiled(architectures, cases):
+        words = ["compile", *cases, "--json", "--arch", *map(str, architectures)]
+        said = elsewhere(  # 0: nothing spills, ptxas has nothing to say
+            f"from inferix_kernels.__main__ import main\nstatus = main({words!r})\nassert status == 0, status"
+        )
+        return [aot.Compilation(**row) for row in json.loads(said)]
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def richest(compile_ahead):
     return compile_ahead(aot.ARCHITECTURES, CASES)
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_the_richest_kernels_compile_and_spill_nothing(architecture, compiled):
-    rows = {row.kernel: row for row in compiled if row.architecture == architecture}
+def test_the_richest_kernels_compile_and_spill_nothing(architecture, richest):
+    rows = {row.kernel: row for row in richest if row.architecture == architecture}
     products = rows.pop("linear_kernel", None)
     assert (products is None) == (architecture == 80)
     if products is not None:
@@ -50,14 +88,14 @@ def test_the_richest_kernels_compile_and_spill_nothing(architecture, compiled):
     else:
         assert rows.pop("").unsupported == "linear: e4m3 codes need sm_89 or later, this is sm_80; int8 codes run here"
     assert set(rows) == {"norm_stats_kernel", "prologue_kernel"}
-    for row in compiled:
+    for row in richest:
         assert row.sound and row.spilled == 0 and row.registers <= 255
         assert not row.kernel or row.instructions > row.loads > 0
         assert bool(row.followed) == row.tensor_core.startswith("wgmma")
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_other_kernels_compile_and_spill_nothing(architecture):
+def test_other_kernels_compile_and_spill_nothing(architecture, compile_ahead):
     rows = compile_ahead([architecture], OTHERS[architecture])
     assert len(rows) == 2 and all(row.kernel and row.sound for row in rows)
     assert architecture == 90 or rows[1].tensor_core == "mma m16n8k32 s8"
@@ -76,7 +114,7 @@ INSTRUCTIONS = {80: {"mma bf16"}, 90: {"wgmma bf16", "wgmma s8", ""}, 120: {"mma
 
 
 @pytest.mark.parametrize("architecture", ATTENTION)
-def test_attention_compiles_and_spills_nothing(architecture):
+def test_attention_compiles_and_spills_nothing(architecture, compile_ahead):
     rows = compile_ahead([architecture], ATTENTION[architecture])
     kernels = [row for row in rows if row.kernel in ("attention_kernel", "latent_kernel")]
     assert all(row.sound and row.shared <= (232448 if architecture == 90 else 101376) for row in rows)
@@ -85,26 +123,23 @@ def test_attention_compiles_and_spills_nothing(architecture):
     assert (architecture == 90) == any(row.kernel == "combine_kernel" for row in rows)  # where lists are split
 
 
-def test_amd_compiles_and_has_no_e4m3_of_ours_on_gfx942():
+def test_amd_compiles_and_has_no_e4m3_of_ours_on_gfx942(compile_ahead):
     rows = compile_ahead(["gfx942"], ["paged_attention bf16 bfloat16 q, D 256", "linear e4m3 many rows, gate"])
     attention, linear = rows
     assert attention.sound and attention.shared <= 64 << 10 and attention.tensor_core.startswith("mfma")
     assert linear.unsupported == "linear: e4m3 codes need sm_89 or later, this is gfx942; int8 codes run here"
 
 
-def test_merging_in_place_reads_everything_before_it_writes():
+def test_merging_in_place_reads_everything_before_it_writes(elsewhere):
     """Threads of a program read the same lse: without a barrier one might read what another has written already."""
-    script = """
+    programs = elsewhere("""
 from inferix_kernels.triton_kernels.launch import compile_only
 from inferix_kernels.triton_kernels.merge import cases
 for case in cases():
     with compile_only(90) as kernels:
         case.call()
     print(kernels[0].asm["ptx"].replace(chr(10), " "))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    programs = done.stdout.splitlines()
+""").splitlines()
     assert len(programs) == 2
     for ptx in programs:
         before, after = ptx.rsplit("bar.sync", 1)
@@ -122,19 +157,20 @@ def test_every_kernel_has_cases_and_every_case_a_configuration():
             assert case.op not in table or case.shape in table[case.op] or e4m3_too_early
 
 
-def test_a_hazard_of_a_kernel_is_a_warning():
+def test_a_hazard_of_a_kernel_is_a_warning(elsewhere):
     """As compiled: one product, and a wait that is not there."""
-    script = """
-from inferix_kernels import hazards, sass
+    said = elsewhere("""
+from unittest import mock
+from inferix_kernels import sass
 from inferix_kernels.triton_kernels import aot
 disassemble = sass.disassemble
-sass.disassemble = lambda *given, **named: disassemble(*given, **named).replace("WARPGROUP.DEPBAR", "NOP")
-(row,) = aot.compile_ahead([90], ["linear int8 many rows, GELU"])
+def without_waits(*given):
+    return disassemble(*given).replace("WARPGROUP.DEPBAR", "NOP")
+with mock.patch.object(sass, "disassemble", without_waits):
+    (row,) = aot.compile_ahead([90], ["linear int8 many rows, GELU"])
 print(row.followed, row.sound, row.warning)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    followed, sound, warning = done.stdout.split(maxsplit=2)
+""")
+    followed, sound, warning = said.split(maxsplit=2)
     assert (
         int(followed) > 0 and sound == "False" and re.search(r"(reads|writes) [AD] \(R\d+.* of \| \w+: IGMMA", warning)
     )

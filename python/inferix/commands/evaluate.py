@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from inferix_kernels.files import atomic_write, require_writable
 
-from ..evaluate.judging import chosen, judge
+from ..evaluate.judging import chosen, judge, rounds
 from ..evaluate.metric import registered
 from ..evaluate.report import failures, html, report, tables
 from ..evaluate.video import FRAMES
@@ -66,9 +66,10 @@ def _evaluate(config: EvaluateConfig, progress: bool = False) -> Evaluated:
     most = None if config.all else FRAMES
     judged, failed = [], {}
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        task = bar.add_task("chunks", total=len(config.videos) * config.chunks)
+        steps = config.chunks * len(rounds(metrics))
+        task = bar.add_task("chunks", total=len(config.videos) * steps)
         for i, video in enumerate(config.videos):
-            bar.update(task, description=Path(video).name, completed=i * config.chunks)
+            bar.update(task, description=Path(video).name, completed=i * steps)
             try:
                 judged.append(judge(video, metrics, weights, config.chunks, most, lambda: bar.advance(task)))
             except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -31,6 +32,8 @@ from .generate import generate
 from .options import configured
 
 SETTINGS, EVALUATION = "settings.json", "evaluation.json"
+CHECKPOINTS, SAMPLES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin"), 64
+MADE = (".mp4", ".journal", ".json")  # what was made, or begun
 # Options that no result depends on, or that a result says itself: its metrics and weight files.
 WHERE = ("folder", "out", "limit", "jobs", "weights_dir", "split")
 
@@ -63,26 +66,25 @@ def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> 
     weights = WeightsDir(config.weights_dir)
     metrics, left_out = chosen(config.metrics, weights)
     by = {"metrics": {metric.name for metric in metrics}, "weights": dict(weights.read)}
-    out = Path(config.out)
-    _keep_settings(config, out)
+    out, settings = Path(config.out), _settings(config)
+    _keep_settings(settings, out)
     entries = dataset.chosen[: config.limit]
+    read = partial(_read_result, config, out, by)
+    missing = [entry for entry in entries if read(entry) is None]
     failed = dict(dataset.failed)
-    found: dict[str, Mapping[str, Any]] = {}
-    open_entries = []
-    for entry in entries:
-        if (there := _read_result(config, out, entry, by)) is None:
-            open_entries.append(entry)
-        else:
-            found[entry.id] = there
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        task = bar.add_task("videos", total=len(entries), completed=len(found))
-        for entry, error in each_done(partial(_one, config), open_entries, config.jobs):
+        task = bar.add_task("videos", total=len(entries), completed=len(entries) - len(missing))
+        for entry, error in each_done(partial(_one, config, weights), missing, config.jobs):
             if error:
                 failed[entry.id] = f"{entry.id}: {error}"
-            else:
-                found[entry.id] = _read_result(config, out, entry) or {}
             bar.advance(task)
-    whole = _merged(config, dataset, entries, [found[each.id] for each in entries if each.id in found], failed)
+    found = []
+    for entry in entries:
+        if entry.id not in failed and (result := read(entry)) is not None:
+            found.append(result)
+        else:
+            failed.setdefault(entry.id, f"{entry.id}: its result can not be read: {_result_path(out, entry)}")
+    whole = _merged(config, settings, dataset, entries, found, failed)
     whole["left_out"] = left_out
     path = out / EVALUATION
     _write(path, whole)
@@ -94,22 +96,45 @@ def _evaluate_dataset(config: EvaluateDatasetConfig, progress: bool = False) -> 
 def _settings(config: EvaluateDatasetConfig) -> dict[str, Any]:
     """What every result of a folder depends on, as JSON's types."""
     kept = {name: value for name, value in asdict(config).items() if name not in WHERE}
-    kept["weights"] = None if config.weights is None else str(Path(config.weights).resolve())
+    if config.weights is not None:
+        path = Path(config.weights).resolve()
+        kept["weights"] = {"path": str(path), "samples": _sampled(path)}
     if config.model is None:
         kept = {name: kept[name] for name in ("model", "metrics", "chunks", "all")}
     return dict(json.loads(json.dumps(kept)))
 
 
-def _keep_settings(config: EvaluateDatasetConfig, out: Path) -> None:
-    """Write them, or refuse a folder of others."""
-    path, wanted = out / SETTINGS, _settings(config)
+def _sampled(path: Path) -> str:
+    """Of a checkpoint, or of those in a folder: a hash of their names, sizes, and SAMPLES places in each. Cheap, and a
+    network that was trained further differs in most of its numbers."""
+    digest = hashlib.sha256()
+    if not path.exists():
+        raise ValueError(f"weights must be a checkpoint or a folder of one, got {str(path)!r}")
+    try:
+        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in CHECKPOINTS)
+        for each in files:
+            size = each.stat().st_size
+            digest.update(f"{each.name} {size}\n".encode())
+            with each.open("rb") as file:
+                for i in range(SAMPLES):
+                    file.seek(i * size // SAMPLES)
+                    digest.update(file.read(4096))
+    except OSError as error:
+        raise ValueError(f"weights: cannot read {str(path)!r} ({error.strerror})") from None
+    return digest.hexdigest()[:16]
+
+
+def _keep_settings(wanted: Mapping[str, Any], out: Path) -> None:
+    """Write them, or refuse a folder that holds what was made by others."""
+    path = out / SETTINGS
     try:
         for name in ("videos", "results"):
             (out / name).mkdir(parents=True, exist_ok=True)
         there = json.loads(path.read_text()) if path.exists() else wanted
     except (OSError, ValueError) as error:
         raise ValueError(f"out must be a folder of this command, cannot use {str(out)!r} ({error})") from None
-    if there != wanted:
+    made = (each for name in ("videos", "results") for each in (out / name).iterdir() if each.suffix in MADE)
+    if there != wanted and any(made):
         keys = there.keys() | wanted.keys() if isinstance(there, dict) else ()
         changed = next((name for name in sorted(keys) if there.get(name) != wanted.get(name)), SETTINGS)
         before, now = (str(each.get(changed)) if isinstance(each, dict) else "?" for each in (there, wanted))
@@ -122,11 +147,10 @@ def _prompts(config: EvaluateDatasetConfig, entry: Entry) -> tuple[tuple[float, 
     return entry.schedule(config.seconds)[: 1 if config.protocol == "first" else None]
 
 
-def _one(config: EvaluateDatasetConfig, entry: Entry) -> str:
+def _one(config: EvaluateDatasetConfig, weights: WeightsDir, entry: Entry) -> str:
     """Make and judge a video, and write its result; why not, on one line, or ""."""
     out = Path(config.out)
     try:
-        weights = WeightsDir(config.weights_dir)
         metrics, _ = chosen(config.metrics, weights)
         video = _make(config, entry, out) if config.model is not None else entry.video
         if video is None:
@@ -137,6 +161,8 @@ def _one(config: EvaluateDatasetConfig, entry: Entry) -> str:
         _write(_result_path(out, entry), {**result, "id": entry.id, "prompts": asked, "video": str(video)})
     except (ValueError, ImportError, OSError, Unsupported, OutOfPages) as error:
         return " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # a GPU without memory, say: it ends one video, and not the hours of the others
+        return " ".join(f"{type(error).__name__}: {error}".split())
     return ""
 
 
@@ -169,22 +195,27 @@ def _result_path(out: Path, entry: Entry) -> Path:
 
 
 def _read_result(
-    config: EvaluateDatasetConfig, out: Path, entry: Entry, by: Mapping[str, Any] | None = None
+    config: EvaluateDatasetConfig, out: Path, by: Mapping[str, Any], entry: Entry
 ) -> Mapping[str, Any] | None:
     """The result that is there, of these prompts or this video, and by these metrics and weight files; None: there is
-    none."""
+    none, or the video was changed since."""
+    path = _result_path(out, entry)
     try:
-        found = json.loads(_result_path(out, entry).read_text())
+        found = json.loads(path.read_text())
         prompts = found["prompts"] and [tuple(each) for each in found["prompts"]]
         same = prompts == (None if config.model is None else [*_prompts(config, entry)])
-        same &= by is None or by == {"metrics": set(found["metrics"]), "weights": found["weights"]}
-        return found if same and (config.model is not None or found["video"] == str(entry.video)) else None
+        same &= by == {"metrics": set(found["metrics"]), "weights": found["weights"]}
+        same &= config.model is not None or found["video"] == str(entry.video)
+        video = Path(found["video"])
+        same &= not video.exists() or video.stat().st_mtime_ns <= path.stat().st_mtime_ns
+        return found if same and isinstance(found["videos"], list) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _merged(
     config: EvaluateDatasetConfig,
+    settings: Mapping[str, Any],
     dataset: Dataset,
     entries: Iterable[Entry],
     found: list[Mapping[str, Any]],
@@ -195,7 +226,7 @@ def _merged(
     for name in ("metrics", "weights"):
         whole[name] = {key: value for each in found for key, value in each[name].items()}
     whole["videos"] = [video for each in found for video in each["videos"]]
-    made = None if config.model is None else {"by": config.model, "inferix": __version__, **_settings(config)}
+    made = None if config.model is None else {"by": config.model, "inferix": __version__, **settings}
     whole["dataset"] = {
         "folder": str(dataset.folder),
         "entries": len(dataset.entries),
@@ -243,5 +274,11 @@ def print_all(found: Mapping[str, Any], show: Callable[[Any], object]) -> None:
         print(f"prompts: {what}; {dataset['protocol']['seconds']:g} s, by {dataset['made']['by']}")
     for table in tables(found):
         show(table)
+    reasons: dict[str, list[str]] = {}
     for line in failures(found):
-        print(line)
+        what, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(what)
+    for reason, (first, *others) in reasons.items():
+        print(f"{first}{f' and {len(others)} others' if others else ''}: {reason}")
+    if reasons:
+        print("the same command goes on with what failed")

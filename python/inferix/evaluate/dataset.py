@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CAPTIONS, SPLIT = "captions.jsonl", "test_ids.txt"
 MOST_LINE = 1 << 20  # bytes
@@ -100,7 +100,7 @@ def read_dataset(folder: str | Path, split: str | Path | None = None) -> Dataset
     failed: dict[str, str] = {}
     try:
         with (folder / CAPTIONS).open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), 1):
+            for number, line in enumerate(_lines(file), 1):
                 if not line.strip():
                     continue
                 try:
@@ -124,6 +124,14 @@ def read_dataset(folder: str | Path, split: str | Path | None = None) -> Dataset
     failed |= {id: f"split: {path}: {id!r} has no line in {CAPTIONS}" for id in ids if id not in entries}
     chosen = tuple(entries[id] for id in ids if id in entries)
     return Dataset(folder, tuple(entries.values()), chosen, Path(path), failed)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Its lines; of one of MOST_LINE bytes or more, the beginning."""
+    while line := file.readline(MOST_LINE):
+        yield line
+        while len(line) == MOST_LINE and not line.endswith(b"\n"):
+            line = file.readline(MOST_LINE)
 
 
 def _entry(line: bytes, number: int, folder: Path) -> Entry:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from inferix_kernels._install import install
-
 from .drift import Drift, anchored, consistency, drift
-from .metric import Metric, Weights, registered
-from .video import CHUNKS, FRAMES, Video, chunks, open_video
+from .metric import Metric, lacking, registered
+from .video import CHUNKS, FRAMES, Chunk, Video, chunks, open_video
+from .weights import WeightsDir
 
 ANCHORED = ":anchored"  # ends the name of the scores that compare a chunk with the first one
 
@@ -46,7 +44,7 @@ class Judged:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def chosen(names: Collection[str] | None, weights: Weights) -> tuple[list[Metric], dict[str, str]]:
+def chosen(names: Collection[str] | None, weights: WeightsDir) -> tuple[list[Metric], dict[str, str]]:
     """The metrics of these names; of no names, all that can be had and are not off by default.
 
     Returns:
@@ -66,8 +64,8 @@ def chosen(names: Collection[str] | None, weights: Weights) -> tuple[list[Metric
     if names is not None:
         wanted = [known[name] for name in dict.fromkeys(names)]
         for metric in wanted:
-            if lacking := _lacking(metric):
-                raise ImportError(f"{metric.name} needs {lacking}, which is not installed: {install('evaluate')}")
+            if reason := lacking(metric.packages):
+                raise ImportError(f"{metric.name} {reason}")
             for file in metric.needs:
                 weights.path(file)
         return wanted, {}
@@ -75,20 +73,14 @@ def chosen(names: Collection[str] | None, weights: Weights) -> tuple[list[Metric
     for metric in known.values():
         if not metric.default:
             left_out[metric.name] = "off unless it is named"
-        elif lacking := _lacking(metric):
-            left_out[metric.name] = f"needs {lacking}, which is not installed: {install('evaluate')}"
-        elif missing := _missing(metric, weights):
-            left_out[metric.name] = missing
+        elif reason := lacking(metric.packages) or _missing(metric, weights):
+            left_out[metric.name] = reason
         else:
             found.append(metric)
     return found, left_out
 
 
-def _lacking(metric: Metric) -> str:
-    return next((name for name in metric.packages if importlib.util.find_spec(name) is None), "")
-
-
-def _missing(metric: Metric, weights: Weights) -> str:
+def _missing(metric: Metric, weights: WeightsDir) -> str:
     try:
         for file in metric.needs:
             weights.path(file)
@@ -97,21 +89,33 @@ def _missing(metric: Metric, weights: Weights) -> str:
     return ""
 
 
+def rounds(metrics: Sequence[Metric]) -> list[list[Metric]]:
+    """The metrics that a video is decoded for at a time: those that load weight files one by one, so that never more
+    than one's networks are in memory; all others together, in the first round.
+
+    Example:
+        >>> [[metric.name for metric in each] for each in rounds(chosen(["proxy:exposure", "proxy:cuts"], weights)[0])]
+        [['proxy:exposure', 'proxy:cuts']]
+    """
+    light = [metric for metric in metrics if not metric.needs]
+    return [*([light] if light else []), *([metric] for metric in metrics if metric.needs)]
+
+
 def judge(
     path: str | Path,
     metrics: Sequence[Metric],
-    weights: Weights,
+    weights: WeightsDir,
     number: int = CHUNKS,
     most: int | None = FRAMES,
     on_chunk: Callable[[], object] = lambda: None,
     argument: str = "videos",
 ) -> Judged:
-    """Judge a video by these metrics, decoding it once.
+    """Judge a video by these metrics, decoding it once for each of their `rounds`.
 
     Args:
         number: of chunks, at least 2.
         most: frames of each that are looked at; None: all.
-        on_chunk: called after each.
+        on_chunk: called after each, in each round.
         argument: of the caller, that errors name for `path`.
 
     Raises:
@@ -130,28 +134,44 @@ def judge(
         if have < metric.least:
             where = "in a chunk" if metric.sees == "chunk" else "in the video"
             judged.failed[metric.name] = f"needs at least {metric.least} frames {where}, got {have}"
+    for together in rounds(metrics):
+        sizes = dict.fromkeys(metric.size for metric in together if metric.size)
+        try:
+            _judge(judged, together, weights, chunks(video, number, most, tuple(sizes), argument), on_chunk)
+        finally:
+            weights.release()
+    return judged
+
+
+def _judge(
+    judged: Judged,
+    metrics: Sequence[Metric],
+    weights: WeightsDir,
+    decoded: Iterable[Chunk],
+    on_chunk: Callable[[], object],
+) -> None:
+    """One round."""
     by_chunk = {metric: list[float | np.ndarray]() for metric in metrics if metric.sees == "chunk"}
-    sizes = {metric.size: list[np.ndarray]() for metric in metrics if metric.size}
-    for chunk in chunks(video, number, most, tuple(sizes), argument):
+    of_video = {metric: list[np.ndarray]() for metric in metrics if metric.sees == "video"}
+    for chunk in decoded:
         for metric, found in by_chunk.items():
             if metric.name not in judged.failed:
                 found.append(_score(judged, metric, chunk.frames, weights))
-        for size, kept in sizes.items():
-            kept.append(chunk.small[size])
+        for metric, kept in of_video.items():
+            assert metric.size is not None
+            kept.append(chunk.small[metric.size])
         on_chunk()
     for metric, found in by_chunk.items():
         if metric.name not in judged.failed:
             _conclude(judged, metric, found)
-    whole = {size: np.concatenate(kept) for size, kept in sizes.items()}
-    for metric in metrics:
-        if metric.size and metric.name not in judged.failed:
-            number_of_it = _score(judged, metric, whole[metric.size], weights)
+    for metric, kept in of_video.items():
+        if metric.name not in judged.failed:
+            number_of_it = _score(judged, metric, np.concatenate(kept), weights)
             if metric.name not in judged.failed:
                 judged.whole[metric.name] = float(number_of_it)
-    return judged
 
 
-def _score(judged: Judged, metric: Metric, frames: np.ndarray, weights: Weights) -> float | np.ndarray:
+def _score(judged: Judged, metric: Metric, frames: np.ndarray, weights: WeightsDir) -> float | np.ndarray:
     """What a metric says of frames; if it refuses them, or what it says is no number, that is noted in `failed`."""
     begun = time.perf_counter()
     try:

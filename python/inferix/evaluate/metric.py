@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
+
+from inferix_kernels._install import install
+
+from .weights import WeightsDir
 
 KINDS = ("real", "proxy")
 PROXY = "proxy:"  # begins the name of every metric that stands in for one that needs weights
 PROVIDERS = ("published", "perceptual", "proxies")  # modules of this package that register metrics
 
-
-class Weights(Protocol):
-    """Where metrics find the files that they need; one object for a whole evaluation."""
-
-    def path(self, name: str) -> Path:
-        """The file of this name. Raises ValueError, one line that says where to get it, if there is none."""
-        ...
-
-
-Score = Callable[[np.ndarray, Weights], "float | np.ndarray"]
+Score = Callable[[np.ndarray, WeightsDir], "float | np.ndarray"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +105,19 @@ def metric(
         return score
 
     return register
+
+
+def lacking(packages: Sequence[str]) -> str:
+    """Why what imports these modules can not be computed here, and what to install; "" if it can.
+
+    Example:
+        >>> lacking(["numpy"]), lacking(["no_such_module"])[:37]
+        ('', 'needs no_such_module, which is not in')
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return f"needs {package}, which is not installed: {install('evaluate')}"
+    return ""
 
 
 def registered() -> dict[str, Metric]:

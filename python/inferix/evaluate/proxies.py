@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-from .metric import Weights, metric
+from .metric import metric
+from .weights import WeightsDir
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 SMALL = (27, 48)  # what TransNetV2 looks for cuts at
@@ -23,7 +24,7 @@ AROUND, CUT_LEAST, CUT_TIMES = 8, 12.0, 4.0  # of cuts: see cut_frames
 
 
 @metric("clarity", kind="proxy", better="same")
-def clarity(frames: np.ndarray, weights: Weights) -> float:
+def clarity(frames: np.ndarray, weights: WeightsDir) -> float:
     """Mean over frames of ln(1 + variance of the Laplacian of the luma): blur lowers it, noise raises it.
 
     The focus measure of Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy", ICPR 2000, with the
@@ -33,7 +34,7 @@ def clarity(frames: np.ndarray, weights: Weights) -> float:
 
 
 @metric("motion", kind="proxy", least=3)
-def motion(frames: np.ndarray, weights: Weights) -> float:
+def motion(frames: np.ndarray, weights: WeightsDir) -> float:
     """(255 - mean |odd frame - its prediction|) / 255, predicted from the even frames: VBench's motion smoothness.
 
     VBench (arXiv 2311.17982) predicts by the network AMT-S. Here symmetric block matching does, on luma of at most 208
@@ -47,7 +48,7 @@ def motion(frames: np.ndarray, weights: Weights) -> float:
 
 
 @metric("dynamic", kind="proxy", better="same", least=2)
-def dynamic(frames: np.ndarray, weights: Weights) -> float:
+def dynamic(frames: np.ndarray, weights: WeightsDir) -> float:
     """Mean |difference| of consecutive frames, of 255: a video that freezes falls to 0, one that flickers rises.
 
     VBench's temporal flickering (arXiv 2311.17982) is (255 - this) / 255.
@@ -56,7 +57,7 @@ def dynamic(frames: np.ndarray, weights: Weights) -> float:
 
 
 @metric("colourfulness", kind="proxy", better="same")
-def colourfulness(frames: np.ndarray, weights: Weights) -> float:
+def colourfulness(frames: np.ndarray, weights: WeightsDir) -> float:
     """Mean over frames of Hasler and Süsstrunk's colourfulness: over-saturation raises it.
 
     With rg = R - G and yb = (R + G) / 2 - B: sqrt(var rg + var yb) + 0.3 sqrt((mean rg)^2 + (mean yb)^2). "Measuring
@@ -66,26 +67,26 @@ def colourfulness(frames: np.ndarray, weights: Weights) -> float:
 
 
 @metric("contrast", kind="proxy", better="same")
-def contrast(frames: np.ndarray, weights: Weights) -> float:
+def contrast(frames: np.ndarray, weights: WeightsDir) -> float:
     """Mean over frames of the standard deviation of the luma, of 255."""
     return float(np.mean([_luma(frame).std() for frame in frames]))
 
 
 @metric("exposure", kind="proxy", better="same")
-def exposure(frames: np.ndarray, weights: Weights) -> float:
+def exposure(frames: np.ndarray, weights: WeightsDir) -> float:
     """Mean luma, of 255: a video that darkens or burns out."""
     return float(np.mean([_luma(frame).mean() for frame in frames]))
 
 
 @metric("background", kind="proxy", embeds=True, least=2, default=False)
-def background(frames: np.ndarray, weights: Weights) -> np.ndarray:
+def background(frames: np.ndarray, weights: WeightsDir) -> np.ndarray:
     """Consistency of where colours lie: embeddings are frames averaged over 6x8 cells, less their mean colour."""
     cells = interpolate(_planes(frames), (6, 8), mode="area").flatten(2)
     return np.asarray((cells - cells.mean(2, keepdim=True)).flatten(1))
 
 
 @metric("subject", kind="proxy", embeds=True, least=2, default=False)
-def subject(frames: np.ndarray, weights: Weights) -> np.ndarray:
+def subject(frames: np.ndarray, weights: WeightsDir) -> np.ndarray:
     """Consistency of outlines: embeddings are 8 directions of the luma's gradient, by its size, in 4x4 cells.
 
     Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) of a few large cells, a length of 1 each.
@@ -100,7 +101,7 @@ def subject(frames: np.ndarray, weights: Weights) -> np.ndarray:
 
 
 @metric("cuts", kind="proxy", better="lower", sees="video", size=SMALL)
-def cuts(frames: np.ndarray, weights: Weights) -> float:
+def cuts(frames: np.ndarray, weights: WeightsDir) -> float:
     """How many times the picture changes at once, as at a false cut where two blocks meet; see `cut_frames`."""
     return float(len(cut_frames(frames)))
 

@@ -8,7 +8,6 @@ float32 where the published tool on a GPU computes in float16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch import nn
 
 from .backbones import amt, clip, dino, musiq
 from .backbones.pixels import for_clip, for_dino, for_musiq, planes
-from .metric import Weights, metric
+from .metric import metric
+from .weights import WeightsDir
 
 BATCH = 4  # frames that are in a network at a time
 
@@ -32,19 +32,14 @@ _NETWORKS: dict[str, Callable[[Path], nn.Module]] = {
 }
 
 
-@cache  # each is loaded once, for all chunks of all videos
-def _loaded(path: Path, device: str) -> nn.Module:
-    return _NETWORKS[path.name](path).to(device)
-
-
-def network(weights: Weights, name: str) -> Callable[..., torch.Tensor]:
+def network(weights: WeightsDir, name: str) -> Callable[..., torch.Tensor]:
     """The network of a weight file, on the weights' device: tensors on the CPU to tensors on the CPU, no gradients.
 
     Raises:
         ValueError: one line: the file is missing, is not the published one, or holds another network.
     """
-    device = getattr(weights, "device", "cpu")
-    module = _loaded(weights.path(name), device)
+    device = weights.device
+    module = weights.loaded(name, lambda path: _NETWORKS[name](path).to(device))
 
     @torch.inference_mode()
     def run(*inputs: torch.Tensor) -> torch.Tensor:
@@ -60,7 +55,7 @@ def batches(frames: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @metric("clarity", needs=["musiq_spaq_ckpt-358bb6af.pth"])
-def clarity(frames: np.ndarray, weights: Weights) -> float:
+def clarity(frames: np.ndarray, weights: WeightsDir) -> float:
     """Technical quality of single frames by MUSIQ trained on SPAQ, 0 to 100: mean over frames.
 
     VBench calls it imaging quality and divides it by 100. A frame whose longer side is over 512 is scaled down to it.
@@ -70,7 +65,7 @@ def clarity(frames: np.ndarray, weights: Weights) -> float:
 
 
 @metric("aesthetic", needs=["ViT-L-14.pt", "sa_0_4_vit_l_14_linear.pth"])
-def aesthetic(frames: np.ndarray, weights: Weights) -> float:
+def aesthetic(frames: np.ndarray, weights: WeightsDir) -> float:
     """Aesthetic quality of single frames by LAION's head on CLIP ViT-L/14, over 10: mean over frames."""
     image, head = network(weights, "ViT-L-14.pt"), network(weights, "sa_0_4_vit_l_14_linear.pth")
     scores = [head(F.normalize(image(for_clip(part)), dim=-1)) for part in batches(frames)]
@@ -78,21 +73,21 @@ def aesthetic(frames: np.ndarray, weights: Weights) -> float:
 
 
 @metric("background", needs=["ViT-B-32.pt"], embeds=True, least=2)
-def background(frames: np.ndarray, weights: Weights) -> np.ndarray:
+def background(frames: np.ndarray, weights: WeightsDir) -> np.ndarray:
     """How alike the frames are to CLIP ViT-B/32: its embeddings [T, 512], of the middle square of each frame."""
     run = network(weights, "ViT-B-32.pt")
     return torch.cat([run(for_clip(part)) for part in batches(frames)]).numpy()
 
 
 @metric("subject", needs=["dino_vitbase16_pretrain.pth"], embeds=True, least=2)
-def subject(frames: np.ndarray, weights: Weights) -> np.ndarray:
+def subject(frames: np.ndarray, weights: WeightsDir) -> np.ndarray:
     """How alike the frames are to DINO ViT-B/16: its embeddings [T, 768], of whole frames, the shorter side at 224."""
     run = network(weights, "dino_vitbase16_pretrain.pth")
     return torch.cat([run(for_dino(part)) for part in batches(frames)]).numpy()
 
 
 @metric("motion", needs=["amt-s.pth"], least=3)
-def motion(frames: np.ndarray, weights: Weights) -> float:
+def motion(frames: np.ndarray, weights: WeightsDir) -> float:
     """Smoothness of motion: how well AMT-S guesses odd frames from their even neighbours, 0 to 1.
 
     (255 - mean |frame - guess|) / 255 over all pixels and the odd frames that have two neighbours; the guess is rounded

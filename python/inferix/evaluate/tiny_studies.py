@@ -3,7 +3,7 @@
 Its simulator knows the truth, so that one sees what a metric without it sees. Each stream of each variant is one result
 in a folder, beside its video; run again, what is there is not made again. Prints tables in Markdown.
 
-Exit code: 0, or 2 for bad input.
+Exit code: 0, 1 if a stream could not be made, or 2 for bad input.
 """
 
 from __future__ import annotations
@@ -165,8 +165,10 @@ def run(study: Study, tasks: Sequence[Task], jobs: int) -> list[Result]:
         tick = partial(bar.advance, shown) if jobs == 1 else _no_tick
         # What others are compared with is made before them.
         for stage in ([t for t in missing if not t.reference], [t for t in missing if t.reference]):
-            for task, _ in each_done(partial(do, tick), stage, jobs):
-                if jobs > 1:
+            for task, error in each_done(partial(do, tick), stage, jobs):
+                if error:
+                    bar.console.print(f"{task.path().stem}: {error}", markup=False)
+                elif jobs > 1:
                     bar.advance(shown, task.frames)
     return [found for task in tasks if (found := task.result()) is not None]
 
@@ -178,9 +180,7 @@ def of_variants(results: Iterable[Result]) -> dict[str, list[Result]]:
     """The results of each variant, by its name; that of one that was not trained for says so."""
     found: dict[str, list[Result]] = {}
     for result in results:
-        variant = Variant(
-            **{**result["variant"], "older": result["variant"]["older"] and tuple(result["variant"]["older"])}
-        )
+        variant = Variant(**result["variant"])
         found.setdefault(variant.name + ("" if variant.trained else " (untrained)"), []).append(result)
     return found
 
@@ -307,6 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiny_studies: {error}", file=sys.stderr)
         return 2
     print(tables(study, results))
+    if len(results) < len(tasks):
+        print(f"\n{len(tasks) - len(results)} of {len(tasks)} failed: the same command makes them", file=sys.stderr)
+        return 1
     print(f"\n{args.streams} held-out rooms x {frames} frames; {tasks[0].folder}")
     return 0
 

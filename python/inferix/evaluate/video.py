@@ -1,13 +1,15 @@
 """A video's chunks, decoded one after the other: what is in memory at a time does not grow with its length.
 
-A video is read twice. Its packets alone say how many frames there are and when they are shown, which has to be known
-before the first chunk can be cut; then frames are decoded, and those that no metric looks at are not even converted.
+A video is read twice at least. Its packets alone say how many frames there are and when they are shown, which has to be
+known before the first chunk can be cut; then frames are decoded, and those that nobody looks at are not even converted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -76,24 +78,21 @@ def open_video(path: str | Path, argument: str = "videos") -> Video:
         >>> video.frames, video.fps, video.size
         (64, 16.0, (32, 48))
     """
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("it holds no video")
-            stream = container.streams.video[0]
-            times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-            if not times:
-                raise ValueError("it holds no frames")
-            if len(times) < stream.frames:
-                raise ValueError(f"it is truncated: it announces {stream.frames} frames and has {len(times)}")
-            tick = float(stream.time_base or 0)
-            shown = [time for time in times if time is not None]
-            if len(shown) == len(times):  # some containers do not say when a frame is shown
-                _check_even(np.sort(np.asarray(shown, np.float64)) * tick, tick)
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            return Video(Path(path), len(times), fps, (stream.height, stream.width))
-    except UNREADABLE as error:
-        raise ValueError(f"{argument}: cannot read {str(path)!r} ({first_line(error)})") from None
+    with _reading(path, argument), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video")
+        stream = container.streams.video[0]
+        times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        if not times:
+            raise ValueError("it holds no frames")
+        if len(times) < stream.frames:
+            raise ValueError(f"it is truncated: it announces {stream.frames} frames and has {len(times)}")
+        tick = float(stream.time_base or 0)
+        shown = [time for time in times if time is not None]
+        if len(shown) == len(times):  # some containers do not say when a frame is shown
+            _check_even(np.sort(np.asarray(shown, np.float64)) * tick, tick)
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        return Video(Path(path), len(times), fps, (stream.height, stream.width))
 
 
 def chunks(
@@ -127,32 +126,68 @@ def chunks(
             f"{argument}: {taken} frames of {str(video.path)!r} at once would take {nbytes / 2**30:.1f} GiB, "
             f"more than {MOST_CHUNK_BYTES >> 30}: take more `chunks`, or not `all` of their frames"
         )
-    try:
-        yield from _decoded(video, number, length, taken, sizes)
-    except UNREADABLE as error:
-        raise ValueError(f"{argument}: cannot read {str(video.path)!r} ({first_line(error)})") from None
-
-
-def _decoded(video: Video, number: int, length: int, taken: int, sizes: Sequence[Size]) -> Iterator[Chunk]:
     skipped = (length - taken) // 2
+    with _reading(video.path, argument):
+        decoded = _decoded(video)
+        for i in range(number):
+            frames = np.empty((taken, *video.size, 3), np.uint8)
+            small = {size: np.empty((length, *size, 3), np.uint8) for size in sizes}
+            for j, frame in enumerate(islice(decoded, length)):
+                if skipped <= j < skipped + taken:
+                    frames[j - skipped] = _rgb(frame, video.size, BICUBIC)
+                for size, shrunk in small.items():
+                    shrunk[j] = _rgb(frame, size, AREA)
+            yield Chunk(i, i * length, (i + 1) * length, i * length + skipped, frames, small)
+
+
+def beginning(video: Video, count: int, argument: str = "videos") -> Iterator[np.ndarray]:
+    """The first frames of a video, in parts of at most FRAMES, which are as long as each other or a frame shorter.
+
+    Args:
+        count: of frames; all, if there are fewer.
+        argument: of the caller, that errors name for the video.
+
+    Returns:
+        uint8 [T, H, W, 3] RGB each.
+
+    Raises:
+        ValueError: a frame can not be decoded.
+
+    Example:
+        >>> [len(part) for part in beginning(open_video("clip.mp4"), 32)]
+        [11, 11, 10]
+    """
+    count = min(count, video.frames)
+    parts = -(-count // FRAMES)
+    with _reading(video.path, argument):
+        decoded = _decoded(video)
+        for i in range(parts):
+            length = -(-(count - i) // parts)
+            yield np.stack([_rgb(frame, video.size, BICUBIC) for frame in islice(decoded, length)])
+
+
+@contextmanager
+def _reading(path: str | Path, argument: str) -> Iterator[None]:
+    """Whatever goes wrong becomes a ValueError of one line."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{argument}: cannot read {str(path)!r} ({reason})") from None
+
+
+def _decoded(video: Video) -> Iterator[av.VideoFrame]:
+    """Its frames, one after the other, each of them whole and of the video's size."""
     with av.open(str(video.path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         decoded = container.decode(stream)
-        for i in range(number):
-            frames: list[np.ndarray] = []
-            small: dict[Size, list[np.ndarray]] = {size: [] for size in sizes}
-            for j in range(length):
-                frame = next(decoded, None)
-                if frame is None:
-                    raise ValueError(f"it is damaged: {i * length + j} of {video.frames} frames can be decoded")
-                _check(frame, video, i * length + j)
-                if skipped <= j < skipped + taken:
-                    frames.append(_rgb(frame, video.size, BICUBIC))
-                for size, kept in small.items():
-                    kept.append(_rgb(frame, size, AREA))
-            shrunk = {size: np.stack(kept) for size, kept in small.items()}
-            yield Chunk(i, i * length, (i + 1) * length, i * length + skipped, np.stack(frames), shrunk)
+        for i in range(video.frames):
+            frame = next(decoded, None)
+            if frame is None:
+                raise ValueError(f"it is damaged: {i} of {video.frames} frames can be decoded")
+            _check(frame, video, i)
+            yield frame
 
 
 def _rgb(frame: av.VideoFrame, size: Size, scaling: int) -> np.ndarray:

@@ -6,8 +6,10 @@ Nothing is ever downloaded: the files are the user's, in one folder.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def sha256(path: Path) -> str:
 
 
 class WeightsDir:
-    """The user's folder of weight files: what metrics take their weights from.
+    """The user's folder of weight files: what metrics take their weights from, and the networks that hold them.
 
     Args:
         folder: where the files lie; None: there are none.
@@ -106,12 +108,9 @@ class WeightsDir:
         self.device = device
         self.verify = verify
         self.read: dict[str, str] = {}
+        self._loaded: dict[str, Any] = {}
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--weights-dir must be a folder, got {self.folder}")
-
-    def missing(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of these files that the folder lacks."""
-        return tuple(name for name in names if self.folder is None or not (self.folder / name).is_file())
 
     def path(self, name: str) -> Path:
         """The file of this name, which is there and is the published one.
@@ -139,6 +138,16 @@ class WeightsDir:
             )
         self.read[name] = found
         return path
+
+    def loaded(self, name: str, load: Callable[[Path], Any]) -> Any:
+        """What `load` makes of the file of this name: made once, and kept until `release`."""
+        if name not in self._loaded:
+            self._loaded[name] = load(self.path(name))
+        return self._loaded[name]
+
+    def release(self) -> None:
+        """Forget what was loaded."""
+        self._loaded.clear()
 
 
 def table() -> list[tuple[str, str, str, str, str]]:

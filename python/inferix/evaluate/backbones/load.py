@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .vit import Linear
+
 State = dict[str, torch.Tensor]
 # NumPy's numbers, which training leaves in an optimizer's state (AMT's learning rate), under NumPy 1's names and 2's.
 _NUMBERS: list[Any] = [
@@ -66,7 +68,8 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def filled(build: Callable[[], nn.Module], state: State, path: Path, holds: str) -> nn.Module:
-    """The network with these tensors in it, in float32 and for evaluation.
+    """The network with these tensors in it, for evaluation: in float32, but for those of `vit.Linear`, which stay as
+    the file holds them and are computed with in float32.
 
     Args:
         build: makes the network.
@@ -80,6 +83,8 @@ def filled(build: Callable[[], nn.Module], state: State, path: Path, holds: str)
     with torch.device("meta"):
         network = build()
     expected = network.state_dict()
+    linears = [name for name, module in network.named_modules() if isinstance(module, Linear)]
+    kept = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     for name, tensor in expected.items():
         if name not in state:
             raise ValueError(f"{path} must hold {holds}, got no {name}")
@@ -89,5 +94,6 @@ def filled(build: Callable[[], nn.Module], state: State, path: Path, holds: str)
             )
     if extra := sorted(set(state) - set(expected)):
         raise ValueError(f"{path} must hold {holds}, got {extra[0]} as well ({len(extra)} that it lacks)")
-    network.load_state_dict({name: state[name].float() for name in expected}, assign=True)
+    held = {name: state[name] if name in kept else state[name].float() for name in expected}
+    network.load_state_dict(held, assign=True)
     return network.eval().requires_grad_(False)
