@@ -56,6 +56,8 @@ class Storage:
         lists: makes page lists of whole frames.
     """
 
+    pools: dict[str, Pool]
+
     def __init__(
         self,
         *,
@@ -79,13 +81,12 @@ class Storage:
         self.device = device = check_device("device", device)
         check_precision(precision)
         host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
-        if isinstance(head_dim, Sequence) and len(head_dim) != 2:
+        widths = head_dim if isinstance(head_dim, Sequence) else (head_dim, head_dim)
+        if len(widths) != 2:
             raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
         counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
-        counts["head_dim"] = min(head_dim) if isinstance(head_dim, Sequence) else head_dim
-        counts |= {"scratch_blocks": scratch_blocks} | {
-            f"pools[{format!r}]": frames for format, frames in pools.items()
-        }
+        counts |= {"scratch_blocks": scratch_blocks, "head_dim": min(widths)}
+        counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         check_counts(counts | {f"host[{format!r}]": frames for format, frames in host.items()})
         check_page_size(page_size)
         _check_formats(pools, host, scratch_format)
@@ -103,8 +104,7 @@ class Storage:
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
         self.lists, self.copies = PageLists(frame_tokens, page_size, self.device), Copies(self.device)
         self.pages_per_frame = self.lists.pages_per_frame
-        self.pools: dict[str, Pool] = {}
-        self.scratch_page_id = 0  # page ids count through the pools, then through scratch
+        self.pools, self.scratch_page_id = {}, 0  # page ids count through the pools, then through scratch
         for format, frames in pools.items():
             self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_page_id, False)
             self.scratch_page_id += self.pools[format].num_pages
