@@ -13,7 +13,7 @@ from tests.distributed.lazy import lazy
 from tests.distributed.matrix import STRATEGIES, Case, alone, cases, check, processes
 from tests.distributed.worlds import Story, Teller, distance, store_of, tell, whole
 
-SLICE = [*cases()][7::67]
+SLICE = [*cases()][7::101]
 # Another world's fork, a rewind, three blocks in flight, two worlds in one pass, frames seen by name, a captured place.
 EVENTS = Story("int8", layers=1, blocks=4, events=True)
 SPLITS = [("ulysses", 4, 2), ("ring", 3, 1), ("pass-q", 4, 2)]
@@ -38,9 +38,8 @@ def test_a_slice_of_the_matrix(case, float32_products):
     check(case)
 
 
-@pytest.mark.parametrize("schedule", ["ulysses", "ring"])
-def test_over_gloo(schedule, float32_products):
-    check(Case(2, schedule, "ragged", "int8", "12 over 4"), processes)
+def test_over_gloo(float32_products):
+    check(Case(2, "ring", "ragged", "int8", "12 over 4"), processes)
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
@@ -65,10 +64,9 @@ def test_forks_rewinds_and_blocks_in_flight(split, float32_products):
                 assert (off > 1e-5).float().mean() <= 1e-3 and off.max() <= 1.01 * step, f"{frame} on rank {rank}"
 
 
-@pytest.mark.parametrize("split", [("ulysses", 4, 2), ("ring", 2, 1)], ids=str)
-def test_buffers_give_the_same(split, float32_products):
+def test_buffers_give_the_same(float32_products):
     story = Story("int8", layers=1, buffers=True)
-    told = told_by_ranks(story, *split)
+    told = told_by_ranks(story, "ring", 4, 2)
     assert distance(whole(story, [each.outs for each in told]), alone(story._replace(buffers=False)).outs)[0] <= 2e-5
 
 
@@ -116,10 +114,9 @@ def test_bytes_do_not_grow_with_the_past_but_in_a_ring():
     assert of["int8"] <= 0.53 * of["bf16"]
 
 
-@pytest.mark.parametrize("split", [("ulysses", 4, 2), ("ring", 4, 2)], ids=str)
-def test_a_world_saved_by_some_ranks_goes_on_on_others(split, float32_products, tmp_path):
+def test_a_world_saved_by_some_ranks_goes_on_on_others(float32_products, tmp_path):
     story = Story("int8", layers=1)
-    for rank, each in enumerate(told_by_ranks(story, *split)):
+    for rank, each in enumerate(told_by_ranks(story, "ring", 4, 2)):
         save(each.table, tmp_path / f"{rank}")
     with pytest.raises(
         ValueError, match=r"^path must be a snapshot of a whole world, got one rank's part in .*/0: join"
