@@ -24,6 +24,7 @@ from .store import (
     Pass,
     PassBuffers,
     Policy,
+    Shard,
     TopK,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "Policy",
     "Quantized",
     "Segment",
+    "Shard",
     "TopK",
     "Unsupported",
     "__version__",

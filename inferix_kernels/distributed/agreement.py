@@ -32,7 +32,6 @@ def fields(reads: Reads, q: Tensor | None) -> Facts:
         "shard": [f"ranks={shard.ranks}", f"heads={shard.heads}", f"frames={shard.frames}"],
         "store": [
             *(f"{name}={value}" for name, value in store.geometry.items()),
-            f"all_heads={store.all_heads}",
             *(f"pools[{format!r}]={pool.frames}" for format, pool in store.pools.items()),
             f"scratch_format={store.scratch.format}",
             f"precision={store.precision}",

@@ -54,6 +54,7 @@ class Exchange(Sharded):
         self.new = self.page_lists(lambda frame: frame.made)
         self._layer = self.store.num_layers  # that began last
         self._facts: agreement.Facts | None = None
+        self._asked: Tensor | None = None  # own rows' queries that were sent in this layer
         self._queries: Tensor | None = None  # of the group's rows, and the heads that this rank holds
         self._out: Tensor | None = None  # of these, so far
         self._lse: Tensor | None = None
@@ -75,13 +76,14 @@ class Exchange(Sharded):
         held = self._staged[rows.start : rows.start + pages * size]
         k, v = self._sides(held, self.store.all_heads)
         in_pages = (x.unflatten(0, (pages, size)).transpose(1, 2) for x in (k, v))
-        lens = [size] * (pages - 1) + [tokens - (pages - 1) * size]
-        return KVPages(self.store.scratch.format, *in_pages), PageList.of(range(pages), lens, self.store.device)
+        ids, lens = np.arange(pages, dtype=np.int32), np.full(pages, size, np.int32)
+        lens[-1] = tokens - (pages - 1) * size
+        return KVPages(self.store.scratch.format, *in_pages), PageList(*self.store.lists.upload([ids, lens]))
 
     def begin(self, layer: int, q: Tensor | None) -> None:
         if layer <= self._layer:
             self._agree(q)
-        self._layer, self._queries = layer, None
+        self._layer, self._asked = layer, None
         self.transport.at(f"{self.name}: keys", layer, self.first_frame)
         attends = q is not None and (self.reads.predict or layer < self.store.num_layers - 1)
         asked = self._send_queries(q) if attends and q is not None else None
@@ -113,11 +115,11 @@ class Exchange(Sharded):
 
     def __call__(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
         self.transport.at(f"{self.name}: out", layer, self.first_frame)
-        if self._queries is None:
+        if self._asked is not q:  # keys were written by themselves, or other queries meet them
             self._attend_past(layer, self._send_queries(q))
         self._attend_new(layer)
         out = q.new_empty(*q.shape[:2], self.widths[1]) if out is None else out
-        self._queries = None
+        self._asked = None
         return self._return(q.dtype, out)
 
     # What moves
@@ -140,6 +142,7 @@ class Exchange(Sharded):
 
     def _send_queries(self, q: Tensor) -> Ticket:
         """Own rows to the ranks of the group, of each the heads that it holds. What arrives is self._queries."""
+        self._asked = q
         if self.shard.heads == 1:
             self._queries = q
             return NOTHING

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class _Visit:
         ]
         frames: dict[tuple[str, int], FrameRead] = {frame.place: frame for frame in read}
         self._formats = [format for format in store.pools if any(place[0] == format for place in frames)]
-        self._pages: dict[str, list[int]] = {}  # of each format's pool, where they lie
+        self._pages: dict[str, list[int]] = {}  # of each format's pool, where they lie: in the group that holds them
         ids, first = {}, 0
         for format in self._formats:
             starts = [
@@ -109,9 +110,8 @@ class _Visit:
             format: {name: (len(self._pages[format]), x) for name, x in store.pools[format].layers[0].tensors.items()}
             for format in self._formats
         }
-        self._lists = {
-            format: torch.tensor(pages, device=store.device) for format, pages in self._pages.items()
-        }  # read here alone, where these are the pages' places
+        lists = [np.array(pages, np.int32) for pages in self._pages.values()]
+        self._lists = dict(zip(self._pages, store.lists.upload(lists))) if lists else {}
         self._index = {format: i for i, format in enumerate(store.pools)}
         each = (pages * x[0].nbytes for shapes in self._shapes.values() for pages, x in shapes.values())
         self.nbytes = sum(each)

@@ -45,7 +45,8 @@ class KVStore(Storage):
         model: any name; a snapshot is refused by a store of another one.
         precision: of attention's products over quantized pages: "exact", "8bit" or "auto", as for paged_attention.
             On a CPU "auto" becomes "8bit" in the layers of a world whose first block showed that rounding q costs
-            hardly more than the rounding of its keys.
+            hardly more than the rounding of its keys; never in a store that is one of several ranks', which must all
+            round alike.
         turn_back: frames -> [R / 2, 2], cos and sin of the rotation that takes queries back by so many frames; only
             worlds whose policy has time="relative" need it.
         shard: what this process holds of worlds that several make together; `heads` still counts all of them. Its

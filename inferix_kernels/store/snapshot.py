@@ -4,6 +4,9 @@ The file holds, for each format in use, one tensor per part of its pages (codes,
 with the frames in the order of the table; the frozen key means; and as metadata the version, the store's geometry, the
 policy, the list of frames, which of them wait in host memory, and checksums (CRC-32) of each tensor and of all that.
 Blocks that are still open are not part of the past, and not of the file.
+
+Of several ranks each saves the heads and frames that it holds; joining.py makes the file of the whole world, which any
+number of ranks can load: each takes what it is to hold.
 """
 
 from __future__ import annotations
@@ -57,12 +60,16 @@ def save(table: TableView, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(again.gather(0, [0])[0], table.gather(0, [0])[0])
         True
     """
-    save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
-
+    require("safetensors.torch", "driver", "path: a snapshot")
     with table.turn:
         tensors, state = _tensors(table), _state(table)
-    state["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    header = json.dumps(state)
+    write(path, tensors, state)
+
+
+def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """A snapshot of these tensors, whose header says this."""
+    save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
+    header = json.dumps(state | {"checksums": {name: checksum(tensor) for name, tensor in tensors.items()}})
     with atomic_write(path) as part:
         save_file(tensors, part, {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
 
@@ -70,7 +77,9 @@ def save(table: TableView, path: str | os.PathLike[str]) -> None:
 def _tensors(table: TableView) -> dict[str, Tensor]:
     store, tensors, held = table.store, {}, table.state.held.values()
     for format in dict.fromkeys(extent.format for extent in held):
-        places = [_place(extent) for extent in held if extent.format == format]
+        places = [place for place in map(_place, (e for e in held if e.format == format)) if place.own]
+        if not places:
+            continue
         layers = [[place.pool.slot(layer, place.index) for place in places] for layer in range(store.num_layers)]
         for field in store.pools[format].pages.tensors:
             parts = [torch.cat([as_bytes(getattr(pages, field)).cpu() for pages in frames]) for frames in layers]
@@ -82,7 +91,9 @@ def _tensors(table: TableView) -> dict[str, Tensor]:
 
 
 def _state(table: TableView) -> dict[str, Any]:
-    return {
+    shard = table.store.shard
+    part = {} if shard.whole else {"shard": dataclasses.asdict(shard) | {"holds": _holds(table)}}
+    return part | {
         "version": VERSION,
         "geometry": table.store.geometry,
         "policy": {name: getattr(table.policy, name) for name in _policy_fields()},
@@ -92,6 +103,10 @@ def _state(table: TableView) -> dict[str, Any]:
         "cold": sorted(table.cold),
         "eight_bit": list(table.state.eight_bit),
     }
+
+
+def _holds(table: TableView) -> list[int]:
+    return [frame for frame, extent in table.held.items() if _place(extent).own]
 
 
 def _place(extent: Extent) -> Slot:
@@ -106,7 +121,7 @@ def _policy_fields() -> list[str]:
     return [field.name for field in dataclasses.fields(Policy) if field.name != "on_evict"]
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
@@ -132,7 +147,7 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
             with store.turn:
                 table.state = _restored(store, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             return table
-    except _Damaged as error:
+    except Damaged as error:
         raise ValueError(f"path must be a snapshot of a world, got {path}: {error}") from None
     except (OSError, safetensors.SafetensorError) as error:  # whose words may be long, with some of the file in them
         raise ValueError(
@@ -140,7 +155,7 @@ def load(store: KVStore, path: str | os.PathLike[str], policy: Policy | None = N
         ) from None
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """A file that no one has saved so; says what is wrong in it."""
 
 
@@ -157,16 +172,18 @@ class _Header:
 
 def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.PathLike[str]) -> _Header:
     if not metadata or "inferix" not in metadata:
-        raise _Damaged("it has no such header")
-    state = _parsed(metadata["inferix"])
+        raise Damaged("it has no such header")
+    state = parsed(metadata["inferix"])
+    if "shard" in state:
+        raise ValueError(f"path must be a snapshot of a whole world, got one rank's part in {path}: join those of all")
     version = state.get("version")
     if version not in (1, VERSION) or isinstance(version, bool):
         raise ValueError(
             f"path must be a snapshot of version {VERSION} or older, got version {_short(version)} in {path}"
         )
     if version > 1 and metadata.get("crc32") != str(zlib.crc32(metadata["inferix"].encode())):
-        raise _Damaged("its header is damaged: the checksum is of another one")
-    ours, theirs = _parsed(json.dumps(store.geometry)), _member(state, "geometry", dict)
+        raise Damaged("its header is damaged: the checksum is of another one")
+    ours, theirs = parsed(json.dumps(store.geometry)), _member(state, "geometry", dict)
     if differences := [
         f"{name[:20]} {_short(theirs.get(name))} (here {ours.get(name)!r})"
         for name in dict.fromkeys([*ours, *theirs])
@@ -175,7 +192,7 @@ def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.Pat
         raise ValueError(f"path must be a snapshot of this store's model, got {path} with {', '.join(differences)}")
     next_frame = _member(state, "next_frame", int)
     if not 0 <= next_frame < 1 << 31:
-        raise _Damaged(f"its header is damaged: next_frame is {_short(next_frame)}")
+        raise Damaged(f"its header is damaged: next_frame is {_short(next_frame)}")
     formats = _formats(_member(state, "frames", list), next_frame)
     cold = state.get("cold", []) if version == 1 else state.get("cold")
     return _Header(
@@ -189,13 +206,13 @@ def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.Pat
     )
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def parsed(text: str) -> dict[str, Any]:
     try:
         state = json.loads(text)
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
-        raise _Damaged("its header is damaged")
+        raise Damaged("its header is damaged")
     return state
 
 
@@ -206,7 +223,7 @@ def _short(value: object) -> str:
 def _member(state: dict[str, Any], name: str, kind: type) -> Any:
     value = state.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise _Damaged(f"its header is damaged: {name} is {_short(value)}")
+        raise Damaged(f"its header is damaged: {name} is {_short(value)}")
     return value
 
 
@@ -214,21 +231,21 @@ def _formats(frames: list[Any], next_frame: int) -> dict[int, str]:
     """Frame -> format, from the header's list, whose frames increase and have been sealed."""
     for pair in frames:
         if not isinstance(pair, list) or [type(x) for x in pair] != [int, str] or not 0 <= pair[0] < next_frame:
-            raise _Damaged(f"its header is damaged: a frame is {_short(pair)}")
+            raise Damaged(f"its header is damaged: a frame is {_short(pair)}")
     if any(before[0] >= after[0] for before, after in pairwise(frames)):
-        raise _Damaged("its header is damaged: its frames are not in order")
+        raise Damaged("its header is damaged: its frames are not in order")
     return dict(frames)
 
 
 def _frames(name: str, frames: object, held: Mapping[int, str]) -> list[int]:
     if not isinstance(frames, list) or any(type(frame) is not int or frame not in held for frame in frames):
-        raise _Damaged(f"its header is damaged: {name} is {_short(frames)}")
+        raise Damaged(f"its header is damaged: {name} is {_short(frames)}")
     return sorted(set(frames))
 
 
 def _by_layer(eight_bit: object, layers: int) -> tuple[bool, ...]:
     if not isinstance(eight_bit, list) or [type(x) for x in eight_bit] != [bool] * layers:
-        raise _Damaged(f"its header is damaged: eight_bit is {_short(eight_bit)}")
+        raise Damaged(f"its header is damaged: eight_bit is {_short(eight_bit)}")
     return tuple(eight_bit)
 
 
@@ -236,20 +253,20 @@ def _policy(saved: dict[str, Any]) -> Policy:
     came_later: dict[str, Any] = {"past_bias": 0.0, "time": "absolute"}  # than files of version 2
     saved = came_later | saved
     if wrong := sorted(set(_policy_fields()) ^ saved.keys()):
-        raise _Damaged(f"its header is damaged: the policy lacks, or has besides, {', '.join(wrong)[:80]}")
+        raise Damaged(f"its header is damaged: the policy lacks, or has besides, {', '.join(wrong)[:80]}")
     if isinstance(saved["older"], list):
         saved["older"] = tuple(saved["older"])
     try:
         return Policy(**saved)
     except (ValueError, TypeError) as error:
-        raise _Damaged(f"its header is damaged: {str(error)[:100]}") from None
+        raise Damaged(f"its header is damaged: {str(error)[:100]}") from None
 
 
 def _restored(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) -> Past:
     """The past that a file's header and tensors describe, in slots of its own."""
     formats = header.formats
     if unknown := sorted(set(formats.values()) - store.pools.keys()):
-        raise _Damaged(f"it has frames in {', '.join(unknown)[:40]}, which has no pool in this store")
+        raise Damaged(f"it has frames in {', '.join(unknown)[:40]}, which has no pool in this store")
     _check_tensors(store, header, tensors)
     cold, hot = list(header.cold), [frame for frame in formats if frame not in set(header.cold)]
     hot_slots, cold_slots = store.take([formats[f] for f in hot]), store.take([formats[f] for f in cold], in_host=True)
@@ -280,31 +297,34 @@ def _restored(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) ->
 
 
 def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor]) -> None:
-    """Raises _Damaged unless they are the tensors of these frames, of the right shapes, and have the right sums."""
+    """Raises Damaged unless they are the tensors of these frames, of the right shapes, and have the right sums."""
     formats = list(header.formats.values())
     wanted = {
         f"{format}.{field}": (store.num_layers, formats.count(format) * store.pages_per_frame, as_bytes(page[0]))
         for format in dict.fromkeys(formats)
         for field, page in store.pools[format].pages.tensors.items()
     }
-    shapes = {name: ((layers, pages, *page.shape), page.dtype) for name, (layers, pages, page) in wanted.items()}
+    heads = store.all_heads
+    shapes = {name: ((n, pages, heads, *page.shape[1:]), page.dtype) for name, (n, pages, page) in wanted.items()}
     if "k_means" in tensors:
         shapes["k_means"] = (store.num_layers, store.all_heads, store.scratch.head_dim), torch.float32
     if wrong := sorted(shapes.keys() ^ tensors.keys()):
-        raise _Damaged(f"it lacks, or has besides, {', '.join(wrong)[:80]}")
+        raise Damaged(f"it lacks, or has besides, {', '.join(wrong)[:80]}")
     for name, (shape, dtype) in shapes.items():
         tensor = tensors[name]
         if tensor.shape != shape or tensor.dtype != dtype:
-            raise _Damaged(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
-        if header.checksums is not None and header.checksums.get(name) != _checksum(tensor):
-            raise _Damaged(f"{name} is damaged: its checksum is of other contents")
+            raise Damaged(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+        if header.checksums is not None and header.checksums.get(name) != checksum(tensor):
+            raise Damaged(f"{name} is damaged: its checksum is of other contents")
 
 
 def _fill(store: Storage, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
-    n = store.pages_per_frame
+    n, first = store.pages_per_frame, store.shard.head_rank * store.heads
+    heads = slice(first, first + store.heads)  # of the file's, those that are held here
     for field in store.pools[format].pages.tensors:
         tensor = tensors[f"{format}.{field}"]  # [layers, frames * n, ...]
         for layer in range(store.num_layers):
             for j, place in enumerate(places):
-                target = place.pool.slot(layer, place.index).tensors[field]
-                as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n])
+                if place.own:
+                    target = place.pool.slot(layer, place.index).tensors[field]
+                    as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n, heads])

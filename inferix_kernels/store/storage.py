@@ -56,6 +56,8 @@ class Storage:
         lists: makes page lists of whole frames.
     """
 
+    pools: dict[str, Pool]
+
     def __init__(
         self,
         *,
@@ -79,11 +81,11 @@ class Storage:
         self.device = device = check_device("device", device)
         check_precision(precision)
         host, scratch_format = host or {}, scratch_format or layout.scratch_format(device)
-        if isinstance(head_dim, Sequence) and len(head_dim) != 2:
+        widths = head_dim if isinstance(head_dim, Sequence) else (head_dim, head_dim)
+        if len(widths) != 2:
             raise ValueError(f"head_dim must be one width, or those of keys and values, got {head_dim!r}")
         counts = {"layers": layers, "heads": heads, "frame_tokens": frame_tokens, "block_frames": block_frames}
-        least_width = min(head_dim) if isinstance(head_dim, Sequence) else head_dim
-        counts |= {"scratch_blocks": scratch_blocks, "head_dim": least_width}
+        counts |= {"scratch_blocks": scratch_blocks, "head_dim": min(widths)}
         counts |= {f"pools[{format!r}]": frames for format, frames in pools.items()}
         check_counts(counts | {f"host[{format!r}]": frames for format, frames in host.items()})
         check_page_size(page_size)
@@ -100,14 +102,13 @@ class Storage:
         self.page_size, self.model, self.backend, self.precision = page_size, model, backend, precision
         on_gpu = device.type == "cuda"
         self.turn: contextlib.AbstractContextManager[Any] = StreamTurns(self.device) if on_gpu else threading.RLock()
-        self.lists = PageLists(frame_tokens, page_size, self.device)
+        self.lists, self.copies = PageLists(frame_tokens, page_size, self.device), Copies(self.device)
         self.pages_per_frame = self.lists.pages_per_frame
-        self.pools: dict[str, Pool] = {}
-        self.scratch_page_id = 0  # page ids count through the pools, then through scratch
+        self.pools, self.scratch_page_id = {}, 0  # page ids count through the pools, then through scratch
         for format, frames in pools.items():
             self.pools[format] = self._pool("pools", format, frames, self.device, self.scratch_page_id, False)
             self.scratch_page_id += self.pools[format].num_pages
-        self.host = {format: self._pool("host", format, frames, "cpu", 0, on_gpu) for format, frames in host.items()}
+        self.host = {each: self._pool("host", each, frames, "cpu", 0, on_gpu) for each, frames in host.items()}
         pages = self.scratch_frames * self.pages_per_frame
         self.scratch = KVPages.empty(scratch_format, pages, heads, page_size, head_dim, self.device)
         self._scratch_pages = torch.arange(pages, dtype=torch.int32, device=self.device)
@@ -115,7 +116,6 @@ class Storage:
         self.layers = [[*(pool.layers[i] for pool in self.pools.values()), self.scratch] for i in range(layers)]
         # MLA's rows are keys and values at once: taking a mean off the keys would change the values too.
         self.freezes_mean = any(FORMATS[format].quantized for format in pools) and isinstance(head_dim, int)
-        self.copies = Copies(self.device)
         self._keeping: list[weakref.ref[Holder]] = []  # of these `sync_copies` takes what they kept
         self._tables: weakref.WeakSet[Holder] = weakref.WeakSet()
 
@@ -161,7 +161,7 @@ class Storage:
     def geometry(self) -> dict[str, object]:
         """What must agree for pages to move between two stores."""
         names = ("model", "num_layers", "heads", "head_dim", "frame_tokens", "page_size")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"heads": self.all_heads}
 
     @property
     def nbytes(self) -> dict[str, int]:

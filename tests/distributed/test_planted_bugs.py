@@ -14,7 +14,7 @@ from tests.distributed.lazy import lazy
 from tests.distributed.matrix import alone
 from tests.distributed.worlds import Story, store_of, tell, whole
 
-STORY = Story(layers=2)
+STORY = Story(layers=2, blocks=2)
 
 
 @dataclasses.dataclass(frozen=True)

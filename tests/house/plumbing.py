@@ -6,8 +6,9 @@ docstrings and messages are not code. itertools' `accumulate` is not the paramet
 functions and module hand on is that op's parameter of the same name: the second count has both ops.
 
 A file of an op is one whose code has the op's name, or that of one of its kernels (kv_append_cuda), in these folders
-and in benchmarks/. Tuned sizes are data that `tune` writes, and a peer beside ours (benchmarks/peers) or another
-library's function over ours (inferix_kernels/integrations) is no part of an op.
+and in benchmarks/. Tuned sizes are data that `tune` writes, and who calls an op is no part of it: a peer beside ours
+(benchmarks/peers), another library's function over ours (inferix_kernels/integrations), and the schedules of several
+ranks (inferix_kernels/distributed), which hand no parameter on either.
 
 One more format is one line of layout.py: tests/ops/test_formats.py adds one there, and asks the rest of the house.
 """
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CALLERS = {"peers", "integrations", "distributed"}
 PYTHON, NATIVE = {".py"}, {".h", ".cpp", ".cu", ".cuh"}
 
 
@@ -63,6 +65,8 @@ def lines_of(parameter: str, others: set[str]) -> dict[str, list[int]]:
     """file -> the lines that hand on a parameter. others: ops that have one of this name too."""
     found = {}
     for path in sources("inferix_kernels", "csrc"):
+        if "distributed" in path.parts:
+            continue
         if any(path.stem == other.split("_")[0] for other in others):  # triton_kernels/latent.py
             continue
         skipped = foreign(path, parameter, others)
@@ -75,9 +79,7 @@ def lines_of(parameter: str, others: set[str]) -> dict[str, list[int]]:
 def files_of(op: str) -> list[str]:
     """A kernel's functions begin with the op's name: kv_append_cpu, kv_append_cuda."""
     mine = re.compile(rf"{op}(_\w+)?|_?{op}")
-    found = [
-        p for p in sources("inferix_kernels", "csrc", "benchmarks") if not {"peers", "integrations"} & set(p.parts)
-    ]
+    found = [p for p in sources("inferix_kernels", "csrc", "benchmarks") if not CALLERS & set(p.parts)]
     found = [p for p in found if any(mine.fullmatch(x) for line in words(p).values() for x in line)]
     return [str(p.relative_to(ROOT)) for p in found]
 
