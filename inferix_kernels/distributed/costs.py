@@ -215,7 +215,7 @@ class Costs:
         if groups > 1:  # once a step, predictions of own rows to the ranks with the same rows in the other groups
             traded = rows * (groups - 1) * w.prediction // w.layers
             always, waited = always + traded, waited + latency / w.layers + traded / bandwidth
-        new = wire.keys(rows, u * g, kv_heads, w.head_dim, self.item)
+        new = wire.keys(rows, u * g, kv_heads, 2 * w.head_dim, self.item)
         flight = latency + new / bandwidth if new else 0.0
         compute, first = turns * compute, turns * (compute_first + flight + waited)
         found = []

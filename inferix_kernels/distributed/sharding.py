@@ -1,4 +1,4 @@
-"""Who holds what, by the name of a schedule; and how many bytes each rank sends, as formulas that are exact."""
+"""Who holds what, by the name of a schedule; and how many bytes each rank sends in it: `wire`, of a shard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .._check import check_counts, check_word
 from ..store.shard import Shard
+from . import wire
 from .agreement import DIGESTS
 
 SCHEDULES = ("ulysses", "gather", "ring", "pass-q")
@@ -84,19 +85,20 @@ def layer_sent(schedule: str, shard: Shard, sizes: Sizes, past: Sequence[int] = 
 def keys_sent(shard: Shard, sizes: Sizes) -> int:
     """In a layer: own rows' keys and values, to each other rank the heads that it holds."""
     own = _rows(shard, sizes, [shard.rank])
-    return (shard.ranks - 1) * own * sizes.heads // shard.heads * sum(sizes.widths) * sizes.scratch
+    return wire.keys(own, shard.ranks, sizes.heads // shard.heads, sum(sizes.widths), sizes.scratch)
 
 
 def queries_sent(shard: Shard, sizes: Sizes) -> int:
     """In a layer: own rows' queries, to each other rank of the group its heads."""
     own = _rows(shard, sizes, [shard.rank])
-    return (shard.heads - 1) * own * sizes.query_heads // shard.heads * sizes.widths[0] * sizes.activation
+    heads = sizes.query_heads // shard.heads
+    return wire.queries(own, shard.heads, heads, sizes.widths[0], sizes.activation)
 
 
 def outputs_sent(shard: Shard, sizes: Sizes) -> int:
     """In a layer: own heads' outputs, to each other rank of the group its rows."""
     others = _rows(shard, sizes, [rank for rank in shard.group_ranks if rank != shard.rank])
-    return others * sizes.query_heads // shard.heads * sizes.widths[1] * sizes.activation
+    return wire.outputs(others, sizes.query_heads // shard.heads, sizes.widths[1], sizes.activation)
 
 
 def ring_sent(shard: Shard, past: Sequence[int]) -> int:
@@ -105,15 +107,15 @@ def ring_sent(shard: Shard, past: Sequence[int]) -> int:
     Args:
         past: bytes of the pages that a pass reads, scales with them, of each group's frames and this rank's heads.
     """
-    return sum(past) - past[(shard.frame_rank + 1) % shard.frames]
+    return wire.round_the_ring(past, shard.frame_rank)
 
 
 def pass_q_sent(shard: Shard, sizes: Sizes) -> int:
     """In a layer: the group's queries, to each other group; and what theirs attended to here, with its LSE."""
     heads = sizes.query_heads // shard.heads
     own, all_rows = _rows(shard, sizes, shard.group_ranks), sizes.frames * sizes.frame_tokens
-    asked = (shard.groups - 1) * own * heads * sizes.widths[0] * sizes.activation
-    return asked + (all_rows - own) * heads * (sizes.widths[1] * sizes.activation + 4)
+    asked = wire.queries(own, shard.groups, heads, sizes.widths[0], sizes.activation)
+    return asked + wire.outputs(all_rows - own, heads, sizes.widths[1], sizes.activation, lse=True)
 
 
 def agreement_sent(shard: Shard) -> int:

@@ -59,18 +59,19 @@ def page_bytes(format: str, heads: int, page_size: int, head_dim: int) -> int:
     return heads * sum(s.bits * page_size * head_dim // 8 + s.token * page_size + s.channel * head_dim for s in sides)
 
 
-def keys(rows: int, ranks: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+def keys(rows: int, ranks: int, kv_heads: int, widths: int, itemsize: int) -> int:
     """Every schedule: k and v of own rows, to each other rank those heads that it holds.
 
     Args:
         kv_heads: that one rank holds: all of them (G), or its part (U).
+        widths: of a key and a value together.
 
     Example:
         >>> from inferix_kernels.distributed.wire import keys
-        >>> keys(rows=10, ranks=4, kv_heads=2, head_dim=16, itemsize=2)
+        >>> keys(rows=10, ranks=4, kv_heads=2, widths=16 + 16, itemsize=2)
         3840
     """
-    return (ranks - 1) * rows * 2 * kv_heads * head_dim * itemsize
+    return (ranks - 1) * rows * kv_heads * widths * itemsize
 
 
 def queries(rows: int, ranks: int, heads: int, head_dim: int, itemsize: int) -> int:

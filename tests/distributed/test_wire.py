@@ -64,7 +64,7 @@ def test_new_keys_go_to_everybody_who_holds_their_heads(tokens, ranks, parts):
     holders = {item: [r for r in range(ranks) if item[1] * parts // KV_HEADS == r % parts] for item in items}
     sent = [n * D * ITEM for n in moved(items, holders, ranks)]
     # Each head is sent to all of its holders but the rank itself: own heads to those alike, other heads to others.
-    assert sent == [wire.keys(len(own), ranks, KV_HEADS // parts, D, ITEM) for own in rows(tokens, ranks)]
+    assert sent == [wire.keys(len(own), ranks, KV_HEADS // parts, 2 * D, ITEM) for own in rows(tokens, ranks)]
 
 
 @pytest.mark.parametrize("tokens, ranks", CUTS)
