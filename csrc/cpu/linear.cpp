@@ -120,6 +120,7 @@ INFERIX_INLINE void multiply(const Call& c, const Task& task, const Task& next) 
                                                                      squares + 2 * half + i);
       }
       for (int half = 0; half < 2; ++half) {
+        if (!c.packs_weight && group + half >= c.groups) continue;
         if (!c.packs_weight) turn<S>(squares[0], half, turned[0]);
         c.level.finish(c, c.packs_weight ? squares[0] : turned[0], n, group * kLanes, half, 0, kLanes);
       }
@@ -140,9 +141,11 @@ template <typename S>
 INFERIX_INLINE void finish_next(const Call& c, Unfinished& u, int count) {
   Column* squares = u.squares + u.next / 32 * 4 * kLanes;
   const int half = u.next / kLanes % 2, first = u.next % kLanes;
-  if (first == 0 && !c.packs_weight) turn<S>(squares, half, squares);
-  c.level.finish(c, squares, u.row, u.packed_row + u.next / 32 * 32, half, first, count);
+  const int64_t packed_row = u.packed_row + u.next / 32 * 32;
   u.next += count;
+  if (!c.packs_weight && packed_row + half * kLanes >= c.packed.rows) return;
+  if (first == 0 && !c.packs_weight) turn<S>(squares, half, squares);
+  c.level.finish(c, squares, u.row, packed_row, half, first, count);
 }
 
 // The same in tile registers. What follows the products of one block of rows is done little by little, while the tile

@@ -59,7 +59,7 @@ INFERIX_INLINE void finish_row(const LinearParams& p, const Column& left, const 
   using Lanes = typename S::Lanes;
   constexpr int kParts = 2 * S::kParts;
   const int64_t columns = kWhole ? kFinished : std::min<int64_t>(kFinished, p.N - n0);
-  alignas(64) float y[kFinished], room[kFinished] = {};
+  alignas(64) float y[kFinished], room[kFinished];
   const auto each = [&y](const float* with, const auto& function) INFERIX_INLINE_LAMBDA {
     unroll<kParts>([&](auto part) INFERIX_INLINE_LAMBDA {
       Lanes other;
@@ -70,7 +70,7 @@ INFERIX_INLINE void finish_row(const LinearParams& p, const Column& left, const 
   };
   const auto given = [&room, columns](const float* from) INFERIX_INLINE_LAMBDA -> const float* {
     if (kWhole) return from;
-    std::copy_n(from, columns, room);
+    std::fill_n(std::copy_n(from, columns, room), kFinished - columns, 0.f);
     return room;
   };
   const float x_scale = p.x_scales[m];
