@@ -22,8 +22,8 @@ namespace {
 constexpr int64_t kLeastRows = 64;  // read in place by a task
 constexpr int64_t kShareBytes = 1 << 19;  // of packed rows that a task reads again and again: they should stay in L2
 constexpr int64_t kLeastShare = 128;  // packed rows
-// With tile registers longer rows are multiplied panel by panel of their columns, as many rows as have sums in L2.
 constexpr int64_t kStreamBytes = 1 << 21;  // a result of more does not stay in L2: it is written past the caches
+// With tile registers longer rows are multiplied panel by panel of their columns, as many rows as have sums in L2.
 constexpr int64_t kWholePanel = 2048, kPanel = 1152, kPanelRows = 512;  // bytes, bytes, rows read in place
 // float32 holds the sum of this many products of int8 codes exactly: for instruction sets without integer dot products.
 constexpr int64_t kExactTerms = 1024;
@@ -132,20 +132,20 @@ INFERIX_INLINE void multiply(const Call& c, const Task& task, const Task& next) 
 // Sums of one block of 32 rows that wait to be finished: squares of two times two blocks of sixteen, one after the
 // other along the packed rows.
 struct Unfinished {
-  Column* squares = nullptr;
+  const Column* squares = nullptr;
   int64_t row = 0, packed_row = 0, next = 0, count = 0;  // in rows of the result, 32 wide
 };
 
-// The next `count` rows, a power of two.
+// The next `count` rows, a power of two; `turned` has room for what is turned, 4 * kLanes.
 template <typename S>
-INFERIX_INLINE void finish_next(const Call& c, Unfinished& u, int count) {
-  Column* squares = u.squares + u.next / 32 * 4 * kLanes;
+INFERIX_INLINE void finish_next(const Call& c, Unfinished& u, int count, Column* turned) {
+  const Column* squares = u.squares + u.next / 32 * 4 * kLanes;
   const int half = u.next / kLanes % 2, first = u.next % kLanes;
   const int64_t packed_row = u.packed_row + u.next / 32 * 32;
   u.next += count;
   if (!c.packs_weight && packed_row + half * kLanes >= c.packed.rows) return;
-  if (first == 0 && !c.packs_weight) turn<S>(squares, half, squares);
-  c.level.finish(c, squares, u.row, packed_row, half, first, count);
+  if (first == 0 && !c.packs_weight) turn<S>(squares, half, turned);
+  c.level.finish(c, c.packs_weight ? squares : turned, u.row, packed_row, half, first, count);
 }
 
 // The same in tile registers. What follows the products of one block of rows is done little by little, while the tile
@@ -161,6 +161,7 @@ INFERIX_INLINE void multiply_tiles(const Call& c, const Task& task, const Task& 
   const int64_t kept = panels == 1 ? 2 : blocks;  // of sums: this block's and the one's before, or all
   Column* const all = reinterpret_cast<Column*>(sums.floats(std::min(kept, blocks) * pairs * 4 * kLanes * kLanes));
   Unfinished before;
+  alignas(64) Column turned[4 * kLanes];
   const Tiles tiles;
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t first = panel * c.panel_words, words = std::min(c.panel_words, c.row_words - first);
@@ -201,17 +202,17 @@ INFERIX_INLINE void multiply_tiles(const Call& c, const Task& task, const Task& 
             Product::template multiply_add<2, 5, 6>(), Product::template multiply_add<3, 5, 7>();
             soon.fetch(soon_lines);
             if (later_step++ >= 0) later.fetch(later_lines);
-            if (before.next < before.count) finish_next<S>(c, before, finished);
+            if (before.next < before.count) finish_next<S>(c, before, finished, turned);
           }
           tile_store<0>(square, 64), tile_store<1>(square + kLanes, 64);
           tile_store<2>(square + 2 * kLanes, 64), tile_store<3>(square + 3 * kLanes, 64);
         }
       }
-      while (before.next < before.count) finish_next<S>(c, before, kLanes);
+      while (before.next < before.count) finish_next<S>(c, before, kLanes, turned);
       if (last) before = {squares, n, task.first_group * kLanes, 0, pairs * 2 * kLanes};
     }
   }
-  while (before.next < before.count) finish_next<S>(c, before, kLanes);
+  while (before.next < before.count) finish_next<S>(c, before, kLanes, turned);
 }
 #endif
 
