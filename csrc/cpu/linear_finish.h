@@ -1,6 +1,7 @@
 // What follows the products of a linear layer: scales, bias, activation, gate, residual, and the result's type.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "../linear.h"
 #include "linear_activation.h"
@@ -8,61 +9,95 @@
 
 namespace inferix {
 
-// y[m] = function(y[m], m, part) for each part of the columns of `rows` rows.
-template <typename S, typename Function>
-INFERIX_INLINE void each_row(Column* y, int64_t rows, const Function& function) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int part = 0; part < S::kParts; ++part) S::part(y[m], part) = function(S::part(y[m], part), m, part);
+constexpr int64_t kFinished = 2 * kLanes;  // columns of the result that are made at once: a line of 16-bit numbers
+
+#if defined(__x86_64__)
+// 64 bytes to `at`, or past the caches to where a line begins.
+INFERIX_INLINE void store_line(const Simd<16>::IntLanes& line, char* at, bool past) {
+  if (past)
+    asm volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<Column*>(at)) : "v"(line));
+  else
+    __builtin_memcpy(at, &line, sizeof line);
 }
 
-// Of sixteen rows of x with sixteen of the weight.
-struct Sums {
-  const Column* columns;  // [16]
-  bool integers;          // else float32
-  bool transposed;        // a column for each row of the weight, else for each row of x
-};
+// from_float<Bf16> of sixteen numbers, in the low half of each word.
+INFERIX_INLINE Simd<16>::UnsignedLanes bf16_words(const Simd<16>::Lanes& x) {
+  using Unsigned = Simd<16>::UnsignedLanes;
+  const Unsigned bits = (Unsigned)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? Unsigned{} + 0x7fc0 : rounded;
+}
+#endif
 
-// They become the result at rows m0 ... and columns n0 ...: sixteen by sixteen numbers, kWhole, or as many of them as
-// there are.
+// kFinished numbers of a row to where the result has them.
+template <typename S, typename T>
+INFERIX_INLINE void store_row(const float* y, T* to, bool past) {
+#if defined(__x86_64__)
+  if constexpr (S::kWidth == 16) {
+    using Lanes = Simd<16>::Lanes;
+    using Line = Simd<16>::IntLanes;
+    const Lanes& left = *reinterpret_cast<const Lanes*>(y);
+    const Lanes& right = *reinterpret_cast<const Lanes*>(y + kLanes);
+    char* at = reinterpret_cast<char*>(to);
+    if constexpr (sizeof(T) == 4) return store_line((Line)left, at, past), store_line((Line)right, at + 64, past);
+    if constexpr (std::is_same_v<T, Bf16>) {
+      typedef uint16_t Halves __attribute__((vector_size(64)));
+      const Halves low = (Halves)bf16_words(left), high = (Halves)bf16_words(right);
+      const Halves both = INFERIX_SHUFFLE(Halves, low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                          32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
+      return store_line((Line)both, at, past);
+    }
+  }
+#endif
+  for (int64_t n = 0; n < kFinished; ++n) to[n] = from_float<T>(y[n]);
+}
+
+// Sums of row m of x with up to kFinished rows n0 ... of the weight become the result there; kWhole: with as many.
+// past: past the caches, if it lies in whole lines.
 template <typename S, bool kWhole>
-INFERIX_INLINE void finish_block(const LinearParams& p, const Sums& sums, int64_t m0, int64_t n0) {
+INFERIX_INLINE void finish_row(const LinearParams& p, const Column& left, const Column& right, bool integers, int64_t m,
+                               int64_t n0, bool past) {
   using Lanes = typename S::Lanes;
-  const int64_t rows = kWhole ? kLanes : std::min<int64_t>(kLanes, p.M - m0);
-  const int64_t columns = kWhole ? kLanes : std::min<int64_t>(kLanes, p.N - n0);
-  const auto load = [columns](const float* from) INFERIX_INLINE_LAMBDA {
-    Column column{};
-    for (int64_t n = 0; n < columns; ++n) column.lane[n] = from[n];
-    return column;
+  constexpr int kParts = 2 * S::kParts;
+  const int64_t columns = kWhole ? kFinished : std::min<int64_t>(kFinished, p.N - n0);
+  alignas(64) float y[kFinished], room[kFinished];
+  const auto each = [&y](const float* with, const auto& function) INFERIX_INLINE_LAMBDA {
+    unroll<kParts>([&](auto part) INFERIX_INLINE_LAMBDA {
+      Lanes other;
+      __builtin_memcpy(&other, with + part * S::kWidth, sizeof other);
+      Lanes& own = *reinterpret_cast<Lanes*>(y + part * S::kWidth);
+      own = function(own, other, part);
+    });
   };
-  alignas(64) Column y[kLanes];
-  const Column* rows_of_sums = sums.columns;
-  if (sums.transposed) S::transpose(sums.columns[0].lane, kLanes, y[0].lane, kLanes), rows_of_sums = y;
-  const Column scales = load(p.weight_scales + n0), bias = p.bias ? load(p.bias + n0) : Column{};
-  const bool has_bias = p.bias;
-  each_row<S>(y, rows, [&](const Lanes&, int64_t m, int part) INFERIX_INLINE_LAMBDA {
-    const Lanes sum = S::part(rows_of_sums[m], part);
-    const Lanes value = sums.integers ? __builtin_convertvector((typename S::IntLanes)sum, Lanes) : sum;
-    const Lanes scaled = value * (S::part(scales, part) * p.x_scales[m0 + m]);
-    return has_bias ? scaled + S::part(bias, part) : scaled;
+  const auto given = [&room, columns](const float* from) INFERIX_INLINE_LAMBDA -> const float* {
+    if (kWhole) return from;
+    std::fill_n(std::copy_n(from, columns, room), kFinished - columns, 0.f);
+    return room;
+  };
+  const float x_scale = p.x_scales[m];
+  each(given(p.weight_scales + n0), [&](const Lanes&, const Lanes& scale, auto part) INFERIX_INLINE_LAMBDA {
+    const Lanes sum = S::part(part < S::kParts ? left : right, part % S::kParts);
+    return (integers ? __builtin_convertvector((typename S::IntLanes)sum, Lanes) : sum) * (scale * x_scale);
   });
+  if (p.bias)
+    each(given(p.bias + n0), [](const Lanes& x, const Lanes& bias, int) INFERIX_INLINE_LAMBDA { return x + bias; });
   with_activation<S>(p.activation, [&](auto activate) INFERIX_INLINE_LAMBDA {
-    each_row<S>(y, rows, [&](const Lanes& x, int64_t, int) INFERIX_INLINE_LAMBDA { return activate(x); });
+    each(y, [&](const Lanes& x, const Lanes&, int) INFERIX_INLINE_LAMBDA { return activate(x); });
   });
   if (p.gate.data)
-    for (int64_t m = 0; m < rows; ++m) {
-      const float* gate = p.gate.row(m0 + m, p.M, p.N) + n0;
-      for (int64_t n = 0; n < columns; ++n) y[m].lane[n] *= gate[n];
-    }
+    each(given(p.gate.row(m, p.M, p.N) + n0),
+         [](const Lanes& x, const Lanes& gate, int) INFERIX_INLINE_LAMBDA { return x * gate; });
   if (p.residual)
     with_float_type(p.residual_dtype, [&](auto type) INFERIX_INLINE_LAMBDA {
-      const auto* from = static_cast<const decltype(type)*>(p.residual) + m0 * p.N + n0;
-      for (int64_t m = 0; m < rows; ++m)
-        for (int64_t n = 0; n < columns; ++n) y[m].lane[n] += to_float(from[m * p.N + n]);
+      const auto* from = static_cast<const decltype(type)*>(p.residual) + m * p.N + n0;
+      for (int64_t n = 0; n < columns; ++n) y[n] += to_float(from[n]);
     });
   with_float_type(p.out_dtype, [&](auto type) INFERIX_INLINE_LAMBDA {
-    auto* to = static_cast<decltype(type)*>(p.out) + m0 * p.N + n0;
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < columns; ++n) to[m * p.N + n] = from_float<decltype(type)>(y[m].lane[n]);
+    using T = decltype(type);
+    T* to = static_cast<T*>(p.out) + m * p.N + n0;
+    if constexpr (kWhole)
+      store_row<S>(y, to, past && reinterpret_cast<uintptr_t>(to) % 64 == 0);
+    else
+      for (int64_t n = 0; n < columns; ++n) to[n] = from_float<T>(y[n]);
   });
 }
 

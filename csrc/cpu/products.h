@@ -66,6 +66,8 @@ struct InPlaceRows {
   const char* rows;
   int64_t stride, step = 4;
   const int32_t* start = nullptr;  // [16] or null: of integer sums
+  const char* ahead = nullptr;     // memory to be asked for meanwhile, if `products` is told so,
+  int64_t ahead_step = 0;          // so many bytes at each word
 };
 
 // Packed bytes are unsigned, with a zero point of 128: sums of products with `count` signed ones begin with what
@@ -107,7 +109,7 @@ using V4Block = Block<8, 2>;
 
 // Of sixteen rows with sixteen packed rows of each group, packed[group][word]: store(group, row, part, sum), sum being
 // one register of the sixteen sums of a row. Integers where the words are bytes.
-template <typename S, typename Words, typename Registers, typename Store>
+template <typename S, typename Words, typename Registers, bool kAhead = false, typename Store>
 INFERIX_INLINE void products(const InPlaceRows& in_place, const Column* const* packed, int64_t words,
                              const Store& store) {
   using Lanes = typename S::Lanes;
@@ -131,7 +133,9 @@ INFERIX_INLINE void products(const InPlaceRows& in_place, const Column* const* p
     const int64_t stride = in_place.stride, three = 3 * stride;
     const char* fours[(kRows + 3) / 4];
     for (int i = 0; i < (kRows + 3) / 4; ++i) fours[i] = in_place.rows + (first + 4 * i) * stride;
+    const char* ahead = in_place.ahead + first / kRows * words * in_place.ahead_step;
     for (int64_t n = 0, at = 0; n < words; ++n, at += in_place.step) {
+      if constexpr (kAhead) __builtin_prefetch(ahead, 0, 2), ahead += in_place.ahead_step;
       Lanes columns[kGroups][S::kParts];
       unroll<kGroups * S::kParts>([&](auto i) INFERIX_INLINE_LAMBDA {
         columns[i / S::kParts][i % S::kParts] = S::part(packed[i / S::kParts][n], i % S::kParts);

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferix_kernels import Unsupported, linear, quantize_rows, torch_backend
+from inferix_kernels import Quantized, Unsupported, linear, quantize_rows, torch_backend
 from inferix_kernels._check import ACTIVATIONS, CODES
 from inferix_kernels.testing import assert_close
 from tests.conftest import pairs
@@ -174,6 +174,25 @@ def test_fewer_shares_may_hold_the_weight_than_its_size_asks_for(codes, terms):
     x, weight = (quantize_rows(random(rows, terms, seed=rows), codes) for rows in (528, 1040))
     got, want = (linear(x, weight, dtype=torch.float32, backend=which) for which in ("compiled", "reference"))
     assert_products_close(got, want, codes, terms, "cpu")
+
+
+@pytest.mark.parametrize("rows, columns, terms", [(40, 70, 2052), (70, 40, 4700), (600, 33, 2300)])
+def test_long_rows_are_multiplied_in_parts(rows, columns, terms, isa):
+    """In tile registers, panel by panel: integer sums are exact, so the bits are those of the formula."""
+    x, weight = (quantize_rows(random(count, terms, seed=count)) for count in (rows, columns))
+    got = linear(x, weight, dtype=torch.float32, backend="compiled")
+    sums = (x.codes.double() @ weight.codes.double().T).float()
+    assert torch.equal(got, sums * (weight.scales * x.scales[:, None]))
+
+
+@pytest.mark.parametrize("dtype, columns", [(torch.bfloat16, 1056), (torch.bfloat16, 1041), (torch.float32, 528)])
+def test_a_result_larger_than_a_cache_is_the_same(dtype, columns, isa):
+    """Whole lines of it are written past the caches, of a width at which its rows begin where lines do."""
+    x, weight = (quantize_rows(random(count, 8, seed=count)) for count in (1100, columns))
+    got = linear(x, weight, dtype=dtype, backend="compiled")
+    few = [linear(Quantized(*(y[i : i + 100] for y in x)), weight, dtype=dtype, backend="compiled") for i in
+           range(0, 1100, 100)]  # fmt: skip
+    assert torch.equal(got, torch.cat(few))
 
 
 def test_a_float_input_is_quantized_first(backend, device):
