@@ -12,6 +12,7 @@ How the past is attended to is the schedule's: `_attend_past`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,19 +75,21 @@ class Exchange(Sharded):
         size, tokens = self.store.page_size, rows.stop - rows.start
         pages = -(-tokens // size)
         held = self._staged[rows.start : rows.start + pages * size]
-        k, v = self._sides(held, self.store.all_heads)
-        in_pages = (x.unflatten(0, (pages, size)).transpose(1, 2) for x in (k, v))
         ids, lens = np.arange(pages, dtype=np.int32), np.full(pages, size, np.int32)
         lens[-1] = tokens - (pages - 1) * size
-        return KVPages(self.store.scratch.format, *in_pages), PageList(*self.store.lists.upload([ids, lens]))
+        return self.in_pages(held, self.store.all_heads), PageList(*self.store.lists.upload([ids, lens]))
 
     def begin(self, layer: int, q: Tensor | None) -> None:
         if layer <= self._layer:
             self._agree(q)
         self._layer, self._asked = layer, None
         self.transport.at(f"{self.name}: keys", layer, self.first_frame)
-        attends = q is not None and (self.reads.predict or layer < self.store.num_layers - 1)
-        asked = self._send_queries(q) if attends and q is not None else None
+        attends = self.reads.predict or layer < self.store.num_layers - 1
+        self._bring(layer, q if attends else None)
+
+    def _bring(self, layer: int, q: Tensor | None) -> None:
+        """`begin`; q: None if nothing is to be attended to yet."""
+        asked = None if q is None else self._send_queries(q)
         sent = self._send_keys()
         if asked is not None:
             self._attend_past(layer, asked)
@@ -125,7 +128,13 @@ class Exchange(Sharded):
     # What moves
 
     def _send_keys(self) -> Ticket:
-        """Own rows to everybody, of each the heads that it holds."""
+        """Own rows to everybody, of each the heads that it holds; and theirs from everybody."""
+        messages = self.key_messages()
+        return self.transport.post([send for send, _ in messages], [receive for _, receive in messages])
+
+    def key_messages(self) -> list[tuple[Message, Message]]:
+        """What goes to the rank so many places after this one, and what comes from the one so many before: from 1 on,
+        so that no rank is everybody's first."""
         own, parts = self._arrived[self.rows], [self._arrived[self.rows]]
         if self.shard.heads > 1:
             sides = self._sides(self._staged[: self._own], self.store.all_heads)
@@ -134,11 +143,10 @@ class Exchange(Sharded):
                 torch.cat([x.flatten(1) for x in heads], 1, out=part)
             parts = list(packed)
             own.copy_(parts[self.shard.head_rank])
-        others = [rank for rank in range(self.shard.ranks) if rank != self.shard.rank]
-        return self.transport.post(
-            [Message(rank, as_blob(parts[rank % self.shard.heads])) for rank in others],
-            [Message(rank, as_blob(self._arrived[self.rows_of(rank)])) for rank in others],
-        )
+        others = [(self.shard.rank + step) % self.shard.ranks for step in range(1, self.shard.ranks)]
+        sends = [Message(rank, as_blob(parts[rank % self.shard.heads])) for rank in others]
+        receives = [Message(rank, as_blob(self._arrived[self.rows_of(rank)])) for rank in reversed(others)]
+        return list(zip(sends, receives))
 
     def _send_queries(self, q: Tensor) -> Ticket:
         """Own rows to the ranks of the group, of each the heads that it holds. What arrives is self._queries."""
@@ -207,8 +215,13 @@ class Exchange(Sharded):
         more = self._out is not None
         if not more:
             self._out, self._lse = self._outputs(q)
-        options = {"precision": self.precision(layer), "backend": self.store.backend, "accumulate": more}
-        paged_attention(q, pools, plan, out=self._out, lse=self._lse, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"precision": self.precision(layer), "backend": self.store.backend}
+        options |= {"accumulate": more, "deadline": self.deadline(plan)}
+        paged_attention(q, pools, plan, out=self._out, lse=self._lse, **options)
+
+    def deadline(self, plan: Plan) -> float:
+        """Of attention, in seconds: later than that of all messages that bring its pages, one after the other."""
+        return self.transport.deadline * (1 + (0 if plan.counters is None else len(plan.counters)))
 
     def precision(self, layer: int) -> str:
         """The same for all worlds of a pass: no rank may round where another does not."""
@@ -267,27 +280,39 @@ class Exchange(Sharded):
         Args:
             places: page ids of frames, where they are others than the store's.
         """
-        first, store = (self.shard.group if group is None else group) * self.shard.heads, self.store
+        store = self.store
         reads = [
             [self.page_id(frame) if places is None else places[frame.place] for frame in block.frames if wanted(frame)]
             for block in self.reads.blocks
         ]
-        queries, pages, frames = [0], [0], []
+        ends, blocks = self.segments(group)
+        frames = [page for block in blocks for page in reads[block]]
+        if not frames or not ends[-1]:
+            return None
+        lists, pages = store.lists, np.cumsum([0, *(len(reads[block]) for block in blocks)]) * store.pages_per_frame
+        indptrs = (np.array(ends, np.int32), pages.astype(np.int32))
+        return Plan(*lists.upload([*indptrs, lists.pages(frames), lists.lengths(pages[-1])]))
+
+    def segments(self, group: int | None = None) -> tuple[list[int], list[int]]:
+        """Of the queries of a group, by default this rank's: 0 and where each segment ends, and whose page list it
+        reads, by block."""
+        first, store = (self.shard.group if group is None else group) * self.shard.heads, self.store
+        ends, blocks = [0], list[int]()
         for rank in range(first, first + self.shard.heads):
             rows = self.shard.rows(store.frame_tokens, rank)
-            for block, ids in zip(self.reads.blocks, reads):
+            for i, block in enumerate(self.reads.blocks):
                 count = block.queries // store.frame_tokens * (rows.stop - rows.start)
-                if len(reads) == 1 and len(queries) > 1:  # of one block: the order of its queries is all the same
-                    queries[-1] += count
+                if len(self.reads.blocks) == 1 and blocks:  # of one block: the order of its queries is all the same
+                    ends[-1] += count
                     continue
-                queries.append(queries[-1] + count)
-                frames += ids
-                pages.append(len(frames) * store.pages_per_frame)
-        if not frames or not queries[-1]:
-            return None
-        lists = store.lists
-        indptrs = (np.array(each, np.int32) for each in (queries, pages))
-        return Plan(*lists.upload([*indptrs, lists.pages(frames), lists.lengths(pages[-1])]))
+                ends.append(ends[-1] + count)
+                blocks.append(i)
+        return ends, blocks
+
+    def in_pages(self, rows: Tensor, heads: int) -> KVPages:
+        """Rows that hold keys and values of so many heads, whole pages of them."""
+        sides = (x.unflatten(0, (-1, self.store.page_size)).transpose(1, 2) for x in self._sides(rows, heads))
+        return KVPages(self.store.scratch.format, *sides)
 
     def _sides(self, rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, heads, D], [rows, heads, Dv] of rows that hold both."""

@@ -43,4 +43,7 @@ class FrameShards(Exchange):
 
     def here(self, group: int | None = None) -> Plan | None:
         """The plan of a group's queries, by default this rank's, over the frames of the past that lie here."""
-        return self.page_lists(lambda frame: not frame.made and frame.group == self.shard.frame_rank, group)
+        return self.page_lists(self.lies_here, group)
+
+    def lies_here(self, frame: FrameRead) -> bool:
+        return not frame.made and frame.group == self.shard.frame_rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..store.attention import Attend, Local, Reads
+from .arriving import Arriving
 from .exchange import Exchange
 from .transport import Ticket, Transport
 
@@ -15,6 +16,10 @@ class Gather:
 
     The store's `shard.heads` says what moves: 1, keys and values alone (G); all ranks, queries and outputs too, each
     rank with its own heads (U); and in between, both, in groups (U x G).
+
+    Attributes:
+        arrivals: attend to all by one call, which waits for pages that are on their way, in place of one for the past
+            and one for what has come. On a CPU alone.
 
     Example:
         >>> from inferix_kernels.distributed import Gather, in_process_group, run_ranks
@@ -29,13 +34,14 @@ class Gather:
     """
 
     transport: Transport
+    arrivals: bool = False
 
     def bind(self, reads: Reads) -> Attend:
         if self.transport.size == 1 == reads.store.shard.ranks:
             return Local().bind(reads)
         if reads.store.shard.frames > 1:
             raise ValueError(f"attention: Gather needs a store with all frames, got shard={reads.store.shard}")
-        return _Gather(reads, self.transport)
+        return (_ArrivingGather if self.arrivals else _Gather)(reads, self.transport)
 
 
 class _Gather(Exchange):
@@ -50,3 +56,11 @@ class _Gather(Exchange):
         self.start()
         if self.past is not None:
             self.attend(layer, self.store.layers[layer], self.past)
+
+
+class _ArrivingGather(Arriving):
+    name = "Gather"
+
+    def __init__(self, reads: Reads, transport: Transport):
+        super().__init__(reads, transport)
+        self.plan = self.plan_of(lambda frame: not frame.made)

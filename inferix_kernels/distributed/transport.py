@@ -6,7 +6,9 @@ share. How bytes move is all that a transport adds to `Transport`, in one method
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
@@ -95,6 +97,11 @@ class Transport:
         self.deadline = check_deadline(deadline)
         self.sent = 0
         self.where = Where()
+
+    @functools.cached_property
+    def beside(self) -> ThreadPoolExecutor:
+        """A thread that waits for messages while the rank's own computes: only one of the two may post at a time."""
+        return ThreadPoolExecutor(1, thread_name_prefix=f"beside rank {self.rank}")
 
     def at(self, op: str, layer: int, block: int) -> None:
         """What `PeerLost` says that this rank waited in, of messages posted from here on. Costs no communication.

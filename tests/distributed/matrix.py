@@ -9,7 +9,7 @@ import argparse
 import itertools
 import multiprocessing
 import time
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,12 @@ from tests.distributed.groups import run_processes
 from tests.distributed.lazy import lazy
 from tests.distributed.worlds import Story, bytes_sent, distance, store_of, tell, whole
 
-STRATEGIES = {"ulysses": Gather, "gather": Gather, "ulysses x gather": Gather, "ring": Ring, "pass-q": PassQ}
+STRATEGIES = {
+    **{"ulysses": Gather, "gather": Gather, "ulysses x gather": Gather, "ring": Ring, "pass-q": PassQ},
+    "arrivals": partial(Gather, arrivals=True),  # U, U x G or G, as heads divide
+    "ring, arrivals": partial(Ring, arrivals=True),
+}
+SPLITS = {"arrivals": "ulysses", "ring, arrivals": "ring"}  # by shard_for's name, where it is another one
 RANKS = (1, 2, 3, 4, 8)
 SHAPES = {
     "even": {"frame_tokens": 24},
@@ -57,7 +62,11 @@ class Case(NamedTuple):
         heads = HEADS[self.heads][1]
         if self.schedule == "ulysses x gather":
             return shard_for("ulysses", rank, self.ranks, heads, head_parts=2)
-        return shard_for(self.schedule, rank, self.ranks, heads)
+        return shard_for(self.split, rank, self.ranks, heads)
+
+    @property
+    def split(self):
+        return SPLITS.get(self.schedule, self.schedule)
 
 
 def cases():
@@ -82,7 +91,7 @@ def one_rank(case, transport):
     """What a rank of it makes; bytes that it sent, and should have."""
     shard = case.shard(transport.rank)
     told = tell(case.story, store_of(case.story, shard), STRATEGIES[case.schedule](transport))
-    return told.outs, transport.sent, bytes_sent(case.story, case.schedule, shard, told.passes)
+    return told.outs, transport.sent, bytes_sent(case.story, case.split, shard, told.passes)
 
 
 def threads(size, function):

@@ -1,15 +1,19 @@
 """Bugs put into schedules: each is caught, by a transport that is as late as it may be, or by what ranks compare."""
 
+import collections
 import dataclasses
+import threading
+from functools import partial
 
 import pytest
 import torch
 
 from inferix_kernels import Policy, compiled
-from inferix_kernels.distributed import Gather, run_ranks, shard_for
+from inferix_kernels.distributed import Gather, arriving, run_ranks, shard_for
 from inferix_kernels.distributed.exchange import NOTHING
-from inferix_kernels.distributed.gather import _Gather
-from inferix_kernels.distributed.ring import _Ring
+from inferix_kernels.distributed.gather import _ArrivingGather, _Gather
+from inferix_kernels.distributed.ring import _ArrivingRing, _Ring
+from inferix_kernels.reference import attention as reference
 from tests.distributed.lazy import lazy
 from tests.distributed.matrix import alone
 from tests.distributed.worlds import Story, store_of, tell, whole
@@ -48,18 +52,70 @@ class SingleBuffer(_Ring):
 class WrongOwner(_Ring):
     def __init__(self, *args):
         super().__init__(*args)
-        self._visits = self._visits[1:] + self._visits[:1]
+        self.visits = self.visits[1:] + self.visits[:1]
 
 
-def error(schedule, kind, size=3):
+class EarlyCounter(_ArrivingGather):
+    """Its pages are not whole yet."""
+
+    def _attend_past(self, layer, asked):
+        coming = self._taken()
+        for counter in range(len(self._counters)):
+            self._counters.raise_to(counter, 1)
+        super()._attend_past(layer, asked)
+        arriving.deliver(coming, self._counters)
+
+
+ASKED = collections.defaultdict(threading.Event)  # by the address of counters, and counter
+
+
+class Asking:
+    """Each delivery comes when attention finds that it is not there, or when attention is done: no sooner."""
+
+    def _bring(self, layer, q):
+        for key in self.keys():
+            ASKED[key].set() if q is None else ASKED[key].clear()
+        super()._bring(layer, q)
+
+    def keys(self):
+        return [(self._counters.values.data_ptr(), counter) for counter in range(len(self._counters))]
+
+    def _taken(self):
+        def late(counter, bring):
+            if counter != arriving.NONE:
+                ASKED[self.keys()[counter]].wait()
+            bring()
+
+        return [arriving.Delivery(counter, partial(late, counter, bring)) for counter, bring in super()._taken()]
+
+    def attend(self, *args):
+        super().attend(*args)
+        for key in self.keys():
+            ASKED[key].set()
+
+
+class AskingGather(Asking, _ArrivingGather):
+    pass
+
+
+class WrongCounter(AskingGather):
+    """Pages of the second delivery wait for the first one."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.plan is not None:
+            self.plan.arrivals[:, 0].clamp_(max=0)
+
+
+def error(schedule, kind, size=3, story=STORY, **options):
     """The largest error of any number; infinite, if one is NaN."""
 
     def rank(transport):
-        shard = shard_for(schedule, transport.rank, size, STORY.heads)
-        return tell(STORY, store_of(STORY, shard), Planted(transport, kind)).outs
+        shard = shard_for(schedule, transport.rank, size, story.heads)
+        return tell(story, store_of(story, shard, **options), Planted(transport, kind)).outs
 
-    told = whole(STORY, run_ranks(lazy(size), rank))
-    pairs = [(a, b) for a, b in zip(told, alone(STORY).outs) if a is not None]
+    told = whole(story, run_ranks(lazy(size), rank))
+    pairs = [(a, b) for a, b in zip(told, alone(story).outs) if a is not None]
     return max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in pairs)
 
 
@@ -68,14 +124,36 @@ def float32_products(monkeypatch):
     monkeypatch.setattr(compiled, "ISA", min(compiled.ISA, compiled.Isa.avx2))
 
 
-@pytest.mark.parametrize("schedule, right", [("gather", _Gather), ("ring", _Ring)])
+@pytest.fixture
+def asking(monkeypatch):
+    """The reference, which asks by this function."""
+    has_arrived = reference.has_arrived
+
+    def ask(plan, arrival):
+        if not (there := has_arrived(plan, arrival)):
+            ASKED[plan.counters.data_ptr(), arrival[0]].set()
+        return there
+
+    monkeypatch.setattr(reference, "has_arrived", ask)
+
+
+RIGHT = [("gather", _Gather), ("ring", _Ring), ("gather", _ArrivingGather), ("ring", _ArrivingRing)]
+
+
+@pytest.mark.parametrize("schedule, right", RIGHT)
 def test_without_a_bug_there_is_no_error(schedule, right):
     assert error(schedule, right) <= 2e-5
 
 
 @pytest.mark.parametrize(
     "schedule, kind",
-    [("gather", MissingWait), ("gather", EarlyScribble), ("ring", SingleBuffer), ("ring", WrongOwner)],
+    [
+        ("gather", MissingWait),
+        ("gather", EarlyScribble),
+        ("ring", SingleBuffer),
+        ("ring", WrongOwner),
+        ("gather", EarlyCounter),
+    ],
 )
 def test_a_bug_is_caught(schedule, kind):
     try:
@@ -83,6 +161,11 @@ def test_a_bug_is_caught(schedule, kind):
     except ValueError:  # a message of another size than its receiver expects
         return
     assert found > 1e-2
+
+
+def test_pages_that_wait_for_another_delivery_are_caught(asking):
+    assert error("gather", AskingGather, story=STORY._replace(layers=1), backend="reference") <= 2e-5
+    assert error("gather", WrongCounter, story=STORY._replace(layers=1), backend="reference") == torch.inf
 
 
 def test_a_stale_plan_is_caught():

@@ -1,22 +1,24 @@
 """Schedules against one process: a slice of matrix.py, and what is not in it."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from inferix_kernels import Policy, compiled
-from inferix_kernels.distributed import Gather, PassQ, Ring, run_ranks, shard_for
+from inferix_kernels.distributed import Gather, PassQ, PeerLost, Ring, run_ranks, shard_for
 from inferix_kernels.distributed.sharding import Sizes, layer_sent, ring_sent
 from inferix_kernels.store.joining import join
 from inferix_kernels.store.memory import page_bytes
 from inferix_kernels.store.snapshot import load, save
 from tests.distributed.lazy import lazy
-from tests.distributed.matrix import STRATEGIES, Case, alone, cases, check, processes
+from tests.distributed.matrix import SPLITS, STRATEGIES, Case, alone, cases, check, processes
 from tests.distributed.worlds import Story, Teller, distance, store_of, tell, whole
 
-SLICE = [*cases()][7::101]
+SLICE = [*cases()][7::149]
 # Another world's fork, a rewind, three blocks in flight, two worlds in one pass, frames seen by name, a captured place.
 EVENTS = Story("int8", layers=1, blocks=4, events=True)
-SPLITS = [("ulysses", 4, 2), ("ring", 3, 1), ("pass-q", 4, 2)]
+EVENTFUL = [("ulysses", 4, 2), ("ring", 3, 1), ("pass-q", 4, 2), ("arrivals", 4, 2)]
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def float32_products(monkeypatch):
 
 def told_by_ranks(story, schedule, size, parts):
     def rank(transport):
-        shard = shard_for(schedule, transport.rank, size, story.heads, parts)
+        shard = shard_for(SPLITS.get(schedule, schedule), transport.rank, size, story.heads, parts)
         return tell(story, store_of(story, shard), STRATEGIES[schedule](transport))
 
     return run_ranks(lazy(size), rank)
@@ -38,11 +40,12 @@ def test_a_slice_of_the_matrix(case, float32_products):
     check(case)
 
 
-def test_over_gloo(float32_products):
-    check(Case(2, "ring", "ragged", "int8", "12 over 4"), processes)
+@pytest.mark.parametrize("schedule", ["ring", "arrivals"])
+def test_over_gloo(schedule, float32_products):
+    check(Case(2, schedule, "ragged", "int8", "12 over 4"), processes)
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("split", EVENTFUL, ids=str)
 def test_forks_rewinds_and_blocks_in_flight(split, float32_products):
     told, one = told_by_ranks(EVENTS, *split), alone(EVENTS)
     assert distance(whole(EVENTS, [each.outs for each in told]), one.outs)[0] <= 2e-5
@@ -64,9 +67,10 @@ def test_forks_rewinds_and_blocks_in_flight(split, float32_products):
                 assert (off > 1e-5).float().mean() <= 1e-3 and off.max() <= 1.01 * step, f"{frame} on rank {rank}"
 
 
-def test_buffers_give_the_same(float32_products):
+@pytest.mark.parametrize("split", [("ring", 4, 2), ("ring, arrivals", 2, 1)], ids=str)
+def test_buffers_give_the_same(split, float32_products):
     story = Story("int8", layers=1, buffers=True)
-    told = told_by_ranks(story, "ring", 4, 2)
+    told = told_by_ranks(story, *split)
     assert distance(whole(story, [each.outs for each in told]), alone(story._replace(buffers=False)).outs)[0] <= 2e-5
 
 
@@ -77,7 +81,9 @@ def test_the_fastest_kernels_differ_by_what_they_round():
     assert distance(whole(story, [each.outs for each in told]), tell(story, store_of(story)).outs)[1] <= 3e-3
 
 
-@pytest.mark.parametrize("strategy", [Gather, Ring, PassQ])
+@pytest.mark.parametrize(
+    "strategy", [Gather, Ring, PassQ, partial(Gather, arrivals=True), partial(Ring, arrivals=True)]
+)
 def test_keys_that_are_ready_and_queries_that_come_later(strategy, float32_products):
     """Pass.append and Pass.read: queries that `begin` was not given."""
     story = Story("int8", layers=1)
@@ -95,9 +101,42 @@ def test_keys_that_are_ready_and_queries_that_come_later(strategy, float32_produ
             table.seal(block)
         return outs
 
-    schedule = {Gather: "ulysses", Ring: "ring", PassQ: "pass-q"}[strategy]
+    schedule = {Gather: "ulysses", Ring: "ring", PassQ: "pass-q"}[getattr(strategy, "func", strategy)]
     told = run_ranks(lazy(2), lambda t: play(store_of(story, shard_for(schedule, t.rank, 2, story.heads)), strategy(t)))
     assert distance(whole(story, told), play(store_of(story)))[0] <= 2e-5
+
+
+@pytest.mark.parametrize("split", [("arrivals", 4, 2), ("ring, arrivals", 3, 1)], ids=str)
+def test_a_rank_that_fails_ends_attention_that_waits_for_its_pages(split):
+    """It has said that it makes the same pass, and then sends nothing."""
+    schedule, size, parts = split
+
+    def rank(transport):
+        store = store_of(Story(), shard_for(SPLITS[schedule], transport.rank, size, 4, parts))
+        table = store.open(Policy())
+        noisy = table.plan([table.open_block(2)], attention=STRATEGIES[schedule](transport))
+        qkv = store.shard.own(torch.zeros(42, 3 * 4 * 16), 21)
+        noisy.attend(0, qkv, None, None)
+        if transport.rank == 1:
+            raise OSError("gone")
+        with pytest.raises(PeerLost, match=r"rank 1 was lost in (Gather: keys|Ring: .*), layer 1, .*OSError: gone"):
+            noisy.attend(1, qkv, None, None)
+
+    with pytest.raises(OSError, match="gone"):
+        run_ranks(lazy(size), rank)
+
+
+@pytest.mark.parametrize("strategy", [Gather, Ring])
+def test_arrivals_are_refused_where_attention_waits_for_no_pages(strategy):
+    def rank(transport):
+        shard = shard_for("ring" if strategy is Ring else "gather", transport.rank, 2, 4)
+        table = store_of(Story(), shard, backend="triton").open(Policy())
+        table.plan([table.open_block(2)], attention=strategy(transport, arrivals=True))
+
+    with pytest.raises(
+        ValueError, match=r"^arrivals must be False but on a CPU .* got True on cpu with backend triton"
+    ):
+        run_ranks(lazy(2), rank)
 
 
 def test_bytes_do_not_grow_with_the_past_but_in_a_ring():
