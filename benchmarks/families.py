@@ -17,7 +17,7 @@ from .shapes import Shape, find_shape
 
 FAMILIES = (
     *("attention", "kv_pages", "qkv", "linear"),
-    *("arrivals", "block", "e2e", "page_table", "host", "formats", "stream", "diffusers", "profiler"),
+    *("arrivals", "parallel", "block", "e2e", "page_table", "host", "formats", "stream", "diffusers", "profiler"),
 )
 
 

@@ -53,6 +53,7 @@ FAMILIES = (
     "kv_pages",
     "linear",
     "page_table",
+    "parallel",
     "profiler",
     "qkv",
     "stream",
