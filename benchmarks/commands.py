@@ -17,7 +17,7 @@ from . import families, isolated, shapes
 from . import peers as others
 from . import sweep as sweeps
 from .harness import compare as comparison
-from .harness import environment, folders, isa, plots, show
+from .harness import environment, folders, isa, launched, plots, show
 from .harness import evidence as ledger
 from .harness import report as reports
 from .harness.measure import Machine, Settings
@@ -122,6 +122,7 @@ def caption(document: Document) -> str:
 def run(args: argparse.Namespace) -> int:
     """Check every contender against the reference, then time those that are right, taking turns; with --isolate, one
     after the other in a process that is made anew when one faults or hangs."""
+    launched.rank_0_writes(args)
     wanted = args.families or families.FAMILIES
     sizes = args.shapes or shapes.DEFAULT[args.device]
     for name in wanted:

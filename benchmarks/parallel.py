@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,10 +100,16 @@ class World:
         self.past = (shape.keys - shape.queries) // shape.queries * frames  # frames
         shard = Shard() if way is None else way.shard(transport, shape.kv_heads)
         self.store = KVStore(
-            **{"layers": LAYERS, "heads": shape.kv_heads, "head_dim": shape.head_dim, "page_size": shape.page_size},
-            **{"frame_tokens": shape.frame_tokens, "block_frames": frames, "precision": "exact", "shard": shard},
+            layers=LAYERS,
+            heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            frame_tokens=shape.frame_tokens,
+            block_frames=frames,
+            page_size=shape.page_size,
             pools={format: self.past + frames + shard.frames},
             scratch_format="bf16",
+            precision="exact",
+            shard=shard,
             device=device,
         )
         self.table = self.store.open(Policy(window=self.past + frames))
@@ -118,7 +124,7 @@ class World:
             silent = Silent(transport)
             self.alone = self.table.plan([made], attention=way.strategy(silent))
             self.forward(self.alone, self.qkv)
-            self.log, silent.log = silent.log, None
+            self.log = silent.stop()
 
     def inputs(self, block: int) -> list[Tensor]:
         """Of each layer, own rows."""
@@ -150,7 +156,7 @@ class World:
         pages = self.past * store.pages_per_frame
         q = self.qkv[0].unflatten(1, (-1, self.shape.head_dim))[:, : self.shape.heads].contiguous()
         indptrs = (torch.tensor([0, count], dtype=torch.int32, device=store.device) for count in (len(q), pages))
-        part = Plan(*indptrs, plan.page_ids[:pages], plan.page_lens[:pages])
+        part = Plan(next(indptrs), next(indptrs), plan.page_ids[:pages], plan.page_lens[:pages])
         out = torch.empty(q.shape, device=store.device)
         for layer in store.layers:
             paged_attention(q, layer, part, out=out, precision="exact", backend=store.backend)
@@ -275,11 +281,9 @@ def planned(worlds: Sequence[World], op: str, settings: Settings) -> list[Row]:
         merge = max(0.0, work - found["G-arrivals"].cpu)
     rate = 4 * rows * keys * shape.heads * shape.head_dim / (work - merge)
     device = Device("this one", rate, rate, 1e15, merge, known="measured")
-    workload = Workload(
-        **{"tokens": shape.queries, "keys": keys, "heads": shape.heads, "kv_heads": shape.kv_heads},
-        **{"head_dim": shape.head_dim, "ranks": transport.size, "kv_format": format},
-        **{"frame_tokens": shape.frame_tokens, "page_size": shape.page_size},
-    )
+    sizes: dict[str, Any] = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim")}
+    sizes |= {name: getattr(shape, name) for name in ("frame_tokens", "page_size")}
+    workload = Workload(tokens=shape.queries, keys=keys, ranks=transport.size, kv_format=format, **sizes)
     choice = plan_attention(workload, link, 1e15, device)
     options = {str(option.layout): option for option in choice.options}
     best = min(found[name].real for name in options)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from inferix.launcher import launched_rank as rank
-from inferix_kernels.distributed import ProcessGroupTransport, Transport
+from inferix_kernels.distributed import ProcessGroupTransport, Transport  # which import torch.distributed when used
 
-__all__ = ["group", "now", "rank"]
+__all__ = ["group", "now", "rank", "rank_0_writes"]
+
+
+def rank_0_writes(args: argparse.Namespace) -> None:
+    """Of the processes that torchrun has started, rank 0 alone prints and keeps what was measured.
+
+    Raises:
+        ValueError: a family is asked for that each of them would measure for itself.
+    """
+    if rank() is None:
+        return
+    if tuple(args.families) != ("parallel",):
+        raise ValueError(f"family must be parallel under torchrun, got {', '.join(args.families) or 'all'}")
+    if rank() != 0:
+        args.json = args.plot = args.github = None
+        args.record = False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -22,6 +39,8 @@ def group(device: str) -> Iterator[Transport | None]:
     if rank() is None:
         yield None
         return
+    import torch.distributed as dist
+
     place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)

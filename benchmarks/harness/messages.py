@@ -21,9 +21,11 @@ class Posted(NamedTuple):
 
 
 class Waited(NamedTuple):
-    """For the messages that were posted as so many-th."""
+    """Attributes:
+    post: for the messages of which post, counted from 0.
+    """
 
-    index: int
+    post: int
 
 
 class Silent(Transport):
@@ -38,6 +40,11 @@ class Silent(Transport):
         self.log: list[Posted | Waited] | None = []
         self._seen: set[tuple[int, int]] = set()
         self._count = 0
+
+    def stop(self) -> list[Posted | Waited]:
+        """The log so far; there is none from here on."""
+        log, self.log = self.log, None
+        return log or []
 
     def _begin(self, sends: Sequence[Message], receives: Sequence[Message]) -> Ticket:
         for message in receives:
@@ -74,7 +81,7 @@ def replay(transport: Transport, log: Sequence[Posted | Waited]) -> Callable[[],
         tickets: list[Ticket] = []
         for step in steps:
             if isinstance(step, Waited):
-                tickets[step.index].wait()
+                tickets[step.post].wait()
             else:
                 tickets.append(transport.post(*step))
 

@@ -44,6 +44,7 @@ def rows():
     backends = ("ours-compiled", "ours-reference", "ours-torch", "torch", "sdpa", "gather-sdpa")
     settings = dict.fromkeys(families.FAMILIES, dataclasses.replace(QUICK, backends=backends))
     settings["host"] = settings["arrivals"] = QUICK
+    settings["parallel"] = dataclasses.replace(QUICK, rounds=1, formats=("int8",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "CASES", stream.CASES[:1])
         patch.setattr(profiler, "SPANS", 1000)
