@@ -30,7 +30,12 @@ def rank_0_writes(args: argparse.Namespace) -> None:
     if rank() != 0:
         args.json = args.plot = args.github = None
         args.record = False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
+
+
+def silence() -> None:
+    """What this process prints from here on is lost, but for errors."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
