@@ -204,12 +204,13 @@ def check(world: World, whole: Tensor) -> Row:
 
 
 class Times(NamedTuple):
-    """Seconds of one layer: as it is, without messages, of the messages; and the processor's, without messages."""
+    """Seconds of one layer: as it is, without messages, of the messages; and the processor's of the first two."""
 
     real: float
     alone: float
     copy: float
-    cpu: float
+    real_cpu: float
+    alone_cpu: float
 
     @property
     def exposed(self) -> float:
@@ -220,7 +221,7 @@ class Times(NamedTuple):
 def measure(worlds: Sequence[World], settings: Settings, pace: Callable[[World], object]) -> list[Times]:
     """Of each the best of the rounds, in which they take turns."""
     transport = worlds[0].transport
-    found = [Times(*[float("inf")] * 4) for _ in worlds]
+    found = [Times(*[float("inf")] * 5) for _ in worlds]
     copies = [replay(transport, world.log) for world in worlds]
     begun = time.perf_counter()
     for n in range(settings.rounds):
@@ -230,7 +231,7 @@ def measure(worlds: Sequence[World], settings: Settings, pace: Callable[[World],
             pace(world)
             calls = partial(world.forward, world.real, world.qkv), partial(world.forward, world.alone, world.qkv), copy
             real, alone, copied = (timed(transport, call) for call in calls)
-            taken = real.wall, alone.wall, copied.wall, alone.cpu
+            taken = real.wall, alone.wall, copied.wall, real.cpu, alone.cpu
             found[i] = Times(*(min(old, new / LAYERS) for old, new in zip(found[i], taken, strict=True)))
     return [Times(*slowest(transport, *times)) for times in found]
 
@@ -256,7 +257,7 @@ def rows_of(settings: Settings, shape: Shape, format: str, transport: Transport)
                 hub.gigabytes_per_second = world.formula() / LAYERS / (SHARE * past) / 1e9
 
         for row, times in zip(rows, measure(worlds, settings, own_pace), strict=True):
-            row.metrics |= {f"{name} ms": 1e3 * seconds for name, seconds in times._asdict().items()}
+            row.metrics |= {f"{name} ms".replace("_", " "): 1e3 * seconds for name, seconds in times._asdict().items()}
             row.metrics |= {"copy of past's %": 100 * times.copy / past, "exposed %": times.exposed}
         for slower in SLOWER if hub is not None else (1,):
             if hub is not None:
@@ -277,8 +278,8 @@ def planned(worlds: Sequence[World], op: str, settings: Settings) -> list[Row]:
     rows = frames * -(-shape.frame_tokens // transport.size)
     merge, work = MERGE, found["G"].alone
     if transport.device.type == "cpu":  # by the processor's time: a machine that others use says no other
-        work = found["G"].cpu
-        merge = max(0.0, work - found["G-arrivals"].cpu)
+        work = found["G"].alone_cpu
+        merge = max(0.0, work - found["G-arrivals"].alone_cpu)
     rate = 4 * rows * keys * shape.heads * shape.head_dim / (work - merge)
     device = Device("this one", rate, rate, 1e15, merge, known="measured")
     sizes: dict[str, Any] = {name: getattr(shape, name) for name in ("heads", "kv_heads", "head_dim")}

@@ -19,6 +19,7 @@ are torchrun's, or whoever's made the process group.
 | exchange | what all schedules have in common |
 | gather | Ulysses, gather, and both in groups |
 | frame_shards, ring, pass_q | each group of ranks holds other frames: pages go round, or queries go to them |
+| arriving | one call of attention in a layer, which waits for pages on their way |
 | sharding | who holds what, by the name of a schedule; bytes sent, as formulas |
 """
 

@@ -22,6 +22,7 @@ from .exchange import Exchange
 from .transport import Ticket, Transport
 
 WAITING = ("auto", "compiled", "reference")  # backends that wait for pages
+POOLS = 8  # of one call at most: csrc/kv_pages.h
 NONE = -1  # in place of a counter
 Hop = Mapping[tuple[str, int], int]  # what comes with it: page ids of frames, by their places
 
@@ -83,6 +84,12 @@ class Arriving(Exchange):
         Args:
             hops: the deliveries that follow those of new rows.
         """
+        pools = len(self.store.layers[0]) + 1 + len(self.landed)
+        if pools > POOLS:
+            raise ValueError(
+                f"arrivals must be False where one call would read over {POOLS} pools, got True for {pools}: of the "
+                f"store, of what is new, and {len(self.landed)} of pages that come, on rank {self.shard.rank}"
+            )
         each = [self._entries(block, here, hops) for block in self.reads.blocks]
         ends, blocks = self.segments()
         entries = np.concatenate([each[block] for block in blocks])

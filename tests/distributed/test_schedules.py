@@ -139,6 +139,19 @@ def test_arrivals_are_refused_where_attention_waits_for_no_pages(strategy):
         run_ranks(lazy(2), rank)
 
 
+def test_arrivals_are_refused_where_one_call_would_read_too_many_pools():
+    formats = ("fp32", "bf16", "fp16", "int8", "fp8", "int4", "i8f8")
+
+    def rank(transport):
+        shard = shard_for("gather", transport.rank, 2, 4)
+        store = store_of(Story(), shard, pools=dict.fromkeys(formats, 2))
+        table = store.open(Policy())
+        table.plan([table.open_block(2)], attention=Gather(transport, arrivals=True))
+
+    with pytest.raises(ValueError, match=r"^arrivals must be False where one call would read over 8 pools, .* for 9"):
+        run_ranks(lazy(2), rank)
+
+
 def test_bytes_do_not_grow_with_the_past_but_in_a_ring():
     sizes = Sizes(3, 1560, 12, 12, (128, 128), 2, 2)
     pages = {format: 25 * page_bytes(format, 12, 64, 128) for format in ("int8", "bf16")}
