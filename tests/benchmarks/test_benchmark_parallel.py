@@ -11,6 +11,7 @@ from benchmarks.harness.messages import Posted, Silent, Waited, replay
 from benchmarks.shapes import find_shape
 from inferix_kernels.distributed import in_process_group, run_ranks
 from inferix_kernels.distributed.agreement import DIGESTS
+from tests.distributed.groups import run_processes
 
 CHECKED = Settings(rounds=0)
 
@@ -70,6 +71,12 @@ def test_ranks_that_ask_silence_whether_they_agree_do():
             assert next(step for step in world.log if isinstance(step, Posted)).sends == [(1 - transport.rank, DIGESTS)]
 
     run_ranks(in_process_group(2), rank)
+
+
+def test_processes_find_what_threads_do():
+    smoke = find_shape("smoke")
+    one, other = run_processes(2, lambda transport: parallel.rows_of(CHECKED, smoke, "bf16", transport))
+    assert one == other and {row.status for row in one} == {"ok"}, [row.note for row in one]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

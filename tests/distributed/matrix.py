@@ -70,7 +70,8 @@ class Case(NamedTuple):
 
 
 def cases():
-    """All but those that are the same as another one: one rank, and groups that are not there."""
+    """All but those that are the same as another one: one rank, and groups that are not there. Pages of any format land
+    in the same way: two are enough."""
     for each in itertools.product(RANKS, STRATEGIES, SHAPES, FORMATS, HEADS):
         case, heads = Case(*each), HEADS[each[-1]][1]
         if case.ranks == 1 and case.schedule != "gather":
@@ -78,6 +79,8 @@ def cases():
         if case.schedule == "ulysses x gather" and (case.ranks < 4 or heads % 2):
             continue
         if case.schedule == "ulysses" and case.shard(0).heads == 1:
+            continue
+        if case.schedule == "ring, arrivals" and case.format not in ("bf16", "int8"):
             continue
         yield case
 
