@@ -235,11 +235,11 @@ def test_what_many_videos_fail_by_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert line.startswith("a and 2 others: model must be")
 
 
-def test_the_folders_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = folder(tmp_path / "data[final]", {"prompts": ["a"]})
+def test_a_folders_name_is_no_markup_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = folder(tmp_path / f"{'a long name, ' * 10}data[final]", {"prompts": ["a"]})
     found = evaluate_dataset(folder=source, out=tmp_path / "out", metrics=["proxy:exposure"]).report
-    command.print_all(found, Console(width=300).print)
-    assert "data[final]" in capsys.readouterr().out
+    command.print_all(found, Console(width=80).print)
+    assert str(source) in capsys.readouterr().out.splitlines()
 
 
 def test_tasks_are_done_in_other_processes_and_errors_come_back() -> None:

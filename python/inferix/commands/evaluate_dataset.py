@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -262,7 +261,8 @@ def run(config: EvaluateDatasetConfig) -> int:
 def print_all(found: Mapping[str, Any], show: Callable[[Any], object]) -> None:
     """The dataset's composition, the protocol, the tables of metrics, and what failed."""
     dataset = found["dataset"]
-    drawn = Table(title=escape(dataset["folder"]), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    print(dataset["folder"])  # as a title of the table a long one would be broken
+    drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("", "published", "found", ""):
         drawn.add_column(head, justify="right" if head else "left", no_wrap=True)
     for line in dataset["composition"]:
