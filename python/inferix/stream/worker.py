@@ -22,8 +22,11 @@ from typing import Any
 
 from inferix_kernels import profile
 
+from ..launcher import launched_rank
+
 PROCESS = "inferix-worlds"  # its name
 REFUSED, BROKEN = "refused", "broken"
+END = "end"  # a request that nothing answers
 HEARTBEAT = 1.0  # seconds
 # Requests that leave the worlds as they were if they fail, for whatever reason: a full disk, a store without room.
 HARMLESS = frozenset({"prepare", "fork", "save", "load"})
@@ -260,6 +263,10 @@ class Stage:
 def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     """The process: answers until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
+    if launched_rank() is not None:  # so does what ends torchrun
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from inferix_kernels.distributed import PeerLost  # brings torch
+
     lock = threading.Lock()
     stage: list[Stage] = []
     texts: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
@@ -271,8 +278,9 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         except ValueError as refusal:
             error = (REFUSED, str(refusal))
         except Exception as failure:
-            error = (BROKEN, traceback.format_exc())
-            if name in HARMLESS:
+            lost = isinstance(failure, PeerLost)
+            error = (BROKEN, str(failure) if lost else traceback.format_exc())
+            if name in HARMLESS and not lost:
                 error = (REFUSED, f"{name}: {(str(failure).splitlines() or [type(failure).__name__])[0]}")
         with lock:
             connection.send((number, result, error))
@@ -302,14 +310,18 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         reply(0, "open", open_stage)
         while stage:
             number, name, arguments = connection.recv()
+            if name == END:
+                break
             if name == "prepare":
                 texts.put((number, arguments))
             else:
                 reply(number, name, getattr(stage[0], name), **arguments)
             if name == "step" and not connection.poll():
-                stage[0].commit_pending()
+                with contextlib.suppress(PeerLost):  # the next request says so
+                    stage[0].commit_pending()
     except (EOFError, OSError):
         pass  # the parent is gone
     finally:
         if stage and (ranks := stage[0].worlds["a"].world.ranks) is not None:
-            ranks.__exit__(None, None, None)
+            with contextlib.suppress(RuntimeError):  # a rank is lost: the parent knows, or will not ask any more
+                ranks.__exit__(None, None, None)
