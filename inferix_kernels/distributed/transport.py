@@ -7,6 +7,7 @@ share. How bytes move is all that a transport adds to `Transport`, in one method
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -95,6 +96,14 @@ class Transport:
         self.deadline = check_deadline(deadline)
         self.sent = 0
         self.where = Where()
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """A transport of processes ends with this; one of threads has nothing to end."""
 
     def at(self, op: str, layer: int, block: int) -> None:
         """What `PeerLost` says that this rank waited in, of messages posted from here on. Costs no communication.

@@ -3,19 +3,21 @@
 The file holds, for each format in use, one tensor per part of its pages (codes, scales, offsets), [layers, pages, ...]
 with the frames in the order of the table; the frozen key means; and as metadata the version, the store's geometry, the
 policy, the list of frames, which of them wait in host memory, and checksums (CRC-32) of each tensor and of all that.
-Blocks that are still open are not part of the past, and not of the file.
+Blocks that are still open are not part of the past, and not of the file. Nor does it say how many ranks held it: what n
+ranks held is read by m, each of which takes what it is to hold.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from .kv_store import KVStore
 from .page_table import PageTable
 from .past import Past
 from .policy import Policy
+from .shard import Shard
 from .slots import Slot
 from .storage import Storage
 from .table_view import TableView
@@ -35,13 +38,19 @@ from .table_view import TableView
 VERSION = 2  # 1 had no checksums
 
 
+Collect = Callable[[Tensor, Sequence[int]], "Sequence[Tensor] | None"]
+"""Of several ranks: (blob of this rank, bytes of the first ranks' blobs, one by one) -> those blobs on rank 0, and None
+on the others."""
+
+
 def save(table: TableView, path: str | os.PathLike[str]) -> None:
     """Write the table's past to `path`. A crash in the middle leaves what was there before.
 
-    A policy's `on_evict` is code and not saved: give it again to `load`.
+    A policy's `on_evict` is code and not saved: give it again to `load`. Of several ranks, of which
+    each holds all, rank 0 alone writes; what each holds a part of, `taken` brings together.
 
     Raises:
-        ValueError: the file can not be written; names it.
+        ValueError: the file can not be written; names it. Or the store holds a part of the heads or frames.
 
     Example:
         >>> import tempfile
@@ -57,34 +66,98 @@ def save(table: TableView, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(again.gather(0, [0])[0], table.gather(0, [0])[0])
         True
     """
-    save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
+    require("safetensors.torch", "driver", "path: a snapshot")
+    if (snapshot := taken(table)) is not None:
+        snapshot.write(path)
 
+
+class Snapshot(NamedTuple):
+    """A past, in host memory.
+
+    Attributes:
+        tensors: by format and field, and "k_means".
+        state: the rest, for the file's header.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """As `save`."""
+        save_file = require("safetensors.torch", "driver", "path: a snapshot").save_file
+        checksums = {name: _checksum(tensor) for name, tensor in self.tensors.items()}
+        header = json.dumps(self.state | {"checksums": checksums})
+        with atomic_write(path) as part:
+            save_file(self.tensors, part, {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
+
+
+def taken(table: TableView, collect: Collect | None = None) -> Snapshot | None:
+    """The table's past as it is now; of several ranks, which all call this, on rank 0, and None on the others.
+
+    Args:
+        collect: brings to rank 0 what the ranks hold. It is not called where rank 0 holds all.
+
+    Raises:
+        ValueError: there is no `collect`, and the store holds a part of the heads or frames.
+
+    Example:
+        >>> from inferix_kernels.store.snapshot import taken
+        >>> snapshot = taken(table)
+        >>> snapshot.state["next_frame"] == table.next_frame
+        True
+    """
+    shard = table.store.shard
+    if not shard.whole and collect is None:
+        raise ValueError(f"table must be of a store with all heads and frames, got one with {shard}")
     with table.turn:
-        tensors, state = _tensors(table), _state(table)
-    state["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    header = json.dumps(state)
-    with atomic_write(path) as part:
-        save_file(tensors, part, {"inferix": header, "crc32": str(zlib.crc32(header.encode()))})
+        tensors, state = {} if shard.whole and shard.rank else _tensors(table, collect), _state(table)
+    return None if shard.rank else Snapshot(tensors, state)
 
 
-def _tensors(table: TableView) -> dict[str, Tensor]:
+def _tensors(table: TableView, collect: Collect | None) -> dict[str, Tensor]:
     store, tensors, held = table.store, {}, table.state.held.values()
     for format in dict.fromkeys(extent.format for extent in held):
         places = [_place(extent) for extent in held if extent.format == format]
-        layers = [[place.pool.slot(layer, place.index) for place in places] for layer in range(store.num_layers)]
         for field in store.pools[format].pages.tensors:
-            parts = [torch.cat([as_bytes(getattr(pages, field)).cpu() for pages in frames]) for frames in layers]
-            tensors[f"{format}.{field}"] = torch.stack(parts)
+            layers = [_pages(store, places, layer, field, collect) for layer in range(store.num_layers)]
+            if here := [pages for pages in layers if pages is not None]:
+                tensors[f"{format}.{field}"] = torch.stack(here)
     means = [mean for mean in table.state.k_means if mean is not None]
     if means:
         tensors["k_means"] = torch.stack(means).cpu()
     return tensors
 
 
+def _pages(store: Storage, places: Sequence[Slot], layer: int, field: str, collect: Collect | None) -> Tensor | None:
+    """One field of these frames in a layer, of all heads: [pages, heads, ...]."""
+    own = [getattr(place.pool.slot(layer, place.index), field) for place in places if place.own]
+    like = as_bytes(getattr(places[0].pool.layers[layer], field))
+    part = torch.cat([like[:0].cpu(), *(as_bytes(pages).cpu() for pages in own)])
+    shard, n = store.shard, store.pages_per_frame
+    if shard.whole or collect is None:
+        return part
+    # The first ranks have all: each another part of the heads or of the frames.
+    first = [dataclasses.replace(shard, rank=rank) for rank in range(shard.heads * shard.frames)]
+    frames = [[i for i, place in enumerate(places) if place.group == other.frame_rank] for other in first]
+    shapes = [(len(theirs), n, *like.shape[1:]) for theirs in frames]
+    blobs = collect(part.view(-1).view(torch.uint8), [math.prod(shape) * part.element_size() for shape in shapes])
+    if blobs is None:
+        return None
+    whole = part.new_empty(len(places), n, store.all_heads, *like.shape[2:])
+    for other, theirs, shape, blob in zip(first, frames, shapes, blobs, strict=True):
+        whole[theirs, :, heads_of(store, other)] = blob.cpu().view(part.dtype).view(shape)
+    return whole.flatten(0, 1)
+
+
+def heads_of(store: Storage, shard: Shard) -> slice:
+    """A rank's heads among all."""
+    return slice(shard.head_rank * store.heads, (shard.head_rank + 1) * store.heads)
+
+
 def _state(table: TableView) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "geometry": table.store.geometry,
+        "geometry": _geometry(table.store),
         "policy": {name: getattr(table.policy, name) for name in _policy_fields()},
         "next_frame": table.next_frame,
         "frames": [[frame, extent.format] for frame, extent in table.held.items()],
@@ -92,6 +165,11 @@ def _state(table: TableView) -> dict[str, Any]:
         "cold": sorted(table.cold),
         "eight_bit": list(table.state.eight_bit),
     }
+
+
+def _geometry(store: Storage) -> dict[str, object]:
+    """Of the world, however its heads are cut."""
+    return store.geometry | {"heads": store.all_heads}
 
 
 def _place(extent: Extent) -> Slot:
@@ -166,7 +244,7 @@ def _checked(store: Storage, metadata: dict[str, str] | None, path: str | os.Pat
         )
     if version > 1 and metadata.get("crc32") != str(zlib.crc32(metadata["inferix"].encode())):
         raise _Damaged("its header is damaged: the checksum is of another one")
-    ours, theirs = _parsed(json.dumps(store.geometry)), _member(state, "geometry", dict)
+    ours, theirs = _parsed(json.dumps(_geometry(store))), _member(state, "geometry", dict)
     if differences := [
         f"{name[:20]} {_short(theirs.get(name))} (here {ours.get(name)!r})"
         for name in dict.fromkeys([*ours, *theirs])
@@ -287,7 +365,8 @@ def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor
         for format in dict.fromkeys(formats)
         for field, page in store.pools[format].pages.tensors.items()
     }
-    shapes = {name: ((layers, pages, *page.shape), page.dtype) for name, (layers, pages, page) in wanted.items()}
+    heads = store.all_heads
+    shapes = {name: ((layers, n, heads, *page.shape[1:]), page.dtype) for name, (layers, n, page) in wanted.items()}
     if "k_means" in tensors:
         shapes["k_means"] = (store.num_layers, store.all_heads, store.scratch.head_dim), torch.float32
     if wrong := sorted(shapes.keys() ^ tensors.keys()):
@@ -301,10 +380,12 @@ def _check_tensors(store: Storage, header: _Header, tensors: Mapping[str, Tensor
 
 
 def _fill(store: Storage, places: Sequence[Slot], format: str, tensors: Mapping[str, Tensor]) -> None:
-    n = store.pages_per_frame
+    """What lies in this process of these frames."""
+    n, heads = store.pages_per_frame, heads_of(store, store.shard)
     for field in store.pools[format].pages.tensors:
         tensor = tensors[f"{format}.{field}"]  # [layers, frames * n, ...]
         for layer in range(store.num_layers):
             for j, place in enumerate(places):
-                target = place.pool.slot(layer, place.index).tensors[field]
-                as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n])
+                if place.own:
+                    target = place.pool.slot(layer, place.index).tensors[field]
+                    as_bytes(target).copy_(tensor[layer, j * n : (j + 1) * n, heads])

@@ -12,9 +12,10 @@ import contextlib
 import importlib
 import itertools
 import pickle
+import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inferix_kernels import Policy
-from inferix_kernels._check import check_word
+from inferix_kernels._check import check_device, check_word
 from inferix_kernels.distributed import ProcessGroupTransport, TokenShard
 from inferix_kernels.distributed.transport import Message, Transport
 from inferix_kernels.store import Shard
@@ -97,7 +98,8 @@ class Ranks:
                     raise error
                 self.end()
         finally:
-            dist.destroy_process_group()
+            if isinstance(self.transport, ProcessGroupTransport):
+                dist.destroy_process_group()
 
     def place(self, model: Model, policy: Policy) -> tuple[Model, Shard]:
         """The model as this rank runs it, and what its store holds.
@@ -118,7 +120,7 @@ class Ranks:
             self._worlds[number] = world
 
     @contextlib.contextmanager
-    def together(self, world: World, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+    def together(self, world: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
         """A call of a world that is about to be made on rank 0. One at a time, over all worlds of the group."""
         with self._turn:
             if not self.leads or self._inside:  # what a call calls is made by every rank for itself
@@ -144,6 +146,10 @@ class Ranks:
         Raises:
             RuntimeError: a call raised here that did not there, or the other way round. PeerLost: a rank is gone.
         """
+        with _left_to_rank_0():
+            return self._followed()
+
+    def _followed(self) -> Any:
         error: Exception | None = None
         name = ""
         while True:
@@ -176,6 +182,36 @@ class Ranks:
                 self._ended = True
                 self.share((self._failed, _End(result)))
 
+    def on_first(self, function: Callable[[], None]) -> None:
+        """Rank 0 alone makes this call, within one that all make. If it raises an exception, all raise one with its
+        words."""
+        error: Exception | None = None
+        if self.leads:
+            try:
+                function()
+            except Exception as raised:
+                error = raised
+        said = self.share(None if error is None else str(error))
+        if said is not None:
+            raise error or ValueError(said)
+
+    def collect(self, blob: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
+        """Blobs of the first ranks, on rank 0; None on the others.
+
+        Args:
+            blob: this rank's, on the CPU.
+            sizes: bytes of each.
+        """
+        transport, rank = self.transport, self.transport.rank
+        transport.at("what rank 0 saves", -1, -1)
+        blob = blob.to(transport.device)
+        if rank:
+            transport.post([Message(0, blob)] if rank < len(sizes) else [], []).wait()
+            return None
+        others = [torch.empty(size, dtype=torch.uint8, device=transport.device) for size in sizes[1:]]
+        transport.post([], [Message(i, other) for i, other in enumerate(others, 1)]).wait()
+        return [blob, *others]
+
     def share(self, value: Any) -> Any:
         """What rank 0 gives, on every rank. It is pickled, as torch.distributed does: the ranks trust each other.
 
@@ -205,11 +241,26 @@ def join(device: str | None = None, parallel: str = "auto") -> Ranks | None:
     """
     if launched_rank() is None:
         return None
-    on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    on_gpu = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
     if on_gpu:  # never run on a GPU
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("nccl" if on_gpu else "gloo")
     return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"), parallel)
+
+
+@contextlib.contextmanager
+def _left_to_rank_0() -> Iterator[None]:
+    """Ctrl-C in a terminal, and what ends torchrun, reach every process: rank 0 ends the others, once it has finished
+    what it has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _length(size: int) -> Tensor:
