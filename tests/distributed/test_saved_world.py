@@ -73,7 +73,7 @@ def test_what_rank_0_can_not_write_is_refused_everywhere_and_the_world_goes_on(t
         begin(world)
         with pytest.raises(ValueError, match="folder must be new"):
             saved.save(world, tmp_path / "there")
-        with pytest.raises(ValueError, match="takes .* bytes, at most 10 are left for it"):
+        with pytest.raises(ValueError, match=r"takes .* bytes, at most 10 are left for it"):
             saved.save(world, tmp_path / "large", most=10)
         assert [path.name for path in tmp_path.iterdir()] == ["there"]
         return goes_on(world)
