@@ -112,3 +112,15 @@ def test_bytes_do_not_grow_with_the_past_but_in_a_ring():
     )
     of = {format: ring_sent(ring, [5 * each] * 4) for format, each in pages.items()}
     assert of["int8"] <= 0.53 * of["bf16"]
+
+
+def test_a_slot_of_another_rank_is_not_taken_for_scratch():
+    """Rank 0 holds two of five slots, the others one: the page id of slot 4 is that of scratch on those."""
+    story = Story("fp32", frames=1, blocks=7, window=2, layers=1, frame_tokens=8)
+
+    def rank(transport):
+        shard = shard_for("ring", transport.rank, transport.size, story.heads)
+        return tell(story, store_of(story, shard, pools={"fp32": 5}), Ring(transport)).outs
+
+    told = run_ranks(lazy(4), rank)
+    assert distance(whole(story, told), alone(story).outs)[0] <= 2e-5

@@ -128,7 +128,7 @@ def nudge(network: torch.nn.Module) -> None:
 
 
 class Apart(NamedTuple):
-    """Of two runs: the largest difference of their latents; the share of codes that are equal, and how far one is off."""
+    """Of two runs: the largest difference of latents; the share of codes that are equal, and how far one is off."""
 
     latents: float
     equal: float
