@@ -103,7 +103,7 @@ class Transport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """A transport of processes ends with this; one of threads has nothing to end."""
+        """An exception ends the other ranks' waits, with its message."""
 
     def at(self, op: str, layer: int, block: int) -> None:
         """What `PeerLost` says that this rank waited in, of messages posted from here on. Costs no communication.

@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inferix_kernels import Policy
+from inferix_kernels import OutOfPages, Policy
 from inferix_kernels._check import check_device, check_word
 from inferix_kernels.distributed import ProcessGroupTransport, TokenShard
 from inferix_kernels.distributed.transport import Message, Transport
 from inferix_kernels.store import Shard
 
 from .decode.contract import Model
+from .finite import NotFinite
 from .launcher import launched_rank
 from .sharing import PARALLEL, Sharing
 
@@ -82,6 +83,7 @@ class Ranks:
         self._worlds: dict[int, World] = {}  # held by those who follow alone
         self._dropped: list[int] = []
         self._turn, self._inside, self._failed = threading.RLock(), False, False
+        self._agreed: Exception | None = None  # that all ranks know of
 
     @property
     def leads(self) -> bool:
@@ -131,11 +133,25 @@ class Ranks:
             dropped, self._dropped[:] = list(self._dropped), []
             self.share((self._failed, _Call(dropped, self._number[world], name, (args, kwargs))))
             self._inside, self._failed = True, True
+            sent = self.transport.sent
             try:
                 yield
                 self._failed = False
+            except Exception as error:
+                if not self._on_all(error, sent):
+                    self.transport.__exit__(type(error), error, error.__traceback__)  # the others wait for this rank
+                raise
             finally:
                 self._inside = False
+
+    def _on_all(self, error: Exception, sent: int) -> bool:
+        """Does every rank raise this in the same place? Before the ranks have sent each other anything in a call they
+        only do what all of them do; and what they make, and the pages that they have, are the same.
+
+        Args:
+            sent: bytes that this rank had sent when the call began.
+        """
+        return self.transport.sent == sent or error is self._agreed or isinstance(error, (NotFinite, OutOfPages))
 
     def follow(self) -> Any:
         """Make the calls that are made on rank 0, until it is done.
@@ -144,7 +160,8 @@ class Ranks:
             What rank 0 has ended with.
 
         Raises:
-            RuntimeError: a call raised here that did not there, or the other way round. PeerLost: a rank is gone.
+            RuntimeError: a call raised an exception here that it did not raise there, or the other way round.
+            PeerLost: a rank is gone.
         """
         with _left_to_rank_0():
             return self._followed()
@@ -162,7 +179,11 @@ class Ranks:
                 return call.result
             for number in call.dropped:
                 del self._worlds[number]
-            name, error = call.name, self._make(call)
+            name, sent = call.name, self.transport.sent
+            error = self._make(call)
+            if error is not None and not self._on_all(error, sent):
+                what = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"{name} failed on rank {self.transport.rank}: {what}") from error
 
     def _make(self, call: _Call) -> Exception | None:
         world = self._worlds[call.world]
@@ -193,7 +214,8 @@ class Ranks:
                 error = raised
         said = self.share(None if error is None else str(error))
         if said is not None:
-            raise error or ValueError(said)
+            self._agreed = error or ValueError(said)
+            raise self._agreed
 
     def collect(self, blob: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
         """Blobs of the first ranks, on rank 0; None on the others.

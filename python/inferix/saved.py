@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
         RuntimeError: another thread is at work on the world, or it was released.
     """
     decoder, ranks, folder = world.decoder, world.ranks, Path(folder)
+    _check_shared(world)
     first = _run if ranks is None else ranks.on_first
     first(lambda: _check_new(folder))
     world.pictures.check()
@@ -61,7 +62,6 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
         **decoder.state(),
         "pictures": world.pictures.stream.state(),
     }
-    _check_shared(world, state)
     pasts: Iterable[Snapshot | None] = (_past(world, table) for table in decoder.tables)
     if ranks is not None:
         pasts = list(pasts)  # all ranks have a part in it; rank 0 alone writes
@@ -77,13 +77,14 @@ def _check_new(folder: Path) -> None:
         raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
 
 
-def _check_shared(world: World, state: Mapping[str, Any]) -> None:
+def _check_shared(world: World) -> None:
     """Raises ValueError if the ranks have other parts of this world than `snapshot` puts together."""
     if world.ranks is None:
         return
-    name, of_tokens = world.model.adapter.name, any(each is not None for each in state.get("carried") or ())
+    of_tokens = type(world.model).carried is not Model.carried
     if of_tokens or world.model.branch is not None:
         why = "keys and values of each rank's tokens" if of_tokens else "each prediction on ranks of its own"
+        name = world.model.adapter.name
         raise ValueError(f"save, load: a world of several ranks can't be saved or loaded with {why}, got {name}")
 
 
@@ -138,8 +139,8 @@ def load(world: World, folder: str | Path) -> World:
         OutOfPages: the store has no room for one more world.
         RuntimeError: another thread is at work on this world.
     """
+    _check_shared(world)
     state = read(world, folder)
-    _check_shared(world, state)
     other, decoder = copy.copy(world), world.decoder.fork()
     other.decoder = decoder
     tables: list[PageTable] = []
