@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from inferix.models import load_model
 from inferix.models.magi import Magi, MagiSchedule
 from inferix.models.magi.adapters import adapter_for
 from inferix.ranks import Ranks
+from inferix.sharing import workload
 from inferix.world import World
+from inferix_kernels import Policy
 from inferix_kernels.distributed import in_process_group, run_ranks
 from tests.models import magi_folder
 from tests.models.test_wan_world import wan
@@ -112,9 +115,12 @@ def test_both_predictions_of_a_guided_world_on_each_rank_or_each_on_its_own(para
     same(together(ranks, prompts, opened, parallel), prompts(opened()))
 
 
-def test_ranks_share_a_world_as_the_planner_has_it():
-    """By what is measured here, whatever that is."""
-    same(together(2, prompts, walking, "auto"), prompts(walking()))
+def test_ranks_share_a_world_as_the_planner_has_it(caplog):
+    """By what is measured here, whatever that is; rank 0 says so in a line."""
+    with caplog.at_level("INFO", "inferix"):
+        same(together(2, prompts, walking, "auto"), prompts(walking()))
+    said = [record.message for record in caplog.records if "ranks make" in record.message]
+    assert len(said) == 1 and re.match(r"2 ranks make self-forcing by [\w-]+\. Chosen: .*, the fastest", said[0])
 
 
 @pytest.mark.parametrize(
@@ -205,3 +211,12 @@ def test_the_tiny_worlds_pictures_on_two_ranks():
 
     made, expected = together(2, play, tiny, "ulysses"), play(tiny())
     assert int(np.abs(made.astype(int) - expected).max()) <= 1
+
+
+def test_the_planner_counts_the_heads_of_queries_too():
+    asked = workload(magi().model, Policy(window=30, format="int8"), ranks=2)
+    assert (asked.heads, asked.kv_heads, asked.head_dim) == (
+        magi_folder.HEADS,
+        magi_folder.KV_HEADS,
+        magi_folder.HEAD_DIM,
+    )
