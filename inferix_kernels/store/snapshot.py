@@ -100,11 +100,7 @@ def taken(table: TableView, collect: Collect | None = None) -> Snapshot | None:
     Raises:
         ValueError: there is no `collect`, and the store holds a part of the heads or frames.
 
-    Example:
-        >>> from inferix_kernels.store.snapshot import taken
-        >>> snapshot = taken(table)
-        >>> snapshot.state["next_frame"] == table.next_frame
-        True
+    Example: that of `save`, which writes what this returns.
     """
     shard = table.store.shard
     if not shard.whole and collect is None:
