@@ -16,7 +16,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,6 @@ from .decode.contract import Model
 from .finite import NotFinite
 from .launcher import launched_rank
 from .sharing import PARALLEL, Sharing
-
-if TYPE_CHECKING:
-    from .world import World
 
 PATIENCE = 1e5  # seconds that a rank waits for what is done next: a world may be left alone for a day
 LENGTH = 8  # bytes of a message's length, which goes ahead of it
@@ -80,7 +77,7 @@ class Ranks:
         self.sharing: Sharing | None = None
         self._numbers = itertools.count()
         self._number: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._worlds: dict[int, World] = {}  # held by those who follow alone
+        self._worlds: dict[int, Any] = {}  # held by those who follow alone
         self._dropped: list[int] = []
         self._turn, self._inside, self._failed = threading.RLock(), False, False
         self._agreed: Exception | None = None  # that all ranks know of
@@ -113,7 +110,7 @@ class Ranks:
         sharing = self.sharing
         return model.on_rank(TokenShard(sharing.group), sharing.attention, sharing.branch), sharing.shard
 
-    def add(self, world: World) -> None:
+    def add(self, world: Any) -> None:
         """A world that was opened, forked or loaded: at the same place of the same order on every rank."""
         number = self._number[world] = next(self._numbers)
         if self.leads:

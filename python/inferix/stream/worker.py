@@ -18,11 +18,14 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inferix_kernels import profile
 
 from ..launcher import launched_rank
+
+if TYPE_CHECKING:
+    from ..ranks import Ranks
 
 PROCESS = "inferix-worlds"  # its name
 REFUSED, BROKEN = "refused", "broken"
@@ -262,9 +265,7 @@ class Stage:
 
 def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     """The process: answers until the parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
-    if launched_rank() is not None:  # so does what ends torchrun
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_signals_to_parent()
     from inferix_kernels.distributed import PeerLost  # brings torch
 
     lock = threading.Lock()
@@ -322,6 +323,18 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     except (EOFError, OSError):
         pass  # the parent is gone
     finally:
-        if stage and (ranks := stage[0].worlds["a"].world.ranks) is not None:
-            with contextlib.suppress(RuntimeError):  # a rank is lost: the parent knows, or will not ask any more
-                ranks.__exit__(None, None, None)
+        if stage:
+            _end_together(stage[0].worlds["a"].world.ranks)
+
+
+def _leave_signals_to_parent() -> None:
+    """Ctrl-C in a terminal reaches us too, and of several ranks what ends torchrun; the parent ends us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if launched_rank() is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_together(ranks: Ranks | None) -> None:
+    if ranks is not None:
+        with contextlib.suppress(RuntimeError):  # one is lost: the parent knows, or will not ask any more
+            ranks.__exit__(None, None, None)
