@@ -268,8 +268,7 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     _leave_signals_to_parent()
     from inferix_kernels.distributed import PeerLost  # brings torch
 
-    lock = threading.Lock()
-    stage: list[Stage] = []
+    lock, stage = threading.Lock(), list[Stage]()
     texts: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
 
     def reply(number: int, name: str, work: Callable[..., Any], /, **arguments: Any) -> None:
@@ -278,10 +277,11 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
             result = work(**arguments)
         except ValueError as refusal:
             error = (REFUSED, str(refusal))
+        except PeerLost as loss:
+            error = (BROKEN, str(loss))
         except Exception as failure:
-            lost = isinstance(failure, PeerLost)
-            error = (BROKEN, str(failure) if lost else traceback.format_exc())
-            if name in HARMLESS and not lost:
+            error = (BROKEN, traceback.format_exc())
+            if name in HARMLESS:
                 error = (REFUSED, f"{name}: {(str(failure).splitlines() or [type(failure).__name__])[0]}")
         with lock:
             connection.send((number, result, error))
