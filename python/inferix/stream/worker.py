@@ -309,10 +309,8 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         for run in (beat, read_texts):
             threading.Thread(target=run, daemon=True, name=run.__name__).start()
         reply(0, "open", open_stage)
-        while stage:
-            number, name, arguments = connection.recv()
-            if name == END:
-                break
+        while stage and (request := connection.recv())[1] != END:
+            number, name, arguments = request
             if name == "prepare":
                 texts.put((number, arguments))
             else:
