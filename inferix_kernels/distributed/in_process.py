@@ -13,6 +13,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -157,6 +158,12 @@ class InProcess(Transport):
     def __init__(self, hub: Hub, rank: int, size: int, device: torch.device, deadline: float):
         super().__init__(rank, size, device, deadline)
         self.hub = hub
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, PeerLost):
+            self.hub.fail(self.rank, error)
 
     def _begin(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Ticket:
         outgoing, incoming = ([_Half(*message) for message in messages] for messages in (sends, receives))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -102,6 +103,14 @@ class Transport:
     def beside(self) -> ThreadPoolExecutor:
         """A thread that waits for messages while the rank's own computes: only one of the two may post at a time."""
         return ThreadPoolExecutor(1, thread_name_prefix=f"beside rank {self.rank}")
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """An exception ends the other ranks' waits, with its message."""
 
     def at(self, op: str, layer: int, block: int) -> None:
         """What `PeerLost` says that this rank waited in, of messages posted from here on. Costs no communication.

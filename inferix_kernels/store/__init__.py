@@ -27,7 +27,7 @@ Each module imports only those above it:
 | share, passes, planning | one forward: writes, commits and attends, layer by layer; what it reads and writes |
 | boundary, page_table | one world, with its edits |
 | kv_store | a store of worlds |
-| snapshot, joining; memory | a world on disk, and of several ranks; how many bytes a world takes |
+| snapshot; memory | a world on disk; how many bytes a world takes |
 """
 
 from .attention import Attention, Local, TopK

@@ -195,22 +195,24 @@ def _place(
         reads += ids
         frames = block.end - block.first
         sizes = frames * store.frame_tokens, len(past) * size, frames * size
-        named = () if store.shard.ranks == 1 else _named(store, [*past, *block.frames], ids, slots, own)
+        named = () if store.shard.ranks == 1 else _named(store, past, block.frames, ids, slots, own)
         blocks.append(BlockReads(world, *sizes, named))
     return _Placed(part.table, blocks, reads, pairs, part)
 
 
 def _named(
     store: Storage,
-    frames: Sequence[Slot | int],
+    past: Sequence[Slot | int],
+    frames: Sequence[int],
     ids: Sequence[int],
     committed: Mapping[int, Slot],
     own: Mapping[int, int],
 ) -> tuple[FrameRead, ...]:
-    """What ranks that make a pass together must agree on: where each frame lies that a block reads."""
+    """What ranks that make a pass together must agree on: where each frame lies that a block reads. A page id does not
+    say it: that of a slot which lies on another rank means nothing here."""
+    slots = [frame if isinstance(frame, Slot) else committed.get(frame) for frame in past] + [None] * len(frames)
     named = []
-    for frame, page_id in zip(frames, ids):
-        slot = frame if isinstance(frame, Slot) else None if page_id == own[frame] else committed[frame]
+    for frame, slot, page_id in zip([*past, *frames], slots, ids, strict=True):
         index = (page_id - store.scratch_page_id) // store.pages_per_frame
         place = ("scratch", index) if slot is None else (slot.pool.format, slot.index)
         named.append(FrameRead(place, page_id, not isinstance(frame, Slot), 0 if slot is None else slot.group))

@@ -12,27 +12,26 @@ import contextlib
 import importlib
 import itertools
 import pickle
+import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inferix_kernels import Policy
-from inferix_kernels._check import check_word
+from inferix_kernels import OutOfPages, Policy
+from inferix_kernels._check import check_device, check_word
 from inferix_kernels.distributed import ProcessGroupTransport, TokenShard
 from inferix_kernels.distributed.transport import Message, Transport
 from inferix_kernels.store import Shard
 
 from .decode.contract import Model
+from .finite import NotFinite
 from .launcher import launched_rank
 from .sharing import PARALLEL, Sharing
-
-if TYPE_CHECKING:
-    from .world import World
 
 PATIENCE = 1e5  # seconds that a rank waits for what is done next: a world may be left alone for a day
 LENGTH = 8  # bytes of a message's length, which goes ahead of it
@@ -78,9 +77,10 @@ class Ranks:
         self.sharing: Sharing | None = None
         self._numbers = itertools.count()
         self._number: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._worlds: dict[int, World] = {}  # held by those who follow alone
+        self._worlds: dict[int, Any] = {}  # held by those who follow alone
         self._dropped: list[int] = []
         self._turn, self._inside, self._failed = threading.RLock(), False, False
+        self._agreed: Exception | None = None  # that all ranks know of
 
     @property
     def leads(self) -> bool:
@@ -97,7 +97,8 @@ class Ranks:
                     raise error
                 self.end()
         finally:
-            dist.destroy_process_group()
+            if isinstance(self.transport, ProcessGroupTransport):
+                dist.destroy_process_group()
 
     def place(self, model: Model, policy: Policy) -> tuple[Model, Shard]:
         """The model as this rank runs it, and what its store holds.
@@ -109,7 +110,7 @@ class Ranks:
         sharing = self.sharing
         return model.on_rank(TokenShard(sharing.group), sharing.attention, sharing.branch), sharing.shard
 
-    def add(self, world: World) -> None:
+    def add(self, world: Any) -> None:
         """A world that was opened, forked or loaded: at the same place of the same order on every rank."""
         number = self._number[world] = next(self._numbers)
         if self.leads:
@@ -118,7 +119,7 @@ class Ranks:
             self._worlds[number] = world
 
     @contextlib.contextmanager
-    def together(self, world: World, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+    def together(self, world: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
         """A call of a world that is about to be made on rank 0. One at a time, over all worlds of the group."""
         with self._turn:
             if not self.leads or self._inside:  # what a call calls is made by every rank for itself
@@ -129,11 +130,25 @@ class Ranks:
             dropped, self._dropped[:] = list(self._dropped), []
             self.share((self._failed, _Call(dropped, self._number[world], name, (args, kwargs))))
             self._inside, self._failed = True, True
+            sent = self.transport.sent
             try:
                 yield
                 self._failed = False
+            except Exception as error:
+                if not self._on_all(error, sent):
+                    self.transport.__exit__(type(error), error, error.__traceback__)  # the others wait for this rank
+                raise
             finally:
                 self._inside = False
+
+    def _on_all(self, error: Exception, sent: int) -> bool:
+        """Does every rank raise this in the same place? Before the ranks have sent each other anything in a call they
+        only do what all of them do; and what they make, and the pages that they have, are the same.
+
+        Args:
+            sent: bytes that this rank had sent when the call began.
+        """
+        return self.transport.sent == sent or error is self._agreed or isinstance(error, (NotFinite, OutOfPages))
 
     def follow(self) -> Any:
         """Make the calls that are made on rank 0, until it is done.
@@ -142,8 +157,13 @@ class Ranks:
             What rank 0 has ended with.
 
         Raises:
-            RuntimeError: a call raised here that did not there, or the other way round. PeerLost: a rank is gone.
+            RuntimeError: a call raised an exception here that it did not raise there, or the other way round.
+            PeerLost: a rank is gone.
         """
+        with _left_to_rank_0():
+            return self._followed()
+
+    def _followed(self) -> Any:
         error: Exception | None = None
         name = ""
         while True:
@@ -156,7 +176,11 @@ class Ranks:
                 return call.result
             for number in call.dropped:
                 del self._worlds[number]
-            name, error = call.name, self._make(call)
+            name, sent = call.name, self.transport.sent
+            error = self._make(call)
+            if error is not None and not self._on_all(error, sent):
+                what = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"{name} failed on rank {self.transport.rank}: {what}") from error
 
     def _make(self, call: _Call) -> Exception | None:
         world = self._worlds[call.world]
@@ -175,6 +199,37 @@ class Ranks:
             if self.leads and not self._ended:
                 self._ended = True
                 self.share((self._failed, _End(result)))
+
+    def on_first(self, function: Callable[[], None]) -> None:
+        """Rank 0 alone makes this call, within one that all make. If it raises an exception, all raise one with its
+        words."""
+        error: Exception | None = None
+        if self.leads:
+            try:
+                function()
+            except Exception as raised:
+                error = raised
+        said = self.share(None if error is None else str(error))
+        if said is not None:
+            self._agreed = error or ValueError(said)
+            raise self._agreed
+
+    def collect(self, blob: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
+        """Blobs of the first ranks, on rank 0; None on the others.
+
+        Args:
+            blob: this rank's, on the CPU.
+            sizes: bytes of each.
+        """
+        transport, rank = self.transport, self.transport.rank
+        transport.at("what rank 0 saves", -1, -1)
+        blob = blob.to(transport.device)
+        if rank:
+            transport.post([Message(0, blob)] if rank < len(sizes) else [], []).wait()
+            return None
+        others = [torch.empty(size, dtype=torch.uint8, device=transport.device) for size in sizes[1:]]
+        transport.post([], [Message(i, other) for i, other in enumerate(others, 1)]).wait()
+        return [blob, *others]
 
     def share(self, value: Any) -> Any:
         """What rank 0 gives, on every rank. It is pickled, as torch.distributed does: the ranks trust each other.
@@ -205,11 +260,26 @@ def join(device: str | None = None, parallel: str = "auto") -> Ranks | None:
     """
     if launched_rank() is None:
         return None
-    on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    on_gpu = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
     if on_gpu:  # never run on a GPU
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("nccl" if on_gpu else "gloo")
     return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"), parallel)
+
+
+@contextlib.contextmanager
+def _left_to_rank_0() -> Iterator[None]:
+    """Ctrl-C in a terminal, and what ends torchrun, reach every process: rank 0 ends the others, once it has finished
+    what it has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _length(size: int) -> Tensor:

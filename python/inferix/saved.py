@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from inferix_kernels import PageTable
 from inferix_kernels.files import atomic_write, locked_folder, unwritable
 from inferix_kernels.store import snapshot
+from inferix_kernels.store.snapshot import Snapshot
 
 from .decode.contract import Model
 from .history import Pictures
@@ -32,7 +34,8 @@ PAST, STATE, CHECKSUM = "past{}.safetensors", "world.pt", "world.pt.sha256"
 @one_at_a_time
 @torch.inference_mode()
 def save(world: World, folder: str | Path, most: int | None = None) -> None:
-    """Write a world into `folder`, which must not exist yet; it appears whole or not at all.
+    """Write a world into `folder`, which must not exist yet; it appears whole or not at all. Of several ranks rank 0
+    writes it, whatever each of them holds, and any number of them loads it.
 
     The pending clean pass is done first, so the world goes on as the loaded one will. Frames kept for `rewind` alone
     are left out.
@@ -46,9 +49,10 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
         NotFinite: pictures under way are not finite, which ends the world.
         RuntimeError: another thread is at work on the world, or it was released.
     """
-    decoder, folder = world.decoder, Path(folder)
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
+    decoder, ranks, folder = world.decoder, world.ranks, Path(folder)
+    _check_shared(world)
+    first = _run if ranks is None else ranks.on_first
+    first(lambda: _check_new(folder))
     world.pictures.check()
     if decoder.released:
         raise RuntimeError("save: this world was released, or lost as it was recached, and nothing of it is left")
@@ -58,11 +62,39 @@ def save(world: World, folder: str | Path, most: int | None = None) -> None:
         **decoder.state(),
         "pictures": world.pictures.stream.state(),
     }
+    pasts: Iterable[Snapshot | None] = (_past(world, table) for table in decoder.tables)
+    if ranks is not None:
+        pasts = list(pasts)  # all ranks have a part in it; rank 0 alone writes
+    first(lambda: _write_folder(folder, pasts, state, most))
+
+
+def _run(function: Callable[[], None]) -> None:
+    function()
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"folder must be new, got {str(folder)!r}, which exists")
+
+
+def _check_shared(world: World) -> None:
+    """Raises ValueError if the ranks have other parts of this world than `snapshot` puts together."""
+    if world.ranks is None:
+        return
+    of_tokens = type(world.model).carried is not Model.carried
+    if of_tokens or world.model.branch is not None:
+        why = "keys and values of each rank's tokens" if of_tokens else "each prediction on ranks of its own"
+        name = world.model.adapter.name
+        raise ValueError(f"save, load: a world of several ranks can't be saved or loaded with {why}, got {name}")
+
+
+def _write_folder(folder: Path, pasts: Iterable[Snapshot | None], state: dict[str, Any], most: int | None) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder.with_name(f".{folder.name}.part"), "folder", folder) as part:
-            for i, table in enumerate(decoder.tables):
-                _save_past(table, part / PAST.format(i), world.model.adapter.block_frames)
+            for i, past in enumerate(pasts):
+                assert past is not None
+                past.write(part / PAST.format(i))
             with atomic_write(part / STATE, "folder") as written:
                 _write(state, written)
             with atomic_write(part / CHECKSUM, "folder") as written:
@@ -86,14 +118,14 @@ def _write(state: dict[str, Any], path: Path) -> None:
         raise
 
 
-def _save_past(table: PageTable, path: Path, block_frames: int) -> None:
+def _past(world: World, table: PageTable) -> Snapshot | None:
     """Of a copy of the table, so that what only `rewind` wants can go: opening a block turns the page."""
     past = table.fork()
     try:
         past.policy = dataclasses.replace(past.policy, undo=0)
-        past.open_block(block_frames)
+        past.open_block(world.model.adapter.block_frames)
         past.abandon()
-        snapshot.save(past, path)
+        return snapshot.taken(past, None if world.ranks is None else world.ranks.collect)
     finally:
         past.release()
 
@@ -107,6 +139,7 @@ def load(world: World, folder: str | Path) -> World:
         OutOfPages: the store has no room for one more world.
         RuntimeError: another thread is at work on this world.
     """
+    _check_shared(world)
     state = read(world, folder)
     other, decoder = copy.copy(world), world.decoder.fork()
     other.decoder = decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from inferix_kernels.distributed import (
     plan_attention,
     shard_for,
 )
+from inferix_kernels.distributed.choice import reasons
 from inferix_kernels.distributed.sharding import SCHEDULES
 from inferix_kernels.distributed.transport import Transport
 from inferix_kernels.store import Attention, Shard
@@ -49,7 +51,7 @@ class Sharing:
         group: the transport of the ranks that share attention.
         shard: what the rank's store holds.
         branch: which of a guided world's predictions this rank's group makes; None: each of them.
-        why: the planner's table; "" where the way was named.
+        why: the planner's reason, in a line; "" where the way was named.
     """
 
     schedule: str
@@ -85,6 +87,9 @@ class Sharing:
                     f"parallel must not be branches: it needs a guided model and an even number of ranks, got "
                     f"{model.adapter.name}, guidance {model.adapter.guidance:g}, and {transport.size} ranks"
                 )
+        if transport.rank == 0:
+            said = f"{transport.size} ranks make {model.adapter.name} by {schedule}"
+            logging.getLogger("inferix").info(f"{said}, as named" if parallel != "auto" else f"{said}. {why}")
         group, branch = transport, None
         if branches > 1:
             size = transport.size // branches
@@ -115,7 +120,9 @@ def _planned(transport: Transport, model: Model, policy: Policy, share: Callable
     memory = _memory(transport) + (0 if model.network is None else weight_bytes(model.network))
     device = measure_device(transport.device, model.dtype, memory)
     choice = plan_attention(workload(model, policy, transport.size), link, memory, device)
-    found: tuple[Layout, str] = share((choice.best.layout, choice.explain()))
+    if transport.rank == 0:
+        logging.getLogger("inferix").debug(choice.explain())
+    found: tuple[Layout, str] = share((choice.best.layout, reasons(choice)[0]))
     return found
 
 
@@ -131,16 +138,16 @@ def workload(model: Model, policy: Policy, ranks: int) -> Workload:
     adapter = model.adapter
     frames = adapter.block_frames
     seen = frames if policy.window is None else max(frames, policy.window + policy.sink)
-    network, width = model.network, model.heads * model.head_dim
+    network = model.network
     weights = 0 if network is None else weight_bytes(network)
     # Of the network's weights almost all are its layers' matrices.
     numbers = 0 if network is None else sum(x.numel() for x in network.parameters())
     return Workload(
         tokens=frames * model.frame_tokens,
         keys=seen * model.frame_tokens,
-        heads=model.heads,
+        heads=model.query_heads,
         kv_heads=model.heads,
-        head_dim=width // model.heads,
+        head_dim=model.head_dim,
         ranks=ranks,
         kv_format=policy.format or "bf16",
         branches=branches_of(model),

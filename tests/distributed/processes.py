@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from inferix.ranks import Ranks
 from inferix_kernels.distributed import PeerLost, ProcessGroupTransport
 from tests.distributed import faults, test_transport
 from tests.distributed.groups import ENDED, LIMIT, Group, run_processes
+from tests.distributed.test_world import walking
 
 
 def exchanges() -> None:
@@ -55,9 +57,40 @@ def survivors() -> None:
     assert found == {0: [0, 2], 2: [0, 2]}, found
 
 
+def world() -> None:
+    """A rank that raises an exception in the middle of a block ends the others, long before a wait's deadline."""
+
+    def work(rank, send):
+        try:
+            with ProcessGroupTransport(deadline=1e5) as transport:
+                group = Ranks(transport, "gather")
+                made = walking(group)
+                if group.leads:
+                    made.step(prompt="fog")
+                made.model.network.blocks[1].forward = None
+                group.follow()
+        except Exception as error:
+            send((type(error).__name__, str(error)))
+
+    group, said = Group(2, work), {}
+    try:
+        while group.open:
+            came = group.receive(LIMIT)
+            assert came, "a rank hangs"
+            said |= {rank: each for rank, each in came if each is not ENDED}
+    finally:
+        group.close()
+    error = "step failed on rank 1: TypeError: 'NoneType' object is not callable"
+    assert said[1] == ("RuntimeError", error)
+    assert said[0][0] == "PeerLost" and said[0][1].startswith("rank 1 was lost in Gather: ")
+    assert said[0][1].endswith(f"it raised RuntimeError: {error}")
+
+
 if __name__ == "__main__":
     exchanges()
     survivors()
     print("exchanges: as between threads; after a loss, in a new group", flush=True)
+    world()
+    print("world: an exception of one rank ends all", flush=True)
     count = str(len(faults.PLANTED))  # one of each kind
     sys.exit(faults.main(["--count", count, "--at-once", count]))

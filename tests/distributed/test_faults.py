@@ -22,6 +22,7 @@ def test_over_processes_bytes_arrive_and_of_every_kind_of_fault_the_right_rank_i
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exchanges: as between threads" in done.stdout
+    assert "world: an exception of one rank ends all" in done.stdout
     assert done.stdout.count(" 1 faults, 0 hangs, 0 wrong") == len(PLANTED)
 
 

@@ -56,7 +56,9 @@ ALONE = [
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
 
 
-ALONE += [getattr(distributed, name) for name in distributed.__all__ if name != "Ticket"]  # which is a protocol
+_RESULTS = {"Ticket", "Choice", "Layout", "Option"}  # a protocol, and what `plan_attention` returns
+_DISTRIBUTED = [getattr(distributed, name) for name in distributed.__all__ if name not in _RESULTS]
+ALONE += [x for x in _DISTRIBUTED if callable(x)]
 
 # Of the profiler, all that needs more than a name to be understood.
 _SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", "Change", "merge", "read"}

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ..launcher import launched_rank, say
 from .configs import (
     ConvertConfig,
     DoctorConfig,
@@ -26,7 +27,7 @@ from .configs import (
 )
 from .options import KINDS, Declared, Options, declared
 
-USAGE, INTERRUPTED = 2, 130
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 COMMANDS: dict[str, tuple[type[Options], str]] = {
     "generate": (GenerateConfig, "make a video of a world"),
     "play": (PlayConfig, "steer a world in the browser, or in this terminal"),
@@ -64,7 +65,7 @@ def _run(command: str, given: dict[str, Any]) -> int:
     options = COMMANDS[command][0]
 
     def fail(text: str, code: int) -> int:
-        print(f"inferix {command}: {text}", file=sys.stderr)
+        say(f"inferix {command}", text)
         return code
 
     module = command.replace("-", "_").replace(" ", "_")
@@ -78,6 +79,14 @@ def _run(command: str, given: dict[str, Any]) -> int:
         return fail(as_typed(explained(error), options), USAGE)
     except KeyboardInterrupt:
         return fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        from inferix_kernels.distributed import PeerLost
+
+        # Of several processes one says why they end, in a line; a mistake of ours is traced on rank 0.
+        lost = isinstance(error, PeerLost)
+        if not (lost or launched_rank()):
+            raise
+        return fail(str(error) if lost else f"{type(error).__name__}: {error}", FAILED)
 
 
 def as_typed(text: str, options: type[Options]) -> str:
@@ -103,7 +112,8 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, as the commands themselves do."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} (options: {self.prog} --help)\n")
+        say(self.prog, f"{message} (options: {self.prog} --help)")
+        self.exit(USAGE)
 
 
 def _parser() -> argparse.ArgumentParser:

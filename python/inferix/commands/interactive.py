@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,20 +48,25 @@ def open_world(
 
     of_world = inspect.signature(World).parameters.keys() - {"model", "weights", "linear", "ranks"}
     settings = {name: options.pop(name) for name in of_world & options.keys()}
-    loaded = load_model(model, **options)
-    adapter = loaded.adapter
-    if adapter.at_once or adapter.stages:
-        how = (
-            "its video at once"
-            if adapter.at_once
-            else "several blocks at a time, the next ones begun before one is shown,"
-        )
-        raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
-    loaded = begun_with(loaded, image)
-    if wanted := threads or loaded.presentation.threads:
-        torch.set_num_threads(wanted)
-    if undo_seconds is None:
-        undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
-    blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
-    ranks = join(options.get("device"), parallel)
-    return World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, ranks=ranks, **settings)
+    with contextlib.ExitStack() as until_open:  # what goes wrong until then ends all ranks
+        ranks = join(options.get("device"), parallel)
+        if ranks is not None:
+            until_open.push(ranks)
+        loaded = load_model(model, **options)
+        adapter = loaded.adapter
+        if adapter.at_once or adapter.stages:
+            how = (
+                "its video at once"
+                if adapter.at_once
+                else "several blocks at a time, the next ones begun before one is shown,"
+            )
+            raise ValueError(f"model: {model} makes {how} and can't be steered: use `inferix generate`")
+        loaded = begun_with(loaded, image)
+        if wanted := threads or loaded.presentation.threads:
+            torch.set_num_threads(wanted)
+        if undo_seconds is None:
+            undo_seconds = 0 if loaded.stream().looks_back else UNDO_SECONDS
+        blocks = -(-round(undo_seconds * loaded.presentation.fps) // adapter.block_frames)
+        world = World(loaded, undo=blocks * adapter.block_frames, worlds=worlds, ranks=ranks, **settings)
+        until_open.pop_all()
+    return world

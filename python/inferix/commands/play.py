@@ -83,9 +83,10 @@ def _on_page(config: PlayConfig, settings: dict[str, Any]) -> None:
     opener = functools.partial(open_world, config.model, undo_seconds=config.undo, worlds=config.worlds, **settings)
     log.configure()
     if launched_rank():  # rank 0 has the page; its worlds' process is the group's first
-        world = opener()
-        with world.ranks:
-            world.ranks.follow()
+        ranks = opener().ranks
+        assert ranks is not None
+        with ranks:
+            ranks.follow()
         return
     asyncio.run(_until_interrupted(Server(opener, seed=config.seed, **config.arguments("server")), config.model))
 
@@ -101,17 +102,20 @@ async def _until_interrupted(server: Server, model: str) -> None:
     def announce(address: str) -> None:
         print(f"The {model} world is at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
 
+    session = server.session
     running, stopped = asyncio.create_task(serve(server, announce)), asyncio.create_task(stop.wait())
-    tried = asyncio.create_task(server.session.tried.wait())
+    tried, failed = asyncio.create_task(session.tried.wait()), asyncio.create_task(session.failed.wait())
     await asyncio.wait((running, stopped, tried), return_when=asyncio.FIRST_COMPLETED)
-    crash = server.session.crash  # of a world that has never run: there is nothing to serve
-    if not crash:
-        await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
-    for task in (running, stopped, tried):
+    fatal = bool(session.crash)  # of a world that has never run: there is nothing to serve
+    if not fatal:
+        grouped = launched_rank() is not None  # what is broken can't be reset: its processes are one group
+        await asyncio.wait((running, stopped, *[failed] * grouped), return_when=asyncio.FIRST_COMPLETED)
+        fatal = grouped and bool(session.crash)
+    for task in (running, stopped, tried, failed):
         task.cancel()
     try:
         await running
     except asyncio.CancelledError:
-        if crash:
-            raise ValueError(last_line(crash)) from None
+        if fatal:
+            raise ValueError(last_line(session.crash)) from None
         print("ended", file=sys.stderr)

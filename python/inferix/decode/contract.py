@@ -261,6 +261,7 @@ class Model(abc.ABC):
         adapter: how it is sampled.
         presentation: how its videos are shown.
         layers, heads, head_dim: of the keys and values it caches.
+        query_heads: of which several may read one of these heads (GQA).
         frame_tokens: tokens per latent frame.
         latent_shape: of one frame.
         dtype: of the q, k and v that it gives `attend`.
@@ -293,6 +294,10 @@ class Model(abc.ABC):
     attention: Attention | None = None  # to all that is seen, in this process
     branch: OwnBranch | None = None
     first_latents: Tensor | None = None
+
+    @property
+    def query_heads(self) -> int:
+        return self.heads
 
     @property
     def only_latents(self) -> bool:

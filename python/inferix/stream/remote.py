@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..launcher import launched_rank
 from . import worker
 
 START = 120.0  # seconds for the process to be there, on a machine that is busy
+ENDING = 20.0  # seconds for ranks to make a block, and to end together: after 30 torchrun kills them
 SILENCE = 10.0  # seconds without a heartbeat: it is stopped, or stuck
 
 
@@ -106,8 +108,13 @@ class Remote:
             self._process.kill()
 
     async def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; one of several ranks, which wait for it, once its block is made."""
+        alive_yet = self._reason is None
         self._reason = self._reason or "the worker process was closed"
+        if launched_rank() is not None and alive_yet:
+            with contextlib.suppress(OSError):
+                self._connection.send((0, worker.END, {}))
+            await asyncio.to_thread(self._process.join, ENDING)
         if self._process.is_alive():
             self._process.terminate()
             await asyncio.to_thread(self._process.join, 0.5)

@@ -83,6 +83,7 @@ class Session(Commands):
         self._reading, self._unread = asyncio.Lock(), 0  # prompts, one after the other as they were said
         self._changed = asyncio.Event()
         self.tried = asyncio.Event()  # to open the first world: it runs, or `crash` says why not
+        self.failed = asyncio.Event()  # a world is broken
         self._watching: set[asyncio.Task[None]] = set()  # over resets
         self._making: asyncio.Task[None] | None = None
         self._showing: asyncio.Task[None] | None = None  # begun anew with each world: what it met ends the world
@@ -243,6 +244,7 @@ class Session(Commands):
     def _crashed(self, reason: str) -> None:
         self.phase, self.crash = "crashed", reason[-4000:]
         self.tried.set()
+        self.failed.set()
         self.player.clear()
         resets = [command for command in self._commands if command.name == "reset"]
         self._fail_commands("the world is broken: reset it", keep=resets)

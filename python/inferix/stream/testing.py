@@ -64,6 +64,7 @@ class BarWorld:
         adapter = Adapter(name="bars", block_frames=block, times=(1.0,), size=size, actions=actions)
         presentation = Presentation(fps=fps, keys=keys, example_prompts=WORDS)
         self.model = SimpleNamespace(adapter=adapter, presentation=presentation, prepare=self._prepare)
+        self.ranks = None
         self.seconds, self.can_rewind, self.undo = seconds, can_rewind, 100 * block
         self.frames, self.prompt, self.denoising, self.worlds = 0, "", 0.0, 2
         self._ground = _noise(size) if texture else np.full((*size, 3), 90, np.uint8)

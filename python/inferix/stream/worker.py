@@ -18,12 +18,18 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inferix_kernels import profile
 
+from ..launcher import launched_rank
+
+if TYPE_CHECKING:
+    from ..ranks import Ranks
+
 PROCESS = "inferix-worlds"  # its name
 REFUSED, BROKEN = "refused", "broken"
+END = "end"  # a request that nothing answers
 HEARTBEAT = 1.0  # seconds
 # Requests that leave the worlds as they were if they fail, for whatever reason: a full disk, a store without room.
 HARMLESS = frozenset({"prepare", "fork", "save", "load"})
@@ -259,9 +265,10 @@ class Stage:
 
 def serve(connection: Connection, opener: Callable[[], Any]) -> None:
     """The process: answers until the parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent ends us
-    lock = threading.Lock()
-    stage: list[Stage] = []
+    _leave_signals_to_parent()
+    from inferix_kernels.distributed import PeerLost  # brings torch
+
+    lock, stage = threading.Lock(), list[Stage]()
     texts: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
 
     def reply(number: int, name: str, work: Callable[..., Any], /, **arguments: Any) -> None:
@@ -270,6 +277,8 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
             result = work(**arguments)
         except ValueError as refusal:
             error = (REFUSED, str(refusal))
+        except PeerLost as loss:
+            error = (BROKEN, str(loss))
         except Exception as failure:
             error = (BROKEN, traceback.format_exc())
             if name in HARMLESS:
@@ -300,16 +309,30 @@ def serve(connection: Connection, opener: Callable[[], Any]) -> None:
         for run in (beat, read_texts):
             threading.Thread(target=run, daemon=True, name=run.__name__).start()
         reply(0, "open", open_stage)
-        while stage:
-            number, name, arguments = connection.recv()
+        while stage and (request := connection.recv())[1] != END:
+            number, name, arguments = request
             if name == "prepare":
                 texts.put((number, arguments))
             else:
                 reply(number, name, getattr(stage[0], name), **arguments)
             if name == "step" and not connection.poll():
-                stage[0].commit_pending()
+                with contextlib.suppress(PeerLost):  # the next request says so
+                    stage[0].commit_pending()
     except (EOFError, OSError):
         pass  # the parent is gone
     finally:
-        if stage and (ranks := stage[0].worlds["a"].world.ranks) is not None:
+        if stage:
+            _end_together(stage[0].worlds["a"].world.ranks)
+
+
+def _leave_signals_to_parent() -> None:
+    """Ctrl-C in a terminal reaches us too, and of several ranks what ends torchrun; the parent ends us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if launched_rank() is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_together(ranks: Ranks | None) -> None:
+    if ranks is not None:
+        with contextlib.suppress(RuntimeError):  # one is lost: the parent knows, or will not ask any more
             ranks.__exit__(None, None, None)

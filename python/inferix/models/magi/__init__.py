@@ -160,6 +160,10 @@ class Magi(Model):
         return self.encode_video(frames)
 
     @property
+    def query_heads(self) -> int:
+        return self.network.config.heads
+
+    @property
     def only_latents(self) -> bool:
         """There is no decoder: a world's pictures are its latents, and `presentation` counts those."""
         return self.open_video is None
