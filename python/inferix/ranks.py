@@ -15,6 +15,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ class Ranks:
                 return
             method = function.__qualname__.startswith("World.")
             name = function.__name__ if method else f"{function.__module__}:{function.__qualname__}"
-            dropped, self._dropped[:] = list(self._dropped), []
+            dropped = [self._dropped.pop() for _ in range(len(self._dropped))]  # others may add to it meanwhile
             self.share((self._failed, _Call(dropped, self._number[world], name, (args, kwargs))))
             self._inside, self._failed = True, True
             try:
@@ -208,7 +209,9 @@ def join(device: str | None = None, parallel: str = "auto") -> Ranks | None:
     on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
     if on_gpu:  # never run on a GPU
         torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # NCCL ends a process in which a message waits for longer than its group's timeout.
+    patience = timedelta(seconds=PATIENCE) if on_gpu else None
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
     return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"), parallel)
 
 
