@@ -222,9 +222,8 @@ def run_ranks(transports: Sequence[InProcess], function: Callable[[InProcess], R
     try:
         for thread in threads:
             thread.join()
-    except BaseException as error:  # Ctrl-C ends the ranks' waits too
-        for transport in transports:
-            transport.hub.fail(transport.rank, error)
+    except BaseException as interrupt:  # Ctrl-C ends the ranks' waits too
+        transports[0].hub.fail(transports[0].rank, interrupt)
         raise
     for error in transports[0].hub.failed.values():  # the first is what the others ended by
         raise error
