@@ -88,9 +88,10 @@ struct Merge {
     const float base = highest == -kInfinity ? 0.f : highest;
     const float weight_a = std::exp(lse_a - base), weight_b = std::exp(lse_b - base), total = weight_a + weight_b;
     lse = base + std::log(total);
-    share_a = weight_a > 0.f ? weight_a / total : 0.f, share_b = weight_b > 0.f ? weight_b / total : 0.f;
+    share_a = weight_a != 0.f ? weight_a / total : 0.f, share_b = weight_b != 0.f ? weight_b / total : 0.f;
   }
-  // A side that saw no key contributes nothing, whatever it holds: 0 * NaN is NaN, hence the selection.
+  // A side that saw no key contributes nothing, whatever it holds: 0 * NaN is NaN, hence the selection. A share that is
+  // NaN is not 0, and shows.
   float join(float a, float b) const {
     return (share_a != 0.f ? a * share_a : 0.f) + (share_b != 0.f ? b * share_b : 0.f);
   }

@@ -20,10 +20,11 @@ __global__ void merge_attention_kernel(MergeAttentionParams p) {
   const float share_a = weight_a / total, share_b = weight_b / total;
   const In *x = static_cast<const In*>(p.out_a) + row * p.D, *y = static_cast<const In*>(p.out_b) + row * p.D;
   Out* out = static_cast<Out*>(p.out) + row * p.D;
-  // A side that saw no key contributes nothing, whatever its out holds: 0 * NaN is NaN, so it is chosen away.
+  // A side that saw no key contributes nothing, whatever its out holds: 0 * NaN is NaN, so it is chosen away. A
+  // weight that is NaN is not 0, and shows.
   for (int64_t d = lane; d < p.D; d += kWarp)
-    out[d] = from_float<Out>((weight_a > 0.f ? to_float(x[d]) * share_a : 0.f) +
-                             (weight_b > 0.f ? to_float(y[d]) * share_b : 0.f));
+    out[d] = from_float<Out>((weight_a != 0.f ? to_float(x[d]) * share_a : 0.f) +
+                             (weight_b != 0.f ? to_float(y[d]) * share_b : 0.f));
   // lse may be lse_a or lse_b: every lane has read them before one of them writes.
   __syncwarp();
   if (lane == 0) p.lse[row] = base + logf(total);

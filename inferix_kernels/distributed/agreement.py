@@ -14,8 +14,8 @@ from ..store.attention import Reads
 from .transport import Message, Transport
 
 DIGEST = 8  # bytes, of each field
-SHOWN = 4096  # bytes of a field that differs, which the ranks send each other to say where
-DIGESTS = 7 * DIGEST  # of all fields
+DIGESTS = 8 * DIGEST  # of all fields
+LENGTH = 8  # bytes of the length of a field that differs, which the ranks send each other to say where
 
 
 class Facts(NamedTuple):
@@ -25,10 +25,11 @@ class Facts(NamedTuple):
     digests: bytes
 
 
-def fields(reads: Reads, q: Tensor | None) -> Facts:
-    """Of a pass, and of queries that `begin` was given."""
+def fields(schedule: str, reads: Reads, q: Tensor | None) -> Facts:
+    """Of a pass, how its queries attend, and those that `begin` was given."""
     store, shard = reads.store, reads.store.shard
     found = {
+        "attention": [schedule],
         "shard": [f"ranks={shard.ranks}", f"heads={shard.heads}", f"frames={shard.frames}"],
         "store": [
             *(f"{name}={value}" for name, value in store.geometry.items()),
@@ -59,8 +60,12 @@ def compare(transport: Transport, mine: Facts) -> None:
         return
     for i, (name, facts) in enumerate(mine.fields.items()):
         if len({each[i * DIGEST : (i + 1) * DIGEST] for each in theirs}) > 1:
-            texts = exchanged(transport, "\n".join(facts).encode()[:SHOWN].ljust(SHOWN, b"\0"))
-            raise ValueError(_difference(name, [text.rstrip(b"\0").decode(errors="ignore") for text in texts]))
+            text = "\n".join(facts).encode()
+            sizes = [
+                int.from_bytes(size, "little") for size in exchanged(transport, len(text).to_bytes(LENGTH, "little"))
+            ]
+            texts = exchanged(transport, text.ljust(max(sizes), b"\0"))
+            raise ValueError(_difference(name, [each[:size].decode() for each, size in zip(texts, sizes)]))
     raise AssertionError("digests that differ differ in a field")
 
 
@@ -79,7 +84,7 @@ def exchanged(transport: Transport, mine: bytes) -> list[bytes]:
 def _difference(name: str, texts: Sequence[str]) -> str:
     usual, _ = Counter(texts).most_common(1)[0]
     rank = next(rank for rank, text in enumerate(texts) if text != usual)
-    want, got = usual.split("\n"), texts[rank].split("\n")
+    want, got = usual.splitlines(), texts[rank].splitlines()
     at = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), min(len(want), len(got)))
-    these, those = (repr(facts[at]) if at < len(facts) else "no more" for facts in (want, got))
+    these, those = (repr(facts[at]) if at < len(facts) else "nothing" for facts in (want, got))
     return f"{name} must be the same on all ranks, got {those} on rank {rank} and {these} on rank {texts.index(usual)}"

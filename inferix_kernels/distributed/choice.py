@@ -19,6 +19,12 @@ class Choice:
         workload, link, device, memory: as they were given; memory in bytes on a rank.
         options: all that are built, fitting or not.
         best: the fastest that fits, of blocks with the past that `keys` says.
+
+    Example:
+        >>> from inferix_kernels.distributed import Workload, plan_attention
+        >>> choice = plan_attention(Workload.of("wan14b", ranks=8, kv_format="int8"), "pcie5")
+        >>> str(choice.best.layout), choice.best in choice.options
+        ('U4xG2', True)
     """
 
     workload: Workload

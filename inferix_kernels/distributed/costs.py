@@ -127,6 +127,11 @@ class Layout(NamedTuple):
         replicas, branches: groups of ranks with worlds, and with branches, of their own.
         heads: ranks of a branch that share its heads.
         copies, frames: groups of those, which hold the same pages, or different frames.
+
+    Example:
+        >>> from inferix_kernels.distributed import Layout
+        >>> str(Layout("G", replicas=2, heads=4, copies=2))
+        '2 replicas of U4xG2'
     """
 
     scheme: str
@@ -155,6 +160,12 @@ class Option(NamedTuple):
         first: compute + exposed of a block without a past.
         memory: bytes on a rank: weights, pages, scratch, what is on its way.
         fits: in the memory that there is.
+
+    Example:
+        >>> from inferix_kernels.distributed import Workload, plan_attention
+        >>> best = plan_attention(Workload.of("wan1.3b", ranks=4)).best
+        >>> best.fits, best.seconds == best.compute + best.exposed
+        (True, True)
     """
 
     layout: Layout

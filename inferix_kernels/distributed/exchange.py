@@ -100,7 +100,7 @@ class Exchange(Sharded):
         """A forward begins: do all ranks make the same one? On a GPU, where it waits for the device to read what the
         others say, this is asked in the first forward of each pass."""
         if self._facts is None or self.store.device.type == "cpu":
-            self._facts = agreement.fields(self.reads, q) if self._facts is None else self._facts
+            self._facts = agreement.fields(self.name, self.reads, q) if self._facts is None else self._facts
             agreement.compare(self.transport, self._facts)
 
     def _append(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._check import check_counts, check_device
 from .faults import PeerLost, Where
+from .presets import check_figure
 from .transport import DEADLINE, Message, Transport, check_deadline
 
 R = TypeVar("R")
@@ -88,7 +89,7 @@ class Hub:
 
     def _launch(self, send: _Half, receive: _Half, stream: torch.cuda.Stream) -> None:
         """The copy on a GPU, after what both sides had launched when they posted it."""
-        with torch.cuda.stream(stream):
+        with torch.inference_mode(), torch.cuda.stream(stream):  # blobs may be from either mode
             for half in (send, receive):
                 assert half.ready is not None
                 stream.wait_event(half.ready)
@@ -194,10 +195,9 @@ def in_process_group(
     check_counts({"size": size})
     device = check_device("device", device)
     device = torch.empty(0, device=device).device  # with its index
-    if gigabytes_per_second is not None and not gigabytes_per_second > 0:
-        raise ValueError(f"gigabytes_per_second must be positive or None, got {gigabytes_per_second!r}")
-    if not 0 <= latency < 1e6:
-        raise ValueError(f"latency must be seconds from 0, got {latency!r}")
+    if gigabytes_per_second is not None:
+        check_figure("gigabytes_per_second", gigabytes_per_second)
+    check_figure("latency", latency, zero=True)
     if device.type != "cpu" and (gigabytes_per_second is not None or latency):
         raise ValueError(f"gigabytes_per_second and latency must be left out on a GPU, got them for {device}")
     hub = Hub(size, device, gigabytes_per_second, latency)
@@ -213,6 +213,8 @@ def run_ranks(transports: Sequence[InProcess], function: Callable[[InProcess], R
         >>> run_ranks(in_process_group(3), lambda transport: transport.rank ** 2)
         [0, 1, 4]
     """
+    if not transports:
+        raise ValueError("transports must be those of a group, got none")
     results: dict[int, R] = {}
 
     def run(transport: InProcess) -> None:
@@ -224,8 +226,12 @@ def run_ranks(transports: Sequence[InProcess], function: Callable[[InProcess], R
     threads = [threading.Thread(target=run, args=(t,), name=f"rank {t.rank}", daemon=True) for t in transports]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interrupt:  # Ctrl-C ends the ranks' waits too
+        transports[0].hub.fail(transports[0].rank, interrupt)
+        raise
     for error in transports[0].hub.failed.values():  # the first is what the others ended by
         raise error
     return [results[transport.rank] for transport in transports]

@@ -130,7 +130,7 @@ class ProcessGroupTransport(Transport):
         self.detector.waits = (
             tuple(peer for t in tickets for peer in t.peers) if self._under_way else self.detector.waits
         )
-        return [peer for t in tickets if time.monotonic() > t.posted + self.deadline for peer in t.peers]
+        return [peer for t in tickets if time.monotonic() > t.due for peer in t.peers]
 
     def _end_waits(self) -> None:
         """Those of other threads, that are under way."""
@@ -152,6 +152,7 @@ class _Ticket:
         self, transport: ProcessGroupTransport, peers: Sequence[int], works: Sequence[Any], blobs: Sequence[Tensor]
     ):
         self.peers, self.posted = peers, time.monotonic()
+        self.due = self.posted + transport.deadline  # on GPUs; until a wait says otherwise
         self._transport, self._where = transport, transport.where
         self._works, self._blobs = works, blobs  # which are not let go before they have been sent
         self._waited = 0  # how many works are done
@@ -165,6 +166,7 @@ class _Ticket:
         limit = transport.deadline if deadline is None else check_deadline(deadline)
         if transport.device.type == "cuda":
             transport.check(self._where, self.posted)
+            self.due = time.monotonic() + limit
             for work in self._works:
                 work.wait()  # the current stream does
             return

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 from typing import NamedTuple
 
-from .._check import check_counts, check_word
+from .._check import check_counts
 from ..store.shard import Shard
 from . import wire
 from .agreement import DIGESTS
@@ -33,7 +33,8 @@ def shard_for(schedule: str, rank: int, ranks: int, heads: int, head_parts: int 
         >>> shard_for("ring", rank=1, ranks=2, heads=12)
         Shard(rank=1, ranks=2, heads=1, frames=2)
     """
-    check_word("schedule", schedule, SCHEDULES)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     check_counts({"ranks": ranks, "heads": heads})
     if head_parts is None:
         head_parts = gcd(ranks, heads) if schedule == "ulysses" else 1

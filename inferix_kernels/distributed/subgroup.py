@@ -28,7 +28,7 @@ class Subgroup(Transport):
     """
 
     def __init__(self, whole: Transport, ranks: Sequence[int]):
-        good = len(set(ranks)) == len(ranks) and all(0 <= rank < whole.size for rank in ranks)
+        good = len(set(ranks)) == len(ranks) and all(type(rank) is int and 0 <= rank < whole.size for rank in ranks)
         if not good or whole.rank not in ranks:
             raise ValueError(
                 f"ranks must be of 0 to {whole.size - 1}, each once, with {whole.rank} among them, got {list(ranks)} "

@@ -128,13 +128,17 @@ class Transport:
             TypeError, ValueError: a blob or a peer is none; nothing is sent.
         """
         for name, messages in (("sends", sends), ("receives", receives)):
-            peers = [message.peer for message in messages]
-            for i, (peer, blob) in enumerate(messages):
-                many = peers[:i].count(peer) == MESSAGES_PER_PEER
-                if not isinstance(peer, int) or not 0 <= peer < self.size or peer == self.rank or many:
+            peers: list[int] = []
+            for i, message in enumerate(messages):
+                if not isinstance(message, Message):
+                    raise TypeError(f"{name}[{i}] must be a Message, got {type(message).__name__} on rank {self.rank}")
+                peer, blob = message
+                many = peers.count(peer) == MESSAGES_PER_PEER
+                if type(peer) is not int or not 0 <= peer < self.size or peer == self.rank or many:
                     want = f"another rank of 0 to {self.size - 1}, and {MESSAGES_PER_PEER} times at most"
                     self._refuse(f"{name}[{i}].peer", want, repr(peer))
                 self._check_blob(f"{name}[{i}].blob", blob)
+                peers.append(peer)
         return self._post(sends, receives)
 
     def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Ticket:

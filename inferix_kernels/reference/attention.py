@@ -195,9 +195,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     weight_a, weight_b = (lse_a - largest).exp(), (lse_b - largest).exp()
     total = weight_a + weight_b
     lse = largest + total.log()
-    # A side that saw no key contributes nothing, whatever its out holds: 0 * NaN is NaN, so it is chosen away.
-    share_a = torch.where((weight_a > 0)[..., None], out_a * (weight_a / total)[..., None], 0.0)
-    share_b = torch.where((weight_b > 0)[..., None], out_b * (weight_b / total)[..., None], 0.0)
+    # A side that saw no key contributes nothing, whatever its out holds: 0 * NaN is NaN, so it is chosen away. A weight
+    # that is NaN is not 0, and shows.
+    share_a = torch.where((weight_a != 0)[..., None], out_a * (weight_a / total)[..., None], 0.0)
+    share_b = torch.where((weight_b != 0)[..., None], out_b * (weight_b / total)[..., None], 0.0)
     return share_a + share_b, lse
 
 

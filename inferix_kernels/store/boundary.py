@@ -72,7 +72,7 @@ def _check_ageing(table: TableView, past: Past, leaving: Sequence[int], block_en
         format = table.policy.older[1]
         fresh = [frame for frame in ageing if past.held[frame].resident_as(format) is None]
         slots = [past.slots[frame] for frame in leaving if frame in past.slots]
-        table.store.check_room(table, [format] * len(fresh), slots)
+        table.store.check_room(table, [format] * len(fresh), slots, [past.slots[frame].group for frame in fresh])
 
 
 def _say_goodbye(table: TableView, past: Past, leaving: Sequence[int]) -> Past:

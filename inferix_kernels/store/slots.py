@@ -127,6 +127,13 @@ class Pool:
         """Indices of the slots that no one has."""
         return [index for index, holder in enumerate(self._holders) if holder() is None]
 
+    def count(self, group: int | None) -> tuple[int, int]:
+        """How many slots there are, and how many of them no one has; of one group, if it is given."""
+        if group is None:
+            return self.frames, len(self.free)
+        free = sum(index % self.groups == group for index in self.free)
+        return len(range(group, self.frames, self.groups)), free
+
     def take(self, count: int, group: int | None = None) -> list[Slot]:
         """So many free slots, or as many as there are; of one group, if it is given."""
         found: list[Slot] = []

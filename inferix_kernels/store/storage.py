@@ -222,7 +222,7 @@ class Storage:
             OutOfPages: a pool has too few free slots, even once the copies under way have landed.
         """
         pools = self.host if in_host else self.pools
-        keys = [*zip(formats, [None] * len(formats) if groups is None or self.shard.frames == 1 else groups)]
+        keys = self._keys(formats, groups)
         wanted = dict.fromkeys(keys)
         for format, _ in wanted:
             if format not in pools and in_host:
@@ -253,39 +253,54 @@ class Storage:
             slots = pool.take(count, group)
         if len(slots) < count:
             del slots
-            raise self._full(pool, count, len(pool.free), in_host)
+            raise self._full(pool, count, pool.count(group)[1], in_host, group)
         return slots
+
+    def _keys(self, formats: Sequence[str], groups: Sequence[int] | None) -> list[tuple[str, int | None]]:
+        """(format, group) of each; None: all groups hold all frames, or any will do."""
+        return [*zip(formats, [None] * len(formats) if groups is None or self.shard.frames == 1 else groups)]
 
     def _check_format(self, format: str, pools: Mapping[str, Pool]) -> None:
         if format not in pools:
             raise ValueError(f"format must have a pool in this store ({', '.join(pools)}), got {format!r}")
 
     @staticmethod
-    def _full(pool: Pool, frames: int, free: int, in_host: bool = False) -> OutOfPages:
+    def _full(pool: Pool, frames: int, free: int, in_host: bool = False, group: int | None = None) -> OutOfPages:
+        (there, _), whose = pool.count(group), "" if group is None else f" of group {group} of ranks"
         return OutOfPages(
-            f"{pool.format} pool {'in host memory' if in_host else 'on the device'}: {frames} frames "
-            f"({frames * pool.frame_bytes:,} bytes) asked for, {pool.frames - free} of {pool.frames} are held and "
-            f"{free} free"
+            f"{pool.format} pool {'in host memory' if in_host else 'on the device'}: {frames} frames{whose} "
+            f"({frames * pool.frame_bytes:,} bytes) asked for, {there - free} of {there} are held and {free} free"
         )
 
-    def check_room(self, table: Holder, formats: Sequence[str], leaving: Collection[Slot] = ()) -> None:
+    def check_room(
+        self,
+        table: Holder,
+        formats: Sequence[str],
+        leaving: Collection[Slot] = (),
+        groups: Sequence[int] | None = None,
+    ) -> None:
         """Could slots of these formats be taken, once `table` has let go of the slots `leaving`?
+
+        Args:
+            groups: as for `take`.
 
         Raises:
             OutOfPages: not so.
         """
         self.copies.land()
         elsewhere: set[Slot] | None = None
-        for format in dict.fromkeys(formats):
-            pool, count = self.pools[format], formats.count(format)
-            free = len(pool.free)
+        keys = self._keys(formats, groups)
+        for format, group in dict.fromkeys(keys):
+            pool, count = self.pools[format], keys.count((format, group))
+            _, free = pool.count(group)
             if count > free:
                 if elsewhere is None:
                     others = (other.state.all_slots() for other in self._tables if other is not table)
                     elsewhere = set(chain(*others))
-                free += sum(slot.pool is pool and slot not in elsewhere for slot in leaving)
+                own = (slot for slot in leaving if slot.pool is pool and group in (None, slot.group))
+                free += sum(slot not in elsewhere for slot in own)
             if count > free:
-                raise self._full(pool, count, free)
+                raise self._full(pool, count, free, group=group)
 
     def converted(self, frames: Sequence[tuple[Extent, Slot]], format: str) -> list[tuple[Extent, Slot]]:
         """The same frames in another format: found if a fork made them already, else made."""

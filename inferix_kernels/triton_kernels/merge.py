@@ -93,22 +93,23 @@ def merge_kernel(
     max_lse = tl.where(max_lse == NEG_INF, 0.0, max_lse)  # any finite number: both weights are 0
     weight_a, weight_b = tl.exp(a - max_lse), tl.exp(b - max_lse)
     total = weight_a + weight_b
-    # A side that saw no key is not read: whatever its out holds, even NaN, is not used.
+    # A side that saw no key is not read: whatever its out holds, even NaN, is not used. A NaN of its lse is not 0.
     x = tl.load(
         out_a + (token * a_token_stride + head * a_head_stride)[:, None] + col * a_stride,
-        mask=mask & (weight_a > 0)[:, None],
+        mask=mask & (weight_a != 0)[:, None],
         other=0.0,
     )
     y = tl.load(
         out_b + (token * b_token_stride + head * b_head_stride)[:, None] + col * b_stride,
-        mask=mask & (weight_b > 0)[:, None],
+        mask=mask & (weight_b != 0)[:, None],
         other=0.0,
     )
     # out and lse may be those just read, by other threads of this program as well: all have read before any writes.
     tl.debug_barrier()
-    safe = tl.where(total > 0, total, 1.0)
+    saw = total != 0
+    safe = tl.where(saw, total, 1.0)
     merged = x.to(tl.float32) * (weight_a / safe)[:, None] + y.to(tl.float32) * (weight_b / safe)[:, None]
     places = (token * token_stride + head * head_stride)[:, None] + col * stride
     tl.store(out + places, round_to(merged, out.dtype.element_ty), mask=mask)
-    merged_lse = tl.where(total > 0, max_lse + tl.log(safe), NEG_INF)
+    merged_lse = tl.where(saw, max_lse + tl.log(safe), NEG_INF)
     tl.store(lse + token * lse_token_stride + head * lse_head_stride, merged_lse, mask=row_mask)

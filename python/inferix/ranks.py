@@ -16,6 +16,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class Ranks:
                 return
             method = function.__qualname__.startswith("World.")
             name = function.__name__ if method else f"{function.__module__}:{function.__qualname__}"
-            dropped, self._dropped[:] = list(self._dropped), []
+            dropped = [self._dropped.pop() for _ in range(len(self._dropped))]  # others may add to it meanwhile
             self.share((self._failed, _Call(dropped, self._number[world], name, (args, kwargs))))
             self._inside, self._failed = True, True
             sent = self.transport.sent
@@ -263,7 +264,9 @@ def join(device: str | None = None, parallel: str = "auto") -> Ranks | None:
     on_gpu = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
     if on_gpu:  # never run on a GPU
         torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # NCCL ends a process in which a message waits for longer than its group's timeout.
+    patience = timedelta(seconds=PATIENCE) if on_gpu else None
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience)
     return Ranks(ProcessGroupTransport(device="cuda" if on_gpu else "cpu"), parallel)
 
 

@@ -113,16 +113,18 @@ def _check(model: Model, policy: Policy) -> None:
 
 
 def _planned(transport: Transport, model: Model, policy: Policy, share: Callable[[Any], Any]) -> tuple[Layout, str]:
-    """Every rank measures; rank 0's figures are everybody's."""
+    """Every rank measures, as a link is measured by all at once; rank 0 plans by its figures, for everybody."""
     if transport.size == 1:
         return Layout("alone"), ""
     link = measure_link(transport)
     memory = _memory(transport) + (0 if model.network is None else weight_bytes(model.network))
     device = measure_device(transport.device, model.dtype, memory)
-    choice = plan_attention(workload(model, policy, transport.size), link, memory, device)
+    plan: tuple[Layout, str] | None = None
     if transport.rank == 0:
+        choice = plan_attention(workload(model, policy, transport.size), link, memory, device)
         logging.getLogger("inferix").debug(choice.explain())
-    found: tuple[Layout, str] = share((choice.best.layout, reasons(choice)[0]))
+        plan = choice.best.layout, reasons(choice)[0]
+    found: tuple[Layout, str] = share(plan)
     return found
 
 

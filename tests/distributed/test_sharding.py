@@ -5,6 +5,7 @@ import torch
 
 from inferix_kernels import KVPages, NotResident, PageList, Policy, TopK
 from inferix_kernels.distributed import Gather, PassQ, Ring, in_process_group, run_ranks, shard_for
+from inferix_kernels.distributed.agreement import Facts, compare
 from inferix_kernels.store import Shard
 from inferix_kernels.store.attention import Sharded
 from tests.distributed.lazy import lazy
@@ -32,8 +33,10 @@ def test_heads_and_frames_that_can_not_be_cut():
         store_of(STORY, Shard(2, 3, heads=3))
     with pytest.raises(ValueError, match=r"pools\['int8'\] must be a frame for each of shard.frames=3 .*2 on rank 1"):
         store_of(STORY, Shard(1, 3, frames=3), pools={"int8": 2})
-    with pytest.raises(ValueError, match=r"schedule must be 'ulysses', 'gather', 'ring', 'pass-q' or None, got 'usp'"):
-        shard_for("usp", 0, 2, 4)
+    for schedule in ("usp", None):
+        said = f"schedule must be one of ulysses, gather, ring, pass-q, got {schedule!r}"
+        with pytest.raises(ValueError, match=said):
+            shard_for(schedule, 0, 2, 4)
 
 
 def test_heads_that_do_not_divide_are_cut_into_groups():
@@ -87,6 +90,24 @@ def test_what_differs_between_ranks_is_named(field, options, changes, message):
     transports = lazy(3)
     with pytest.raises(ValueError, match=f"^{field} must be the same on all ranks, {message}"):
         run_ranks(transports, rank)
+
+
+def test_a_schedule_that_differs_between_ranks_is_named():
+    def rank(transport):
+        store = store_of(STORY, shard_for("ring", transport.rank, 2, STORY.heads))
+        tell(STORY, store, (Ring, PassQ)[transport.rank](transport))
+
+    with pytest.raises(ValueError, match="attention must be the same on all ranks, got 'PassQ' on rank 1 and 'Ring'"):
+        run_ranks(lazy(2), rank)
+
+
+def test_what_differs_last_in_a_long_list_is_named():
+    def rank(transport):
+        see = [f"block 0: int8 {frame}" for frame in range(5000 - transport.rank // 2)]
+        compare(transport, Facts({"see": see}, bytes([transport.rank // 2] * 8)))
+
+    with pytest.raises(ValueError, match=r"^see must .* got nothing on rank 2 and 'block 0: int8 4999' on rank 0$"):
+        run_ranks(lazy(3), rank)
 
 
 def test_frames_on_other_ranks_are_not_read_by_accident():

@@ -56,16 +56,14 @@ ALONE = [
 ALONE += [x for x in (getattr(inferix, name) for name in inferix.__all__) if callable(x) and x is not inferix.World]
 
 
-_RESULTS = {"Ticket", "Choice", "Layout", "Option"}  # a protocol, and what `plan_attention` returns
-_DISTRIBUTED = [getattr(distributed, name) for name in distributed.__all__ if name not in _RESULTS]
-ALONE += [x for x in _DISTRIBUTED if callable(x)]
+_SHARED = [getattr(distributed, name) for name in distributed.__all__ if name != "Ticket"]  # which is a protocol
+ALONE += [thing for thing in _SHARED if callable(thing)]
 
 # Of the profiler, all that needs more than a name to be understood.
 _SIMPLE = {"clock", "level", "recording", "set_level", "stop", "LEVELS", "Row", "Change", "merge", "read"}
 ALONE += [getattr(inferix.profile, name) for name in inferix.profile.__all__ if name not in _SIMPLE]
 ALONE += [overhead, span_cost, Figures]
-ALONE += [distributed.Device, distributed.Link, distributed.plan_attention, wire.rows_of, wire.page_bytes]
-ALONE += [wire.keys, wire.queries, wire.outputs, wire.round_the_ring]
+ALONE += [wire.rows_of, wire.page_bytes, wire.keys, wire.queries, wire.outputs, wire.round_the_ring]
 
 
 def example(thing: object) -> str:

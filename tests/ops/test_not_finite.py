@@ -10,6 +10,7 @@ from inferix_kernels import (
     kv_commit,
     kv_gather,
     make_plan,
+    merge_attention,
     paged_attention,
     quantize_rows,
 )
@@ -123,6 +124,23 @@ def test_attention_shows_it(format, side, where):
             assert (~out[:, 1].isfinite()).all() and (~lse[:, 1].isfinite()).all()
         else:
             assert not out[:, 1, 5].isfinite().any()
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_results_over_other_keys_do_not_hide_it(strange, where):
+    """In whichever order they come: ranks attend to the past first, then to what they make."""
+    q = torch.randn(3, H, D, generator=torch.Generator().manual_seed(2)).abs()
+    plan, made = make_plan([(3, [1, 0], LENS)]), []
+    for value in (strange, 0.0):
+        pools = [stored("fp32", *numbers("k", value), where)]
+        made.append((pools, *paged_attention(q, pools, plan, backend=where)))
+    (bad, *bad_parts), (good, *good_parts) = made
+    for pools, before in ((bad, good_parts), (good, bad_parts)):
+        out, lse = (x.clone() for x in before)
+        paged_attention(q, pools, plan, out=out, lse=lse, accumulate=True, backend=where)
+        merged = merge_attention(*before, *(bad_parts if pools is bad else good_parts), backend=where)
+        for x in (out, lse, *merged):
+            assert x[:, 0].isfinite().all() and not x[:, 1].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

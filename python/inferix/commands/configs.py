@@ -79,9 +79,9 @@ class WorldOptions(PlaceOptions):
     kv: str = option(f"format of the KV pages: {KV_FORMATS}", "int8", to="world")
     precision: str = option("products of attention over quantized pages: auto, exact or 8bit", "auto", to="world")
     parallel: str = option(
-        "how the processes that torchrun has started share the world: auto, gather, ulysses, ring or pass-q",
+        "how the processes that torchrun has started share the world: auto, gather, ulysses, ring, pass-q or branches",
         "auto",
-        choices=("auto", "gather", "ulysses", "ring", "pass-q"),
+        choices=("auto", "ulysses", "gather", "ring", "pass-q", "branches"),
     )
     graphs: bool = option("on a GPU, capture the network's forwards and replay them", False, to="world")
     profile: str | Path | None = option(
