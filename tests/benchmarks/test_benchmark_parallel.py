@@ -31,7 +31,7 @@ def test_every_way_of_the_planner_is_right_and_sends_the_bytes_of_its_formula():
 
 def test_other_bytes_than_the_formulas_are_wrong(monkeypatch):
     monkeypatch.setattr(parallel, "layer_sent", lambda *_: 1000)
-    assert all(row.status == "wrong" and "bytes, not 2056" in row.note for row in rows(2))
+    assert all(row.status == "wrong" and f"bytes, not {2 * 1000 + DIGESTS}" in row.note for row in rows(2))
 
 
 def test_one_rank_that_is_wrong_is_named(monkeypatch):

@@ -6,7 +6,6 @@ small machine; what `compare` measures is left to its own test. Other values of 
 commands are the workflow's own.
 """
 
-import functools
 import json
 import os
 import re
@@ -170,7 +169,7 @@ EVENTS = [
 def test_the_workflow_of_a_runner_with_a_gpu_runs_step_by_step(event, steps, tmp_path, monkeypatch):
     if not shutil.which("git") or not shutil.which("make"):
         pytest.skip("needs git and make")
-    monkeypatch.setattr(commands, "Machine", functools.partial(Machine, small=True))
+    monkeypatch.setattr(commands, "Machine", lambda device, small: Machine(device, small=True))
     monkeypatch.setattr(commands.comparison, "compare_trees", not_compared)
     workflow = yaml.safe_load((WORKFLOWS / "gpu-benchmarks.yml").read_text())
     (job,) = workflow["jobs"].values()

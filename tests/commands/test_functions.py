@@ -197,7 +197,7 @@ def test_every_option_is_declared_with_a_type_that_is_checked_and_a_help(config)
 def test_options_that_commands_share_are_declared_once():
     shared = {each.name: each for each in declared(GenerateConfig)}
     both = [each for each in declared(PlayConfig) if each.name in shared]
-    assert len(both) == 17 and all(each == shared[each.name] for each in both)
+    assert len(both) == 18 and all(each == shared[each.name] for each in both)
     own = [name for config in CONFIGS for name in vars(config).get("__annotations__", {})]
     assert sorted(name for name in set(own) if own.count(name) > 1) == ["out"], (
         "of generate, convert and inspect-kv, three things"

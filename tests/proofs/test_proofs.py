@@ -236,6 +236,8 @@ def stand_in(name: str) -> SimpleNamespace:
         stream=lambda: None,
         turn_back=None,
         schedule=None,
+        attention=None,
+        branch=None,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import PageTable, Pass, PassBuffers, profile
-from inferix_kernels.store import Block, Local
+from inferix_kernels.store import Block
 
 from .contract import BlockInput, Model
 from .graphs import Graphs, Recorder
@@ -195,8 +195,9 @@ class Branch:
         if self._graphs is not None:  # planning writes to memory that a forward on another stream may still read
             self._graphs.follow_stream()
         rope = self.model.rope([self._time(frame) for block in blocks for frame in block.frames])
-        attention = self.model.attention or Local()
-        return self.table.plan(blocks, rope, attention=attention, buffers=self._buffers, **options)
+        if self.model.attention is not None:  # this process is one of several
+            options["attention"] = self.model.attention
+        return self.table.plan(blocks, rope, buffers=self._buffers, **options)
 
     def _forward(self, inputs: Sequence[BlockInput], planned: Pass) -> Sequence[Tensor]:
         if self._graphs is None:

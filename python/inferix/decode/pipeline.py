@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from inferix_kernels import PageTable, Pass, PassBuffers, profile
-from inferix_kernels.store import Block, Local
+from inferix_kernels.store import Block
 
 from .contract import BlockInput, Forward, Model, Segment
 from .decoder import Decoder
@@ -307,8 +307,8 @@ class PipelineDecoder(Decoder):
         rope = self.model.rope([frame for frames in positions for frame in frames])
         commit = blocks[0] if forward.commit else None
         predict = any(segment.weight for segment in forward.segments)
-        attention = self.model.attention or Local()
-        return table.plan(blocks, rope, commit, predict, see, attention, self._buffers)
+        options = {} if self.model.attention is None else {"attention": self.model.attention}
+        return table.plan(blocks, rope, commit, predict, see=see, buffers=self._buffers, **options)
 
     def _sees(self, block: Block, segment: Segment, here: Sequence[int]) -> list[int]:
         """Frames other than its own that a block attends to, held ones and those of the same forward."""
