@@ -15,6 +15,7 @@ from inferix.ranks import Ranks
 from inferix.stream import worker
 from inferix.stream.worker import Order, Stage
 from inferix.world import World
+from inferix_kernels import profile
 from inferix_kernels.distributed import in_process_group, run_ranks
 from tests.distributed.test_world import same, together
 from tests.models.test_wan_world import wan
@@ -117,7 +118,14 @@ def asked(name, arguments, folder):
     return arguments | ({"folder": folder} if name in ("save", "load") else {})
 
 
-def test_a_page_plays_a_world_of_two_ranks(tmp_path, monkeypatch):
+@pytest.fixture
+def recorded():
+    """The worker's process records, until it ends; here that is this process."""
+    yield
+    profile.stop()
+
+
+def test_a_page_plays_a_world_of_two_ranks(tmp_path, monkeypatch, recorded):
     """Its worker leads; when the page asks it to end, all ranks do."""
     monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
     alone = Stage(opened)
