@@ -123,6 +123,7 @@ def recorded():
     """The worker's process records, until it ends; here that is this process."""
     yield
     profile.stop()
+    profile._hooks.clear()
 
 
 def test_a_page_plays_a_world_of_two_ranks(tmp_path, monkeypatch, recorded):
